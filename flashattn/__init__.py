@@ -1,0 +1,11 @@
+"""Exact fused softmax attention and LayerNorm/RMSNorm: Triton GPU kernels, a native CPU engine and a reference,
+behind one call each. `python -m flashattn` prints what is usable here."""
+
+from . import ops  # noqa: F401  (registers the operators)
+from .attention import attention
+from .backends import use_backend
+from .modules import LayerNorm, RMSNorm
+from .norm import layer_norm, rms_norm
+
+__version__ = "0.1.0"
+__all__ = ["LayerNorm", "RMSNorm", "attention", "layer_norm", "rms_norm", "use_backend"]

@@ -1,0 +1,70 @@
+"""The backends, and the one table that chooses among them.
+
+A backend is a module of the same few verbs: `forward`, `backward`, `norm_forward`, `norm_backward`, and two that say
+what it cannot do, each a reason or None: `unusable(device_type)`, which depends on the machine, and
+`refuses(dtype, wide)`, which depends on the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+
+from . import cpu, reference, triton
+
+# In order of preference: the first that takes a call serves it.
+BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
+MAX_HEAD_DIM = 256  # wider heads are left to the reference
+
+
+def known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced = os.environ.get("FLASHATTN_BACKEND") or None
+if _forced is not None:
+    known(_forced)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every call uses this backend, or raises if it cannot. FLASHATTN_BACKEND does the same for a
+    whole process. The choice is the process's, not the thread's; backward uses the backend that forward used.
+
+    >>> import flashattn
+    >>> with flashattn.use_backend("reference"):
+    ...     pass
+    """
+    global _forced
+    before, _forced = _forced, known(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def why_not(name: str, device_type: str, dtype: torch.dtype, wide: bool = False) -> str | None:
+    """Why this backend does not take a call, None if it does. `wide`: a head_dim over MAX_HEAD_DIM."""
+    return BACKENDS[name].unusable(device_type) or BACKENDS[name].refuses(dtype, wide)
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 1) -> str:
+    """The name of the backend that takes a call on such tensors."""
+    return _choose(_forced, device.type, dtype, head_dim > MAX_HEAD_DIM)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
+@functools.cache
+def _choose(forced: str | None, device_type: str, dtype: torch.dtype, wide: bool) -> str:
+    reasons = {name: why_not(name, device_type, dtype, wide) for name in BACKENDS}
+    if forced is None:
+        return next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
+    if reasons[forced] is not None:
+        raise RuntimeError(f"backend {forced!r} cannot take this call: {reasons[forced]}")
+    return forced

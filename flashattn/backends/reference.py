@@ -1,0 +1,213 @@
+"""The reference: attention and norms as the mathematics says them, on any device PyTorch runs on.
+
+Every other backend is tested against this one in float64. It computes in float32 for 16-bit inputs, takes the queries
+in blocks so that memory stays linear in the sequence length, and refuses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..norm_settings import Norm
+from ..score import Score
+
+BLOCK_Q = 256  # queries at a time
+
+
+def unusable(device_type: str) -> str | None:
+    return None
+
+
+def refuses(dtype: torch.dtype, wide: bool) -> str | None:
+    return None
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
+    """(batch, 1, rows, seq_k) bool: which keys each query attends to."""
+    i = torch.arange(seq_q, device=device)[rows].view(-1, 1)
+    j = torch.arange(seq_k, device=device).view(1, -1)
+    keep = torch.ones(batch, 1, i.shape[0], seq_k, dtype=torch.bool, device=device)
+    if score.causal:
+        keep = keep & (j <= i + seq_k - seq_q)
+    if score.q_lengths is not None:
+        keep = keep & (i < score.q_lengths.view(-1, 1, 1, 1))
+    if score.kv_lengths is not None:
+        keep = keep & (j < score.kv_lengths.view(-1, 1, 1, 1))
+    return keep
+
+
+def existing(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (batch, heads, seq, dim) in the accumulation dtype, with 0 at and past each length: what lies there may be
+    NaN, and 0 * NaN is NaN."""
+    x = x.to(accumulate_dtype(x))
+    if lengths is None:
+        return x
+    exists = torch.arange(x.shape[2], device=x.device) < lengths.view(-1, 1)
+    return torch.where(exists[:, None, :, None], x, 0)
+
+
+def query_blocks(seq_q: int) -> Iterator[slice]:
+    for start in range(0, seq_q, BLOCK_Q):
+        yield slice(start, min(start + BLOCK_Q, seq_q))
+
+
+def masked_scores(q: Tensor, k: Tensor, score: Score, rows: slice) -> Tensor:
+    """scale * q k^T with -inf where masked: (batch, heads, rows, seq_k)."""
+    keep = visible(score, q.shape[0], rows, q.shape[2], k.shape[2], q.device)
+    scores = q[:, :, rows] @ k.mT * score.scale
+    return scores.masked_fill(~keep, -math.inf)
+
+
+def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(s - lse); 0, not exp(-inf + inf), in a row with no key."""
+    return torch.where(lse == -math.inf, 0, torch.exp(scores - lse))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """out = softmax(s) v and lse = log(sum(exp(s))), with s = scale * q k^T, masked."""
+    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    q = existing(q, score.q_lengths)
+    k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    for rows in query_blocks(q.shape[2]):
+        scores = masked_scores(q, k, score, rows)
+        lse_rows = torch.logsumexp(scores, -1, keepdim=True)
+        out[:, :, rows] = (softmax_weights(scores, lse_rows) @ v).to(dtype)
+        lse[:, :, rows] = lse_rows.squeeze(-1)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With p = exp(s - lse): ds = p * (grad_out v^T - rowsum(grad_out * out) + grad_lse)."""
+    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    q, grad_out = existing(q, score.q_lengths), existing(grad_out, score.q_lengths)
+    k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows in query_blocks(q.shape[2]):
+        p = softmax_weights(masked_scores(q, k, score, rows), lse[:, :, rows, None])
+        do = grad_out[:, :, rows]
+        delta = (do * out[:, :, rows]).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse[:, :, rows, None]
+        ds = p * (do @ v.mT - delta) * score.scale
+        grad_q[:, :, rows] = ds @ k
+        grad_k += ds.mT @ q[:, :, rows]
+        grad_v += p.mT @ do
+    grad_k, grad_v = (g.unflatten(1, (-1, group)).sum(2) for g in (grad_k, grad_v))
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+
+
+def philox(seed: int, rows: Tensor, cols: Tensor) -> Tensor:
+    """First word of Philox-4x32-10 at counter (cols, rows, 0, 0) under key `seed`, as int64 in [0, 2**32).
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    mask = 0xFFFFFFFF
+    key_0, key_1 = seed & mask, seed >> 32 & mask
+    c_0, c_1 = torch.broadcast_tensors(cols & mask, rows & mask)
+    c_2 = c_3 = torch.zeros_like(c_0)
+    for _ in range(10):
+        product_0, product_2 = c_0 * 0xD2511F53, c_2 * 0xCD9E8D57  # wraps, but keeps the low 64 bits
+        c_0, c_1, c_2, c_3 = (
+            (product_2 >> 32 & mask) ^ c_1 ^ key_0,
+            product_2 & mask,
+            (product_0 >> 32 & mask) ^ c_3 ^ key_1,
+            product_0 & mask,
+        )
+        key_0, key_1 = (key_0 + 0x9E3779B9) & mask, (key_1 + 0xBB67AE85) & mask
+    return c_0
+
+
+def dropout(x: Tensor, norm: Norm) -> Tensor:
+    """x (rows, width) with elements dropped where 31 random bits are below p * 2**31, the others scaled up."""
+    if norm.dropout_p == 0:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    cols = torch.arange(x.shape[1], device=x.device)[None, :]
+    keep = philox(int(norm.seed), rows, cols) >> 1 >= dropout_threshold(norm.dropout_p)
+    return torch.where(keep, x / (1 - norm.dropout_p), 0)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    return min(int(dropout_p * 2**31), 2**31 - 1)
+
+
+def per_row(p: Tensor, rows: int) -> Tensor:
+    """A parameter as (rows, width) or (1, width): row r of per-head weights is weight[r % heads]."""
+    return p.repeat(rows // p.shape[0], 1) if p.dim() == 2 else p[None, :]
+
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    hidden_dtype: torch.dtype | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """h = residual + dropout(x); y = (h - mean) * rstd * (weight + offset) + bias."""
+    dtype, width = accumulate_dtype(x), x.shape[-1]
+    hidden = dropout(x.reshape(-1, width).to(dtype), norm)
+    rows = hidden.shape[0]
+    if residual is not None:
+        hidden = hidden + residual.reshape(-1, width).to(dtype)
+    mean = hidden.mean(-1) if norm.center else None
+    centered = hidden - mean[:, None] if norm.center else hidden
+    rstd = torch.rsqrt(centered.square().mean(-1) + norm.eps)
+    y = centered * rstd[:, None]
+    if weight is not None:
+        y = y * (per_row(weight, rows).to(dtype) + norm.weight_offset)
+    if bias is not None:
+        y = y + per_row(bias, rows).to(dtype)
+    kept = None if hidden_dtype is None else hidden.to(hidden_dtype).view(x.shape)
+    return y.to(x.dtype).view(x.shape), kept, mean, rstd
+
+
+def norm_backward(
+    grad_y: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """With g = grad_y * (weight + offset): grad_h = (g - mean(g) - xhat * mean(g * xhat)) * rstd + grad_hidden."""
+    dtype, shape, width = rstd.dtype, hidden.shape, hidden.shape[-1]
+    grad = grad_y.reshape(-1, width).to(dtype)
+    rows = grad.shape[0]
+    xhat = hidden.reshape(-1, width).to(dtype)
+    if norm.center:
+        xhat = xhat - mean[:, None]
+    xhat = xhat * rstd[:, None]
+    g = grad if weight is None else grad * (per_row(weight, rows).to(dtype) + norm.weight_offset)
+    grad_h = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    if norm.center:
+        grad_h = grad_h - g.mean(-1, keepdim=True)
+    grad_h = grad_h * rstd[:, None]
+    if grad_hidden is not None:
+        grad_h = grad_h + grad_hidden.reshape(-1, width).to(dtype)
+    grad_x = dropout(grad_h, norm).to(x_dtype).view(shape)
+    grad_residual = None if residual_dtype is None else grad_h.to(residual_dtype).view(shape)
+    return grad_x, grad_residual, sum_rows(grad * xhat, weight), sum_rows(grad, bias)
+
+
+def sum_rows(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a (width,) or (heads, width) parameter from the (rows, width) one of each row."""
+    if parameter is None:
+        return None
+    return gradient.view(-1, *parameter.shape).sum(0).to(parameter.dtype)

@@ -1,0 +1,220 @@
+"""The Triton backend: launches the kernels in `flashattn/kernels`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..norm_settings import Norm
+from ..score import Score
+from .reference import dropout_threshold
+from .strides import last_dim_contiguous, row_view
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+
+    from ..kernels import backward as backward_kernels
+    from ..kernels import configs
+    from ..kernels import forward as forward_kernels
+    from ..kernels import norm as norm_kernels
+    from ..kernels.dropout import DropoutArgs
+    from ..kernels.norm import RowView
+    from ..kernels.scores import ScoreArgs
+    from ..kernels.tiles import Heads
+else:
+    triton = None
+
+
+@functools.cache
+def unusable(device_type: str) -> str | None:
+    if triton is None:
+        return "the triton package is not installed"
+    if triton.knobs.runtime.interpret:
+        return None
+    if device_type != "cuda":  # PyTorch calls AMD's devices cuda too
+        return f"it runs on GPUs, not on {device_type} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return None
+
+
+def refuses(dtype: torch.dtype, wide: bool) -> str | None:
+    if dtype == torch.float64:
+        return "it does not take float64"
+    if wide:
+        return "it does not take a head_dim over 256"
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def heads_arg(x: Tensor) -> Heads:
+    return Heads(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
+    """The arguments all attention kernels share: (score, heads, kv_heads, seq_q, seq_k)."""
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    args = ScoreArgs(score.scale, score.right(seq_q, seq_k), score.q_lengths, score.kv_lengths)
+    return args, q.shape[1], k.shape[1], seq_q, seq_k
+
+
+def attention_meta(direction: str, q: Tensor, v: Tensor) -> dict:
+    """Tile sizes and launch options of one pass. Head dimensions are padded to a power of two inside the tiles."""
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    tiles = configs.attention_tiles(direction, max(head_dim, head_dim_v), q.element_size())
+    return dict(
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    batch, heads, seq_q, _ = q.shape
+    out = torch.empty(batch, heads, seq_q, v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+    meta = attention_meta("forward", q, v)
+    programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+    if programs:
+        forward_kernels.attention_forward[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), lse, *attention_args(q, k, v, score), **meta
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    batch, heads, seq_q, _ = q.shape
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    args = attention_args(q, k, v, score)
+    meta = attention_meta("backward_q", q, v)
+    programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+    if programs:
+        backward_kernels.attention_backward_q[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
+            heads_arg(grad_q), delta, *args, **meta,
+        )  # fmt: skip
+    meta = attention_meta("backward_kv", q, v)
+    programs = triton.cdiv(k.shape[2], meta["BLOCK_N"]) * k.shape[1] * batch
+    if programs:
+        backward_kernels.attention_backward_kv[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, heads_arg(grad_k),
+            heads_arg(grad_v), *args, **meta,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+def row_arg(x: Tensor | None) -> RowView | None:
+    if x is None:
+        return None
+    x, sizes, strides = row_view(x)
+    return RowView(x, sizes[1], sizes[2], *strides)
+
+
+def dropout_arg(norm: Norm) -> DropoutArgs | None:
+    if norm.dropout_p == 0:
+        return None
+    return DropoutArgs(norm.seed, dropout_threshold(norm.dropout_p), 1 / (1 - norm.dropout_p))
+
+
+def norm_heads(*parameters: Tensor | None) -> int:
+    """Heads that have parameters of their own; 1 where all rows share them."""
+    return next((p.shape[0] for p in parameters if p is not None and p.dim() == 2), 1)
+
+
+def norm_meta(width: int, norm: Norm) -> dict:
+    block_cols = min(triton.next_power_of_2(width), configs.NORM_COLS)
+    block_rows = max(1, configs.NORM_ELEMENTS // block_cols)
+    return dict(
+        CENTER=norm.center,
+        SINGLE=width <= block_cols,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=min(16, max(1, block_rows * block_cols // 512)),
+    )
+
+
+def contiguous(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.contiguous()
+
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    hidden_dtype: torch.dtype | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    width, rows, device = x.shape[-1], x.shape[:-1].numel(), x.device
+    y = torch.empty(x.shape, dtype=x.dtype, device=device)
+    hidden = None if hidden_dtype is None else torch.empty(x.shape, dtype=hidden_dtype, device=device)
+    mean = torch.empty(rows, dtype=torch.float32, device=device) if norm.center else None
+    rstd = torch.empty(rows, dtype=torch.float32, device=device)
+    heads, meta = norm_heads(weight, bias), norm_meta(width, norm)
+    if rows:
+        grid = (triton.cdiv(rows // heads, meta["BLOCK_ROWS"]), heads)
+        norm_kernels.norm_forward[grid](
+            row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
+            mean, rstd, dropout_arg(norm), rows, width, heads, norm.eps, norm.weight_offset, **meta,
+        )  # fmt: skip
+    return y, hidden, mean, rstd
+
+
+def norm_backward(
+    grad_y: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    width, rows, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
+    grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
+    grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
+    heads, meta = norm_heads(weight, bias), norm_meta(width, norm)
+    programs = min(triton.cdiv(rows // heads, meta["BLOCK_ROWS"]), max(1, configs.NORM_PROGRAMS // heads))
+    parts = [
+        None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)
+        for p in (weight, bias)
+    ]
+    if rows:
+        hidden_arg, grad_arg, mean = row_arg(hidden), row_arg(grad_y), mean if norm.center else None
+        norm_kernels.norm_backward[(programs, heads)](
+            grad_arg, row_arg(grad_hidden), hidden_arg, contiguous(weight), mean, rstd, row_arg(grad_x),
+            row_arg(grad_residual), *parts, dropout_arg(norm), rows, width, heads, norm.weight_offset, **meta,
+        )  # fmt: skip
+        if not meta.pop("SINGLE") and (weight is not None or bias is not None):
+            chunks = triton.cdiv(width, meta["BLOCK_COLS"])
+            norm_kernels.norm_backward_weights[(programs, heads, chunks)](
+                grad_arg, hidden_arg, mean, rstd, *parts, rows, width, heads, **meta
+            )
+    grad_weight, grad_bias = (
+        None if p is None else part.sum(0).view(p.shape).to(p.dtype)
+        for p, part in zip((weight, bias), parts, strict=True)
+    )
+    return grad_x, grad_residual, grad_weight, grad_bias

@@ -1,0 +1,26 @@
+"""Counter-based dropout: what is dropped depends on the seed and the position alone, so every backend, tile size
+and pass drops the same.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox-4x32-10, first word.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class DropoutArgs(NamedTuple):
+    seed: tl.tensor  # pointer to one int64
+    threshold: tl.tensor  # int: dropped where 31 random bits are below it, p * 2**31
+    scale: tl.tensor  # float: 1 / (1 - p), what is kept is multiplied by
+
+
+@triton.jit
+def dropout(value, args, rows, cols):
+    """`value` with some elements dropped and the others scaled. `rows` and `cols` broadcast to its shape."""
+    seed = tl.load(args.seed)
+    cols, rows = tl.broadcast(cols, rows)
+    bits, _, _, _ = tl.philox(seed, cols, rows, 0, 0)
+    keep = (bits >> 1).to(tl.int32, bitcast=True) >= args.threshold
+    return tl.where(keep, value * args.scale, 0.0)

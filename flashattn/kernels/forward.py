@@ -1,0 +1,75 @@
+"""Attention forward.
+
+Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), arXiv:2307.08691.
+"""
+
+import triton
+import triton.language as tl
+
+from .scores import edge_start, key_tiles, lengths, visible
+from .softmax import LOG2E, logsumexp, online_softmax
+from .tiles import load_tile, one_head, store_tile
+
+
+@triton.jit
+def attend(
+    acc, m_i, l_i, q, k, v, score, start_m, start_n, query_end, key_end,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """One key tile: s = q k^T * scale, fold into the softmax, acc = alpha acc + p v."""
+    k_tile = load_tile(k, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
+    if EDGE:
+        queries = start_m + tl.arange(0, BLOCK_M)[:, None]
+        keys = start_n + tl.arange(0, BLOCK_N)[None, :]
+        scores = tl.where(visible(score, queries, keys, query_end, key_end), scores, float("-inf"))
+    p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, EDGE)
+    v_tile = load_tile(v, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, out, lse, score, heads, kv_heads, seq_q, seq_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(q k^T * scale) v and lse = logsumexp(q k^T * scale), one pass over the keys.
+
+    Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
+    """
+    tiles_m = tl.cdiv(seq_q, BLOCK_M)
+    program = tl.program_id(0)
+    start_m = (tiles_m - 1 - program % tiles_m) * BLOCK_M
+    head = program // tiles_m % heads
+    batch = program // tiles_m // heads
+    kv_head = head // (heads // kv_heads)
+    query_end, key_end = lengths(score, batch, seq_q, seq_k)
+
+    k = one_head(k, batch, kv_head)
+    v = one_head(v, batch, kv_head)
+    q_tile = load_tile(one_head(q, batch, head), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+
+    tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
+    for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
+        acc, m_i, l_i = attend(
+            acc, m_i, l_i, q_tile, k, v, score, start_m, start_n, query_end, key_end,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+        )  # fmt: skip
+    for index in tl.range(0, tiles.edges, num_stages=1):
+        acc, m_i, l_i = attend(
+            acc, m_i, l_i, q_tile, k, v, score, start_m, edge_start(tiles, index, BLOCK_N), query_end, key_end,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+        )  # fmt: skip
+
+    queries = start_m + tl.arange(0, BLOCK_M)
+    if score.q_lengths is not None:
+        l_i = tl.where(queries < query_end, l_i, 0.0)
+    result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
+    store_tile(one_head(out, batch, head), result, start_m, seq_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+    tl.store(lse + tl.cast(batch * heads + head, tl.int64) * seq_q + queries, logsumexp(m_i, l_i), mask=queries < seq_q)

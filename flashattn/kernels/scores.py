@@ -1,0 +1,97 @@
+"""Everything between q.k and softmax, for the kernels: which tiles to visit, which scores to keep.
+
+`ScoreArgs` is what `flashattn.score.Score` becomes inside a kernel. An absent piece is None, and the code that
+would read it is compiled away. A new piece is one field here and one branch in the function it concerns:
+
+- `key_tiles` and `query_tiles`: tiles that a piece masks away as a whole are never visited;
+- `visible`: what a piece masks inside a tile.
+
+Tiles come in two kinds. In a *steady* tile every score is kept, so the steady loop has no compare and no select.
+*Edge* tiles (the diagonal, the tail of a sequence) are the others; one loop visits those on both sides.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class ScoreArgs(NamedTuple):
+    scale: tl.tensor  # float: multiplies q.k
+    right: tl.tensor | None  # int: query i sees keys j <= i + right; None = no such limit
+    q_lengths: tl.tensor | None  # (batch,) int32: queries at or past it attend to nothing
+    kv_lengths: tl.tensor | None  # (batch,) int32: keys at or past it are masked
+
+
+class Tiles(NamedTuple):
+    """The tiles a program visits: edge tiles, then the steady ones at steady_begin .. steady_end."""
+
+    begin: tl.tensor
+    steady_begin: tl.tensor
+    steady_end: tl.tensor
+    edges: tl.tensor  # how many edge tiles
+
+
+@triton.jit
+def lengths(score, batch, seq_q, seq_k):
+    """(query_end, key_end): how much of each sequence of this batch row exists."""
+    query_end = seq_q
+    key_end = seq_k
+    if score.q_lengths is not None:
+        query_end = tl.minimum(query_end, tl.load(score.q_lengths + batch))
+    if score.kv_lengths is not None:
+        key_end = tl.minimum(key_end, tl.load(score.kv_lengths + batch))
+    return query_end, key_end
+
+
+@triton.jit
+def _split(begin, steady_begin, steady_end, end, BLOCK: tl.constexpr):
+    """Round the steady range inwards to whole tiles; what is left on both sides are the edges."""
+    begin = begin // BLOCK * BLOCK
+    end = tl.maximum(end, begin)
+    steady_begin = tl.minimum(tl.cdiv(tl.maximum(steady_begin, begin), BLOCK) * BLOCK, tl.cdiv(end, BLOCK) * BLOCK)
+    steady_end = tl.maximum(tl.minimum(steady_end, end) // BLOCK * BLOCK, steady_begin)
+    edges = (steady_begin - begin) // BLOCK + tl.cdiv(tl.maximum(end - steady_end, 0), BLOCK)
+    return Tiles(begin, steady_begin, steady_end, edges)
+
+
+@triton.jit
+def key_tiles(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The key tiles that queries start_m .. start_m + BLOCK_M look at."""
+    end = key_end
+    steady_end = key_end
+    if score.right is not None:
+        end = tl.minimum(end, start_m + BLOCK_M + score.right)  # past the last key the last query sees
+        steady_end = tl.minimum(steady_end, start_m + 1 + score.right)  # past the last key the first one sees
+    if score.q_lengths is not None:
+        end = tl.where(start_m < query_end, end, 0)
+    return _split(0, 0, steady_end, end, BLOCK_N)
+
+
+@triton.jit
+def query_tiles(score, start_n, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The query tiles that look at keys start_n .. start_n + BLOCK_N."""
+    begin = 0
+    steady_begin = 0
+    if score.right is not None:
+        begin = tl.maximum(start_n - score.right, 0)  # the first query that sees the first key
+        steady_begin = tl.maximum(start_n + BLOCK_N - 1 - score.right, 0)  # and the last key
+    end = tl.where(start_n < key_end, query_end, 0)
+    return _split(begin, steady_begin, end, end, BLOCK_M)
+
+
+@triton.jit
+def edge_start(tiles, index, BLOCK: tl.constexpr):
+    """Where edge tile number `index` starts: first those before the steady range, then those after it."""
+    before = (tiles.steady_begin - tiles.begin) // BLOCK
+    return tl.where(index < before, tiles.begin + index * BLOCK, tiles.steady_end + (index - before) * BLOCK)
+
+
+@triton.jit
+def visible(score, queries, keys, query_end, key_end):
+    """Which (query, key) pairs of an edge tile attend. `queries` and `keys` are positions of any two shapes that
+    broadcast, so that one function serves tiles laid out (M, N) and (N, M)."""
+    keep = (keys < key_end) & (queries < query_end)
+    if score.right is not None:
+        keep = keep & (keys <= queries + score.right)
+    return keep

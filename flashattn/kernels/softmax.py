@@ -1,0 +1,33 @@
+"""The online softmax, in base 2: one exp2 instruction a score, no multiply in front of it."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # log2(e)
+LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
+
+
+@triton.jit
+def online_softmax(scores, m_i, l_i, EDGE: tl.constexpr):
+    """Fold one tile of base-2 scores into the running maximum m_i and sum l_i of each row.
+
+        m' = max(m, rowmax(s));  p = 2^(s - m');  l' = 2^(m - m') l + rowsum(p)
+
+    Returns (p, alpha, m', l'), where alpha = 2^(m - m') rescales what was accumulated before.
+    Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), arXiv:1805.02867.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
+    if EDGE:
+        # A row that has seen no key yet has m = -inf; against 0 its weights come out 0, not NaN.
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        shift = m_new
+    p = tl.exp2(scores - shift[:, None])
+    alpha = tl.exp2(m_i - shift)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def logsumexp(m_i, l_i):
+    """Natural-log lse of a row from its base-2 maximum and sum; -inf where nothing was attended to."""
+    return tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_i)) * LN2)

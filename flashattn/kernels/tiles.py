@@ -1,0 +1,79 @@
+"""Tensors inside a kernel: named tuples of pointer and strides, and tile loads and stores on them.
+
+A tensor reaches a kernel as one argument. The last dimension is contiguous, so its stride is not passed:
+the compiler then knows it is 1 and issues 16-byte loads.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Heads(NamedTuple):
+    """A (batch, heads, seq, head_dim) tensor."""
+
+    ptr: tl.tensor
+    stride_batch: tl.tensor
+    stride_head: tl.tensor
+    stride_seq: tl.tensor
+
+
+class Rows(NamedTuple):
+    """A (rows, cols) matrix: one (batch, head) of a `Heads`, or the flattened input of a norm."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+
+
+@triton.jit
+def one_head(x, batch, head):
+    """The (seq, head_dim) matrix of one batch and head. 64-bit: a tensor may pass 2**31 elements."""
+    return Rows(x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq)
+
+
+@triton.jit
+def tile_pointers(x, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Pointers to rows start .. start + BLOCK_ROWS: a 64-bit base and 32-bit offsets inside the tile."""
+    base = x.ptr + tl.cast(start, tl.int64) * x.stride
+    return base + tl.arange(0, BLOCK_ROWS)[:, None] * x.stride + tl.arange(0, BLOCK_COLS)[None, :]
+
+
+@triton.jit
+def tile_mask(
+    start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, CHECK_ROWS: tl.constexpr
+):
+    """Which elements of the tile exist; None where all do, so that no compare is compiled."""
+    if COLS == BLOCK_COLS:
+        if CHECK_ROWS:
+            mask = (start + tl.arange(0, BLOCK_ROWS) < end)[:, None]
+        else:
+            mask: tl.constexpr = None
+    else:
+        mask = (tl.arange(0, BLOCK_COLS) < COLS)[None, :]
+        if CHECK_ROWS:
+            mask = mask & (start + tl.arange(0, BLOCK_ROWS) < end)[:, None]
+    return mask
+
+
+@triton.jit
+def load_tile(
+    x, start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, CHECK_ROWS: tl.constexpr
+):
+    """Rows start .. start + BLOCK_ROWS of `x`. Rows at or past `end` (looked at only with CHECK_ROWS) and
+    columns at or past COLS read as 0, whatever lies in memory there."""
+    pointers = tile_pointers(x, start, BLOCK_ROWS, BLOCK_COLS)
+    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS, CHECK_ROWS)
+    if mask is None:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(x, value, start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Store a tile, rounded to the tensor's dtype, leaving rows at or past `end` untouched."""
+    pointers = tile_pointers(x, start, BLOCK_ROWS, BLOCK_COLS)
+    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS, True)
+    tl.store(pointers, value.to(x.ptr.dtype.element_ty), mask=mask)

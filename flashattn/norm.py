@@ -1,0 +1,137 @@
+"""`layer_norm` and `rms_norm`: check the arguments, build the call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    prenorm: bool = False,
+    weight_offset: float = 0.0,
+    residual_in_fp32: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension, with dropout and the residual addition fused in:
+
+        h = residual + dropout(x);   y = (h - mean(h)) / sqrt(var(h) + eps) * (weight + weight_offset) + bias
+
+    Args:
+        x: (..., width), or (..., heads, width) with per-head parameters; float32, bfloat16 or float16 (float64 on
+            the reference backend). Any strides; a last dimension that is not contiguous is copied once.
+        weight, bias: (width,), or (heads, width) for parameters of each head.
+        eps: added to the variance.
+        residual: x's shape, any floating dtype.
+        dropout_p: probability in [0, 1) that an element of x is dropped before the addition.
+        seed: int, or an int64 tensor of one element on x's device. The same seed drops the same elements on every
+            backend; None draws one from PyTorch's generator.
+        prenorm: also return h, for the next layer's residual.
+        weight_offset: added to the weight (1.0 for weights stored around zero).
+        residual_in_fp32: where no residual is given, keep h in float32.
+
+    Returns:
+        y with x's shape and dtype; with `prenorm` (y, h), h in residual's dtype, else float32 if residual_in_fp32,
+        else x's. Gradients flow through both.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything runs.
+
+    >>> import torch, flashattn
+    >>> flashattn.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
+    tensor([[-1.2247,  0.0000,  1.2247]])
+    """
+    return _norm(
+        x, weight, bias, residual, True, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32
+    )  # fmt: skip
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    prenorm: bool = False,
+    weight_offset: float = 0.0,
+    residual_in_fp32: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension: h = residual + dropout(x); y = h / sqrt(mean(h^2) + eps) * (weight + offset).
+
+    Arguments, results and errors as in `layer_norm`; weight is (width,) or, per head, (heads, width).
+
+    >>> import torch, flashattn
+    >>> flashattn.rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
+    tensor([[0.8485, 1.1314]])
+    """
+    return _norm(
+        x, weight, None, residual, False, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32
+    )  # fmt: skip
+
+
+def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32):
+    _check(x, weight, bias, residual, eps, dropout_p)
+    seed = _seed(seed, x.device) if dropout_p > 0 else None
+    residual_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    # Without residual, dropout or a change of dtype, h is x itself: nothing to write, and autograd adds its gradients.
+    fused = residual is not None or dropout_p > 0 or (prenorm and residual_dtype != x.dtype)
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
+    y, hidden, _, _ = torch.ops.flashattn.norm_forward.default(
+        x, residual, weight, bias, residual_dtype if keep else None,
+        center, float(eps), float(weight_offset), float(dropout_p), seed, backends.choose(x.device, x.dtype),
+    )  # fmt: skip
+    if not prenorm:
+        return y
+    return y, hidden if fused else x
+
+
+def _check(x, weight, bias, residual, eps, dropout_p):
+    checks.floating("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., width) with width at least 1, got shape {tuple(x.shape)}")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is None:
+            continue
+        checks.floating(name, p)
+        checks.same_device(name, p, "x", x)
+        if p.shape != x.shape[-1:] and not (p.dim() == 2 and p.shape == x.shape[-2:]):
+            raise ValueError(
+                f"{name} must be (width,) or, per head, (heads, width) where x is (..., heads, width); "
+                f"got shape {tuple(p.shape)} for x of shape {tuple(x.shape)}"
+            )
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        raise ValueError(f"bias must have weight's shape {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    if residual is not None:
+        checks.floating("residual", residual)
+        checks.same_device("residual", residual, "x", x)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int or an int64 tensor of one element on {device}, "
+                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -1,0 +1,182 @@
+"""The torch.library operators: schema, implementation, fake and autograd of each.
+
+They take a Score or a Norm field by field, and the backend by name, so that forward and backward use the same one and
+a compiled graph says which. A tensor that a call does not produce is returned empty, of size (0,).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import norm_settings
+from . import score as score_settings
+from .backends import BACKENDS
+from .norm_settings import Norm
+from .score import Score
+
+torch.library.define(
+    "flashattn::attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {score_settings.SCHEMA}, str backend) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "flashattn::attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{score_settings.SCHEMA}, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+)
+torch.library.define(
+    "flashattn::norm_forward",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType? hidden_dtype, "
+    f"{norm_settings.SCHEMA}, str backend) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
+)
+torch.library.define(
+    "flashattn::norm_backward",
+    "(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    f"ScalarType x_dtype, ScalarType? residual_dtype, {norm_settings.SCHEMA}, str backend) "
+    "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+)
+
+
+def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+def none_if_empty(x: Tensor) -> Tensor | None:
+    return None if x.dim() == 1 and x.shape[0] == 0 else x
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+@torch.library.impl("flashattn::attention_forward", "CompositeExplicitAutograd")
+def attention_forward(q, k, v, scale, causal, q_lengths, kv_lengths, backend):
+    return BACKENDS[backend].forward(q, k, v, Score(scale, causal, q_lengths, kv_lengths))
+
+
+@torch.library.register_fake("flashattn::attention_forward")
+def _(q, k, v, scale, causal, q_lengths, kv_lengths, backend):
+    batch, heads, seq_q, _ = q.shape
+    return q.new_empty(batch, heads, seq_q, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=lse_dtype(q))
+
+
+@torch.library.impl("flashattn::attention_backward", "CompositeExplicitAutograd")
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, causal, q_lengths, kv_lengths, backend):
+    score = Score(scale, causal, q_lengths, kv_lengths)
+    return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score)
+
+
+@torch.library.register_fake("flashattn::attention_backward")
+def _(grad_out, grad_lse, q, k, v, out, lse, scale, causal, q_lengths, kv_lengths, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_context(ctx, inputs, output):
+    q, k, v, scale, causal, q_lengths, kv_lengths, backend = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, q_lengths, kv_lengths)
+    ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradients(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, q_lengths, kv_lengths = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 8
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    gradients = torch.ops.flashattn.attention_backward.default(
+        grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.causal, q_lengths, kv_lengths, ctx.backend
+    )
+    return *gradients, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "flashattn::attention_forward", _attention_gradients, setup_context=_attention_context
+)
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+@torch.library.impl("flashattn::norm_forward", "CompositeExplicitAutograd")
+def norm_forward(
+    x, residual, weight, bias, hidden_dtype, center, eps, weight_offset, dropout_p, seed, backend
+):
+    norm = Norm(center, eps, weight_offset, dropout_p, seed)
+    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, norm)
+    return y, empty_if_none(hidden, x), empty_if_none(mean, rstd), rstd
+
+
+@torch.library.register_fake("flashattn::norm_forward")
+def _(x, residual, weight, bias, hidden_dtype, center, eps, weight_offset, dropout_p, seed, backend):
+    rows = x.shape[:-1].numel()
+    hidden = x.new_empty(0) if hidden_dtype is None else x.new_empty(x.shape, dtype=hidden_dtype)
+    statistics = lse_dtype(x)
+    mean = x.new_empty(rows if center else 0, dtype=statistics)
+    return x.new_empty(x.shape), hidden, mean, x.new_empty(rows, dtype=statistics)
+
+
+@torch.library.impl("flashattn::norm_backward", "CompositeExplicitAutograd")
+def norm_backward(
+    grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype,
+    center, eps, weight_offset, dropout_p, seed, backend,
+):  # fmt: skip
+    norm = Norm(center, eps, weight_offset, dropout_p, seed)
+    gradients = BACKENDS[backend].norm_backward(
+        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, norm
+    )
+    return tuple(empty_if_none(g, rstd) for g in gradients)
+
+
+@torch.library.register_fake("flashattn::norm_backward")
+def _(
+    grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype,
+    center, eps, weight_offset, dropout_p, seed, backend,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape, dtype=x_dtype),
+        rstd.new_empty(0) if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype),
+        *(rstd.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)),
+    )
+
+
+def _norm_context(ctx, inputs, output):
+    x, residual, weight, bias, _, center, eps, weight_offset, dropout_p, seed, backend = inputs
+    _, hidden, mean, rstd = output
+    fused = residual is not None or dropout_p > 0
+    # The parameters are saved for their shape and dtype too, so bias is among them.
+    ctx.save_for_backward(hidden if fused else x, weight, bias, mean, rstd, seed)
+    ctx.norm = (center, eps, weight_offset, dropout_p)
+    ctx.backend, ctx.x_dtype = backend, x.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
+    hidden, weight, bias, mean, rstd, seed = ctx.saved_tensors
+    if grad_y is None and grad_hidden is None:
+        return (None,) * 11
+    if hidden.numel() == 0 and rstd.numel() != 0:
+        raise RuntimeError("flashattn::norm_forward was called without hidden_dtype, so h is not there for backward")
+    if grad_y is None:
+        grad_y = torch.zeros(hidden.shape, dtype=ctx.x_dtype, device=hidden.device)
+    # Without dropout or a change of dtype the two gradients are one tensor.
+    same = ctx.norm[3] == 0 and ctx.residual_dtype in (None, ctx.x_dtype)
+    grad_x, grad_residual, grad_weight, grad_bias = torch.ops.flashattn.norm_backward.default(
+        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, ctx.x_dtype, None if same else ctx.residual_dtype,
+        *ctx.norm, seed, ctx.backend,
+    )  # fmt: skip
+    if ctx.residual_dtype is None:
+        grad_residual = None
+    elif same:
+        grad_residual = grad_x
+    grad_weight = None if weight is None else grad_weight
+    grad_bias = None if bias is None else grad_bias
+    return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("flashattn::norm_forward", _norm_gradients, setup_context=_norm_context)
