@@ -21,7 +21,8 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimension, with dropout and the residual addition fused in:
 
-        h = residual + dropout(x);   y = (h - mean(h)) / sqrt(var(h) + eps) * (weight + weight_offset) + bias
+        h = residual + dropout(x), rounded to its dtype
+        y = (h - mean(h)) / sqrt(var(h) + eps) * (weight + weight_offset) + bias
 
     Args:
         x: (..., width), or (..., heads, width) with per-head parameters; float32, bfloat16 or float16 (float64 on
@@ -79,15 +80,15 @@ def rms_norm(
 def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32):
     _check(x, weight, bias, residual, eps, dropout_p)
     seed = _seed(seed, x.device) if dropout_p > 0 else None
-    residual_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    hidden_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     # Without residual, dropout or a change of dtype, h is x itself: nothing to write, and autograd adds its gradients.
-    fused = residual is not None or dropout_p > 0 or (prenorm and residual_dtype != x.dtype)
+    fused = residual is not None or dropout_p > 0 or (prenorm and hidden_dtype != x.dtype)
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     )
     keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
     y, hidden, _, _ = torch.ops.flashattn.norm_forward.default(
-        x, residual, weight, bias, residual_dtype if keep else None,
+        x, residual, weight, bias, hidden_dtype if fused else x.dtype, keep,
         center, float(eps), float(weight_offset), float(dropout_p), seed, backends.choose(x.device, x.dtype),
     )  # fmt: skip
     if not prenorm:

@@ -26,7 +26,7 @@ torch.library.define(
 )
 torch.library.define(
     "flashattn::norm_forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType? hidden_dtype, "
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, bool keep_hidden, "
     f"{norm_settings.SCHEMA}, str backend) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
@@ -103,17 +103,20 @@ torch.library.register_autograd(
 
 @torch.library.impl("flashattn::norm_forward", "CompositeExplicitAutograd")
 def norm_forward(
-    x, residual, weight, bias, hidden_dtype, center, eps, weight_offset, dropout_p, seed, backend
+    x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend
 ):
     norm = Norm(center, eps, weight_offset, dropout_p, seed)
-    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, norm)
-    return y, empty_if_none(hidden, x), empty_if_none(mean, rstd), rstd
+    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(
+        x, residual, weight, bias, hidden_dtype, keep_hidden, norm
+    )
+    hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
+    return y, hidden, empty_if_none(mean, rstd), rstd
 
 
 @torch.library.register_fake("flashattn::norm_forward")
-def _(x, residual, weight, bias, hidden_dtype, center, eps, weight_offset, dropout_p, seed, backend):
+def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend):
     rows = x.shape[:-1].numel()
-    hidden = x.new_empty(0) if hidden_dtype is None else x.new_empty(x.shape, dtype=hidden_dtype)
+    hidden = x.new_empty(x.shape if keep_hidden else 0, dtype=hidden_dtype)
     statistics = lse_dtype(x)
     mean = x.new_empty(rows if center else 0, dtype=statistics)
     return x.new_empty(x.shape), hidden, mean, x.new_empty(rows, dtype=statistics)
@@ -144,7 +147,7 @@ def _(
 
 
 def _norm_context(ctx, inputs, output):
-    x, residual, weight, bias, _, center, eps, weight_offset, dropout_p, seed, backend = inputs
+    x, residual, weight, bias, _, _, center, eps, weight_offset, dropout_p, seed, backend = inputs
     _, hidden, mean, rstd = output
     fused = residual is not None or dropout_p > 0
     # The parameters are saved for their shape and dtype too, so bias is among them.
@@ -159,9 +162,9 @@ def _norm_context(ctx, inputs, output):
 def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
     hidden, weight, bias, mean, rstd, seed = ctx.saved_tensors
     if grad_y is None and grad_hidden is None:
-        return (None,) * 11
+        return (None,) * 12
     if hidden.numel() == 0 and rstd.numel() != 0:
-        raise RuntimeError("flashattn::norm_forward was called without hidden_dtype, so h is not there for backward")
+        raise RuntimeError("flashattn::norm_forward was called without keep_hidden, so h is not there for backward")
     if grad_y is None:
         grad_y = torch.zeros(hidden.shape, dtype=ctx.x_dtype, device=hidden.device)
     # Without dropout or a change of dtype the two gradients are one tensor.
@@ -176,7 +179,7 @@ def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
         grad_residual = grad_x
     grad_weight = None if weight is None else grad_weight
     grad_bias = None if bias is None else grad_bias
-    return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, None, None
+    return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("flashattn::norm_forward", _norm_gradients, setup_context=_norm_context)

@@ -1,3 +1,137 @@
-"""tmp"""
-def unusable(device_type): return "not built"
-def refuses(dtype, wide): return None
+"""The native CPU backend: allocates results and calls the kernels in `csrc/`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..norm_settings import Norm
+from ..score import Score
+from .common import contiguous, dropout_threshold, last_dim_contiguous, norm_heads, rows, sum_parts
+
+ISAS = ("avx512", "avx2", "portable")
+PARTS = 32  # row blocks of a norm's backward, each with partial weight gradients of its own
+
+try:
+    from .. import _C  # noqa: F401  (registers the operators of csrc/ops.cpp)
+
+    ops = torch.ops.flashattn_cpu
+    _missing = None
+    if not ops.isa.default():
+        raise ValueError(
+            f"FLASHATTN_CPU_ISA must be one of {', '.join(ISAS)}, and one this processor has; "
+            f"got {os.environ['FLASHATTN_CPU_ISA']!r}"
+        )
+except ImportError as error:
+    # "cannot import name" is what a missing file reads as; any other text says why an existing one did not load.
+    _missing = (
+        "the extension flashattn._C was not built (it needs a C++ compiler when flashattn is installed)"
+        if "cannot import name" in str(error)
+        else f"the extension flashattn._C does not load: {error}"
+    )
+
+
+def isa() -> str:
+    """The instruction set the engine runs on here: "avx512", "avx2" or "portable"."""
+    return ops.isa.default()
+
+
+def unusable(device_type: str) -> str | None:
+    if _missing is not None:
+        return _missing
+    if device_type != "cpu":
+        return f"it runs on the CPU, not on {device_type}"
+    return None
+
+
+def refuses(dtype: torch.dtype, wide: bool) -> str | None:
+    if dtype == torch.float64:
+        return "it does not take float64"
+    if wide:
+        return "it does not take a head_dim over 256"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    right = score.right(q.shape[2], k.shape[2])
+    ops.attention_forward.default(q, k, v, out, lse, score.scale, right, score.q_lengths, score.kv_lengths)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    right = score.right(q.shape[2], k.shape[2])
+    ops.attention_backward.default(
+        grad_out, contiguous(grad_lse), q, k, v, out, lse, torch.empty_like(lse), *gradients,
+        score.scale, right, score.q_lengths, score.kv_lengths,
+    )  # fmt: skip
+    return gradients
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+def parameter_arg(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.float().contiguous()
+
+
+def dropout_args(norm: Norm) -> tuple:
+    """(seed, threshold, scale)"""
+    return norm.seed, dropout_threshold(norm.dropout_p), 1 / (1 - norm.dropout_p)
+
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    hidden_dtype: torch.dtype,
+    keep_hidden: bool,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    y = x.new_empty(x.shape)
+    hidden = x.new_empty(x.shape, dtype=hidden_dtype) if keep_hidden else None
+    row_count = x.shape[:-1].numel()
+    mean = x.new_empty(row_count, dtype=torch.float32) if norm.center else None
+    rstd = x.new_empty(row_count, dtype=torch.float32)
+    ops.norm_forward.default(
+        rows(x), rows(residual), parameter_arg(weight), parameter_arg(bias), rows(y), rows(hidden), mean, rstd,
+        hidden_dtype, norm_heads(weight, bias), norm.center, norm.eps, norm.weight_offset, *dropout_args(norm),
+    )  # fmt: skip
+    return y, hidden, mean, rstd
+
+
+def norm_backward(
+    grad_y: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    grad_x = hidden.new_empty(hidden.shape, dtype=x_dtype)
+    grad_residual = None if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype)
+    heads, parts = norm_heads(weight, bias), min(PARTS, hidden.shape[:-1].numel())
+    sums = [
+        None if p is None else rstd.new_empty(parts, heads, hidden.shape[-1]) for p in (weight, bias)
+    ]
+    ops.norm_backward.default(
+        rows(grad_y), rows(grad_hidden), rows(hidden), parameter_arg(weight), mean if norm.center else None, rstd,
+        rows(grad_x), rows(grad_residual), *sums, parts, heads, norm.center, norm.weight_offset, *dropout_args(norm),
+    )  # fmt: skip
+    return grad_x, grad_residual, sum_parts(sums[0], weight), sum_parts(sums[1], bias)

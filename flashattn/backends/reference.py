@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
+from .common import dropout_threshold
 
 BLOCK_Q = 256  # queries at a time
 
@@ -139,10 +140,6 @@ def dropout(x: Tensor, norm: Norm) -> Tensor:
     return torch.where(keep, x / (1 - norm.dropout_p), 0)
 
 
-def dropout_threshold(dropout_p: float) -> int:
-    return min(int(dropout_p * 2**31), 2**31 - 1)
-
-
 def per_row(p: Tensor, rows: int) -> Tensor:
     """A parameter as (rows, width) or (1, width): row r of per-head weights is weight[r % heads]."""
     return p.repeat(rows // p.shape[0], 1) if p.dim() == 2 else p[None, :]
@@ -153,7 +150,8 @@ def norm_forward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    hidden_dtype: torch.dtype | None,
+    hidden_dtype: torch.dtype,
+    keep_hidden: bool,
     norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """h = residual + dropout(x); y = (h - mean) * rstd * (weight + offset) + bias."""
@@ -162,6 +160,7 @@ def norm_forward(
     rows = hidden.shape[0]
     if residual is not None:
         hidden = hidden + residual.reshape(-1, width).to(dtype)
+    hidden = hidden.to(hidden_dtype).to(dtype)  # what is kept of h is what is normalised
     mean = hidden.mean(-1) if norm.center else None
     centered = hidden - mean[:, None] if norm.center else hidden
     rstd = torch.rsqrt(centered.square().mean(-1) + norm.eps)
@@ -170,7 +169,7 @@ def norm_forward(
         y = y * (per_row(weight, rows).to(dtype) + norm.weight_offset)
     if bias is not None:
         y = y + per_row(bias, rows).to(dtype)
-    kept = None if hidden_dtype is None else hidden.to(hidden_dtype).view(x.shape)
+    kept = hidden.to(hidden_dtype).view(x.shape) if keep_hidden else None
     return y.to(x.dtype).view(x.shape), kept, mean, rstd
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
-from .reference import dropout_threshold
-from .strides import last_dim_contiguous, row_view
+from .common import contiguous, dropout_threshold, last_dim_contiguous, norm_heads, rows, sum_parts
 
 if importlib.util.find_spec("triton") is not None:
     import triton
+    import triton.language as tl
 
     from ..kernels import backward as backward_kernels
     from ..kernels import configs
@@ -127,19 +127,14 @@ def backward(
 def row_arg(x: Tensor | None) -> RowView | None:
     if x is None:
         return None
-    x, sizes, strides = row_view(x)
-    return RowView(x, sizes[1], sizes[2], *strides)
+    x = rows(x)
+    return RowView(x, x.shape[1], x.shape[2], *x.stride()[:3])
 
 
 def dropout_arg(norm: Norm) -> DropoutArgs | None:
     if norm.dropout_p == 0:
         return None
     return DropoutArgs(norm.seed, dropout_threshold(norm.dropout_p), 1 / (1 - norm.dropout_p))
-
-
-def norm_heads(*parameters: Tensor | None) -> int:
-    """Heads that have parameters of their own; 1 where all rows share them."""
-    return next((p.shape[0] for p in parameters if p is not None and p.dim() == 2), 1)
 
 
 def norm_meta(width: int, norm: Norm) -> dict:
@@ -154,29 +149,27 @@ def norm_meta(width: int, norm: Norm) -> dict:
     )
 
 
-def contiguous(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.contiguous()
-
-
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    hidden_dtype: torch.dtype | None,
+    hidden_dtype: torch.dtype,
+    keep_hidden: bool,
     norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    width, rows, device = x.shape[-1], x.shape[:-1].numel(), x.device
+    width, row_count, device = x.shape[-1], x.shape[:-1].numel(), x.device
     y = torch.empty(x.shape, dtype=x.dtype, device=device)
-    hidden = None if hidden_dtype is None else torch.empty(x.shape, dtype=hidden_dtype, device=device)
-    mean = torch.empty(rows, dtype=torch.float32, device=device) if norm.center else None
-    rstd = torch.empty(rows, dtype=torch.float32, device=device)
+    hidden = torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None
+    mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
+    rstd = torch.empty(row_count, dtype=torch.float32, device=device)
     heads, meta = norm_heads(weight, bias), norm_meta(width, norm)
-    if rows:
-        grid = (triton.cdiv(rows // heads, meta["BLOCK_ROWS"]), heads)
+    if row_count:
+        grid = (triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), heads)
         norm_kernels.norm_forward[grid](
             row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
-            mean, rstd, dropout_arg(norm), rows, width, heads, norm.eps, norm.weight_offset, **meta,
+            mean, rstd, dropout_arg(norm), row_count, width, heads, norm.eps, norm.weight_offset,
+            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), **meta,
         )  # fmt: skip
     return y, hidden, mean, rstd
 
@@ -193,28 +186,24 @@ def norm_backward(
     residual_dtype: torch.dtype | None,
     norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    width, rows, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
+    width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
     grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
     heads, meta = norm_heads(weight, bias), norm_meta(width, norm)
-    programs = min(triton.cdiv(rows // heads, meta["BLOCK_ROWS"]), max(1, configs.NORM_PROGRAMS // heads))
+    programs = min(triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), max(1, configs.NORM_PROGRAMS // heads))
     parts = [
         None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)
         for p in (weight, bias)
     ]
-    if rows:
+    if row_count:
         hidden_arg, grad_arg, mean = row_arg(hidden), row_arg(grad_y), mean if norm.center else None
         norm_kernels.norm_backward[(programs, heads)](
             grad_arg, row_arg(grad_hidden), hidden_arg, contiguous(weight), mean, rstd, row_arg(grad_x),
-            row_arg(grad_residual), *parts, dropout_arg(norm), rows, width, heads, norm.weight_offset, **meta,
+            row_arg(grad_residual), *parts, dropout_arg(norm), row_count, width, heads, norm.weight_offset, **meta,
         )  # fmt: skip
         if not meta.pop("SINGLE") and (weight is not None or bias is not None):
             chunks = triton.cdiv(width, meta["BLOCK_COLS"])
             norm_kernels.norm_backward_weights[(programs, heads, chunks)](
-                grad_arg, hidden_arg, mean, rstd, *parts, rows, width, heads, **meta
+                grad_arg, hidden_arg, mean, rstd, *parts, row_count, width, heads, **meta
             )
-    grad_weight, grad_bias = (
-        None if p is None else part.sum(0).view(p.shape).to(p.dtype)
-        for p, part in zip((weight, bias), parts, strict=True)
-    )
-    return grad_x, grad_residual, grad_weight, grad_bias
+    return grad_x, grad_residual, sum_parts(parts[0], weight), sum_parts(parts[1], bias)

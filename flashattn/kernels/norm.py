@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm, forward and backward, with dropout and the residual addition fused in.
 
-    h    = residual + dropout(x)
+    h    = residual + dropout(x), rounded to its dtype: what is kept of h is what was normalised
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps)       (RMSNorm: mean = 0)
     y    = xhat * (weight + weight_offset) + bias
 
@@ -58,14 +58,14 @@ def store_rows(x, value, rows, cols, mask):
 
 
 @triton.jit
-def load_hidden(x, residual, drop, rows, cols, mask):
-    """h = residual + dropout(x), float32."""
+def load_hidden(x, residual, drop, rows, cols, mask, HIDDEN: tl.constexpr):
+    """h = residual + dropout(x), rounded to the dtype HIDDEN, as float32."""
     hidden = load_rows(x, rows, cols, mask)
     if drop is not None:
         hidden = dropout(hidden, drop, rows[:, None], cols[None, :])
     if residual is not None:
         hidden += load_rows(residual, rows, cols, mask)
-    return hidden
+    return hidden.to(HIDDEN).to(tl.float32)
 
 
 @triton.jit
@@ -104,12 +104,12 @@ def statistics(hidden, mask, count, width, mean, squares, CENTER: tl.constexpr):
 @triton.jit
 def read_chunk(
     x, residual, residual_out, drop, rows, row_mask, start, width, mean, squares,
-    CENTER: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    CENTER: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of h, kept in residual_out where asked, and folded into the statistics."""
     cols = start + tl.arange(0, BLOCK_COLS)
     mask = row_mask[:, None] & (cols < width)[None, :]
-    hidden = load_hidden(x, residual, drop, rows, cols, mask)
+    hidden = load_hidden(x, residual, drop, rows, cols, mask, HIDDEN)
     if residual_out is not None:
         store_rows(residual_out, hidden, rows, cols, mask)
     mean, squares = statistics(hidden, mask, start, width, mean, squares, CENTER)
@@ -133,7 +133,8 @@ def write_chunk(
 @triton.jit
 def norm_forward(
     x, residual, weight, bias, y, residual_out, mean, rstd, drop, row_count, width, heads, eps, weight_offset,
-    CENTER: tl.constexpr, SINGLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    CENTER: tl.constexpr, HIDDEN: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """y, and where asked residual_out = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head."""
     head = tl.program_id(1)
@@ -143,8 +144,9 @@ def norm_forward(
     squares = tl.zeros((BLOCK_ROWS,), tl.float32)
     if SINGLE:
         hidden, row_mean, squares = read_chunk(
-            x, residual, residual_out, drop, rows, row_mask, 0, width, row_mean, squares, CENTER, BLOCK_COLS
-        )
+            x, residual, residual_out, drop, rows, row_mask, 0, width, row_mean, squares,
+            CENTER, HIDDEN, BLOCK_COLS,
+        )  # fmt: skip
         row_rstd = 1.0 / tl.sqrt(squares / width + eps)
         write_chunk(
             y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, 0, width,
@@ -153,13 +155,14 @@ def norm_forward(
     else:
         for start in range(0, width, BLOCK_COLS):
             _, row_mean, squares = read_chunk(
-                x, residual, residual_out, drop, rows, row_mask, start, width, row_mean, squares, CENTER, BLOCK_COLS
-            )
+                x, residual, residual_out, drop, rows, row_mask, start, width, row_mean, squares,
+                CENTER, HIDDEN, BLOCK_COLS,
+            )  # fmt: skip
         row_rstd = 1.0 / tl.sqrt(squares / width + eps)
         for start in range(0, width, BLOCK_COLS):
             cols = start + tl.arange(0, BLOCK_COLS)
             mask = row_mask[:, None] & (cols < width)[None, :]
-            hidden = load_hidden(x, residual, drop, rows, cols, mask)
+            hidden = load_hidden(x, residual, drop, rows, cols, mask, HIDDEN)
             write_chunk(
                 y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, start, width,
                 CENTER, BLOCK_COLS,

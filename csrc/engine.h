@@ -1,0 +1,72 @@
+// What the bindings (ops.cpp, compiled once) and the kernels (compiled once per instruction set) share: plain structs
+// and a table of functions. No torch header here: the kernels see memory, sizes and strides.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace flashattn {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// A (batch, heads, seq, dim) tensor. Strides in elements; the last dimension is contiguous.
+struct Heads {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_seq = 0;
+};
+
+// Everything between q.k and softmax: flashattn/score.py. A new piece is one field here and one place in score.h.
+struct Score {
+  float scale;
+  bool has_right;  // query i sees keys j <= i + right
+  int64_t right;
+  const int32_t* q_lengths;   // (batch,) or null
+  const int32_t* kv_lengths;  // (batch,) or null
+};
+
+struct Attention {
+  Dtype dtype;
+  int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;
+  Score score;
+  Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  float* lse;             // (batch, heads, seq_q)
+  const float* grad_lse;  // likewise, or null
+  float* delta;           // likewise; written by the first backward pass, read by the second
+};
+
+// A tensor of up to three leading dimensions seen as rows; the last dimension is contiguous.
+struct Rows {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t size_1 = 1, size_2 = 1, stride_0 = 0, stride_1 = 0, stride_2 = 0;
+};
+
+struct Norm {
+  int64_t rows, width, heads, parts;  // parts: row blocks of the backward, each with its own sums
+  bool center;
+  float eps, weight_offset;
+  Rows x, residual, y, hidden, grad_y, grad_hidden, grad_x, grad_residual;
+  Dtype hidden_dtype;
+  const float *weight, *bias;  // (heads, width) or null
+  float *mean, *rstd;          // (rows,)
+  float *weight_parts, *bias_parts;  // (parts, heads, width) or null
+  bool dropout;
+  uint64_t seed;
+  uint32_t dropout_threshold;  // dropped where 31 random bits are below it
+  float dropout_scale;
+};
+
+// Work is a number of independent tiles; each thread takes the next one and lends it scratch memory of its own.
+template <class Call>
+struct Kernel {
+  int64_t (*tiles)(const Call&);
+  size_t (*scratch_floats)(const Call&);
+  void (*run)(const Call&, int64_t tile, float* scratch);
+};
+
+struct Engine {
+  Kernel<Attention> attention_forward, attention_backward_q, attention_backward_kv;
+  Kernel<Norm> norm_forward, norm_backward;
+};
+
+}  // namespace flashattn

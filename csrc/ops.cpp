@@ -1,0 +1,220 @@
+// The operators of the CPU engine, on LibTorch's stable ABI: one binary serves every PyTorch from 2.10 on. They take
+// checked arguments and allocated results (flashattn/backends/cpu.py), and share the tiles out over PyTorch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "engine.h"
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+namespace flashattn {
+
+#define FLASHATTN_DECLARE(isa) \
+  namespace isa {              \
+  extern const Engine engine;  \
+  }
+FLASHATTN_DECLARE(portable)
+#if defined(FLASHATTN_X86)
+FLASHATTN_DECLARE(avx2)
+FLASHATTN_DECLARE(avx512)
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Isa {
+  const char* name;
+  const Engine* engine;
+  bool supported;
+};
+
+// The best the processor has, or the one FLASHATTN_CPU_ISA names (which may only lower it).
+const Isa& isa() {
+  static const Isa chosen = [] {
+#if defined(FLASHATTN_X86)
+    __builtin_cpu_init();
+    const Isa all[] = {{"avx512", &avx512::engine, __builtin_cpu_supports("x86-64-v4") != 0},
+                       {"avx2", &avx2::engine, __builtin_cpu_supports("x86-64-v3") != 0},
+                       {"portable", &portable::engine, true}};
+#else
+    const Isa all[] = {{"portable", &portable::engine, true}};
+#endif
+    const char* wanted = std::getenv("FLASHATTN_CPU_ISA");
+    for (const Isa& i : all)
+      if (i.supported && (!wanted || !*wanted || !std::strcmp(wanted, i.name))) return i;
+    return Isa{nullptr, nullptr, false};
+  }();
+  return chosen;
+}
+
+const Engine& engine() {
+  STD_TORCH_CHECK(isa().engine, "FLASHATTN_CPU_ISA must be avx512, avx2 or portable, and one this processor has; got ",
+                  std::getenv("FLASHATTN_CPU_ISA"));
+  return *isa().engine;
+}
+
+template <class Call>
+void run(const Kernel<Call>& kernel, const Call& call) {
+  const int64_t tiles = kernel.tiles(call);
+  if (tiles == 0) return;
+  const size_t bytes = (kernel.scratch_floats(call) * sizeof(float) + 63) / 64 * 64;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
+  std::atomic<int64_t> next{0};
+  // parallel_for splits statically, so it gets one item a thread, and each thread takes the next tile when it is free.
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<float, void (*)(void*)> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)), std::free);
+    STD_TORCH_CHECK(scratch, "out of memory");
+    for (int64_t thread = begin; thread < end; thread++)
+      for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) kernel.run(call, tile, scratch.get());
+  });
+}
+
+Dtype dtype_of(torch::headeronly::ScalarType dtype) {
+  switch (dtype) {
+    case torch::headeronly::ScalarType::Float: return Dtype::float32;
+    case torch::headeronly::ScalarType::BFloat16: return Dtype::bfloat16;
+    case torch::headeronly::ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "the CPU engine takes float32, bfloat16 and float16");
+  }
+}
+
+Dtype dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
+
+template <class T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+template <class T>
+T* pointer(const OptionalTensor& x) {
+  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
+}
+
+// ------------------------------------------------------------------------------------------------ attention
+
+Heads heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                    double scale, std::optional<int64_t> right, const OptionalTensor& q_lengths,
+                    const OptionalTensor& kv_lengths) {
+  Attention a = {};
+  a.dtype = dtype_of(q);
+  a.batch = q.size(0), a.heads = q.size(1), a.seq_q = q.size(2), a.head_dim = q.size(3);
+  a.kv_heads = k.size(1), a.seq_k = k.size(2), a.head_dim_v = v.size(3);
+  a.score = {static_cast<float>(scale), right.has_value(), right.value_or(0), pointer<int32_t>(q_lengths),
+             pointer<int32_t>(kv_lengths)};
+  a.q = heads(q), a.k = heads(k), a.v = heads(v), a.out = heads(out);
+  a.lse = pointer<float>(lse);
+  return a;
+}
+
+void attention_forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
+                       std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
+  run(engine().attention_forward, attention(q, k, v, out, lse, scale, right, q_lengths, kv_lengths));
+}
+
+void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                        Tensor delta, Tensor grad_q, Tensor grad_k, Tensor grad_v, double scale,
+                        std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
+  Attention a = attention(q, k, v, out, lse, scale, right, q_lengths, kv_lengths);
+  a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
+  a.grad_lse = pointer<float>(grad_lse);
+  a.delta = pointer<float>(delta);
+  run(engine().attention_backward_q, a);
+  run(engine().attention_backward_kv, a);
+}
+
+// ------------------------------------------------------------------------------------------------ norms
+
+// Python has merged the leading dimensions: (n0, n1, n2, width).
+Rows rows(const OptionalTensor& x) {
+  if (!x) return {};
+  return {x->data_ptr(), dtype_of(*x), x->size(1), x->size(2), x->stride(0), x->stride(1), x->stride(2)};
+}
+
+Norm norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& mean, const Tensor& rstd, int64_t heads,
+          bool center, double eps, double weight_offset, const OptionalTensor& seed, int64_t threshold, double scale) {
+  Norm n = {};
+  n.rows = x.size(0) * x.size(1) * x.size(2), n.width = x.size(3), n.heads = heads;
+  n.center = center, n.eps = static_cast<float>(eps), n.weight_offset = static_cast<float>(weight_offset);
+  n.weight = pointer<float>(weight);
+  n.mean = pointer<float>(mean), n.rstd = pointer<float>(rstd);
+  n.dropout = seed.has_value();
+  n.seed = seed ? *pointer<uint64_t>(seed) : 0;
+  n.dropout_threshold = static_cast<uint32_t>(threshold), n.dropout_scale = static_cast<float>(scale);
+  return n;
+}
+
+void norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor y,
+                  OptionalTensor hidden, OptionalTensor mean, Tensor rstd,
+                  torch::headeronly::ScalarType hidden_dtype, int64_t heads, bool center, double eps, double weight_offset, OptionalTensor seed, int64_t threshold,
+                  double scale) {
+  Norm n = norm(x, weight, mean, rstd, heads, center, eps, weight_offset, seed, threshold, scale);
+  n.x = rows(x), n.residual = rows(residual), n.y = rows(y), n.hidden = rows(hidden);
+  n.bias = pointer<float>(bias);
+  n.hidden_dtype = dtype_of(hidden_dtype);
+  run(engine().norm_forward, n);
+}
+
+void norm_backward(Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, OptionalTensor weight,
+                   OptionalTensor mean, Tensor rstd, Tensor grad_x, OptionalTensor grad_residual,
+                   OptionalTensor weight_parts, OptionalTensor bias_parts, int64_t parts, int64_t heads, bool center,
+                   double weight_offset, OptionalTensor seed, int64_t threshold, double scale) {
+  Norm n = norm(hidden, weight, mean, rstd, heads, center, 0, weight_offset, seed, threshold, scale);
+  n.grad_y = rows(grad_y), n.grad_hidden = rows(grad_hidden), n.hidden = rows(hidden);
+  n.grad_x = rows(grad_x), n.grad_residual = rows(grad_residual);
+  n.weight_parts = pointer<float>(weight_parts), n.bias_parts = pointer<float>(bias_parts);
+  n.parts = parts;
+  run(engine().norm_backward, n);
+}
+
+std::string cpu_isa() { return isa().name ? isa().name : ""; }
+
+}  // namespace
+}  // namespace flashattn
+
+STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
+  m.def("isa() -> str");
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int? right, "
+      "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor(a!) delta, Tensor(b!) grad_q, Tensor(c!) grad_k, Tensor(d!) grad_v, float scale, int? right, "
+      "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
+  m.def(
+      "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!)? hidden, "
+      "Tensor(c!)? mean, Tensor(d!) rstd, ScalarType hidden_dtype, int heads, bool center, float eps, "
+      "float weight_offset, Tensor? seed, int threshold, float scale) -> ()");
+  m.def(
+      "norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? mean, Tensor rstd, "
+      "Tensor(a!) grad_x, Tensor(b!)? grad_residual, Tensor(c!)? weight_parts, Tensor(d!)? bias_parts, int parts, "
+      "int heads, bool center, float weight_offset, Tensor? seed, int threshold, float scale) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&flashattn::cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
+  m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));
+  m.impl("norm_backward", TORCH_BOX(&flashattn::norm_backward));
+}
+
+// `import flashattn._C` loads the library, which registers the operators above; the module itself is empty.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

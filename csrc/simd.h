@@ -1,0 +1,173 @@
+// Vectors of the width the instruction set has, and the conversions and functions the kernels need on them.
+// Compiler vector types (GCC and clang) carry the arithmetic; intrinsics stand only where they cannot.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "engine.h"
+
+namespace flashattn {
+namespace FLASHATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;      // floats in a vector
+constexpr int MICRO = 12;  // rows of the matrix microkernel: MICRO * 2 accumulators fit the registers
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int MICRO = 6;
+#else
+constexpr int W = 4;
+constexpr int MICRO = 6;
+#endif
+constexpr int LANES = 2 * W;  // columns of the microkernel
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+// Unaligned access, through a type of alignment 1.
+template <class V>
+struct __attribute__((packed, may_alias)) Unaligned {
+  V v;
+};
+template <class V, class T>
+static inline V load(const T* p) {
+  return reinterpret_cast<const Unaligned<V>*>(p)->v;
+}
+template <class V, class T>
+static inline void store(T* p, V v) {
+  reinterpret_cast<Unaligned<V>*>(p)->v = v;
+}
+static inline vf broadcast(float x) { return x - vf{}; }
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+static inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < W; i++) total += v[i];
+  return total;
+}
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// 2^x for x < 128. x = n + f with |f| <= 1/2; 2^f by a polynomial that is exactly 1 at 0, so that a rescale by 2^0
+// changes nothing. Relative error below 1.2e-7. Below -126 (and at -inf) the result is 0; a NaN stays a NaN.
+static inline vf exp2(vf x) {
+  const vf shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf clamped = max(x, broadcast(-126.0f));
+  vf shifted = clamped + shifter;
+  vf f = clamped - (shifted - shifter);
+  vf p = broadcast(1.535336181e-4f);
+  p = p * f + 1.339887445e-3f;
+  p = p * f + 9.618437358e-3f;
+  p = p * f + 5.550332471e-2f;
+  p = p * f + 2.402264791e-1f;
+  p = p * f + 6.931472029e-1f;
+  p = p * f + 1.0f;
+  vi n = (vi)shifted - (vi)shifter;
+  vf result = (vf)((vi)p + (n << 23));
+  return x >= broadcast(-126.0f) ? result : (x == x ? vf{} : x);
+}
+
+// ---------------------------------------------------------------- 16-bit floats
+
+static inline float bfloat16_to_float(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+static inline vh float_to_bfloat16(vf x) {
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  vu quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector((vu)(x == x ? (vi)rounded : (vi)quiet), vh);
+}
+
+static inline vf float16_to_float(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  vf result;
+  for (int i = 0; i < W; i++) {
+    uint16_t bits = x[i];
+    _Float16 half;
+    __builtin_memcpy(&half, &bits, 2);
+    result[i] = (float)half;
+  }
+  return result;
+#endif
+}
+
+static inline vh float_to_float16(vf x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vh result;
+  for (int i = 0; i < W; i++) {
+    _Float16 half = (_Float16)x[i];
+    uint16_t bits;
+    __builtin_memcpy(&bits, &half, 2);
+    result[i] = bits;
+  }
+  return result;
+#endif
+}
+
+// n elements of any dtype to float32. `dst` has room for n rounded up to whole vectors; the rest is set to 0.
+static inline void load_floats(float* dst, const void* src, Dtype dtype, int64_t n) {
+  int64_t i = 0;
+  if (dtype == Dtype::float32) {
+    const float* x = (const float*)src;
+    for (; i + W <= n; i += W) store(dst + i, load<vf>(x + i));
+    if (i == n) return;
+    store(dst + i, vf{});
+    for (; i < n; i++) dst[i] = x[i];
+    return;
+  }
+  const uint16_t* x = (const uint16_t*)src;
+  auto widen = [dtype](vh v) {
+    return dtype == Dtype::bfloat16 ? (vf)(__builtin_convertvector(v, vu) << 16) : float16_to_float(v);
+  };
+  for (; i + W <= n; i += W) store(dst + i, widen(load<vh>(x + i)));
+  if (i == n) return;
+  vh tail = {};
+  for (int64_t j = i; j < n; j++) tail[j - i] = x[j];
+  store(dst + i, widen(tail));
+}
+
+// n floats to any dtype, rounded to nearest even. `src` is readable to whole vectors.
+static inline void store_floats(void* dst, const float* src, Dtype dtype, int64_t n) {
+  int64_t i = 0;
+  if (dtype == Dtype::float32) {
+    float* y = (float*)dst;
+    for (; i + W <= n; i += W) store(y + i, load<vf>(src + i));
+    for (; i < n; i++) y[i] = src[i];
+    return;
+  }
+  uint16_t* y = (uint16_t*)dst;
+  auto narrow = [dtype](vf v) { return dtype == Dtype::bfloat16 ? float_to_bfloat16(v) : float_to_float16(v); };
+  for (; i + W <= n; i += W) store(y + i, narrow(load<vf>(src + i)));
+  if (i == n) return;
+  vh tail = narrow(load<vf>(src + i));
+  for (int64_t j = i; j < n; j++) y[j] = tail[j - i];
+}
+
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+}  // namespace FLASHATTN_ISA
+}  // namespace flashattn

@@ -1,0 +1,54 @@
+"""What the native backends share: how they look at tensors of any strides, and the norm's small sums."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous, else one copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """x seen as (n0, n1, n2, width), its leading dimensions merged in row-major order; those not needed have size 1
+    and come last. Copied once if three are not enough or its last dimension is not contiguous."""
+    if x is None:
+        return None
+    if x.is_contiguous():
+        return x.view(-1, 1, 1, x.shape[-1]) if x.numel() else x.reshape(0, 1, 1, x.shape[-1])
+    x = last_dim_contiguous(x)
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if strides and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 3:
+        return rows(x.contiguous())
+    unused = 3 - len(sizes)
+    return x.as_strided((*sizes, *[1] * unused, x.shape[-1]), (*strides, *[0] * unused, 1))
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def norm_heads(*parameters: Tensor | None) -> int:
+    """Heads that have parameters of their own; 1 where all rows share them."""
+    return next((p.shape[0] for p in parameters if p is not None and p.dim() == 2), 1)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """An element is dropped where its 31 random bits are below this."""
+    return min(int(dropout_p * 2**31), 2**31 - 1)
+
+
+def sum_parts(parts: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter from (parts, heads, width) partial sums, added in a fixed order."""
+    return None if parameter is None else parts.sum(0).view(parameter.shape).to(parameter.dtype)
