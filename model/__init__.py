@@ -1,0 +1,8 @@
+"""A minimal Transformer on flashattn: one block class, a config dataclass, one short file a family."""
+
+from .checkpoints import load
+from .config import Config
+from .generate import generate
+from .transformer import Transformer
+
+__all__ = ["Config", "Transformer", "generate", "load"]

@@ -1,0 +1,143 @@
+"""Checkpoints: a Hugging Face directory (config.json with safetensors or .bin), or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import gguf_file
+from .config import Config
+from .families import FAMILIES
+from .tokenizer import Tokenizer
+from .transformer import Transformer
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, cut off, or not one this library knows. Names the file."""
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = False) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokeniser of a checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        path: a directory with config.json and model.safetensors (or its shards, or pytorch_model.bin), or a .gguf file.
+        dtype: of the weights. Quantised GGUF weights are dequantised to it.
+        progress: show a progress line on standard error.
+
+    Raises:
+        CheckpointError: naming the file, the tensor and what was expected of it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.suffix == ".gguf":
+        hf, tensors, tokenizer = gguf_file.read(path, progress)
+    elif path.is_dir():
+        hf, tensors, tokenizer = read_json(path / "config.json"), read_tensors(path), Tokenizer.from_directory(path)
+    else:
+        raise CheckpointError(f"{path}: a checkpoint is a directory with config.json, or a .gguf file")
+    config = read_config(hf, path)
+    if tokenizer is not None and tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokeniser has {tokenizer.size} tokens, the model an embedding of {config.vocab_size}"
+        )
+    return build(config, tensors, path, dtype, progress), tokenizer
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_config(hf: dict, path: Path) -> Config:
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise CheckpointError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    try:
+        return FAMILIES[family].config(hf)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: config.json has no usable {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face directory, by the names they have there."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        candidates = [directory / "model.safetensors", directory / "pytorch_model.bin"]
+        files = [next((f for f in candidates if f.exists()), None)]
+        if files[0] is None:
+            raise CheckpointError(f"{directory}: neither model.safetensors nor pytorch_model.bin is there")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_file(file)
+    return tensors
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file, but the index names it")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)  # never runs code from the file
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated or not a checkpoint: {error}") from None
+    except Exception as error:  # what unpickling raises depends on the bytes
+        raise CheckpointError(f"{file}: refused: {str(error).splitlines()[0]}") from None
+
+
+def source_name(name: str, names: dict[str, str]) -> str:
+    """The checkpoint's name for our parameter: the entry of `names` that fits it whole or up to a last part."""
+    parts = name.split(".")
+    layer = next((p for p in parts if p.isdigit()), None)
+    generic = name if layer is None else name.replace(f".{layer}.", ".{i}.", 1)
+    stem, _, last = generic.rpartition(".")
+    found = names[generic] if generic in names else f"{names[stem]}.{last}"
+    return found.replace("{i}", layer or "")
+
+
+def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, progress: bool) -> Transformer:
+    """A Transformer with the tensors of a checkpoint. Every one must be there, fit, and be used."""
+    family = FAMILIES[config.family]
+    tensors = {strip(name, family.PREFIXES): x for name, x in tensors.items()}
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(family.IGNORED)}
+    if config.tied:
+        tensors.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
+    if hasattr(family, "prepare"):
+        tensors = family.prepare(tensors, config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    state = {}
+    for name, parameter in tqdm(model.state_dict().items(), "loading", disable=not progress, leave=False):
+        source = source_name(name, family.NAMES)
+        if source not in tensors:
+            raise CheckpointError(f"{path}: tensor {source} is missing")
+        x = tensors.pop(source)
+        if x.shape != parameter.shape:
+            raise CheckpointError(f"{path}: tensor {source} must be {tuple(parameter.shape)}, got {tuple(x.shape)}")
+        state[name] = x.to(dtype).contiguous()
+    if tensors:
+        raise CheckpointError(f"{path}: tensors that a {config.family} does not have: {', '.join(sorted(tensors)[:5])}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def strip(name: str, prefixes: tuple[str, ...]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    return name

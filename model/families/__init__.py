@@ -1,0 +1,12 @@
+"""The families. Each module has the same few names:
+
+- `config(hf)`: a `Config` from the dictionary of a Hugging Face config.json
+- `NAMES`: our parameter name to the checkpoint's; {i} stands for the layer
+- `IGNORED`: name prefixes of tensors that carry nothing we need
+- `PREFIXES`: what may stand in front of every name of a checkpoint
+- `prepare(tensors, config)`, where needed: reshape what is stored differently
+"""
+
+from . import bert, gpt2, llama
+
+FAMILIES = {"llama": llama, "bert": bert, "gpt2": gpt2}

@@ -1,0 +1,56 @@
+"""Llama: rotary positions, RMSNorm in front, SwiGLU, grouped-query attention.
+
+Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), arXiv:2302.13971.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+
+NAMES = {
+    "token_embedding.weight": "embed_tokens.weight",
+    "blocks.{i}.attention_norm.weight": "layers.{i}.input_layernorm.weight",
+    "blocks.{i}.attention.q": "layers.{i}.self_attn.q_proj",
+    "blocks.{i}.attention.k": "layers.{i}.self_attn.k_proj",
+    "blocks.{i}.attention.v": "layers.{i}.self_attn.v_proj",
+    "blocks.{i}.attention.out": "layers.{i}.self_attn.o_proj",
+    "blocks.{i}.feed_forward_norm.weight": "layers.{i}.post_attention_layernorm.weight",
+    "blocks.{i}.feed_forward.gate": "layers.{i}.mlp.gate_proj",
+    "blocks.{i}.feed_forward.up": "layers.{i}.mlp.up_proj",
+    "blocks.{i}.feed_forward.down": "layers.{i}.mlp.down_proj",
+    "norm.weight": "norm.weight",
+    "head.weight": "lm_head.weight",
+}
+PREFIXES = ("model.",)
+IGNORED = ("rotary_emb.",)
+
+
+def config(hf: dict) -> Config:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type must be 'default', got {kind!r}")
+    if hf.get("attention_bias") or hf.get("mlp_bias"):
+        raise ValueError("attention_bias and mlp_bias must be false")
+    heads = hf["num_attention_heads"]
+    return Config(
+        family="llama",
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        hidden=hf["intermediate_size"],
+        context=hf["max_position_embeddings"],
+        causal=True,
+        norm="rms",
+        norm_eps=hf["rms_norm_eps"],
+        norm_first=True,
+        activation=hf.get("hidden_act", "silu"),
+        gated=True,
+        positions="rope",
+        rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        bias=False,
+        tied=hf.get("tie_word_embeddings", False),
+    )

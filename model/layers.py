@@ -1,0 +1,97 @@
+"""The pieces of a block: attention with rotary positions and a cache, the feed-forward, the block itself."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import flashattn
+
+from .cache import Step
+from .config import Config
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu, "relu": F.relu}
+
+
+def make_norm(config: Config) -> nn.Module:
+    norm = flashattn.LayerNorm if config.norm == "layer" else flashattn.RMSNorm
+    return norm(config.width, eps=config.norm_eps)
+
+
+def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * theta^(-2i / head_dim).
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
+    """
+    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[:, None, :, None].float() * config.rope_theta ** (-i / config.head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, seq, head_dim)."""
+    cos, sin = table
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.q = nn.Linear(config.width, config.heads * config.head_dim, config.bias)
+        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, config.bias)
+        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, config.bias)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, config.bias)
+
+    def forward(self, x: Tensor, layer: int, step: Step) -> Tensor:
+        # (batch, seq, heads * head_dim) seen as (batch, heads, seq, head_dim): views, not copies.
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
+        if step.rotary is not None:
+            q, k = rotate(q, step.rotary), rotate(k, step.rotary)
+        if step.cache is not None:
+            k, v = step.cache.append(layer, k, v, step)
+        out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.kv_lengths)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.width, config.hidden, config.bias) if config.gated else None
+        self.up = nn.Linear(config.width, config.hidden, config.bias)
+        self.down = nn.Linear(config.hidden, config.width, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm and its residual addition, which are one kernel."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.attention = Attention(config)
+        self.attention_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = make_norm(config)
+
+    def forward(self, x: Tensor, residual: Tensor | None, layer: int, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Pre-norm: x is what the last sublayer put out, still to be added to the residual stream; the next norm adds
+        it. Post-norm: x is the stream, and residual is None."""
+        if self.norm_first:
+            y, residual = self.attention_norm(x, residual, prenorm=True)
+            y, residual = self.feed_forward_norm(self.attention(y, layer, step), residual, prenorm=True)
+            return self.feed_forward(y), residual
+        x = self.attention_norm(self.attention(x, layer, step), residual=x)
+        x = self.feed_forward_norm(self.feed_forward(x), residual=x)
+        return x, None

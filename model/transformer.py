@@ -1,0 +1,83 @@
+"""The Transformer: embeddings, blocks, head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cache import Cache, Step
+from .config import Config
+from .layers import Block, make_norm, rotary_table
+
+
+class Transformer(nn.Module):
+    """Decoder-only or encoder-only, as its config says.
+
+    >>> import torch
+    >>> from model import Config, Transformer
+    >>> config = Config("llama", vocab_size=100, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=64,
+    ...     context=128, causal=True, norm="rms", norm_eps=1e-5, norm_first=True, activation="silu", gated=True,
+    ...     positions="rope", bias=False)
+    >>> Transformer(config)(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 100])
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
+        self.type_embedding = nn.Embedding(config.token_types, config.width) if config.token_types else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm(config) if config.norm_first else None
+        untied = config.head and not config.tied
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False) if untied else None
+
+    def encode(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        token_types: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The last hidden states (batch, seq, width) of tokens (batch, seq).
+
+        Sequences shorter than seq are padded on the right, with their `lengths` (batch,) given; what stands at the
+        padding is undefined. With a cache, tokens follow those it holds.
+        """
+        batch, seq = tokens.shape
+        held = 0 if cache is None else cache.longest
+        if held + seq > self.config.context:
+            raise ValueError(f"tokens must fit the context of {self.config.context}, got {held + seq}")
+        if cache is None:
+            positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
+            step = Step(positions, self.config.causal, lengths)
+        else:
+            step = cache.begin(seq, lengths)
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(step.positions)
+        else:
+            step.rotary = rotary_table(step.positions, self.config)
+        if self.type_embedding is not None:
+            x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        residual = None
+        for layer, block in enumerate(self.blocks):
+            x, residual = block(x, residual, layer, step)
+        return x if self.norm is None else self.norm(x, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, width) to (…, vocab_size)."""
+        if not self.config.head:
+            raise ValueError(f"a {self.config.family} checkpoint without a head has no logits")
+        return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits (batch, seq, vocab_size); hidden states where the config has no head."""
+        hidden = self.encode(tokens, lengths)
+        return self.logits(hidden) if self.config.head else hidden
