@@ -86,11 +86,12 @@ static Tile tile_at(int64_t index, int64_t seq, int64_t heads, int64_t block, bo
   return {index / tiles / heads, index / tiles % heads, {tile * block, min(seq, (tile + 1) * block)}};
 }
 
-// exp2(S - shift) in place; S is [rows][lanes], shift one number a lane.
-static void exp2_rows(float* s, int64_t rows, int64_t lanes, const float* shift) {
+// exp(s - lse) of base-2 scores S[rows][lanes] in place; lse is natural, one number a lane. Its product with log2(e) is
+// left to a fused multiply-add: rounded on its own it would cost as much accuracy as lse itself has.
+static void softmax_weights(float* s, int64_t rows, int64_t lanes, const float* lse) {
   for (int64_t i = 0; i < lanes; i += W) {
-    vf m = load<vf>(shift + i);
-    for (int64_t j = 0; j < rows; j++) store(s + j * lanes + i, exp2(load<vf>(s + j * lanes + i) - m));
+    vf shift = load<vf>(lse + i);
+    for (int64_t j = 0; j < rows; j++) store(s + j * lanes + i, exp2(load<vf>(s + j * lanes + i) - shift * LOG2E));
   }
 }
 
@@ -115,14 +116,14 @@ static bool online_softmax(float* s, int64_t n, int64_t lanes, Softmax softmax) 
     vf m = load<vf>(softmax.m + i), m_new = m;
     for (int64_t j = 0; j < n; j++) m_new = max(m_new, load<vf>(s + j * lanes + i));
     vf shift = m_new == -__builtin_inff() ? vf{} : m_new;  // no key yet: weights 0, not NaN
-    vf alpha = exp2(m - shift), l = load<vf>(softmax.l + i) * alpha;
+    vf alpha = exp2(m - shift), l[4] = {};  // four short sums are more exact than one long one
     for (int64_t j = 0; j < n; j++) {
       vf p = exp2(load<vf>(s + j * lanes + i) - shift);
       store(s + j * lanes + i, p);
-      l += p;
+      l[j % 4] += p;
     }
     store(softmax.m + i, m_new);
-    store(softmax.l + i, l);
+    store(softmax.l + i, load<vf>(softmax.l + i) * alpha + ((l[0] + l[1]) + (l[2] + l[3])));
     store(softmax.alpha + i, alpha);
     vi changed = alpha != 1.0f;
     for (int lane = 0; lane < W; lane++) rescale |= changed[lane] != 0;
@@ -180,7 +181,7 @@ void forward_tile(const Attention& a, int64_t index, float* memory) {
 
 // ------------------------------------------------------------------------------------------------ backward
 
-// A tile of queries as the backward passes use it: q and grad_out, as rows and transposed, base-2 lse, delta.
+// A tile of queries as the backward passes use it: q and grad_out, as rows and transposed, lse, delta.
 struct Queries {
   float *q, *q_t, *grad, *grad_t, *lse, *delta;
   int64_t lanes;
@@ -202,7 +203,7 @@ static Queries load_queries(const Attention& a, int64_t batch, int64_t head, Ran
   const float* delta = a.delta + (batch * a.heads + head) * a.seq_q;
   for (int64_t i = 0; i < x.lanes; i++) {
     bool attends = rows.begin + i < valid.end && lse[rows.begin + i] != -__builtin_inff();
-    x.lse[i] = attends ? lse[rows.begin + i] * LOG2E : __builtin_inff();  // 2^(s - inf) = 0
+    x.lse[i] = attends ? lse[rows.begin + i] : __builtin_inff();  // exp(s - inf) = 0
     x.delta[i] = attends ? delta[rows.begin + i] : 0;
   }
   return x;
@@ -213,7 +214,7 @@ static void weights_and_gradients(const Attention& a, Strided k, Strided v, cons
                                   Range keys, float* p, float* ds) {
   int64_t n = keys.end - keys.begin;
   matmul(p, x.lanes, k, x.q_t, x.lanes, n, x.lanes, a.head_dim, false);
-  exp2_rows(p, n, x.lanes, x.lse);
+  softmax_weights(p, n, x.lanes, x.lse);
   if (is_edge(a, queries, keys)) mask(a, p, x.lanes, queries, keys, 0);
   matmul(ds, x.lanes, v, x.grad_t, x.lanes, n, x.lanes, a.head_dim_v, false);
   for (int64_t i = 0; i < x.lanes; i += W) {

@@ -12,12 +12,11 @@ struct Strided {
   int64_t row, col;
 };
 
-// ROWS x LANES of C, all in registers: per k one load of 2 vectors of B, ROWS broadcasts of A, 2 * ROWS FMAs.
+// ROWS x LANES of C, all in registers: per k one load of 2 vectors of B, ROWS broadcasts of A, 2 * ROWS FMAs. What is
+// added to comes in at the end: a sum of tile sums is more exact than one long sum.
 template <int ROWS>
 static inline void microkernel(float* c, int64_t ldc, Strided a, const float* b, int64_t ldb, int64_t k, bool add) {
-  vf acc[ROWS][2];
-  for (int r = 0; r < ROWS; r++)
-    for (int n = 0; n < 2; n++) acc[r][n] = add ? load<vf>(c + r * ldc + n * W) : vf{};
+  vf acc[ROWS][2] = {};
   for (int64_t i = 0; i < k; i++) {
     vf b0 = load<vf>(b + i * ldb), b1 = load<vf>(b + i * ldb + W);
     for (int r = 0; r < ROWS; r++) {
@@ -27,7 +26,10 @@ static inline void microkernel(float* c, int64_t ldc, Strided a, const float* b,
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int n = 0; n < 2; n++) store(c + r * ldc + n * W, acc[r][n]);
+    for (int n = 0; n < 2; n++) {
+      float* at = c + r * ldc + n * W;
+      store(at, add ? load<vf>(at) + acc[r][n] : acc[r][n]);
+    }
 }
 
 // The microkernel of `rows` rows, for the last rows of a matrix.

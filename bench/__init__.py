@@ -1,0 +1,1 @@
+"""Measure and compare: `python -m bench --help`."""

@@ -1,0 +1,75 @@
+"""The command line: python -m bench attention. Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import flashattn
+
+from . import attention
+from .attention import Case
+from .report import print_table, write_json, write_plot
+
+
+def shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(x) for x in text.split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError("takes BATCH,HEADS,SEQ,HEAD_DIM, each at least 1")
+    return sizes
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description="Measure flashattn against PyTorch.")
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "attention",
+        help="attention against scaled_dot_product_attention",
+        description="Error against float64, time, and the ratio to PyTorch's scaled_dot_product_attention, measured in "
+        "pairs in the same run. Without --shape: a list of usual shapes.",
+    )
+    command.add_argument("--quick", action="store_true", help="ten small cases, in under half a minute")
+    command.add_argument("--shape", type=shape, metavar="B,H,S,D", help="one case: batch, heads, seq, head_dim")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of that case")
+    command.add_argument("--causal", action="store_true", help="that case causal")
+    command.add_argument("--backward", action="store_true", help="that case's backward")
+    command.add_argument("--backend", choices=["triton", "cpu", "reference"], help="force one; default: the best here")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    command.add_argument("--seconds", type=float, default=None, help="time for each case (default 0.5 quick, else 2)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw ratio against length (png, svg, pdf)")
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.shape:
+        cases = [Case(*args.shape, args.dtype, args.causal, args.backward)]
+    else:
+        cases = attention.QUICK if args.quick else attention.FULL
+    seconds = args.seconds if args.seconds is not None else 0.5 if args.quick else 2.0
+    device = torch.device(args.device)
+    try:
+        if args.backend is None:
+            results = print_table(attention.run(case, device, seconds) for case in cases)
+        else:
+            with flashattn.use_backend(args.backend):
+                results = print_table(attention.run(case, device, seconds) for case in cases)
+        if args.json:
+            write_json(results, args.json)
+        if args.plot:
+            write_plot(results, args.plot)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if all(r.correct for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

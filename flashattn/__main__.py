@@ -1,0 +1,55 @@
+"""python -m flashattn: versions, CPU features, which backends are usable here, and why the others are not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__
+from .backends import BACKENDS, choose, cpu, why_not
+
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def cpu_features() -> str:
+    """The vector extensions among the processor's flags, where the system tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            text = file.read()
+    except OSError:
+        return "unknown"
+    flags = {w for line in text.splitlines() if line.lower().startswith(("flags", "features")) for w in line.split()}
+    return " ".join(f for f in FEATURES if f in flags) or "none of " + " ".join(FEATURES)
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    print(f"flashattn {__version__}, torch {torch.__version__}, triton {version('triton')}")
+    print(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print(f"CPU features: {cpu_features()}; {torch.get_num_threads()} threads")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"GPU: {torch.cuda.get_device_name() if device.type == 'cuda' else 'none'}\n")
+    for name in BACKENDS:
+        kinds = {device.type, "cpu"}
+        reasons = {kind: why_not(name, kind, torch.float32) for kind in kinds}
+        usable = [kind for kind, reason in reasons.items() if reason is None]
+        note = f"runs on {', '.join(sorted(usable))}" if usable else reasons[device.type]
+        if name == "cpu" and usable:
+            note += f", instruction set {cpu.isa()}"
+        print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
+    forced = os.environ.get("FLASHATTN_BACKEND")
+    chosen = choose(device, torch.float32)
+    print(f"\na call on {device.type} tensors goes to: {chosen}" + (f" (FLASHATTN_BACKEND={forced})" if forced else ""))
+
+
+if __name__ == "__main__":
+    main()
