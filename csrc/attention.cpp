@@ -200,11 +200,9 @@ static Queries load_queries(const Attention& a, int64_t batch, int64_t head, Ran
   transpose(x.q, d, a.head_dim, x.lanes, a.score.scale * LOG2E, x.q_t);
   transpose(x.grad, dv, a.head_dim_v, x.lanes, 1, x.grad_t);
   const float* lse = a.lse + (batch * a.heads + head) * a.seq_q;
-  const float* delta = a.delta + (batch * a.heads + head) * a.seq_q;
   for (int64_t i = 0; i < x.lanes; i++) {
     bool attends = rows.begin + i < valid.end && lse[rows.begin + i] != -__builtin_inff();
     x.lse[i] = attends ? lse[rows.begin + i] : __builtin_inff();  // exp(s - inf) = 0
-    x.delta[i] = attends ? delta[rows.begin + i] : 0;
   }
   return x;
 }
@@ -226,23 +224,35 @@ static void weights_and_gradients(const Attention& a, Strided k, Strided v, cons
   }
 }
 
-// delta = rowsum(grad_out * out) - grad_lse, for the queries of one tile.
-static void write_delta(const Attention& a, int64_t batch, int64_t head, Range rows, float* grad, float* out) {
-  int64_t at = (batch * a.heads + head) * a.seq_q;
-  for (int64_t i = rows.begin; i < rows.end; i++) {
-    load_floats(grad, row(a.grad_out, a.dtype, batch, head, i), a.dtype, a.head_dim_v);
-    load_floats(out, row(a.out, a.dtype, batch, head, i), a.dtype, a.head_dim_v);
+// delta = rowsum(grad_out * out) - grad_lse, for the queries of one tile. Summed in the order the microkernel sums
+// grad_out v, so that where one key has all the weight, and out is v, the two cancel exactly.
+static void write_delta(const Attention& a, int64_t batch, int64_t head, Range rows, const Queries& x, float* out,
+                        float* out_t, int64_t dv) {
+  pack_rows(a, a.out, batch, head, rows, a.head_dim_v, dv, x.lanes, out);
+  transpose(out, dv, a.head_dim_v, x.lanes, 1, out_t);
+  for (int64_t i = 0; i < x.lanes; i += W) {
     vf total = {};
-    for (int64_t d = 0; d < a.head_dim_v; d += W) total += load<vf>(grad + d) * load<vf>(out + d);
-    a.delta[at + i] = sum(total) - (a.grad_lse ? a.grad_lse[at + i] : 0);
+    for (int64_t d = 0; d < a.head_dim_v; d++)
+      total += load<vf>(out_t + d * x.lanes + i) * load<vf>(x.grad_t + d * x.lanes + i);
+    store(x.delta + i, total);
   }
+  int64_t at = (batch * a.heads + head) * a.seq_q + rows.begin;
+  for (int64_t i = 0; i < rows.end - rows.begin; i++) {
+    if (a.grad_lse) x.delta[i] -= a.grad_lse[at + i];
+    a.delta[at + i] = x.delta[i];
+  }
+}
+
+static void read_delta(const Attention& a, int64_t batch, int64_t head, Range rows, const Queries& x) {
+  const float* delta = a.delta + (batch * a.heads + head) * a.seq_q;
+  for (int64_t i = 0; i < x.lanes; i++) x.delta[i] = rows.begin + i < rows.end ? delta[rows.begin + i] : 0;
 }
 
 int64_t backward_q_tiles(const Attention& a) { return forward_tiles(a); }
 
 size_t backward_q_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, LANES), dv = round_up(a.head_dim_v, LANES);
-  return queries_floats(d, dv) + BLOCK_M * d + BLOCK_N * (2 * BLOCK_M + d + dv) + BLOCK_M + d;
+  return queries_floats(d, dv) + BLOCK_M * (d + 2 * dv) + BLOCK_N * (2 * BLOCK_M + d + dv) + BLOCK_M + d;
 }
 
 void backward_q_tile(const Attention& a, int64_t index, float* memory) {
@@ -258,8 +268,11 @@ void backward_q_tile(const Attention& a, int64_t index, float* memory) {
   float* factor = scratch.take(BLOCK_M);
   float* grad_row = scratch.take(d);
 
-  write_delta(a, tile.batch, tile.head, tile.rows, k_rows, v_rows);
+  float* out = scratch.take(BLOCK_M * dv);
+  float* out_t = scratch.take(BLOCK_M * dv);
+
   Queries x = load_queries(a, tile.batch, tile.head, tile.rows, d, dv, scratch);
+  write_delta(a, tile.batch, tile.head, tile.rows, x, out, out_t, dv);
   for (int64_t i = 0; i < a.head_dim * x.lanes; i++) grad_t[i] = 0;
   for (int64_t i = 0; i < x.lanes; i++) factor[i] = a.score.scale;
 
@@ -311,6 +324,7 @@ void backward_kv_tile(const Attention& a, int64_t index, float* memory) {
       Range queries = {start, min(all.end, start + BLOCK_M)};
       Scratch rest = scratch;
       Queries x = load_queries(a, tile.batch, head, queries, d, dv, rest);
+      read_delta(a, tile.batch, head, queries, x);
       weights_and_gradients(a, k, v, x, queries, keys, p, ds);
       matmul(grad_v, dv, {p, x.lanes, 1}, x.grad, dv, n, dv, x.lanes, true);
       matmul(grad_k, d, {ds, x.lanes, 1}, x.q, d, n, d, x.lanes, true);

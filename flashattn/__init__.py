@@ -6,6 +6,6 @@ from .attention import attention
 from .backends import use_backend
 from .modules import LayerNorm, RMSNorm
 from .norm import layer_norm, rms_norm
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["LayerNorm", "RMSNorm", "attention", "layer_norm", "rms_norm", "use_backend"]
+__all__ = ["LayerNorm", "RMSNorm", "__version__", "attention", "layer_norm", "rms_norm", "use_backend"]

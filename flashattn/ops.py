@@ -98,6 +98,15 @@ torch.library.register_autograd(
     "flashattn::attention_forward", _attention_gradients, setup_context=_attention_context
 )
 
+
+
+def _not_twice(ctx, *_):
+    raise RuntimeError("flashattn's gradients cannot be differentiated: a second derivative is not implemented")
+
+
+torch.library.register_autograd("flashattn::attention_backward", _not_twice)
+torch.library.register_autograd("flashattn::norm_backward", _not_twice)
+
 # ------------------------------------------------------------------------------------------------ norms
 
 

@@ -90,7 +90,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With p = exp(s - lse): ds = p * (grad_out v^T - rowsum(grad_out * out) + grad_lse)."""
+    """With p = exp(s - lse) and dp = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q, grad_out = existing(q, score.q_lengths), existing(grad_out, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
@@ -98,10 +98,11 @@ def backward(
     for rows in query_blocks(q.shape[2]):
         p = softmax_weights(masked_scores(q, k, score, rows), lse[:, :, rows, None])
         do = grad_out[:, :, rows]
-        delta = (do * out[:, :, rows]).sum(-1, keepdim=True)
+        dp = do @ v.mT
+        delta = (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[:, :, rows, None]
-        ds = p * (do @ v.mT - delta) * score.scale
+        ds = p * (dp - delta) * score.scale
         grad_q[:, :, rows] = ds @ k
         grad_k += ds.mT @ q[:, :, rows]
         grad_v += p.mT @ do

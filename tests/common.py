@@ -1,0 +1,59 @@
+"""What the tests share: the backends and dtypes to run over, PyTorch's own mathematics, and the error rule.
+
+The error rule, from the design: the error against the float64 reference is at most twice the error PyTorch's own
+mathematics makes in the same dtype, plus one unit in the last place.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = [pytest.param("triton", marks=pytest.mark.interpreter), "cpu", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
+
+
+def skip_if_wrong_there(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+
+
+def randn(*shape: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    return torch.randn(*shape).to(device=device, dtype=dtype)
+
+
+def largest(x: torch.Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def difference(x: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """x - truth where truth is finite. Infinities must stand in the same places, and there must be no NaN."""
+    x, truth = x.detach().double().cpu(), truth.detach().double().cpu()
+    assert x.shape == truth.shape
+    assert not x.isnan().any()
+    assert torch.equal(x.isinf(), truth.isinf())
+    return (x - truth)[truth.isfinite()]
+
+
+def assert_as_exact_as_torch(x, theirs, truth, name: str) -> None:
+    """The error rule. `theirs` is what PyTorch's mathematics makes of the same inputs in the same dtype.
+
+    The error of a tensor is its root mean square: the largest of a few hundred rounding errors is a matter of luck,
+    PyTorch's as well as ours. So that no single wrong element hides in the mean, none may be off by more than ten
+    times the largest error of PyTorch's.
+    """
+    finite = truth.detach().double()[truth.isfinite()]
+    ours, theirs = difference(x, truth), difference(theirs, truth)
+    last_place = torch.finfo(x.dtype).eps
+    for size, times in ((root_mean_square, 2), (largest, 10)):
+        error, allowed = size(ours), times * size(theirs) + last_place * size(finite)
+        assert error <= allowed, f"{name}: {size.__name__} error {error:.2e}, allowed {allowed:.2e}"

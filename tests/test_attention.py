@@ -1,0 +1,340 @@
+"""Attention on every backend against the float64 reference, gradients included; and what it refuses."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from common import (
+    BACKENDS,
+    DTYPES,
+    assert_as_exact_as_torch,
+    device_of,
+    randn,
+    skip_if_wrong_there,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flashattn
+
+
+class Case(NamedTuple):
+    name: str
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    seq_q: int = 63
+    seq_k: int = 63
+    head_dim: int = 16
+    head_dim_v: int = 16
+    causal: bool = False
+    q_lengths: tuple[int, ...] | None = None
+    kv_lengths: tuple[int, ...] | None = None
+    scale: float | None = None
+
+
+CASES = [
+    Case("full"),
+    Case("causal", causal=True),
+    Case("one_query_one_key", seq_q=1, seq_k=1, head_dim=1, head_dim_v=1),
+    Case("one_key", seq_q=5, seq_k=1),
+    Case("no_keys", seq_q=5, seq_k=0, causal=True),
+    Case("no_queries", seq_q=0, seq_k=7),
+    Case("no_batch", batch=0),
+    Case("grouped", heads=6, kv_heads=2, seq_q=37, seq_k=111, causal=True),
+    Case("one_kv_head", heads=4, kv_heads=1, seq_q=40, seq_k=40, head_dim=20, head_dim_v=20),
+    Case("more_queries_than_keys", seq_q=111, seq_k=40, causal=True),  # the first 71 queries see nothing
+    Case("more_keys_than_queries", seq_q=33, seq_k=111, causal=True),
+    Case("decode", heads=4, kv_heads=2, seq_q=1, seq_k=111, head_dim=64, head_dim_v=64, causal=True),
+    Case("wider_v", seq_q=40, seq_k=70, head_dim=5, head_dim_v=40, causal=True),
+    Case("narrower_v", seq_q=40, seq_k=70, head_dim=72, head_dim_v=3),
+    Case("head_dim_64", heads=1, kv_heads=1, seq_q=111, seq_k=111, head_dim=64, head_dim_v=64, causal=True),
+    Case("head_dim_128", heads=1, kv_heads=1, seq_q=70, seq_k=70, head_dim=128, head_dim_v=128),
+    Case("head_dim_256", heads=1, kv_heads=1, seq_q=35, seq_k=63, head_dim=256, head_dim_v=256, causal=True),
+    Case("head_dim_200", heads=1, kv_heads=1, seq_q=17, seq_k=35, head_dim=200, head_dim_v=136),
+    Case("scale", scale=0.7, causal=True),
+    Case("negative_scale", scale=-0.3),
+    Case("kv_lengths", batch=4, kv_lengths=(0, 1, 40, 63)),
+    Case("kv_lengths_causal", batch=3, seq_q=40, seq_k=70, kv_lengths=(0, 35, 70), causal=True),
+    Case("q_lengths", batch=3, q_lengths=(0, 33, 63)),
+    Case("both_lengths", batch=4, heads=4, q_lengths=(0, 20, 63, 1), kv_lengths=(63, 0, 33, 40), causal=True),
+    Case("long", heads=1, kv_heads=1, seq_q=35, seq_k=1000, head_dim=40, head_dim_v=40, causal=True),
+]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device) -> tuple[list[torch.Tensor], dict]:
+    q = randn(case.batch, case.heads, case.seq_q, case.head_dim, dtype=dtype, device=device)
+    k = randn(case.batch, case.kv_heads, case.seq_k, case.head_dim, dtype=dtype, device=device)
+    v = randn(case.batch, case.kv_heads, case.seq_k, case.head_dim_v, dtype=dtype, device=device)
+    lengths = {
+        name: None if value is None else torch.tensor(value, device=device)
+        for name, value in (("q_lengths", case.q_lengths), ("kv_lengths", case.kv_lengths))
+    }
+    return [q, k, v], dict(causal=case.causal, scale=case.scale, **lengths)
+
+
+def visible(case: Case, device) -> torch.Tensor:
+    """The mask written out, independently of the reference: (batch, 1, seq_q, seq_k)."""
+    i = torch.arange(case.seq_q, device=device)[:, None]
+    j = torch.arange(case.seq_k, device=device)[None, :]
+    keep = torch.ones(case.batch, 1, case.seq_q, case.seq_k, dtype=torch.bool, device=device)
+    if case.causal:
+        keep &= j - i <= case.seq_k - case.seq_q
+    for b in range(case.batch):
+        if case.q_lengths is not None:
+            keep[b, :, case.q_lengths[b] :] = False
+        if case.kv_lengths is not None:
+            keep[b, :, :, case.kv_lengths[b] :] = False
+    return keep
+
+
+def torch_attention(case: Case, q, k, v):
+    """(out, lse) by PyTorch's own operations in the inputs' dtype; a row that attends to nothing gives 0 and -inf."""
+    group = case.heads // case.kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    keep = visible(case, q.device)
+    some = keep.any(-1, keepdim=True)
+    scores = (q @ k.mT * (case.head_dim**-0.5 if case.scale is None else case.scale)).masked_fill(~keep, -torch.inf)
+    scores = scores.masked_fill(~some, 0)  # keeps NaN out of the gradient
+    weights = torch.where(some & keep, scores.softmax(-1), 0)
+    # float64 for the truth, float32 for the 16-bit dtypes: lse is float32 there.
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    lse = torch.where(some[..., 0], torch.logsumexp(wide, -1) if case.seq_k else wide.sum(-1), -torch.inf)
+    return weights @ v, lse
+
+
+def run(function, inputs, grad_out, grad_lse):
+    """out, lse and the gradients of the three inputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = function(*inputs)
+    gradients = torch.autograd.grad((out, lse), inputs, (grad_out.to(out), grad_lse.to(lse)))
+    return [out, lse, *gradients]
+
+
+def gradients_for(case: Case, dtype: torch.dtype, device):
+    grad_out = randn(case.batch, case.heads, case.seq_q, case.head_dim_v, dtype=dtype, device=device)
+    grad_lse = randn(case.batch, case.heads, case.seq_q, dtype=torch.float32, device=device)
+    some = visible(case, device).any(-1).expand_as(grad_lse)
+    return grad_out, torch.where(some, grad_lse, 0)  # lse is constant -inf elsewhere
+
+
+def hide_past_lengths(case: Case, inputs) -> None:
+    """NaN where nothing may be read."""
+    q, k, v = inputs
+    for b in range(case.batch):
+        if case.q_lengths is not None:
+            q[b, :, case.q_lengths[b] :] = torch.nan
+        if case.kv_lengths is not None:
+            k[b, :, case.kv_lengths[b] :] = torch.nan
+            v[b, :, case.kv_lengths[b] :] = torch.nan
+
+
+def check(case: Case, dtype: torch.dtype, backend: str) -> None:
+    device = device_of(backend)
+    inputs, options = make_inputs(case, dtype, device)
+    gradients = gradients_for(case, dtype, device)
+    truth = run(lambda *x: torch_attention(case, *x), [x.double() for x in inputs], *gradients)
+    theirs = run(lambda *x: torch_attention(case, *x), inputs, *gradients)
+    hide_past_lengths(case, inputs)
+    with flashattn.use_backend(backend):
+        ours = run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients)
+    for name, x, y, t in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), ours, theirs, truth, strict=True):
+        assert_as_exact_as_torch(x, y, t, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_float64(case, dtype, backend):
+    skip_if_wrong_there(backend, dtype)
+    check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reference_is_the_truth_in_float64(case):
+    inputs, options = make_inputs(case, torch.float64, "cpu")
+    gradients = gradients_for(case, torch.float64, "cpu")
+    truth = run(lambda *x: torch_attention(case, *x), inputs, *gradients)
+    ours = run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients)
+    for x, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, t, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_shapes(data):
+    batch, kv_heads = 4, data.draw(st.integers(1, 3))
+    seq_q, seq_k = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 230))
+    case = Case(
+        "random", batch, kv_heads * data.draw(st.integers(1, 3)), kv_heads, seq_q, seq_k,
+        data.draw(st.integers(4, 256)), data.draw(st.integers(4, 256)), data.draw(st.booleans()),
+        *(data.draw(st.none() | st.tuples(*[st.integers(0, n)] * batch)) for n in (seq_q, seq_k)),
+    )  # fmt: skip
+    check(case, data.draw(st.sampled_from(DTYPES)), "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_every_run(backend):
+    device = device_of(backend)
+    case = Case("", heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True)
+    inputs, options = make_inputs(case, torch.float16, device)
+    gradients = gradients_for(case, torch.float16, device)
+    with flashattn.use_backend(backend):
+        first, second = (
+            run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients) for _ in range(2)
+        )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": lambda x: torch.nn.functional.pad(x, (3, 5, 2, 1))[:, :, 2:-1, 3:-5],
+    "last_dim_strided": lambda x: x.mT.contiguous().mT,
+    "every_second": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "backwards_batch": lambda x: torch.stack([x[0], x[0]], 0)[:1].expand(x.shape[0], -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_are_honoured(view, backend):
+    device = device_of(backend)
+    case = Case("", batch=1, heads=4, kv_heads=2, seq_q=40, seq_k=50, head_dim=24, causal=True)
+    inputs, options = make_inputs(case, torch.float32, device)
+    views = [VIEWS[view](x) for x in inputs]
+    grad_out, grad_lse = gradients_for(case, torch.float32, device)
+
+    def both(tensors):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        out, lse = flashattn.attention(*tensors, return_lse=True, **options)
+        return [out, lse, *torch.autograd.grad((out, lse), tensors, (VIEWS[view](grad_out), grad_lse))]
+
+    with flashattn.use_backend(backend):
+        for a, b in zip(both(views), both(inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend):
+    q, k, v = make_inputs(Case(""), torch.float32, device_of(backend))[0]
+    q.requires_grad_()
+    with flashattn.use_backend(backend):
+        flashattn.attention(q, k, v).sum().backward()  # its gradient is one number, expanded
+        (expected,) = torch.autograd.grad(flashattn.attention(q, k, v), q, torch.ones_like(q))
+    assert torch.equal(q.grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_lse_is_used(backend):
+    q, k, v = make_inputs(Case("", causal=True), torch.float32, device_of(backend))[0]
+    q.requires_grad_(), v.requires_grad_()
+    with flashattn.use_backend(backend):
+        _, lse = flashattn.attention(q, k, v, causal=True, return_lse=True)
+        grad_q, grad_v = torch.autograd.grad(lse.sum(), (q, v))
+    exact = q.detach().double().requires_grad_()
+    scores = exact @ k.double().mT * 0.25
+    scores = scores.masked_fill(torch.ones(63, 63, device=q.device).triu(1).bool(), -torch.inf)
+    (truth,) = torch.autograd.grad(scores.logsumexp(-1).sum(), exact)
+    torch.testing.assert_close(grad_q.double(), truth, rtol=1e-5, atol=1e-6)
+    assert (grad_v == 0).all()
+
+
+def test_error_does_not_grow_with_length():
+    """A rescale factor that is not exactly 1 while the maximum stays would show at 16,384 keys."""
+    q, k, v = (randn(1, 1, n, 16, dtype=torch.float32) for n in (64, 16384, 16384))
+    k[:, :, 0] = 3 * q[:, :, 0].sign()  # the maximum of the first query comes first
+    truth = torch_attention(Case("", 1, 1, 1, 64, 16384), q.double(), k.double(), v.double())
+    theirs = torch_attention(Case("", 1, 1, 1, 64, 16384), q, k, v)
+    with flashattn.use_backend("cpu"):
+        ours = flashattn.attention(q, k, v, return_lse=True)
+    for name, x, y, t in zip(("out", "lse"), ours, theirs, truth, strict=True):
+        assert_as_exact_as_torch(x, y, t, name)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_nan_in_the_input_shows(backend):
+    q, k, v = make_inputs(Case(""), torch.float32, "cpu")[0]
+    k[0, 0, 5, 3] = torch.nan
+    with flashattn.use_backend(backend):
+        out = flashattn.attention(q, k, v)
+    assert out[0, 0].isnan().all()
+    assert not out[0, 1].isnan().any()
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = make_inputs(Case("", causal=True), torch.float32, "cpu")[0]
+    for backend in ("cpu", "reference"):
+        with flashattn.use_backend(backend):
+            out, lse = flashattn.attention(q * 1e4, k * 1e4, v, causal=True, return_lse=True)
+        assert out.isfinite().all()
+        assert lse.isfinite().all()
+
+
+def test_memory_is_linear():
+    """Forward and backward over 8,192 tokens in a process that may not hold one matrix of scores (256 MiB)."""
+    import resource
+
+    q, k, v = (randn(1, 1, 8192, 8, dtype=torch.float32).requires_grad_() for _ in range(3))
+    with flashattn.use_backend("cpu"):
+        flashattn.attention(q[:, :, :64], k, v).sum().backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        flashattn.attention(q, k, v, causal=True).sum().backward()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 32 * 1024  # KiB
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads(threads):
+    """Any number of threads gives the same bits."""
+    case = Case("", batch=2, heads=4, kv_heads=2, seq_q=200, seq_k=230, causal=True)
+    inputs, options = make_inputs(case, torch.float32, "cpu")
+    gradients = gradients_for(case, torch.float32, "cpu")
+    before = torch.get_num_threads()
+
+    def go(n):
+        torch.set_num_threads(n)
+        with flashattn.use_backend("cpu"):
+            return run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients)
+
+    try:
+        for a, b in zip(go(threads), go(1), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 3)
+WRONG = {
+    "q_not_a_tensor": ((Q.numpy(), K, V), {}, TypeError, "q must be a torch.Tensor, got ndarray"),
+    "q_rank": ((Q[0], K, V), {}, ValueError, r"q must be \(batch, heads, seq, head_dim\), got shape \(4, 5, 8\)"),
+    "integers": ((Q.int(), K, V), {}, TypeError, "q must be float32.*got torch.int32"),
+    "dtype": ((Q, K.half(), V), {}, TypeError, "k must have q's dtype torch.float32, got torch.float16"),
+    "device": ((Q, K, V.to("meta")), {}, ValueError, "v must be on q's device cpu, got meta"),
+    "batch": ((Q, K[:1], V), {}, ValueError, "k must have q's batch 2, got 1"),
+    "head_dim": ((Q, K[..., :7], V), {}, ValueError, "k must have q's head_dim 8, got 7"),
+    "no_head_dim": ((Q[..., :0], K[..., :0], V), {}, ValueError, "q must have at least one head and head_dim 1"),
+    "seq": ((Q, K, V[:, :, :6]), {}, ValueError, r"v must have k's \(kv_heads, seq_k\) \(2, 7\), got \(2, 6\)"),
+    "heads": ((Q[:, :3], K, V), {}, ValueError, "k must have a number of heads that divides q's 3, got 2"),
+    "no_heads": ((Q, K[:, :0], V[:, :0]), {}, ValueError, "k must have at least one head"),
+    "scale": ((Q, K, V), {"scale": "big"}, TypeError, "scale must be a float, got str"),
+    "length_past": ((Q, K, V), {"kv_lengths": torch.tensor([1, 8])}, ValueError, "kv_lengths must be between 0 and.*7, got 8"),
+    "length_negative": ((Q, K, V), {"q_lengths": torch.tensor([-1, 3])}, ValueError, "q_lengths must be.*got -1"),
+    "length_shape": ((Q, K, V), {"kv_lengths": torch.tensor([1])}, ValueError, r"kv_lengths must be \(batch,\) = \(2,\)"),
+    "length_dtype": ((Q, K, V), {"kv_lengths": torch.ones(2)}, TypeError, "kv_lengths must be int32 or int64, got"),
+    "length_list": ((Q, K, V), {"kv_lengths": [1, 2]}, TypeError, "kv_lengths must be a torch.Tensor, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    arguments, options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        flashattn.attention(*arguments, **options)
+
+
+def test_double_backward_is_refused():
+    q, k, v = (x.requires_grad_() for x in make_inputs(Case(""), torch.float32, "cpu")[0])
+    (grad,) = torch.autograd.grad(flashattn.attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
