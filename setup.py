@@ -22,7 +22,9 @@ class BuildEngine(build_ext):
         try:
             super().run()
         except Exception as error:
-            print(f"flashattn: the CPU engine was not built, the reference backend will serve: {error}", file=sys.stderr)
+            print(
+                f"flashattn: the CPU engine was not built, the reference backend will serve: {error}", file=sys.stderr
+            )
 
     def build_extension(self, ext):
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -45,7 +47,6 @@ class BuildEngine(build_ext):
 
 
 def sources():
-
 
     return [*glob.glob("csrc/*"), "setup.py"]
 

@@ -1,8 +1,8 @@
 """Kernels compiled ahead of time, without a GPU, and what the compiler made of them.
 
-    with compile_for("sm_90") as kernels:
-        flashattn.backends.triton.forward(q, k, v, score)   # on CPU tensors: compiles, launches nothing
-    print(kernels[0].registers, kernels[0].stack_bytes)
+with compile_for("sm_90") as kernels:
+    flashattn.backends.triton.forward(q, k, v, score)   # on CPU tensors: compiles, launches nothing
+print(kernels[0].registers, kernels[0].stack_bytes)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
 
 
 def target(architecture: str) -> GPUTarget:
-    """"sm_90" or "gfx942" as Triton's target."""
+    """ "sm_90" or "gfx942" as Triton's target."""
     if architecture.startswith("sm_"):
         return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     return GPUTarget("hip", architecture, 64 if architecture in WAVE_64 else 32)

@@ -76,9 +76,7 @@ def _check(q, k, v) -> None:
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(
-            f"v must have k's (kv_heads, seq_k) {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
-        )
+        raise ValueError(f"v must have k's (kv_heads, seq_k) {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}")
     if q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"k must have a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import backends, checks
 
+
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,

@@ -6,6 +6,8 @@ a compiled graph says which. A tensor that a call does not produce is returned e
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,10 +96,7 @@ def _attention_gradients(ctx, grad_out, grad_lse):
     return *gradients, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "flashattn::attention_forward", _attention_gradients, setup_context=_attention_context
-)
-
+torch.library.register_autograd("flashattn::attention_forward", _attention_gradients, setup_context=_attention_context)
 
 
 def _not_twice(ctx, *_):
@@ -115,16 +114,14 @@ def norm_forward(
     x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend
 ):
     norm = Norm(center, eps, weight_offset, dropout_p, seed)
-    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(
-        x, residual, weight, bias, hidden_dtype, keep_hidden, norm
-    )
+    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm)
     hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
     return y, hidden, empty_if_none(mean, rstd), rstd
 
 
 @torch.library.register_fake("flashattn::norm_forward")
 def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel would make a number of a symbol
     hidden = x.new_empty(x.shape if keep_hidden else 0, dtype=hidden_dtype)
     statistics = lse_dtype(x)
     mean = x.new_empty(rows if center else 0, dtype=statistics)
@@ -156,13 +153,13 @@ def _(
 
 
 def _norm_context(ctx, inputs, output):
-    x, residual, weight, bias, _, _, center, eps, weight_offset, dropout_p, seed, backend = inputs
+    x, residual, weight, bias, _, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend = inputs
     _, hidden, mean, rstd = output
     fused = residual is not None or dropout_p > 0
     # The parameters are saved for their shape and dtype too, so bias is among them.
     ctx.save_for_backward(hidden if fused else x, weight, bias, mean, rstd, seed)
     ctx.norm = (center, eps, weight_offset, dropout_p)
-    ctx.backend, ctx.x_dtype = backend, x.dtype
+    ctx.backend, ctx.x_dtype, ctx.kept = backend, x.dtype, keep_hidden
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
@@ -170,6 +167,8 @@ def _norm_context(ctx, inputs, output):
 
 def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
     hidden, weight, bias, mean, rstd, seed = ctx.saved_tensors
+    if not ctx.kept:
+        grad_hidden = None  # of an output that was returned empty
     if grad_y is None and grad_hidden is None:
         return (None,) * 12
     if hidden.numel() == 0 and rstd.numel() != 0:

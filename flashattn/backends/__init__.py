@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -60,11 +61,23 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 1) -> str:
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
-@functools.cache
 def _choose(forced: str | None, device_type: str, dtype: torch.dtype, wide: bool) -> str:
+    return _choose_once(forced, device_type, dtype, wide)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+@functools.cache
+def _choose_once(forced: str | None, device_type: str, dtype: torch.dtype, wide: bool) -> str:
     reasons = {name: why_not(name, device_type, dtype, wide) for name in BACKENDS}
     if forced is None:
-        return next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
+        chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
+        if chosen == "reference" and device_type == "cpu" and cpu.missing is not None:
+            warn_once(f"flashattn: the native CPU engine is not there, the slower reference serves: {cpu.missing}")
+        return chosen
     if reasons[forced] is not None:
         raise RuntimeError(f"backend {forced!r} cannot take this call: {reasons[forced]}")
     return forced

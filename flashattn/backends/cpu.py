@@ -18,7 +18,7 @@ try:
     from .. import _C  # noqa: F401  (registers the operators of csrc/ops.cpp)
 
     ops = torch.ops.flashattn_cpu
-    _missing = None
+    missing = None  # why the engine is not there
     if not ops.isa.default():
         raise ValueError(
             f"FLASHATTN_CPU_ISA must be one of {', '.join(ISAS)}, and one this processor has; "
@@ -26,7 +26,7 @@ try:
         )
 except ImportError as error:
     # "cannot import name" is what a missing file reads as; any other text says why an existing one did not load.
-    _missing = (
+    missing = (
         "the extension flashattn._C was not built (it needs a C++ compiler when flashattn is installed)"
         if "cannot import name" in str(error)
         else f"the extension flashattn._C does not load: {error}"
@@ -39,8 +39,8 @@ def isa() -> str:
 
 
 def unusable(device_type: str) -> str | None:
-    if _missing is not None:
-        return _missing
+    if missing is not None:
+        return missing
     if device_type != "cpu":
         return f"it runs on the CPU, not on {device_type}"
     return None
@@ -127,9 +127,7 @@ def norm_backward(
     grad_x = hidden.new_empty(hidden.shape, dtype=x_dtype)
     grad_residual = None if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype)
     heads, parts = norm_heads(weight, bias), min(PARTS, hidden.shape[:-1].numel())
-    sums = [
-        None if p is None else rstd.new_empty(parts, heads, hidden.shape[-1]) for p in (weight, bias)
-    ]
+    sums = [None if p is None else rstd.new_empty(parts, heads, hidden.shape[-1]) for p in (weight, bias)]
     ops.norm_backward.default(
         rows(grad_y), rows(grad_hidden), rows(hidden), parameter_arg(weight), mean if norm.center else None, rstd,
         rows(grad_x), rows(grad_residual), *sums, parts, heads, norm.center, norm.weight_offset, *dropout_args(norm),

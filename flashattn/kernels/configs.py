@@ -40,8 +40,8 @@ ATTENTION = {
             (64, 2, Tiles(128, 64, 8, 3)),
             (128, 2, Tiles(128, 64, 8, 2)),
             (256, 2, Tiles(64, 32, 8, 2)),
-            (64, 4, Tiles(64, 32, 8, 2)),
-            (128, 4, Tiles(32, 32, 8, 2)),
+            (64, 4, Tiles(32, 32, 8, 2)),
+            (128, 4, Tiles(16, 16, 8, 2)),
             (256, 4, Tiles(16, 16, 8, 2)),
         ],
         "sm_90": [
@@ -101,7 +101,7 @@ ATTENTION = {
 FALLBACK = {"sm_100": "sm_90", "sm_90": "sm_80", "small": "sm_80", "amd": "small"}
 INTERPRETED = Tiles(32, 16, 4, 1)  # small, so that short sequences cross tile boundaries too
 
-NORM_COLS = 16384  # the widest row that is kept in registers
+NORM_COLS = 8192  # the widest row that is kept in registers
 NORM_ELEMENTS = 2048  # elements in a tile of narrow rows
 NORM_PROGRAMS = 256  # programs of a backward pass, each with a row of partial weight gradients
 

@@ -29,7 +29,9 @@ class Rows(NamedTuple):
 @triton.jit
 def one_head(x, batch, head):
     """The (seq, head_dim) matrix of one batch and head. 64-bit: a tensor may pass 2**31 elements."""
-    return Rows(x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq)
+    return Rows(
+        x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq
+    )
 
 
 @triton.jit

@@ -1,0 +1,136 @@
+"""How a backend is chosen, forced and refused; and installing without a compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashattn
+from flashattn import backends
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments, **environment):
+    """Run Python on its own; returns the finished process."""
+    environment = {**os.environ, **environment}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_the_extension_is_built():
+    assert backends.why_not("cpu", "cpu", torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, expected",
+    [(torch.float32, 64, "cpu"), (torch.bfloat16, 256, "cpu"), (torch.float64, 64, "reference"), (torch.half, 257, "reference")],
+)  # fmt: skip
+def test_the_choice_on_a_cpu(dtype, head_dim, expected, monkeypatch):
+    monkeypatch.setattr(backends.triton, "unusable", lambda device_type: "no GPU")
+    backends._choose_once.cache_clear()
+    assert backends.choose(torch.device("cpu"), dtype, head_dim) == expected
+    backends._choose_once.cache_clear()
+
+
+def test_the_reference_takes_wide_heads():
+    q = torch.randn(1, 1, 5, 300)
+    torch.testing.assert_close(flashattn.attention(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+def test_a_forced_backend_that_cannot_is_an_error():
+    q = torch.zeros(1, 1, 5, 8, dtype=torch.float64)
+    with flashattn.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot take this call: .*float64"):
+        flashattn.attention(q, q, q)
+
+
+def test_use_backend_restores():
+    with pytest.raises(KeyError), flashattn.use_backend("reference"):
+        raise KeyError
+    assert backends._forced is None
+    with pytest.raises(ValueError, match="backend must be one of triton, cpu, reference, got 'cuda'"):
+        flashattn.use_backend("cuda").__enter__()
+
+
+def test_backward_uses_the_backend_of_forward(monkeypatch):
+    used = []
+    real = backends.reference.backward
+    monkeypatch.setattr(backends.reference, "backward", lambda *a: used.append("reference") or real(*a))
+    q = torch.randn(1, 1, 5, 8, requires_grad=True)
+    with flashattn.use_backend("reference"):
+        out = flashattn.attention(q, q, q)
+    out.sum().backward()
+    assert used == ["reference"]
+
+
+def test_environment_variable():
+    code = "import torch, flashattn; print(flashattn.backends.choose(torch.device('cpu'), torch.float32))"
+    assert python("-c", code, FLASHATTN_BACKEND="reference").stdout == "reference\n"
+    wrong = python("-c", code, FLASHATTN_BACKEND="fast")
+    assert "backend must be one of triton, cpu, reference, got 'fast'" in wrong.stderr
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_instruction_sets(isa):
+    """Each that this processor has gives the reference's answer; one it lacks is an error that names the variable."""
+    code = """
+import torch, flashattn
+q, k, v = (torch.randn(2, 3, 111, 40).requires_grad_() for _ in range(3))
+g = torch.randn(2, 3, 111, 40)
+def go(*x): return torch.autograd.grad(flashattn.attention(*x, causal=True), x, g) + torch.autograd.grad(
+    flashattn.layer_norm(x[0], torch.ones(40), residual=x[1]), x[:2], g)
+ours = go(q, k, v)
+with flashattn.use_backend("reference"): truth = go(q, k, v)
+for a, b in zip(ours, truth): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+print(flashattn.backends.cpu.isa())
+"""
+    done = python("-c", code, FLASHATTN_CPU_ISA=isa)
+    if done.returncode:
+        assert isa != "portable"
+        assert "FLASHATTN_CPU_ISA must be one of avx512, avx2, portable, and one this processor has" in done.stderr
+        pytest.skip(f"this processor has no {isa}")
+    assert done.stdout == f"{isa}\n"
+
+
+def test_status():
+    done = python("-m", "flashattn")
+    assert done.returncode == 0
+    for word in ("flashattn 0.", "CPU features", "triton", "cpu        usable", "reference  usable", "goes to: cpu"):
+        assert word in done.stdout
+
+
+def test_without_a_compiler(tmp_path):
+    """The build says so in one line and succeeds; at run time the reference serves and says so once."""
+    build = python(
+        "setup.py", "build", "--build-base", str(tmp_path / "b"), "--build-lib", str(tmp_path / "lib"),
+        CC="/no/compiler", CXX="/no/compiler",
+    )  # fmt: skip
+    assert build.returncode == 0
+    assert "the CPU engine was not built, the reference backend will serve" in build.stdout + build.stderr
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path / "lib")!r})
+import torch, flashattn
+assert flashattn.__file__.startswith({str(tmp_path)!r})
+q = torch.randn(1, 2, 5, 8)
+print(flashattn.attention(q, q, q).shape, flashattn.layer_norm(q).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UserWarning: flashattn: the native CPU engine is not there") == 1
+
+
+def test_importing_needs_no_triton(tmp_path):
+    code = """
+import sys; sys.modules["triton"] = None
+import importlib.util; real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
+import torch, flashattn
+print(flashattn.attention(*[torch.randn(1, 1, 3, 4)] * 3).shape)
+print(flashattn.backends.why_not("triton", "cpu", torch.float32))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "the triton package is not installed" in done.stdout

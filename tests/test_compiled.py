@@ -1,0 +1,116 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: it compiles, fits in shared memory (which Triton does not
+check), uses the matrix instructions, and at the usual head dimensions spills no register."""
+
+import pytest
+import torch
+from common import INTERPRETED
+
+compiled = pytest.importorskip("bench.compiled")
+
+from flashattn.backends import triton as backend  # noqa: E402
+from flashattn.kernels import configs  # noqa: E402
+from flashattn.norm_settings import Norm  # noqa: E402
+from flashattn.score import Score  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
+ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_backward_kv"]
+
+
+def compile_attention(architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None):
+    """All three kernels, as a launch on these tensors would compile them."""
+    torch.use_deterministic_algorithms(False)
+    q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
+    k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
+    v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
+    some = torch.zeros(2, dtype=torch.int32) if lengths else None
+    score = Score(0.125, causal, some, some)
+    with compiled.compile_for(architecture) as kernels:
+        out, lse = backend.forward(q, k, v, score)
+        backend.backward(out, lse if lengths else None, q, k, v, out, lse, score)
+    assert [kernel.name for kernel in kernels] == ATTENTION_KERNELS
+    return kernels
+
+
+def check(kernels, tensor_cores=True, spills=True):
+    for kernel in kernels:
+        assert 0 < kernel.shared_bytes <= configs.SHARED_MEMORY[kernel.architecture], kernel
+        if tensor_cores:
+            assert kernel.tensor_instructions > 0, kernel
+        if not spills:
+            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention(architecture, head_dim):
+    usual = head_dim in (64, 128) and architecture in ("sm_80", "sm_90")
+    check(compile_attention(architecture, head_dim), spills=not usual)
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"lengths": True}, {"dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_spills_nothing(architecture, head_dim, options):
+    check(compile_attention(architecture, head_dim, **options), spills=False)
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "gfx1100", "gfx1201"])
+def test_attention_on_smaller_gpus(architecture):
+    check(compile_attention(architecture, 128))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_padded_head_dims(architecture):
+    check(compile_attention(architecture, 40, head_dim_v=72))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_float32_spills_nothing(architecture, head_dim):
+    """Full float32 has no matrix instruction on NVIDIA GPUs (tf32 keeps 10 bits of the fraction)."""
+    check(compile_attention(architecture, head_dim, torch.float32), tensor_cores=False, spills=False)
+
+
+@pytest.mark.parametrize("architecture", ["sm_120", "gfx942"])
+def test_attention_float32_fits(architecture):
+    check(compile_attention(architecture, 256, torch.float32), tensor_cores=False)
+
+
+@pytest.mark.parametrize("width", [64, 1000, 4096, 40000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms(architecture, width):
+    """LayerNorm with every option, and RMSNorm per head with none."""
+    torch.use_deterministic_algorithms(False)
+    x, parameter = torch.empty(8, 4, width, dtype=torch.bfloat16), torch.empty(width)
+    layer = Norm(True, 1e-5, 1.0, 0.1, torch.tensor(5))
+    rms = Norm(False, 1e-6)
+    with compiled.compile_for(architecture) as kernels:
+        y, hidden, mean, rstd = backend.norm_forward(x, x, parameter, parameter, torch.float32, True, layer)
+        backend.norm_backward(y, hidden, hidden, parameter, parameter, mean, rstd, x.dtype, torch.float32, layer)
+        weight = torch.empty(4, width, dtype=torch.bfloat16)
+        y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
+        backend.norm_backward(y, None, x, weight, None, rstd, rstd, x.dtype, None, rms)
+    expected = ["norm_forward", "norm_backward"] + ["norm_backward_weights"] * (width > configs.NORM_COLS)
+    assert [kernel.name for kernel in kernels] == expected * 2
+    for kernel in kernels:
+        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
+        if architecture in ("sm_80", "sm_90"):
+            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+def test_an_absent_piece_is_compiled_away():
+    """Lengths that are not given cost nothing: the kernel is the one without them."""
+    without, with_lengths = (compile_attention("sm_90", 64, lengths=x)[0] for x in (False, True))
+    again = compile_attention("sm_90", 64)[0]
+    assert without == again
+    assert with_lengths != without
+
+
+def test_every_architecture_has_tiles():
+    for arch in configs.SHARED_MEMORY:
+        with compiled.compile_for(arch):
+            for direction in configs.ATTENTION:
+                for itemsize in (2, 4):
+                    assert configs.attention_tiles(direction, 256, itemsize).block_m >= 16

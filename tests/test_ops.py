@@ -1,0 +1,165 @@
+"""The operators under PyTorch's own checks, torch.compile and torch.export."""
+
+import pytest
+import torch
+
+import flashattn
+
+OPS = torch.ops.flashattn
+BACKENDS = ["cpu", "reference"]
+
+
+def attention_inputs(dtype=torch.float32, requires_grad=True):
+    q, k, v = torch.randn(2, 4, 33, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 24)
+    return [x.to(dtype).requires_grad_(requires_grad) for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [None, (40, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_attention_forward(backend, lengths, dtype):
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs' whole storage
+    kv_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    arguments = (*attention_inputs(dtype), 0.25, True, None, kv_lengths, backend)
+    torch.library.opcheck(OPS.attention_forward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_opcheck_attention_backward(backend, with_lse):
+    q, k, v = attention_inputs(requires_grad=False)
+    out, lse = OPS.attention_forward(q, k, v, 0.25, False, None, None, backend)
+    grad_lse = torch.randn_like(lse) if with_lse else None
+    arguments = (torch.randn_like(out), grad_lse, q, k, v, out, lse, 0.25, False, None, None, backend)
+    torch.library.opcheck(OPS.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_opcheck_norm_forward(backend, center, fused):
+    x = torch.randn(3, 5, 63, requires_grad=True)
+    weight, bias = (torch.randn(63, requires_grad=True) for _ in range(2))
+    residual = torch.randn(3, 5, 63, requires_grad=True) if fused else None
+    seed = torch.tensor(5) if fused else None
+    arguments = (
+        x,
+        residual,
+        weight,
+        bias,
+        torch.float32,
+        fused,
+        center,
+        1e-5,
+        0.5,
+        0.1 if fused else 0.0,
+        seed,
+        backend,
+    )
+    torch.library.opcheck(OPS.norm_forward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("center", [False, True])
+def test_opcheck_norm_backward(backend, center):
+    x, weight = torch.randn(3, 5, 63), torch.randn(63)
+    settings = (center, 1e-5, 0.0, 0.1, torch.tensor(5), backend)
+    _, hidden, mean, rstd = OPS.norm_forward(x, None, weight, None, torch.float32, True, *settings)
+    arguments = (
+        torch.randn_like(x),
+        torch.randn_like(x),
+        hidden,
+        weight,
+        None,
+        mean,
+        rstd,
+        torch.float32,
+        None,
+        *settings,
+    )
+    torch.library.opcheck(OPS.norm_backward.default, arguments)
+
+
+class Layer(torch.nn.Module):
+    """Norm, attention with lengths and lse, residual norm: every call in one graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = flashattn.LayerNorm(32)
+        self.after = flashattn.RMSNorm(32)
+
+    def forward(self, x, lengths):
+        y = self.norm(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        out, lse = flashattn.attention(y, y, y, causal=True, kv_lengths=lengths, return_lse=True)
+        out = out.transpose(1, 2).flatten(2)
+        y, hidden = self.after(out, residual=x, prenorm=True)
+        return y + hidden, lse.clamp_min(0).sum()
+
+
+@pytest.fixture
+def layer():
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    return Layer()
+
+
+def gradients(function, layer, x, lengths):
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y, total = function(x, lengths)
+    (y.square().sum() + total).backward()
+    return [y, total, x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_equals_eager(layer, backend, dynamic):
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    for seq in (17, 33) if dynamic else (17,):
+        x, lengths = torch.randn(2, seq, 32), torch.tensor([seq, 5])
+        for a, b in zip(gradients(compiled, layer, x, lengths), gradients(layer, layer, x, lengths), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_of_one_call_gives_the_same_bits():
+    torch.use_deterministic_algorithms(False)
+    q, k, v = attention_inputs(requires_grad=False)
+    compiled = torch.compile(flashattn.attention, fullgraph=True)
+    assert torch.equal(compiled(q, k, v, causal=True), flashattn.attention(q, k, v, causal=True))
+
+
+def test_compile_notices_another_backend(layer):
+    calls = []
+
+    def graph_backend(graph, inputs):
+        calls.append([n.args[-1] for n in graph.graph.nodes if "flashattn" in str(n.target)])
+        return graph
+
+    compiled = torch.compile(lambda x: flashattn.rms_norm(x), fullgraph=True, backend=graph_backend)
+    compiled(torch.randn(3, 8))
+    with flashattn.use_backend("reference"):
+        compiled(torch.randn(3, 8))
+    assert calls == [["cpu"], ["reference"]]
+
+
+def test_compile_with_dropout_and_no_seed():
+    torch.use_deterministic_algorithms(False)
+    compiled = torch.compile(lambda x: flashattn.layer_norm(x, dropout_p=0.5), fullgraph=True)
+    x = torch.ones(4, 64)
+    assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_export(layer):
+    x, lengths = torch.randn(2, 17, 32), torch.tensor([17, 5])
+    seq = torch.export.Dim("seq", min=2, max=64)
+    program = torch.export.export(layer, (x, lengths), dynamic_shapes=({1: seq}, None))
+    longer = torch.randn(2, 40, 32)
+    for a, b in zip(program.module()(longer, lengths), layer(longer, lengths), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_meta_tensors():
+    q, k, v = (x.to("meta") for x in attention_inputs())
+    out, lse = flashattn.attention(q, k, v, return_lse=True)
+    assert out.shape == (2, 4, 33, 24)
+    assert lse.dtype == torch.float32
