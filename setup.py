@@ -31,7 +31,7 @@ class BuildEngine(build_ext):
 
         ext.include_dirs, ext.library_dirs = include_paths(), library_paths()
         ext.libraries = ["torch_cpu"]
-        ext.extra_compile_args = FLAGS + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        ext.extra_compile_args = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         ext.extra_compile_args += ["-DFLASHATTN_X86"] * X86
         ext.extra_objects = [o for isa, flags in ISAS.items() for o in self.compile_kernels(isa, flags)]
         super().build_extension(ext)
@@ -41,7 +41,7 @@ class BuildEngine(build_ext):
             KERNELS,
             output_dir=f"{self.build_temp}/{isa}",
             macros=[("FLASHATTN_ISA", isa)],
-            extra_preargs=FLAGS + ["-Wno-psabi"] + flags,
+            extra_preargs=[*FLAGS, "-Wno-psabi", *flags],
             depends=sources(),
         )
 

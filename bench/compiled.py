@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -45,7 +45,9 @@ def target(architecture: str) -> GPUTarget:
 class NoDriver:
     """A driver that names a GPU but has none."""
 
-    ids: dict[str, int] = {}  # Triton caches kernels by device number, so each architecture has one of its own
+    ids: ClassVar[
+        dict[str, int]
+    ] = {}  # Triton caches kernels by device number, so each architecture has one of its own
 
     def __init__(self, architecture: str):
         self.architecture = architecture

@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a noisy machine: ours and theirs in turn, in one process, and the ratio pair by pair."""
+"""Timing to trust on a noisy machine: ours and theirs in turn, in one process, and the ratio pair by pair."""
 
 from __future__ import annotations
 

@@ -20,15 +20,18 @@ COLUMNS = ["batch", "heads", "seq", "head_dim", "dtype", "mask", "pass", "backen
 FIGURES = ["error", "torch's", "ms", "torch's ms", "ratio", "quartiles", "GFLOP/s"]
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine() -> str:
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()  # fmt: skip
+    """Hardware and versions, for under every figure."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (
-        f"{cpu}, {torch.get_num_threads()} threads{gpu}; torch {torch.__version__}, flashattn {flashattn.__version__}"
-    )
+    cpu = f"{cpu_name()} ({flashattn.backends.cpu.isa()}), {torch.get_num_threads()} threads"
+    return f"{cpu}{gpu}; torch {torch.__version__}, flashattn {flashattn.__version__}"
 
 
 def row(result: Result) -> list[str]:

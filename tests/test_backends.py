@@ -27,8 +27,13 @@ def test_the_extension_is_built():
 
 @pytest.mark.parametrize(
     "dtype, head_dim, expected",
-    [(torch.float32, 64, "cpu"), (torch.bfloat16, 256, "cpu"), (torch.float64, 64, "reference"), (torch.half, 257, "reference")],
-)  # fmt: skip
+    [
+        (torch.float32, 64, "cpu"),
+        (torch.bfloat16, 256, "cpu"),
+        (torch.float64, 64, "reference"),
+        (torch.half, 257, "reference"),
+    ],
+)
 def test_the_choice_on_a_cpu(dtype, head_dim, expected, monkeypatch):
     monkeypatch.setattr(backends.triton, "unusable", lambda device_type: "no GPU")
     backends._choose_once.cache_clear()
@@ -43,7 +48,7 @@ def test_the_reference_takes_wide_heads():
 
 def test_a_forced_backend_that_cannot_is_an_error():
     q = torch.zeros(1, 1, 5, 8, dtype=torch.float64)
-    with flashattn.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot take this call: .*float64"):
+    with flashattn.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot take this call: .*float64"):
         flashattn.attention(q, q, q)
 
 

@@ -1,0 +1,125 @@
+"""The command lines of model and bench, as a person calls them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from packages import needs_minilm, needs_smollm2
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@needs_smollm2
+def test_generate():
+    done = run(
+        "model", "generate", "--model", "smollm2", "--prompt", "The capital of France is", "--max-new-tokens", "8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is Paris")
+    assert "tokens/s" in done.stdout
+    assert "greedy tokens equal the reference backend's: yes" in done.stdout
+
+
+@needs_smollm2
+def test_generate_json_and_chat():
+    done = run(
+        "model", "generate", "--model", "smollm2", "--prompt", "Name one colour.", "--chat", "--json",
+        "--max-new-tokens", "6", "--temperature", "0.7", "--top-k", "20", "--top-p", "0.9", "--seed", "1",
+    )  # fmt: skip
+    result = json.loads(done.stdout)
+    assert set(result) == {"tokens", "text", "tokens_per_second"}
+
+
+@needs_smollm2
+def test_ctrl_c_leaves_cleanly():
+    command = [
+        sys.executable,
+        "-m",
+        "model",
+        "generate",
+        "--model",
+        "smollm2",
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "4000",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.read(1) == "x"  # it is generating
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+
+
+@needs_minilm
+def test_embed():
+    done = run("model", "embed", "--model", "minilm", "A man is eating food.", "A man is eating a piece of bread.")
+    assert done.returncode == 0, done.stderr
+    assert "0.7553" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["generate", "--model", "/nowhere", "--prompt", "x"], 1, "error: /nowhere: no such file or directory"),
+        (["generate", "--model", "smollm2"], 2, "required: --prompt"),
+        (["embed", "--model", "minilm"], 2, "SENTENCE"),
+        (["dance"], 2, "invalid choice"),
+    ],
+)
+def test_errors(arguments, code, message):
+    done = run("model", *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_smollm2
+def test_a_prompt_longer_than_the_context():
+    done = run("model", "generate", "--model", "smollm2", "--prompt", "x", "--max-new-tokens", "9000")
+    assert done.returncode == 1
+    assert "must fit the context of 8192" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["model"], ["model", "generate"], ["bench"], ["bench", "attention"]])
+def test_help(command):
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: python -m {command[0]}")
+
+
+def test_bench(tmp_path):
+    table, plot = tmp_path / "t.jsonl", tmp_path / "p.png"
+    done = run(
+        "bench", "attention", "--shape", "1,2,63,16", "--dtype", "bfloat16", "--causal", "--backward",
+        "--seconds", "0.05", "--json", str(table), "--plot", str(plot),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(table.read_text())
+    assert result["command"] == "python -m bench attention --shape 1,2,63,16 --dtype bfloat16 --causal --backward"
+    assert result["runs"] >= 5
+    assert result["backend"] == "cpu"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "ratio" in done.stdout
+    assert "causal" in done.stdout
+
+
+def test_bench_errors():
+    assert run("bench", "attention", "--shape", "1,2,3").returncode == 2
+    done = run("bench", "attention", "--shape", "1,1,8,300", "--backend", "cpu")
+    assert done.returncode == 1
+    assert "head_dim over 256" in done.stderr

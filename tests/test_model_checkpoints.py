@@ -1,0 +1,271 @@
+"""Checkpoints: parity with `transformers` for each family, real weights where there are some, and bad files.
+
+No GPT-2 weights are on the registries, so GPT-2 is tested on checkpoints that `transformers` writes with random
+weights; so are BERT with its head and a Llama that is not tied. SmolLM2 and MiniLM are real.
+"""
+
+import json
+
+import pytest
+import torch
+from packages import needs_minilm, needs_smollm2
+
+import model
+from model.checkpoints import CheckpointError
+from model.packages import locate
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=6,
+            num_key_value_heads=2, max_position_embeddings=64, rope_theta=5000.0, tie_word_embeddings=False,
+        )
+    ),
+    "llama_tied_head_dim": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=20, max_position_embeddings=64, tie_word_embeddings=True,
+        )
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=64)
+    ),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    ),
+    "bert_with_a_head": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    ),
+}  # fmt: skip
+
+
+def written(name, path, **options):
+    """A tiny checkpoint with random weights, large enough that every bias and norm shows."""
+    theirs = TINY[name]().eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    theirs.save_pretrained(path, **options)
+    return theirs
+
+
+def their_output(theirs, tokens, mask=None):
+    theirs = getattr(theirs, "bert", theirs)
+    out = theirs(tokens, attention_mask=mask)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parity_with_transformers(name, tmp_path):
+    theirs = written(name, tmp_path)
+    ours, tokenizer = model.load(tmp_path)
+    assert tokenizer is None
+    tokens = torch.randint(0, 101, (3, 37))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), their_output(theirs, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parity_when_padded(name, tmp_path):
+    theirs = written(name, tmp_path)
+    ours, _ = model.load(tmp_path)
+    tokens, lengths = torch.randint(0, 101, (3, 37)), torch.tensor([37, 5, 20])
+    exists = torch.arange(37) < lengths[:, None]
+    with torch.no_grad():
+        a, b = ours(tokens, lengths), their_output(theirs, tokens, exists.long())
+    torch.testing.assert_close(a[exists], b[exists], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_gradients_equal_transformers(name, tmp_path):
+    theirs = written(name, tmp_path)
+    ours, _ = model.load(tmp_path)
+    tokens = torch.randint(0, 101, (2, 17))
+    ours(tokens).square().mean().backward()
+    their_output(theirs, tokens).square().mean().backward()
+    embedding = theirs.get_input_embeddings().weight.grad
+    torch.testing.assert_close(
+        ours.token_embedding.weight.grad, embedding, rtol=1e-3, atol=1e-4 * embedding.abs().max()
+    )
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_token_types(tmp_path):
+    theirs = written("bert", tmp_path)
+    ours, _ = model.load(tmp_path)
+    tokens, types = torch.randint(0, 101, (2, 9)), torch.randint(0, 2, (2, 9))
+    with torch.no_grad():
+        b = theirs(tokens, token_type_ids=types).last_hidden_state
+        torch.testing.assert_close(ours.encode(tokens, token_types=types), b, rtol=1e-4, atol=1e-4)
+
+
+def test_shards_and_bin(tmp_path):
+    theirs = written("llama", tmp_path / "shards", max_shard_size="50KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    ours, _ = model.load(tmp_path / "shards")
+    tokens = torch.randint(0, 101, (1, 9))
+    expected = their_output(theirs, tokens)
+    torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4)
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text((tmp_path / "shards" / "config.json").read_text())
+    torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    ours, _ = model.load(tmp_path / "bin")
+    torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def damage_truncate(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def damage_pickle(path):
+    (path / "model.safetensors").unlink()
+    torch.save({"x": Evil()}, path / "pytorch_model.bin")
+
+
+def damage_half_bin(path):
+    (path / "model.safetensors").unlink()
+    torch.save({"x": torch.zeros(1000)}, path / "pytorch_model.bin")
+    data = (path / "pytorch_model.bin").read_bytes()
+    (path / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
+
+
+def change_tensors(path, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+DAMAGE = {
+    "no_config": (lambda p: (p / "config.json").unlink(), "config.json: no such file"),
+    "config_not_json": (lambda p: (p / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "unknown_family": (lambda p: damage_config(p, model_type="mamba"), "model_type must be one of llama, bert, gpt2"),
+    "rope_scaling": (lambda p: damage_config(p, rope_parameters={"rope_type": "yarn"}), "rope_type must be 'default'"),
+    "no_weights": (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
+    "truncated": (damage_truncate, "model.safetensors: truncated"),
+    "truncated_bin": (damage_half_bin, "pytorch_model.bin"),
+    "pickle_with_code": (damage_pickle, "pytorch_model.bin: refused"),
+    "missing": (
+        lambda p: change_tensors(p, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        "tensor layers.1.mlp.up_proj.weight is missing",
+    ),
+    "surplus": (lambda p: change_tensors(p, lambda t: t.update(extra=torch.zeros(1))), "does not have: extra"),
+    "shape": (
+        lambda p: change_tensors(p, lambda t: t.update({"model.norm.weight": torch.zeros(47)})),
+        r"tensor norm.weight must be \(48,\), got \(47,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_bad_checkpoints(name, tmp_path, capfd):
+    written("llama", tmp_path)
+    damage, message = DAMAGE[name]
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        model.load(tmp_path)
+    assert "ran" not in capfd.readouterr().out
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        model.load(tmp_path / "nothing")
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(CheckpointError, match="a checkpoint is a directory"):
+        model.load(tmp_path / "x.txt")
+
+
+def test_bad_gguf(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(CheckpointError, match="truncated or not a GGUF"):
+        model.load(tmp_path / "x.gguf")
+
+
+@needs_smollm2
+def test_truncated_gguf(tmp_path):
+    with locate("smollm2").open("rb") as file:
+        (tmp_path / "half.gguf").write_bytes(file.read(20_000_000))
+    with pytest.raises(CheckpointError, match="truncated or not a GGUF"):
+        model.load(tmp_path / "half.gguf")
+
+
+def test_a_tokeniser_that_does_not_fit(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    written("llama", tmp_path)
+    vocab = {f"w{i}": i for i in range(102)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "w0")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="the tokeniser has 102 tokens, the model an embedding of 101"):
+        model.load(tmp_path)
+
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n",
+    "Water boils at 100 degrees because",
+    "The three laws of motion are:",
+    "<|im_start|>user\nName 3 colours.<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+@needs_smollm2
+def test_smollm2_continues_as_in_transformers():
+    """64 greedy tokens on each prompt. transformers dequantises the file itself, so the whole path is compared."""
+    path = locate("smollm2")
+    ours, tokenizer = model.load(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    state = dict(theirs.named_parameters())
+    assert torch.equal(ours.blocks[7].attention.k.weight, state["model.layers.7.self_attn.k_proj.weight"])
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt)
+        assert tokens == their_tokenizer(prompt)["input_ids"]
+        expected = theirs.generate(
+            torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)), max_new_tokens=64, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )[0, len(tokens) :]  # fmt: skip
+        assert model.generate(ours, [tokens], 64)[0] == expected.tolist()
+
+
+@needs_minilm
+def test_minilm_cosine():
+    ours, tokenizer = model.load(locate("minilm"))
+    assert tokenizer.encode("Hello, my dog is cute") == [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
+    from model.embed import embed
+
+    vectors = embed(ours, tokenizer, ["A man is eating food.", "A man is eating a piece of bread.", "x"])
+    assert abs((vectors[0] @ vectors[1]).item() - 0.7553) < 1e-4
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+    alone = embed(ours, tokenizer, ["x"])  # padding does not show
+    torch.testing.assert_close(alone[0], vectors[2], rtol=1e-5, atol=1e-6)
+
+
+@needs_minilm
+def test_minilm_equals_transformers():
+    path = locate("minilm")
+    ours, tokenizer = model.load(path)
+    theirs = transformers.BertModel.from_pretrained(path).eval()
+    tokens = torch.tensor([tokenizer.encode("The quick brown fox jumps over the lazy dog.")])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-5)
