@@ -16,8 +16,8 @@ import flashattn
 
 from .attention import Result
 
-COLUMNS = ["batch", "heads", "seq", "head_dim", "dtype", "mask", "pass", "backend"]
-FIGURES = ["error", "torch's", "ms", "torch's ms", "ratio", "quartiles", "GFLOP/s"]
+LEFT = ["shape", "dtype", "call", "backend"]
+RIGHT = ["error", "torch's", "ms", "torch's", "ratio", "quartiles", "GFLOP/s"]
 
 
 def cpu_name() -> str:
@@ -36,9 +36,9 @@ def machine() -> str:
 
 def row(result: Result) -> list[str]:
     case, times = result.case, result.times
+    call = ("causal " if case.causal else "full ") + ("backward" if case.backward else "forward")
     return [
-        str(case.batch), str(case.heads), str(case.seq), str(case.head_dim), case.dtype,
-        "causal" if case.causal else "full", "backward" if case.backward else "forward", result.backend,
+        f"{case.batch},{case.heads},{case.seq},{case.head_dim}", case.dtype, call, result.backend,
         f"{result.error:.1e}" + ("" if result.correct else " WRONG"), f"{result.their_error:.1e}",
         f"{times.ours * 1e3:.2f}", f"{times.theirs * 1e3:.2f}", f"{times.ratio:.2f}x",
         f"{times.low:.2f}-{times.high:.2f}", f"{case.flops / times.ours / 1e9:.0f}",
@@ -47,20 +47,23 @@ def row(result: Result) -> list[str]:
 
 def print_table(results: Iterable[Result]) -> list[Result]:
     """Print the results as one table, with progress while they are measured, and return them."""
-    console = Console(width=None if Console().is_terminal else 150, highlight=False)
-    console.print(f"attention, pairs interleaved in one process; {machine()}")
-    console.print("error: largest difference to float64; ratio: torch's time / ours, median of the pairs")
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console.print(f"attention on {machine()}")
+    console.print("shape: batch, heads, seq, head_dim; error: largest difference to float64; ms: median;")
+    console.print("ratio: torch's time / ours, median of interleaved pairs; torch's: scaled_dot_product_attention")
     done = []
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in COLUMNS + FIGURES:
-        table.add_column(name, justify="left" if name in ("dtype", "mask", "pass", "backend") else "right")
+    for name in LEFT:
+        table.add_column(name, no_wrap=True)
+    for name in RIGHT:
+        table.add_column(name, justify="right", no_wrap=True)
     with console.status("measuring") as status:
         for result in results:
             done.append(result)
             table.add_row(*row(result))
             status.update(f"measured {len(done)}: {result.case.command}")
     console.print(table)
-    console.print(f"each row alone: {done[0].case.command}")
+    console.print(f"one row alone, for instance the last: {done[-1].case.command}")
     return done
 
 

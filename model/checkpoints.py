@@ -35,7 +35,10 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = 
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf":
-        hf, tensors, tokenizer = gguf_file.read(path, progress)
+        try:
+            hf, tensors, tokenizer = gguf_file.read(path, progress)
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise CheckpointError(f"{path}: truncated or not a GGUF file of a Llama: {error}") from None
     elif path.is_dir():
         hf, tensors, tokenizer = read_json(path / "config.json"), read_tensors(path), Tokenizer.from_directory(path)
     else:
@@ -123,7 +126,7 @@ def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.d
     with torch.device("meta"):
         model = Transformer(config)
     state = {}
-    for name, parameter in tqdm(model.state_dict().items(), "loading", disable=not progress, leave=False):
+    for name, parameter in tqdm(model.state_dict().items(), "loading", disable=None if progress else True, leave=False):
         source = source_name(name, family.NAMES)
         if source not in tensors:
             raise CheckpointError(f"{path}: tensor {source} is missing")

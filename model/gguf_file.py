@@ -31,22 +31,17 @@ def read(path: Path, progress: bool = False) -> tuple[dict, dict[str, Tensor], T
     """(configuration as a Hugging Face config.json would have it, tensors by their names there, tokeniser)."""
     import gguf
 
-    from .checkpoints import CheckpointError
-
-    try:
-        reader = gguf.GGUFReader(path)
-        hf = config(reader)
-        tensors = {}
-        for tensor in tqdm(reader.tensors, "dequantising", disable=not progress, leave=False):
-            x = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            name = rename(tensor.name)
-            if "self_attn.q_proj" in name:
-                x = unpermute(x, hf["num_attention_heads"])
-            elif "self_attn.k_proj" in name:
-                x = unpermute(x, hf["num_key_value_heads"])
-            tensors[name] = x
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a GGUF file of a Llama: {error}") from None
+    reader = gguf.GGUFReader(path)
+    hf = config(reader)
+    tensors = {}
+    for tensor in tqdm(reader.tensors, "dequantising", disable=None if progress else True, leave=False):
+        x = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        name = rename(tensor.name)
+        if "self_attn.q_proj" in name:
+            x = unpermute(x, hf["num_attention_heads"])
+        elif "self_attn.k_proj" in name:
+            x = unpermute(x, hf["num_key_value_heads"])
+        tensors[name] = x
     hf["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return hf, tensors, tokenizer(reader)
 

@@ -41,6 +41,19 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
+def on_its_device(verb):
+    """Launch on the GPU the tensors are on: Triton launches on the current one."""
+
+    @functools.wraps(verb)
+    def guarded(x: Tensor, *args):
+        if not x.is_cuda:
+            return verb(x, *args)
+        with torch.cuda.device(x.device):
+            return verb(x, *args)
+
+    return guarded
+
+
 def refuses(dtype: torch.dtype, wide: bool) -> str | None:
     if dtype == torch.float64:
         return "it does not take float64"
@@ -81,6 +94,7 @@ def attention_meta(direction: str, q: Tensor, v: Tensor) -> dict:
     )
 
 
+@on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     batch, heads, seq_q, _ = q.shape
@@ -95,6 +109,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     return out, lse
 
 
+@on_its_device
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +164,7 @@ def norm_meta(width: int, norm: Norm) -> dict:
     )
 
 
+@on_its_device
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -174,6 +190,7 @@ def norm_forward(
     return y, hidden, mean, rstd
 
 
+@on_its_device
 def norm_backward(
     grad_y: Tensor,
     grad_hidden: Tensor | None,

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .scores import edge_start, key_tiles, lengths, query_tiles, visible
 from .softmax import LOG2E
-from .tiles import load_tile, one_head, store_tile
+from .tiles import load_tile, one_head, owned_queries, store_tile
 
 
 @triton.jit
@@ -59,12 +59,7 @@ def attention_backward_q(
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
-    tiles_m = tl.cdiv(seq_q, BLOCK_M)
-    program = tl.program_id(0)
-    start_m = (tiles_m - 1 - program % tiles_m) * BLOCK_M
-    head = program // tiles_m % heads
-    batch = program // tiles_m // heads
-    kv_head = head // (heads // kv_heads)
+    start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
     query_end, key_end = lengths(score, batch, seq_q, seq_k)
 
     k = one_head(k, batch, kv_head)

@@ -173,6 +173,16 @@ def norm_forward(
 
 
 @triton.jit
+def load_statistics(mean, rstd, rows, row_mask, CENTER: tl.constexpr):
+    """(mean, rstd) of some rows; the mean of an RMSNorm is 0."""
+    row_rstd = tl.load(rstd + rows, mask=row_mask, other=0.0)
+    row_mean = tl.zeros_like(row_rstd)
+    if CENTER:
+        row_mean = tl.load(mean + rows, mask=row_mask, other=0.0)
+    return row_mean, row_rstd
+
+
+@triton.jit
 def load_gradients(
     hidden, grad_y, mean, rstd, weight, weight_offset, head, rows, row_mask, start, width,
     CENTER: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -224,10 +234,7 @@ def norm_backward(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
         row_mask = rows < row_count
-        row_mean = tl.zeros((BLOCK_ROWS,), tl.float32)
-        if CENTER:
-            row_mean = tl.load(mean + rows, mask=row_mask, other=0.0)
-        row_rstd = tl.load(rstd + rows, mask=row_mask, other=0.0)
+        row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
         if SINGLE:
             grad, xhat, g = load_gradients(
                 hidden, grad_y, row_mean, row_rstd, weight, weight_offset, head, rows, row_mask, 0, width,
@@ -279,10 +286,7 @@ def norm_backward_weights(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
         row_mask = rows < row_count
-        row_mean = tl.zeros((BLOCK_ROWS,), tl.float32)
-        if CENTER:
-            row_mean = tl.load(mean + rows, mask=row_mask, other=0.0)
-        row_rstd = tl.load(rstd + rows, mask=row_mask, other=0.0)
+        row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
         grad, xhat, _ = load_gradients(
             hidden, grad_y, row_mean, row_rstd, None, 0.0, head, rows, row_mask, start, width, CENTER, BLOCK_COLS
         )

@@ -27,6 +27,20 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def owned_queries(heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
+    """(first query, head, kv_head, batch) of this program, in a grid of (query tiles * heads * batch,).
+
+    The tiles of a head follow each other, the last first: under a causal mask those have the most keys. One dimension,
+    since the other two of a grid end at 65,535.
+    """
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    program = tl.program_id(0)
+    start_m = (tiles - 1 - program % tiles) * BLOCK_M
+    head = program // tiles % heads
+    return start_m, head, head // (heads // kv_heads), program // tiles // heads
+
+
+@triton.jit
 def one_head(x, batch, head):
     """The (seq, head_dim) matrix of one batch and head. 64-bit: a tensor may pass 2**31 elements."""
     return Rows(
