@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # the workers share the cores; test_threads sets its own number
 

@@ -41,6 +41,11 @@ def test_generate_json_and_chat():
     assert set(result) == {"tokens", "text", "tokens_per_second"}
 
 
+def heed_interrupts():
+    """A process that a shell starts in the background is told to ignore them, and would pass that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @needs_smollm2
 def test_ctrl_c_leaves_cleanly():
     command = [
@@ -55,7 +60,9 @@ def test_ctrl_c_leaves_cleanly():
         "--max-new-tokens",
         "4000",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed_interrupts
+    )
     assert process.stdout.read(1) == "x"  # it is generating
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -49,6 +49,32 @@ def test_attention(architecture, head_dim):
     check(compile_attention(architecture, head_dim), spills=not usual)
 
 
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 2, 1, 1, 100), (2, 2, 2, 100, 1)], ids=str)
+def test_sizes_of_one(shape, lengths):
+    """Triton folds a constant 1 into the kernel, unless told not to; the assembler crashed on what came of it."""
+    torch.use_deterministic_algorithms(False)
+    batch, heads, kv_heads, seq_q, seq_k = shape
+    q = torch.empty(batch, heads, seq_q, 64, dtype=torch.float16)
+    k = torch.empty(batch, kv_heads, seq_k, 64, dtype=torch.float16)
+    some = torch.ones(batch, dtype=torch.int32) if lengths else None
+    with compiled.compile_for("sm_90") as kernels:
+        out, lse = backend.forward(q, k, k, Score(0.125, False, some, some))
+        backend.backward(out, None, q, k, k, out, lse, Score(0.125, False, some, some))
+    check(kernels)
+
+
+def test_a_length_compiles_nothing_new():
+    torch.use_deterministic_algorithms(False)
+    cached = []
+    for seq in (1, 16, 17, 512):
+        q = torch.empty(1, 1, seq, 32, dtype=torch.float16)
+        with compiled.compile_for("sm_80") as kernels:
+            backend.forward(q, q, q, Score(0.125, True))
+        cached += kernels
+    assert len(set(cached)) == 1
+
+
 @pytest.mark.parametrize("options", [{"causal": False}, {"lengths": True}, {"dtype": torch.float16}], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

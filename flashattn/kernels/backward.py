@@ -17,7 +17,7 @@ p * grad_lse to ds, which delta takes in.
 import triton
 import triton.language as tl
 
-from .scores import edge_start, key_tiles, lengths, query_tiles, visible
+from .scores import SIZES, edge_start, key_tiles, lengths, query_tiles, visible
 from .softmax import LOG2E
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
@@ -49,7 +49,7 @@ def visit_keys(
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_backward_q(
     q, k, v, out, grad_out, lse, grad_lse, grad_q, delta, score, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -113,7 +113,7 @@ def visit_queries(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_backward_kv(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, score, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -6,7 +6,7 @@ Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partit
 import triton
 import triton.language as tl
 
-from .scores import edge_start, key_tiles, lengths, visible
+from .scores import SIZES, edge_start, key_tiles, lengths, visible
 from .softmax import LOG2E, logsumexp, online_softmax
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
@@ -30,7 +30,7 @@ def attend(
     return acc, m_i, l_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_forward(
     q, k, v, out, lse, score, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

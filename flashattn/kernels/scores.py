@@ -15,6 +15,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
+# with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward.
+SIZES = ["score", "heads", "kv_heads", "seq_q", "seq_k"]
+
 
 class ScoreArgs(NamedTuple):
     scale: tl.tensor  # float: multiplies q.k
