@@ -163,7 +163,7 @@ def test_reference_is_the_truth_in_float64(case):
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_shapes(data):
-    """No fewer than 16 keys: with one, the gradient is 0 and its error the last place of what cancels. CASES has those."""
+    """At least 16 keys: with one, the gradient is 0 and its error the last place of what cancels (CASES has those)."""
     batch, kv_heads = 4, data.draw(st.integers(1, 3))
     seq_q, seq_k = data.draw(st.integers(8, 150)), data.draw(st.integers(32, 230))
     case = Case(
