@@ -81,23 +81,40 @@ def write_json(results: list[Result], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+COLORS = {"float32": "tab:blue", "bfloat16": "tab:orange", "float16": "tab:green"}
+
+
 def write_plot(results: list[Result], path: Path) -> None:
-    """Ratio to PyTorch against sequence length, a line for each dtype, mask and pass."""
+    """Ratio to PyTorch against sequence length: a panel for each pass, a colour for each dtype, causal dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for r in results:
-        label = f"{r.case.dtype} {'causal' if r.case.causal else 'full'} {'backward' if r.case.backward else 'forward'}"
-        lines.setdefault(f"{label}, head_dim {r.case.head_dim}", []).append((r.case.seq, r.times.ratio))
-    for label, points in lines.items():
-        points.sort()
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
-    axes.axhline(1, color="grey", linewidth=1, linestyle="--")
-    axes.set(xscale="log", xlabel="sequence length", ylabel="times faster than PyTorch's SDPA", title="attention")
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small")
+    passes = sorted({r.case.backward for r in results})
+    figure, panels = pyplot.subplots(
+        1, len(passes), figsize=(6 * len(passes), 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, backward in zip(panels[0], passes, strict=True):
+        lines: dict[tuple, list[tuple[int, float]]] = {}
+        for r in results:
+            if r.case.backward == backward:
+                lines.setdefault((r.case.dtype, r.case.causal, r.case.head_dim), []).append((r.case.seq, r.times.ratio))
+        for (dtype, causal, head_dim), points in lines.items():
+            axes.plot(
+                *zip(*sorted(points), strict=True), color=COLORS[dtype], linestyle="--" if causal else "-",
+                marker="o" if head_dim == 64 else "s",
+                label=f"{dtype} {'causal' if causal else 'full'}, head_dim {head_dim}",
+            )  # fmt: skip
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.set(xlabel="sequence length", title="backward" if backward else "forward")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    panels[0][0].set_ylabel("PyTorch's time / ours (above 1: ours is faster)")
+    figure.suptitle(f"attention on {machine()}", fontsize="small")
     figure.savefig(path, dpi=120)

@@ -47,7 +47,10 @@ def main() -> None:
             note += f", instruction set {cpu.isa()}"
         print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
     forced = os.environ.get("FLASHATTN_BACKEND")
-    chosen = choose(device, torch.float32)
+    try:
+        chosen = choose(device, torch.float32)
+    except RuntimeError as error:
+        chosen = f"none, {error}"
     print(f"\na call on {device.type} tensors goes to: {chosen}" + (f" (FLASHATTN_BACKEND={forced})" if forced else ""))
 
 
