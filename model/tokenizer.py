@@ -48,7 +48,10 @@ class Tokenizer:
         if not file.exists():
             return None
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises no narrower type
+            raise ValueError(f"{file}: truncated or not a tokeniser: {error}") from None
         eos = config.get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
         stop = [] if eos is None else [backend.token_to_id(eos)]

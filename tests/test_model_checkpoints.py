@@ -219,6 +219,13 @@ def test_a_tokeniser_that_does_not_fit(tmp_path):
         model.load(tmp_path)
 
 
+def test_a_truncated_tokeniser(tmp_path):
+    written("llama", tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    with pytest.raises(ValueError, match=r"tokenizer.json: truncated or not a tokeniser"):
+        model.load(tmp_path)
+
+
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, in a village by the sea,",

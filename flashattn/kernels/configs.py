@@ -1,9 +1,9 @@
 """Tile sizes by architecture, as plain data.
 
 Attention: `ATTENTION[pass][architecture]` lists (largest head_dim, bytes per element, Tiles) from small to large; the
-first row that is large enough is taken. Every row compiles without a spilled register at head_dim 64 and 128 where
-elements have 2 bytes and fits in the architecture's shared memory: `tests/test_compiled.py` compiles each and counts.
-The rows were chosen by that count and not by timing: no GPU has run them yet.
+first row that is large enough is taken. On sm_80 and sm_90 no row spills a register at head_dim 64 and 128, and every
+row fits in its architecture's shared memory: `tests/test_compiled.py` compiles them and counts. The rows were chosen by
+that count and not by timing: no GPU has run them yet.
 """
 
 from __future__ import annotations
