@@ -74,7 +74,7 @@ def run(case: Case, device: torch.device, seconds: float) -> Result:
 
 
 def backend_of(q: torch.Tensor) -> str:
-    return flashattn.backends.choose(q.device, q.dtype, q.shape[-1])
+    return flashattn.backends.choose(q.device, q.dtype, head_dim=q.shape[-1])
 
 
 def forward(case: Case, q, k, v, device, seconds: float) -> Result:

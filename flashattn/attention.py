@@ -57,7 +57,7 @@ def attention(
         q_lengths=_lengths("q_lengths", q_lengths, batch, seq_q, q.device),
         kv_lengths=_lengths("kv_lengths", kv_lengths, batch, k.shape[2], q.device),
     )
-    backend = backends.choose(q.device, q.dtype, max(head_dim, v.shape[-1]))
+    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v.shape[-1]))
     out, lse = torch.ops.flashattn.attention_forward.default(q, k, v, *score.args, backend)
     return (out, lse) if return_lse else out
 

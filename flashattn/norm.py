@@ -87,10 +87,11 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     )
+    dtypes = [t.dtype for t in (x, residual, weight, bias) if t is not None]
     keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
     y, hidden, _, _ = torch.ops.flashattn.norm_forward.default(
         x, residual, weight, bias, hidden_dtype if fused else x.dtype, keep,
-        center, float(eps), float(weight_offset), float(dropout_p), seed, backends.choose(x.device, x.dtype),
+        center, float(eps), float(weight_offset), float(dropout_p), seed, backends.choose(x.device, *dtypes),
     )  # fmt: skip
     if not prenorm:
         return y

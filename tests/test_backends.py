@@ -37,7 +37,7 @@ def test_the_extension_is_built():
 def test_the_choice_on_a_cpu(dtype, head_dim, expected, monkeypatch):
     monkeypatch.setattr(backends.triton, "unusable", lambda device_type: "no GPU")
     backends._choose_once.cache_clear()
-    assert backends.choose(torch.device("cpu"), dtype, head_dim) == expected
+    assert backends.choose(torch.device("cpu"), dtype, head_dim=head_dim) == expected
     backends._choose_once.cache_clear()
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from common import BACKENDS, DTYPES, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
+from common import BACKENDS, DTYPES, INTERPRETED, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
 from torch.nn import functional as F
 
 import flashattn
@@ -262,6 +262,22 @@ def test_the_gradient_mode_changes_no_bit():
     with torch.no_grad():
         expected = flashattn.layer_norm(x, residual=residual)
     assert torch.equal(flashattn.layer_norm(x.requires_grad_(), residual=residual), expected)
+
+
+def test_one_float64_argument_goes_to_the_reference():
+    x, residual, weight = torch.randn(5, 63), torch.randn(5, 63, dtype=torch.float64), torch.randn(63)
+    y, hidden = flashattn.rms_norm(x, weight, residual=residual, prenorm=True)
+    assert (y.dtype, hidden.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(y, F.rms_norm((x + residual).float(), (63,), weight, eps=1e-6))
+    with flashattn.use_backend("cpu"), pytest.raises(RuntimeError, match="does not take float64"):
+        flashattn.rms_norm(x, weight, residual=residual)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU computes bfloat16 rightly")
+def test_the_interpreter_is_kept_from_bfloat16():
+    with flashattn.use_backend("triton"), pytest.raises(RuntimeError, match="computes bfloat16 wrongly"):
+        flashattn.rms_norm(torch.randn(5, 63), torch.randn(63, dtype=torch.bfloat16))
 
 
 X = torch.zeros(2, 3, 8)

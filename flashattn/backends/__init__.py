@@ -50,19 +50,21 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def why_not(name: str, device_type: str, dtype: torch.dtype, wide: bool = False) -> str | None:
+def why_not(name: str, device_type: str, *dtypes: torch.dtype, wide: bool = False) -> str | None:
     """Why this backend does not take a call, None if it does. `wide`: a head_dim over MAX_HEAD_DIM."""
-    return BACKENDS[name].unusable(device_type) or BACKENDS[name].refuses(dtype, wide)
+    backend = BACKENDS[name]
+    reasons = (backend.refuses(dtype, wide) for dtype in dtypes)
+    return backend.unusable(device_type) or next((reason for reason in reasons if reason), None)
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 1) -> str:
-    """The name of the backend that takes a call on such tensors."""
-    return _choose(_forced, device.type, dtype, head_dim > MAX_HEAD_DIM)
+def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
+    """The name of the backend that takes a call on tensors of these dtypes."""
+    return _choose(_forced, device.type, dtypes, head_dim > MAX_HEAD_DIM)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
-def _choose(forced: str | None, device_type: str, dtype: torch.dtype, wide: bool) -> str:
-    return _choose_once(forced, device_type, dtype, wide)
+def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
+    return _choose_once(forced, device_type, dtypes, wide)
 
 
 @functools.cache
@@ -71,8 +73,8 @@ def warn_once(message: str) -> None:
 
 
 @functools.cache
-def _choose_once(forced: str | None, device_type: str, dtype: torch.dtype, wide: bool) -> str:
-    reasons = {name: why_not(name, device_type, dtype, wide) for name in BACKENDS}
+def _choose_once(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
+    reasons = {name: why_not(name, device_type, *dtypes, wide=wide) for name in BACKENDS}
     if forced is None:
         chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
         if chosen == "reference" and device_type == "cpu" and cpu.missing is not None:
