@@ -36,7 +36,7 @@ def machine() -> str:
 
 def row(result: Result) -> list[str]:
     case, times = result.case, result.times
-    call = ("causal " if case.causal else "full ") + ("backward" if case.backward else "forward")
+    call = ("bwd" if case.backward else "fwd") + (" causal" if case.causal else " full")
     return [
         f"{case.batch},{case.heads},{case.seq},{case.head_dim}", case.dtype, call, result.backend,
         f"{result.error:.1e}" + ("" if result.correct else " WRONG"), f"{result.their_error:.1e}",
@@ -52,7 +52,7 @@ def print_table(results: Iterable[Result]) -> list[Result]:
     console.print("shape: batch, heads, seq, head_dim; error: largest difference to float64; ms: median;")
     console.print("ratio: torch's time / ours, median of interleaved pairs; torch's: scaled_dot_product_attention")
     done = []
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in LEFT:
         table.add_column(name, no_wrap=True)
     for name in RIGHT:
@@ -114,7 +114,8 @@ def write_plot(results: list[Result], path: Path) -> None:
             axis.set_major_formatter(FormatStrFormatter("%g"))
         axes.set(xlabel="sequence length", title="backward" if backward else "forward")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
     panels[0][0].set_ylabel("PyTorch's time / ours (above 1: ours is faster)")
+    every = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(every.values(), every.keys(), loc="outside right center", fontsize="small")
     figure.suptitle(f"attention on {machine()}", fontsize="small")
     figure.savefig(path, dpi=120)
