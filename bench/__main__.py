@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -53,11 +54,8 @@ def main() -> int:
     seconds = args.seconds if args.seconds is not None else 0.5 if args.quick else 2.0
     device = torch.device(args.device)
     try:
-        if args.backend is None:
+        with flashattn.use_backend(args.backend) if args.backend else contextlib.nullcontext():
             results = print_table(attention.run(case, device, seconds) for case in cases)
-        else:
-            with flashattn.use_backend(args.backend):
-                results = print_table(attention.run(case, device, seconds) for case in cases)
         if args.json:
             write_json(results, args.json)
         if args.plot:

@@ -106,7 +106,7 @@ size_t forward_scratch(const Attention& a) {
 
 // The running softmax of a tile of queries, one number a lane.
 struct Softmax {
-  float *m, *l, *shift, *alpha;
+  float *m, *l, *alpha;
 };
 
 // Fold scores S[n][lanes] into the softmax and turn them into weights. Returns whether any lane must be rescaled.
@@ -143,7 +143,7 @@ void forward_tile(const Attention& a, int64_t index, float* memory) {
   float* s = scratch.take(BLOCK_N * BLOCK_M);
   float* k_rows = scratch.take(BLOCK_N * d);
   float* v_rows = scratch.take(BLOCK_N * dv);
-  Softmax softmax = {scratch.take(BLOCK_M), scratch.take(BLOCK_M), nullptr, scratch.take(BLOCK_M)};
+  Softmax softmax = {scratch.take(BLOCK_M), scratch.take(BLOCK_M), scratch.take(BLOCK_M)};
   float* inverse = scratch.take(BLOCK_M);
   float* out_row = scratch.take(dv);
 

@@ -34,9 +34,9 @@ static void dropout(const Norm& n, float* x, int64_t r) {
 static void round_to(Dtype dtype, float* x, int64_t width) {
   if (dtype == Dtype::float32) return;
   for (int64_t c = 0; c < width; c += W) {
-    vh rounded = dtype == Dtype::bfloat16 ? float_to_bfloat16(load<vf>(x + c)) : float_to_float16(load<vf>(x + c));
-    vh copy[1] = {rounded};
-    load_floats(x + c, copy, dtype, W);
+    uint16_t rounded[W];
+    store_floats(rounded, x + c, dtype, W);
+    load_floats(x + c, rounded, dtype, W);
   }
 }
 

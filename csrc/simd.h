@@ -76,13 +76,6 @@ static inline vf exp2(vf x) {
 
 // ---------------------------------------------------------------- 16-bit floats
 
-static inline float bfloat16_to_float(uint16_t x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
-
 // Round to nearest even; a NaN stays a (quiet) NaN.
 static inline vh float_to_bfloat16(vf x) {
   vu bits = (vu)x;

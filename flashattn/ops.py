@@ -43,10 +43,6 @@ def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-def none_if_empty(x: Tensor) -> Tensor | None:
-    return None if x.dim() == 1 and x.shape[0] == 0 else x
-
-
 def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -15,6 +16,8 @@ from .checkpoints import load
 from .embed import embed
 from .generate import generate
 from .packages import KNOWN, locate
+from .tokenizer import Tokenizer
+from .transformer import Transformer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,10 +53,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def load_named(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
     if tokenizer is None:
         raise ValueError(f"{args.model}: no tokenizer.json")
+    return model, tokenizer
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args)
     text = tokenizer.chat(args.prompt) if args.chat else args.prompt
     prompt = tokenizer.encode(text)
     stream = tokenizer.stream()
@@ -86,9 +94,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_embed(args: argparse.Namespace) -> None:
-    model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
-    if tokenizer is None:
-        raise ValueError(f"{args.model}: no tokenizer.json")
+    model, tokenizer = load_named(args)
     vectors = embed(model, tokenizer, args.sentences).float()
     cosines = (vectors @ vectors.T).tolist()
     if args.json:
@@ -104,11 +110,8 @@ def run_embed(args: argparse.Namespace) -> None:
 def main() -> int:
     args = parser().parse_args()
     try:
-        if args.backend is None:
+        with flashattn.use_backend(args.backend) if args.backend else contextlib.nullcontext():
             args.run(args)
-        else:
-            with flashattn.use_backend(args.backend):
-                args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

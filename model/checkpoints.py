@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.d
     """A Transformer with the tensors of a checkpoint. Every one must be there, fit, and be used."""
     family = FAMILIES[config.family]
     tensors = {strip(name, family.PREFIXES): x for name, x in tensors.items()}
-    tensors = {name: x for name, x in tensors.items() if not name.startswith(family.IGNORED)}
+    tensors = {name: x for name, x in tensors.items() if not any(fnmatch(name, p) for p in family.IGNORED)}
     if config.tied:
         tensors.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
     if hasattr(family, "prepare"):

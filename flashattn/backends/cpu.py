@@ -34,8 +34,8 @@ except ImportError as error:
 
 
 def isa() -> str:
-    """The instruction set the engine runs on here: "avx512", "avx2" or "portable"."""
-    return ops.isa.default()
+    """The instruction set the engine runs on here: "avx512", "avx2" or "portable"; "not built" without the engine."""
+    return "not built" if missing is not None else ops.isa.default()
 
 
 def unusable(device_type: str) -> str | None:

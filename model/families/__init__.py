@@ -2,7 +2,7 @@
 
 - `config(hf)`: a `Config` from the dictionary of a Hugging Face config.json
 - `NAMES`: our parameter name to the checkpoint's; {i} stands for the layer
-- `IGNORED`: name prefixes of tensors that carry nothing we need
+- `IGNORED`: patterns (as in a shell) of the names of tensors that carry nothing we need
 - `PREFIXES`: what may stand in front of every name of a checkpoint
 - `prepare(tensors, config)`, where needed: reshape what is stored differently
 """

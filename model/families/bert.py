@@ -22,7 +22,7 @@ NAMES = {
     "blocks.{i}.feed_forward_norm": "encoder.layer.{i}.output.LayerNorm",
 }
 PREFIXES = ("bert.",)
-IGNORED = ("embeddings.position_ids", "pooler.", "cls.")  # the encoder is what is loaded; its heads are not
+IGNORED = ("embeddings.position_ids", "pooler.*", "cls.*")  # the encoder is what is loaded; its heads are not
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
 

@@ -24,7 +24,7 @@ NAMES = {
     "head.weight": "lm_head.weight",
 }
 PREFIXES = ("transformer.",)
-IGNORED = tuple(f"h.{i}.attn.{name}" for i in range(200) for name in ("bias", "masked_bias"))  # causal masks
+IGNORED = ("h.*.attn.bias", "h.*.attn.masked_bias")  # causal masks
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 

@@ -22,7 +22,7 @@ NAMES = {
     "head.weight": "lm_head.weight",
 }
 PREFIXES = ("model.",)
-IGNORED = ("rotary_emb.",)
+IGNORED = ("rotary_emb.*",)
 
 
 def config(hf: dict) -> Config:
