@@ -8,11 +8,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # The kernels are compiled once per instruction set, each into a namespace of its own, and chosen at load time.
-KERNELS = ["csrc/attention.cpp", "csrc/norm.cpp", "csrc/engine.cpp"]
+KERNELS = ["csrc/forward.cpp", "csrc/backward.cpp", "csrc/norm.cpp", "csrc/engine.cpp"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"portable": []}
 if X86:
-    ISAS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+    AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+    ISAS |= {"avx2": ["-march=x86-64-v3"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wno-maybe-uninitialized"]
 
 

@@ -18,8 +18,7 @@ struct Heads {
 // Everything between q.k and softmax: flashattn/score.py. A new piece is one field here and one place in score.h.
 struct Score {
   float scale;
-  bool has_right;  // query i sees keys j <= i + right
-  int64_t right;
+  int64_t first, last;        // query i sees keys i + first <= j <= i + last
   const int32_t* q_lengths;   // (batch,) or null
   const int32_t* kv_lengths;  // (batch,) or null
 };
@@ -31,7 +30,7 @@ struct Attention {
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   float* lse;             // (batch, heads, seq_q)
   const float* grad_lse;  // likewise, or null
-  float* delta;           // likewise; written by the first backward pass, read by the second
+  float* workspace;       // of the backward, Engine::backward_workspace floats
 };
 
 // A tensor of up to three leading dimensions seen as rows; the last dimension is contiguous.
@@ -65,7 +64,9 @@ struct Kernel {
 };
 
 struct Engine {
-  Kernel<Attention> attention_forward, attention_backward_q, attention_backward_kv;
+  Kernel<Attention> attention_forward;
+  size_t (*backward_workspace)(const Attention&);
+  Kernel<Attention> attention_backward[3];  // one after the other
   Kernel<Norm> norm_forward, norm_backward;
 };
 

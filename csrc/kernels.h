@@ -10,13 +10,16 @@ int64_t forward_tiles(const Attention&);
 size_t forward_scratch(const Attention&);
 void forward_tile(const Attention&, int64_t tile, float* scratch);
 
+size_t backward_workspace(const Attention&);
+int64_t backward_delta_tiles(const Attention&);
+size_t backward_delta_scratch(const Attention&);
+void backward_delta_tile(const Attention&, int64_t tile, float* scratch);
+int64_t backward_tiles(const Attention&);
+size_t backward_scratch(const Attention&);
+void backward_tile(const Attention&, int64_t tile, float* scratch);
 int64_t backward_q_tiles(const Attention&);
 size_t backward_q_scratch(const Attention&);
 void backward_q_tile(const Attention&, int64_t tile, float* scratch);
-
-int64_t backward_kv_tiles(const Attention&);
-size_t backward_kv_scratch(const Attention&);
-void backward_kv_tile(const Attention&, int64_t tile, float* scratch);
 
 int64_t norm_forward_tiles(const Norm&);
 size_t norm_forward_scratch(const Norm&);

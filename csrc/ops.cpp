@@ -26,6 +26,7 @@ FLASHATTN_DECLARE(portable)
 #if defined(FLASHATTN_X86)
 FLASHATTN_DECLARE(avx2)
 FLASHATTN_DECLARE(avx512)
+FLASHATTN_DECLARE(avx512bf16)
 #endif
 
 namespace {
@@ -44,7 +45,9 @@ const Isa& isa() {
   static const Isa chosen = [] {
 #if defined(FLASHATTN_X86)
     __builtin_cpu_init();
-    const Isa all[] = {{"avx512", &avx512::engine, __builtin_cpu_supports("x86-64-v4") != 0},
+    const bool v4 = __builtin_cpu_supports("x86-64-v4") != 0;
+    const Isa all[] = {{"avx512bf16", &avx512bf16::engine, v4 && __builtin_cpu_supports("avx512bf16") != 0},
+                       {"avx512", &avx512::engine, v4},
                        {"avx2", &avx2::engine, __builtin_cpu_supports("x86-64-v3") != 0},
                        {"portable", &portable::engine, true}};
 #else
@@ -59,22 +62,29 @@ const Isa& isa() {
 }
 
 const Engine& engine() {
-  STD_TORCH_CHECK(isa().engine, "FLASHATTN_CPU_ISA must be avx512, avx2 or portable, and one this processor has; got ",
+  STD_TORCH_CHECK(isa().engine, "FLASHATTN_CPU_ISA must be avx512bf16, avx512, avx2 or portable, and one this processor has; got ",
                   std::getenv("FLASHATTN_CPU_ISA"));
   return *isa().engine;
+}
+
+using Memory = std::unique_ptr<float, void (*)(void*)>;
+
+Memory allocate(size_t floats) {
+  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+  Memory memory(static_cast<float*>(std::aligned_alloc(64, bytes)), std::free);
+  STD_TORCH_CHECK(memory, "the CPU engine cannot allocate ", bytes, " bytes");
+  return memory;
 }
 
 template <class Call>
 void run(const Kernel<Call>& kernel, const Call& call) {
   const int64_t tiles = kernel.tiles(call);
   if (tiles == 0) return;
-  const size_t bytes = (kernel.scratch_floats(call) * sizeof(float) + 63) / 64 * 64;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
   std::atomic<int64_t> next{0};
   // parallel_for splits statically, so it gets one item a thread, and each thread takes the next tile when it is free.
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float, void (*)(void*)> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)), std::free);
-    STD_TORCH_CHECK(scratch, "out of memory");
+    Memory scratch = allocate(kernel.scratch_floats(call));
     for (int64_t thread = begin; thread < end; thread++)
       for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) kernel.run(call, tile, scratch.get());
   });
@@ -105,13 +115,14 @@ T* pointer(const OptionalTensor& x) {
 Heads heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                    double scale, std::optional<int64_t> right, const OptionalTensor& q_lengths,
+                    double scale, std::optional<int64_t> first, std::optional<int64_t> last, const OptionalTensor& q_lengths,
                     const OptionalTensor& kv_lengths) {
   Attention a = {};
   a.dtype = dtype_of(q);
   a.batch = q.size(0), a.heads = q.size(1), a.seq_q = q.size(2), a.head_dim = q.size(3);
   a.kv_heads = k.size(1), a.seq_k = k.size(2), a.head_dim_v = v.size(3);
-  a.score = {static_cast<float>(scale), right.has_value(), right.value_or(0), pointer<int32_t>(q_lengths),
+  constexpr int64_t far = int64_t{1} << 60;
+  a.score = {static_cast<float>(scale), first.value_or(-far), last.value_or(far), pointer<int32_t>(q_lengths),
              pointer<int32_t>(kv_lengths)};
   a.q = heads(q), a.k = heads(k), a.v = heads(v), a.out = heads(out);
   a.lse = pointer<float>(lse);
@@ -119,19 +130,19 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 }
 
 void attention_forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-                       std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
-  run(engine().attention_forward, attention(q, k, v, out, lse, scale, right, q_lengths, kv_lengths));
+                       std::optional<int64_t> first, std::optional<int64_t> last, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
+  run(engine().attention_forward, attention(q, k, v, out, lse, scale, first, last, q_lengths, kv_lengths));
 }
 
 void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                        Tensor delta, Tensor grad_q, Tensor grad_k, Tensor grad_v, double scale,
-                        std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
-  Attention a = attention(q, k, v, out, lse, scale, right, q_lengths, kv_lengths);
+                        Tensor grad_q, Tensor grad_k, Tensor grad_v, double scale,
+                        std::optional<int64_t> first, std::optional<int64_t> last, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
+  Attention a = attention(q, k, v, out, lse, scale, first, last, q_lengths, kv_lengths);
   a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
   a.grad_lse = pointer<float>(grad_lse);
-  a.delta = pointer<float>(delta);
-  run(engine().attention_backward_q, a);
-  run(engine().attention_backward_kv, a);
+  Memory workspace = allocate(engine().backward_workspace(a));
+  a.workspace = workspace.get();
+  for (const auto& pass : engine().attention_backward) run(pass, a);
 }
 
 // ------------------------------------------------------------------------------------------------ norms
@@ -186,11 +197,11 @@ std::string cpu_isa() { return isa().name ? isa().name : ""; }
 STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("isa() -> str");
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int? right, "
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int? first, int? last, "
       "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor(a!) delta, Tensor(b!) grad_q, Tensor(c!) grad_k, Tensor(d!) grad_v, float scale, int? right, "
+      "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, float scale, int? first, int? last, "
       "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
   m.def(
       "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!)? hidden, "

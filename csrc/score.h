@@ -17,34 +17,33 @@ static inline int64_t key_end(const Attention& a, int64_t batch) {
   return a.score.kv_lengths ? max(0, min(a.seq_k, a.score.kv_lengths[batch])) : a.seq_k;
 }
 
-// The keys that queries begin .. end look at.
+// The keys that some of the queries see.
 static inline Range visible_keys(const Attention& a, Range queries, int64_t batch) {
   int64_t end = queries.begin < query_end(a, batch) ? key_end(a, batch) : 0;
-  if (a.score.has_right) end = max(0, min(end, queries.end + a.score.right));
-  return {0, end};
+  end = max(0, min(end, queries.end + a.score.last));
+  return {min(end, max(0, queries.begin + a.score.first)), end};
 }
 
-// The queries that look at keys begin .. end.
+// The queries that see some of the keys.
 static inline Range visible_queries(const Attention& a, Range keys, int64_t batch) {
-  int64_t end = query_end(a, batch);
-  int64_t begin = a.score.has_right ? min(end, max(0, keys.begin - a.score.right)) : 0;
-  return {begin, end};
+  int64_t end = max(0, min(query_end(a, batch), keys.end - a.score.first));
+  return {min(end, max(0, keys.begin - a.score.last)), end};
 }
 
-// Whether some pair of a tile is masked by position, so that `mask` has work to do. What lies past a length is not
+// Whether some pair of a tile is masked by position, so that `visible` has work to do. What lies past a length is not
 // in the tile at all.
 static inline bool is_edge(const Attention& a, Range queries, Range keys) {
-  return a.score.has_right && keys.end - 1 > queries.begin + a.score.right;
+  return keys.end - 1 > queries.begin + a.score.last || keys.begin < queries.end - 1 + a.score.first;
 }
 
-// Set the masked scores of an edge tile, scores[key][lane], to `value`. Lane i is query queries.begin + i.
-static inline void mask(const Attention& a, float* scores, int64_t lanes, Range queries, Range keys, float value) {
-  for (int64_t j = keys.begin; j < keys.end; j++) {
-    // Query i sees key j from i = j - right on.
-    int64_t hidden = min(lanes, max(0, j - a.score.right - queries.begin));
-    float* row = scores + (j - keys.begin) * lanes;
-    for (int64_t i = 0; i < hidden; i++) row[i] = value;
-  }
+// Of the W queries from `query` on, which see `key`: all bits set, or none.
+static inline vi visible(const Attention& a, int64_t query, int64_t key) {
+  vi i;
+  for (int lane = 0; lane < W; lane++) i[lane] = lane;
+  // Lanes first .. last see it: query + i + first <= key <= query + i + last.
+  int32_t first = (int32_t)max(-1, min(W, key - a.score.last - query));
+  int32_t last = (int32_t)max(-1, min(W, key - a.score.first - query));
+  return (i >= first) & (i <= last);
 }
 
 }  // namespace FLASHATTN_ISA

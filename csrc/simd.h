@@ -15,16 +15,12 @@ namespace flashattn {
 namespace FLASHATTN_ISA {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;      // floats in a vector
-constexpr int MICRO = 12;  // rows of the matrix microkernel: MICRO * 2 accumulators fit the registers
+constexpr int W = 16;  // floats in a vector
 #elif defined(__AVX2__)
 constexpr int W = 8;
-constexpr int MICRO = 6;
 #else
 constexpr int W = 4;
-constexpr int MICRO = 6;
 #endif
-constexpr int LANES = 2 * W;  // columns of the microkernel
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
@@ -53,15 +49,32 @@ static inline float sum(vf v) {
   return total;
 }
 
+// The lane numbers 0 .. W - 1 as template arguments (std:: code would be shared between instruction sets).
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using type = Sequence<I...>;
+};
+using Lanes = Count<W>::type;
+
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-// 2^x for x < 128. x = n + f with |f| <= 1/2; 2^f by a polynomial that is exactly 1 at 0, so that a rescale by 2^0
-// changes nothing. Relative error below 1.2e-7. Below -126 (and at -inf) the result is 0; a NaN stays a NaN.
+// 2^x for x < 128. x = n + f with n the nearest integer; 2^f by a polynomial that is exactly 1 at 0, so that a rescale
+// by 2^0 changes nothing. Relative error below 1.2e-7. Below -126 (and at -inf) the result is 0; a NaN stays a NaN.
 static inline vf exp2(vf x) {
+#if defined(__AVX512F__)
+  // VRNDSCALE and VSCALEF do in an instruction each what takes five below.
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf f = x - n;
+#else
   const vf shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf clamped = max(x, broadcast(-126.0f));
   vf shifted = clamped + shifter;
   vf f = clamped - (shifted - shifter);
+#endif
   vf p = broadcast(1.535336181e-4f);
   p = p * f + 1.339887445e-3f;
   p = p * f + 9.618437358e-3f;
@@ -69,9 +82,32 @@ static inline vf exp2(vf x) {
   p = p * f + 2.402264791e-1f;
   p = p * f + 6.931472029e-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  // Not below -126 (a NaN is not): else 0. At -inf f is a NaN, which the mask leaves out.
+  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   vi n = (vi)shifted - (vi)shifter;
   vf result = (vf)((vi)p + (n << 23));
   return x >= broadcast(-126.0f) ? result : (x == x ? vf{} : x);
+#endif
+}
+
+// Transpose W vectors of 32-bit lanes: W / 2 exchanges in each of log2(W) rounds.
+template <int STEP, int... I>
+static inline void exchange(vf& a, vf& b, Sequence<I...>) {
+  vf low = __builtin_shufflevector(a, b, (I & STEP ? W + I - STEP : I)...);
+  b = __builtin_shufflevector(a, b, (I & STEP ? W + I : I + STEP)...);
+  a = low;
+}
+template <int STEP = W / 2>
+static inline void transpose(vf (&v)[W]) {
+  if constexpr (STEP > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & STEP)) exchange<STEP>(v[i], v[i + STEP], Lanes{});
+    transpose<STEP / 2>(v);
+  }
 }
 
 // ---------------------------------------------------------------- 16-bit floats
@@ -118,6 +154,10 @@ static inline vh float_to_float16(vf x) {
 #endif
 }
 
+static inline vf widen(vh x, Dtype dtype) {
+  return dtype == Dtype::bfloat16 ? (vf)(__builtin_convertvector(x, vu) << 16) : float16_to_float(x);
+}
+
 // n elements of any dtype to float32. `dst` has room for n rounded up to whole vectors; the rest is set to 0.
 static inline void load_floats(float* dst, const void* src, Dtype dtype, int64_t n) {
   int64_t i = 0;
@@ -130,14 +170,11 @@ static inline void load_floats(float* dst, const void* src, Dtype dtype, int64_t
     return;
   }
   const uint16_t* x = (const uint16_t*)src;
-  auto widen = [dtype](vh v) {
-    return dtype == Dtype::bfloat16 ? (vf)(__builtin_convertvector(v, vu) << 16) : float16_to_float(v);
-  };
-  for (; i + W <= n; i += W) store(dst + i, widen(load<vh>(x + i)));
+  for (; i + W <= n; i += W) store(dst + i, widen(load<vh>(x + i), dtype));
   if (i == n) return;
   vh tail = {};
   for (int64_t j = i; j < n; j++) tail[j - i] = x[j];
-  store(dst + i, widen(tail));
+  store(dst + i, widen(tail, dtype));
 }
 
 // n floats to any dtype, rounded to nearest even. `src` is readable to whole vectors.

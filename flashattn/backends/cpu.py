@@ -11,7 +11,7 @@ from ..norm_settings import Norm
 from ..score import Score
 from .common import contiguous, dropout_threshold, last_dim_contiguous, norm_heads, rows, sum_parts
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 PARTS = 32  # row blocks of a norm's backward, each with partial weight gradients of its own
 
 try:
@@ -34,7 +34,7 @@ except ImportError as error:
 
 
 def isa() -> str:
-    """The instruction set the engine runs on here: "avx512", "avx2" or "portable"; "not built" without the engine."""
+    """The instruction set the engine runs on here: one of ISAS; "not built" without the engine."""
     return "not built" if missing is not None else ops.isa.default()
 
 
@@ -61,8 +61,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    right = score.right(q.shape[2], k.shape[2])
-    ops.attention_forward.default(q, k, v, out, lse, score.scale, right, score.q_lengths, score.kv_lengths)
+    last = score.right(q.shape[2], k.shape[2])
+    ops.attention_forward.default(q, k, v, out, lse, score.scale, None, last, score.q_lengths, score.kv_lengths)
     return out, lse
 
 
@@ -71,10 +71,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    right = score.right(q.shape[2], k.shape[2])
+    last = score.right(q.shape[2], k.shape[2])
     ops.attention_backward.default(
-        grad_out, contiguous(grad_lse), q, k, v, out, lse, torch.empty_like(lse), *gradients,
-        score.scale, right, score.q_lengths, score.kv_lengths,
+        grad_out, contiguous(grad_lse), q, k, v, out, lse, *gradients,
+        score.scale, None, last, score.q_lengths, score.kv_lengths,
     )  # fmt: skip
     return gradients
 

@@ -1,0 +1,275 @@
+// Attention backward, with queries along the vector lanes as in forward.cpp:
+//
+//   P = 2^(K Q^T - lse),  dP = V dO^T,  dS = P (dP - delta)
+//   dV += P dO,  dK += dS Q,  dQ^T += K^T dS
+//
+// Three passes. The first computes delta. In the second a task owns some sections of the keys of one key/value head:
+// for each section it goes once over all queries of the group that see it, so S and dP are computed once, and adds up
+// dQ in a buffer of its own. The third sums the buffers of the tasks, in order. Nothing is atomic, and what is added to
+// what does not depend on the number of threads.
+//
+// Dao, "FlashAttention-2" (2023), arXiv:2307.08691. The mathematics is in kernels/backward.py.
+#include "kernels.h"
+#include "tiles.h"
+
+namespace flashattn {
+namespace FLASHATTN_ISA {
+
+constexpr int64_t BLOCK_N = 96;   // keys of a tile
+constexpr int64_t SECTION = 480;  // keys whose gradients stay in the second-level cache while the queries go by
+constexpr int64_t TASKS = 32;     // about as many tasks as this, where there are too few heads to occupy the threads
+constexpr int64_t MAX_PARTS_FLOATS = 6 << 20;  // but not at the price of more memory for dQ than this
+
+// How the keys of a head are shared out: section i belongs to task i % parts, so that causal tasks are about equal.
+struct Split {
+  int64_t parts, section, sections;
+};
+
+static Split split(const Attention& a) {
+  int64_t heads = max(1, a.batch * a.kv_heads), grad_q = a.batch * a.heads * a.seq_q * a.head_dim;
+  int64_t sections = max(1, (a.seq_k + SECTION - 1) / SECTION);
+  int64_t parts = min(min(sections, (TASKS + heads - 1) / heads), max(1, MAX_PARTS_FLOATS / max(1, grad_q)));
+  sections = round_up(sections, parts);
+  int64_t section = round_up((a.seq_k + sections - 1) / sections, BLOCK_N);
+  return {parts, section, sections};
+}
+
+static int64_t query_tiles(const Attention& a) { return (a.seq_q + BLOCK_M - 1) / BLOCK_M; }
+
+// The workspace: delta (batch, heads, seq_q), then dQ as (parts, batch, heads, query tiles, head_dim, BLOCK_M).
+static float* delta_of(const Attention& a, int64_t batch, int64_t head) {
+  return a.workspace + (batch * a.heads + head) * a.seq_q;
+}
+static float* grad_q_of(const Attention& a, int64_t part, int64_t batch, int64_t head, int64_t query) {
+  float* begin = a.workspace + round_up(a.batch * a.heads * a.seq_q, 16);
+  int64_t tile = ((part * a.batch + batch) * a.heads + head) * query_tiles(a) + query / BLOCK_M;
+  return begin + tile * a.head_dim * BLOCK_M;
+}
+size_t backward_workspace(const Attention& a) {
+  int64_t tiles = split(a).parts * a.batch * a.heads * query_tiles(a);
+  return round_up(a.batch * a.heads * a.seq_q, 16) + tiles * a.head_dim * BLOCK_M;
+}
+
+// ------------------------------------------------------------------------------------------------ delta
+
+// delta = rowsum(grad_out * out) - grad_lse, for the queries of one tile. Summed in the order the matrix product sums
+// grad_out v, so that where one key has all the weight, and out is v, the two cancel exactly.
+template <class Dot>
+static void backward_delta(const Attention& a, const Tile& tile, Scratch scratch) {
+  int64_t lanes = round_up(tile.rows.end - tile.rows.begin, W), depth = elements<Dot>(a.head_dim_v);
+  float* grad_t = scratch.take(depth * lanes);
+  float* out_t = scratch.take(depth * lanes);
+  pack_transposed<Dot>(matrix(a.grad_out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, lanes, grad_t);
+  pack_transposed<Dot>(matrix(a.out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, lanes, out_t);
+  float* delta = delta_of(a, tile.batch, tile.head);
+  const float* grad_lse = a.grad_lse ? a.grad_lse + (tile.batch * a.heads + tile.head) * a.seq_q : nullptr;
+  for (int64_t i = 0; i < lanes; i += W) {
+    vf total = {};
+    for (int64_t d = 0; d < depth; d++)
+      total = Dot::multiply_add(load<vf>(out_t + d * lanes + i), load<vf>(grad_t + d * lanes + i), total);
+    int64_t query = tile.rows.begin + i;
+    for (int64_t lane = 0; lane < min(W, tile.rows.end - query); lane++)
+      delta[query + lane] = total[lane] - (grad_lse ? grad_lse[query + lane] : 0);
+  }
+}
+
+int64_t backward_delta_tiles(const Attention& a) { return query_tiles(a) * a.heads * a.batch; }
+size_t backward_delta_scratch(const Attention& a) { return 2 * a.head_dim_v * BLOCK_M + 2 * 16; }
+void backward_delta_tile(const Attention& a, int64_t index, float* memory) {
+  Tile tile = tile_at(index, a.seq_q, a.heads, BLOCK_M, false);
+  with_dot(a.dtype, [&](auto dot) { backward_delta<decltype(dot)>(a, tile, {memory}); });
+}
+
+// ------------------------------------------------------------------------------------------------ dK, dV, dQ
+
+// A tile of queries in the forms the products take, and its softmax statistics, one a lane.
+struct Queries {
+  Range rows;
+  int64_t lanes;
+  float *q_t, *grad_t, *lse, *delta;
+  Right q, grad;
+};
+
+template <class Dot>
+static Queries load_queries(const Attention& a, int64_t batch, int64_t head, Range rows, Scratch& scratch) {
+  // Always the lanes of the whole tile: the sum of dQ has that shape, whichever of its queries a section sees.
+  Queries x = {rows, round_up(min(BLOCK_M, a.seq_q - rows.begin), W)};
+  Matrix q = matrix(a.q, a.dtype, a.head_dim, batch, head);
+  Matrix grad = matrix(a.grad_out, a.dtype, a.head_dim_v, batch, head);
+  x.q_t = scratch.take(elements<Dot>(a.head_dim) * x.lanes);
+  x.grad_t = scratch.take(elements<Dot>(a.head_dim_v) * x.lanes);
+  pack_transposed<Dot>(q, rows, x.lanes, x.q_t);
+  pack_transposed<Dot>(grad, rows, x.lanes, x.grad_t);
+  x.q = right_rows<Dot>(q, rows, scratch.take(BLOCK_M / Dot::DEPTH * round_up(a.head_dim, W)));
+  x.grad = right_rows<Dot>(grad, rows, scratch.take(BLOCK_M / Dot::DEPTH * round_up(a.head_dim_v, W)));
+  x.lse = scratch.take(BLOCK_M);
+  x.delta = scratch.take(BLOCK_M);
+  const float *lse = a.lse + (batch * a.heads + head) * a.seq_q, *delta = delta_of(a, batch, head);
+  for (int64_t i = 0; i < x.lanes; i++) {
+    int64_t query = rows.begin + i;
+    bool attends = query < rows.end && lse[query] != -__builtin_inff();
+    x.lse[i] = attends ? lse[query] : __builtin_inff();  // exp(s - inf) = 0
+    x.delta[i] = attends ? delta[query] : 0;
+  }
+  return x;
+}
+
+// P and dS of a tile of scores. As right side of a product they are [key][query] elements along keys, as left side
+// [key][query] elements along queries; of float32 numbers the two are the same.
+struct Weights {
+  float *p, *ds;          // float32: first S and dP, then P and dS
+  float *p_left, *ds_left, *ds_right;
+};
+
+template <class Dot>
+static Weights take_weights(Scratch& scratch) {
+  Weights w = {scratch.take(BLOCK_N * BLOCK_M), scratch.take(BLOCK_N * BLOCK_M)};
+  if (Dot::DEPTH == 1) {
+    w.p_left = w.p, w.ds_left = w.ds_right = w.ds;
+  } else {
+    w.p_left = scratch.take(BLOCK_N * BLOCK_M / 2);
+    w.ds_left = scratch.take(BLOCK_N * BLOCK_M / 2);
+    w.ds_right = w.ds;
+  }
+  return w;
+}
+
+// exp(s - lse) of base-2 scores in place. The product of lse, a natural logarithm, with log2(e) is left to a fused
+// multiply-add: rounded on its own it would cost as much accuracy as lse itself has.
+template <class Dot>
+static void softmax_weights(const Attention& a, const Weights& w, const Queries& x, Range keys, float scale) {
+  bool edge = is_edge(a, x.rows, keys);
+  for (int64_t j = keys.begin; j < keys.end; j++)
+    for (int64_t i = 0; i < x.lanes; i += W) {
+      int64_t at = (j - keys.begin) * x.lanes + i;
+      vf p = exp2(load<vf>(w.p + at) * scale - load<vf>(x.lse + i) * LOG2E);
+      if (edge) p = visible(a, x.rows.begin + i, j) ? p : vf{};
+      store(w.p + at, p);
+      if constexpr (Dot::DEPTH == 2) Dot::store_row((uint16_t*)w.p_left + at, p);
+    }
+}
+
+template <class Dot>
+static void score_gradients(const Weights& w, const Queries& x, int64_t n) {
+  auto gradient = [&](int64_t j, int64_t i) {
+    int64_t at = j * x.lanes + i;
+    vf ds = load<vf>(w.p + at) * (load<vf>(w.ds + at) - load<vf>(x.delta + i));
+    if constexpr (Dot::DEPTH == 1)
+      store(w.ds + at, ds);
+    else
+      Dot::store_row((uint16_t*)w.ds_left + at, ds);
+    return ds;
+  };
+  for (int64_t j = 0; j < n; j += Dot::DEPTH)
+    for (int64_t i = 0; i < x.lanes; i += W) {
+      vf even = gradient(j, i);
+      if constexpr (Dot::DEPTH == 2)
+        store(w.ds_right + j / 2 * x.lanes + i, Dot::of(even, j + 1 < n ? gradient(j + 1, i) : vf{}));
+    }
+}
+
+// The keys of a section in the forms the products take.
+struct Keys {
+  Left k, v, k_t;
+};
+
+template <class Dot>
+static void backward_section(const Attention& a, int64_t batch, int64_t kv_head, int64_t part, Range section,
+                             Scratch scratch) {
+  Matrix k = matrix(a.k, a.dtype, a.head_dim, batch, kv_head), v = matrix(a.v, a.dtype, a.head_dim_v, batch, kv_head);
+  Matrix grad_k = matrix(a.grad_k, a.dtype, a.head_dim, batch, kv_head);
+  Matrix grad_v = matrix(a.grad_v, a.dtype, a.head_dim_v, batch, kv_head);
+  int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), length = section.end - section.begin;
+  float* sum_k = scratch.take(length * d);
+  float* sum_v = scratch.take(length * dv);
+  float* k_packed = scratch.take(length * d);
+  float* v_packed = scratch.take(length * dv);
+  float* kt_packed = Dot::DEPTH == 1 ? k_packed : scratch.take(round_up(length, 2) / 2 * d);
+  Weights w = take_weights<Dot>(scratch);
+  for (int64_t i = 0; i < length * d; i++) sum_k[i] = 0;
+  for (int64_t i = 0; i < length * dv; i++) sum_v[i] = 0;
+
+  // Keys past the length are not read, and keep a gradient of 0.
+  Range keys = {section.begin, min(section.end, key_end(a, batch))};
+  Range seen = keys.begin < keys.end ? visible_queries(a, keys, batch) : Range{0, 0};
+  if (seen.begin < seen.end) {
+    Left left_k = left_rows<Dot>(k, keys, k_packed), left_v = left_rows<Dot>(v, keys, v_packed);
+    Left left_kt = Dot::DEPTH == 1 ? Left{left_k.data, left_k.col, left_k.row} : left_columns<Dot>(k, keys, kt_packed);
+    int64_t group = a.heads / a.kv_heads;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+      for (int64_t start = seen.begin / BLOCK_M * BLOCK_M; start < seen.end; start += BLOCK_M) {
+        Scratch rest = scratch;
+        Queries x = load_queries<Dot>(a, batch, head, {start, min(seen.end, start + BLOCK_M)}, rest);
+        float* sum_q = grad_q_of(a, part, batch, head, start);
+        Range sees = visible_keys(a, x.rows, batch);
+        int64_t queries = elements<Dot>(x.rows.end - x.rows.begin);
+        for (int64_t from = keys.begin; from < min(keys.end, sees.end); from += BLOCK_N) {
+          Range tile = {from, min(min(keys.end, sees.end), from + BLOCK_N)};
+          if (tile.end <= sees.begin) continue;
+          int64_t at = from - keys.begin, n = tile.end - tile.begin;
+          auto rows_from = [at](Left left) { return Left{left.data + at * left.row, left.row, left.col}; };
+          matmul<Dot>(rows_from(left_k), x.q_t, x.lanes, n, x.lanes, elements<Dot>(a.head_dim), store_to(w.p, x.lanes));
+          softmax_weights<Dot>(a, w, x, tile, a.score.scale * LOG2E);
+          matmul<Dot>(rows_from(left_v), x.grad_t, x.lanes, n, x.lanes, elements<Dot>(a.head_dim_v),
+                      store_to(w.ds, x.lanes));
+          score_gradients<Dot>(w, x, n);
+          int64_t row = x.lanes * 4 / Dot::DEPTH;
+          matmul<Dot>(Left{(const char*)w.p_left, row, 4}, x.grad.data, x.grad.ld, n, dv, queries,
+                      add_to(sum_v + at * dv, dv));
+          matmul<Dot>(Left{(const char*)w.ds_left, row, 4}, x.q.data, x.q.ld, n, d, queries, add_to(sum_k + at * d, d));
+          Left kt = {left_kt.data + at / Dot::DEPTH * left_kt.col, left_kt.row, left_kt.col};
+          matmul<Dot>(kt, w.ds_right, x.lanes, a.head_dim, x.lanes, elements<Dot>(n), add_to(sum_q, x.lanes));
+        }
+      }
+  }
+  for (int64_t j = 0; j < length; j++) {
+    float* row = sum_k + j * d;
+    for (int64_t c = 0; c < d; c += W) store(row + c, load<vf>(row + c) * a.score.scale);
+    store_floats(grad_k.row(section.begin + j), row, a.dtype, a.head_dim);
+    store_floats(grad_v.row(section.begin + j), sum_v + j * dv, a.dtype, a.head_dim_v);
+  }
+}
+
+int64_t backward_tiles(const Attention& a) { return split(a).parts * a.batch * a.kv_heads; }
+
+size_t backward_scratch(const Attention& a) {
+  int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), section = split(a).section;
+  return section * (3 * d + 2 * dv) + BLOCK_N * BLOCK_M * 3 + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
+}
+
+void backward_tile(const Attention& a, int64_t index, float* memory) {
+  Split s = split(a);
+  int64_t heads = a.batch * a.kv_heads, part = index / heads;
+  int64_t batch = index % heads / a.kv_heads, kv_head = index % a.kv_heads, group = a.heads / a.kv_heads;
+  float* sum_q = grad_q_of(a, part, batch, kv_head * group, 0);
+  for (int64_t i = 0; i < group * query_tiles(a) * a.head_dim * BLOCK_M; i++) sum_q[i] = 0;
+  for (int64_t i = part; i < s.sections; i += s.parts) {
+    Range section = {min(a.seq_k, i * s.section), min(a.seq_k, (i + 1) * s.section)};
+    with_dot(a.dtype, [&](auto dot) {
+      if (section.begin < section.end) backward_section<decltype(dot)>(a, batch, kv_head, part, section, {memory});
+    });
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ dQ, summed
+
+int64_t backward_q_tiles(const Attention& a) { return query_tiles(a) * a.heads * a.batch; }
+size_t backward_q_scratch(const Attention& a) { return a.head_dim * BLOCK_M + BLOCK_M; }
+
+void backward_q_tile(const Attention& a, int64_t index, float* memory) {
+  Tile tile = tile_at(index, a.seq_q, a.heads, BLOCK_M, false);
+  int64_t lanes = round_up(tile.rows.end - tile.rows.begin, W), parts = split(a).parts;
+  float *sum = memory, *factor = memory + a.head_dim * BLOCK_M;
+  for (int64_t i = 0; i < a.head_dim * lanes; i += W) {
+    vf total = {};
+    for (int64_t part = 0; part < parts; part++)
+      total += load<vf>(grad_q_of(a, part, tile.batch, tile.head, tile.rows.begin) + i);
+    store(sum + i, total);
+  }
+  for (int64_t i = 0; i < lanes; i++) factor[i] = a.score.scale;
+  store_transposed(matrix(a.grad_q, a.dtype, a.head_dim, tile.batch, tile.head), tile.rows, tile.rows.end, sum, lanes,
+                   factor);
+}
+
+}  // namespace FLASHATTN_ISA
+}  // namespace flashattn

@@ -1,0 +1,143 @@
+// Attention forward. Queries lie along the vector lanes: with scores as S[key][query], the maximum, the exponential
+// and the sum of a softmax are plain vector operations, and a tail of keys needs no mask. Keys and values stay in their
+// natural layout; of a tile of queries only q is transposed, once.
+//
+//   S = K Q^T,  P = 2^(S - m),  O^T = alpha O^T + V^T P
+//
+// Dao, "FlashAttention-2" (2023), arXiv:2307.08691.
+#include "kernels.h"
+#include "tiles.h"
+
+namespace flashattn {
+namespace FLASHATTN_ISA {
+
+// The running softmax of a tile of queries, one number a lane.
+struct Softmax {
+  float *m, *l, *alpha;
+};
+
+// Turn scores S[n][lanes] into weights, elements along keys, in place. softmax.m holds the new maximum, softmax.alpha
+// the old one; it becomes the factor by which what was summed before is rescaled.
+template <class Dot>
+static void online_softmax(float* s, int64_t n, int64_t lanes, Softmax softmax) {
+  for (int64_t i = 0; i < lanes; i += W) {
+    vf m = load<vf>(softmax.m + i);
+    vf shift = m == -__builtin_inff() ? vf{} : m;  // no key yet: weights 0, not NaN
+    vf alpha = exp2(load<vf>(softmax.alpha + i) - shift);
+    vf l[4] = {};  // four short sums are more exact than one long one
+    auto weight = [&](int64_t j) {
+      vf p = exp2(load<vf>(s + j * lanes + i) - shift);
+      l[j % 4] += p;
+      return p;
+    };
+    int64_t j = 0;
+    if constexpr (Dot::DEPTH == 1) {
+      for (; j + 4 <= n; j += 4)
+        for (int r = 0; r < 4; r++) store(s + (j + r) * lanes + i, weight(j + r));
+      for (; j < n; j++) store(s + j * lanes + i, weight(j));
+    } else {
+      auto store_pair = [&](int64_t j, vf even, vf odd) { store(s + j / 2 * lanes + i, Dot::of(even, odd)); };
+      for (; j + 4 <= n; j += 4)
+        for (int r = 0; r < 4; r += 2) {
+          vf even = weight(j + r);
+          store_pair(j + r, even, weight(j + r + 1));
+        }
+      for (; j < n; j += 2) {
+        vf even = weight(j);
+        store_pair(j, even, j + 1 < n ? weight(j + 1) : vf{});
+      }
+    }
+    store(softmax.l + i, load<vf>(softmax.l + i) * alpha + ((l[0] + l[1]) + (l[2] + l[3])));
+    store(softmax.alpha + i, alpha);
+  }
+}
+
+// Set the masked scores of an edge tile to -inf, and take the maximum of the others.
+static void mask_scores(const Attention& a, int64_t query, Range keys, float* s, int64_t lanes, float* m) {
+  for (int64_t i = 0; i < lanes; i += W) {
+    vf top = load<vf>(m + i);
+    for (int64_t j = keys.begin; j < keys.end; j++, s += lanes) {
+      vf x = visible(a, query + i, j) ? load<vf>(s + i) : vf{} - __builtin_inff();
+      store(s + i, x);
+      top = max(top, x);
+    }
+    store(m + i, top);
+    s -= lanes * (keys.end - keys.begin);
+  }
+}
+
+template <class Dot>
+static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
+  constexpr int64_t BLOCK_N = FORWARD_BLOCK_N * Dot::DEPTH;
+  int64_t kv_head = tile.head / (a.heads / a.kv_heads);
+  int64_t lanes = round_up(tile.rows.end - tile.rows.begin, W);
+  float* q_t = scratch.take(round_up(elements<Dot>(a.head_dim), W) * BLOCK_M);
+  float* out_t = scratch.take(a.head_dim_v * BLOCK_M);
+  float* s = scratch.take(BLOCK_N * BLOCK_M);
+  float* k_packed = scratch.take(BLOCK_N * round_up(elements<Dot>(a.head_dim), W));
+  float* v_packed = scratch.take(BLOCK_N / Dot::DEPTH * round_up(a.head_dim_v, W));
+  Softmax softmax = {scratch.take(BLOCK_M), scratch.take(BLOCK_M), scratch.take(BLOCK_M)};
+
+  Matrix k = matrix(a.k, a.dtype, a.head_dim, tile.batch, kv_head);
+  Matrix v = matrix(a.v, a.dtype, a.head_dim_v, tile.batch, kv_head);
+  Range valid = {tile.rows.begin, min(tile.rows.end, query_end(a, tile.batch))};
+  pack_transposed<Dot>(matrix(a.q, a.dtype, a.head_dim, tile.batch, tile.head), valid, lanes, q_t);
+  for (int64_t i = 0; i < a.head_dim_v * lanes; i++) out_t[i] = 0;
+  for (int64_t i = 0; i < lanes; i++) softmax.m[i] = -__builtin_inff(), softmax.l[i] = 0;
+
+  float scale = a.score.scale * LOG2E;
+  Range all = visible_keys(a, tile.rows, tile.batch);
+  for (int64_t start = all.begin; start < all.end; start += BLOCK_N) {
+    Range keys = {start, min(all.end, start + BLOCK_N)};
+    int64_t n = keys.end - keys.begin;
+    bool edge = is_edge(a, tile.rows, keys);
+    for (int64_t i = 0; i < lanes; i++) softmax.alpha[i] = softmax.m[i];
+    matmul<Dot>(left_rows<Dot>(k, keys, k_packed), q_t, lanes, n, lanes, elements<Dot>(a.head_dim),
+                [=](auto& c, int64_t row, int64_t col) {
+                  for (int i = 0; i < c.VECS; i++) {
+                    float* top = softmax.m + col + i * W;
+                    vf m = load<vf>(top);
+                    for (int r = 0; r < c.ROWS; r++) {
+                      vf x = c.at[r][i] * scale;
+                      m = max(m, x);
+                      store(s + (row + r) * lanes + col + i * W, x);
+                    }
+                    if (!edge) store(top, m);
+                  }
+                });
+    if (edge) mask_scores(a, tile.rows.begin, keys, s, lanes, softmax.m);
+    online_softmax<Dot>(s, n, lanes, softmax);
+    matmul<Dot>(left_columns<Dot>(v, keys, v_packed), s, lanes, a.head_dim_v, lanes, elements<Dot>(n),
+                [=](auto& c, int64_t row, int64_t col) {
+                  for (int r = 0; r < c.ROWS; r++)
+                    for (int i = 0; i < c.VECS; i++) {
+                      float* at = out_t + (row + r) * lanes + col + i * W;
+                      store(at, load<vf>(at) * load<vf>(softmax.alpha + col + i * W) + c.at[r][i]);
+                    }
+                });
+  }
+
+  float* lse = a.lse + (tile.batch * a.heads + tile.head) * a.seq_q + tile.rows.begin;
+  for (int64_t i = 0; i < tile.rows.end - tile.rows.begin; i++) {
+    float l = tile.rows.begin + i < valid.end ? softmax.l[i] : 0;
+    softmax.alpha[i] = l > 0 || l != l ? 1 / l : 0;
+    lse[i] = l == 0 ? -__builtin_inff() : softmax.m[i] * LN2 + __builtin_logf(l);
+  }
+  store_transposed(matrix(a.out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, valid.end, out_t, lanes,
+                   softmax.alpha);
+}
+
+int64_t forward_tiles(const Attention& a) { return (a.seq_q + BLOCK_M - 1) / BLOCK_M * a.heads * a.batch; }
+
+size_t forward_scratch(const Attention& a) {
+  int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), n = FORWARD_BLOCK_N * MAX_DEPTH;
+  return BLOCK_M * (d + dv + n) + n * d + FORWARD_BLOCK_N * dv + 3 * BLOCK_M + 8 * 16;
+}
+
+void forward_tile(const Attention& a, int64_t index, float* memory) {
+  Tile tile = tile_at(index, a.seq_q, a.heads, BLOCK_M, true);
+  with_dot(a.dtype, [&](auto dot) { forward<decltype(dot)>(a, tile, {memory}); });
+}
+
+}  // namespace FLASHATTN_ISA
+}  // namespace flashattn

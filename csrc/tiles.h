@@ -1,0 +1,169 @@
+// Tiles of (batch, heads, seq, dim) tensors brought into the two forms the matrix product takes, and results put back.
+// An element is what Dot multiplies: a float32 number, or a pair of bfloat16 that are neighbours along K.
+#pragma once
+
+#include "matmul.h"
+#include "score.h"
+
+namespace flashattn {
+namespace FLASHATTN_ISA {
+
+constexpr int64_t BLOCK_M = 64;          // queries of a tile
+constexpr int64_t FORWARD_BLOCK_N = 96;  // elements along the keys of a tile
+constexpr int64_t MAX_DEPTH = 2;         // numbers in an element
+
+// Scratch memory, handed out from the front in whole cache lines.
+struct Scratch {
+  float* next;
+  float* take(int64_t floats) {
+    float* result = next;
+    next += round_up(floats, 16);
+    return result;
+  }
+};
+
+// The (seq, dim) matrix of one head.
+struct Matrix {
+  char* data;
+  Dtype dtype;
+  int64_t stride, dim;  // bytes, numbers
+  char* row(int64_t i) const { return data + i * stride; }
+};
+
+static inline Matrix matrix(const Heads& x, Dtype dtype, int64_t dim, int64_t batch, int64_t head) {
+  int64_t size = element_size(dtype);
+  return {(char*)x.data + (batch * x.stride_batch + head * x.stride_head) * size, dtype, x.stride_seq * size, dim};
+}
+
+template <class Dot>
+static inline int64_t elements(int64_t numbers) {
+  return (numbers + Dot::DEPTH - 1) / Dot::DEPTH;
+}
+
+// W numbers of a row from column c on as float32; 0 past its end.
+static inline vf numbers_at(const char* row, const Matrix& x, int64_t c) {
+  if (c + W <= x.dim) {
+    if (x.dtype == Dtype::float32) return load<vf>((const float*)row + c);
+    return widen(load<vh>((const uint16_t*)row + c), x.dtype);
+  }
+  float tail[W];
+  load_floats(tail, row + c * element_size(x.dtype), x.dtype, x.dim - c);
+  return load<vf>(tail);
+}
+
+// W elements along a row, from element c on.
+template <class Dot>
+static inline vf elements_along(const char* row, const Matrix& x, int64_t c) {
+  if constexpr (Dot::DEPTH == 1) return numbers_at(row, x, c);
+  int64_t begin = c * 2;
+  if (begin + 2 * W <= x.dim) return load<vf>((const uint16_t*)row + begin);
+  uint16_t tail[2 * W] = {};
+  for (int64_t i = begin; i < x.dim; i++) tail[i - begin] = ((const uint16_t*)row)[i];
+  return load<vf>(tail);
+}
+
+// W 16-bit numbers of a row as integers; 0 past its end.
+static inline vu bits_at(const char* row, const Matrix& x, int64_t c) {
+  const uint16_t* at = (const uint16_t*)row + c;
+  if (c + W <= x.dim) return __builtin_convertvector(load<vh>(at), vu);
+  vu bits = {};
+  for (int64_t i = c; i < x.dim; i++) bits[i - c] = at[i - c];
+  return bits;
+}
+
+// Element rows of K along seq, out[elements(n)][round_up(dim, W)]: numbers as float32, or rows interleaved in pairs.
+template <class Dot>
+static void pack_rows(const Matrix& x, Range rows, float* out) {
+  for (int64_t i = rows.begin; i < rows.end; i += Dot::DEPTH)
+    for (int64_t c = 0; c < x.dim; c += W, out += W) {
+      if constexpr (Dot::DEPTH == 1) {
+        store(out, numbers_at(x.row(i), x, c));
+      } else {
+        vu pair = bits_at(x.row(i), x, c);
+        if (i + 1 < rows.end) pair |= bits_at(x.row(i + 1), x, c) << 16;
+        store(out, pair);
+      }
+    }
+}
+
+// A packed right side: b[elements][ld].
+struct Right {
+  const float* data;
+  int64_t ld;
+};
+
+// Rows as the right side of a product that sums along seq: in place if they can be.
+template <class Dot>
+static Right right_rows(const Matrix& x, Range rows, float* scratch) {
+  if (Dot::DEPTH == 1 && x.dtype == Dtype::float32 && x.dim % W == 0)
+    return {(const float*)x.row(rows.begin), x.stride / 4};
+  pack_rows<Dot>(x, rows, scratch);
+  return {scratch, round_up(x.dim, W)};
+}
+
+// Rows as the left side of a product that sums along dim.
+template <class Dot>
+static Left left_rows(const Matrix& x, Range rows, float* scratch) {
+  if (Dot::DEPTH == 2 ? x.dim % 2 == 0 : x.dtype == Dtype::float32) return {x.row(rows.begin), x.stride, 4};
+  int64_t width = round_up(elements<Dot>(x.dim), W);
+  for (int64_t i = rows.begin; i < rows.end; i++)
+    for (int64_t c = 0; c < width; c += W)
+      store(scratch + (i - rows.begin) * width + c, elements_along<Dot>(x.row(i), x, c));
+  return {(const char*)scratch, width * 4, 4};
+}
+
+// The transpose of rows as the left side of a product that sums along seq.
+template <class Dot>
+static Left left_columns(const Matrix& x, Range rows, float* scratch) {
+  if (Dot::DEPTH == 1 && x.dtype == Dtype::float32) return {x.row(rows.begin), 4, x.stride};
+  pack_rows<Dot>(x, rows, scratch);
+  return {(const char*)scratch, 4, round_up(x.dim, W) * 4};
+}
+
+// The transpose of rows as the right side of a product that sums along dim: out[elements(dim)][lanes]. Lanes past the
+// rows are 0.
+template <class Dot>
+static void pack_transposed(const Matrix& x, Range rows, int64_t lanes, float* out) {
+  int64_t depth = elements<Dot>(x.dim);
+  for (int64_t i = 0; i < lanes; i += W)
+    for (int64_t c = 0; c < depth; c += W) {
+      vf block[W] = {};
+      int64_t n = min(W, rows.end - rows.begin - i);
+      for (int64_t r = 0; r < n; r++) block[r] = elements_along<Dot>(x.row(rows.begin + i + r), x, c);
+      transpose(block);
+      for (int64_t r = 0; r < min(W, depth - c); r++) store(out + (c + r) * lanes + i, block[r]);
+    }
+}
+
+// Write in[dim][lanes] * factor[lane] as rows; a row at or past `valid` gets 0.
+static void store_transposed(const Matrix& x, Range rows, int64_t valid, const float* in, int64_t lanes,
+                             const float* factor) {
+  for (int64_t i = 0; i < rows.end - rows.begin; i += W)
+    for (int64_t c = 0; c < x.dim; c += W) {
+      vf block[W] = {};
+      int64_t n = min(W, x.dim - c);
+      for (int64_t r = 0; r < n; r++) block[r] = load<vf>(in + (c + r) * lanes + i) * load<vf>(factor + i);
+      transpose(block);
+      for (int64_t r = 0; r < min(W, rows.end - rows.begin - i); r++) {
+        int64_t at = rows.begin + i + r;
+        float numbers[W];
+        store(numbers, at < valid ? block[r] : vf{});
+        store_floats(x.row(at) + c * element_size(x.dtype), numbers, x.dtype, n);
+      }
+    }
+}
+
+// Which rows of which head a tile owns. Tiles of one head follow each other; `last_first` where the last are the
+// longest, so that threads end together.
+struct Tile {
+  int64_t batch, head;
+  Range rows;
+};
+static inline Tile tile_at(int64_t index, int64_t seq, int64_t heads, int64_t block, bool last_first) {
+  int64_t tiles = (seq + block - 1) / block;
+  int64_t tile = last_first ? tiles - 1 - index % tiles : index % tiles;
+  return {index / tiles / heads, index / tiles % heads, {tile * block, min(seq, (tile + 1) * block)}};
+}
+
+}  // namespace FLASHATTN_ISA
+}  // namespace flashattn
