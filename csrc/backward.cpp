@@ -142,7 +142,7 @@ static void softmax_weights(const Attention& a, const Weights& w, const Queries&
   for (int64_t j = keys.begin; j < keys.end; j++)
     for (int64_t i = 0; i < x.lanes; i += W) {
       int64_t at = (j - keys.begin) * x.lanes + i;
-      vf p = exp2(load<vf>(w.p + at) * scale - load<vf>(x.lse + i) * LOG2E);
+      vf p = exp2<Dot::EXP_DEGREE>(load<vf>(w.p + at) * scale - load<vf>(x.lse + i) * LOG2E);
       if (edge) p = visible(a, x.rows.begin + i, j) ? p : vf{};
       store(w.p + at, p);
       if constexpr (Dot::DEPTH == 2) Dot::store_row((uint16_t*)w.p_left + at, p);

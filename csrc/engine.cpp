@@ -5,14 +5,12 @@ namespace flashattn {
 namespace FLASHATTN_ISA {
 
 extern const Engine engine;
+#define KERNEL(name) {name##_tiles, name##_scratch, name##_tile}
 const Engine engine = {
-    {forward_tiles, forward_scratch, forward_tile},
-    backward_workspace,
-    {{backward_delta_tiles, backward_delta_scratch, backward_delta_tile},
-     {backward_tiles, backward_scratch, backward_tile},
-     {backward_q_tiles, backward_q_scratch, backward_q_tile}},
-    {norm_forward_tiles, norm_forward_scratch, norm_forward_tile},
-    {norm_backward_tiles, norm_backward_scratch, norm_backward_tile},
+    {forward_workspace, {KERNEL(forward), KERNEL(decode), KERNEL(merge)}},
+    {backward_workspace, {KERNEL(backward_delta), KERNEL(backward), KERNEL(backward_q)}},
+    {nullptr, {KERNEL(norm_forward)}},
+    {nullptr, {KERNEL(norm_backward)}},
 };
 
 }  // namespace FLASHATTN_ISA

@@ -30,7 +30,7 @@ struct Attention {
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   float* lse;             // (batch, heads, seq_q)
   const float* grad_lse;  // likewise, or null
-  float* workspace;       // of the backward, Engine::backward_workspace floats
+  float* workspace;
 };
 
 // A tensor of up to three leading dimensions seen as rows; the last dimension is contiguous.
@@ -49,6 +49,7 @@ struct Norm {
   const float *weight, *bias;  // (heads, width) or null
   float *mean, *rstd;          // (rows,)
   float *weight_parts, *bias_parts;  // (parts, heads, width) or null
+  float* workspace;
   bool dropout;
   uint64_t seed;
   uint32_t dropout_threshold;  // dropped where 31 random bits are below it
@@ -63,11 +64,16 @@ struct Kernel {
   void (*run)(const Call&, int64_t tile, float* scratch);
 };
 
+// Passes over shared workspace, one after the other; a pass without tiles has nothing to do.
+template <class Call>
+struct Operation {
+  size_t (*workspace_floats)(const Call&);
+  Kernel<Call> passes[3];
+};
+
 struct Engine {
-  Kernel<Attention> attention_forward;
-  size_t (*backward_workspace)(const Attention&);
-  Kernel<Attention> attention_backward[3];  // one after the other
-  Kernel<Norm> norm_forward, norm_backward;
+  Operation<Attention> attention_forward, attention_backward;
+  Operation<Norm> norm_forward, norm_backward;
 };
 
 }  // namespace flashattn

@@ -11,22 +11,24 @@
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
+constexpr int64_t GROUP = 2 * W;  // lanes of an edge tile that are treated together
+
 // The running softmax of a tile of queries, one number a lane.
 struct Softmax {
   float *m, *l, *alpha;
 };
 
-// Turn scores S[n][lanes] into weights, elements along keys, in place. softmax.m holds the new maximum, softmax.alpha
+// Turn scores S[n][lanes], of which `width` lanes count, into weights, elements along keys, in place. softmax.m holds the new maximum, softmax.alpha
 // the old one; it becomes the factor by which what was summed before is rescaled.
 template <class Dot>
-static void online_softmax(float* s, int64_t n, int64_t lanes, Softmax softmax) {
-  for (int64_t i = 0; i < lanes; i += W) {
+INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax) {
+  for (int64_t i = 0; i < width; i += W) {
     vf m = load<vf>(softmax.m + i);
     vf shift = m == -__builtin_inff() ? vf{} : m;  // no key yet: weights 0, not NaN
     vf alpha = exp2(load<vf>(softmax.alpha + i) - shift);
     vf l[4] = {};  // four short sums are more exact than one long one
     auto weight = [&](int64_t j) {
-      vf p = exp2(load<vf>(s + j * lanes + i) - shift);
+      vf p = exp2<Dot::EXP_DEGREE>(load<vf>(s + j * lanes + i) - shift);
       l[j % 4] += p;
       return p;
     };
@@ -53,8 +55,9 @@ static void online_softmax(float* s, int64_t n, int64_t lanes, Softmax softmax) 
 }
 
 // Set the masked scores of an edge tile to -inf, and take the maximum of the others.
-static void mask_scores(const Attention& a, int64_t query, Range keys, float* s, int64_t lanes, float* m) {
-  for (int64_t i = 0; i < lanes; i += W) {
+static void mask_scores(const Attention& a, int64_t query, Range keys, float* s, int64_t lanes, int64_t width,
+                        float* m) {
+  for (int64_t i = 0; i < width; i += W) {
     vf top = load<vf>(m + i);
     for (int64_t j = keys.begin; j < keys.end; j++, s += lanes) {
       vf x = visible(a, query + i, j) ? load<vf>(s + i) : vf{} - __builtin_inff();
@@ -86,35 +89,50 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
   for (int64_t i = 0; i < lanes; i++) softmax.m[i] = -__builtin_inff(), softmax.l[i] = 0;
 
   float scale = a.score.scale * LOG2E;
+  // Lanes from .. from + width of the tile look at some keys.
+  auto step = [&](Range keys, int64_t from, int64_t width, bool edge) {
+    int64_t n = keys.end - keys.begin;
+    float* scores = s + from;
+    Softmax part = {softmax.m + from, softmax.l + from, softmax.alpha + from};
+    for (int64_t i = 0; i < width; i++) part.alpha[i] = part.m[i];
+    matmul<Dot>(left_rows<Dot>(k, keys, k_packed), q_t + from, lanes, n, width, elements<Dot>(a.head_dim),
+                [=](auto& c, int64_t row, int64_t col) {
+                  vf top[c.VECS];
+                  UNROLL for (int i = 0; i < c.VECS; i++) top[i] = load<vf>(part.m + col + i * W);
+                  c.each([&](int r, int i, vf x) {
+                    x *= scale;
+                    top[i] = max(top[i], x);
+                    store(scores + (row + r) * lanes + col + i * W, x);
+                  });
+                  if (edge) return;  // the maximum is that of the scores that are not masked
+                  UNROLL for (int i = 0; i < c.VECS; i++) store(part.m + col + i * W, top[i]);
+                });
+    if (edge) mask_scores(a, tile.rows.begin + from, keys, scores, lanes, width, part.m);
+    online_softmax<Dot>(scores, n, lanes, width, part);
+    matmul<Dot>(left_columns<Dot>(v, keys, v_packed), scores, lanes, a.head_dim_v, width, elements<Dot>(n),
+                [=](auto& c, int64_t row, int64_t col) {
+                  c.each([=](int r, int i, vf x) {
+                    float* at = out_t + (row + r) * lanes + from + col + i * W;
+                    store(at, load<vf>(at) * load<vf>(part.alpha + col + i * W) + x);
+                  });
+                });
+  };
+
   Range all = visible_keys(a, tile.rows, tile.batch);
   for (int64_t start = all.begin; start < all.end; start += BLOCK_N) {
     Range keys = {start, min(all.end, start + BLOCK_N)};
-    int64_t n = keys.end - keys.begin;
-    bool edge = is_edge(a, tile.rows, keys);
-    for (int64_t i = 0; i < lanes; i++) softmax.alpha[i] = softmax.m[i];
-    matmul<Dot>(left_rows<Dot>(k, keys, k_packed), q_t, lanes, n, lanes, elements<Dot>(a.head_dim),
-                [=](auto& c, int64_t row, int64_t col) {
-                  for (int i = 0; i < c.VECS; i++) {
-                    float* top = softmax.m + col + i * W;
-                    vf m = load<vf>(top);
-                    for (int r = 0; r < c.ROWS; r++) {
-                      vf x = c.at[r][i] * scale;
-                      m = max(m, x);
-                      store(s + (row + r) * lanes + col + i * W, x);
-                    }
-                    if (!edge) store(top, m);
-                  }
-                });
-    if (edge) mask_scores(a, tile.rows.begin, keys, s, lanes, softmax.m);
-    online_softmax<Dot>(s, n, lanes, softmax);
-    matmul<Dot>(left_columns<Dot>(v, keys, v_packed), s, lanes, a.head_dim_v, lanes, elements<Dot>(n),
-                [=](auto& c, int64_t row, int64_t col) {
-                  for (int r = 0; r < c.ROWS; r++)
-                    for (int i = 0; i < c.VECS; i++) {
-                      float* at = out_t + (row + r) * lanes + col + i * W;
-                      store(at, load<vf>(at) * load<vf>(softmax.alpha + col + i * W) + c.at[r][i]);
-                    }
-                });
+    if (!is_edge(a, tile.rows, keys)) {
+      step(keys, 0, lanes, false);
+      continue;
+    }
+    // Of an edge tile, narrow groups of lanes skip the keys that none of their queries sees.
+    for (int64_t from = 0; from < lanes; from += GROUP) {
+      int64_t width = min(GROUP, lanes - from);
+      Range queries = {tile.rows.begin + from, tile.rows.begin + from + width};
+      Range sees = visible_keys(a, queries, tile.batch);
+      sees = {max(keys.begin, sees.begin), min(keys.end, sees.end)};
+      if (sees.begin < sees.end) step(sees, from, width, true);
+    }
   }
 
   float* lse = a.lse + (tile.batch * a.heads + tile.head) * a.seq_q + tile.rows.begin;
@@ -127,7 +145,9 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
                    softmax.alpha);
 }
 
-int64_t forward_tiles(const Attention& a) { return (a.seq_q + BLOCK_M - 1) / BLOCK_M * a.heads * a.batch; }
+int64_t forward_tiles(const Attention& a) {
+  return is_decode(a) ? 0 : (a.seq_q + BLOCK_M - 1) / BLOCK_M * a.heads * a.batch;
+}
 
 size_t forward_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), n = FORWARD_BLOCK_N * MAX_DEPTH;

@@ -6,28 +6,24 @@
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
-int64_t forward_tiles(const Attention&);
-size_t forward_scratch(const Attention&);
-void forward_tile(const Attention&, int64_t tile, float* scratch);
-
+size_t forward_workspace(const Attention&);
 size_t backward_workspace(const Attention&);
-int64_t backward_delta_tiles(const Attention&);
-size_t backward_delta_scratch(const Attention&);
-void backward_delta_tile(const Attention&, int64_t tile, float* scratch);
-int64_t backward_tiles(const Attention&);
-size_t backward_scratch(const Attention&);
-void backward_tile(const Attention&, int64_t tile, float* scratch);
-int64_t backward_q_tiles(const Attention&);
-size_t backward_q_scratch(const Attention&);
-void backward_q_tile(const Attention&, int64_t tile, float* scratch);
 
-int64_t norm_forward_tiles(const Norm&);
-size_t norm_forward_scratch(const Norm&);
-void norm_forward_tile(const Norm&, int64_t tile, float* scratch);
+#define DECLARE_KERNEL(name, Call)    \
+  int64_t name##_tiles(const Call&);  \
+  size_t name##_scratch(const Call&); \
+  void name##_tile(const Call&, int64_t tile, float* scratch);
 
-int64_t norm_backward_tiles(const Norm&);
-size_t norm_backward_scratch(const Norm&);
-void norm_backward_tile(const Norm&, int64_t tile, float* scratch);
+DECLARE_KERNEL(forward, Attention)
+DECLARE_KERNEL(decode, Attention)
+DECLARE_KERNEL(merge, Attention)
+DECLARE_KERNEL(backward_delta, Attention)
+DECLARE_KERNEL(backward, Attention)
+DECLARE_KERNEL(backward_q, Attention)
+DECLARE_KERNEL(norm_forward, Norm)
+DECLARE_KERNEL(norm_backward, Norm)
+
+#undef DECLARE_KERNEL
 
 }  // namespace FLASHATTN_ISA
 }  // namespace flashattn

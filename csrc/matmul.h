@@ -13,6 +13,7 @@ namespace FLASHATTN_ISA {
 
 struct Single {
   static constexpr int DEPTH = 1;  // numbers along K in an element
+  static constexpr int EXP_DEGREE = 6;
   static vf broadcast(const char* p) {
     float x;
     __builtin_memcpy(&x, p, 4);
@@ -24,6 +25,7 @@ struct Single {
 #if defined(__AVX512BF16__)
 struct Pair {
   static constexpr int DEPTH = 2;
+  static constexpr int EXP_DEGREE = 4;  // weights are rounded to bfloat16
   static vf broadcast(const char* p) {
     int32_t x;
     __builtin_memcpy(&x, p, 4);
@@ -57,11 +59,18 @@ struct Left {
   int64_t row, col;
 };
 
-// A tile of C while it is in registers.
+// A tile of C while it is in registers. They have no addresses, so it is visited by loops that are unrolled.
 template <int ROWS_, int VECS_>
 struct Accumulators {
   static constexpr int ROWS = ROWS_, VECS = VECS_;
   vf at[ROWS][VECS];
+
+  // f(row, vector, value) for each vector.
+  template <class F>
+  void each(F f) const {
+    UNROLL for (int v = 0; v < VECS; v++)
+      UNROLL for (int r = 0; r < ROWS; r++) f(r, v, at[r][v]);
+  }
 };
 
 // The largest tile: with VECS vectors of B and a broadcast of A it fills the registers.
@@ -71,15 +80,15 @@ constexpr int PANEL = VECS * W;
 
 // Per element of K: a load of each vector of B, a broadcast of A for each row, ROWS * VECS multiply-adds.
 template <class Dot, int ROWS, int VECS, class Finish>
-static inline void microkernel(Left a, const float* b, int64_t ldb, int64_t depth, int64_t row, int64_t col,
-                               Finish& finish) {
+INLINE void microkernel(Left a, const float* b, int64_t ldb, int64_t depth, int64_t row, int64_t col,
+                               Finish finish) {
   Accumulators<ROWS, VECS> c = {};
   for (; depth > 0; depth--, a.data += a.col, b += ldb) {
     vf x[VECS];
-    for (int v = 0; v < VECS; v++) x[v] = load<vf>(b + v * W);
-    for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int v = 0; v < VECS; v++) x[v] = load<vf>(b + v * W);
+    UNROLL for (int r = 0; r < ROWS; r++) {
       vf y = Dot::broadcast(a.data + r * a.row);
-      for (int v = 0; v < VECS; v++) c.at[r][v] = Dot::multiply_add(y, x[v], c.at[r][v]);
+      UNROLL for (int v = 0; v < VECS; v++) c.at[r][v] = Dot::multiply_add(y, x[v], c.at[r][v]);
     }
   }
   finish(c, row, col);
@@ -87,7 +96,7 @@ static inline void microkernel(Left a, const float* b, int64_t ldb, int64_t dept
 
 // Columns of C beginning at col, VECS vectors of them, for all rows.
 template <class Dot, int VECS, class Finish>
-static void panel(Left a, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t col, Finish& finish) {
+static void panel(Left a, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t col, Finish finish) {
   auto left = [&](int64_t row) { return Left{a.data + row * a.row, a.row, a.col}; };
   int64_t row = 0;
   for (; rows - row >= ROWS && rows - row != 8; row += ROWS)  // 8 is better 4 + 4 than 6 + 2
@@ -113,17 +122,15 @@ static void matmul(Left a, const float* b, int64_t ldb, int64_t rows, int64_t co
 // one long sum.
 static inline auto store_to(float* c, int64_t ldc) {
   return [=](auto& tile, int64_t row, int64_t col) {
-    for (int r = 0; r < tile.ROWS; r++)
-      for (int v = 0; v < tile.VECS; v++) store(c + (row + r) * ldc + col + v * W, tile.at[r][v]);
+    tile.each([=](int r, int v, vf x) { store(c + (row + r) * ldc + col + v * W, x); });
   };
 }
 static inline auto add_to(float* c, int64_t ldc) {
   return [=](auto& tile, int64_t row, int64_t col) {
-    for (int r = 0; r < tile.ROWS; r++)
-      for (int v = 0; v < tile.VECS; v++) {
-        float* at = c + (row + r) * ldc + col + v * W;
-        store(at, load<vf>(at) + tile.at[r][v]);
-      }
+    tile.each([=](int r, int v, vf x) {
+      float* at = c + (row + r) * ldc + col + v * W;
+      store(at, load<vf>(at) + x);
+    });
   };
 }
 

@@ -70,7 +70,7 @@ const Engine& engine() {
 using Memory = std::unique_ptr<float, void (*)(void*)>;
 
 Memory allocate(size_t floats) {
-  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+  const size_t bytes = (floats * sizeof(float) / 64 + 1) * 64;
   Memory memory(static_cast<float*>(std::aligned_alloc(64, bytes)), std::free);
   STD_TORCH_CHECK(memory, "the CPU engine cannot allocate ", bytes, " bytes");
   return memory;
@@ -88,6 +88,17 @@ void run(const Kernel<Call>& kernel, const Call& call) {
     for (int64_t thread = begin; thread < end; thread++)
       for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) kernel.run(call, tile, scratch.get());
   });
+}
+
+template <class Call>
+void run(const Operation<Call>& operation, Call call) {
+  Memory workspace(nullptr, std::free);
+  if (operation.workspace_floats) {
+    workspace = allocate(operation.workspace_floats(call));
+    call.workspace = workspace.get();
+  }
+  for (const auto& pass : operation.passes)
+    if (pass.run) run(pass, call);
 }
 
 Dtype dtype_of(torch::headeronly::ScalarType dtype) {
@@ -140,9 +151,7 @@ void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tens
   Attention a = attention(q, k, v, out, lse, scale, first, last, q_lengths, kv_lengths);
   a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
   a.grad_lse = pointer<float>(grad_lse);
-  Memory workspace = allocate(engine().backward_workspace(a));
-  a.workspace = workspace.get();
-  for (const auto& pass : engine().attention_backward) run(pass, a);
+  run(engine().attention_backward, a);
 }
 
 // ------------------------------------------------------------------------------------------------ norms

@@ -12,6 +12,9 @@ constexpr int64_t BLOCK_M = 64;          // queries of a tile
 constexpr int64_t FORWARD_BLOCK_N = 96;  // elements along the keys of a tile
 constexpr int64_t MAX_DEPTH = 2;         // numbers in an element
 
+// Whether decode.cpp takes the call: more queries than these fill the lanes of forward.cpp.
+static inline bool is_decode(const Attention& a) { return a.seq_q <= 8; }
+
 // Scratch memory, handed out from the front in whole cache lines.
 struct Scratch {
   float* next;

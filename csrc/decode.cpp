@@ -1,0 +1,253 @@
+// Attention forward for few queries: a token or some against a long cache. Nothing but the reading of keys and values
+// costs time, so they are read once for all query heads that share them, numbers of a row along the vector lanes, the
+// keys split among the threads (and merged exactly, by their softmax statistics).
+//
+// The split is by position, so the answer depends neither on the batch nor on the number of threads.
+//
+// Dao et al., "Flash-Decoding for long-context inference" (2023).
+#include "kernels.h"
+#include "tiles.h"
+
+namespace flashattn {
+namespace FLASHATTN_ISA {
+
+constexpr int64_t SPLIT = 512;      // keys of a task
+constexpr int64_t BLOCK_N = 64;     // keys of a tile
+constexpr int64_t ROWS_AT_ONCE = 4;           // query rows that share a load of keys or values
+constexpr int64_t KEYS_AT_ONCE = W / ROWS_AT_ONCE;  // so that their products' sums are one vector
+
+static int64_t group_of(const Attention& a) { return a.heads / a.kv_heads; }
+// Rows of a key/value head: queries of each head of the group.
+static int64_t rows_of(const Attention& a) { return group_of(a) * a.seq_q; }
+static int64_t splits_of(const Attention& a) { return max(1, (a.seq_k + SPLIT - 1) / SPLIT); }
+
+// What a split says of a row: maximum, sum, unnormalised output.
+struct Partial {
+  float *m, *l, *out;
+};
+static Partial partial(const Attention& a, int64_t batch, int64_t kv_head, int64_t row, int64_t split) {
+  int64_t at = ((batch * a.kv_heads + kv_head) * rows_of(a) + row) * splits_of(a) + split;
+  float* begin = a.workspace + at * (16 + round_up(a.head_dim_v, W));
+  return {begin, begin + 1, begin + 16};
+}
+size_t forward_workspace(const Attention& a) {
+  return is_decode(a) ? a.batch * a.heads * a.seq_q * splits_of(a) * (16 + round_up(a.head_dim_v, W)) : 0;
+}
+
+// Lane i becomes the sum of v[i].
+template <int STEP = W / 2>
+static inline vf sum_each(vf (&v)[W]) {
+  if constexpr (STEP > 0) {
+    UNROLL for (int i = 0; i < STEP; i++) {
+      exchange<STEP>(v[i], v[i + STEP], Lanes{});
+      v[i] += v[i + STEP];
+    }
+    return sum_each<STEP / 2>(v);
+  }
+  return v[0];
+}
+
+// The keys of a tile as a matrix of whole vectors: in place, or copied and padded with zeros.
+static Matrix whole_vectors(const Matrix& x, Range keys, float* scratch) {
+  constexpr int64_t NUMBERS = 2 * W;
+  Matrix tile = {x.row(keys.begin), x.dtype, x.stride, round_up(x.dim, NUMBERS)};
+  if (tile.dim == x.dim) return tile;
+  tile.data = (char*)scratch, tile.stride = tile.dim * element_size(x.dtype);
+  for (int64_t i = keys.begin; i < keys.end; i++) {
+    char* to = tile.row(i - keys.begin);
+    __builtin_memset(to, 0, tile.stride);
+    __builtin_memcpy(to, x.row(i), x.dim * element_size(x.dtype));
+  }
+  return tile;
+}
+
+// W numbers from number c of a row on.
+template <Dtype DTYPE>
+static inline vf load_numbers(const char* row, int64_t c) {
+  if constexpr (DTYPE == Dtype::float32) return load<vf>((const float*)row + c);
+  return widen(load<vh>((const uint16_t*)row + c), DTYPE);
+}
+
+// s[row][key] of some rows and the n keys of a tile, base 2. `q` holds the rows as elements. `ahead`: what is read next.
+template <class Dot, Dtype DTYPE>
+static void products(const float* q, int64_t depth, const Matrix& k, int64_t n, float scale, float* s,
+                     const Matrix& ahead) {
+  for (int64_t j = 0; j < n; j += KEYS_AT_ONCE) {
+    const char *rows[KEYS_AT_ONCE], *next[KEYS_AT_ONCE];
+    UNROLL for (int64_t i = 0; i < KEYS_AT_ONCE; i++) {
+      rows[i] = k.row(min(j + i, n - 1));
+      next[i] = ahead.row(min(j + i, n - 1));
+    }
+    vf sums[W] = {};
+    for (int64_t c = 0; c < depth; c += W) {
+      vf x[ROWS_AT_ONCE];
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) x[r] = load<vf>(q + r * depth + c);
+      UNROLL for (int i = 0; i < KEYS_AT_ONCE; i++) {
+        __builtin_prefetch(next[i] + c * (Dot::DEPTH == 2 ? 4 : element_size(DTYPE)),0,2);
+        vf y = Dot::DEPTH == 2 ? load<vf>((const float*)rows[i] + c) : load_numbers<DTYPE>(rows[i], c);
+        UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++)
+          sums[r * KEYS_AT_ONCE + i] = Dot::multiply_add(x[r], y, sums[r * KEYS_AT_ONCE + i]);
+      }
+    }
+    float all[W];
+    store(all, sum_each(sums) * scale);
+    for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
+      for (int64_t i = 0; i < KEYS_AT_ONCE; i++) s[r * BLOCK_N + j + i] = all[r * KEYS_AT_ONCE + i];
+  }
+}
+
+// COLS vectors of out[row] = alpha[row] out[row] + sum over n keys of p[row][key] v[key], from column c on.
+template <Dtype DTYPE, int COLS>
+static void weighted_sum_columns(const float* p, const float* alpha, const Matrix& v, int64_t n, int64_t c, float* out,
+                                 int64_t width, const Matrix& ahead) {
+  vf sum[ROWS_AT_ONCE][COLS] = {};
+  const char* row = v.data;
+  for (int64_t j = 0; j < n; j++, row += v.stride) {
+    vf x[COLS];
+    UNROLL for (int i = 0; i < COLS; i++) {
+      x[i] = load_numbers<DTYPE>(row, c + i * W);
+      __builtin_prefetch(ahead.row(j) + (c + i * W) * element_size(DTYPE),0,2);
+    }
+    UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) {
+      vf y = broadcast(p[r * BLOCK_N + j]);
+      UNROLL for (int i = 0; i < COLS; i++) sum[r][i] += y * x[i];
+    }
+  }
+  UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++)
+    UNROLL for (int i = 0; i < COLS; i++) {
+      float* at = out + r * width + c + i * W;
+      store(at, load<vf>(at) * alpha[r] + sum[r][i]);
+    }
+}
+
+template <Dtype DTYPE>
+static void weighted_sum(const float* p, const float* alpha, const Matrix& v, int64_t n, float* out, int64_t width,
+                         const Matrix& ahead) {
+  int64_t c = 0;
+  if constexpr (W == 16)
+    for (; c + 4 * W <= width; c += 4 * W) weighted_sum_columns<DTYPE, 4>(p, alpha, v, n, c, out, width, ahead);
+  for (; c + 2 * W <= width; c += 2 * W) weighted_sum_columns<DTYPE, 2>(p, alpha, v, n, c, out, width, ahead);
+}
+
+// Turn n scores of one row into weights; what is past them up to BLOCK_N becomes 0. Returns the factor by which what
+// was summed before is rescaled.
+static float row_softmax(float* s, Range sees, float* m, float* l) {
+  for (int64_t i = 0; i < sees.begin; i++) s[i] = -__builtin_inff();
+  for (int64_t i = sees.end; i < BLOCK_N; i++) s[i] = -__builtin_inff();
+  vf top = load<vf>(s);
+  for (int64_t i = W; i < BLOCK_N; i += W) top = max(top, load<vf>(s + i));
+  float m_new = *m;
+  for (int i = 0; i < W; i++) m_new = m_new > top[i] ? m_new : top[i];
+  float shift = m_new == -__builtin_inff() ? 0 : m_new;
+  float alpha = exp2(broadcast(*m - shift))[0];
+  vf total = {};
+  for (int64_t i = 0; i < BLOCK_N; i += W) {
+    vf p = exp2(load<vf>(s + i) - shift);
+    store(s + i, p);
+    total += p;
+  }
+  *m = m_new;
+  *l = *l * alpha + sum(total);
+  return alpha;
+}
+
+template <class Dot, Dtype DTYPE>
+static void decode(const Attention& a, int64_t batch, int64_t kv_head, int64_t split, Scratch scratch) {
+  Matrix k = matrix(a.k, a.dtype, a.head_dim, batch, kv_head), v = matrix(a.v, a.dtype, a.head_dim_v, batch, kv_head);
+  int64_t rows = rows_of(a), padded_rows = round_up(rows, ROWS_AT_ONCE), group = group_of(a);
+  int64_t depth = round_up(a.head_dim, 2 * W) / Dot::DEPTH, width = round_up(a.head_dim_v, 2 * W);
+  float* q = scratch.take(padded_rows * depth);
+  float* out = scratch.take(padded_rows * width);
+  float* s = scratch.take(ROWS_AT_ONCE * BLOCK_N);
+  float* copy = scratch.take(BLOCK_N * max(round_up(a.head_dim, 2 * W), width));
+  float *m = scratch.take(padded_rows), *l = scratch.take(padded_rows);
+  for (int64_t i = 0; i < padded_rows * depth; i++) q[i] = 0;
+  for (int64_t i = 0; i < padded_rows * width; i++) out[i] = 0;
+  for (int64_t i = 0; i < padded_rows; i++) m[i] = -__builtin_inff(), l[i] = 0;
+  Range queries = {0, min(a.seq_q, query_end(a, batch))};  // the others read nothing
+  for (int64_t row = 0; row < rows; row++) {
+    if (row % a.seq_q >= queries.end) continue;
+    Matrix x = matrix(a.q, a.dtype, a.head_dim, batch, kv_head * group + row / a.seq_q);
+    for (int64_t c = 0; c < depth; c += W)
+      store(q + row * depth + c, elements_along<Dot>(x.row(row % a.seq_q), x, c));
+  }
+
+  Range all = visible_keys(a, queries, batch);
+  all = {max(all.begin, split * SPLIT), min(all.end, (split + 1) * SPLIT)};
+  for (int64_t start = all.begin; start < all.end; start += BLOCK_N) {
+    Range keys = {start, min(all.end, start + BLOCK_N)};
+    int64_t n = keys.end - keys.begin;
+    // Values are fetched while the products run, the next keys while the values are summed.
+    Matrix next_v = {v.row(keys.begin), v.dtype, v.stride, v.dim}, next_k = {k.row(keys.end), k.dtype, k.stride, k.dim};
+    for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
+      products<Dot, DTYPE>(q + row * depth, depth, whole_vectors(k, keys, copy), n, a.score.scale * LOG2E, s, next_v);
+      float alpha[ROWS_AT_ONCE];
+      for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+        int64_t query = (row + r) % a.seq_q;
+        Range sees = {0, 0};
+        if (row + r < rows && query < queries.end) sees = visible_keys(a, {query, query + 1}, batch);
+        sees = {max(0, min(BLOCK_N, sees.begin - start)), max(0, min(keys.end, sees.end) - start)};
+        alpha[r] = row_softmax(s + r * BLOCK_N, sees, m + row + r, l + row + r);
+      }
+      weighted_sum<DTYPE>(s, alpha, whole_vectors(v, keys, copy), n, out + row * width, width,
+                          next_k);
+    }
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    Partial to = partial(a, batch, kv_head, row, split);
+    *to.m = m[row], *to.l = l[row];
+    for (int64_t c = 0; c < a.head_dim_v; c += W) store(to.out + c, load<vf>(out + row * width + c));
+  }
+}
+
+int64_t decode_tiles(const Attention& a) { return is_decode(a) ? a.batch * a.kv_heads * splits_of(a) : 0; }
+
+size_t decode_scratch(const Attention& a) {
+  int64_t rows = round_up(rows_of(a), ROWS_AT_ONCE);
+  int64_t d = round_up(a.head_dim, 2 * W), dv = round_up(a.head_dim_v, 2 * W);
+  return rows * (d + dv + 2) + BLOCK_N * (ROWS_AT_ONCE + max(d, dv)) + 6 * 16;
+}
+
+void decode_tile(const Attention& a, int64_t index, float* memory) {
+  int64_t split = index % splits_of(a), head = index / splits_of(a);
+  int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads;
+  with_dot(a.dtype, [&](auto dot) {
+    using Dot = decltype(dot);
+    if (a.dtype == Dtype::bfloat16) return decode<Dot, Dtype::bfloat16>(a, batch, kv_head, split, {memory});
+    if constexpr (Dot::DEPTH == 2) return;  // pairs are of bfloat16
+    if (a.dtype == Dtype::float16) return decode<Dot, Dtype::float16>(a, batch, kv_head, split, {memory});
+    decode<Dot, Dtype::float32>(a, batch, kv_head, split, {memory});
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ merging the splits
+
+int64_t merge_tiles(const Attention& a) { return is_decode(a) ? a.batch * a.heads : 0; }
+size_t merge_scratch(const Attention& a) { return round_up(a.head_dim_v, W); }
+
+void merge_tile(const Attention& a, int64_t index, float* sum) {
+  int64_t batch = index / a.heads, head = index % a.heads, kv_head = head / group_of(a);
+  Matrix out = matrix(a.out, a.dtype, a.head_dim_v, batch, head);
+  for (int64_t query = 0; query < a.seq_q; query++) {
+    Partial first = partial(a, batch, kv_head, head % group_of(a) * a.seq_q + query, 0);
+    int64_t stride = 16 + round_up(a.head_dim_v, W);  // from split to split
+    float m = -__builtin_inff(), l = 0;
+    for (int64_t i = 0; i < splits_of(a); i++) m = m > first.m[i * stride] ? m : first.m[i * stride];
+    float shift = m == -__builtin_inff() ? 0 : m;
+    for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, vf{});
+    for (int64_t i = 0; i < splits_of(a); i++) {
+      vf factor = exp2(broadcast(first.m[i * stride] - shift));
+      l += first.l[i * stride] * factor[0];
+      for (int64_t c = 0; c < a.head_dim_v; c += W)
+        store(sum + c, load<vf>(sum + c) + load<vf>(first.out + i * stride + c) * factor);
+    }
+    float inverse = l > 0 || l != l ? 1 / l : 0;
+    for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, load<vf>(sum + c) * inverse);
+    store_floats(out.row(query), sum, a.dtype, a.head_dim_v);
+    a.lse[(batch * a.heads + head) * a.seq_q + query] =
+        l == 0 ? -__builtin_inff() : m * LN2 + __builtin_logf(l);
+  }
+}
+
+}  // namespace FLASHATTN_ISA
+}  // namespace flashattn
