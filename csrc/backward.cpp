@@ -145,7 +145,7 @@ static void softmax_weights(const Attention& a, const Weights& w, const Queries&
       vf p = exp2<Dot::EXP_DEGREE>(load<vf>(w.p + at) * scale - load<vf>(x.lse + i) * LOG2E);
       if (edge) p = visible(a, x.rows.begin + i, j) ? p : vf{};
       store(w.p + at, p);
-      if constexpr (Dot::DEPTH == 2) Dot::store_row((uint16_t*)w.p_left + at, p);
+      if constexpr (Dot::DEPTH == 2) store((uint16_t*)w.p_left + at, float_to_bfloat16(p));
     }
 }
 
@@ -157,7 +157,7 @@ static void score_gradients(const Weights& w, const Queries& x, int64_t n) {
     if constexpr (Dot::DEPTH == 1)
       store(w.ds + at, ds);
     else
-      Dot::store_row((uint16_t*)w.ds_left + at, ds);
+      store((uint16_t*)w.ds_left + at, float_to_bfloat16(ds));
     return ds;
   };
   for (int64_t j = 0; j < n; j += Dot::DEPTH)

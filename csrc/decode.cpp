@@ -61,13 +61,6 @@ static Matrix whole_vectors(const Matrix& x, Range keys, float* scratch) {
   return tile;
 }
 
-// W numbers from number c of a row on.
-template <Dtype DTYPE>
-static inline vf load_numbers(const char* row, int64_t c) {
-  if constexpr (DTYPE == Dtype::float32) return load<vf>((const float*)row + c);
-  return widen(load<vh>((const uint16_t*)row + c), DTYPE);
-}
-
 // s[row][key] of some rows and the n keys of a tile, base 2. `q` holds the rows as elements. `ahead`: what is read next.
 template <class Dot, Dtype DTYPE>
 static void products(const float* q, int64_t depth, const Matrix& k, int64_t n, float scale, float* s,

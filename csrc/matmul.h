@@ -37,9 +37,6 @@ struct Pair {
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vf)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
   }
-  static void store_row(uint16_t* out, vf x) {
-    store(out, (vh)_mm512_cvtneps_pbh((__m512)x));
-  }
   static vf multiply_add(vf a, vf b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 };
 #endif

@@ -1,5 +1,6 @@
-// LayerNorm and RMSNorm, forward and backward. The mathematics is in kernels/norm.py. A row is brought to float32 in
-// scratch memory, padded with zeros to whole vectors, so the loops below have no tails.
+// LayerNorm and RMSNorm, forward and backward. The mathematics is in kernels/norm.py. The usual row, of one dtype and
+// whole vectors, is read and written where it lies; any other goes by way of float32 in scratch memory, padded with
+// zeros, so that the loops have no tails.
 #include "kernels.h"
 #include "philox.h"
 #include "simd.h"
@@ -7,16 +8,12 @@
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
-constexpr int64_t ROWS_PER_TILE = 8;
+constexpr int64_t TILE_NUMBERS = 1 << 16;  // long enough for a thread to stream, short enough to share out
 
 static char* row_at(const Rows& x, int64_t r) {
   int64_t inner = r % x.size_2, outer = r / x.size_2;
   int64_t offset = inner * x.stride_2 + outer % x.size_1 * x.stride_1 + outer / x.size_1 * x.stride_0;
   return (char*)x.data + offset * element_size(x.dtype);
-}
-
-static void load_row(float* dst, const Rows& x, int64_t r, int64_t width) {
-  load_floats(dst, row_at(x, r), x.dtype, width);
 }
 
 static void store_row(const Rows& x, int64_t r, const float* src, int64_t width) {
@@ -40,108 +37,212 @@ static void round_to(Dtype dtype, float* x, int64_t width) {
   }
 }
 
-// Four sums side by side: shorter chains of additions, so faster and more exact.
-template <class F>
-static float sum_over(int64_t padded, F f) {
-  vf total[4] = {};
+// Sums of N values over a row, each in four parts: shorter chains of additions, so faster and more exact.
+template <int N>
+struct Sums {
+  vf parts[4][N] = {};
+  float of(int i) const { return sum((parts[0][i] + parts[1][i]) + (parts[2][i] + parts[3][i])); }
+};
+
+// Call f(c, sums) for each vector of a row; f adds to sums[0 .. N - 1].
+template <int N, class F>
+static Sums<N> sum_over(int64_t padded, F f) {
+  Sums<N> s;
   int64_t c = 0;
   for (; c + 4 * W <= padded; c += 4 * W)
-    for (int i = 0; i < 4; i++) total[i] += f(c + i * W);
-  for (; c < padded; c += W) total[0] += f(c);
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
-}
-
-static void center(float* x, float mean, int64_t width, int64_t padded) {
-  for (int64_t c = 0; c < padded; c += W) store(x + c, load<vf>(x + c) - mean);
-  for (int64_t c = width; c < padded; c++) x[c] = 0;
+    UNROLL for (int i = 0; i < 4; i++) f(c + i * W, s.parts[i]);
+  for (; c < padded; c += W) f(c, s.parts[0]);
+  return s;
 }
 
 // A row of parameters as whole vectors: in place but for its last vector, which would run past it.
-static vf parameter(const float* p, int64_t c, int64_t width) {
-  if (c + W <= width) return load<vf>(p + c);
+__attribute__((noinline, cold)) static vf last_parameters(const float* p, int64_t n) {
   vf v = {};
-  for (int64_t i = c; i < width; i++) v[i - c] = p[i];
+  for (int64_t i = 0; i < n; i++) v[i] = p[i];
   return v;
+}
+INLINE vf parameter(const float* p, int64_t c, int64_t width) {
+  return c + W <= width ? load<vf>(p + c) : last_parameters(p + c, width - c);
 }
 
 // ------------------------------------------------------------------------------------------------ forward
 
-int64_t norm_forward_tiles(const Norm& n) { return (n.rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE; }
+static int64_t rows_per_tile(const Norm& n) { return max(1, TILE_NUMBERS / n.width); }
+
+int64_t norm_forward_tiles(const Norm& n) { return (n.rows + rows_per_tile(n) - 1) / rows_per_tile(n); }
 
 size_t norm_forward_scratch(const Norm& n) { return 2 * round_up(n.width, W); }
 
-static void forward_row(const Norm& n, int64_t r, float* h, float* other) {
+// y = (h - mean) rstd weight + bias, of rows that are whole vectors.
+template <Dtype DTYPE>
+static void normalise(const Norm& n, int64_t r, const char* h, char* y) {
+  const int64_t width = n.width, padded = round_up(width, W);
+  const float offset = n.weight_offset;
+  float mean = 0;
+  if (n.center) {
+    mean = sum_over<1>(padded, [=](int64_t c, vf* total) { total[0] += load_numbers<DTYPE>(h, c); }).of(0) / width;
+    n.mean[r] = mean;
+  }
+  float squares = sum_over<1>(width / W * W, [=](int64_t c, vf* total) {
+                    vf x = load_numbers<DTYPE>(h, c) - mean;
+                    total[0] += x * x;
+                  }).of(0);
+  for (int64_t c = width / W * W; c < width; c++) {  // not of the zeros past the end: they are not 0 - mean
+    float x = ((const float*)h)[c] - mean;
+    squares += x * x;
+  }
+  const float rstd = 1 / __builtin_sqrtf(squares / width + n.eps);
+  n.rstd[r] = rstd;
+
+  const float* weight = n.weight ? n.weight + r % n.heads * width : nullptr;
+  const float* bias = n.bias ? n.bias + r % n.heads * width : nullptr;
+  for (int64_t c = 0; c < padded; c += W) {
+    vf x = (load_numbers<DTYPE>(h, c) - mean) * rstd;
+    if (weight) x = x * (parameter(weight, c, width) + offset);
+    if (bias) x = x + parameter(bias, c, width);
+    store_numbers<DTYPE>(y, c, x);
+  }
+}
+
+// h = residual + x of rows that are whole vectors of the same dtype, rounded to it.
+template <Dtype DTYPE>
+static void add_residual(const char* x, const char* residual, char* h, int64_t width) {
+  for (int64_t c = 0; c < width; c += W)
+    store_numbers<DTYPE>(h, c, load_numbers<DTYPE>(x, c) + load_numbers<DTYPE>(residual, c));
+}
+
+// The usual row: one dtype throughout, whole vectors, no dropout. Nothing is copied.
+template <Dtype DTYPE>
+static void forward_row_in_place(const Norm& n, int64_t r, char* scratch) {
+  const char* h = row_at(n.x, r);
+  if (n.residual.data) {
+    char* sum = n.hidden.data ? row_at(n.hidden, r) : scratch;
+    add_residual<DTYPE>(h, row_at(n.residual, r), sum, n.width);
+    h = sum;
+  }
+  normalise<DTYPE>(n, r, h, row_at(n.y, r));
+}
+
+static bool is_usual(const Norm& n) {
+  bool same = n.hidden_dtype == n.x.dtype && (!n.residual.data || n.residual.dtype == n.x.dtype);
+  return same && !n.dropout && n.width % W == 0 && !(n.hidden.data && !n.residual.data);
+}
+
+// Any row, by way of float32: h = residual + dropout(x), rounded to the dtype it is kept in, and normalised.
+static void forward_row_by_float(const Norm& n, int64_t r, float* h) {
   int64_t padded = round_up(n.width, W);
-  load_row(h, n.x, r, n.width);
+  float* other = h + padded;
+  load_floats(h, row_at(n.x, r), n.x.dtype, n.width);
   if (n.dropout) dropout(n, h, r);
   if (n.residual.data) {
-    load_row(other, n.residual, r, n.width);
+    load_floats(other, row_at(n.residual, r), n.residual.dtype, n.width);
     for (int64_t c = 0; c < padded; c += W) store(h + c, load<vf>(h + c) + load<vf>(other + c));
   }
   round_to(n.hidden_dtype, h, n.width);
   if (n.hidden.data) store_row(n.hidden, r, h, n.width);
+  normalise<Dtype::float32>(n, r, (const char*)h, (char*)other);
+  store_row(n.y, r, other, n.width);
+}
 
-  if (n.center) {
-    float mean = sum_over(padded, [&](int64_t c) { return load<vf>(h + c); }) / n.width;
-    center(h, mean, n.width, padded);
-    n.mean[r] = mean;
-  }
-  float squares = sum_over(padded, [&](int64_t c) { return load<vf>(h + c) * load<vf>(h + c); });
-  float rstd = 1 / __builtin_sqrtf(squares / n.width + n.eps);
-  n.rstd[r] = rstd;
-
-  const float* weight = n.weight ? n.weight + r % n.heads * n.width : nullptr;
-  const float* bias = n.bias ? n.bias + r % n.heads * n.width : nullptr;
-  for (int64_t c = 0; c < padded; c += W) {
-    vf y = load<vf>(h + c) * rstd;
-    if (weight) y = y * (parameter(weight, c, n.width) + n.weight_offset);
-    if (bias) y = y + parameter(bias, c, n.width);
-    store(h + c, y);
-  }
-  store_row(n.y, r, h, n.width);
+static void forward_row(const Norm& n, int64_t r, float* scratch) {
+  if (!is_usual(n)) return forward_row_by_float(n, r, scratch);
+  if (n.x.dtype == Dtype::float32) return forward_row_in_place<Dtype::float32>(n, r, (char*)scratch);
+  if (n.x.dtype == Dtype::bfloat16) return forward_row_in_place<Dtype::bfloat16>(n, r, (char*)scratch);
+  forward_row_in_place<Dtype::float16>(n, r, (char*)scratch);
 }
 
 void norm_forward_tile(const Norm& n, int64_t tile, float* scratch) {
-  int64_t end = min(n.rows, (tile + 1) * ROWS_PER_TILE);
-  for (int64_t r = tile * ROWS_PER_TILE; r < end; r++) forward_row(n, r, scratch, scratch + round_up(n.width, W));
+  int64_t end = min(n.rows, (tile + 1) * rows_per_tile(n));
+  for (int64_t r = tile * rows_per_tile(n); r < end; r++) forward_row(n, r, scratch);
 }
 
 // ------------------------------------------------------------------------------------------------ backward
 
+constexpr int AT_ONCE = 4;  // rows whose share in the gradients of the parameters is added up in registers
+
+// Some rows as the backward sees them, and where its result goes. All are whole vectors of one dtype.
+struct Block {
+  int64_t rows;
+  const char *grad[AT_ONCE], *h[AT_ONCE], *more[AT_ONCE];  // grad_y, h, grad_hidden or null
+  char* to[AT_ONCE];
+};
+
+static void add_to(float* to, int64_t c, int64_t width, vf x) {
+  if (c + W <= width) return store(to + c, load<vf>(to + c) + x);
+  for (int64_t i = c; i < width; i++) to[i] += x[i - c];
+}
+
+// With g = weight grad_y:  grad_h = rstd (g - mean(g) - xhat mean(g xhat)) + grad_hidden.
+template <Dtype DTYPE>
+static void backward_block(const Norm& n, int64_t r, const Block& rows, float* part_weight, float* part_bias) {
+  const int64_t width = n.width, padded = round_up(width, W);
+  const float* weight = n.weight ? n.weight + r % n.heads * width : nullptr;
+  const float offset = n.weight_offset;
+  // Rounded, so that g - mean(g) is 0 where all are equal.
+  auto scaled = [=](int64_t c, vf y) { return weight ? rounded(y * (parameter(weight, c, width) + offset)) : y; };
+  float mean[AT_ONCE], rstd[AT_ONCE], mean_gx[AT_ONCE], mean_g[AT_ONCE];
+  for (int64_t i = 0; i < rows.rows; i++) {
+    const char *grad = rows.grad[i], *h = rows.h[i];
+    const float m = n.center ? n.mean[r + i] : 0;
+    auto sums = sum_over<2>(padded, [=](int64_t c, vf* total) {
+      vf g = scaled(c, load_numbers<DTYPE>(grad, c));
+      total[0] += g * (load_numbers<DTYPE>(h, c) - m);
+      total[1] += g;
+    });
+    mean[i] = m, rstd[i] = n.rstd[r + i];
+    mean_gx[i] = sums.of(0) * rstd[i] / width, mean_g[i] = n.center ? sums.of(1) / width : 0;
+  }
+  for (int64_t c = 0; c < padded; c += W) {
+    vf sum_weight = {}, sum_bias = {};
+    for (int64_t i = 0; i < rows.rows; i++) {
+      vf y = load_numbers<DTYPE>(rows.grad[i], c), xhat = (load_numbers<DTYPE>(rows.h[i], c) - mean[i]) * rstd[i];
+      sum_weight += y * xhat;
+      sum_bias += y;
+      vf grad_h = (scaled(c, y) - mean_g[i] - xhat * mean_gx[i]) * rstd[i];
+      if (rows.more[i]) grad_h += load_numbers<DTYPE>(rows.more[i], c);
+      store_numbers<DTYPE>(rows.to[i], c, grad_h);
+    }
+    if (part_weight) add_to(part_weight, c, width, sum_weight);
+    if (part_bias) add_to(part_bias, c, width, sum_bias);
+  }
+}
+
+// The usual rows: one dtype throughout, whole vectors, no dropout. Nothing is copied.
+template <Dtype DTYPE>
+static void backward_in_place(const Norm& n, int64_t r, int64_t count, float* part_weight, float* part_bias) {
+  Block rows = {count};
+  for (int64_t i = 0; i < count; i++) {
+    rows.grad[i] = row_at(n.grad_y, r + i), rows.h[i] = row_at(n.hidden, r + i);
+    rows.more[i] = n.grad_hidden.data ? row_at(n.grad_hidden, r + i) : nullptr;
+    rows.to[i] = row_at(n.grad_x, r + i);
+  }
+  backward_block<DTYPE>(n, r, rows, part_weight, part_bias);
+}
+
+static bool is_usual_backward(const Norm& n) {
+  Dtype dtype = n.grad_x.dtype;
+  bool same = n.hidden.dtype == dtype && n.grad_y.dtype == dtype;
+  if (n.grad_hidden.data) same = same && n.grad_hidden.dtype == dtype;
+  return same && !n.dropout && !n.grad_residual.data && n.width % W == 0;
+}
+
+// Any row, by way of float32.
+static void backward_by_float(const Norm& n, int64_t r, float* part_weight, float* part_bias, float* scratch) {
+  int64_t padded = round_up(n.width, W);
+  float *grad = scratch, *h = grad + padded, *more = h + padded;
+  load_floats(grad, row_at(n.grad_y, r), n.grad_y.dtype, n.width);
+  load_floats(h, row_at(n.hidden, r), n.hidden.dtype, n.width);
+  if (n.grad_hidden.data) load_floats(more, row_at(n.grad_hidden, r), n.grad_hidden.dtype, n.width);
+  Block rows = {1, {(char*)grad}, {(char*)h}, {n.grad_hidden.data ? (char*)more : nullptr}, {(char*)h}};
+  backward_block<Dtype::float32>(n, r, rows, part_weight, part_bias);
+  if (n.grad_residual.data) store_row(n.grad_residual, r, h, n.width);
+  if (n.dropout) dropout(n, h, r);
+  store_row(n.grad_x, r, h, n.width);
+}
+
 int64_t norm_backward_tiles(const Norm& n) { return n.parts; }
 
-size_t norm_backward_scratch(const Norm& n) { return 4 * round_up(n.width, W); }
-
-static void backward_row(const Norm& n, int64_t r, float* part_weight, float* part_bias, float* scratch) {
-  int64_t padded = round_up(n.width, W);
-  float *grad = scratch, *xhat = grad + padded, *g = xhat + padded, *other = g + padded;
-  float rstd = n.rstd[r];
-  load_row(grad, n.grad_y, r, n.width);
-  load_row(xhat, n.hidden, r, n.width);
-  if (n.center) center(xhat, n.mean[r], n.width, padded);
-  const float* weight = n.weight ? n.weight + r % n.heads * n.width : nullptr;
-  for (int64_t c = 0; c < padded; c += W) {
-    store(xhat + c, load<vf>(xhat + c) * rstd);
-    vf y = load<vf>(grad + c);
-    store(g + c, weight ? y * (parameter(weight, c, n.width) + n.weight_offset) : y);
-  }
-  float mean_gx = sum_over(padded, [&](int64_t c) { return load<vf>(g + c) * load<vf>(xhat + c); }) / n.width;
-  float mean_g = n.center ? sum_over(padded, [&](int64_t c) { return load<vf>(g + c); }) / n.width : 0;
-
-  for (int64_t c = 0; c < n.width; c++) {
-    if (part_weight) part_weight[c] += grad[c] * xhat[c];
-    if (part_bias) part_bias[c] += grad[c];
-  }
-  if (n.grad_hidden.data) load_row(other, n.grad_hidden, r, n.width);
-  for (int64_t c = 0; c < padded; c += W) {
-    vf h = (load<vf>(g + c) - mean_g - load<vf>(xhat + c) * mean_gx) * rstd;
-    if (n.grad_hidden.data) h += load<vf>(other + c);
-    store(g + c, h);
-  }
-  if (n.grad_residual.data) store_row(n.grad_residual, r, g, n.width);
-  if (n.dropout) dropout(n, g, r);
-  store_row(n.grad_x, r, g, n.width);
-}
+size_t norm_backward_scratch(const Norm& n) { return 3 * round_up(n.width, W); }
 
 // One block of rows: they are added up in order, into sums of the block's own, so the result does not depend on the
 // number of threads.
@@ -153,9 +254,20 @@ void norm_backward_tile(const Norm& n, int64_t part, float* scratch) {
     if (weight) weight[i] = 0;
     if (bias) bias[i] = 0;
   }
-  for (int64_t r = n.rows * part / n.parts; r < n.rows * (part + 1) / n.parts; r++) {
-    int64_t head = r % n.heads * n.width;
-    backward_row(n, r, weight ? weight + head : nullptr, bias ? bias + head : nullptr, scratch);
+  bool usual = is_usual_backward(n);
+  int64_t at_once = usual && n.heads == 1 ? AT_ONCE : 1;  // rows of different heads have different parameters
+  int64_t end = n.rows * (part + 1) / n.parts;
+  for (int64_t r = n.rows * part / n.parts; r < end; r += at_once) {
+    int64_t head = r % n.heads * n.width, count = min(at_once, end - r);
+    float *part_weight = weight ? weight + head : nullptr, *part_bias = bias ? bias + head : nullptr;
+    if (!usual)
+      backward_by_float(n, r, part_weight, part_bias, scratch);
+    else if (n.grad_x.dtype == Dtype::float32)
+      backward_in_place<Dtype::float32>(n, r, count, part_weight, part_bias);
+    else if (n.grad_x.dtype == Dtype::bfloat16)
+      backward_in_place<Dtype::bfloat16>(n, r, count, part_weight, part_bias);
+    else
+      backward_in_place<Dtype::float16>(n, r, count, part_weight, part_bias);
   }
 }
 

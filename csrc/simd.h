@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -46,12 +46,6 @@ static inline void store(T* p, V v) {
 static inline vf broadcast(float x) { return x - vf{}; }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
-static inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += v[i];
-  return total;
-}
-
 // The lane numbers 0 .. W - 1 as template arguments (std:: code would be shared between instruction sets).
 template <int... I>
 struct Sequence {};
@@ -62,6 +56,31 @@ struct Count<0, I...> {
   using type = Sequence<I...>;
 };
 using Lanes = Count<W>::type;
+
+// Lane i of the result is lane i ^ STEP.
+template <int STEP, int... I>
+static inline vf swap_lanes(vf v, Sequence<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ STEP)...);
+}
+template <int STEP = W / 2>
+static inline float sum(vf v) {
+  if constexpr (STEP == 0)
+    return v[0];
+  else
+    return sum<STEP / 2>(v + swap_lanes<STEP>(v, Lanes{}));
+}
+
+// x itself: a product passed through here is rounded, not fused into what it is added to.
+static inline vf rounded(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -127,12 +146,16 @@ static inline void transpose(vf (&v)[W]) {
 
 // ---------------------------------------------------------------- 16-bit floats
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Round to nearest even; a NaN stays a (quiet) NaN. The instruction takes what is below 2^-126 for 0.
 static inline vh float_to_bfloat16(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
   vu bits = (vu)x;
   vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   vu quiet = (bits >> 16) | 0x40;
   return __builtin_convertvector((vu)(x == x ? (vi)rounded : (vi)quiet), vh);
+#endif
 }
 
 static inline vf float16_to_float(vh x) {
@@ -169,8 +192,34 @@ static inline vh float_to_float16(vf x) {
 #endif
 }
 
+// 16-bit lanes as 32-bit ones. GCC 12 makes two halves of __builtin_convertvector.
+static inline vu extend(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+
 static inline vf widen(vh x, Dtype dtype) {
-  return dtype == Dtype::bfloat16 ? (vf)(__builtin_convertvector(x, vu) << 16) : float16_to_float(x);
+  return dtype == Dtype::bfloat16 ? (vf)(extend(x) << 16) : float16_to_float(x);
+}
+
+// W numbers from number c of a row on.
+template <Dtype DTYPE>
+static inline vf load_numbers(const char* row, int64_t c) {
+  if constexpr (DTYPE == Dtype::float32) return load<vf>((const float*)row + c);
+  return widen(load<vh>((const uint16_t*)row + c), DTYPE);
+}
+
+template <Dtype DTYPE>
+static inline void store_numbers(char* row, int64_t c, vf x) {
+  if constexpr (DTYPE == Dtype::float32)
+    store((float*)row + c, x);
+  else
+    store((uint16_t*)row + c, DTYPE == Dtype::bfloat16 ? float_to_bfloat16(x) : float_to_float16(x));
 }
 
 // n elements of any dtype to float32. `dst` has room for n rounded up to whole vectors; the rest is set to 0.

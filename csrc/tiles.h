@@ -68,7 +68,7 @@ static inline vf elements_along(const char* row, const Matrix& x, int64_t c) {
 // W 16-bit numbers of a row as integers; 0 past its end.
 static inline vu bits_at(const char* row, const Matrix& x, int64_t c) {
   const uint16_t* at = (const uint16_t*)row + c;
-  if (c + W <= x.dim) return __builtin_convertvector(load<vh>(at), vu);
+  if (c + W <= x.dim) return extend(load<vh>(at));
   vu bits = {};
   for (int64_t i = c; i < x.dim; i++) bits[i - c] = at[i - c];
   return bits;
