@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, ops
 from .score import Score
 
 
@@ -49,36 +49,44 @@ def attention(
     >>> flashattn.attention(q, k, v, causal=True).shape
     torch.Size([1, 8, 5, 64])
     """
-    _check(q, k, v)
-    batch, _, seq_q, head_dim = q.shape
+    batch, seq_q, seq_k, head_dim, head_dim_v = _check(q, k, v)
     score = Score(
         scale=head_dim**-0.5 if scale is None else _scale(scale),
         causal=bool(causal),
-        q_lengths=_lengths("q_lengths", q_lengths, batch, seq_q, q.device),
-        kv_lengths=_lengths("kv_lengths", kv_lengths, batch, k.shape[2], q.device),
+        q_lengths=None if q_lengths is None else _lengths("q_lengths", q_lengths, batch, seq_q, q.device),
+        kv_lengths=None if kv_lengths is None else _lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
     )
-    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v.shape[-1]))
-    out, lse = torch.ops.flashattn.attention_forward.default(q, k, v, *score.args, backend)
+    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, head_dim_v))
+    out, lse = ops.attention(q, k, v, *score, backend)
     return (out, lse) if return_lse else out
 
 
-def _check(q, k, v) -> None:
+def _check(q, k, v) -> tuple[int, int, int, int, int]:
+    """(batch, seq_q, seq_k, head_dim, head_dim_v) of arguments that fit each other."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
-        checks.same_dtype(name, x, "q", q)
-        checks.same_device(name, x, "q", q)
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have q's batch {q.shape[0]}, got {x.shape[0]}")
-        if x.shape[1] == 0 or x.shape[-1] == 0:
-            raise ValueError(f"{name} must have at least one head and head_dim 1, got shape {tuple(x.shape)}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v must have k's (kv_heads, seq_k) {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}")
-    if q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"k must have a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}")
+    if not (k.dtype == v.dtype == q.dtype and k.device == v.device == q.device):
+        for name, x in (("k", k), ("v", v)):
+            checks.same_dtype(name, x, "q", q)
+            checks.same_device(name, x, "q", q)
+    batch, heads, seq_q, head_dim = q.shape
+    k_batch, kv_heads, seq_k, k_head_dim = k.shape
+    v_batch, v_heads, v_seq, head_dim_v = v.shape
+    if not k_batch == v_batch == batch:
+        name, got = ("k", k_batch) if k_batch != batch else ("v", v_batch)
+        raise ValueError(f"{name} must have q's batch {batch}, got {got}")
+    if heads * head_dim == 0 or kv_heads * k_head_dim == 0 or v_heads * head_dim_v == 0:
+        name, x = next((n, x) for n, x in (("q", q), ("k", k), ("v", v)) if x.shape[1] * x.shape[3] == 0)
+        raise ValueError(f"{name} must have at least one head and head_dim 1, got shape {tuple(x.shape)}")
+    if k_head_dim != head_dim:
+        raise ValueError(f"k must have q's head_dim {head_dim}, got {k_head_dim}")
+    if v_heads != kv_heads or v_seq != seq_k:
+        raise ValueError(f"v must have k's (kv_heads, seq_k) {(kv_heads, seq_k)}, got {(v_heads, v_seq)}")
+    if heads % kv_heads != 0:
+        raise ValueError(f"k must have a number of heads that divides q's {heads}, got {kv_heads}")
+    return batch, seq_q, seq_k, head_dim, head_dim_v
 
 
 def _scale(scale) -> float:
@@ -87,10 +95,8 @@ def _scale(scale) -> float:
     return float(scale)
 
 
-def _lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> Tensor | None:
+def _lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> Tensor:
     """Lengths as the kernels read them: contiguous int32 on q's device."""
-    if lengths is None:
-        return None
     checks.tensor(name, lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")

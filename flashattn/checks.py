@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 def tensor(name: str, x) -> None:
@@ -14,7 +14,8 @@ def tensor(name: str, x) -> None:
 
 
 def floating(name: str, x) -> None:
-    tensor(name, x)
+    if not isinstance(x, Tensor):
+        tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
 

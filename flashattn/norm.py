@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, ops
 
 
 def layer_norm(
@@ -89,7 +89,7 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     )
     dtypes = [t.dtype for t in (x, residual, weight, bias) if t is not None]
     keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
-    y, hidden, _, _ = torch.ops.flashattn.norm_forward.default(
+    y, hidden, _, _ = ops.norm(
         x, residual, weight, bias, hidden_dtype if fused else x.dtype, keep,
         center, float(eps), float(weight_offset), float(dropout_p), seed, backends.choose(x.device, *dtypes),
     )  # fmt: skip

@@ -7,6 +7,7 @@ a compiled graph says which. A tensor that a call does not produce is returned e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,11 +48,53 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def is_watched() -> bool:
+    """Whether something traces, transforms or watches calls."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def differentiable(name: str, run: Callable, context: Callable, gradients: Callable) -> Callable:
+    """Give the operator `name` its implementation and its autograd, and return the shortest way to call it.
+
+    The dispatcher and the autograd of an operator cost several times what a kernel launch does. So a call that nothing
+    watches runs the implementation itself, under an autograd function of the same formulas where it needs a gradient.
+    """
+    torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(run)
+    torch.library.register_autograd(f"flashattn::{name}", gradients, setup_context=context)
+    operator = getattr(torch.ops.flashattn, name).default
+
+    def forward(ctx, *inputs):
+        output = run(*inputs)
+        context(ctx, inputs, output)
+        return output
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function = type(name, (torch.autograd.Function,), body)
+
+    def call(*inputs):
+        if is_watched():
+            return operator(*inputs)
+        requires_grad = False
+        for x in inputs:  # a loop: this is the path that is counted in microseconds
+            if type(x) is Tensor or type(x) is torch.nn.Parameter:
+                requires_grad = requires_grad or x.requires_grad
+            elif isinstance(x, Tensor):
+                return operator(*inputs)  # a subclass may have ideas of its own
+        if requires_grad and torch.is_grad_enabled():
+            return function.apply(*inputs)
+        return run(*inputs)
+
+    return call
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
-@torch.library.impl("flashattn::attention_forward", "CompositeExplicitAutograd")
-def attention_forward(q, k, v, scale, causal, q_lengths, kv_lengths, backend):
+def _attention_forward(q, k, v, scale, causal, q_lengths, kv_lengths, backend):
     return BACKENDS[backend].forward(q, k, v, Score(scale, causal, q_lengths, kv_lengths))
 
 
@@ -92,7 +135,7 @@ def _attention_gradients(ctx, grad_out, grad_lse):
     return *gradients, None, None, None, None, None
 
 
-torch.library.register_autograd("flashattn::attention_forward", _attention_gradients, setup_context=_attention_context)
+attention = differentiable("attention_forward", _attention_forward, _attention_context, _attention_gradients)
 
 
 def _not_twice(ctx, *_):
@@ -105,12 +148,11 @@ torch.library.register_autograd("flashattn::norm_backward", _not_twice)
 # ------------------------------------------------------------------------------------------------ norms
 
 
-@torch.library.impl("flashattn::norm_forward", "CompositeExplicitAutograd")
-def norm_forward(
+def _norm_forward(
     x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend
 ):
-    norm = Norm(center, eps, weight_offset, dropout_p, seed)
-    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm)
+    settings = Norm(center, eps, weight_offset, dropout_p, seed)
+    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, settings)
     hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
     return y, hidden, empty_if_none(mean, rstd), rstd
 
@@ -129,9 +171,9 @@ def norm_backward(
     grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype,
     center, eps, weight_offset, dropout_p, seed, backend,
 ):  # fmt: skip
-    norm = Norm(center, eps, weight_offset, dropout_p, seed)
+    settings = Norm(center, eps, weight_offset, dropout_p, seed)
     gradients = BACKENDS[backend].norm_backward(
-        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, norm
+        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, settings
     )
     return tuple(empty_if_none(g, rstd) for g in gradients)
 
@@ -186,4 +228,4 @@ def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
     return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("flashattn::norm_forward", _norm_gradients, setup_context=_norm_context)
+norm = differentiable("norm_forward", _norm_forward, _norm_context, _norm_gradients)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-# The part of an operator's schema that carries a Score: one entry a field, in the order of `Score.args`.
+# The part of an operator's schema that carries a Score: one entry a field, in Score's order.
 SCHEMA = "float scale, bool causal, Tensor? q_lengths, Tensor? kv_lengths"
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """How scores are made from q.k, before softmax.
 
     A new feature is one field here, one line in `backends/reference.py`, one piece in `kernels/scores.py` and its
@@ -22,11 +21,6 @@ class Score:
     causal: bool = False  # query i sees keys j <= i + seq_k - seq_q
     q_lengths: Tensor | None = None  # (batch,) int32; queries at or past it attend to nothing
     kv_lengths: Tensor | None = None  # (batch,) int32; keys at or past it are masked
-
-    @property
-    def args(self) -> tuple:
-        """The fields as an operator takes them."""
-        return self.scale, self.causal, self.q_lengths, self.kv_lengths
 
     def right(self, seq_q: int, seq_k: int) -> int | None:
         """The last key that query 0 sees: query i sees keys j <= i + right. None where nothing limits it."""

@@ -59,9 +59,11 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    last = score.right(q.shape[2], k.shape[2])
+    batch, heads, seq_q, _ = q.shape
+    _, _, seq_k, head_dim_v = v.shape
+    out = torch.empty((batch, heads, seq_q, head_dim_v), dtype=q.dtype)
+    lse = torch.empty((batch, heads, seq_q), dtype=torch.float32)
+    last = score.right(seq_q, seq_k)
     ops.attention_forward.default(q, k, v, out, lse, score.scale, None, last, score.q_lengths, score.kv_lengths)
     return out, lse
 
