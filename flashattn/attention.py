@@ -15,6 +15,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     kv_lengths: Tensor | None = None,
     q_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -28,6 +29,8 @@ def attention(
             h // (heads // kv_heads).
         v: (batch, kv_heads, seq_k, head_dim_v).
         causal: query i sees keys j <= i + seq_k - seq_q (aligned bottom-right).
+        window: (left, right): query i sees keys from i - left to i + right inclusive, counted from the same diagonal;
+            None on a side leaves it open. With causal, right is 0.
         kv_lengths: (batch,) integers: keys at or past the length are masked, and never read.
         q_lengths: (batch,) integers: queries at or past the length attend to nothing.
         scale: multiplies the scores; head_dim ** -0.5 by default.
@@ -50,9 +53,11 @@ def attention(
     torch.Size([1, 8, 5, 64])
     """
     batch, seq_q, seq_k, head_dim, head_dim_v = _check(q, k, v)
+    left, right = (None, None) if window is None else _window(window)
     score = Score(
         scale=head_dim**-0.5 if scale is None else _scale(scale),
-        causal=bool(causal),
+        left=left,
+        right=0 if causal else right,
         q_lengths=None if q_lengths is None else _lengths("q_lengths", q_lengths, batch, seq_q, q.device),
         kv_lengths=None if kv_lengths is None else _lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
     )
@@ -93,6 +98,19 @@ def _scale(scale) -> float:
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
     return float(scale)
+
+
+def _window(window) -> tuple[int | None, int | None]:
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(f"window must be (left, right), each an int or None, got {window!r}") from None
+    for side in (left, right):
+        if side is not None and (not isinstance(side, int) or isinstance(side, bool)):
+            raise TypeError(f"window must be (left, right), each an int or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window must be (left, right) with each at least 0, or None for no limit, got {window!r}")
+    return left, right
 
 
 def _lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> Tensor:

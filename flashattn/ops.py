@@ -94,45 +94,45 @@ def differentiable(name: str, run: Callable, context: Callable, gradients: Calla
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def _attention_forward(q, k, v, scale, causal, q_lengths, kv_lengths, backend):
-    return BACKENDS[backend].forward(q, k, v, Score(scale, causal, q_lengths, kv_lengths))
+def _attention_forward(q, k, v, scale, left, right, q_lengths, kv_lengths, backend):
+    return BACKENDS[backend].forward(q, k, v, Score(scale, left, right, q_lengths, kv_lengths))
 
 
 @torch.library.register_fake("flashattn::attention_forward")
-def _(q, k, v, scale, causal, q_lengths, kv_lengths, backend):
+def _(q, k, v, scale, left, right, q_lengths, kv_lengths, backend):
     batch, heads, seq_q, _ = q.shape
     return q.new_empty(batch, heads, seq_q, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=lse_dtype(q))
 
 
 @torch.library.impl("flashattn::attention_backward", "CompositeExplicitAutograd")
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, causal, q_lengths, kv_lengths, backend):
-    score = Score(scale, causal, q_lengths, kv_lengths)
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, left, right, q_lengths, kv_lengths, backend):
+    score = Score(scale, left, right, q_lengths, kv_lengths)
     return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score)
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, lse, scale, causal, q_lengths, kv_lengths, backend):
+def _(grad_out, grad_lse, q, k, v, out, lse, scale, left, right, q_lengths, kv_lengths, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, scale, causal, q_lengths, kv_lengths, backend = inputs
+    q, k, v, scale, left, right, q_lengths, kv_lengths, backend = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, q_lengths, kv_lengths)
-    ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
+    ctx.scale, ctx.window, ctx.backend = scale, (left, right), backend
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx, grad_out, grad_lse):
     q, k, v, out, lse, q_lengths, kv_lengths = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 8
+        return (None,) * 9
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     gradients = torch.ops.flashattn.attention_backward.default(
-        grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.causal, q_lengths, kv_lengths, ctx.backend
+        grad_out, grad_lse, q, k, v, out, lse, ctx.scale, *ctx.window, q_lengths, kv_lengths, ctx.backend
     )
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 attention = differentiable("attention_forward", _attention_forward, _attention_context, _attention_gradients)
@@ -152,7 +152,9 @@ def _norm_forward(
     x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend
 ):
     settings = Norm(center, eps, weight_offset, dropout_p, seed)
-    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, settings)
+    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(
+        x, residual, weight, bias, hidden_dtype, keep_hidden, settings
+    )
     hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
     return y, hidden, empty_if_none(mean, rstd), rstd
 

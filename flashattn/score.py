@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 # The part of an operator's schema that carries a Score: one entry a field, in Score's order.
-SCHEMA = "float scale, bool causal, Tensor? q_lengths, Tensor? kv_lengths"
+SCHEMA = "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths"
 
 
 class Score(NamedTuple):
@@ -18,10 +18,15 @@ class Score(NamedTuple):
     """
 
     scale: float
-    causal: bool = False  # query i sees keys j <= i + seq_k - seq_q
+    left: int | None = None  # query i sees keys i - left <= j + seq_q - seq_k <= i + right, None = all on that side;
+    right: int | None = None  # causal is right = 0
     q_lengths: Tensor | None = None  # (batch,) int32; queries at or past it attend to nothing
     kv_lengths: Tensor | None = None  # (batch,) int32; keys at or past it are masked
 
-    def right(self, seq_q: int, seq_k: int) -> int | None:
-        """The last key that query 0 sees: query i sees keys j <= i + right. None where nothing limits it."""
-        return seq_k - seq_q if self.causal else None
+    def bounds(self, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
+        """(first, last): query i sees keys i + first <= j <= i + last. None where nothing limits them."""
+        diagonal = seq_k - seq_q
+        return (
+            None if self.left is None else diagonal - self.left,
+            None if self.right is None else diagonal + self.right,
+        )

@@ -44,16 +44,18 @@ def difference(x: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (x - truth)[truth.isfinite()]
 
 
-def assert_as_exact_as_torch(x, theirs, truth, name: str) -> None:
+def assert_as_exact_as_torch(x, theirs, truth, name: str, summed: torch.Tensor | float = 0.0) -> None:
     """The error rule. `theirs` is what PyTorch's mathematics makes of the same inputs in the same dtype.
 
     The error of a tensor is its root mean square: the largest of a few hundred rounding errors is a matter of luck,
     PyTorch's as well as ours. So that no single wrong element hides in the mean, none may be off by more than ten
-    times the largest error of PyTorch's.
+    times the largest error of PyTorch's. `summed`: how large the terms of the sums are, where terms far larger than
+    their sum cancel; a unit in the last place of float32, in which they are summed, is allowed of them too.
     """
     finite = truth.detach().double()[truth.isfinite()]
     ours, theirs = difference(x, truth), difference(theirs, truth)
-    last_place = torch.finfo(x.dtype).eps
+    last_place, last_place_summed = torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps
+    summed = torch.as_tensor(summed, dtype=torch.float64)
     for size, times in ((root_mean_square, 2), (largest, 10)):
-        error, allowed = size(ours), times * size(theirs) + last_place * size(finite)
+        error, allowed = size(ours), times * size(theirs) + last_place * size(finite) + last_place_summed * size(summed)
         assert error <= allowed, f"{name}: {size.__name__} error {error:.2e}, allowed {allowed:.2e}"

@@ -18,14 +18,16 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_backward_kv"]
 
 
-def compile_attention(architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None):
+def compile_attention(
+    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None
+):
     """All three kernels, as a launch on these tensors would compile them."""
     torch.use_deterministic_algorithms(False)
     q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
     k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
     v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
     some = torch.zeros(2, dtype=torch.int32) if lengths else None
-    score = Score(0.125, causal, some, some)
+    score = Score(0.125, window, 0 if causal else None, some, some)
     with compiled.compile_for(architecture) as kernels:
         out, lse = backend.forward(q, k, v, score)
         backend.backward(out, lse if lengths else None, q, k, v, out, lse, score)
@@ -59,8 +61,8 @@ def test_sizes_of_one(shape, lengths):
     k = torch.empty(batch, kv_heads, seq_k, 64, dtype=torch.float16)
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
     with compiled.compile_for("sm_90") as kernels:
-        out, lse = backend.forward(q, k, k, Score(0.125, False, some, some))
-        backend.backward(out, None, q, k, k, out, lse, Score(0.125, False, some, some))
+        out, lse = backend.forward(q, k, k, Score(0.125, None, None, some, some))
+        backend.backward(out, None, q, k, k, out, lse, Score(0.125, None, None, some, some))
     check(kernels)
 
 
@@ -70,12 +72,14 @@ def test_a_length_compiles_nothing_new():
     for seq in (1, 16, 17, 512):
         q = torch.empty(1, 1, seq, 32, dtype=torch.float16)
         with compiled.compile_for("sm_80") as kernels:
-            backend.forward(q, q, q, Score(0.125, True))
+            backend.forward(q, q, q, Score(0.125, None, 0))
         cached += kernels
     assert len(set(cached)) == 1
 
 
-@pytest.mark.parametrize("options", [{"causal": False}, {"lengths": True}, {"dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"causal": False}, {"lengths": True}, {"window": 512}, {"dtype": torch.float16}], ids=str
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_attention_spills_nothing(architecture, head_dim, options):

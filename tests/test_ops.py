@@ -20,7 +20,7 @@ def attention_inputs(dtype=torch.float32, requires_grad=True):
 def test_opcheck_attention_forward(backend, lengths, dtype):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs' whole storage
     kv_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    arguments = (*attention_inputs(dtype), 0.25, True, None, kv_lengths, backend)
+    arguments = (*attention_inputs(dtype), 0.25, None, 0, None, kv_lengths, backend)
     torch.library.opcheck(OPS.attention_forward.default, arguments)
 
 
@@ -28,9 +28,9 @@ def test_opcheck_attention_forward(backend, lengths, dtype):
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_opcheck_attention_backward(backend, with_lse):
     q, k, v = attention_inputs(requires_grad=False)
-    out, lse = OPS.attention_forward(q, k, v, 0.25, False, None, None, backend)
+    out, lse = OPS.attention_forward(q, k, v, 0.25, None, None, None, None, backend)
     grad_lse = torch.randn_like(lse) if with_lse else None
-    arguments = (torch.randn_like(out), grad_lse, q, k, v, out, lse, 0.25, False, None, None, backend)
+    arguments = (torch.randn_like(out), grad_lse, q, k, v, out, lse, 0.25, None, None, None, None, backend)
     torch.library.opcheck(OPS.attention_backward.default, arguments)
 
 

@@ -63,8 +63,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     _, _, seq_k, head_dim_v = v.shape
     out = torch.empty((batch, heads, seq_q, head_dim_v), dtype=q.dtype)
     lse = torch.empty((batch, heads, seq_q), dtype=torch.float32)
-    last = score.right(seq_q, seq_k)
-    ops.attention_forward.default(q, k, v, out, lse, score.scale, None, last, score.q_lengths, score.kv_lengths)
+    first, last = score.bounds(seq_q, seq_k)
+    ops.attention_forward.default(q, k, v, out, lse, score.scale, first, last, score.q_lengths, score.kv_lengths)
     return out, lse
 
 
@@ -73,10 +73,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    last = score.right(q.shape[2], k.shape[2])
+    first, last = score.bounds(q.shape[2], k.shape[2])
     ops.attention_backward.default(
         grad_out, contiguous(grad_lse), q, k, v, out, lse, *gradients,
-        score.scale, None, last, score.q_lengths, score.kv_lengths,
+        score.scale, first, last, score.q_lengths, score.kv_lengths,
     )  # fmt: skip
     return gradients
 

@@ -36,8 +36,11 @@ def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, devic
     i = torch.arange(seq_q, device=device)[rows].view(-1, 1)
     j = torch.arange(seq_k, device=device).view(1, -1)
     keep = torch.ones(batch, 1, i.shape[0], seq_k, dtype=torch.bool, device=device)
-    if score.causal:
-        keep = keep & (j <= i + seq_k - seq_q)
+    first, last = score.bounds(seq_q, seq_k)
+    if first is not None:
+        keep = keep & (j >= i + first)
+    if last is not None:
+        keep = keep & (j <= i + last)
     if score.q_lengths is not None:
         keep = keep & (i < score.q_lengths.view(-1, 1, 1, 1))
     if score.kv_lengths is not None:

@@ -74,7 +74,7 @@ def heads_arg(x: Tensor) -> Heads:
 def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     """The arguments all attention kernels share: (score, heads, kv_heads, seq_q, seq_k)."""
     seq_q, seq_k = q.shape[2], k.shape[2]
-    args = ScoreArgs(score.scale, score.right(seq_q, seq_k), score.q_lengths, score.kv_lengths)
+    args = ScoreArgs(score.scale, *score.bounds(seq_q, seq_k), score.q_lengths, score.kv_lengths)
     return args, q.shape[1], k.shape[1], seq_q, seq_k
 
 

@@ -22,7 +22,8 @@ SIZES = ["score", "heads", "kv_heads", "seq_q", "seq_k"]
 
 class ScoreArgs(NamedTuple):
     scale: tl.tensor  # float: multiplies q.k
-    right: tl.tensor | None  # int: query i sees keys j <= i + right; None = no such limit
+    first: tl.tensor | None  # int: query i sees keys i + first <= j; None = no such limit
+    last: tl.tensor | None  # int: and keys j <= i + last
     q_lengths: tl.tensor | None  # (batch,) int32: queries at or past it attend to nothing
     kv_lengths: tl.tensor | None  # (batch,) int32: keys at or past it are masked
 
@@ -62,14 +63,19 @@ def _split(begin, steady_begin, steady_end, end, BLOCK: tl.constexpr):
 @triton.jit
 def key_tiles(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The key tiles that queries start_m .. start_m + BLOCK_M look at."""
+    begin = 0
+    steady_begin = 0
     end = key_end
     steady_end = key_end
-    if score.right is not None:
-        end = tl.minimum(end, start_m + BLOCK_M + score.right)  # past the last key the last query sees
-        steady_end = tl.minimum(steady_end, start_m + 1 + score.right)  # past the last key the first one sees
+    if score.first is not None:
+        begin = tl.maximum(start_m + score.first, 0)  # the first key the first query sees
+        steady_begin = tl.maximum(start_m + BLOCK_M - 1 + score.first, 0)  # and the last one
+    if score.last is not None:
+        end = tl.minimum(end, start_m + BLOCK_M + score.last)  # past the last key the last query sees
+        steady_end = tl.minimum(steady_end, start_m + 1 + score.last)  # past the last key the first one sees
     if score.q_lengths is not None:
         end = tl.where(start_m < query_end, end, 0)
-    return _split(0, 0, steady_end, end, BLOCK_N)
+    return _split(begin, steady_begin, steady_end, end, BLOCK_N)
 
 
 @triton.jit
@@ -77,11 +83,16 @@ def query_tiles(score, start_n, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK
     """The query tiles that look at keys start_n .. start_n + BLOCK_N."""
     begin = 0
     steady_begin = 0
-    if score.right is not None:
-        begin = tl.maximum(start_n - score.right, 0)  # the first query that sees the first key
-        steady_begin = tl.maximum(start_n + BLOCK_N - 1 - score.right, 0)  # and the last key
-    end = tl.where(start_n < key_end, query_end, 0)
-    return _split(begin, steady_begin, end, end, BLOCK_M)
+    end = query_end
+    steady_end = query_end
+    if score.last is not None:
+        begin = tl.maximum(start_n - score.last, 0)  # the first query that sees the first key
+        steady_begin = tl.maximum(start_n + BLOCK_N - 1 - score.last, 0)  # and the last key
+    if score.first is not None:
+        end = tl.minimum(end, start_n + BLOCK_N - score.first)  # past the last query that sees the last key
+        steady_end = tl.minimum(steady_end, start_n + 1 - score.first)  # and the first key
+    end = tl.where(start_n < key_end, end, 0)
+    return _split(begin, steady_begin, steady_end, end, BLOCK_M)
 
 
 @triton.jit
@@ -96,6 +107,8 @@ def visible(score, queries, keys, query_end, key_end):
     """Which (query, key) pairs of an edge tile attend. `queries` and `keys` are positions of any two shapes that
     broadcast, so that one function serves tiles laid out (M, N) and (N, M)."""
     keep = (keys < key_end) & (queries < query_end)
-    if score.right is not None:
-        keep = keep & (keys <= queries + score.right)
+    if score.first is not None:
+        keep = keep & (keys >= queries + score.first)
+    if score.last is not None:
+        keep = keep & (keys <= queries + score.last)
     return keep
