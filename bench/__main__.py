@@ -1,4 +1,4 @@
-"""The command line: python -m bench attention. Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage."""
+"""The command line: python -m bench attention|cpu. Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import flashattn
 
 from . import attention
 from .attention import Case
+from .measure import keep_memory_warm
 from .report import print_table, write_json, write_plot
 
 
@@ -42,31 +43,73 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=None, help="time for each case (default 0.5 quick, else 2)")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw ratio against length (png, svg, pdf)")
+    add_cpu(commands)
     return top
 
 
-def main() -> int:
-    args = parser().parse_args()
+def add_cpu(commands) -> None:
+    command = commands.add_parser(
+        "cpu",
+        help="the CPU engine: attention, decoding and norms against PyTorch and the machine's ceilings",
+        description="Time, ratio to PyTorch measured in pairs in the same run, share of what the machine can do at "
+        "most, and the error against float64. About three minutes for all cases; words choose some: "
+        "python -m bench cpu causal bfloat16",
+    )
+    command.add_argument("words", nargs="*", help="only cases whose name and dtype hold all of these")
+    command.add_argument("--seconds", type=float, default=2.0, help="time for each case (default %(default)s)")
+    command.add_argument("--list", action="store_true", help="name the cases and stop")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
+
+
+def run_cpu(args) -> int:
+    from . import cpu, cpu_report
+
+    cases = cpu.select(args.words)
+    if not cases:
+        print(f"error: no case holds {' and '.join(args.words)}; --list names them", file=sys.stderr)
+        return 2
+    if args.list:
+        print("\n".join(f"{case.name}, {case.dtype}" for case in cases))
+        return 0
+    if flashattn.backends.cpu.missing:
+        print(f"error: {flashattn.backends.cpu.missing}", file=sys.stderr)
+        return 1
+    keep_memory_warm()
+    ceiling = cpu.ceilings()
+    with flashattn.use_backend("cpu"):
+        results = cpu_report.print_results((cpu.run(case, ceiling, args.seconds) for case in cases), ceiling)
+        figures = [] if args.words else cpu_report.print_figures(cpu_report.figures(args.seconds))
+    if args.json:
+        cpu_report.write_json(results, figures, args.json)
+    return 0 if all(r.correct for r in results) else 1
+
+
+def run_attention(args) -> int:
     if args.shape:
         cases = [Case(*args.shape, args.dtype, args.causal, args.backward)]
     else:
         cases = attention.QUICK if args.quick else attention.FULL
     seconds = args.seconds if args.seconds is not None else 0.5 if args.quick else 2.0
     device = torch.device(args.device)
+    with flashattn.use_backend(args.backend) if args.backend else contextlib.nullcontext():
+        results = print_table(attention.run(case, device, seconds) for case in cases)
+    if args.json:
+        write_json(results, args.json)
+    if args.plot:
+        write_plot(results, args.plot)
+    return 0 if all(r.correct for r in results) else 1
+
+
+def main() -> int:
+    args = parser().parse_args()
     try:
-        with flashattn.use_backend(args.backend) if args.backend else contextlib.nullcontext():
-            results = print_table(attention.run(case, device, seconds) for case in cases)
-        if args.json:
-            write_json(results, args.json)
-        if args.plot:
-            write_plot(results, args.plot)
+        return run_cpu(args) if args.command == "cpu" else run_attention(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if all(r.correct for r in results) else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ const Engine engine = {
     {backward_workspace, {KERNEL(backward_delta), KERNEL(backward), KERNEL(backward_q)}},
     {nullptr, {KERNEL(norm_forward)}},
     {nullptr, {KERNEL(norm_backward)}},
+    spin,
+    read,
 };
 
 }  // namespace FLASHATTN_ISA

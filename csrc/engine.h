@@ -74,6 +74,8 @@ struct Operation {
 struct Engine {
   Operation<Attention> attention_forward, attention_backward;
   Operation<Norm> norm_forward, norm_backward;
+  int64_t (*spin)(Dtype, int64_t iterations);
+  float (*read)(const float*, int64_t n);
 };
 
 }  // namespace flashattn

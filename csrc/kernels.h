@@ -8,6 +8,8 @@ namespace FLASHATTN_ISA {
 
 size_t forward_workspace(const Attention&);
 size_t backward_workspace(const Attention&);
+int64_t spin(Dtype, int64_t iterations);
+float read(const float* memory, int64_t n);
 
 #define DECLARE_KERNEL(name, Call)    \
   int64_t name##_tiles(const Call&);  \

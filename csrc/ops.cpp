@@ -198,6 +198,32 @@ void norm_backward(Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, Opt
   run(engine().norm_backward, n);
 }
 
+// ------------------------------------------------------------------------------------------------ ceilings
+
+// Both run on every thread, and return the work done: multiplications and additions, or bytes.
+int64_t spin(Tensor like, int64_t iterations) {
+  const Dtype dtype = dtype_of(like);
+  std::atomic<int64_t> work{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++) work += engine().spin(dtype, iterations);
+  });
+  return work;
+}
+
+int64_t read(Tensor memory) {
+  const float* data = pointer<float>(memory);
+  const int64_t n = memory.numel(), threads = torch::stable::get_num_threads();
+  std::atomic<int64_t> numbers{0};  // a NaN would not be counted, so the sums must be used
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++) {
+      const int64_t from = n * thread / threads, to = n * (thread + 1) / threads;
+      const float sum = engine().read(data + from, to - from);
+      if (sum == sum) numbers += to - from;
+    }
+  });
+  return numbers * sizeof(float);
+}
+
 std::string cpu_isa() { return isa().name ? isa().name : ""; }
 
 }  // namespace
@@ -205,6 +231,8 @@ std::string cpu_isa() { return isa().name ? isa().name : ""; }
 
 STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("isa() -> str");
+  m.def("spin(Tensor like, int iterations) -> int");
+  m.def("read(Tensor memory) -> int");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int? first, int? last, "
       "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
@@ -230,6 +258,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
   m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));
+  m.impl("spin", TORCH_BOX(&flashattn::spin));
+  m.impl("read", TORCH_BOX(&flashattn::read));
   m.impl("norm_backward", TORCH_BOX(&flashattn::norm_backward));
 }
 

@@ -76,7 +76,7 @@ static inline vu bits_at(const char* row, const Matrix& x, int64_t c) {
 
 // Element rows of K along seq, out[elements(n)][round_up(dim, W)]: numbers as float32, or rows interleaved in pairs.
 template <class Dot>
-static void pack_rows(const Matrix& x, Range rows, float* out) {
+static inline void pack_rows(const Matrix& x, Range rows, float* out) {
   for (int64_t i = rows.begin; i < rows.end; i += Dot::DEPTH)
     for (int64_t c = 0; c < x.dim; c += W, out += W) {
       if constexpr (Dot::DEPTH == 1) {
@@ -126,7 +126,7 @@ static Left left_columns(const Matrix& x, Range rows, float* scratch) {
 // The transpose of rows as the right side of a product that sums along dim: out[elements(dim)][lanes]. Lanes past the
 // rows are 0.
 template <class Dot>
-static void pack_transposed(const Matrix& x, Range rows, int64_t lanes, float* out) {
+static inline void pack_transposed(const Matrix& x, Range rows, int64_t lanes, float* out) {
   int64_t depth = elements<Dot>(x.dim);
   for (int64_t i = 0; i < lanes; i += W)
     for (int64_t c = 0; c < depth; c += W) {
@@ -139,7 +139,7 @@ static void pack_transposed(const Matrix& x, Range rows, int64_t lanes, float* o
 }
 
 // Write in[dim][lanes] * factor[lane] as rows; a row at or past `valid` gets 0.
-static void store_transposed(const Matrix& x, Range rows, int64_t valid, const float* in, int64_t lanes,
+static inline void store_transposed(const Matrix& x, Range rows, int64_t valid, const float* in, int64_t lanes,
                              const float* factor) {
   for (int64_t i = 0; i < rows.end - rows.begin; i += W)
     for (int64_t c = 0; c < x.dim; c += W) {

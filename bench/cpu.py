@@ -1,0 +1,322 @@
+"""The CPU engine against PyTorch's own calls, and against what the machine can do at most."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+
+import flashattn
+
+from .measure import Pair, max_error, pair
+
+CPU = torch.device("cpu")
+
+
+class Calls(NamedTuple):
+    """What a case measures. `truth` gives in float64 what both of the others give."""
+
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    truth: Callable[[], list[Tensor]] | None = None
+    compared: Callable[[object], list[Tensor]] = lambda result: [result]  # the part of a result that is compared
+
+
+class Case(NamedTuple):
+    name: str
+    dtype: str
+    goal: float  # the least ratio asked for
+    work: float  # floating point operations or bytes of a call
+    unit: str  # "GFLOP/s", held against the multiply-adds of the dtype, or "GB/s", held against reading
+    prepare: Callable[[torch.dtype], Calls]
+
+
+class Result(NamedTuple):
+    case: Case
+    times: Pair
+    rate: float  # in the case's unit
+    ceiling: float  # likewise: what the machine can do at most
+    error: float | None  # against float64; None where there is nothing to compare
+    their_error: float | None
+    correct: bool
+
+    @property
+    def bound(self) -> float:
+        """The ratio a call at the ceiling would have."""
+        return self.ceiling / (self.case.work / self.times.theirs / 1e9)
+
+
+# ------------------------------------------------------------------------------------------------ the ceilings
+
+
+def ceilings() -> dict[str, float]:
+    """Multiply-adds on registers (GFLOP/s) by dtype, and reading of 256 MiB (GB/s), on all threads: the best of 8."""
+    ops = torch.ops.flashattn_cpu
+
+    def best(run: Callable[[], int]) -> float:
+        rates = []
+        for _ in range(8):
+            start = time.perf_counter()
+            rates.append(run() / (time.perf_counter() - start) / 1e9)
+        return max(rates)
+
+    memory = torch.ones(64 * 2**20)
+    float32, bfloat16 = (
+        best(lambda d=d: ops.spin(torch.empty(0, dtype=d), 10**7)) for d in (torch.float32, torch.bfloat16)
+    )
+    return {
+        "float32": float32, "bfloat16": bfloat16, "float16": float32,  # float16 goes through float32
+        "GB/s": best(lambda: ops.read(memory)),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def tensors(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def in_float64(call: Callable[..., object], *inputs: Tensor) -> object:
+    with flashattn.use_backend("reference"):
+        return call(*(x.double() for x in inputs))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, theirs: Callable[[], Tensor], **options) -> Calls:
+    return Calls(
+        lambda: flashattn.attention(q, k, v, **options),
+        theirs,
+        lambda: [in_float64(lambda *x: flashattn.attention(*x, **options), q, k, v)],
+    )
+
+
+def forward(name: str, dtype: str, goal: float, shape: tuple[int, ...], causal: bool = False) -> Case:
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, shape, shape, shape)
+        return attention(q, k, v, lambda: scaled_dot_product_attention(q, k, v, is_causal=causal), causal=causal)
+
+    return Case(f"forward {name}", dtype, goal, flops(shape, causal), "GFLOP/s", prepare)
+
+
+def flops(shape: tuple[int, ...], causal: bool) -> float:
+    batch, heads, seq, head_dim = shape
+    return 4 * batch * heads * seq**2 * head_dim * (0.5 if causal else 1)
+
+
+def gradients(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = call(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, grad.to(out), retain_graph=True)
+
+
+def compare_gradients(ours: Callable, theirs: Callable, inputs: list[Tensor], grad: Tensor) -> Calls:
+    def truth():
+        with flashattn.use_backend("reference"):
+            return list(gradients(ours, [x.double() for x in inputs], grad)())
+
+    return Calls(gradients(ours, inputs, grad), gradients(theirs, inputs, grad), truth, list)
+
+
+def backward(name: str, dtype: str, goal: float, shape: tuple[int, ...], causal: bool = False) -> Case:
+    def prepare(d: torch.dtype) -> Calls:
+        *inputs, grad = tensors(d, shape, shape, shape, shape)
+        return compare_gradients(
+            lambda *x: flashattn.attention(*x, causal=causal),
+            lambda *x: scaled_dot_product_attention(*x, is_causal=causal),
+            inputs,
+            grad,
+        )
+
+    return Case(f"backward {name}", dtype, goal, 2.5 * flops(shape, causal), "GFLOP/s", prepare)
+
+
+def strided(dtype: str, shape: tuple[int, ...]) -> Case:
+    """(batch, seq, heads, dim) memory against (batch, heads, seq, dim): ours against ours."""
+
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, shape, shape, shape)
+        views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        calls = attention(*views, lambda: flashattn.attention(q, k, v))
+        return calls
+
+    return Case("strided, to contiguous", dtype, 0.95, flops(shape, False), "GFLOP/s", prepare)
+
+
+def decode(dtype: str, goal: float, seq: int, folded: bool = False) -> Case:
+    """One new token of 32 query heads over 8 cached key/value heads."""
+    heads, kv_heads, head_dim = 32, 8, 128
+
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, (1, heads, 1, head_dim), *[(1, kv_heads, seq, head_dim)] * 2)
+        if not folded:
+            return attention(q, k, v, lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        rows = q.view(1, kv_heads, heads // kv_heads, head_dim)
+        return attention(q, k, v, lambda: scaled_dot_product_attention(rows, k, v).view(q.shape))
+
+    size = 2 * kv_heads * seq * head_dim * getattr(torch, dtype).itemsize
+    name = f"decode, {seq // 1024}k keys" + ", to folded" * folded
+    return Case(name, dtype, goal, size, "GB/s", prepare)
+
+
+def window(dtype: str, goal: float, shape: tuple[int, ...], left: int) -> Case:
+    batch, heads, seq, head_dim = shape
+
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, shape, shape, shape)
+        i, j = torch.arange(seq)[:, None], torch.arange(seq)
+        mask = (j <= i) & (j >= i - left)
+        return attention(q, k, v, lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask), window=(left, 0))
+
+    pairs = seq * (left + 1) - left * (left + 1) // 2
+    return Case(f"window ({left}, 0) of {seq}", dtype, goal, 4 * batch * heads * pairs * head_dim, "GFLOP/s", prepare)
+
+
+LENGTHS = (64, 1024, 128, 512, 96, 768, 256, 384)
+
+
+def mixed_lengths(dtype: str, goal: float, heads: int = 8, head_dim: int = 64) -> Case:
+    """A padded batch; PyTorch is given the mask of the keys."""
+    shape = (len(LENGTHS), heads, max(LENGTHS), head_dim)
+
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, shape, shape, shape)
+        lengths = torch.tensor(LENGTHS)
+        exists = torch.arange(shape[2]) < lengths[:, None]
+        calls = attention(
+            q, k, v, lambda: scaled_dot_product_attention(q, k, v, attn_mask=exists[:, None, None]),
+            q_lengths=lengths, kv_lengths=lengths,
+        )  # fmt: skip
+        return calls._replace(compared=lambda out: [out * exists[:, None, :, None]])
+
+    work = 4 * heads * head_dim * sum(n * n for n in LENGTHS)
+    return Case("lengths 64 to 1024, padded", dtype, goal, work, "GFLOP/s", prepare)
+
+
+def threads(dtype: str, goal: float, shape: tuple[int, ...]) -> Case:
+    """All threads against one."""
+
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, shape, shape, shape)
+        every = torch.get_num_threads()
+
+        def on(count: int) -> Tensor:
+            torch.set_num_threads(count)
+            try:
+                return flashattn.attention(q, k, v)
+            finally:
+                torch.set_num_threads(every)
+
+        return attention(q, k, v, lambda: on(1))._replace(ours=lambda: on(every))
+
+    return Case(f"{torch.get_num_threads()} threads, to one", dtype, goal, flops(shape, False), "GFLOP/s", prepare)
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+def norm(name: str, dtype: str, goal: float, ours: Callable, theirs: Callable, inputs: int, moved: int) -> Case:
+    """(4096, 1024) rows; `inputs` of that size, then weight and bias; `moved`: tensors read or written."""
+    rows, width = 4096, 1024
+
+    def prepare(d: torch.dtype) -> Calls:
+        x = tensors(d, *[(rows, width)] * inputs, (width,), (width,))
+        as_list = lambda result: list(result) if isinstance(result, tuple) else [result]  # noqa: E731
+        return Calls(lambda: ours(*x), lambda: theirs(*x), lambda: as_list(in_float64(ours, *x)), as_list)
+
+    return Case(name, dtype, goal, moved * rows * width * getattr(torch, dtype).itemsize, "GB/s", prepare)
+
+
+def norm_backward(name: str, dtype: str, goal: float, ours: Callable, theirs: Callable) -> Case:
+    rows, width = 4096, 1024
+
+    def prepare(d: torch.dtype) -> Calls:
+        *inputs, grad = tensors(d, (rows, width), (width,), (width,), (rows, width))
+        return compare_gradients(ours, theirs, inputs, grad)
+
+    return Case(name, dtype, goal, 3 * rows * width * getattr(torch, dtype).itemsize, "GB/s", prepare)
+
+
+def their_layer_norm(x, weight, bias):
+    return layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def their_rms_norm(x, weight, _):
+    return rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def our_rms_norm(x, weight, _):
+    return flashattn.rms_norm(x, weight)
+
+
+def their_add_rms_norm(x, residual, weight, bias):
+    hidden = x + residual
+    return their_rms_norm(hidden, weight, bias), hidden
+
+
+def our_add_rms_norm(x, residual, weight, _):
+    return flashattn.rms_norm(x, weight, residual=residual, prenorm=True)
+
+
+# ------------------------------------------------------------------------------------------------ the list
+
+BIG, WIDE, SHORT = (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 8, 512, 64)
+
+# The goals are those set for the engine on a processor whose multiply-adds are 3 times as fast as torch's attention
+# (2 of AVX-512 a cycle). `bound` says how much of that this machine allows.
+CASES = [
+    forward("2048, head_dim 64", "float32", 2.4, BIG),
+    forward("2048, head_dim 128", "float32", 2.4, WIDE),
+    forward("2048, head_dim 64", "bfloat16", 4.2, BIG),
+    forward("2048, head_dim 128", "bfloat16", 4.2, WIDE),
+    forward("2048, head_dim 64", "float16", 3.5, BIG),
+    forward("2048, head_dim 128", "float16", 3.5, WIDE),
+    forward("causal 2048", "float32", 2.5, BIG, causal=True),
+    forward("causal 2048", "bfloat16", 5, BIG, causal=True),
+    forward("causal 512", "float32", 3.5, SHORT, causal=True),
+    forward("causal 512", "bfloat16", 6, SHORT, causal=True),
+    forward("64 tokens, whole call", "float32", 2, (1, 8, 64, 64)),
+    backward("2048", "float32", 2.4, BIG),
+    backward("2048", "bfloat16", 2.8, BIG),
+    backward("causal 2048", "float32", 2.9, BIG, causal=True),
+    backward("causal 2048", "bfloat16", 3.3, BIG, causal=True),
+    strided("float32", BIG),
+    strided("bfloat16", BIG),
+    decode("float32", 2.5, 8192),
+    decode("bfloat16", 20, 8192),
+    decode("bfloat16", 2.8, 32768, folded=True),
+    window("float32", 8, (1, 2, 8192, 64), 512),
+    mixed_lengths("float32", 3),
+    threads("float32", 1.85, BIG),
+    norm("layer_norm", "float32", 1.6, flashattn.layer_norm, their_layer_norm, 1, 2),
+    norm("layer_norm", "bfloat16", 2.3, flashattn.layer_norm, their_layer_norm, 1, 2),
+    norm("rms_norm", "float32", 4, our_rms_norm, their_rms_norm, 1, 2),
+    norm("rms_norm", "bfloat16", 15, our_rms_norm, their_rms_norm, 1, 2),
+    norm("add + rms_norm", "bfloat16", 5, our_add_rms_norm, their_add_rms_norm, 2, 4),
+    norm_backward("layer_norm backward", "float32", 1.3, flashattn.layer_norm, their_layer_norm),
+    norm_backward("layer_norm backward", "bfloat16", 2.2, flashattn.layer_norm, their_layer_norm),
+]
+
+
+def select(words: list[str]) -> list[Case]:
+    """The cases whose name and dtype hold every word."""
+    return [case for case in CASES if all(word in f"{case.name} {case.dtype}" for word in words)]
+
+
+def run(case: Case, ceiling: dict[str, float], seconds: float) -> Result:
+    dtype = getattr(torch, case.dtype)
+    with torch.set_grad_enabled("backward" in case.name):
+        calls = case.prepare(dtype)
+        times = pair(calls.ours, calls.theirs, CPU, seconds)
+        truth = calls.truth()
+        ours, theirs = (calls.compared(call()) for call in (calls.ours, calls.theirs))
+    error, their_error = (max(map(max_error, results, truth)) for results in (ours, theirs))
+    last_place = torch.finfo(dtype).eps * max(t.abs().max().item() for t in truth)
+    return Result(
+        case, times, case.work / times.ours / 1e9, ceiling["GB/s" if case.unit == "GB/s" else case.dtype],
+        error, their_error, error <= 2 * their_error + last_place,
+    )  # fmt: skip
