@@ -5,12 +5,13 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench sanitize clean
 help:
 	@echo "make demo   set up, then generate, embed and measure on real models"
 	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
 	@echo "make lint   ruff, rules and format"
-	@echo "make bench  attention against PyTorch, the long list, with a plot in bench/out/"
+	@echo "make bench  attention and the CPU engine against PyTorch, the long lists, with a plot in bench/out/"
+	@echo "make sanitize  the CPU engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean  remove all that was built or installed"
 
 setup: $(READY)
@@ -42,6 +43,16 @@ lint: $(READY)
 bench: $(READY)
 	mkdir -p bench/out
 	$(RUN) -m bench attention --json bench/out/attention.jsonl --plot bench/out/attention.png
+	$(RUN) -m bench cpu --json bench/out/cpu.jsonl
+
+# A build of its own in build/sanitize; PYTHONSAFEPATH keeps Python from taking the package in this folder instead.
+sanitize: $(READY)
+	FLASHATTN_SANITIZE=address,undefined $(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	for isa in $$($(RUN) -c "from flashattn.backends import cpu; print(*cpu.isas())"); do \
+		echo "$$isa" && FLASHATTN_CPU_ISA=$$isa PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine) and not memory and not compilers" \
+		tests/test_attention.py tests/test_norm.py tests/test_engine.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info flashattn/*.so bench/out .pytest_cache .ruff_cache .hypothesis

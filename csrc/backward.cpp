@@ -18,7 +18,7 @@ namespace FLASHATTN_ISA {
 constexpr int64_t BLOCK_N = 96;   // keys of a tile
 constexpr int64_t SECTION = 480;  // keys whose gradients stay in the second-level cache while the queries go by
 constexpr int64_t TASKS = 32;     // about as many tasks as this, where there are too few heads to occupy the threads
-constexpr int64_t MAX_PARTS_FLOATS = 6 << 20;  // but not at the price of more memory for dQ than this
+constexpr int64_t MAX_PARTS_FLOATS = 4 << 20;  // but not at the price of more memory for dQ than this
 
 // How the keys of a head are shared out: section i belongs to task i % parts, so that causal tasks are about equal.
 struct Split {

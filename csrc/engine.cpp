@@ -13,6 +13,7 @@ const Engine engine = {
     {nullptr, {KERNEL(norm_backward)}},
     spin,
     read,
+    exp2_of,
 };
 
 }  // namespace FLASHATTN_ISA

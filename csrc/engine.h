@@ -76,6 +76,7 @@ struct Engine {
   Operation<Norm> norm_forward, norm_backward;
   int64_t (*spin)(Dtype, int64_t iterations);
   float (*read)(const float*, int64_t n);
+  void (*exp2_of)(Dtype, const float* x, float* y, int64_t n);
 };
 
 }  // namespace flashattn

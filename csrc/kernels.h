@@ -10,6 +10,7 @@ size_t forward_workspace(const Attention&);
 size_t backward_workspace(const Attention&);
 int64_t spin(Dtype, int64_t iterations);
 float read(const float* memory, int64_t n);
+void exp2_of(Dtype, const float* x, float* y, int64_t n);
 
 #define DECLARE_KERNEL(name, Call)    \
   int64_t name##_tiles(const Call&);  \

@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "engine.h"
 
@@ -40,21 +41,28 @@ struct Isa {
   bool supported;
 };
 
-// The best the processor has, or the one FLASHATTN_CPU_ISA names (which may only lower it).
-const Isa& isa() {
-  static const Isa chosen = [] {
+// All that were compiled, the best first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
 #if defined(FLASHATTN_X86)
     __builtin_cpu_init();
     const bool v4 = __builtin_cpu_supports("x86-64-v4") != 0;
-    const Isa all[] = {{"avx512bf16", &avx512bf16::engine, v4 && __builtin_cpu_supports("avx512bf16") != 0},
-                       {"avx512", &avx512::engine, v4},
-                       {"avx2", &avx2::engine, __builtin_cpu_supports("x86-64-v3") != 0},
-                       {"portable", &portable::engine, true}};
+    return std::vector<Isa>{{"avx512bf16", &avx512bf16::engine, v4 && __builtin_cpu_supports("avx512bf16") != 0},
+                            {"avx512", &avx512::engine, v4},
+                            {"avx2", &avx2::engine, __builtin_cpu_supports("x86-64-v3") != 0},
+                            {"portable", &portable::engine, true}};
 #else
-    const Isa all[] = {{"portable", &portable::engine, true}};
+    return std::vector<Isa>{{"portable", &portable::engine, true}};
 #endif
+  }();
+  return all;
+}
+
+// The best the processor has, or the one FLASHATTN_CPU_ISA names (which may only lower it).
+const Isa& isa() {
+  static const Isa chosen = [] {
     const char* wanted = std::getenv("FLASHATTN_CPU_ISA");
-    for (const Isa& i : all)
+    for (const Isa& i : isas())
       if (i.supported && (!wanted || !*wanted || !std::strcmp(wanted, i.name))) return i;
     return Isa{nullptr, nullptr, false};
   }();
@@ -198,7 +206,11 @@ void norm_backward(Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, Opt
   run(engine().norm_backward, n);
 }
 
-// ------------------------------------------------------------------------------------------------ ceilings
+// ------------------------------------------------------------------------------------------------ probes
+
+void exp2_of(Tensor x, Tensor y, torch::headeronly::ScalarType dtype) {
+  engine().exp2_of(dtype_of(dtype), pointer<float>(x), pointer<float>(y), x.numel());
+}
 
 // Both run on every thread, and return the work done: multiplications and additions, or bytes.
 int64_t spin(Tensor like, int64_t iterations) {
@@ -226,13 +238,21 @@ int64_t read(Tensor memory) {
 
 std::string cpu_isa() { return isa().name ? isa().name : ""; }
 
+bool supports(std::string name) {
+  for (const Isa& i : isas())
+    if (name == i.name) return i.supported;
+  return false;
+}
+
 }  // namespace
 }  // namespace flashattn
 
 STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("isa() -> str");
+  m.def("supports(str isa) -> bool");
   m.def("spin(Tensor like, int iterations) -> int");
   m.def("read(Tensor memory) -> int");
+  m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int? first, int? last, "
       "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
@@ -252,6 +272,7 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&flashattn::cpu_isa));
+  m.impl("supports", TORCH_BOX(&flashattn::supports));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
@@ -260,6 +281,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));
   m.impl("spin", TORCH_BOX(&flashattn::spin));
   m.impl("read", TORCH_BOX(&flashattn::read));
+  m.impl("exp2", TORCH_BOX(&flashattn::exp2_of));
   m.impl("norm_backward", TORCH_BOX(&flashattn::norm_backward));
 }
 

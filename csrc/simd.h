@@ -158,40 +158,6 @@ static inline vh float_to_bfloat16(vf x) {
 #endif
 }
 
-static inline vf float16_to_float(vh x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps((__m256i)x);
-#elif defined(__F16C__)
-  return (vf)_mm256_cvtph_ps((__m128i)x);
-#else
-  vf result;
-  for (int i = 0; i < W; i++) {
-    uint16_t bits = x[i];
-    _Float16 half;
-    __builtin_memcpy(&half, &bits, 2);
-    result[i] = (float)half;
-  }
-  return result;
-#endif
-}
-
-static inline vh float_to_float16(vf x) {
-#if defined(__AVX512F__)
-  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__)
-  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-#else
-  vh result;
-  for (int i = 0; i < W; i++) {
-    _Float16 half = (_Float16)x[i];
-    uint16_t bits;
-    __builtin_memcpy(&bits, &half, 2);
-    result[i] = bits;
-  }
-  return result;
-#endif
-}
-
 // 16-bit lanes as 32-bit ones. GCC 12 makes two halves of __builtin_convertvector.
 static inline vu extend(vh x) {
 #if defined(__AVX512F__)
@@ -200,6 +166,38 @@ static inline vu extend(vh x) {
   return (vu)_mm256_cvtepu16_epi32((__m128i)x);
 #else
   return __builtin_convertvector(x, vu);
+#endif
+}
+
+static inline vf float16_to_float(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  // The exponent is biased by 15, not 127: a product with 2^112 mends it, of subnormal numbers too.
+  vu bits = extend(x), magnitude = (bits & 0x7FFF) << 13;
+  vf number = (vf)magnitude * 0x1p112f;
+  vi special = magnitude >= 0x0F800000u;  // infinity or NaN
+  return (vf)((special ? magnitude | 0x7F800000u : (vu)number) | (bits & 0x8000) << 16);
+#endif
+}
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+static inline vh float_to_float16(vf x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vu bits = (vu)x, magnitude = bits & 0x7FFFFFFF;
+  // Below 2^-14: adding 0.5, whose last place is that of a subnormal number, rounds. Above, the bias is mended and the
+  // 13 bits that are dropped round what is kept; a carry into the exponent is right, up to infinity.
+  vu small = (vu)((vf)magnitude + 0.5f) - 0x3F000000;
+  vu normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  vu special = magnitude > 0x7F800000u ? vu{} + 0x7E00 : vu{} + 0x7C00;
+  vu half = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : special;
+  return __builtin_convertvector(half | (bits >> 16 & 0x8000), vh);
 #endif
 }
 

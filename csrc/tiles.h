@@ -49,7 +49,7 @@ static inline vf numbers_at(const char* row, const Matrix& x, int64_t c) {
     if (x.dtype == Dtype::float32) return load<vf>((const float*)row + c);
     return widen(load<vh>((const uint16_t*)row + c), x.dtype);
   }
-  float tail[W];
+  float tail[W] = {};  // all of it past the end, where a row is padded to more than a vector
   load_floats(tail, row + c * element_size(x.dtype), x.dtype, x.dim - c);
   return load<vf>(tail);
 }
@@ -149,7 +149,7 @@ static inline void store_transposed(const Matrix& x, Range rows, int64_t valid, 
       transpose(block);
       for (int64_t r = 0; r < min(W, rows.end - rows.begin - i); r++) {
         int64_t at = rows.begin + i + r;
-        float numbers[W];
+        float numbers[2 * W];  // the compiler does not see that n is at most W
         store(numbers, at < valid ? block[r] : vf{});
         store_floats(x.row(at) + c * element_size(x.dtype), numbers, x.dtype, n);
       }

@@ -66,6 +66,7 @@ CASES = [
     Case("window_right", seq_q=40, seq_k=230, window=(None, 3), head_dim=64),
     Case("window_causal", heads=4, seq_q=333, seq_k=350, window=(64, 9), causal=True),
     Case("window_of_one", seq_q=70, seq_k=70, window=(0, 0)),
+    Case("decode_narrow", heads=8, kv_heads=1, seq_q=2, seq_k=600, head_dim=24, head_dim_v=9, causal=True),
     Case("window_decode", heads=8, seq_q=3, seq_k=700, window=(130, None), causal=True),
     Case("window_past_the_keys", batch=2, seq_q=63, seq_k=63, window=(5, 0), kv_lengths=(20, 63)),
     Case("long", heads=1, kv_heads=1, seq_q=35, seq_k=1000, head_dim=40, head_dim_v=40, causal=True),

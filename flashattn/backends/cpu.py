@@ -38,6 +38,11 @@ def isa() -> str:
     return "not built" if missing is not None else ops.isa.default()
 
 
+def isas() -> list[str]:
+    """Those this processor has, the best first; FLASHATTN_CPU_ISA may name one of them."""
+    return [] if missing is not None else [name for name in ISAS if ops.supports.default(name)]
+
+
 def unusable(device_type: str) -> str | None:
     if missing is not None:
         return missing

@@ -1,4 +1,4 @@
-// What this processor can do at most: the speeds `python -m bench cpu` holds the kernels against.
+// What the bench and the tests look at from outside: the speeds this processor can reach at most, and the exponential.
 #include "kernels.h"
 #include "matmul.h"
 
@@ -21,6 +21,18 @@ int64_t spin(Dtype dtype, int64_t iterations) {
     flops = sum(total) < 0 ? 0 : iterations * CHAINS * W * 2 * Dot::DEPTH;  // never 0: the sums must be used
   });
   return flops;
+}
+
+// y = 2^x as the attention kernels compute it for weights that are kept in this dtype.
+void exp2_of(Dtype dtype, const float* x, float* y, int64_t n) {
+  with_dot(dtype, [&](auto dot) {
+    for (int64_t i = 0; i < n; i += W) {
+      float numbers[2 * W];
+      load_floats(numbers, x + i, Dtype::float32, min(W, n - i));
+      store(numbers, exp2<decltype(dot)::EXP_DEGREE>(load<vf>(numbers)));
+      store_floats(y + i, numbers, Dtype::float32, min(W, n - i));
+    }
+  });
 }
 
 // Nothing but reading.
