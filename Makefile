@@ -51,8 +51,8 @@ sanitize: $(READY)
 	for isa in $$($(RUN) -c "from flashattn.backends import cpu; print(*cpu.isas())"); do \
 		echo "$$isa" && FLASHATTN_CPU_ISA=$$isa PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine) and not memory and not compilers" \
-		tests/test_attention.py tests/test_norm.py tests/test_engine.py || exit 1; done
+		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine or random) and not memory and not compilers" \
+		tests/test_attention.py tests/test_norm.py tests/test_linear.py tests/test_engine.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info flashattn/*.so bench/out .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
 
 import flashattn
 
@@ -262,6 +262,24 @@ def our_add_rms_norm(x, residual, weight, _):
     return flashattn.rms_norm(x, weight, residual=residual, prenorm=True)
 
 
+# ------------------------------------------------------------------------------------------------ linear layers
+
+
+def one_row(dtype: str, goal: float, width: int, outputs: int) -> Case:
+    """The product of a generation step."""
+
+    def prepare(d: torch.dtype) -> Calls:
+        x, weight = tensors(d, (1, width), (outputs, width))
+        return Calls(
+            lambda: flashattn.linear(x, weight),
+            lambda: linear(x, weight),
+            lambda: [linear(x.double(), weight.double())],
+        )
+
+    size = width * outputs * getattr(torch, dtype).itemsize
+    return Case(f"linear, 1 row, {width} to {outputs}", dtype, goal, size, "GB/s", prepare)
+
+
 # ------------------------------------------------------------------------------------------------ the list
 
 BIG, WIDE, SHORT = (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 8, 512, 64)
@@ -299,6 +317,8 @@ CASES = [
     norm("add + rms_norm", "bfloat16", 5, our_add_rms_norm, their_add_rms_norm, 2, 4),
     norm_backward("layer_norm backward", "float32", 1.3, flashattn.layer_norm, their_layer_norm),
     norm_backward("layer_norm backward", "bfloat16", 2.2, flashattn.layer_norm, their_layer_norm),
+    one_row("float32", 1, 576, 49152),  # SmolLM2's head
+    one_row("bfloat16", 1, 576, 49152),
 ]
 
 

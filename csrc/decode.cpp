@@ -6,15 +6,13 @@
 //
 // Dao et al., "Flash-Decoding for long-context inference" (2023).
 #include "kernels.h"
-#include "tiles.h"
+#include "rows.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
 constexpr int64_t SPLIT = 512;      // keys of a task
 constexpr int64_t BLOCK_N = 64;     // keys of a tile
-constexpr int64_t ROWS_AT_ONCE = 4;           // query rows that share a load of keys or values
-constexpr int64_t KEYS_AT_ONCE = W / ROWS_AT_ONCE;  // so that their products' sums are one vector
 
 static int64_t group_of(const Attention& a) { return a.heads / a.kv_heads; }
 // Rows of a key/value head: queries of each head of the group.
@@ -34,61 +32,6 @@ size_t forward_workspace(const Attention& a) {
   return is_decode(a) ? a.batch * a.heads * a.seq_q * splits_of(a) * (16 + round_up(a.head_dim_v, W)) : 0;
 }
 
-// Lane i becomes the sum of v[i].
-template <int STEP = W / 2>
-static inline vf sum_each(vf (&v)[W]) {
-  if constexpr (STEP > 0) {
-    UNROLL for (int i = 0; i < STEP; i++) {
-      exchange<STEP>(v[i], v[i + STEP], Lanes{});
-      v[i] += v[i + STEP];
-    }
-    return sum_each<STEP / 2>(v);
-  }
-  return v[0];
-}
-
-// The keys of a tile as a matrix of whole vectors: in place, or copied and padded with zeros.
-static Matrix whole_vectors(const Matrix& x, Range keys, float* scratch) {
-  constexpr int64_t NUMBERS = 2 * W;
-  Matrix tile = {x.row(keys.begin), x.dtype, x.stride, round_up(x.dim, NUMBERS)};
-  if (tile.dim == x.dim) return tile;
-  tile.data = (char*)scratch, tile.stride = tile.dim * element_size(x.dtype);
-  for (int64_t i = keys.begin; i < keys.end; i++) {
-    char* to = tile.row(i - keys.begin);
-    __builtin_memset(to, 0, tile.stride);
-    __builtin_memcpy(to, x.row(i), x.dim * element_size(x.dtype));
-  }
-  return tile;
-}
-
-// s[row][key] of some rows and the n keys of a tile, base 2. `q` holds the rows as elements. `ahead`: what is read next.
-template <class Dot, Dtype DTYPE>
-static void products(const float* q, int64_t depth, const Matrix& k, int64_t n, float scale, float* s,
-                     const Matrix& ahead) {
-  for (int64_t j = 0; j < n; j += KEYS_AT_ONCE) {
-    const char *rows[KEYS_AT_ONCE], *next[KEYS_AT_ONCE];
-    UNROLL for (int64_t i = 0; i < KEYS_AT_ONCE; i++) {
-      rows[i] = k.row(min(j + i, n - 1));
-      next[i] = ahead.row(min(j + i, n - 1));
-    }
-    vf sums[W] = {};
-    for (int64_t c = 0; c < depth; c += W) {
-      vf x[ROWS_AT_ONCE];
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) x[r] = load<vf>(q + r * depth + c);
-      UNROLL for (int i = 0; i < KEYS_AT_ONCE; i++) {
-        __builtin_prefetch(next[i] + c * (Dot::DEPTH == 2 ? 4 : element_size(DTYPE)),0,2);
-        vf y = Dot::DEPTH == 2 ? load<vf>((const float*)rows[i] + c) : load_numbers<DTYPE>(rows[i], c);
-        UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++)
-          sums[r * KEYS_AT_ONCE + i] = Dot::multiply_add(x[r], y, sums[r * KEYS_AT_ONCE + i]);
-      }
-    }
-    float all[W];
-    store(all, sum_each(sums) * scale);
-    for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
-      for (int64_t i = 0; i < KEYS_AT_ONCE; i++) s[r * BLOCK_N + j + i] = all[r * KEYS_AT_ONCE + i];
-  }
-}
-
 // COLS vectors of out[row] = alpha[row] out[row] + sum over n keys of p[row][key] v[key], from column c on.
 template <Dtype DTYPE, int COLS>
 static void weighted_sum_columns(const float* p, const float* alpha, const Matrix& v, int64_t n, int64_t c, float* out,
@@ -99,7 +42,7 @@ static void weighted_sum_columns(const float* p, const float* alpha, const Matri
     vf x[COLS];
     UNROLL for (int i = 0; i < COLS; i++) {
       x[i] = load_numbers<DTYPE>(row, c + i * W);
-      __builtin_prefetch(ahead.row(j) + (c + i * W) * element_size(DTYPE),0,2);
+      __builtin_prefetch(ahead.row(j) + (c + i * W) * element_size(DTYPE), 0, 2);
     }
     UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) {
       vf y = broadcast(p[r * BLOCK_N + j]);
@@ -173,7 +116,8 @@ static void decode(const Attention& a, int64_t batch, int64_t kv_head, int64_t s
     // Values are fetched while the products run, the next keys while the values are summed.
     Matrix next_v = {v.row(keys.begin), v.dtype, v.stride, v.dim}, next_k = {k.row(keys.end), k.dtype, k.stride, k.dim};
     for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-      products<Dot, DTYPE>(q + row * depth, depth, whole_vectors(k, keys, copy), n, a.score.scale * LOG2E, s, next_v);
+      products<Dot, DTYPE>(q + row * depth, depth, whole_vectors(k, keys, copy), n, a.score.scale * LOG2E, s, BLOCK_N,
+                           next_v);
       float alpha[ROWS_AT_ONCE];
       for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
         int64_t query = (row + r) % a.seq_q;
@@ -182,8 +126,7 @@ static void decode(const Attention& a, int64_t batch, int64_t kv_head, int64_t s
         sees = {max(0, min(BLOCK_N, sees.begin - start)), max(0, min(keys.end, sees.end) - start)};
         alpha[r] = row_softmax(s + r * BLOCK_N, sees, m + row + r, l + row + r);
       }
-      weighted_sum<DTYPE>(s, alpha, whole_vectors(v, keys, copy), n, out + row * width, width,
-                          next_k);
+      weighted_sum<DTYPE>(s, alpha, whole_vectors(v, keys, copy), n, out + row * width, width, next_k);
     }
   }
   for (int64_t row = 0; row < rows; row++) {
@@ -204,12 +147,8 @@ size_t decode_scratch(const Attention& a) {
 void decode_tile(const Attention& a, int64_t index, float* memory) {
   int64_t split = index % splits_of(a), head = index / splits_of(a);
   int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads;
-  with_dot(a.dtype, [&](auto dot) {
-    using Dot = decltype(dot);
-    if (a.dtype == Dtype::bfloat16) return decode<Dot, Dtype::bfloat16>(a, batch, kv_head, split, {memory});
-    if constexpr (Dot::DEPTH == 2) return;  // pairs are of bfloat16
-    if (a.dtype == Dtype::float16) return decode<Dot, Dtype::float16>(a, batch, kv_head, split, {memory});
-    decode<Dot, Dtype::float32>(a, batch, kv_head, split, {memory});
+  with_dot_and_dtype(a.dtype, [&](auto dot, auto dtype) {
+    decode<decltype(dot), decltype(dtype)::value>(a, batch, kv_head, split, {memory});
   });
 }
 

@@ -11,6 +11,7 @@ const Engine engine = {
     {backward_workspace, {KERNEL(backward_delta), KERNEL(backward), KERNEL(backward_q)}},
     {nullptr, {KERNEL(norm_forward)}},
     {nullptr, {KERNEL(norm_backward)}},
+    {nullptr, {KERNEL(linear)}},
     spin,
     read,
     exp2_of,

@@ -56,6 +56,16 @@ struct Norm {
   float dropout_scale;
 };
 
+// y (rows, out) = x (rows, in) weight^T + bias; x and y contiguous, the weight's rows `stride` apart.
+struct Linear {
+  Dtype dtype;
+  int64_t rows, in, out, stride;
+  const void *x, *weight;
+  const float* bias;  // or null
+  void* y;
+  float* workspace;
+};
+
 // Work is a number of independent tiles; each thread takes the next one and lends it scratch memory of its own.
 template <class Call>
 struct Kernel {
@@ -74,6 +84,7 @@ struct Operation {
 struct Engine {
   Operation<Attention> attention_forward, attention_backward;
   Operation<Norm> norm_forward, norm_backward;
+  Operation<Linear> linear;
   int64_t (*spin)(Dtype, int64_t iterations);
   float (*read)(const float*, int64_t n);
   void (*exp2_of)(Dtype, const float* x, float* y, int64_t n);

@@ -25,6 +25,7 @@ DECLARE_KERNEL(backward, Attention)
 DECLARE_KERNEL(backward_q, Attention)
 DECLARE_KERNEL(norm_forward, Norm)
 DECLARE_KERNEL(norm_backward, Norm)
+DECLARE_KERNEL(linear, Linear)
 
 #undef DECLARE_KERNEL
 

@@ -206,6 +206,16 @@ void norm_backward(Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, Opt
   run(engine().norm_backward, n);
 }
 
+// ------------------------------------------------------------------------------------------------ linear layers
+
+void linear(Tensor x, Tensor weight, OptionalTensor bias, Tensor y) {
+  Linear l = {};
+  l.dtype = dtype_of(x);
+  l.in = weight.size(1), l.out = weight.size(0), l.stride = weight.stride(0), l.rows = x.numel() / l.in;
+  l.x = x.data_ptr(), l.weight = weight.data_ptr(), l.bias = pointer<float>(bias), l.y = y.data_ptr();
+  run(engine().linear, l);
+}
+
 // ------------------------------------------------------------------------------------------------ probes
 
 void exp2_of(Tensor x, Tensor y, torch::headeronly::ScalarType dtype) {
@@ -250,6 +260,7 @@ bool supports(std::string name) {
 STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("isa() -> str");
   m.def("supports(str isa) -> bool");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()");
   m.def("spin(Tensor like, int iterations) -> int");
   m.def("read(Tensor memory) -> int");
   m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
@@ -279,6 +290,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
   m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));
+  m.impl("linear", TORCH_BOX(&flashattn::linear));
   m.impl("spin", TORCH_BOX(&flashattn::spin));
   m.impl("read", TORCH_BOX(&flashattn::read));
   m.impl("exp2", TORCH_BOX(&flashattn::exp2_of));

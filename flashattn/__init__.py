@@ -4,8 +4,9 @@ behind one call each. `python -m flashattn` prints what is usable here."""
 from . import ops  # noqa: F401  (registers the operators)
 from .attention import attention
 from .backends import use_backend
+from .linear import linear
 from .modules import LayerNorm, RMSNorm
 from .norm import layer_norm, rms_norm
 from .version import __version__
 
-__all__ = ["LayerNorm", "RMSNorm", "__version__", "attention", "layer_norm", "rms_norm", "use_backend"]
+__all__ = ["LayerNorm", "RMSNorm", "__version__", "attention", "layer_norm", "linear", "rms_norm", "use_backend"]

@@ -57,6 +57,11 @@ def is_watched() -> bool:
     )
 
 
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether none of them is of a subclass, which may have ideas of its own."""
+    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+
+
 def differentiable(name: str, run: Callable, context: Callable, gradients: Callable) -> Callable:
     """Give the operator `name` its implementation and its autograd, and return the shortest way to call it.
 

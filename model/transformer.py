@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+import flashattn
 
 from .cache import Cache, Step
 from .config import Config
-from .layers import Block, make_norm, rotary_table
+from .layers import Block, Linear, make_norm, rotary_table
 
 
 class Transformer(nn.Module):
@@ -34,7 +35,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config) if config.norm_first else None
         untied = config.head and not config.tied
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False) if untied else None
+        self.head = Linear(config.width, config.vocab_size, bias=False) if untied else None
 
     def encode(
         self,
@@ -75,7 +76,7 @@ class Transformer(nn.Module):
         """(…, width) to (…, vocab_size)."""
         if not self.config.head:
             raise ValueError(f"a {self.config.family} checkpoint without a head has no logits")
-        return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+        return flashattn.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab_size); hidden states where the config has no head."""

@@ -88,8 +88,10 @@ def test_instruction_sets(isa):
         pytest.skip(f"this processor has no {isa}")
     done = python("-c", "import flashattn; print(flashattn.backends.cpu.isa())", FLASHATTN_CPU_ISA=isa)
     assert done.stdout == f"{isa}\n"
-    tests = ["tests/test_attention.py", "tests/test_norm.py", "tests/test_engine.py"]
-    done = python("-m", "pytest", "-p", "no:cacheprovider", "-k", "cpu or engine", *tests, FLASHATTN_CPU_ISA=isa)
+    tests = [f"tests/test_{name}.py" for name in ("attention", "norm", "linear", "engine")]
+    done = python(
+        "-m", "pytest", "-p", "no:cacheprovider", "-k", "cpu or engine or random", *tests, FLASHATTN_CPU_ISA=isa
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -62,6 +62,14 @@ def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str
     return _choose(_forced, device.type, dtypes, head_dim > MAX_HEAD_DIM)
 
 
+def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a call on tensors like these goes to this backend. False where one is forced that cannot take it."""
+    try:
+        return choose(device, dtype) == name
+    except RuntimeError:
+        return False
+
+
 @torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
 def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
     return _choose_once(forced, device_type, dtypes, wide)

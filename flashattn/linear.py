@@ -1,0 +1,50 @@
+"""`linear`: the product of a linear layer, with the few rows of a generation step at the speed of memory on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import backends, ops
+
+FEW = 4  # rows; more of them are PyTorch's
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, as `torch.nn.functional.linear`, which does it in all but one case.
+
+    A step of generation multiplies one row by every weight of a model, so it lasts as long as reading them does. On a
+    CPU PyTorch's product reads at a fraction of the memory's speed; there, where no gradient is needed, up to 4 rows go
+    through the native engine (`python -m bench cpu linear`).
+
+    Args:
+        x: (..., in); weight: (out, in); bias: (out,) or None; float32, bfloat16 or float16, all of one dtype.
+
+    Returns:
+        (..., out), in x's dtype, summed in float32.
+
+    >>> import torch, flashattn
+    >>> flashattn.linear(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+    tensor([11., 17.])
+    """
+    if not _is_few_rows_on_the_engine(x, weight, bias):
+        return functional.linear(x, weight, bias)
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    backends.cpu.ops.linear.default(x.contiguous(), weight, None if bias is None else bias.float(), y)
+    return y
+
+
+def _is_few_rows_on_the_engine(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if ops.is_watched() or x.device.type != "cpu" or weight.dim() != 2 or weight.stride(1) != 1:
+        return False
+    width = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != width or width == 0 or x.numel() > FEW * width or x.numel() == 0:
+        return False
+    if weight.dtype != x.dtype or (bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1])):
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return ops.are_plain(x, weight, bias) and backends.serves("cpu", x.device, x.dtype)
