@@ -37,6 +37,15 @@ struct Pair {
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vf)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
   }
+  // 2 W numbers of two rows as elements.
+  static void interleave(const uint16_t* even, const uint16_t* odd, float* out) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(W));
+    __m512i a = load<__m512i>(even), b = load<__m512i>(odd);
+    store(out, _mm512_permutex2var_epi16(a, low, b));
+    store(out + W, _mm512_permutex2var_epi16(a, high, b));
+  }
   static vf multiply_add(vf a, vf b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 };
 #endif

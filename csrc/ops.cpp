@@ -1,5 +1,5 @@
 // The operators of the CPU engine, on LibTorch's stable ABI: one binary serves every PyTorch from 2.10 on. They take
-// checked arguments and allocated results (flashattn/backends/cpu.py), and share the tiles out over PyTorch's threads.
+// checked arguments (flashattn/attention.py, norm.py) and share the tiles out over PyTorch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "engine.h"
@@ -91,11 +92,13 @@ void run(const Kernel<Call>& kernel, const Call& call) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
   std::atomic<int64_t> next{0};
   // parallel_for splits statically, so it gets one item a thread, and each thread takes the next tile when it is free.
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  auto work = [&](int64_t begin, int64_t end) {
     Memory scratch = allocate(kernel.scratch_floats(call));
     for (int64_t thread = begin; thread < end; thread++)
       for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) kernel.run(call, tile, scratch.get());
-  });
+  };
+  if (threads == 1) return work(0, 1);
+  torch::stable::parallel_for(0, threads, 1, work);
 }
 
 template <class Call>
@@ -133,33 +136,60 @@ T* pointer(const OptionalTensor& x) {
 
 Heads heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
+// x itself if its last dimension is contiguous, else one copy.
+Tensor last_dim_contiguous(const Tensor& x) {
+  return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+Tensor new_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
+// flashattn/score.py, field by field.
+struct ScoreArgs {
+  double scale;
+  std::optional<int64_t> left, right;
+  const OptionalTensor &q_lengths, &kv_lengths;
+};
+
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                    double scale, std::optional<int64_t> first, std::optional<int64_t> last, const OptionalTensor& q_lengths,
-                    const OptionalTensor& kv_lengths) {
+                    const ScoreArgs& score) {
   Attention a = {};
   a.dtype = dtype_of(q);
   a.batch = q.size(0), a.heads = q.size(1), a.seq_q = q.size(2), a.head_dim = q.size(3);
   a.kv_heads = k.size(1), a.seq_k = k.size(2), a.head_dim_v = v.size(3);
   constexpr int64_t far = int64_t{1} << 60;
-  a.score = {static_cast<float>(scale), first.value_or(-far), last.value_or(far), pointer<int32_t>(q_lengths),
-             pointer<int32_t>(kv_lengths)};
+  const int64_t diagonal = a.seq_k - a.seq_q;
+  a.score.scale = static_cast<float>(score.scale);
+  a.score.first = score.left ? diagonal - *score.left : -far;
+  a.score.last = score.right ? diagonal + *score.right : far;
+  a.score.q_lengths = pointer<int32_t>(score.q_lengths), a.score.kv_lengths = pointer<int32_t>(score.kv_lengths);
   a.q = heads(q), a.k = heads(k), a.v = heads(v), a.out = heads(out);
   a.lse = pointer<float>(lse);
   return a;
 }
 
-void attention_forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-                       std::optional<int64_t> first, std::optional<int64_t> last, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
-  run(engine().attention_forward, attention(q, k, v, out, lse, scale, first, last, q_lengths, kv_lengths));
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double scale, std::optional<int64_t> left,
+                                             std::optional<int64_t> right, OptionalTensor q_lengths,
+                                             OptionalTensor kv_lengths) {
+  q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
+  run(engine().attention_forward, attention(q, k, v, out, lse, {scale, left, right, q_lengths, kv_lengths}));
+  return {out, lse};
 }
 
-void attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                        Tensor grad_q, Tensor grad_k, Tensor grad_v, double scale,
-                        std::optional<int64_t> first, std::optional<int64_t> last, OptionalTensor q_lengths, OptionalTensor kv_lengths) {
-  Attention a = attention(q, k, v, out, lse, scale, first, last, q_lengths, kv_lengths);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k,
+                                                      Tensor v, Tensor out, Tensor lse, double scale,
+                                                      std::optional<int64_t> left, std::optional<int64_t> right,
+                                                      OptionalTensor q_lengths, OptionalTensor kv_lengths) {
+  q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
+  grad_out = last_dim_contiguous(grad_out);
+  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+  Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
+  Attention a = attention(q, k, v, out, lse, {scale, left, right, q_lengths, kv_lengths});
   a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
   a.grad_lse = pointer<float>(grad_lse);
   run(engine().attention_backward, a);
+  return {grad_q, grad_k, grad_v};
 }
 
 // ------------------------------------------------------------------------------------------------ norms
@@ -265,12 +295,12 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("read(Tensor memory) -> int");
   m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int? first, int? last, "
-      "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
+      "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, Tensor? q_lengths, "
+      "Tensor? kv_lengths) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, float scale, int? first, int? last, "
-      "Tensor? q_lengths, Tensor? kv_lengths) -> ()");
+      "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!)? hidden, "
       "Tensor(c!)? mean, Tensor(d!) rstd, ScalarType hidden_dtype, int heads, bool center, float eps, "

@@ -77,8 +77,13 @@ static inline vu bits_at(const char* row, const Matrix& x, int64_t c) {
 // Element rows of K along seq, out[elements(n)][round_up(dim, W)]: numbers as float32, or rows interleaved in pairs.
 template <class Dot>
 static inline void pack_rows(const Matrix& x, Range rows, float* out) {
-  for (int64_t i = rows.begin; i < rows.end; i += Dot::DEPTH)
-    for (int64_t c = 0; c < x.dim; c += W, out += W) {
+  for (int64_t i = rows.begin; i < rows.end; i += Dot::DEPTH) {
+    int64_t c = 0;
+    if constexpr (Dot::DEPTH == 2) {
+      const uint16_t *even = (const uint16_t*)x.row(i), *odd = (const uint16_t*)x.row(i + 1);
+      for (; i + 1 < rows.end && c + 2 * W <= x.dim; c += 2 * W, out += 2 * W) Dot::interleave(even + c, odd + c, out);
+    }
+    for (; c < x.dim; c += W, out += W) {
       if constexpr (Dot::DEPTH == 1) {
         store(out, numbers_at(x.row(i), x, c));
       } else {
@@ -87,6 +92,7 @@ static inline void pack_rows(const Matrix& x, Range rows, float* out) {
         store(out, pair);
       }
     }
+  }
 }
 
 // A packed right side: b[elements][ld].
@@ -130,9 +136,10 @@ static inline void pack_transposed(const Matrix& x, Range rows, int64_t lanes, f
   int64_t depth = elements<Dot>(x.dim);
   for (int64_t i = 0; i < lanes; i += W)
     for (int64_t c = 0; c < depth; c += W) {
-      vf block[W] = {};
-      int64_t n = min(W, rows.end - rows.begin - i);
-      for (int64_t r = 0; r < n; r++) block[r] = elements_along<Dot>(x.row(rows.begin + i + r), x, c);
+      vf block[W];
+      int64_t n = rows.end - rows.begin - i;
+      UNROLL for (int64_t r = 0; r < W; r++)
+        block[r] = r < n ? elements_along<Dot>(x.row(rows.begin + i + r), x, c) : vf{};
       transpose(block);
       for (int64_t r = 0; r < min(W, depth - c); r++) store(out + (c + r) * lanes + i, block[r]);
     }
@@ -143,9 +150,10 @@ static inline void store_transposed(const Matrix& x, Range rows, int64_t valid, 
                              const float* factor) {
   for (int64_t i = 0; i < rows.end - rows.begin; i += W)
     for (int64_t c = 0; c < x.dim; c += W) {
-      vf block[W] = {};
+      vf block[W];
       int64_t n = min(W, x.dim - c);
-      for (int64_t r = 0; r < n; r++) block[r] = load<vf>(in + (c + r) * lanes + i) * load<vf>(factor + i);
+      UNROLL for (int64_t r = 0; r < W; r++)
+        block[r] = r < n ? load<vf>(in + (c + r) * lanes + i) * load<vf>(factor + i) : vf{};
       transpose(block);
       for (int64_t r = 0; r < min(W, rows.end - rows.begin - i); r++) {
         int64_t at = rows.begin + i + r;

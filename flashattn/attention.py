@@ -55,25 +55,26 @@ def attention(
     batch, seq_q, seq_k, head_dim, head_dim_v = _check(q, k, v)
     left, right = (None, None) if window is None else _window(window)
     score = Score(
-        scale=head_dim**-0.5 if scale is None else _scale(scale),
-        left=left,
-        right=0 if causal else right,
-        q_lengths=None if q_lengths is None else _lengths("q_lengths", q_lengths, batch, seq_q, q.device),
-        kv_lengths=None if kv_lengths is None else _lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
+        head_dim**-0.5 if scale is None else _scale(scale),
+        left,
+        0 if causal else right,
+        None if q_lengths is None else _lengths("q_lengths", q_lengths, batch, seq_q, q.device),
+        None if kv_lengths is None else _lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
     )
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, head_dim_v))
-    out, lse = ops.attention(q, k, v, *score, backend)
+    out, lse = ops.attention(q, k, v, score, backend)
     return (out, lse) if return_lse else out
 
 
 def _check(q, k, v) -> tuple[int, int, int, int, int]:
     """(batch, seq_q, seq_k, head_dim, head_dim_v) of arguments that fit each other."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.floating(name, x)
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
-    if not (k.dtype == v.dtype == q.dtype and k.device == v.device == q.device):
-        for name, x in (("k", k), ("v", v)):
+    # One test where nothing is wrong, for its microseconds; which argument is wrong is found out only then.
+    plain = type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4
+    if not (plain and k.dtype == v.dtype == q.dtype in checks.DTYPES and k.device == v.device == q.device):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            checks.floating(name, x)
+            if x.dim() != 4:
+                raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
             checks.same_dtype(name, x, "q", q)
             checks.same_device(name, x, "q", q)
     batch, heads, seq_q, head_dim = q.shape

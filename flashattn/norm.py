@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops
+from .norm_settings import Norm
 
 
 def layer_norm(
@@ -91,7 +92,7 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
     y, hidden, _, _ = ops.norm(
         x, residual, weight, bias, hidden_dtype if fused else x.dtype, keep,
-        center, float(eps), float(weight_offset), float(dropout_p), seed, backends.choose(x.device, *dtypes),
+        Norm(center, float(eps), float(weight_offset), float(dropout_p), seed), backends.choose(x.device, *dtypes),
     )  # fmt: skip
     if not prenorm:
         return y

@@ -62,36 +62,55 @@ def are_plain(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
 
-def differentiable(name: str, run: Callable, context: Callable, gradients: Callable) -> Callable:
-    """Give the operator `name` its implementation and its autograd, and return the shortest way to call it.
+def differentiable(name: str, settings: type, run: Callable, context: Callable, gradients: Callable) -> Callable:
+    """Give the operator `name` its implementation and its autograd, and return the shortest way to call it:
+    call(*inputs, settings, backend), settings a Score or a Norm, which the operator takes field by field.
 
     The dispatcher and the autograd of an operator cost several times what a kernel launch does. So a call that nothing
     watches runs the implementation itself, under an autograd function of the same formulas where it needs a gradient.
+
+    Args:
+        run: (*inputs, settings, backend) to the outputs.
+        context: (ctx, (*inputs, settings, backend), outputs), as `setup_context` of an autograd function.
+        gradients: (ctx, *gradients of the outputs) to those of the inputs.
     """
-    torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(run)
-    torch.library.register_autograd(f"flashattn::{name}", gradients, setup_context=context)
+    fields = len(settings._fields)
+
+    def pack(flat):
+        return (*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
+
+    torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(lambda *flat: run(*pack(flat)))
+    torch.library.register_autograd(
+        f"flashattn::{name}",
+        lambda ctx, *grads: (*gradients(ctx, *grads), *[None] * (fields + 1)),
+        setup_context=lambda ctx, inputs, output: context(ctx, pack(inputs), output),
+    )
     operator = getattr(torch.ops.flashattn, name).default
 
-    def forward(ctx, *inputs):
-        output = run(*inputs)
-        context(ctx, inputs, output)
+    def forward(ctx, *args):
+        output = run(*args)
+        context(ctx, args, output)
         return output
 
-    body = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    def backward(ctx, *grads):
+        return (*gradients(ctx, *grads), None, None)
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), body)
 
-    def call(*inputs):
-        if is_watched():
-            return operator(*inputs)
-        requires_grad = False
-        for x in inputs:  # a loop: this is the path that is counted in microseconds
-            if type(x) is Tensor or type(x) is torch.nn.Parameter:
+    def call(*args):
+        requires_grad, plain = False, not is_watched()
+        for x in args[:-2]:  # a loop: this is the path that is counted in microseconds
+            kind = type(x)
+            if kind is Tensor or kind is torch.nn.Parameter:
                 requires_grad = requires_grad or x.requires_grad
             elif isinstance(x, Tensor):
-                return operator(*inputs)  # a subclass may have ideas of its own
+                plain = False  # a subclass may have ideas of its own
+        if not plain:
+            return operator(*args[:-2], *args[-2], args[-1])
         if requires_grad and torch.is_grad_enabled():
-            return function.apply(*inputs)
-        return run(*inputs)
+            return function.apply(*args)
+        return run(*args)
 
     return call
 
@@ -99,48 +118,45 @@ def differentiable(name: str, run: Callable, context: Callable, gradients: Calla
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def _attention_forward(q, k, v, scale, left, right, q_lengths, kv_lengths, backend):
-    return BACKENDS[backend].forward(q, k, v, Score(scale, left, right, q_lengths, kv_lengths))
+def _attention_forward(q, k, v, score, backend):
+    return BACKENDS[backend].forward(q, k, v, score)
 
 
 @torch.library.register_fake("flashattn::attention_forward")
-def _(q, k, v, scale, left, right, q_lengths, kv_lengths, backend):
+def _(q, k, v, *_):
     batch, heads, seq_q, _ = q.shape
     return q.new_empty(batch, heads, seq_q, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=lse_dtype(q))
 
 
 @torch.library.impl("flashattn::attention_backward", "CompositeExplicitAutograd")
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, left, right, q_lengths, kv_lengths, backend):
-    score = Score(scale, left, right, q_lengths, kv_lengths)
-    return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score)
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, *score_and_backend):
+    *score, backend = score_and_backend
+    return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, Score(*score))
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, lse, scale, left, right, q_lengths, kv_lengths, backend):
+def _(grad_out, grad_lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, scale, left, right, q_lengths, kv_lengths, backend = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, q_lengths, kv_lengths)
-    ctx.scale, ctx.window, ctx.backend = scale, (left, right), backend
+    q, k, v, ctx.score, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, q_lengths, kv_lengths = ctx.saved_tensors
+    q, k, v, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 9
+        return None, None, None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = torch.ops.flashattn.attention_backward.default(
-        grad_out, grad_lse, q, k, v, out, lse, ctx.scale, *ctx.window, q_lengths, kv_lengths, ctx.backend
+    return torch.ops.flashattn.attention_backward.default(
+        grad_out, grad_lse, q, k, v, out, lse, *ctx.score, ctx.backend
     )
-    return *gradients, None, None, None, None, None, None
 
 
-attention = differentiable("attention_forward", _attention_forward, _attention_context, _attention_gradients)
+attention = differentiable("attention_forward", Score, _attention_forward, _attention_context, _attention_gradients)
 
 
 def _not_twice(ctx, *_):
@@ -153,19 +169,14 @@ torch.library.register_autograd("flashattn::norm_backward", _not_twice)
 # ------------------------------------------------------------------------------------------------ norms
 
 
-def _norm_forward(
-    x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend
-):
-    settings = Norm(center, eps, weight_offset, dropout_p, seed)
-    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(
-        x, residual, weight, bias, hidden_dtype, keep_hidden, settings
-    )
+def _norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm, backend):
+    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm)
     hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
     return y, hidden, empty_if_none(mean, rstd), rstd
 
 
 @torch.library.register_fake("flashattn::norm_forward")
-def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend):
+def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, *_):
     rows = math.prod(x.shape[:-1])  # Size.numel would make a number of a symbol
     hidden = x.new_empty(x.shape if keep_hidden else 0, dtype=hidden_dtype)
     statistics = lse_dtype(x)
@@ -175,21 +186,17 @@ def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, eps, weight_
 
 @torch.library.impl("flashattn::norm_backward", "CompositeExplicitAutograd")
 def norm_backward(
-    grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype,
-    center, eps, weight_offset, dropout_p, seed, backend,
+    grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *norm_and_backend
 ):  # fmt: skip
-    settings = Norm(center, eps, weight_offset, dropout_p, seed)
+    *norm, backend = norm_and_backend
     gradients = BACKENDS[backend].norm_backward(
-        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, settings
+        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, Norm(*norm)
     )
     return tuple(empty_if_none(g, rstd) for g in gradients)
 
 
 @torch.library.register_fake("flashattn::norm_backward")
-def _(
-    grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype,
-    center, eps, weight_offset, dropout_p, seed, backend,
-):  # fmt: skip
+def _(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *_):
     return (
         hidden.new_empty(hidden.shape, dtype=x_dtype),
         rstd.new_empty(0) if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype),
@@ -198,33 +205,32 @@ def _(
 
 
 def _norm_context(ctx, inputs, output):
-    x, residual, weight, bias, _, keep_hidden, center, eps, weight_offset, dropout_p, seed, backend = inputs
+    x, residual, weight, bias, _, ctx.kept, ctx.norm, ctx.backend = inputs
     _, hidden, mean, rstd = output
-    fused = residual is not None or dropout_p > 0
+    fused = residual is not None or ctx.norm.dropout_p > 0
     # The parameters are saved for their shape and dtype too, so bias is among them.
-    ctx.save_for_backward(hidden if fused else x, weight, bias, mean, rstd, seed)
-    ctx.norm = (center, eps, weight_offset, dropout_p)
-    ctx.backend, ctx.x_dtype, ctx.kept = backend, x.dtype, keep_hidden
+    ctx.save_for_backward(hidden if fused else x, weight, bias, mean, rstd)
+    ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
-    hidden, weight, bias, mean, rstd, seed = ctx.saved_tensors
+    hidden, weight, bias, mean, rstd = ctx.saved_tensors
     if not ctx.kept:
         grad_hidden = None  # of an output that was returned empty
     if grad_y is None and grad_hidden is None:
-        return (None,) * 12
+        return (None,) * 6
     if hidden.numel() == 0 and rstd.numel() != 0:
         raise RuntimeError("flashattn::norm_forward was called without keep_hidden, so h is not there for backward")
     if grad_y is None:
         grad_y = torch.zeros(hidden.shape, dtype=ctx.x_dtype, device=hidden.device)
     # Without dropout or a change of dtype the two gradients are one tensor.
-    same = ctx.norm[3] == 0 and ctx.residual_dtype in (None, ctx.x_dtype)
+    same = ctx.norm.dropout_p == 0 and ctx.residual_dtype in (None, ctx.x_dtype)
     grad_x, grad_residual, grad_weight, grad_bias = torch.ops.flashattn.norm_backward.default(
         grad_y, grad_hidden, hidden, weight, bias, mean, rstd, ctx.x_dtype, None if same else ctx.residual_dtype,
-        *ctx.norm, seed, ctx.backend,
+        *ctx.norm, ctx.backend,
     )  # fmt: skip
     if ctx.residual_dtype is None:
         grad_residual = None
@@ -232,7 +238,7 @@ def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
         grad_residual = grad_x
     grad_weight = None if weight is None else grad_weight
     grad_bias = None if bias is None else grad_bias
-    return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, None, None, None
+    return grad_x, grad_residual, grad_weight, grad_bias, None, None
 
 
-norm = differentiable("norm_forward", _norm_forward, _norm_context, _norm_gradients)
+norm = differentiable("norm_forward", Norm, _norm_forward, _norm_context, _norm_gradients)

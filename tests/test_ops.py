@@ -128,6 +128,22 @@ def test_compile_of_one_call_gives_the_same_bits():
     assert torch.equal(compiled(q, k, v, causal=True), flashattn.attention(q, k, v, causal=True))
 
 
+def test_compile_with_every_size_dynamic():
+    """head_dim too, which decides between backends."""
+
+    def step(q, k, v, weight, lengths):
+        out = flashattn.attention(q, k, v, causal=True, kv_lengths=lengths)
+        return flashattn.rms_norm(out, weight, residual=q, dropout_p=0.3, seed=7).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq, head_dim in ((33, 16), (40, 24)):
+        inputs = [torch.randn(2, 4, seq, head_dim, requires_grad=True) for _ in range(3)]
+        inputs.append(torch.randn(head_dim, requires_grad=True))
+        lengths = torch.tensor([seq, 5])
+        ours, eager = (torch.autograd.grad(f(*inputs, lengths), inputs) for f in (compiled, step))
+        assert all(map(torch.equal, ours, eager))
+
+
 def test_compile_notices_another_backend(layer):
     calls = []
 

@@ -59,7 +59,8 @@ def why_not(name: str, device_type: str, *dtypes: torch.dtype, wide: bool = Fals
 
 def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
     """The name of the backend that takes a call on tensors of these dtypes."""
-    return _choose(_forced, device.type, dtypes, head_dim > MAX_HEAD_DIM)
+    wide = True if head_dim > MAX_HEAD_DIM else False  # noqa: SIM210  (a symbolic head_dim is decided by a guard)
+    return _choose(_forced, device.type, dtypes, wide)
 
 
 def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""The native CPU backend: allocates results and calls the kernels in `csrc/`."""
+"""The native CPU backend: calls the operators of `csrc/ops.cpp`, allocating the norms' results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
-from .common import contiguous, dropout_threshold, last_dim_contiguous, norm_heads, rows, sum_parts
+from .common import dropout_threshold, norm_heads, rows, sum_parts
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 PARTS = 32  # row blocks of a norm's backward, each with partial weight gradients of its own
@@ -63,27 +63,13 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    batch, heads, seq_q, _ = q.shape
-    _, _, seq_k, head_dim_v = v.shape
-    out = torch.empty((batch, heads, seq_q, head_dim_v), dtype=q.dtype)
-    lse = torch.empty((batch, heads, seq_q), dtype=torch.float32)
-    first, last = score.bounds(seq_q, seq_k)
-    ops.attention_forward.default(q, k, v, out, lse, score.scale, first, last, score.q_lengths, score.kv_lengths)
-    return out, lse
+    return ops.attention_forward.default(q, k, v, *score)
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
-    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    first, last = score.bounds(q.shape[2], k.shape[2])
-    ops.attention_backward.default(
-        grad_out, contiguous(grad_lse), q, k, v, out, lse, *gradients,
-        score.scale, first, last, score.q_lengths, score.kv_lengths,
-    )  # fmt: skip
-    return gradients
+    return ops.attention_backward.default(grad_out, grad_lse, q, k, v, out, lse, *score)
 
 
 # ------------------------------------------------------------------------------------------------ norms
