@@ -1,4 +1,4 @@
-// The table of kernels of one instruction set. Compiled once for each, like attention.cpp and norm.cpp.
+// The table of kernels of one instruction set. Compiled once for each, like the kernels themselves.
 #include "kernels.h"
 
 namespace flashattn {
@@ -10,7 +10,7 @@ const Engine engine = {
     {forward_workspace, {KERNEL(forward), KERNEL(decode), KERNEL(merge)}},
     {backward_workspace, {KERNEL(backward_delta), KERNEL(backward), KERNEL(backward_q)}},
     {nullptr, {KERNEL(norm_forward)}},
-    {nullptr, {KERNEL(norm_backward)}},
+    {norm_backward_workspace, {KERNEL(norm_backward), KERNEL(norm_parameters)}},
     {nullptr, {KERNEL(linear)}},
     spin,
     read,

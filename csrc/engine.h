@@ -40,6 +40,12 @@ struct Rows {
   int64_t size_1 = 1, size_2 = 1, stride_0 = 0, stride_1 = 0, stride_2 = 0;
 };
 
+// The gradient of parameters (heads, width), in their dtype, or null.
+struct Parameters {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
 struct Norm {
   int64_t rows, width, heads, parts;  // parts: row blocks of the backward, each with its own sums
   bool center;
@@ -48,7 +54,7 @@ struct Norm {
   Dtype hidden_dtype;
   const float *weight, *bias;  // (heads, width) or null
   float *mean, *rstd;          // (rows,)
-  float *weight_parts, *bias_parts;  // (parts, heads, width) or null
+  Parameters grad_weight, grad_bias;
   float* workspace;
   bool dropout;
   uint64_t seed;

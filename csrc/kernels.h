@@ -8,6 +8,7 @@ namespace FLASHATTN_ISA {
 
 size_t forward_workspace(const Attention&);
 size_t backward_workspace(const Attention&);
+size_t norm_backward_workspace(const Norm&);
 int64_t spin(Dtype, int64_t iterations);
 float read(const float* memory, int64_t n);
 void exp2_of(Dtype, const float* x, float* y, int64_t n);
@@ -25,6 +26,7 @@ DECLARE_KERNEL(backward, Attention)
 DECLARE_KERNEL(backward_q, Attention)
 DECLARE_KERNEL(norm_forward, Norm)
 DECLARE_KERNEL(norm_backward, Norm)
+DECLARE_KERNEL(norm_parameters, Norm)
 DECLARE_KERNEL(linear, Linear)
 
 #undef DECLARE_KERNEL

@@ -146,9 +146,7 @@ static void forward_row_by_float(const Norm& n, int64_t r, float* h) {
 
 static void forward_row(const Norm& n, int64_t r, float* scratch) {
   if (!is_usual(n)) return forward_row_by_float(n, r, scratch);
-  if (n.x.dtype == Dtype::float32) return forward_row_in_place<Dtype::float32>(n, r, (char*)scratch);
-  if (n.x.dtype == Dtype::bfloat16) return forward_row_in_place<Dtype::bfloat16>(n, r, (char*)scratch);
-  forward_row_in_place<Dtype::float16>(n, r, (char*)scratch);
+  with_dtype(n.x.dtype, [&](auto dtype) { forward_row_in_place<decltype(dtype)::value>(n, r, (char*)scratch); });
 }
 
 void norm_forward_tile(const Norm& n, int64_t tile, float* scratch) {
@@ -160,11 +158,15 @@ void norm_forward_tile(const Norm& n, int64_t tile, float* scratch) {
 
 constexpr int AT_ONCE = 4;  // rows whose share in the gradients of the parameters is added up in registers
 
-// Some rows as the backward sees them, and where its result goes. All are whole vectors of one dtype.
-struct Block {
-  int64_t rows;
-  const char *grad[AT_ONCE], *h[AT_ONCE], *more[AT_ONCE];  // grad_y, h, grad_hidden or null
-  char* to[AT_ONCE];
+// Rows of one dtype, whole vectors each.
+struct Inputs {
+  const char *grad, *h, *more;  // grad_y, h, grad_hidden or null
+  char* to;
+};
+
+// What a part of the rows adds to the gradients of the parameters, (heads, width) each, or null.
+struct Gradients {
+  float *weight, *bias;
 };
 
 static void add_to(float* to, int64_t c, int64_t width, vf x) {
@@ -172,51 +174,52 @@ static void add_to(float* to, int64_t c, int64_t width, vf x) {
   for (int64_t i = c; i < width; i++) to[i] += x[i - c];
 }
 
-// With g = weight grad_y:  grad_h = rstd (g - mean(g) - xhat mean(g xhat)) + grad_hidden.
-template <Dtype DTYPE>
-static void backward_block(const Norm& n, int64_t r, const Block& rows, float* part_weight, float* part_bias) {
+// g = weight grad_y, rounded, so that g - mean(g) is 0 where all are equal.
+INLINE vf scaled(const float* weight, int64_t c, int64_t width, float offset, vf y) {
+  return weight ? rounded(y * (parameter(weight, c, width) + offset)) : y;
+}
+
+// With g = weight grad_y:  grad_h = rstd (g - mean(g) - xhat mean(g xhat)) + grad_hidden, of ROWS rows.
+template <Dtype DTYPE, int ROWS>
+static void backward_rows(const Norm& n, int64_t r, const Inputs* rows, Gradients sums) {
   const int64_t width = n.width, padded = round_up(width, W);
   const float* weight = n.weight ? n.weight + r % n.heads * width : nullptr;
   const float offset = n.weight_offset;
-  // Rounded, so that g - mean(g) is 0 where all are equal.
-  auto scaled = [=](int64_t c, vf y) { return weight ? rounded(y * (parameter(weight, c, width) + offset)) : y; };
-  float mean[AT_ONCE], rstd[AT_ONCE], mean_gx[AT_ONCE], mean_g[AT_ONCE];
-  for (int64_t i = 0; i < rows.rows; i++) {
-    const char *grad = rows.grad[i], *h = rows.h[i];
+  float mean[ROWS], rstd[ROWS], mean_gx[ROWS], mean_g[ROWS];
+  for (int i = 0; i < ROWS; i++) {
+    const char *grad = rows[i].grad, *h = rows[i].h;
     const float m = n.center ? n.mean[r + i] : 0;
-    auto sums = sum_over<2>(padded, [=](int64_t c, vf* total) {
-      vf g = scaled(c, load_numbers<DTYPE>(grad, c));
+    auto total = sum_over<2>(padded, [=](int64_t c, vf* total) {
+      vf g = scaled(weight, c, width, offset, load_numbers<DTYPE>(grad, c));
       total[0] += g * (load_numbers<DTYPE>(h, c) - m);
       total[1] += g;
     });
     mean[i] = m, rstd[i] = n.rstd[r + i];
-    mean_gx[i] = sums.of(0) * rstd[i] / width, mean_g[i] = n.center ? sums.of(1) / width : 0;
+    mean_gx[i] = total.of(0) * rstd[i] / width, mean_g[i] = n.center ? total.of(1) / width : 0;
   }
   for (int64_t c = 0; c < padded; c += W) {
     vf sum_weight = {}, sum_bias = {};
-    for (int64_t i = 0; i < rows.rows; i++) {
-      vf y = load_numbers<DTYPE>(rows.grad[i], c), xhat = (load_numbers<DTYPE>(rows.h[i], c) - mean[i]) * rstd[i];
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      vf y = load_numbers<DTYPE>(rows[i].grad, c), xhat = (load_numbers<DTYPE>(rows[i].h, c) - mean[i]) * rstd[i];
       sum_weight += y * xhat;
       sum_bias += y;
-      vf grad_h = (scaled(c, y) - mean_g[i] - xhat * mean_gx[i]) * rstd[i];
-      if (rows.more[i]) grad_h += load_numbers<DTYPE>(rows.more[i], c);
-      store_numbers<DTYPE>(rows.to[i], c, grad_h);
+      vf grad_h = (scaled(weight, c, width, offset, y) - mean_g[i] - xhat * mean_gx[i]) * rstd[i];
+      if (rows[0].more) grad_h += load_numbers<DTYPE>(rows[i].more, c);
+      store_numbers<DTYPE>(rows[i].to, c, grad_h);
     }
-    if (part_weight) add_to(part_weight, c, width, sum_weight);
-    if (part_bias) add_to(part_bias, c, width, sum_bias);
+    if (sums.weight) add_to(sums.weight, c, width, sum_weight);
+    if (sums.bias) add_to(sums.bias, c, width, sum_bias);
   }
 }
 
 // The usual rows: one dtype throughout, whole vectors, no dropout. Nothing is copied.
-template <Dtype DTYPE>
-static void backward_in_place(const Norm& n, int64_t r, int64_t count, float* part_weight, float* part_bias) {
-  Block rows = {count};
-  for (int64_t i = 0; i < count; i++) {
-    rows.grad[i] = row_at(n.grad_y, r + i), rows.h[i] = row_at(n.hidden, r + i);
-    rows.more[i] = n.grad_hidden.data ? row_at(n.grad_hidden, r + i) : nullptr;
-    rows.to[i] = row_at(n.grad_x, r + i);
-  }
-  backward_block<DTYPE>(n, r, rows, part_weight, part_bias);
+template <Dtype DTYPE, int ROWS>
+static void backward_in_place(const Norm& n, int64_t r, Gradients sums) {
+  Inputs rows[ROWS];
+  for (int i = 0; i < ROWS; i++)
+    rows[i] = {row_at(n.grad_y, r + i), row_at(n.hidden, r + i),
+               n.grad_hidden.data ? row_at(n.grad_hidden, r + i) : nullptr, row_at(n.grad_x, r + i)};
+  backward_rows<DTYPE, ROWS>(n, r, rows, sums);
 }
 
 static bool is_usual_backward(const Norm& n) {
@@ -227,17 +230,28 @@ static bool is_usual_backward(const Norm& n) {
 }
 
 // Any row, by way of float32.
-static void backward_by_float(const Norm& n, int64_t r, float* part_weight, float* part_bias, float* scratch) {
+static void backward_by_float(const Norm& n, int64_t r, Gradients sums, float* scratch) {
   int64_t padded = round_up(n.width, W);
   float *grad = scratch, *h = grad + padded, *more = h + padded;
   load_floats(grad, row_at(n.grad_y, r), n.grad_y.dtype, n.width);
   load_floats(h, row_at(n.hidden, r), n.hidden.dtype, n.width);
   if (n.grad_hidden.data) load_floats(more, row_at(n.grad_hidden, r), n.grad_hidden.dtype, n.width);
-  Block rows = {1, {(char*)grad}, {(char*)h}, {n.grad_hidden.data ? (char*)more : nullptr}, {(char*)h}};
-  backward_block<Dtype::float32>(n, r, rows, part_weight, part_bias);
+  Inputs row = {(char*)grad, (char*)h, n.grad_hidden.data ? (char*)more : nullptr, (char*)h};
+  backward_rows<Dtype::float32, 1>(n, r, &row, sums);
   if (n.grad_residual.data) store_row(n.grad_residual, r, h, n.width);
   if (n.dropout) dropout(n, h, r);
   store_row(n.grad_x, r, h, n.width);
+}
+
+// The sums of a part of the rows, in the workspace.
+static Gradients sums_of(const Norm& n, int64_t part) {
+  int64_t size = n.heads * n.width;
+  float *weight = n.workspace + part * size, *bias = n.workspace + (n.grad_weight.data ? n.parts : 0) * size + part * size;
+  return {n.grad_weight.data ? weight : nullptr, n.grad_bias.data ? bias : nullptr};
+}
+
+size_t norm_backward_workspace(const Norm& n) {
+  return ((n.grad_weight.data ? 1 : 0) + (n.grad_bias.data ? 1 : 0)) * n.parts * n.heads * n.width + W;
 }
 
 int64_t norm_backward_tiles(const Norm& n) { return n.parts; }
@@ -247,28 +261,51 @@ size_t norm_backward_scratch(const Norm& n) { return 3 * round_up(n.width, W); }
 // One block of rows: they are added up in order, into sums of the block's own, so the result does not depend on the
 // number of threads.
 void norm_backward_tile(const Norm& n, int64_t part, float* scratch) {
-  int64_t size = n.heads * n.width;
-  float* weight = n.weight_parts ? n.weight_parts + part * size : nullptr;
-  float* bias = n.bias_parts ? n.bias_parts + part * size : nullptr;
-  for (int64_t i = 0; i < size; i++) {
-    if (weight) weight[i] = 0;
-    if (bias) bias[i] = 0;
+  Gradients all = sums_of(n, part);
+  for (int64_t i = 0; i < n.heads * n.width; i++) {
+    if (all.weight) all.weight[i] = 0;
+    if (all.bias) all.bias[i] = 0;
   }
-  bool usual = is_usual_backward(n);
-  int64_t at_once = usual && n.heads == 1 ? AT_ONCE : 1;  // rows of different heads have different parameters
-  int64_t end = n.rows * (part + 1) / n.parts;
-  for (int64_t r = n.rows * part / n.parts; r < end; r += at_once) {
-    int64_t head = r % n.heads * n.width, count = min(at_once, end - r);
-    float *part_weight = weight ? weight + head : nullptr, *part_bias = bias ? bias + head : nullptr;
-    if (!usual)
-      backward_by_float(n, r, part_weight, part_bias, scratch);
-    else if (n.grad_x.dtype == Dtype::float32)
-      backward_in_place<Dtype::float32>(n, r, count, part_weight, part_bias);
-    else if (n.grad_x.dtype == Dtype::bfloat16)
-      backward_in_place<Dtype::bfloat16>(n, r, count, part_weight, part_bias);
-    else
-      backward_in_place<Dtype::float16>(n, r, count, part_weight, part_bias);
+  auto head_of = [&](int64_t r) {
+    int64_t at = r % n.heads * n.width;
+    return Gradients{all.weight ? all.weight + at : nullptr, all.bias ? all.bias + at : nullptr};
+  };
+  int64_t r = n.rows * part / n.parts, end = n.rows * (part + 1) / n.parts;
+  if (!is_usual_backward(n)) {
+    for (; r < end; r++) backward_by_float(n, r, head_of(r), scratch);
+    return;
   }
+  with_dtype(n.grad_x.dtype, [&](auto dtype) {
+    constexpr Dtype DTYPE = decltype(dtype)::value;
+    // Rows of different heads have different parameters.
+    for (; n.heads == 1 && r + AT_ONCE <= end; r += AT_ONCE) backward_in_place<DTYPE, AT_ONCE>(n, r, all);
+    for (; r < end; r++) backward_in_place<DTYPE, 1>(n, r, head_of(r));
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ parameters, summed
+
+constexpr int64_t COLS = 512;  // parameters of a tile
+
+int64_t norm_parameters_tiles(const Norm& n) {
+  return n.grad_weight.data || n.grad_bias.data ? (n.heads * n.width + COLS - 1) / COLS : 0;
+}
+size_t norm_parameters_scratch(const Norm&) { return COLS; }
+
+// The sum of the parts, in order, of some parameters.
+void norm_parameters_tile(const Norm& n, int64_t tile, float* sum) {
+  int64_t begin = tile * COLS, count = min(COLS, n.heads * n.width - begin);
+  auto add_up = [&](const Parameters& to, float* Gradients::*which) {
+    if (!to.data) return;
+    for (int64_t c = 0; c < count; c += W) {
+      vf total = {};
+      for (int64_t part = 0; part < n.parts; part++) total += load<vf>(sums_of(n, part).*which + begin + c);
+      store(sum + c, total);
+    }
+    store_floats((char*)to.data + begin * element_size(to.dtype), sum, to.dtype, count);
+  };
+  add_up(n.grad_weight, &Gradients::weight);
+  add_up(n.grad_bias, &Gradients::bias);
 }
 
 }  // namespace FLASHATTN_ISA

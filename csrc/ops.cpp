@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -33,6 +34,7 @@ FLASHATTN_DECLARE(avx512bf16)
 
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -112,11 +114,11 @@ void run(const Operation<Call>& operation, Call call) {
     if (pass.run) run(pass, call);
 }
 
-Dtype dtype_of(torch::headeronly::ScalarType dtype) {
+Dtype dtype_of(ScalarType dtype) {
   switch (dtype) {
-    case torch::headeronly::ScalarType::Float: return Dtype::float32;
-    case torch::headeronly::ScalarType::BFloat16: return Dtype::bfloat16;
-    case torch::headeronly::ScalarType::Half: return Dtype::float16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
     default: STD_TORCH_CHECK(false, "the CPU engine takes float32, bfloat16 and float16");
   }
 }
@@ -172,7 +174,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, doubl
                                              OptionalTensor kv_lengths) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   run(engine().attention_forward, attention(q, k, v, out, lse, {scale, left, right, q_lengths, kv_lengths}));
   return {out, lse};
 }
@@ -194,46 +196,97 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, OptionalT
 
 // ------------------------------------------------------------------------------------------------ norms
 
-// Python has merged the leading dimensions: (n0, n1, n2, width).
-Rows rows(const OptionalTensor& x) {
-  if (!x) return {};
-  return {x->data_ptr(), dtype_of(*x), x->size(1), x->size(2), x->stride(0), x->stride(1), x->stride(2)};
+// Row blocks of a norm's backward, each with partial sums of its own: at most so many, each of so many numbers.
+constexpr int64_t PARTS = 32, PART_NUMBERS = 1 << 16;
+
+// x as rows: its leading dimensions merged in row-major order, those not needed of size 1 and last. Where three are not
+// enough, or the last is not contiguous, x becomes a copy.
+Rows rows(Tensor& x) {
+  Rows r = {x.data_ptr(), dtype_of(x)};
+  int64_t sizes[3] = {1, 1, 1}, strides[3] = {0, 0, 0};
+  int used = 0;
+  bool fits = x.stride(-1) == 1 || x.size(-1) == 1;
+  for (int64_t i = 0; fits && i + 1 < x.dim(); i++) {
+    if (x.size(i) == 1) continue;
+    if (used > 0 && strides[used - 1] == x.size(i) * x.stride(i))
+      sizes[used - 1] *= x.size(i), strides[used - 1] = x.stride(i);
+    else if ((fits = used < 3))
+      sizes[used] = x.size(i), strides[used++] = x.stride(i);
+  }
+  if (!fits) return x = torch::stable::contiguous(x), rows(x);
+  r.size_1 = sizes[1], r.size_2 = sizes[2];
+  r.stride_0 = strides[0], r.stride_1 = strides[1], r.stride_2 = strides[2];
+  return r;
+}
+Rows rows(OptionalTensor& x) { return x ? rows(*x) : Rows{}; }
+
+// Parameters as the kernels read them: float32, contiguous.
+const float* floats(OptionalTensor& p) {
+  if (!p) return nullptr;
+  if (p->scalar_type() != ScalarType::Float) p = torch::stable::to(*p, ScalarType::Float);
+  if (!p->is_contiguous()) p = torch::stable::contiguous(*p);
+  return pointer<float>(p);
 }
 
-Norm norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& mean, const Tensor& rstd, int64_t heads,
-          bool center, double eps, double weight_offset, const OptionalTensor& seed, int64_t threshold, double scale) {
+// Heads that have parameters of their own; 1 where all rows share them.
+int64_t norm_heads(const OptionalTensor& weight, const OptionalTensor& bias) {
+  for (const OptionalTensor& p : {weight, bias})
+    if (p && p->dim() == 2) return p->size(0);
+  return 1;
+}
+
+// flashattn/norm_settings.py, field by field.
+struct NormArgs {
+  bool center;
+  double eps, weight_offset, dropout_p;
+  const OptionalTensor& seed;
+};
+
+Norm norm(const Tensor& x, const NormArgs& args) {
   Norm n = {};
-  n.rows = x.size(0) * x.size(1) * x.size(2), n.width = x.size(3), n.heads = heads;
-  n.center = center, n.eps = static_cast<float>(eps), n.weight_offset = static_cast<float>(weight_offset);
-  n.weight = pointer<float>(weight);
-  n.mean = pointer<float>(mean), n.rstd = pointer<float>(rstd);
-  n.dropout = seed.has_value();
-  n.seed = seed ? *pointer<uint64_t>(seed) : 0;
-  n.dropout_threshold = static_cast<uint32_t>(threshold), n.dropout_scale = static_cast<float>(scale);
+  n.width = x.size(-1), n.rows = x.numel() / n.width;
+  n.center = args.center, n.eps = static_cast<float>(args.eps);
+  n.weight_offset = static_cast<float>(args.weight_offset);
+  n.dropout = args.dropout_p > 0;
+  n.seed = n.dropout ? *pointer<uint64_t>(args.seed) : 0;
+  n.dropout_threshold = static_cast<uint32_t>(std::min(args.dropout_p * 2147483648.0, 2147483647.0));
+  n.dropout_scale = static_cast<float>(1 / (1 - args.dropout_p));
   return n;
 }
 
-void norm_forward(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor y,
-                  OptionalTensor hidden, OptionalTensor mean, Tensor rstd,
-                  torch::headeronly::ScalarType hidden_dtype, int64_t heads, bool center, double eps, double weight_offset, OptionalTensor seed, int64_t threshold,
-                  double scale) {
-  Norm n = norm(x, weight, mean, rstd, heads, center, eps, weight_offset, seed, threshold, scale);
+std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm_forward(
+    Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, ScalarType hidden_dtype,
+    bool keep_hidden, bool center, double eps, double weight_offset, double dropout_p, OptionalTensor seed) {
+  Norm n = norm(x, {center, eps, weight_offset, dropout_p, seed});
+  Tensor y = new_like(x), rstd = torch::stable::new_empty(x, {n.rows}, ScalarType::Float);
+  OptionalTensor hidden, mean;
+  if (keep_hidden) hidden = torch::stable::new_empty(x, x.sizes(), hidden_dtype);
+  if (center) mean = torch::stable::new_empty(x, {n.rows}, ScalarType::Float);
+  n.heads = norm_heads(weight, bias), n.hidden_dtype = dtype_of(hidden_dtype);
   n.x = rows(x), n.residual = rows(residual), n.y = rows(y), n.hidden = rows(hidden);
-  n.bias = pointer<float>(bias);
-  n.hidden_dtype = dtype_of(hidden_dtype);
+  n.weight = floats(weight), n.bias = floats(bias);
+  n.mean = pointer<float>(mean), n.rstd = pointer<float>(rstd);
   run(engine().norm_forward, n);
+  return {y, hidden, mean, rstd};
 }
 
-void norm_backward(Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, OptionalTensor weight,
-                   OptionalTensor mean, Tensor rstd, Tensor grad_x, OptionalTensor grad_residual,
-                   OptionalTensor weight_parts, OptionalTensor bias_parts, int64_t parts, int64_t heads, bool center,
-                   double weight_offset, OptionalTensor seed, int64_t threshold, double scale) {
-  Norm n = norm(hidden, weight, mean, rstd, heads, center, 0, weight_offset, seed, threshold, scale);
+std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward(
+    Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, OptionalTensor weight, OptionalTensor bias, Tensor mean,
+    Tensor rstd, ScalarType x_dtype, std::optional<ScalarType> residual_dtype, bool center, double eps,
+    double weight_offset, double dropout_p, OptionalTensor seed) {
+  Norm n = norm(hidden, {center, eps, weight_offset, dropout_p, seed});
+  Tensor grad_x = torch::stable::new_empty(hidden, hidden.sizes(), x_dtype);
+  OptionalTensor grad_residual, grad_weight, grad_bias;
+  if (residual_dtype) grad_residual = torch::stable::new_empty(hidden, hidden.sizes(), *residual_dtype);
+  if (weight) grad_weight = new_like(*weight), n.grad_weight = {grad_weight->data_ptr(), dtype_of(*weight)};
+  if (bias) grad_bias = new_like(*bias), n.grad_bias = {grad_bias->data_ptr(), dtype_of(*bias)};
+  n.heads = norm_heads(weight, bias), n.parts = std::clamp<int64_t>(n.rows * n.width / PART_NUMBERS, std::min<int64_t>(1, n.rows), PARTS);
   n.grad_y = rows(grad_y), n.grad_hidden = rows(grad_hidden), n.hidden = rows(hidden);
   n.grad_x = rows(grad_x), n.grad_residual = rows(grad_residual);
-  n.weight_parts = pointer<float>(weight_parts), n.bias_parts = pointer<float>(bias_parts);
-  n.parts = parts;
+  n.weight = floats(weight);
+  n.mean = center ? pointer<float>(mean) : nullptr, n.rstd = pointer<float>(rstd);
   run(engine().norm_backward, n);
+  return {grad_x, grad_residual, grad_weight, grad_bias};
 }
 
 // ------------------------------------------------------------------------------------------------ linear layers
@@ -248,7 +301,7 @@ void linear(Tensor x, Tensor weight, OptionalTensor bias, Tensor y) {
 
 // ------------------------------------------------------------------------------------------------ probes
 
-void exp2_of(Tensor x, Tensor y, torch::headeronly::ScalarType dtype) {
+void exp2_of(Tensor x, Tensor y, ScalarType dtype) {
   engine().exp2_of(dtype_of(dtype), pointer<float>(x), pointer<float>(y), x.numel());
 }
 
@@ -302,13 +355,14 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
       "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
-      "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!)? hidden, "
-      "Tensor(c!)? mean, Tensor(d!) rstd, ScalarType hidden_dtype, int heads, bool center, float eps, "
-      "float weight_offset, Tensor? seed, int threshold, float scale) -> ()");
+      "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, "
+      "bool keep_hidden, bool center, float eps, float weight_offset, float dropout_p, Tensor? seed) "
+      "-> (Tensor y, Tensor? hidden, Tensor? mean, Tensor rstd)");
   m.def(
-      "norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? mean, Tensor rstd, "
-      "Tensor(a!) grad_x, Tensor(b!)? grad_residual, Tensor(c!)? weight_parts, Tensor(d!)? bias_parts, int parts, "
-      "int heads, bool center, float weight_offset, Tensor? seed, int threshold, float scale) -> ()");
+      "norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype, bool center, float eps, float weight_offset, "
+      "float dropout_p, Tensor? seed) "
+      "-> (Tensor grad_x, Tensor? grad_residual, Tensor? grad_weight, Tensor? grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CompositeExplicitAutograd, m) {

@@ -66,19 +66,14 @@ static void products(const float* q, int64_t depth, const Matrix& k, int64_t n, 
   }
 }
 
-// Call f(dot, dtype) with both as types: Dot and a Constant<Dtype>.
-template <Dtype DTYPE>
-struct Constant {
-  static constexpr Dtype value = DTYPE;
-};
+// Call f(dot, dtype) with both as types.
 template <class F>
 static inline void with_dot_and_dtype(Dtype dtype, F f) {
   with_dot(dtype, [&](auto dot) {
-    if (dtype == Dtype::bfloat16) return f(dot, Constant<Dtype::bfloat16>{});
-    if constexpr (decltype(dot)::DEPTH == 1) {  // pairs are of bfloat16
-      if (dtype == Dtype::float16) return f(dot, Constant<Dtype::float16>{});
-      f(dot, Constant<Dtype::float32>{});
-    }
+    if constexpr (decltype(dot)::DEPTH == 2)
+      f(dot, Constant<Dtype::bfloat16>{});  // pairs are of bfloat16
+    else
+      with_dtype(dtype, [&](auto constant) { f(dot, constant); });
   });
 }
 

@@ -205,6 +205,18 @@ static inline vf widen(vh x, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? (vf)(extend(x) << 16) : float16_to_float(x);
 }
 
+// Call f with the dtype as a type: a Constant.
+template <Dtype DTYPE>
+struct Constant {
+  static constexpr Dtype value = DTYPE;
+};
+template <class F>
+static inline void with_dtype(Dtype dtype, F f) {
+  if (dtype == Dtype::float32) return f(Constant<Dtype::float32>{});
+  if (dtype == Dtype::bfloat16) return f(Constant<Dtype::bfloat16>{});
+  f(Constant<Dtype::float16>{});
+}
+
 // W numbers from number c of a row on.
 template <Dtype DTYPE>
 static inline vf load_numbers(const char* row, int64_t c) {

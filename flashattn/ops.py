@@ -115,6 +115,29 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
     return call
 
 
+def gradient(name: str, settings: type, run: Callable) -> Callable:
+    """Give the operator `name`, which computes gradients, its implementation, and return the shortest way to call it:
+    call(*inputs, settings, backend), as in `differentiable`. Differentiating it raises an error."""
+    fields = len(settings._fields)
+
+    def not_twice(ctx, *_):
+        raise RuntimeError("flashattn's gradients cannot be differentiated: a second derivative is not implemented")
+
+    torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(
+        lambda *flat: run(*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
+    )
+    torch.library.register_autograd(f"flashattn::{name}", not_twice)
+    operator = getattr(torch.ops.flashattn, name).default
+
+    def call(grad, *args):
+        # Gradients are computed with gradients enabled only where they shall be differentiated: not_twice says no.
+        if torch.is_grad_enabled() or is_watched() or not are_plain(grad):
+            return operator(grad, *args[:-2], *args[-2], args[-1])
+        return run(grad, *args)
+
+    return call
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -128,10 +151,8 @@ def _(q, k, v, *_):
     return q.new_empty(batch, heads, seq_q, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=lse_dtype(q))
 
 
-@torch.library.impl("flashattn::attention_backward", "CompositeExplicitAutograd")
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, *score_and_backend):
-    *score, backend = score_and_backend
-    return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, Score(*score))
+def _attention_backward(grad_out, grad_lse, q, k, v, out, lse, score, backend):
+    return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score)
 
 
 @torch.library.register_fake("flashattn::attention_backward")
@@ -151,20 +172,12 @@ def _attention_gradients(ctx, grad_out, grad_lse):
         return None, None, None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    return torch.ops.flashattn.attention_backward.default(
-        grad_out, grad_lse, q, k, v, out, lse, *ctx.score, ctx.backend
-    )
+    return attention_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.score, ctx.backend)
 
 
+attention_backward = gradient("attention_backward", Score, _attention_backward)
 attention = differentiable("attention_forward", Score, _attention_forward, _attention_context, _attention_gradients)
 
-
-def _not_twice(ctx, *_):
-    raise RuntimeError("flashattn's gradients cannot be differentiated: a second derivative is not implemented")
-
-
-torch.library.register_autograd("flashattn::attention_backward", _not_twice)
-torch.library.register_autograd("flashattn::norm_backward", _not_twice)
 
 # ------------------------------------------------------------------------------------------------ norms
 
@@ -184,13 +197,9 @@ def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, *_):
     return x.new_empty(x.shape), hidden, mean, x.new_empty(rows, dtype=statistics)
 
 
-@torch.library.impl("flashattn::norm_backward", "CompositeExplicitAutograd")
-def norm_backward(
-    grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *norm_and_backend
-):  # fmt: skip
-    *norm, backend = norm_and_backend
+def _norm_backward(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, norm, backend):
     gradients = BACKENDS[backend].norm_backward(
-        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, Norm(*norm)
+        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, norm
     )
     return tuple(empty_if_none(g, rstd) for g in gradients)
 
@@ -228,9 +237,9 @@ def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
         grad_y = torch.zeros(hidden.shape, dtype=ctx.x_dtype, device=hidden.device)
     # Without dropout or a change of dtype the two gradients are one tensor.
     same = ctx.norm.dropout_p == 0 and ctx.residual_dtype in (None, ctx.x_dtype)
-    grad_x, grad_residual, grad_weight, grad_bias = torch.ops.flashattn.norm_backward.default(
+    grad_x, grad_residual, grad_weight, grad_bias = norm_backward(
         grad_y, grad_hidden, hidden, weight, bias, mean, rstd, ctx.x_dtype, None if same else ctx.residual_dtype,
-        *ctx.norm, ctx.backend,
+        ctx.norm, ctx.backend,
     )  # fmt: skip
     if ctx.residual_dtype is None:
         grad_residual = None
@@ -241,4 +250,5 @@ def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
     return grad_x, grad_residual, grad_weight, grad_bias, None, None
 
 
+norm_backward = gradient("norm_backward", Norm, _norm_backward)
 norm = differentiable("norm_forward", Norm, _norm_forward, _norm_context, _norm_gradients)

@@ -1,4 +1,4 @@
-"""The native CPU backend: calls the operators of `csrc/ops.cpp`, allocating the norms' results."""
+"""The native CPU backend: the verbs are the operators of `csrc/ops.cpp`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
-from .common import dropout_threshold, norm_heads, rows, sum_parts
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
-PARTS = 32  # row blocks of a norm's backward, each with partial weight gradients of its own
 
 try:
     from .. import _C  # noqa: F401  (registers the operators of csrc/ops.cpp)
@@ -75,15 +73,6 @@ def backward(
 # ------------------------------------------------------------------------------------------------ norms
 
 
-def parameter_arg(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.float().contiguous()
-
-
-def dropout_args(norm: Norm) -> tuple:
-    """(seed, threshold, scale)"""
-    return norm.seed, dropout_threshold(norm.dropout_p), 1 / (1 - norm.dropout_p)
-
-
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -93,16 +82,7 @@ def norm_forward(
     keep_hidden: bool,
     norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    y = x.new_empty(x.shape)
-    hidden = x.new_empty(x.shape, dtype=hidden_dtype) if keep_hidden else None
-    row_count = x.shape[:-1].numel()
-    mean = x.new_empty(row_count, dtype=torch.float32) if norm.center else None
-    rstd = x.new_empty(row_count, dtype=torch.float32)
-    ops.norm_forward.default(
-        rows(x), rows(residual), parameter_arg(weight), parameter_arg(bias), rows(y), rows(hidden), mean, rstd,
-        hidden_dtype, norm_heads(weight, bias), norm.center, norm.eps, norm.weight_offset, *dropout_args(norm),
-    )  # fmt: skip
-    return y, hidden, mean, rstd
+    return ops.norm_forward.default(x, residual, weight, bias, hidden_dtype, keep_hidden, *norm)
 
 
 def norm_backward(
@@ -117,12 +97,6 @@ def norm_backward(
     residual_dtype: torch.dtype | None,
     norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x = hidden.new_empty(hidden.shape, dtype=x_dtype)
-    grad_residual = None if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype)
-    heads, parts = norm_heads(weight, bias), min(PARTS, hidden.shape[:-1].numel())
-    sums = [None if p is None else rstd.new_empty(parts, heads, hidden.shape[-1]) for p in (weight, bias)]
-    ops.norm_backward.default(
-        rows(grad_y), rows(grad_hidden), rows(hidden), parameter_arg(weight), mean if norm.center else None, rstd,
-        rows(grad_x), rows(grad_residual), *sums, parts, heads, norm.center, norm.weight_offset, *dropout_args(norm),
-    )  # fmt: skip
-    return grad_x, grad_residual, sum_parts(sums[0], weight), sum_parts(sums[1], bias)
+    return ops.norm_backward.default(
+        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *norm
+    )
