@@ -85,11 +85,13 @@ def memory() -> Figure:
 
 
 def lower_instruction_set(name: str, words: list[str], goal: float, seconds: float) -> list[Figure]:
-    """The same cases in a process of its own, ours and torch's both held to AVX2."""
+    """The same cases in a process of its own, ours and torch's both held to AVX2, and torch's libraries with it."""
+    held = {"FLASHATTN_CPU_ISA": name, "ATEN_CPU_CAPABILITY": name}
+    held |= {"MKL_ENABLE_INSTRUCTIONS": name.upper(), "ONEDNN_MAX_CPU_ISA": name.upper()}
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         subprocess.run(
             [sys.executable, "-m", "bench", "cpu", *words, "--seconds", str(seconds), "--json", file.name],
-            env={**os.environ, "FLASHATTN_CPU_ISA": name, "ATEN_CPU_CAPABILITY": name},
+            env={**os.environ, **held},
             stdout=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         rows = [json.loads(line) for line in Path(file.name).read_text(encoding="utf-8").splitlines()]

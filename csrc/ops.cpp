@@ -196,8 +196,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, OptionalT
 
 // ------------------------------------------------------------------------------------------------ norms
 
-// Row blocks of a norm's backward, each with partial sums of its own: at most so many, each of so many numbers.
-constexpr int64_t PARTS = 32, PART_NUMBERS = 1 << 16;
+// Row blocks of a norm's backward, each with partial sums of its own: at most PARTS, of PART_ROWS rows, lest the sums
+// become long and inexact, or of PART_NUMBERS numbers, so that there is work for every thread.
+constexpr int64_t PARTS = 32, PART_ROWS = 32, PART_NUMBERS = 1 << 16;
+int64_t parts_of(const Norm& n) {
+  return std::min({PARTS, n.rows, std::max({int64_t{1}, n.rows / PART_ROWS, n.rows * n.width / PART_NUMBERS})});
+}
 
 // x as rows: its leading dimensions merged in row-major order, those not needed of size 1 and last. Where three are not
 // enough, or the last is not contiguous, x becomes a copy.
@@ -280,7 +284,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward
   if (residual_dtype) grad_residual = torch::stable::new_empty(hidden, hidden.sizes(), *residual_dtype);
   if (weight) grad_weight = new_like(*weight), n.grad_weight = {grad_weight->data_ptr(), dtype_of(*weight)};
   if (bias) grad_bias = new_like(*bias), n.grad_bias = {grad_bias->data_ptr(), dtype_of(*bias)};
-  n.heads = norm_heads(weight, bias), n.parts = std::clamp<int64_t>(n.rows * n.width / PART_NUMBERS, std::min<int64_t>(1, n.rows), PARTS);
+  n.heads = norm_heads(weight, bias), n.parts = parts_of(n);
   n.grad_y = rows(grad_y), n.grad_hidden = rows(grad_hidden), n.hidden = rows(hidden);
   n.grad_x = rows(grad_x), n.grad_residual = rows(grad_residual);
   n.weight = floats(weight);
