@@ -18,8 +18,8 @@ struct Softmax {
   float *m, *l, *alpha;
 };
 
-// Turn scores S[n][lanes], of which `width` lanes count, into weights, elements along keys, in place. softmax.m holds the new maximum, softmax.alpha
-// the old one; it becomes the factor by which what was summed before is rescaled.
+// Turn scores S[n][lanes], of which `width` lanes count, into weights, elements along keys, in place. softmax.m holds the
+// new maximum, softmax.alpha the old one; it becomes the factor by which what was summed before is rescaled.
 template <class Dot>
 INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax) {
   for (int64_t i = 0; i < width; i += W) {
@@ -27,26 +27,27 @@ INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, So
     vf shift = m == -__builtin_inff() ? vf{} : m;  // no key yet: weights 0, not NaN
     vf alpha = exp2(load<vf>(softmax.alpha + i) - shift);
     vf l[4] = {};  // four short sums are more exact than one long one
-    auto weight = [&](int64_t j) {
-      vf p = exp2<Dot::EXP_DEGREE>(load<vf>(s + j * lanes + i) - shift);
-      l[j % 4] += p;
+    float* at = s + i;
+    auto weight = [&](float* score, vf& sum) {
+      vf p = exp2<Dot::EXP_DEGREE>(load<vf>(score) - shift);
+      sum += p;
       return p;
     };
     int64_t j = 0;
     if constexpr (Dot::DEPTH == 1) {
       for (; j + 4 <= n; j += 4)
-        for (int r = 0; r < 4; r++) store(s + (j + r) * lanes + i, weight(j + r));
-      for (; j < n; j++) store(s + j * lanes + i, weight(j));
+        UNROLL for (int r = 0; r < 4; r++, at += lanes) store(at, weight(at, l[r]));
+      for (; j < n; j++, at += lanes) store(at, weight(at, l[0]));
     } else {
-      auto store_pair = [&](int64_t j, vf even, vf odd) { store(s + j / 2 * lanes + i, Dot::of(even, odd)); };
+      float* to = at;
       for (; j + 4 <= n; j += 4)
-        for (int r = 0; r < 4; r += 2) {
-          vf even = weight(j + r);
-          store_pair(j + r, even, weight(j + r + 1));
+        UNROLL for (int r = 0; r < 4; r += 2, at += 2 * lanes, to += lanes) {
+          vf even = weight(at, l[r]);
+          store(to, Dot::of(even, weight(at + lanes, l[r + 1])));
         }
-      for (; j < n; j += 2) {
-        vf even = weight(j);
-        store_pair(j, even, j + 1 < n ? weight(j + 1) : vf{});
+      for (; j < n; j += 2, at += 2 * lanes, to += lanes) {
+        vf even = weight(at, l[0]);
+        store(to, Dot::of(even, j + 1 < n ? weight(at + lanes, l[1]) : vf{}));
       }
     }
     store(softmax.l + i, load<vf>(softmax.l + i) * alpha + ((l[0] + l[1]) + (l[2] + l[3])));
