@@ -3,14 +3,16 @@
 //   P = 2^(K Q^T - lse),  dP = V dO^T,  dS = P (dP - delta)
 //   dV += P dO,  dK += dS Q,  dQ^T += K^T dS
 //
-// Three passes. The first computes delta. In the second a task owns some sections of the keys of one key/value head:
+// With dropout, P is dropped where it meets dO, and dP likewise; with a softcap, dS is multiplied by its derivative.
+//
+// Three passes, and one more for the gradient of a bias. The first computes delta. In the second a task owns some sections of the keys of one key/value head:
 // for each section it goes once over all queries of the group that see it, so S and dP are computed once, and adds up
 // dQ in a buffer of its own. The third sums the buffers of the tasks, in order. Nothing is atomic, and what is added to
 // what does not depend on the number of threads.
 //
 // Dao, "FlashAttention-2" (2023), arXiv:2307.08691. The mathematics is in kernels/backward.py.
 #include "kernels.h"
-#include "tiles.h"
+#include "modify.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
@@ -115,45 +117,71 @@ static Queries load_queries(const Attention& a, int64_t batch, int64_t head, Ran
 }
 
 // P and dS of a tile of scores. As right side of a product they are [key][query] elements along keys, as left side
-// [key][query] elements along queries; of float32 numbers the two are the same.
+// [key][query] elements along queries; of float32 numbers the two are the same, but for what dropout drops of P.
 struct Weights {
   float *p, *ds;          // float32: first S and dP, then P and dS
   float *p_left, *ds_left, *ds_right;
+  float *slope, *kept;    // the derivative of the softcap, what dropout multiplies by; or null
+  Planes planes;
 };
 
 template <class Dot>
-static Weights take_weights(Scratch& scratch) {
-  Weights w = {scratch.take(BLOCK_N * BLOCK_M), scratch.take(BLOCK_N * BLOCK_M)};
-  if (Dot::DEPTH == 1) {
-    w.p_left = w.p, w.ds_left = w.ds_right = w.ds;
-  } else {
-    w.p_left = scratch.take(BLOCK_N * BLOCK_M / 2);
-    w.ds_left = scratch.take(BLOCK_N * BLOCK_M / 2);
-    w.ds_right = w.ds;
-  }
+static Weights take_weights(const Attention& a, Scratch& scratch) {
+  auto take = [&](bool wanted) { return wanted ? scratch.take(BLOCK_N * BLOCK_M) : nullptr; };
+  Weights w = {take(true), take(true)};
+  w.slope = take(a.score.softcap != 0), w.kept = take(a.score.dropout.scale != 0);
+  w.p_left = Dot::DEPTH == 2 || w.kept ? take(true) : w.p;
+  w.ds_left = Dot::DEPTH == 2 ? take(true) : w.ds;
+  w.ds_right = w.ds;
+  w.planes = take_planes(a, scratch, BLOCK_N);
   return w;
 }
+static size_t weights_floats(const Attention& a) { return 6 * (BLOCK_N * BLOCK_M + 16) + planes_floats(a, BLOCK_N); }
 
-// exp(s - lse) of base-2 scores in place. The product of lse, a natural logarithm, with log2(e) is left to a fused
+// exp(s - lse) of products q.k in place. The product of lse, a natural logarithm, with log2(e) is left to a fused
 // multiply-add: rounded on its own it would cost as much accuracy as lse itself has.
 template <class Dot>
-static void softmax_weights(const Attention& a, const Weights& w, const Queries& x, Range keys, float scale) {
+static void softmax_weights(const Attention& a, const Weights& w, const Queries& x, int64_t batch, int64_t head,
+                            Range keys) {
   bool edge = is_edge(a, x.rows, keys);
+  float scale = a.score.scale * LOG2E;
+  if (is_modified(a)) {
+    for (int64_t i = 0; i < (keys.end - keys.begin) * x.lanes; i += W) store(w.p + i, load<vf>(w.p + i) * scale);
+    modify(a, {batch, head, x.rows.begin, x.lanes}, keys, edge, w.planes, w.p, x.lanes, w.slope, nullptr);
+    edge = false, scale = 1;  // both are done
+  }
+  if (w.kept)
+    for (int64_t i = 0; i < x.lanes; i += W) {
+      KeptWeights kept(a, {batch, head, x.rows.begin + i, W});
+      for (int64_t j = keys.begin; j < keys.end; j++) store(w.kept + (j - keys.begin) * x.lanes + i, kept.at(j));
+    }
   for (int64_t j = keys.begin; j < keys.end; j++)
     for (int64_t i = 0; i < x.lanes; i += W) {
       int64_t at = (j - keys.begin) * x.lanes + i;
       vf p = exp2<Dot::EXP_DEGREE>(load<vf>(w.p + at) * scale - load<vf>(x.lse + i) * LOG2E);
       if (edge) p = visible(a, x.rows.begin + i, j) ? p : vf{};
       store(w.p + at, p);
-      if constexpr (Dot::DEPTH == 2) store((uint16_t*)w.p_left + at, float_to_bfloat16(p));
+      if (w.kept) p *= load<vf>(w.kept + at);
+      if constexpr (Dot::DEPTH == 2)
+        store((uint16_t*)w.p_left + at, float_to_bfloat16(p));
+      else if (w.kept)
+        store(w.p_left + at, p);
     }
+}
+
+// The gradient of W scores as softmax takes them.
+INLINE vf score_gradient(const Weights& w, const Queries& x, int64_t at, int64_t i) {
+  vf dp = load<vf>(w.ds + at);
+  if (w.kept) dp *= load<vf>(w.kept + at);
+  return load<vf>(w.p + at) * (dp - load<vf>(x.delta + i));
 }
 
 template <class Dot>
 static void score_gradients(const Weights& w, const Queries& x, int64_t n) {
   auto gradient = [&](int64_t j, int64_t i) {
     int64_t at = j * x.lanes + i;
-    vf ds = load<vf>(w.p + at) * (load<vf>(w.ds + at) - load<vf>(x.delta + i));
+    vf ds = score_gradient(w, x, at, i);
+    if (w.slope) ds *= load<vf>(w.slope + at);
     if constexpr (Dot::DEPTH == 1)
       store(w.ds + at, ds);
     else
@@ -185,7 +213,7 @@ static void backward_section(const Attention& a, int64_t batch, int64_t kv_head,
   float* k_packed = scratch.take(length * d);
   float* v_packed = scratch.take(length * dv);
   float* kt_packed = Dot::DEPTH == 1 ? k_packed : scratch.take(round_up(length, 2) / 2 * d);
-  Weights w = take_weights<Dot>(scratch);
+  Weights w = take_weights<Dot>(a, scratch);
   for (int64_t i = 0; i < length * d; i++) sum_k[i] = 0;
   for (int64_t i = 0; i < length * dv; i++) sum_v[i] = 0;
 
@@ -209,7 +237,7 @@ static void backward_section(const Attention& a, int64_t batch, int64_t kv_head,
           int64_t at = from - keys.begin, n = tile.end - tile.begin;
           auto rows_from = [at](Left left) { return Left{left.data + at * left.row, left.row, left.col}; };
           matmul<Dot>(rows_from(left_k), x.q_t, x.lanes, n, x.lanes, elements<Dot>(a.head_dim), store_to(w.p, x.lanes));
-          softmax_weights<Dot>(a, w, x, tile, a.score.scale * LOG2E);
+          softmax_weights<Dot>(a, w, x, batch, head, tile);
           matmul<Dot>(rows_from(left_v), x.grad_t, x.lanes, n, x.lanes, elements<Dot>(a.head_dim_v),
                       store_to(w.ds, x.lanes));
           score_gradients<Dot>(w, x, n);
@@ -234,7 +262,7 @@ int64_t backward_tiles(const Attention& a) { return split(a).parts * a.batch * a
 
 size_t backward_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), section = split(a).section;
-  return section * (3 * d + 2 * dv) + BLOCK_N * BLOCK_M * 3 + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
+  return section * (3 * d + 2 * dv) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
 }
 
 void backward_tile(const Attention& a, int64_t index, float* memory) {
@@ -269,6 +297,91 @@ void backward_q_tile(const Attention& a, int64_t index, float* memory) {
   for (int64_t i = 0; i < lanes; i++) factor[i] = a.score.scale;
   store_transposed(matrix(a.grad_q, a.dtype, a.head_dim, tile.batch, tile.head), tile.rows, tile.rows.end, sum, lanes,
                    factor);
+}
+
+// ------------------------------------------------------------------------------------------------ dbias
+
+// A tile owns a block of the bias and goes over all batch rows, heads, queries and keys that share it: S and dP are
+// computed once more, so that nothing has to be kept, and the sum has one order.
+
+static int64_t bias_query_tiles(const Attention& a) { return a.grad_bias.size_q == 1 ? 1 : query_tiles(a); }
+static int64_t bias_key_tiles(const Attention& a) {
+  return a.grad_bias.size_k == 1 ? 1 : (a.seq_k + BLOCK_N - 1) / BLOCK_N;
+}
+
+int64_t backward_bias_tiles(const Attention& a) {
+  const Plane& x = a.grad_bias;
+  return x.data ? x.size_batch * x.size_head * bias_query_tiles(a) * bias_key_tiles(a) : 0;
+}
+
+size_t backward_bias_scratch(const Attention& a) {
+  int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W);
+  return BLOCK_N * (d + dv + BLOCK_M) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
+}
+
+// Add the gradients of one tile of scores to sum[key, or 0][query].
+template <class Dot>
+static void add_bias_gradient(const Attention& a, int64_t batch, int64_t head, Range rows, Range keys, int64_t first_key,
+                              float* sum, Scratch scratch) {
+  int64_t kv_head = head / (a.heads / a.kv_heads), n = keys.end - keys.begin;
+  Queries x = load_queries<Dot>(a, batch, head, rows, scratch);
+  float* k_packed = scratch.take(BLOCK_N * round_up(a.head_dim, W));
+  float* v_packed = scratch.take(BLOCK_N * round_up(a.head_dim_v, W));
+  Weights w = take_weights<Dot>(a, scratch);
+  Matrix k = matrix(a.k, a.dtype, a.head_dim, batch, kv_head), v = matrix(a.v, a.dtype, a.head_dim_v, batch, kv_head);
+  matmul<Dot>(left_rows<Dot>(k, keys, k_packed), x.q_t, x.lanes, n, x.lanes, elements<Dot>(a.head_dim),
+              store_to(w.p, x.lanes));
+  softmax_weights<Dot>(a, w, x, batch, head, keys);
+  matmul<Dot>(left_rows<Dot>(v, keys, v_packed), x.grad_t, x.lanes, n, x.lanes, elements<Dot>(a.head_dim_v),
+              store_to(w.ds, x.lanes));
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t i = 0; i < x.lanes; i += W) {
+      float* to = sum + (a.grad_bias.size_k == 1 ? 0 : keys.begin + j - first_key) * BLOCK_M + i;
+      store(to, load<vf>(to) + score_gradient(w, x, j * x.lanes + i, i));
+    }
+}
+
+template <class Dot>
+static void backward_bias(const Attention& a, int64_t batch, int64_t head, int64_t query_tile, int64_t key_tile,
+                          Scratch scratch) {
+  const Plane& x = a.grad_bias;
+  auto shared = [](int64_t size, int64_t at, int64_t all) { return size == 1 ? Range{0, all} : Range{at, at + 1}; };
+  Range batches = shared(x.size_batch, batch, a.batch), heads = shared(x.size_head, head, a.heads);
+  Range tiles = shared(x.size_q, query_tile, query_tiles(a));
+  Range key_tiles = shared(x.size_k, key_tile, (a.seq_k + BLOCK_N - 1) / BLOCK_N);
+  float* sum = scratch.take(BLOCK_N * BLOCK_M);
+  for (int64_t i = 0; i < BLOCK_N * BLOCK_M; i++) sum[i] = 0;
+  for (int64_t b = batches.begin; b < batches.end; b++)
+    for (int64_t h = heads.begin; h < heads.end; h++)
+      for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
+        Range rows = {tile * BLOCK_M, min(query_end(a, b), (tile + 1) * BLOCK_M)};
+        if (rows.begin >= rows.end) continue;
+        Range sees = visible_keys(a, rows, b);
+        for (int64_t j = key_tiles.begin; j < key_tiles.end; j++) {
+          Range keys = {max(sees.begin, j * BLOCK_N), min(sees.end, (j + 1) * BLOCK_N)};
+          if (keys.begin < keys.end) add_bias_gradient<Dot>(a, b, h, rows, keys, j * BLOCK_N, sum, scratch);
+        }
+      }
+  Range rows = {query_tile * BLOCK_M, min(x.size_q, (query_tile + 1) * BLOCK_M)};
+  Range keys = {key_tile * BLOCK_N, min(x.size_k, (key_tile + 1) * BLOCK_N)};
+  for (int64_t i = rows.begin; i < rows.end; i++)
+    for (int64_t j = keys.begin; j < keys.end; j++) {
+      const float* from = sum + (j - keys.begin) * BLOCK_M;
+      float total = from[i - rows.begin];
+      for (int64_t lane = 1; x.size_q == 1 && lane < BLOCK_M; lane++) total += from[lane];
+      ((float*)x.data)[((batch * x.size_head + head) * x.size_q + i) * x.size_k + j] = total;
+    }
+}
+
+void backward_bias_tile(const Attention& a, int64_t index, float* memory) {
+  int64_t key_tile = index % bias_key_tiles(a);
+  index /= bias_key_tiles(a);
+  int64_t query_tile = index % bias_query_tiles(a);
+  index /= bias_query_tiles(a);
+  with_dot(a.dtype, [&](auto dot) {
+    backward_bias<decltype(dot)>(a, index / a.grad_bias.size_head, index % a.grad_bias.size_head, query_tile, key_tile,
+                                 {memory});
+  });
 }
 
 }  // namespace FLASHATTN_ISA

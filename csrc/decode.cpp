@@ -173,7 +173,8 @@ void merge_tile(const Attention& a, int64_t index, float* sum) {
       for (int64_t c = 0; c < a.head_dim_v; c += W)
         store(sum + c, load<vf>(sum + c) + load<vf>(first.out + i * stride + c) * factor);
     }
-    float inverse = l > 0 || l != l ? 1 / l : 0;
+    float scale = a.score.sinks ? join_sink(a.score.sinks[head], m, l) : 1;
+    float inverse = l > 0 || l != l ? scale / l : 0;
     for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, load<vf>(sum + c) * inverse);
     store_floats(out.row(query), sum, a.dtype, a.head_dim_v);
     a.lse[(batch * a.heads + head) * a.seq_q + query] =

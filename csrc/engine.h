@@ -15,12 +15,35 @@ struct Heads {
   int64_t stride_batch = 0, stride_head = 0, stride_seq = 0;
 };
 
+// A (batch, heads, seq_q, seq_k) mask or bias, or null. Its own sizes are 1 where it is broadcast, and strides 0 there.
+// Strides in elements; the last is 0 or 1.
+struct Plane {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;  // of a bias; a mask has bytes
+  int64_t size_batch = 1, size_head = 1, size_q = 1, size_k = 1;
+  int64_t stride_batch = 0, stride_head = 0, stride_q = 0, stride_k = 0;
+};
+
+// 0 where there is none.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // dropped where 31 random bits are below it
+  float scale;         // of what is kept; 0: no dropout
+};
+
 // Everything between q.k and softmax: flashattn/score.py. A new piece is one field here and one place in score.h.
 struct Score {
   float scale;
   int64_t first, last;        // query i sees keys i + first <= j <= i + last
+  int64_t diagonal;           // seq_k - seq_q
   const int32_t* q_lengths;   // (batch,) or null
   const int32_t* kv_lengths;  // (batch,) or null
+  float softcap;              // 0: none
+  const float* slopes;        // (batch, heads) or null
+  int64_t slopes_stride;      // from batch to batch
+  Plane mask, bias;
+  const float* sinks;  // (heads,) or null
+  Dropout dropout;
 };
 
 struct Attention {
@@ -28,6 +51,7 @@ struct Attention {
   int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;
   Score score;
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  Plane grad_bias;        // float32, contiguous
   float* lse;             // (batch, heads, seq_q)
   const float* grad_lse;  // likewise, or null
   float* workspace;
@@ -56,10 +80,7 @@ struct Norm {
   float *mean, *rstd;          // (rows,)
   Parameters grad_weight, grad_bias;
   float* workspace;
-  bool dropout;
-  uint64_t seed;
-  uint32_t dropout_threshold;  // dropped where 31 random bits are below it
-  float dropout_scale;
+  Dropout dropout;
 };
 
 // y (rows, out) = x (rows, in) weight^T + bias; x and y contiguous, the weight's rows `stride` apart.
@@ -84,7 +105,7 @@ struct Kernel {
 template <class Call>
 struct Operation {
   size_t (*workspace_floats)(const Call&);
-  Kernel<Call> passes[3];
+  Kernel<Call> passes[4];
 };
 
 struct Engine {

@@ -6,7 +6,7 @@
 //
 // Dao, "FlashAttention-2" (2023), arXiv:2307.08691.
 #include "kernels.h"
-#include "tiles.h"
+#include "modify.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
@@ -20,53 +20,40 @@ struct Softmax {
 
 // Turn scores S[n][lanes], of which `width` lanes count, into weights, elements along keys, in place. softmax.m holds the
 // new maximum, softmax.alpha the old one; it becomes the factor by which what was summed before is rescaled.
-template <class Dot>
-INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax) {
+// A weight goes through drop(i)(weight, key), i its lane, once it has been added to the sum.
+template <class Dot, class Drop>
+INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax, Drop drop) {
   for (int64_t i = 0; i < width; i += W) {
     vf m = load<vf>(softmax.m + i);
     vf shift = m == -__builtin_inff() ? vf{} : m;  // no key yet: weights 0, not NaN
     vf alpha = exp2(load<vf>(softmax.alpha + i) - shift);
     vf l[4] = {};  // four short sums are more exact than one long one
     float* at = s + i;
-    auto weight = [&](float* score, vf& sum) {
+    auto dropped = drop(i);
+    auto weight = [&](float* score, int64_t j, vf& sum) {
       vf p = exp2<Dot::EXP_DEGREE>(load<vf>(score) - shift);
       sum += p;
-      return p;
+      return dropped(p, j);
     };
     int64_t j = 0;
     if constexpr (Dot::DEPTH == 1) {
       for (; j + 4 <= n; j += 4)
-        UNROLL for (int r = 0; r < 4; r++, at += lanes) store(at, weight(at, l[r]));
-      for (; j < n; j++, at += lanes) store(at, weight(at, l[0]));
+        UNROLL for (int r = 0; r < 4; r++, at += lanes) store(at, weight(at, j + r, l[r]));
+      for (; j < n; j++, at += lanes) store(at, weight(at, j, l[0]));
     } else {
       float* to = at;
       for (; j + 4 <= n; j += 4)
         UNROLL for (int r = 0; r < 4; r += 2, at += 2 * lanes, to += lanes) {
-          vf even = weight(at, l[r]);
-          store(to, Dot::of(even, weight(at + lanes, l[r + 1])));
+          vf even = weight(at, j + r, l[r]);
+          store(to, Dot::of(even, weight(at + lanes, j + r + 1, l[r + 1])));
         }
       for (; j < n; j += 2, at += 2 * lanes, to += lanes) {
-        vf even = weight(at, l[0]);
-        store(to, Dot::of(even, j + 1 < n ? weight(at + lanes, l[1]) : vf{}));
+        vf even = weight(at, j, l[0]);
+        store(to, Dot::of(even, j + 1 < n ? weight(at + lanes, j + 1, l[1]) : vf{}));
       }
     }
     store(softmax.l + i, load<vf>(softmax.l + i) * alpha + ((l[0] + l[1]) + (l[2] + l[3])));
     store(softmax.alpha + i, alpha);
-  }
-}
-
-// Set the masked scores of an edge tile to -inf, and take the maximum of the others.
-static void mask_scores(const Attention& a, int64_t query, Range keys, float* s, int64_t lanes, int64_t width,
-                        float* m) {
-  for (int64_t i = 0; i < width; i += W) {
-    vf top = load<vf>(m + i);
-    for (int64_t j = keys.begin; j < keys.end; j++, s += lanes) {
-      vf x = visible(a, query + i, j) ? load<vf>(s + i) : vf{} - __builtin_inff();
-      store(s + i, x);
-      top = max(top, x);
-    }
-    store(m + i, top);
-    s -= lanes * (keys.end - keys.begin);
   }
 }
 
@@ -81,6 +68,7 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
   float* k_packed = scratch.take(BLOCK_N * round_up(elements<Dot>(a.head_dim), W));
   float* v_packed = scratch.take(BLOCK_N / Dot::DEPTH * round_up(a.head_dim_v, W));
   Softmax softmax = {scratch.take(BLOCK_M), scratch.take(BLOCK_M), scratch.take(BLOCK_M)};
+  Planes planes = take_planes(a, scratch, BLOCK_N);
 
   Matrix k = matrix(a.k, a.dtype, a.head_dim, tile.batch, kv_head);
   Matrix v = matrix(a.v, a.dtype, a.head_dim_v, tile.batch, kv_head);
@@ -89,7 +77,8 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
   for (int64_t i = 0; i < a.head_dim_v * lanes; i++) out_t[i] = 0;
   for (int64_t i = 0; i < lanes; i++) softmax.m[i] = -__builtin_inff(), softmax.l[i] = 0;
 
-  float scale = a.score.scale * LOG2E;
+  const float scale = a.score.scale * LOG2E;
+  const bool modified = is_modified(a);
   // Lanes from .. from + width of the tile look at some keys.
   auto step = [&](Range keys, int64_t from, int64_t width, bool edge) {
     int64_t n = keys.end - keys.begin;
@@ -105,11 +94,20 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
                     top[i] = max(top[i], x);
                     store(scores + (row + r) * lanes + col + i * W, x);
                   });
-                  if (edge) return;  // the maximum is that of the scores that are not masked
+                  if (edge || modified) return;  // the maximum is that of what the scores become
                   UNROLL for (int i = 0; i < c.VECS; i++) store(part.m + col + i * W, top[i]);
                 });
-    if (edge) mask_scores(a, tile.rows.begin + from, keys, scores, lanes, width, part.m);
-    online_softmax<Dot>(scores, n, lanes, width, part);
+    if (edge || modified) {
+      Spot at = {tile.batch, tile.head, tile.rows.begin + from, width};
+      modify(a, at, keys, edge, planes, scores, lanes, nullptr, part.m);
+    }
+    if (a.score.dropout.scale == 0)
+      online_softmax<Dot>(scores, n, lanes, width, part, [](int64_t) { return [](vf p, int64_t) { return p; }; });
+    else
+      online_softmax<Dot>(scores, n, lanes, width, part, [&](int64_t i) {
+        KeptWeights kept(a, {tile.batch, tile.head, tile.rows.begin + from + i, W});
+        return [kept, keys](vf p, int64_t j) mutable { return p * kept.at(keys.begin + j); };
+      });
     matmul<Dot>(left_columns<Dot>(v, keys, v_packed), scores, lanes, a.head_dim_v, width, elements<Dot>(n),
                 [=](auto& c, int64_t row, int64_t col) {
                   c.each([=](int r, int i, vf x) {
@@ -139,7 +137,8 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
   float* lse = a.lse + (tile.batch * a.heads + tile.head) * a.seq_q + tile.rows.begin;
   for (int64_t i = 0; i < tile.rows.end - tile.rows.begin; i++) {
     float l = tile.rows.begin + i < valid.end ? softmax.l[i] : 0;
-    softmax.alpha[i] = l > 0 || l != l ? 1 / l : 0;
+    float factor = a.score.sinks ? join_sink(a.score.sinks[tile.head], softmax.m[i], l) : 1;
+    softmax.alpha[i] = l > 0 || l != l ? factor / l : 0;
     lse[i] = l == 0 ? -__builtin_inff() : softmax.m[i] * LN2 + __builtin_logf(l);
   }
   store_transposed(matrix(a.out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, valid.end, out_t, lanes,
@@ -152,7 +151,7 @@ int64_t forward_tiles(const Attention& a) {
 
 size_t forward_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), n = FORWARD_BLOCK_N * MAX_DEPTH;
-  return BLOCK_M * (d + dv + n) + n * d + FORWARD_BLOCK_N * dv + 3 * BLOCK_M + 8 * 16;
+  return BLOCK_M * (d + dv + n) + n * d + FORWARD_BLOCK_N * dv + 3 * BLOCK_M + planes_floats(a, n) + 8 * 16;
 }
 
 void forward_tile(const Attention& a, int64_t index, float* memory) {

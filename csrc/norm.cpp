@@ -20,11 +20,11 @@ static void store_row(const Rows& x, int64_t r, const float* src, int64_t width)
   store_floats(row_at(x, r), src, x.dtype, width);
 }
 
+// x is readable and writable to whole vectors.
 static void dropout(const Norm& n, float* x, int64_t r) {
-  for (int64_t c = 0; c < n.width; c++) {
-    bool keep = philox(n.seed, (uint32_t)r, (uint32_t)c) >> 1 >= n.dropout_threshold;
-    x[c] = keep ? x[c] * n.dropout_scale : 0;
-  }
+  for (int64_t c = 0; c < n.width; c += W)
+    store(x + c, load<vf>(x + c) * kept(n.dropout, philox(n.dropout.seed, lane_numbers() + (uint32_t)c,
+                                                          vu{} + (uint32_t)r, 0).at[0]));
 }
 
 // Round to the dtype h is kept in, so that what is normalised is what is kept.
@@ -125,7 +125,7 @@ static void forward_row_in_place(const Norm& n, int64_t r, char* scratch) {
 
 static bool is_usual(const Norm& n) {
   bool same = n.hidden_dtype == n.x.dtype && (!n.residual.data || n.residual.dtype == n.x.dtype);
-  return same && !n.dropout && n.width % W == 0 && !(n.hidden.data && !n.residual.data);
+  return same && n.dropout.scale == 0 && n.width % W == 0 && !(n.hidden.data && !n.residual.data);
 }
 
 // Any row, by way of float32: h = residual + dropout(x), rounded to the dtype it is kept in, and normalised.
@@ -133,7 +133,7 @@ static void forward_row_by_float(const Norm& n, int64_t r, float* h) {
   int64_t padded = round_up(n.width, W);
   float* other = h + padded;
   load_floats(h, row_at(n.x, r), n.x.dtype, n.width);
-  if (n.dropout) dropout(n, h, r);
+  if (n.dropout.scale != 0) dropout(n, h, r);
   if (n.residual.data) {
     load_floats(other, row_at(n.residual, r), n.residual.dtype, n.width);
     for (int64_t c = 0; c < padded; c += W) store(h + c, load<vf>(h + c) + load<vf>(other + c));
@@ -226,7 +226,7 @@ static bool is_usual_backward(const Norm& n) {
   Dtype dtype = n.grad_x.dtype;
   bool same = n.hidden.dtype == dtype && n.grad_y.dtype == dtype;
   if (n.grad_hidden.data) same = same && n.grad_hidden.dtype == dtype;
-  return same && !n.dropout && !n.grad_residual.data && n.width % W == 0;
+  return same && n.dropout.scale == 0 && !n.grad_residual.data && n.width % W == 0;
 }
 
 // Any row, by way of float32.
@@ -239,7 +239,7 @@ static void backward_by_float(const Norm& n, int64_t r, Gradients sums, float* s
   Inputs row = {(char*)grad, (char*)h, n.grad_hidden.data ? (char*)more : nullptr, (char*)h};
   backward_rows<Dtype::float32, 1>(n, r, &row, sums);
   if (n.grad_residual.data) store_row(n.grad_residual, r, h, n.width);
-  if (n.dropout) dropout(n, h, r);
+  if (n.dropout.scale != 0) dropout(n, h, r);
   store_row(n.grad_x, r, h, n.width);
 }
 

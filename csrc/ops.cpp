@@ -145,25 +145,62 @@ Tensor last_dim_contiguous(const Tensor& x) {
 
 Tensor new_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 
-// flashattn/score.py, field by field.
+Plane plane(const OptionalTensor& x) {
+  if (!x) return {};
+  Plane p = {x->data_ptr()};
+  int64_t* sizes[] = {&p.size_batch, &p.size_head, &p.size_q, &p.size_k};
+  int64_t* strides[] = {&p.stride_batch, &p.stride_head, &p.stride_q, &p.stride_k};
+  for (int i = 0; i < 4; i++) *sizes[i] = x->size(i), *strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
+  return p;
+}
+
+Dropout dropout(double p, const OptionalTensor& seed) {
+  if (p == 0) return {};
+  uint32_t threshold = static_cast<uint32_t>(std::min(p * 2147483648.0, 2147483647.0));
+  return {*static_cast<uint64_t*>(seed->data_ptr()), threshold, static_cast<float>(1 / (1 - p))};
+}
+
+// Parameters as the kernels read them: float32, contiguous.
+const float* floats(OptionalTensor& p) {
+  if (!p) return nullptr;
+  if (p->scalar_type() != ScalarType::Float) p = torch::stable::to(*p, ScalarType::Float);
+  if (!p->is_contiguous()) p = torch::stable::contiguous(*p);
+  return pointer<float>(p);
+}
+
+// flashattn/score.py, field by field; keeps alive what the kernels read.
 struct ScoreArgs {
   double scale;
   std::optional<int64_t> left, right;
-  const OptionalTensor &q_lengths, &kv_lengths;
+  OptionalTensor q_lengths, kv_lengths;
+  std::optional<double> softcap;
+  OptionalTensor slopes, mask;
+  double dropout_p;
+  OptionalTensor seed, bias, sinks;
+
+  Score score(int64_t seq_q, int64_t seq_k) {
+    constexpr int64_t far = int64_t{1} << 60;
+    Score s = {};
+    s.scale = static_cast<float>(scale), s.diagonal = seq_k - seq_q;
+    s.first = left ? s.diagonal - *left : -far, s.last = right ? s.diagonal + *right : far;
+    s.q_lengths = pointer<int32_t>(q_lengths), s.kv_lengths = pointer<int32_t>(kv_lengths);
+    s.softcap = static_cast<float>(softcap.value_or(0));
+    s.slopes = pointer<float>(slopes), s.slopes_stride = slopes && slopes->size(0) > 1 ? slopes->size(1) : 0;
+    s.mask = plane(mask), s.bias = plane(bias);
+    if (bias) s.bias.dtype = dtype_of(*bias);
+    s.sinks = floats(sinks);
+    s.dropout = dropout(dropout_p, seed);
+    return s;
+  }
 };
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                    const ScoreArgs& score) {
+                    ScoreArgs& score) {
   Attention a = {};
   a.dtype = dtype_of(q);
   a.batch = q.size(0), a.heads = q.size(1), a.seq_q = q.size(2), a.head_dim = q.size(3);
   a.kv_heads = k.size(1), a.seq_k = k.size(2), a.head_dim_v = v.size(3);
-  constexpr int64_t far = int64_t{1} << 60;
-  const int64_t diagonal = a.seq_k - a.seq_q;
-  a.score.scale = static_cast<float>(score.scale);
-  a.score.first = score.left ? diagonal - *score.left : -far;
-  a.score.last = score.right ? diagonal + *score.right : far;
-  a.score.q_lengths = pointer<int32_t>(score.q_lengths), a.score.kv_lengths = pointer<int32_t>(score.kv_lengths);
+  a.score = score.score(a.seq_q, a.seq_k);
   a.q = heads(q), a.k = heads(k), a.v = heads(v), a.out = heads(out);
   a.lse = pointer<float>(lse);
   return a;
@@ -171,27 +208,35 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double scale, std::optional<int64_t> left,
                                              std::optional<int64_t> right, OptionalTensor q_lengths,
-                                             OptionalTensor kv_lengths) {
+                                             OptionalTensor kv_lengths, std::optional<double> softcap,
+                                             OptionalTensor slopes, OptionalTensor mask, double dropout_p,
+                                             OptionalTensor seed, OptionalTensor bias, OptionalTensor sinks) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
+  ScoreArgs score = {scale, left, right, q_lengths, kv_lengths, softcap, slopes, mask, dropout_p, seed, bias, sinks};
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  run(engine().attention_forward, attention(q, k, v, out, lse, {scale, left, right, q_lengths, kv_lengths}));
+  run(engine().attention_forward, attention(q, k, v, out, lse, score));
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k,
-                                                      Tensor v, Tensor out, Tensor lse, double scale,
-                                                      std::optional<int64_t> left, std::optional<int64_t> right,
-                                                      OptionalTensor q_lengths, OptionalTensor kv_lengths) {
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
+    std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths,
+    std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask, double dropout_p, OptionalTensor seed,
+    OptionalTensor bias, OptionalTensor sinks, bool with_grad_bias) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
   grad_out = last_dim_contiguous(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+  ScoreArgs score = {scale, left, right, q_lengths, kv_lengths, softcap, slopes, mask, dropout_p, seed, bias, sinks};
   Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
-  Attention a = attention(q, k, v, out, lse, {scale, left, right, q_lengths, kv_lengths});
+  OptionalTensor grad_bias;
+  if (with_grad_bias) grad_bias = torch::stable::new_empty(q, bias->sizes(), ScalarType::Float);
+  Attention a = attention(q, k, v, out, lse, score);
   a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
+  a.grad_bias = plane(grad_bias);
   a.grad_lse = pointer<float>(grad_lse);
   run(engine().attention_backward, a);
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, grad_bias};
 }
 
 // ------------------------------------------------------------------------------------------------ norms
@@ -224,14 +269,6 @@ Rows rows(Tensor& x) {
 }
 Rows rows(OptionalTensor& x) { return x ? rows(*x) : Rows{}; }
 
-// Parameters as the kernels read them: float32, contiguous.
-const float* floats(OptionalTensor& p) {
-  if (!p) return nullptr;
-  if (p->scalar_type() != ScalarType::Float) p = torch::stable::to(*p, ScalarType::Float);
-  if (!p->is_contiguous()) p = torch::stable::contiguous(*p);
-  return pointer<float>(p);
-}
-
 // Heads that have parameters of their own; 1 where all rows share them.
 int64_t norm_heads(const OptionalTensor& weight, const OptionalTensor& bias) {
   for (const OptionalTensor& p : {weight, bias})
@@ -251,10 +288,7 @@ Norm norm(const Tensor& x, const NormArgs& args) {
   n.width = x.size(-1), n.rows = x.numel() / n.width;
   n.center = args.center, n.eps = static_cast<float>(args.eps);
   n.weight_offset = static_cast<float>(args.weight_offset);
-  n.dropout = args.dropout_p > 0;
-  n.seed = n.dropout ? *pointer<uint64_t>(args.seed) : 0;
-  n.dropout_threshold = static_cast<uint32_t>(std::min(args.dropout_p * 2147483648.0, 2147483647.0));
-  n.dropout_scale = static_cast<float>(1 / (1 - args.dropout_p));
+  n.dropout = dropout(args.dropout_p, args.seed);
   return n;
 }
 
@@ -353,11 +387,13 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, Tensor? q_lengths, "
-      "Tensor? kv_lengths) -> (Tensor out, Tensor lse)");
+      "Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, float dropout_p, Tensor? seed, Tensor? bias, "
+      "Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths) "
-      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
+      "Tensor? mask, float dropout_p, Tensor? seed, Tensor? bias, Tensor? sinks, bool with_grad_bias) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
   m.def(
       "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, "
       "bool keep_hidden, bool center, float eps, float weight_offset, float dropout_p, Tensor? seed) "

@@ -1,27 +1,48 @@
-// Counter-based random bits: first word of Philox-4x32-10 at counter (col, row, 0, 0). The twin of kernels/dropout.py.
-// Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// Counter-based random bits: Philox-4x32-10 at counter (c0, c1, head, 0). The twin of kernels/dropout.py. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 #pragma once
 
-#include <stdint.h>
-
-#include "engine.h"
+#include "simd.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
-static inline uint32_t philox(uint64_t seed, uint32_t row, uint32_t col) {
+typedef uint64_t vl __attribute__((vector_size(W * 4)));  // half as many lanes of 64 bits
+
+// high and low words of x * multiplier, lane by lane.
+static inline void multiply(vu x, uint32_t multiplier, vu& high, vu& low) {
+  vl even = ((vl)x & 0xFFFFFFFFu) * (uint64_t)multiplier, odd = ((vl)x >> 32) * (uint64_t)multiplier;
+  const vl upper = vl{} + 0xFFFFFFFF00000000u;
+  high = (vu)((even >> 32) | (odd & upper));
+  low = (vu)((even & ~upper) | (odd << 32));
+}
+
+struct Words {
+  vu at[4];
+};
+
+static inline Words philox(uint64_t seed, vu c0, vu c1, uint32_t head) {
   uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
-  uint32_t c0 = col, c1 = row, c2 = 0, c3 = 0;
+  vu c2 = vu{} + head, c3 = {};
   for (int round = 0; round < 10; round++) {
-    uint64_t product_0 = (uint64_t)c0 * 0xD2511F53u, product_2 = (uint64_t)c2 * 0xCD9E8D57u;
-    c0 = (uint32_t)(product_2 >> 32) ^ c1 ^ key_0;
-    c1 = (uint32_t)product_2;
-    c2 = (uint32_t)(product_0 >> 32) ^ c3 ^ key_1;
-    c3 = (uint32_t)product_0;
+    vu high_0, low_0, high_2, low_2;
+    multiply(c0, 0xD2511F53u, high_0, low_0);
+    multiply(c2, 0xCD9E8D57u, high_2, low_2);
+    c0 = high_2 ^ c1 ^ key_0, c1 = low_2, c2 = high_0 ^ c3 ^ key_1, c3 = low_0;
     key_0 += 0x9E3779B9u;
     key_1 += 0xBB67AE85u;
   }
-  return c0;
+  return {{c0, c1, c2, c3}};
+}
+
+// What random bits multiply by: 0, or the scale of what is kept.
+static inline vf kept(const Dropout& dropout, vu bits) {
+  return (vi)(bits >> 1) >= (vi)(vu{} + dropout.threshold) ? broadcast(dropout.scale) : vf{};
+}
+
+static inline vu lane_numbers() {
+  vu i;
+  for (int lane = 0; lane < W; lane++) i[lane] = lane;
+  return i;
 }
 
 }  // namespace FLASHATTN_ISA

@@ -1,7 +1,7 @@
 // Everything between q.k and softmax: which tiles to visit, which scores to keep. The twin of kernels/scores.py.
 #pragma once
 
-#include "simd.h"
+#include "philox.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
@@ -38,12 +38,30 @@ static inline bool is_edge(const Attention& a, Range queries, Range keys) {
 
 // Of the W queries from `query` on, which see `key`: all bits set, or none.
 static inline vi visible(const Attention& a, int64_t query, int64_t key) {
-  vi i;
-  for (int lane = 0; lane < W; lane++) i[lane] = lane;
+  vi i = (vi)lane_numbers();
   // Lanes first .. last see it: query + i + first <= key <= query + i + last.
   int32_t first = (int32_t)max(-1, min(W, key - a.score.last - query));
   int32_t last = (int32_t)max(-1, min(W, key - a.score.first - query));
   return (i >= first) & (i <= last);
+}
+
+// Whether scores become anything else than scale * q.k, apart from what `visible` masks.
+static inline bool is_modified(const Attention& a) {
+  return a.score.softcap != 0 || a.score.slopes || a.score.mask.data || a.score.bias.data;
+}
+
+// tanh, as exact as a float32 product: an odd polynomial near 0, else 1 - 2 / (e^2x + 1). Largest error 2e-7 relative.
+static inline vf tanh(vf x) {
+  vf square = x * x, magnitude = x < 0 ? -x : x;
+  vf p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  vf small = p * square * x + x;
+  vf bounded = magnitude < 20 ? magnitude : vf{} + 20.0f;
+  vf large = 1 - 2 / (exp2(bounded * (2 * LOG2E)) + 1);
+  large = x < 0 ? -large : large;
+  return magnitude < 0.625f ? small : (x == x ? large : x);
 }
 
 }  // namespace FLASHATTN_ISA

@@ -12,8 +12,11 @@ constexpr int64_t BLOCK_M = 64;          // queries of a tile
 constexpr int64_t FORWARD_BLOCK_N = 96;  // elements along the keys of a tile
 constexpr int64_t MAX_DEPTH = 2;         // numbers in an element
 
-// Whether decode.cpp takes the call: more queries than these fill the lanes of forward.cpp.
-static inline bool is_decode(const Attention& a) { return a.seq_q <= 8; }
+// Whether decode.cpp takes the call: more queries than these fill the lanes of forward.cpp, which does what is done to
+// scores.
+static inline bool is_decode(const Attention& a) {
+  return a.seq_q <= 8 && !is_modified(a) && a.score.dropout.scale == 0;
+}
 
 // Scratch memory, handed out from the front in whole cache lines.
 struct Scratch {
@@ -162,6 +165,15 @@ static inline void store_transposed(const Matrix& x, Range rows, int64_t valid, 
         store_floats(x.row(at) + c * element_size(x.dtype), numbers, x.dtype, n);
       }
     }
+}
+
+// Let a row's sink join its sum: m (base 2) and l become those with the sink. Returns the factor of what was summed.
+static inline float join_sink(float sink, float& m, float& l) {
+  if (l == 0) return 1;  // nothing to attend to
+  float with = sink * LOG2E > m ? sink * LOG2E : m, factor = __builtin_exp2f(m - with);
+  l = l * factor + __builtin_exp2f(sink * LOG2E - with);
+  m = with;
+  return factor;
 }
 
 // Which rows of which head a tile owns. Tiles of one head follow each other; `last_first` where the last are the

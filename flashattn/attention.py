@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,15 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
     q_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -31,9 +40,18 @@ def attention(
         causal: query i sees keys j <= i + seq_k - seq_q (aligned bottom-right).
         window: (left, right): query i sees keys from i - left to i + right inclusive, counted from the same diagonal;
             None on a side leaves it open. With causal, right is 0.
+        mask: bool, broadcastable to (batch, heads, seq_q, seq_k): True = attend. Broadcast dimensions are not expanded.
+        bias: floating, broadcastable likewise, added to the scaled scores; gets a gradient.
+        alibi_slopes: (heads,) or (batch, heads) float32: -slope * |i + seq_k - seq_q - j| is added to the scores. No
+            gradient.
+        softcap: the scaled scores become softcap * tanh(score / softcap), before bias, slopes and masks.
+        sinks: (heads,): a learned logit that joins the softmax denominator only; gets a gradient.
         kv_lengths: (batch,) integers: keys at or past the length are masked, and never read.
         q_lengths: (batch,) integers: queries at or past the length attend to nothing.
-        scale: multiplies the scores; head_dim ** -0.5 by default.
+        dropout_p: probability in [0, 1) that a weight is dropped; those kept are divided by 1 - dropout_p.
+        seed: int, or an int64 tensor of one element on q's device. The same seed drops the same weights on every
+            backend, forward and backward; None draws one from PyTorch's generator.
+        scale: multiplies q.k; head_dim ** -0.5 by default.
         return_lse: also return the logarithm of each softmax denominator.
 
     Returns:
@@ -61,8 +79,20 @@ def attention(
         None if q_lengths is None else _lengths("q_lengths", q_lengths, batch, seq_q, q.device),
         None if kv_lengths is None else _lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
     )
+    if mask is not None or alibi_slopes is not None or softcap is not None or dropout_p != 0:
+        score = score._replace(
+            softcap=None if softcap is None else _softcap(softcap),
+            slopes=None if alibi_slopes is None else _slopes(alibi_slopes, q),
+            mask=None if mask is None else _mask(mask, q, seq_k),
+            dropout_p=checks.probability("dropout_p", dropout_p),
+            seed=checks.seed(seed, q.device) if dropout_p > 0 else None,
+        )
+    if bias is not None:
+        bias = _bias(bias, q, seq_k)
+    if sinks is not None:
+        _check_sinks(sinks, q)
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, head_dim_v))
-    out, lse = ops.attention(q, k, v, score, backend)
+    out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
     return (out, lse) if return_lse else out
 
 
@@ -126,3 +156,60 @@ def _lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> 
         if low < 0 or high > seq:
             raise ValueError(f"{name} must be between 0 and the sequence length {seq}, got {low if low < 0 else high}")
     return lengths.to(device=device, dtype=torch.int32).contiguous()
+
+
+def _softcap(softcap) -> float:
+    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
+        raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, or None for no cap, got {softcap}")
+    return float(softcap)
+
+
+def _slopes(slopes, q: Tensor) -> Tensor:
+    """Slopes as the kernels read them: contiguous (batch or 1, heads)."""
+    checks.tensor("alibi_slopes", slopes)
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
+    checks.same_device("alibi_slopes", slopes, "q", q)
+    batch, heads = q.shape[:2]
+    if slopes.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must be (heads,) = ({heads},) or (batch, heads) = {(batch, heads)}, "
+            f"got shape {tuple(slopes.shape)}"
+        )
+    return slopes.detach().contiguous().view(-1, heads)
+
+
+def _four_dimensions(name: str, x: Tensor, q: Tensor, seq_k: int) -> Tensor:
+    """x as (batch, heads, seq_q, seq_k), each as it is or 1, the last contiguous."""
+    checks.same_device(name, x, "q", q)
+    whole = (*q.shape[:3], seq_k)
+    shape = (*[1] * (4 - x.dim()), *x.shape)
+    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, whole, strict=True)):
+        raise ValueError(
+            f"{name} must be broadcastable to (batch, heads, seq_q, seq_k) = {whole}, got shape {tuple(x.shape)}"
+        )
+    x = x[(None,) * (4 - x.dim())]
+    return x if x.stride(3) in (0, 1) or x.shape[3] == 1 else x.contiguous()
+
+
+def _mask(mask, q: Tensor, seq_k: int) -> Tensor:
+    checks.tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}; what is added to scores is a bias")
+    return _four_dimensions("mask", mask, q, seq_k)
+
+
+def _bias(bias, q: Tensor, seq_k: int) -> Tensor:
+    checks.floating("bias", bias)
+    if bias.dtype not in (q.dtype, torch.float32):
+        raise TypeError(f"bias must be {q.dtype}, as q, or float32, got {bias.dtype}")
+    return _four_dimensions("bias", bias, q, seq_k)
+
+
+def _check_sinks(sinks, q: Tensor) -> None:
+    checks.floating("sinks", sinks)
+    checks.same_device("sinks", sinks, "q", q)
+    if sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must be (heads,) = ({q.shape[1]},), got shape {tuple(sinks.shape)}")

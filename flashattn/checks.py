@@ -28,3 +28,27 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {x.dtype}")
+
+
+def probability(name: str, p) -> float:
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"{name} must be a float, got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
+    return float(p)
+
+
+def seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed of a dropout as the kernels read it: an int64 on the device; None draws one."""
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int or an int64 tensor of one element on {device}, "
+                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -81,7 +81,7 @@ def rms_norm(
 
 def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32):
     _check(x, weight, bias, residual, eps, dropout_p)
-    seed = _seed(seed, x.device) if dropout_p > 0 else None
+    seed = checks.seed(seed, x.device) if dropout_p > 0 else None
     hidden_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     # Without residual, dropout or a change of dtype, h is x itself: nothing to write, and autograd adds its gradients.
     fused = residual is not None or dropout_p > 0 or (prenorm and hidden_dtype != x.dtype)
@@ -122,20 +122,4 @@ def _check(x, weight, bias, residual, eps, dropout_p):
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(
-                f"seed must be an int or an int64 tensor of one element on {device}, "
-                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
-            )
-        return seed
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    checks.probability("dropout_p", dropout_p)

@@ -20,12 +20,14 @@ from .score import Score
 
 torch.library.define(
     "flashattn::attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {score_settings.SCHEMA}, str backend) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, {score_settings.SCHEMA}, str backend) "
+    "-> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "flashattn::attention_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{score_settings.SCHEMA}, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor out, "
+    f"Tensor lse, bool with_grad_bias, {score_settings.SCHEMA}, str backend) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)",
 )
 torch.library.define(
     "flashattn::norm_forward",
@@ -62,6 +64,12 @@ def are_plain(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
 
+def fields_of(settings: type) -> int:
+    """How many fields of a Score or a Norm an operator takes one by one."""
+    schema = score_settings.SCHEMA if settings is Score else norm_settings.SCHEMA
+    return schema.count(",") + 1
+
+
 def differentiable(name: str, settings: type, run: Callable, context: Callable, gradients: Callable) -> Callable:
     """Give the operator `name` its implementation and its autograd, and return the shortest way to call it:
     call(*inputs, settings, backend), settings a Score or a Norm, which the operator takes field by field.
@@ -74,7 +82,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
         context: (ctx, (*inputs, settings, backend), outputs), as `setup_context` of an autograd function.
         gradients: (ctx, *gradients of the outputs) to those of the inputs.
     """
-    fields = len(settings._fields)
+    fields = fields_of(settings)
 
     def pack(flat):
         return (*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
@@ -107,7 +115,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
             elif isinstance(x, Tensor):
                 plain = False  # a subclass may have ideas of its own
         if not plain:
-            return operator(*args[:-2], *args[-2], args[-1])
+            return operator(*args[:-2], *args[-2][:fields], args[-1])
         if requires_grad and torch.is_grad_enabled():
             return function.apply(*args)
         return run(*args)
@@ -118,7 +126,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
 def gradient(name: str, settings: type, run: Callable) -> Callable:
     """Give the operator `name`, which computes gradients, its implementation, and return the shortest way to call it:
     call(*inputs, settings, backend), as in `differentiable`. Differentiating it raises an error."""
-    fields = len(settings._fields)
+    fields = fields_of(settings)
 
     def not_twice(ctx, *_):
         raise RuntimeError("flashattn's gradients cannot be differentiated: a second derivative is not implemented")
@@ -132,7 +140,7 @@ def gradient(name: str, settings: type, run: Callable) -> Callable:
     def call(grad, *args):
         # Gradients are computed with gradients enabled only where they shall be differentiated: not_twice says no.
         if torch.is_grad_enabled() or is_watched() or not are_plain(grad):
-            return operator(grad, *args[:-2], *args[-2], args[-1])
+            return operator(grad, *args[:-2], *args[-2][:fields], args[-1])
         return run(grad, *args)
 
     return call
@@ -141,8 +149,12 @@ def gradient(name: str, settings: type, run: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def _attention_forward(q, k, v, score, backend):
-    return BACKENDS[backend].forward(q, k, v, score)
+def whole(score: Score, bias: Tensor | None, sinks: Tensor | None) -> Score:
+    return score if bias is None and sinks is None else score._replace(bias=bias, sinks=sinks)
+
+
+def _attention_forward(q, k, v, bias, sinks, score, backend):
+    return BACKENDS[backend].forward(q, k, v, whole(score, bias, sinks))
 
 
 @torch.library.register_fake("flashattn::attention_forward")
@@ -151,28 +163,48 @@ def _(q, k, v, *_):
     return q.new_empty(batch, heads, seq_q, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=lse_dtype(q))
 
 
-def _attention_backward(grad_out, grad_lse, q, k, v, out, lse, score, backend):
-    return BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score)
+def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, score, backend):
+    score = whole(score, bias, sinks)
+    *gradients, grad_bias = BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias)
+    grad_sinks = None if sinks is None else sink_gradient(grad_out, grad_lse, out, lse, score)
+    return *gradients, empty_if_none(grad_bias, lse), empty_if_none(grad_sinks, lse)
+
+
+def sink_gradient(grad_out, grad_lse, out, lse, score: Score) -> Tensor:
+    """A sink is a key of value 0 that every query sees, so its ds is p (0 - delta) with p = exp(sink - lse)."""
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    p = torch.exp(score.sinks.to(lse.dtype)[:, None] - lse)
+    ds = torch.where(lse == -math.inf, 0, -p * delta)  # a row with nothing to attend to has no gradient
+    return ds.sum((0, 2)).to(score.sinks.dtype)
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *_):
+    others = (
+        lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias if with_grad_bias else None, sinks)
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *others
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, ctx.score, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, bias, sinks, ctx.score, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, bias, sinks, *output)
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx, grad_out, grad_lse):
-    q, k, v, out, lse = ctx.saved_tensors
+    q, k, v, bias, sinks, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return None, None, None
+        return (None,) * 5
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    return attention_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.score, ctx.backend)
+    with_grad_bias = bias is not None and ctx.needs_input_grad[3]
+    *gradients, grad_bias, grad_sinks = attention_backward(
+        grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, ctx.score, ctx.backend
+    )
+    return *gradients, grad_bias if with_grad_bias else None, None if sinks is None else grad_sinks
 
 
 attention_backward = gradient("attention_backward", Score, _attention_backward)

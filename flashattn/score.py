@@ -6,12 +6,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# The part of an operator's schema that carries a Score: one entry a field, in Score's order.
-SCHEMA = "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths"
+# The part of an operator's schema that carries a Score: one entry a field, in Score's order, but for the last two
+# fields. Those get gradients, so operators take them beside q, k and v.
+SCHEMA = (
+    "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
+    "Tensor? mask, float dropout_p, Tensor? seed"
+)
 
 
 class Score(NamedTuple):
-    """How scores are made from q.k, before softmax.
+    """How weights are made from q.k:
+
+        s = scale * q.k;  s = softcap * tanh(s / softcap);  s += bias - slope * distance;  s = -inf where masked
+        p = exp(s) / (sum(exp(s)) + exp(sink)), then dropout
 
     A new feature is one field here, one line in `backends/reference.py`, one piece in `kernels/scores.py` and its
     twin in `csrc/score.h`. The checks stand in `flashattn/attention.py`, where the arguments still have their names.
@@ -22,6 +29,13 @@ class Score(NamedTuple):
     right: int | None = None  # causal is right = 0
     q_lengths: Tensor | None = None  # (batch,) int32; queries at or past it attend to nothing
     kv_lengths: Tensor | None = None  # (batch,) int32; keys at or past it are masked
+    softcap: float | None = None
+    slopes: Tensor | None = None  # (batch or 1, heads) float32: of ALiBi
+    mask: Tensor | None = None  # bool, four dimensions, each that of the scores or 1; True = attend
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # () int64
+    bias: Tensor | None = None  # floating, four dimensions, each that of the scores or 1
+    sinks: Tensor | None = None  # (heads,) floating
 
     def bounds(self, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
         """(first, last): query i sees keys i + first <= j <= i + last. None where nothing limits them."""

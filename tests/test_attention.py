@@ -1,5 +1,6 @@
 """Attention on every backend against the float64 reference, gradients included; and what it refuses."""
 
+import itertools
 import subprocess
 import sys
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashattn
+from flashattn.backends.reference import philox
 
 
 class Case(NamedTuple):
@@ -34,6 +36,20 @@ class Case(NamedTuple):
     q_lengths: tuple[int, ...] | None = None
     kv_lengths: tuple[int, ...] | None = None
     scale: float | None = None
+    softcap: float | None = None
+    slopes: str | None = None  # the dimensions of each tensor, of "bhqk"; one that is missing is broadcast
+    mask: str | None = None
+    bias: str | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.seq_q
+
+    def shape(self, dimensions: str) -> list[int]:
+        sizes = zip("bhqk", (*self.rows, self.seq_k), strict=True)
+        return [size if name in dimensions else 1 for name, size in sizes]
 
 
 CASES = [
@@ -69,23 +85,88 @@ CASES = [
     Case("decode_narrow", heads=8, kv_heads=1, seq_q=2, seq_k=600, head_dim=24, head_dim_v=9, causal=True),
     Case("window_decode", heads=8, seq_q=3, seq_k=700, window=(130, None), causal=True),
     Case("window_past_the_keys", batch=2, seq_q=63, seq_k=63, window=(5, 0), kv_lengths=(20, 63)),
+    Case("softcap", softcap=2.0),
+    Case("softcap_of_large_scores", softcap=5.0, scale=2.0, causal=True),
+    Case("slopes", batch=2, heads=4, seq_q=40, seq_k=70, slopes="h"),
+    Case("slopes_of_each_batch", batch=2, heads=4, slopes="bh", causal=True),
+    Case("mask", batch=2, mask="bhqk"),
+    Case("mask_of_keys", batch=2, heads=4, mask="bk", causal=True),
+    Case("mask_of_queries", seq_q=111, seq_k=40, mask="q"),
+    Case("bias", batch=2, seq_q=40, seq_k=111, bias="bhqk", head_dim=40),
+    Case("bias_of_heads", batch=2, heads=4, seq_q=111, bias="hqk", causal=True),
+    Case("bias_of_keys", batch=2, heads=4, bias="k", window=(20, 20)),
+    Case("bias_of_queries", batch=3, bias="hq"),
+    Case("bias_of_batches", batch=8, bias="b"),
+    Case("bias_of_a_batch", batch=3, heads=4, seq_q=130, seq_k=200, bias="bqk", kv_lengths=(200, 0, 77)),
+    Case("sinks", batch=2, heads=4, sinks=True),
+    Case("sinks_and_nothing_to_see", seq_q=111, seq_k=40, sinks=True, causal=True, window=(30, None)),
+    Case("sinks_decode", heads=8, seq_q=1, seq_k=700, sinks=True, window=(600, 0)),
+    Case("dropout", batch=2, heads=4, dropout_p=0.3),
+    Case("dropout_causal", seq_q=130, seq_k=150, head_dim=64, causal=True, dropout_p=0.1),
+    Case("features_decode", batch=2, heads=4, seq_q=2, seq_k=130, softcap=3.0, slopes="h", bias="hk", sinks=True),
+    Case(
+        "everything",
+        batch=3,
+        heads=4,
+        seq_q=111,
+        seq_k=130,
+        causal=True,
+        window=(70, 5),
+        kv_lengths=(130, 0, 77),
+        q_lengths=(111, 50, 0),
+        softcap=3.0,
+        slopes="bh",
+        mask="bqk",
+        bias="hqk",
+        sinks=True,
+        dropout_p=0.2,
+    ),
     Case("long", heads=1, kv_heads=1, seq_q=35, seq_k=1000, head_dim=40, head_dim_v=40, causal=True),
 ]
 
 
+SEED = 2**40 + 17
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device) -> tuple[list[torch.Tensor], dict]:
-    q = randn(case.batch, case.heads, case.seq_q, case.head_dim, dtype=dtype, device=device)
-    k = randn(case.batch, case.kv_heads, case.seq_k, case.head_dim, dtype=dtype, device=device)
-    v = randn(case.batch, case.kv_heads, case.seq_k, case.head_dim_v, dtype=dtype, device=device)
+    """What gets gradients (q, k, v and, where the case has them, bias and sinks) and the other options."""
+    inputs = [
+        randn(case.batch, case.heads, case.seq_q, case.head_dim, dtype=dtype, device=device),
+        randn(case.batch, case.kv_heads, case.seq_k, case.head_dim, dtype=dtype, device=device),
+        randn(case.batch, case.kv_heads, case.seq_k, case.head_dim_v, dtype=dtype, device=device),
+    ]
+    if case.bias is not None:
+        inputs.append(randn(*case.shape(case.bias), dtype=dtype, device=device))
+    if case.sinks:
+        inputs.append(randn(case.heads, dtype=dtype, device=device))
     lengths = {
         name: None if value is None else torch.tensor(value, device=device)
         for name, value in (("q_lengths", case.q_lengths), ("kv_lengths", case.kv_lengths))
     }
-    return [q, k, v], dict(causal=case.causal, window=case.window, scale=case.scale, **lengths)
+    options = dict(causal=case.causal, window=case.window, scale=case.scale, softcap=case.softcap, **lengths)
+    if case.slopes is not None:
+        options["alibi_slopes"] = torch.rand(*case.shape(case.slopes)[2 - len(case.slopes) : 2], device=device)
+    if case.mask is not None:
+        options["mask"] = torch.rand(*case.shape(case.mask), device=device) > 0.3
+    if case.dropout_p:
+        options |= dict(dropout_p=case.dropout_p, seed=SEED)
+    return inputs, options
 
 
-def visible(case: Case, device) -> torch.Tensor:
-    """The mask written out, independently of the reference: (batch, 1, seq_q, seq_k)."""
+def names_of(case: Case) -> list[str]:
+    return ["q", "k", "v", *["bias"] * (case.bias is not None), *["sinks"] * case.sinks]
+
+
+def ours(case: Case, options: dict):
+    """flashattn.attention as a function of the inputs alone."""
+    names = names_of(case)
+    return lambda *x: flashattn.attention(
+        *x[:3], return_lse=True, **options, **dict(zip(names[3:], x[3:], strict=True))
+    )
+
+
+def visible(case: Case, options: dict, device) -> torch.Tensor:
+    """The mask written out, independently of the reference: (batch, 1 or heads, seq_q, seq_k)."""
     i = torch.arange(case.seq_q, device=device)[:, None]
     j = torch.arange(case.seq_k, device=device)[None, :]
     keep = torch.ones(case.batch, 1, case.seq_q, case.seq_k, dtype=torch.bool, device=device)
@@ -101,42 +182,69 @@ def visible(case: Case, device) -> torch.Tensor:
             keep[b, :, case.q_lengths[b] :] = False
         if case.kv_lengths is not None:
             keep[b, :, :, case.kv_lengths[b] :] = False
-    return keep
+    return keep & options["mask"] if "mask" in options else keep
 
 
-def torch_attention(case: Case, q, k, v):
+def kept(case: Case, device) -> torch.Tensor | float:
+    """What dropout multiplies the weights by, from its definition: word key % 4 of Philox at (key // 4, query,
+    batch * heads + head)."""
+    if not case.dropout_p:
+        return 1.0
+    head = torch.arange(case.batch * case.heads).view(case.batch, case.heads, 1, 1)
+    i, j = torch.arange(case.seq_q)[:, None], torch.arange(case.seq_k)
+    words = torch.stack(philox(SEED, j // 4, i, head))
+    bits = words.gather(0, (j % 4).expand(words.shape[1:])[None])[0]
+    return ((bits >> 1) >= int(case.dropout_p * 2**31)).to(device) / (1 - case.dropout_p)
+
+
+def torch_attention(case: Case, options: dict, q, k, v, *others):
     """(out, lse) by PyTorch's own operations in the inputs' dtype; a row that attends to nothing gives 0 and -inf."""
+    others = dict(zip(names_of(case)[3:], others, strict=True))
     group = case.heads // case.kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    keep = visible(case, q.device)
+    keep = visible(case, options, q.device)
     some = keep.any(-1, keepdim=True)
-    scores = (q @ k.mT * (case.head_dim**-0.5 if case.scale is None else case.scale)).masked_fill(~keep, -torch.inf)
-    scores = scores.masked_fill(~some, 0)  # keeps NaN out of the gradient
-    weights = torch.where(some & keep, scores.softmax(-1), 0)
+    scores = q @ k.mT * (case.head_dim**-0.5 if case.scale is None else case.scale)
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if case.slopes is not None:
+        i = torch.arange(case.seq_q, device=q.device)[:, None] + case.seq_k - case.seq_q
+        distance = (i - torch.arange(case.seq_k, device=q.device)).abs()
+        scores = scores - (options["alibi_slopes"].to(scores.dtype)[..., None, None] * distance).to(scores.dtype)
+    if case.bias is not None:
+        scores = scores + others["bias"]
+    scores = scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0)  # 0 keeps NaN out of the gradient
     # float64 for the truth, float32 for the 16-bit dtypes: lse is float32 there.
     wide = scores if scores.dtype == torch.float64 else scores.float()
+    if case.sinks:
+        sinks = others["sinks"].view(-1, 1, 1).expand(*case.rows, 1)
+        weights = torch.cat([scores, sinks.to(scores)], -1).softmax(-1)[..., :-1]
+        wide = torch.cat([wide, sinks.to(wide)], -1)
+    else:
+        weights = scores.softmax(-1)
+    weights = torch.where(some & keep, weights, 0) * torch.as_tensor(kept(case, q.device)).to(scores)
     lse = torch.where(some[..., 0], torch.logsumexp(wide, -1) if case.seq_k else wide.sum(-1), -torch.inf)
     return weights @ v, lse
 
 
 def run(function, inputs, grad_out, grad_lse):
-    """out, lse and the gradients of the three inputs."""
+    """out, lse and the gradients of the inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     out, lse = function(*inputs)
     gradients = torch.autograd.grad((out, lse), inputs, (grad_out.to(out), grad_lse.to(lse)))
     return [out, lse, *gradients]
 
 
-def gradients_for(case: Case, dtype: torch.dtype, device):
+def gradients_for(case: Case, options: dict, dtype: torch.dtype, device):
     grad_out = randn(case.batch, case.heads, case.seq_q, case.head_dim_v, dtype=dtype, device=device)
     grad_lse = randn(case.batch, case.heads, case.seq_q, dtype=torch.float32, device=device)
-    some = visible(case, device).any(-1).expand_as(grad_lse)
+    some = visible(case, options, device).any(-1).expand_as(grad_lse)
     return grad_out, torch.where(some, grad_lse, 0)  # lse is constant -inf elsewhere
 
 
 def hide_past_lengths(case: Case, inputs) -> None:
     """NaN where nothing may be read."""
-    q, k, v = inputs
+    q, k, v = inputs[:3]
     for b in range(case.batch):
         if case.q_lengths is not None:
             q[b, :, case.q_lengths[b] :] = torch.nan
@@ -145,32 +253,47 @@ def hide_past_lengths(case: Case, inputs) -> None:
             v[b, :, case.kv_lengths[b] :] = torch.nan
 
 
-def cancelled(case: Case, q, k, v, grad_out, grad_lse) -> list[torch.Tensor | float]:
+def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
     """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
-    q, k, v, grad_out, grad_lse = (x.double() for x in (q, k, v, grad_out, grad_lse))
-    with torch.no_grad():
-        _, lse = torch_attention(case, q, k, v)
-        group, scale = case.heads // case.kv_heads, case.head_dim**-0.5 if case.scale is None else case.scale
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        p = torch.where(visible(case, q.device), torch.exp(q @ k.mT * scale - lse[..., None]), 0)
-        dp = grad_out.abs() @ v.abs().mT
-        ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse.abs()[..., None]) * abs(scale)
-        grad_k = (ds.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)
-        return [0.0, 0.0, ds @ k.abs(), grad_k, 0.0]
+    q, k, v, *others = (x.double() for x in inputs)
+    grad_out, grad_lse = grad_out.double(), grad_lse.double()
+    with torch.enable_grad():  # the weights before dropout are the gradient of lse by a bias of every score
+        every = torch.zeros(*case.rows, case.seq_k, dtype=torch.float64, device=q.device).requires_grad_()
+        plain = case._replace(bias="bhqk", dropout_p=0.0, sinks=case.sinks)
+        bias = every + (others[0] if case.bias is not None else 0)
+        sinks = [others[-1]] if case.sinks else []
+        _, lse = torch_attention(plain, options, q, k, v, bias, *sinks)
+        (p,) = torch.autograd.grad(lse[lse.isfinite()].sum(), every)
+    group, scale = case.heads // case.kv_heads, abs(case.head_dim**-0.5 if case.scale is None else case.scale)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    dp = grad_out.abs() @ v.abs().mT * kept(case, q.device)
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse.abs()[..., None])
+    grad_k = (ds.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)
+    terms = [0.0, 0.0, ds @ k.abs() * scale, grad_k * scale, 0.0]
+    if case.bias is not None:
+        terms.append(ds.sum_to_size(inputs[3].shape))
+    if case.sinks:
+        out = torch.matmul(p, v.abs())
+        terms.append(((grad_out.abs() * out).sum(-1) + grad_lse.abs()).sum((0, 2)))
+    return terms
 
 
 def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     device = device_of(backend)
     inputs, options = make_inputs(case, dtype, device)
-    gradients = gradients_for(case, dtype, device)
-    truth = run(lambda *x: torch_attention(case, *x), [x.double() for x in inputs], *gradients)
-    theirs = run(lambda *x: torch_attention(case, *x), inputs, *gradients)
-    terms = cancelled(case, *inputs, *gradients)
+    gradients = gradients_for(case, options, dtype, device)
+
+    def theirs(*x):
+        return torch_attention(case, options, *x)
+
+    truth = run(theirs, [x.double() for x in inputs], *gradients)
+    by_torch = run(theirs, inputs, *gradients)
+    terms = cancelled(case, options, inputs, *gradients)
     hide_past_lengths(case, inputs)
     with flashattn.use_backend(backend):
-        ours = run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients)
-    names = ("out", "lse", "grad_q", "grad_k", "grad_v")
-    for name, x, y, t, summed in zip(names, ours, theirs, truth, terms, strict=True):
+        results = run(ours(case, options), inputs, *gradients)
+    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    for name, x, y, t, summed in zip(names, results, by_torch, truth, terms, strict=True):
         assert_as_exact_as_torch(x, y, t, name, summed)
 
 
@@ -185,16 +308,18 @@ def test_against_float64(case, dtype, backend):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reference_is_the_truth_in_float64(case):
     inputs, options = make_inputs(case, torch.float64, "cpu")
-    gradients = gradients_for(case, torch.float64, "cpu")
-    truth = run(lambda *x: torch_attention(case, *x), inputs, *gradients)
-    ours = run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients)
-    for x, t in zip(ours, truth, strict=True):
+    gradients = gradients_for(case, options, torch.float64, "cpu")
+    truth = run(lambda *x: torch_attention(case, options, *x), inputs, *gradients)
+    for x, t in zip(run(ours(case, options), inputs, *gradients), truth, strict=True):
         torch.testing.assert_close(x, t, rtol=1e-12, atol=1e-12)
+
+
+dimensions = st.sampled_from(["".join(d) for n in range(5) for d in itertools.combinations("bhqk", n)])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_random_shapes(data):
+def test_random_cases(data):
     """At least 16 keys: on fewer numbers an error is a matter of luck, PyTorch's as well as ours (CASES has those)."""
     batch, kv_heads = 4, data.draw(st.integers(1, 3))
     seq_q, seq_k = data.draw(st.integers(8, 150)), data.draw(st.integers(32, 230))
@@ -203,6 +328,12 @@ def test_random_shapes(data):
         data.draw(st.integers(4, 256)), data.draw(st.integers(4, 256)), data.draw(st.booleans()),
         data.draw(st.none() | st.tuples(st.none() | st.integers(16, 200), st.none() | st.integers(0, 200))),
         *(data.draw(st.none() | st.tuples(*[st.integers(n // 2, n)] * batch)) for n in (seq_q, seq_k)),
+        softcap=data.draw(st.none() | st.floats(1, 30)),
+        slopes=data.draw(st.sampled_from([None, "h", "bh"])),
+        mask=data.draw(st.none() | dimensions),
+        bias=data.draw(st.none() | dimensions),
+        sinks=data.draw(st.booleans()),
+        dropout_p=data.draw(st.sampled_from([0.0, 0.0, 0.2])),
     )  # fmt: skip
     check(case, data.draw(st.sampled_from(DTYPES)), "cpu")
 
@@ -210,13 +341,13 @@ def test_random_shapes(data):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_run(backend):
     device = device_of(backend)
-    case = Case("", heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True)
+    case = Case(
+        "", batch=2, heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True, bias="hk", sinks=True, dropout_p=0.1
+    )
     inputs, options = make_inputs(case, torch.float16, device)
-    gradients = gradients_for(case, torch.float16, device)
+    gradients = gradients_for(case, options, torch.float16, device)
     with flashattn.use_backend(backend):
-        first, second = (
-            run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients) for _ in range(2)
-        )
+        first, second = (run(ours(case, options), inputs, *gradients) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -237,7 +368,7 @@ def test_strides_are_honoured(view, backend):
     case = Case("", batch=1, heads=4, kv_heads=2, seq_q=40, seq_k=50, head_dim=24, causal=True)
     inputs, options = make_inputs(case, torch.float32, device)
     views = [VIEWS[view](x) for x in inputs]
-    grad_out, grad_lse = gradients_for(case, torch.float32, device)
+    grad_out, grad_lse = gradients_for(case, options, torch.float32, device)
 
     def both(tensors):
         tensors = [x.detach().requires_grad_() for x in tensors]
@@ -278,11 +409,11 @@ def test_error_does_not_grow_with_length():
     """A rescale factor that is not exactly 1 while the maximum stays would show at 16,384 keys."""
     q, k, v = (randn(1, 1, n, 16, dtype=torch.float32) for n in (64, 16384, 16384))
     k[:, :, 0] = 3 * q[:, :, 0].sign()  # the maximum of the first query comes first
-    truth = torch_attention(Case("", 1, 1, 1, 64, 16384), q.double(), k.double(), v.double())
-    theirs = torch_attention(Case("", 1, 1, 1, 64, 16384), q, k, v)
+    truth = torch_attention(Case("", 1, 1, 1, 64, 16384), {}, q.double(), k.double(), v.double())
+    theirs = torch_attention(Case("", 1, 1, 1, 64, 16384), {}, q, k, v)
     with flashattn.use_backend("cpu"):
-        ours = flashattn.attention(q, k, v, return_lse=True)
-    for name, x, y, t in zip(("out", "lse"), ours, theirs, truth, strict=True):
+        results = flashattn.attention(q, k, v, return_lse=True)
+    for name, x, y, t in zip(("out", "lse"), results, theirs, truth, strict=True):
         assert_as_exact_as_torch(x, y, t, name)
 
 
@@ -327,15 +458,17 @@ def test_memory_is_linear(backend, mebibytes):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads(threads):
     """Any number of threads gives the same bits."""
-    case = Case("", batch=2, heads=4, kv_heads=2, seq_q=200, seq_k=230, causal=True)
+    case = Case(
+        "", batch=2, heads=4, kv_heads=2, seq_q=200, seq_k=230, causal=True, bias="hk", sinks=True, dropout_p=0.1
+    )
     inputs, options = make_inputs(case, torch.float32, "cpu")
-    gradients = gradients_for(case, torch.float32, "cpu")
+    gradients = gradients_for(case, options, torch.float32, "cpu")
     before = torch.get_num_threads()
 
     def go(n):
         torch.set_num_threads(n)
         with flashattn.use_backend("cpu"):
-            return run(lambda *x: flashattn.attention(*x, return_lse=True, **options), inputs, *gradients)
+            return run(ours(case, options), inputs, *gradients)
 
     try:
         for a, b in zip(go(threads), go(1), strict=True):
@@ -358,6 +491,20 @@ WRONG = {
     "heads": ((Q[:, :3], K, V), {}, ValueError, "k must have a number of heads that divides q's 3, got 2"),
     "no_heads": ((Q, K[:, :0], V[:, :0]), {}, ValueError, "k must have at least one head"),
     "scale": ((Q, K, V), {"scale": "big"}, TypeError, "scale must be a float, got str"),
+    "mask_dtype": ((Q, K, V), {"mask": torch.ones(5, 7)}, TypeError, "mask must be bool.*got torch.float32"),
+    "mask_shape": ((Q, K, V), {"mask": torch.ones(5, 6).bool()}, ValueError, r"mask must be.*shape \(5, 6\)"),
+    "mask_rank": ((Q, K, V), {"mask": torch.ones(1, 1, 1, 1, 1).bool()}, ValueError, "mask must be broadcastable"),
+    "mask_list": ((Q, K, V), {"mask": [True]}, TypeError, "mask must be a torch.Tensor, got list"),
+    "bias_dtype": ((Q, K, V), {"bias": torch.ones(5, 7).half()}, TypeError, "bias must be torch.float32.*float16"),
+    "bias_integers": ((Q, K, V), {"bias": torch.ones(5, 7).int()}, TypeError, "bias must be float32.*got torch.int32"),
+    "bias_shape": ((Q, K, V), {"bias": torch.ones(3, 5, 7)}, ValueError, r"bias must be broad.*got shape \(3, 5, 7\)"),
+    "slopes_shape": ((Q, K, V), {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must be \(heads,\)"),
+    "slopes_dtype": ((Q, K, V), {"alibi_slopes": torch.ones(4).half()}, TypeError, "alibi_slopes must be float32"),
+    "softcap": ((Q, K, V), {"softcap": 0.0}, ValueError, "softcap must be above 0 and finite.*got 0.0"),
+    "softcap_text": ((Q, K, V), {"softcap": "5"}, TypeError, "softcap must be a float, got str"),
+    "sinks_shape": ((Q, K, V), {"sinks": torch.ones(2)}, ValueError, r"sinks must be \(heads,\) = \(4,\), got.*\(2,\)"),
+    "dropout": ((Q, K, V), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    "seed": ((Q, K, V), {"dropout_p": 0.5, "seed": -1}, ValueError, "seed must be an int in"),
     "length_past": ((Q, K, V), {"kv_lengths": torch.tensor([1, 8])}, ValueError, "kv_lengths must be.*7, got 8"),
     "length_negative": ((Q, K, V), {"q_lengths": torch.tensor([-1, 3])}, ValueError, "q_lengths must be.*got -1"),
     "length_shape": ((Q, K, V), {"kv_lengths": torch.tensor([1])}, ValueError, r"kv_lengths must be \(batch,\)"),

@@ -19,19 +19,19 @@ ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_bac
 
 
 def compile_attention(
-    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None
+    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None, **features
 ):
-    """All three kernels, as a launch on these tensors would compile them."""
+    """All three kernels, four with a bias, as a launch on these tensors would compile them."""
     torch.use_deterministic_algorithms(False)
     q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
     k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
     v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
     some = torch.zeros(2, dtype=torch.int32) if lengths else None
-    score = Score(0.125, window, 0 if causal else None, some, some)
+    score = Score(0.125, window, 0 if causal else None, some, some, **features)
     with compiled.compile_for(architecture) as kernels:
         out, lse = backend.forward(q, k, v, score)
-        backend.backward(out, lse if lengths else None, q, k, v, out, lse, score)
-    assert [kernel.name for kernel in kernels] == ATTENTION_KERNELS
+        backend.backward(out, lse if lengths else None, q, k, v, out, lse, score, "bias" in features)
+    assert [kernel.name for kernel in kernels] == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
     return kernels
 
 
@@ -62,7 +62,7 @@ def test_sizes_of_one(shape, lengths):
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
     with compiled.compile_for("sm_90") as kernels:
         out, lse = backend.forward(q, k, k, Score(0.125, None, None, some, some))
-        backend.backward(out, None, q, k, k, out, lse, Score(0.125, None, None, some, some))
+        backend.backward(out, None, q, k, k, out, lse, Score(0.125, None, None, some, some), False)
     check(kernels)
 
 
@@ -84,6 +84,28 @@ def test_a_length_compiles_nothing_new():
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_attention_spills_nothing(architecture, head_dim, options):
     check(compile_attention(architecture, head_dim, **options), spills=False)
+
+
+FEATURES = {
+    "softcap": dict(softcap=20.0),
+    "slopes": dict(slopes=torch.ones(1, 4)),
+    "mask": dict(mask=torch.ones(1, 1, 512, 512, dtype=torch.bool)),
+    "bias": dict(bias=torch.ones(1, 4, 512, 512, dtype=torch.bfloat16)),
+    "sinks": dict(sinks=torch.ones(4)),
+    "dropout": dict(dropout_p=0.1, seed=torch.tensor(5)),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_features(architecture, feature):
+    check(compile_attention(architecture, 64, **FEATURES[feature]))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_features_at_once(architecture):
+    every = {name: value for options in FEATURES.values() for name, value in options.items()}
+    check(compile_attention(architecture, 128, lengths=True, window=100, **every))
 
 
 @pytest.mark.parametrize("architecture", ["sm_89", "gfx1100", "gfx1201"])

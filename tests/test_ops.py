@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flashattn
+from flashattn.score import Score
 
 OPS = torch.ops.flashattn
 BACKENDS = ["cpu", "reference"]
@@ -20,7 +21,7 @@ def attention_inputs(dtype=torch.float32, requires_grad=True):
 def test_opcheck_attention_forward(backend, lengths, dtype):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs' whole storage
     kv_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    arguments = (*attention_inputs(dtype), 0.25, None, 0, None, kv_lengths, backend)
+    arguments = (*attention_inputs(dtype), None, None, *Score(0.25, right=0, kv_lengths=kv_lengths)[:-2], backend)
     torch.library.opcheck(OPS.attention_forward.default, arguments)
 
 
@@ -28,9 +29,11 @@ def test_opcheck_attention_forward(backend, lengths, dtype):
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_opcheck_attention_backward(backend, with_lse):
     q, k, v = attention_inputs(requires_grad=False)
-    out, lse = OPS.attention_forward(q, k, v, 0.25, None, None, None, None, backend)
+    score = Score(0.25, softcap=5.0, slopes=torch.rand(1, 4), dropout_p=0.1, seed=torch.tensor(5))[:-2]
+    bias, sinks = torch.randn(1, 4, 1, 40), torch.randn(4)
+    out, lse = OPS.attention_forward(q, k, v, bias, sinks, *score, backend)
     grad_lse = torch.randn_like(lse) if with_lse else None
-    arguments = (torch.randn_like(out), grad_lse, q, k, v, out, lse, 0.25, None, None, None, None, backend)
+    arguments = (torch.randn_like(out), grad_lse, q, k, v, bias, sinks, out, lse, True, *score, backend)
     torch.library.opcheck(OPS.attention_backward.default, arguments)
 
 
@@ -142,6 +145,21 @@ def test_compile_with_every_size_dynamic():
         lengths = torch.tensor([seq, 5])
         ours, eager = (torch.autograd.grad(f(*inputs, lengths), inputs) for f in (compiled, step))
         assert all(map(torch.equal, ours, eager))
+
+
+def test_compile_with_every_feature():
+    def step(q, k, v, bias, sinks, mask):
+        out, lse = flashattn.attention(
+            q, k, v, causal=True, bias=bias, sinks=sinks, mask=mask, softcap=4.0, dropout_p=0.2, seed=3,
+            alibi_slopes=torch.full((4,), 0.1), return_lse=True,
+        )  # fmt: skip
+        return out.square().sum() + lse.sum()
+
+    inputs = [*attention_inputs(), torch.randn(4, 33, 40, requires_grad=True), torch.randn(4, requires_grad=True)]
+    mask = torch.rand(33, 40) > 0.1
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, eager = (torch.autograd.grad(f(*inputs, mask), inputs) for f in (compiled, step))
+    assert all(map(torch.equal, ours, eager))
 
 
 def test_compile_notices_another_backend(layer):

@@ -65,9 +65,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
-) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.attention_backward.default(grad_out, grad_lse, q, k, v, out, lse, *score)
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
+    with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    *gradients, grad_bias = ops.attention_backward.default(
+        grad_out, grad_lse, q, k, v, out, lse, *score, with_grad_bias
+    )
+    return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ norms

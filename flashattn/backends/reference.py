@@ -32,7 +32,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
-    """(batch, 1, rows, seq_k) bool: which keys each query attends to."""
+    """(batch, 1 or heads, rows, seq_k) bool: which keys each query attends to."""
     i = torch.arange(seq_q, device=device)[rows].view(-1, 1)
     j = torch.arange(seq_k, device=device).view(1, -1)
     keep = torch.ones(batch, 1, i.shape[0], seq_k, dtype=torch.bool, device=device)
@@ -45,7 +45,14 @@ def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, devic
         keep = keep & (i < score.q_lengths.view(-1, 1, 1, 1))
     if score.kv_lengths is not None:
         keep = keep & (j < score.kv_lengths.view(-1, 1, 1, 1))
+    if score.mask is not None:
+        keep = keep & of_rows(score.mask, rows)
     return keep
+
+
+def of_rows(x: Tensor, rows: slice) -> Tensor:
+    """Of a mask or a bias: what concerns these queries."""
+    return x if x.shape[2] == 1 else x[:, :, rows]
 
 
 def existing(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -63,11 +70,37 @@ def query_blocks(seq_q: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_Q, seq_q))
 
 
-def masked_scores(q: Tensor, k: Tensor, score: Score, rows: slice) -> Tensor:
-    """scale * q k^T with -inf where masked: (batch, heads, rows, seq_k)."""
-    keep = visible(score, q.shape[0], rows, q.shape[2], k.shape[2], q.device)
-    scores = q[:, :, rows] @ k.mT * score.scale
-    return scores.masked_fill(~keep, -math.inf)
+def distances(rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
+    """(rows, seq_k): how far each key is from the diagonal."""
+    i = torch.arange(seq_q, device=device)[rows].view(-1, 1)
+    return (i + seq_k - seq_q - torch.arange(seq_k, device=device)).abs()
+
+
+def masked_scores(q: Tensor, k: Tensor, score: Score, rows: slice) -> tuple[Tensor, Tensor | float]:
+    """Scores with -inf where masked, (batch, heads, rows, seq_k), and their derivative by scale * q.k."""
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    scores, slope = q[:, :, rows] @ k.mT * score.scale, 1.0
+    if score.softcap is not None:
+        tanh = torch.tanh(scores / score.softcap)
+        scores, slope = score.softcap * tanh, 1 - tanh * tanh
+    if score.slopes is not None:
+        scores = scores - score.slopes[:, :, None, None].to(scores.dtype) * distances(rows, seq_q, seq_k, q.device)
+    if score.bias is not None:
+        scores = scores + of_rows(score.bias, rows).to(scores.dtype)
+    keep = visible(score, q.shape[0], rows, seq_q, seq_k, q.device)
+    return scores.masked_fill(~keep, -math.inf), slope
+
+
+def kept_weights(score: Score, shape: torch.Size, rows: slice, device: torch.device) -> Tensor | float:
+    """What dropout multiplies the weights (batch, heads, rows, seq_k) by: 0 or 1 / (1 - p). The four words of Philox at
+    (j // 4, i, batch * heads + head, 0) serve four keys."""
+    if score.dropout_p == 0:
+        return 1.0
+    batch, heads, seq_q, seq_k = shape
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    i, quarter = torch.arange(seq_q, device=device)[rows].view(-1, 1), torch.arange((seq_k + 3) // 4, device=device)
+    words = torch.stack(philox(int(score.seed), quarter, i, head), -1).flatten(-2)[..., :seq_k]
+    return (words >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
 
 
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
@@ -76,52 +109,66 @@ def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """out = softmax(s) v and lse = log(sum(exp(s))), with s = scale * q k^T, masked."""
+    """out = softmax(s) v and lse = log(sum(exp(s))), with the scores s and a sink among what is summed."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q = existing(q, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    shape = (*q.shape[:3], k.shape[2])
     for rows in query_blocks(q.shape[2]):
-        scores = masked_scores(q, k, score, rows)
+        scores, _ = masked_scores(q, k, score, rows)
         lse_rows = torch.logsumexp(scores, -1, keepdim=True)
-        out[:, :, rows] = (softmax_weights(scores, lse_rows) @ v).to(dtype)
+        if score.sinks is not None:
+            with_sink = torch.logaddexp(lse_rows, score.sinks.to(q.dtype).view(-1, 1, 1))
+            lse_rows = torch.where(lse_rows == -math.inf, lse_rows, with_sink)
+        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, rows, q.device)
+        out[:, :, rows] = (weights @ v).to(dtype)
         lse[:, :, rows] = lse_rows.squeeze(-1)
     return out, lse
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With p = exp(s - lse) and dp = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
+    with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """With p = exp(s - lse), dropped to p', and dp' = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q, grad_out = existing(q, score.q_lengths), existing(grad_out, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_bias = None if not with_grad_bias else torch.zeros(score.bias.shape, dtype=q.dtype, device=q.device)
+    shape = (*q.shape[:3], k.shape[2])
     for rows in query_blocks(q.shape[2]):
-        p = softmax_weights(masked_scores(q, k, score, rows), lse[:, :, rows, None])
+        scores, slope = masked_scores(q, k, score, rows)
+        p = softmax_weights(scores, lse[:, :, rows, None])
+        kept = kept_weights(score, shape, rows, q.device)
         do = grad_out[:, :, rows]
-        dp = do @ v.mT
+        dp = do @ v.mT * kept
         delta = (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[:, :, rows, None]
-        ds = p * (dp - delta) * score.scale
+        ds = p * (dp - delta)
+        if grad_bias is not None:
+            of_rows(grad_bias, rows).add_(ds.sum_to_size(of_rows(grad_bias, rows).shape))
+        ds = ds * slope * score.scale
         grad_q[:, :, rows] = ds @ k
         grad_k += ds.mT @ q[:, :, rows]
-        grad_v += p.mT @ do
+        grad_v += (p * kept).mT @ do
     grad_k, grad_v = (g.unflatten(1, (-1, group)).sum(2) for g in (grad_k, grad_v))
-    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+    grad_bias = None if grad_bias is None else grad_bias.to(score.bias.dtype)
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), grad_bias
 
 
-def philox(seed: int, rows: Tensor, cols: Tensor) -> Tensor:
-    """First word of Philox-4x32-10 at counter (cols, rows, 0, 0) under key `seed`, as int64 in [0, 2**32).
+def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of Philox-4x32-10 under key `seed` at a counter of up to four words, the others 0: int64 in [0, 2**32).
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
     mask = 0xFFFFFFFF
     key_0, key_1 = seed & mask, seed >> 32 & mask
-    c_0, c_1 = torch.broadcast_tensors(cols & mask, rows & mask)
-    c_2 = c_3 = torch.zeros_like(c_0)
+    words = torch.broadcast_tensors(*(c & mask for c in counter))
+    c_0, c_1, c_2, c_3 = (*words, *[torch.zeros_like(words[0])] * (4 - len(words)))
     for _ in range(10):
         product_0, product_2 = c_0 * 0xD2511F53, c_2 * 0xCD9E8D57  # wraps, but keeps the low 64 bits
         c_0, c_1, c_2, c_3 = (
@@ -131,7 +178,7 @@ def philox(seed: int, rows: Tensor, cols: Tensor) -> Tensor:
             product_0 & mask,
         )
         key_0, key_1 = (key_0 + 0x9E3779B9) & mask, (key_1 + 0xBB67AE85) & mask
-    return c_0
+    return c_0, c_1, c_2, c_3
 
 
 def dropout(x: Tensor, norm: Norm) -> Tensor:
@@ -140,7 +187,7 @@ def dropout(x: Tensor, norm: Norm) -> Tensor:
         return x
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     cols = torch.arange(x.shape[1], device=x.device)[None, :]
-    keep = philox(int(norm.seed), rows, cols) >> 1 >= dropout_threshold(norm.dropout_p)
+    keep = philox(int(norm.seed), cols, rows)[0] >> 1 >= dropout_threshold(norm.dropout_p)
     return torch.where(keep, x / (1 - norm.dropout_p), 0)
 
 

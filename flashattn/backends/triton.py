@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels import norm as norm_kernels
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
-    from ..kernels.scores import ScoreArgs
+    from ..kernels.scores import Plane, ScoreArgs
     from ..kernels.tiles import Heads
 else:
     triton = None
@@ -71,10 +72,28 @@ def heads_arg(x: Tensor) -> Heads:
     return Heads(x, x.stride(0), x.stride(1), x.stride(2))
 
 
+def plane_arg(x: Tensor | None) -> Plane | None:
+    if x is None:
+        return None
+    return Plane(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
+    if dropout_p == 0:
+        return None
+    return DropoutArgs(seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+
+
 def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     """The arguments all attention kernels share: (score, heads, kv_heads, seq_q, seq_k)."""
     seq_q, seq_k = q.shape[2], k.shape[2]
-    args = ScoreArgs(score.scale, *score.bounds(seq_q, seq_k), score.q_lengths, score.kv_lengths)
+    args = ScoreArgs(
+        score.scale, *score.bounds(seq_q, seq_k), score.q_lengths, score.kv_lengths,
+        None if score.slopes is None else seq_k - seq_q, score.softcap,
+        score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
+        plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
+        contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed),
+    )  # fmt: skip
     return args, q.shape[1], k.shape[1], seq_q, seq_k
 
 
@@ -111,8 +130,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
 
 @on_its_device
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
+    with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, heads, seq_q, _ = q.shape
@@ -133,7 +153,18 @@ def backward(
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, heads_arg(grad_k),
             heads_arg(grad_v), *args, **meta,
         )  # fmt: skip
-    return grad_q, grad_k, grad_v
+    if not with_grad_bias:
+        return grad_q, grad_k, grad_v, None
+    grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
+    meta = attention_meta("backward_q", q, v)
+    *planes, size_q, size_k = grad_bias.shape
+    programs = triton.cdiv(size_k, meta["BLOCK_N"]) * triton.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
+    if programs:
+        backward_kernels.attention_backward_bias[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, grad_bias, args[0], batch,
+            *args[1:], *grad_bias.shape, **meta,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ norms
@@ -144,12 +175,6 @@ def row_arg(x: Tensor | None) -> RowView | None:
         return None
     x = rows(x)
     return RowView(x, x.shape[1], x.shape[2], *x.stride()[:3])
-
-
-def dropout_arg(norm: Norm) -> DropoutArgs | None:
-    if norm.dropout_p == 0:
-        return None
-    return DropoutArgs(norm.seed, dropout_threshold(norm.dropout_p), 1 / (1 - norm.dropout_p))
 
 
 def norm_meta(width: int, norm: Norm) -> dict:
@@ -184,7 +209,7 @@ def norm_forward(
         grid = (triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), heads)
         norm_kernels.norm_forward[grid](
             row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
-            mean, rstd, dropout_arg(norm), row_count, width, heads, norm.eps, norm.weight_offset,
+            mean, rstd, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
             HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), **meta,
         )  # fmt: skip
     return y, hidden, mean, rstd
@@ -216,7 +241,8 @@ def norm_backward(
         hidden_arg, grad_arg, mean = row_arg(hidden), row_arg(grad_y), mean if norm.center else None
         norm_kernels.norm_backward[(programs, heads)](
             grad_arg, row_arg(grad_hidden), hidden_arg, contiguous(weight), mean, rstd, row_arg(grad_x),
-            row_arg(grad_residual), *parts, dropout_arg(norm), row_count, width, heads, norm.weight_offset, **meta,
+            row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
+            norm.weight_offset, **meta,
         )  # fmt: skip
         if not meta.pop("SINGLE") and (weight is not None or bias is not None):
             chunks = triton.cdiv(width, meta["BLOCK_COLS"])

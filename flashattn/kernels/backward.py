@@ -11,13 +11,17 @@ With s = q k^T * scale, p = exp(s - lse), do = grad_out:
     grad_q = scale * ds k,   grad_k = scale * ds^T q,   grad_v = p^T do
 
 Dao, "FlashAttention-2" (2023), arXiv:2307.08691, Algorithm 2. That lse may have a gradient of its own adds
-p * grad_lse to ds, which delta takes in.
+p * grad_lse to ds, which delta takes in. With dropout, p is dropped where it meets do, and do v^T likewise; a softcap
+multiplies ds by its derivative on its way to grad_q and grad_k.
+
+A third pass, `attention_backward_bias`, sums ds over what shares an element of the bias.
 """
 
 import triton
 import triton.language as tl
 
-from .scores import SIZES, edge_start, key_tiles, lengths, query_tiles, visible
+from .dropout import kept_weights
+from .scores import SIZES, cap, edge_start, key_tiles, lengths, query_tiles, shift, visible, visible_keys
 from .softmax import LOG2E
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
@@ -30,22 +34,41 @@ def load_lse(lse, queries, query_end):
 
 
 @triton.jit
+def score_gradients(
+    q, grad_out, lse, delta, k_tile, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """(ds, slope) of a tile (queries, keys): the gradient of the scores as softmax takes them, and the softcap's
+    derivative."""
+    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
+    queries = start_m + tl.arange(0, BLOCK_M)
+    keys = start_n + tl.arange(0, BLOCK_N)[None, :]
+    scores, slope = cap(score, scores)
+    scores = shift(score, scores, batch, head, queries[:, None], keys, query_end, key_end)
+    p = tl.exp2(scores - lse[:, None])
+    if EDGE:
+        p = tl.where(visible(score, queries[:, None], keys, query_end, key_end), p, 0.0)
+    v_tile = load_tile(v, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+    dp = tl.dot(grad_out, tl.trans(v_tile), input_precision="ieee")
+    if score.dropout is not None:
+        dp *= kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N)
+    return p * (dp - delta[:, None]), slope
+
+
+@triton.jit
 def visit_keys(
-    acc, q, grad_out, lse, delta, k, v, score, start_m, start_n, query_end, key_end,
+    acc, q, grad_out, lse, delta, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of pass 1: acc += ds k."""
     k_tile = load_tile(k, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
-    p = tl.exp2(scores - lse[:, None])
-    if EDGE:
-        queries = start_m + tl.arange(0, BLOCK_M)[:, None]
-        keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-        p = tl.where(visible(score, queries, keys, query_end, key_end), p, 0.0)
-    v_tile = load_tile(v, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
-    dp = tl.dot(grad_out, tl.trans(v_tile), input_precision="ieee")
-    ds = p * (dp - delta[:, None])
+    ds, slope = score_gradients(
+        q, grad_out, lse, delta, k_tile, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+        HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE,
+    )  # fmt: skip
+    if score.softcap is not None:
+        ds *= slope
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
 
@@ -79,20 +102,21 @@ def attention_backward_q(
     tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
         acc = visit_keys(
-            acc, q_tile, do_tile, lse_row, delta_row, k, v, score, start_m, start_n, query_end, key_end,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+            acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m, start_n, query_end,
+            key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
         )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
         acc = visit_keys(
-            acc, q_tile, do_tile, lse_row, delta_row, k, v, score, start_m, edge_start(tiles, index, BLOCK_N),
-            query_end, key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+            acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m,
+            edge_start(tiles, index, BLOCK_N), query_end, key_end,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
         )  # fmt: skip
     store_tile(one_head(grad_q, batch, head), acc * score.scale, start_m, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def visit_queries(
-    grad_k, grad_v, k, v, q, grad_out, lse, delta, score, start_m, start_n, query_end, key_end,
+    grad_k, grad_v, k, v, q, grad_out, lse, delta, score, batch, head, heads, start_m, start_n, query_end, key_end,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -100,15 +124,25 @@ def visit_queries(
     queries = start_m + tl.arange(0, BLOCK_M)
     q_tile = load_tile(q, start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
     scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * (score.scale * LOG2E)
+    keys = start_n + tl.arange(0, BLOCK_N)[:, None]
+    scores, slope = cap(score, scores)
+    scores = shift(score, scores, batch, head, queries[None, :], keys, query_end, key_end)
     p = tl.exp2(scores - load_lse(lse, queries, query_end)[None, :])
     if EDGE:
-        keys = start_n + tl.arange(0, BLOCK_N)[:, None]
         p = tl.where(visible(score, queries[None, :], keys, query_end, key_end), p, 0.0)
     do_tile = load_tile(grad_out, start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
-    grad_v = tl.dot(p.to(do_tile.dtype), do_tile, grad_v, input_precision="ieee")
+    dropped = p
+    if score.dropout is not None:
+        kept = tl.trans(kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N))
+        dropped = p * kept
+    grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grad_v, input_precision="ieee")
     delta_row = tl.load(delta + queries, mask=queries < query_end, other=0.0)
     dp = tl.dot(v, tl.trans(do_tile), input_precision="ieee")
+    if score.dropout is not None:
+        dp *= kept
     ds = p * (dp - delta_row[None, :])
+    if score.softcap is not None:
+        ds *= slope
     grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
@@ -142,14 +176,16 @@ def attention_backward_kv(
         row = tl.cast(batch * heads + head, tl.int64) * seq_q
         for start_m in range(tiles.steady_begin, tiles.steady_end, BLOCK_M):
             acc_k, acc_v = visit_queries(
-                acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, start_m, start_n,
-                query_end, key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+                acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
+                heads, start_m, start_n, query_end, key_end,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
             )  # fmt: skip
         for index in tl.range(0, tiles.edges, num_stages=1):
             start_m = edge_start(tiles, index, BLOCK_M)
             acc_k, acc_v = visit_queries(
-                acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, start_m, start_n,
-                query_end, key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+                acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
+                heads, start_m, start_n, query_end, key_end,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
             )  # fmt: skip
 
     # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are dropped here, once, so that the
@@ -159,3 +195,72 @@ def attention_backward_kv(
     acc_v = tl.where(exists, acc_v, 0.0)
     store_tile(one_head(grad_k, batch, kv_head), acc_k, start_n, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_tile(one_head(grad_v, batch, kv_head), acc_v, start_n, seq_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+
+
+@triton.jit
+def shared(size, index, all_of_them, BLOCK: tl.constexpr):
+    """The range that belongs to position `index` of a dimension of the bias: all of it where it is broadcast."""
+    begin = tl.where(size == 1, 0, index * BLOCK)
+    return begin, tl.where(size == 1, all_of_them, tl.minimum(begin + BLOCK, all_of_them))
+
+
+@triton.jit(do_not_specialize=[*SIZES, "batches", "size_batch", "size_head", "size_q", "size_k"])
+def attention_backward_bias(
+    q, k, v, grad_out, lse, delta, grad_bias, score, batches, heads, kv_heads, seq_q, seq_k,
+    size_batch, size_head, size_q, size_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_bias (size_batch, size_head, size_q, size_k), float32: ds summed over the batch rows, heads, queries and
+    keys that share an element.
+
+    Grid: (tiles of keys * tiles of queries * size_head * size_batch,). A program owns BLOCK_M x BLOCK_N elements of the
+    bias, or all queries or keys where those are broadcast; S and dP are computed once more.
+    """
+    program = tl.program_id(0)
+    tiles_n = tl.cdiv(size_k, BLOCK_N)
+    tiles_m = tl.cdiv(size_q, BLOCK_M)
+    tile_n = program % tiles_n
+    tile_m = program // tiles_n % tiles_m
+    bias_head = program // tiles_n // tiles_m % size_head
+    bias_batch = program // tiles_n // tiles_m // size_head
+    first_batch, last_batch = shared(size_batch, bias_batch, batches, 1)
+    first_head, last_head = shared(size_head, bias_head, heads, 1)
+    first_m, last_m = shared(size_q, tile_m, seq_q, BLOCK_M)
+    first_n, last_n = shared(size_k, tile_n, seq_k, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for batch in range(first_batch, last_batch):
+        query_end, key_end = lengths(score, batch, seq_q, seq_k)
+        for head in range(first_head, last_head):
+            k_head = one_head(k, batch, head // (heads // kv_heads))
+            v_head = one_head(v, batch, head // (heads // kv_heads))
+            row = tl.cast(batch * heads + head, tl.int64) * seq_q
+            for start_m in range(first_m, tl.minimum(last_m, query_end), BLOCK_M):
+                queries = start_m + tl.arange(0, BLOCK_M)
+                q_tile = load_tile(one_head(q, batch, head), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+                do_tile = load_tile(
+                    one_head(grad_out, batch, head), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+                )
+                lse_row = load_lse(lse + row, queries, query_end)
+                delta_row = tl.load(delta + row + queries, mask=queries < query_end, other=0.0)
+                begin, end = visible_keys(score, start_m, query_end, key_end, BLOCK_M)
+                begin = tl.maximum(first_n, begin // BLOCK_N * BLOCK_N)
+                for start_n in range(begin, tl.minimum(last_n, end), BLOCK_N):
+                    k_tile = load_tile(k_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+                    ds, _ = score_gradients(
+                        q_tile, do_tile, lse_row, delta_row, k_tile, v_head, score, batch, head, heads, start_m,
+                        start_n, query_end, key_end, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+                    )  # fmt: skip
+                    acc += ds
+    # Where queries or keys are broadcast, every row or column belongs to the first.
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    if size_q == 1:
+        acc = tl.where(i[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
+    if size_k == 1:
+        acc = tl.where(j[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
+    i += tile_m * BLOCK_M
+    j += tile_n * BLOCK_N
+    plane = tl.cast(bias_batch * size_head + bias_head, tl.int64) * size_q
+    pointers = grad_bias + (plane + i[:, None]) * size_k + j[None, :]
+    tl.store(pointers, acc, mask=(i[:, None] < size_q) & (j[None, :] < size_k))

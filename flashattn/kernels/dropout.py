@@ -24,3 +24,14 @@ def dropout(value, args, rows, cols):
     bits, _, _, _ = tl.philox(seed, cols, rows, 0, 0)
     keep = (bits >> 1).to(tl.int32, bitcast=True) >= args.threshold
     return tl.where(keep, value * args.scale, 0.0)
+
+
+@triton.jit
+def kept_weights(args, head, queries, start_n, BLOCK_N: tl.constexpr):
+    """What to multiply the weights (queries, BLOCK_N keys) of a head by: 0 or the scale. The four words of Philox at
+    (key // 4, query, head, 0) serve four keys; `head` counts batch * heads + head."""
+    quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    quarters, rows = tl.broadcast(quarters, queries[:, None])
+    a, b, c, d = tl.philox(tl.load(args.seed), quarters, rows, head, 0)
+    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return tl.where((bits >> 1).to(tl.int32, bitcast=True) >= args.threshold, args.scale, 0.0)

@@ -6,25 +6,32 @@ Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partit
 import triton
 import triton.language as tl
 
-from .scores import SIZES, edge_start, key_tiles, lengths, visible
-from .softmax import LOG2E, logsumexp, online_softmax
+from .dropout import kept_weights
+from .scores import SIZES, cap, edge_start, key_tiles, lengths, shift, visible
+from .softmax import LOG2E, join_sink, logsumexp, online_softmax
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
 
 @triton.jit
 def attend(
-    acc, m_i, l_i, q, k, v, score, start_m, start_n, query_end, key_end,
+    acc, m_i, l_i, q, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One key tile: s = q k^T * scale, fold into the softmax, acc = alpha acc + p v."""
     k_tile = load_tile(k, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
+    queries = start_m + tl.arange(0, BLOCK_M)[:, None]
+    keys = start_n + tl.arange(0, BLOCK_N)[None, :]
+    scores, _ = cap(score, scores)
+    scores = shift(score, scores, batch, head, queries, keys, query_end, key_end)
     if EDGE:
-        queries = start_m + tl.arange(0, BLOCK_M)[:, None]
-        keys = start_n + tl.arange(0, BLOCK_N)[None, :]
         scores = tl.where(visible(score, queries, keys, query_end, key_end), scores, float("-inf"))
-    p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, EDGE)
+    # A mask or a bias of -inf can leave a row of any tile without a key.
+    EMPTY: tl.constexpr = EDGE or score.mask is not None or score.bias is not None
+    p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, EMPTY)
+    if score.dropout is not None:
+        p *= kept_weights(score.dropout, batch * heads + head, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_N)
     v_tile = load_tile(v, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i
@@ -53,18 +60,21 @@ def attention_forward(
     tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
         acc, m_i, l_i = attend(
-            acc, m_i, l_i, q_tile, k, v, score, start_m, start_n, query_end, key_end,
+            acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
         )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
         acc, m_i, l_i = attend(
-            acc, m_i, l_i, q_tile, k, v, score, start_m, edge_start(tiles, index, BLOCK_N), query_end, key_end,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+            acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, edge_start(tiles, index, BLOCK_N),
+            query_end, key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
         )  # fmt: skip
 
     queries = start_m + tl.arange(0, BLOCK_M)
     if score.q_lengths is not None:
         l_i = tl.where(queries < query_end, l_i, 0.0)
+    if score.sinks is not None:
+        m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
+        acc *= alpha[:, None]
     result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
     store_tile(one_head(out, batch, head), result, start_m, seq_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
     tl.store(lse + tl.cast(batch * heads + head, tl.int64) * seq_q + queries, logsumexp(m_i, l_i), mask=queries < seq_q)

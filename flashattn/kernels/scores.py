@@ -4,7 +4,8 @@
 would read it is compiled away. A new piece is one field here and one branch in the function it concerns:
 
 - `key_tiles` and `query_tiles`: tiles that a piece masks away as a whole are never visited;
-- `visible`: what a piece masks inside a tile.
+- `visible`: what a piece masks by position inside a tile;
+- `cap` and `shift`: what a piece does to the scores themselves.
 
 Tiles come in two kinds. In a *steady* tile every score is kept, so the steady loop has no compare and no select.
 *Edge* tiles (the diagonal, the tail of a sequence) are the others; one loop visits those on both sides.
@@ -15,9 +16,22 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .dropout import DropoutArgs
+from .softmax import LOG2E
+
 # Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
 # with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward.
 SIZES = ["score", "heads", "kv_heads", "seq_q", "seq_k"]
+
+
+class Plane(NamedTuple):
+    """A (batch, heads, seq_q, seq_k) mask or bias; the stride of a broadcast dimension is 0."""
+
+    ptr: tl.tensor
+    stride_batch: tl.tensor
+    stride_head: tl.tensor
+    stride_q: tl.tensor
+    stride_k: tl.tensor
 
 
 class ScoreArgs(NamedTuple):
@@ -26,6 +40,14 @@ class ScoreArgs(NamedTuple):
     last: tl.tensor | None  # int: and keys j <= i + last
     q_lengths: tl.tensor | None  # (batch,) int32: queries at or past it attend to nothing
     kv_lengths: tl.tensor | None  # (batch,) int32: keys at or past it are masked
+    diagonal: tl.tensor | None = None  # int: seq_k - seq_q; only where there are slopes
+    softcap: tl.tensor | None = None  # float
+    slopes: tl.tensor | None = None  # (batch or 1, heads) float32
+    slopes_stride: tl.tensor | None = None  # from batch to batch
+    mask: Plane | None = None  # of bytes
+    bias: Plane | None = None
+    sinks: tl.tensor | None = None  # (heads,)
+    dropout: DropoutArgs | None = None
 
 
 class Tiles(NamedTuple):
@@ -61,20 +83,29 @@ def _split(begin, steady_begin, steady_end, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key tiles that queries start_m .. start_m + BLOCK_M look at."""
+def visible_keys(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr):
+    """(begin, end) of the keys that queries start_m .. start_m + BLOCK_M look at."""
     begin = 0
-    steady_begin = 0
     end = key_end
-    steady_end = key_end
     if score.first is not None:
         begin = tl.maximum(start_m + score.first, 0)  # the first key the first query sees
-        steady_begin = tl.maximum(start_m + BLOCK_M - 1 + score.first, 0)  # and the last one
     if score.last is not None:
         end = tl.minimum(end, start_m + BLOCK_M + score.last)  # past the last key the last query sees
-        steady_end = tl.minimum(steady_end, start_m + 1 + score.last)  # past the last key the first one sees
     if score.q_lengths is not None:
         end = tl.where(start_m < query_end, end, 0)
+    return begin, end
+
+
+@triton.jit
+def key_tiles(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The key tiles that queries start_m .. start_m + BLOCK_M look at."""
+    begin, end = visible_keys(score, start_m, query_end, key_end, BLOCK_M)
+    steady_begin = 0
+    steady_end = key_end
+    if score.first is not None:
+        steady_begin = tl.maximum(start_m + BLOCK_M - 1 + score.first, 0)  # the first key the last query sees
+    if score.last is not None:
+        steady_end = tl.minimum(steady_end, start_m + 1 + score.last)  # past the last key the first one sees
     return _split(begin, steady_begin, steady_end, end, BLOCK_N)
 
 
@@ -112,3 +143,50 @@ def visible(score, queries, keys, query_end, key_end):
     if score.last is not None:
         keep = keep & (keys <= queries + score.last)
     return keep
+
+
+@triton.jit
+def tanh(x):
+    """An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. Largest error 2e-7, relative."""
+    square = x * x
+    p = square * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    magnitude = tl.abs(x)
+    large = 1 - 2 / (tl.exp2(tl.minimum(magnitude, 20.0) * (2 * LOG2E)) + 1)
+    return tl.where(magnitude < 0.625, p * square * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def cap(score, scores):
+    """(capped scores, derivative) of base-2 scores. Without a softcap the scores and 1."""
+    slope = 1.0
+    if score.softcap is not None:
+        t = tanh(scores / (score.softcap * LOG2E))
+        scores = t * (score.softcap * LOG2E)
+        slope = 1 - t * t
+    return scores, slope
+
+
+@triton.jit
+def plane_pointers(x, batch, head, queries, keys):
+    """Pointers to a mask or a bias at positions that broadcast. 64-bit: it may pass 2**31 elements."""
+    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
+    return base + queries.to(tl.int64) * x.stride_q + keys.to(tl.int64) * x.stride_k
+
+
+@triton.jit
+def shift(score, scores, batch, head, queries, keys, query_end, key_end):
+    """ALiBi, bias and mask on capped base-2 scores. `queries` and `keys` broadcast to their shape."""
+    if score.slopes is not None:
+        slope = tl.load(score.slopes + batch * score.slopes_stride + head) * LOG2E
+        scores -= slope * tl.abs(queries + score.diagonal - keys).to(tl.float32)
+    exists = (queries < query_end) & (keys < key_end)
+    if score.bias is not None:
+        bias = tl.load(plane_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
+        scores += bias.to(tl.float32) * LOG2E
+    if score.mask is not None:
+        keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
+        scores = tl.where(keep != 0, scores, float("-inf"))
+    return scores

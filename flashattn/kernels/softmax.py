@@ -28,6 +28,16 @@ def online_softmax(scores, m_i, l_i, EDGE: tl.constexpr):
 
 
 @triton.jit
+def join_sink(m_i, l_i, sink):
+    """Let a sink, a natural logarithm, join the sums. Returns (m, l, the factor of what was accumulated); a row with
+    nothing to attend to stays as it is."""
+    sink = sink.to(tl.float32) * LOG2E
+    m_new = tl.where(l_i == 0.0, m_i, tl.maximum(m_i, sink))
+    alpha = tl.where(l_i == 0.0, 1.0, tl.exp2(m_i - m_new))
+    return m_new, tl.where(l_i == 0.0, 0.0, l_i * alpha + tl.exp2(sink - m_new)), alpha
+
+
+@triton.jit
 def logsumexp(m_i, l_i):
     """Natural-log lse of a row from its base-2 maximum and sum; -inf where nothing was attended to."""
     return tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
