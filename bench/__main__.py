@@ -1,4 +1,7 @@
-"""The command line: python -m bench attention|cpu. Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage."""
+"""The command line: python -m bench attention|cpu|features.
+
+Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw ratio against length (png, svg, pdf)")
     add_cpu(commands)
+    add_features(commands)
     return top
 
 
@@ -59,6 +63,34 @@ def add_cpu(commands) -> None:
     command.add_argument("--seconds", type=float, default=2.0, help="time for each case (default %(default)s)")
     command.add_argument("--list", action="store_true", help="name the cases and stop")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
+
+
+def add_features(commands) -> None:
+    command = commands.add_parser(
+        "features",
+        help="what each feature of attention costs on top of the plain call",
+        description="Each feature alone against the plain call of the same tiles, forward and backward, in pairs in "
+        "the same run, with the error against float64. Under a minute for both dtypes.",
+    )
+    command.add_argument("--shape", type=shape, default=(1, 8, 1024, 64), metavar="B,H,S,D", help="default 1,8,1024,64")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32 and bfloat16")
+    command.add_argument("--seconds", type=float, default=0.5, help="time for each pair (default %(default)s)")
+
+
+def run_features(args) -> int:
+    from . import features
+
+    dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
+    keep_memory_warm()
+    costs = features.print_costs(
+        (
+            features.measure(name, getattr(torch, dtype), args.shape, args.seconds)
+            for dtype in dtypes
+            for name in features.FEATURES
+        ),
+        args.shape,
+    )
+    return 0 if all(c.correct for c in costs) else 1
 
 
 def run_cpu(args) -> int:
@@ -103,7 +135,7 @@ def run_attention(args) -> int:
 def main() -> int:
     args = parser().parse_args()
     try:
-        return run_cpu(args) if args.command == "cpu" else run_attention(args)
+        return {"cpu": run_cpu, "features": run_features, "attention": run_attention}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

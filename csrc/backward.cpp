@@ -147,7 +147,7 @@ static void softmax_weights(const Attention& a, const Weights& w, const Queries&
   float scale = a.score.scale * LOG2E;
   if (is_modified(a)) {
     for (int64_t i = 0; i < (keys.end - keys.begin) * x.lanes; i += W) store(w.p + i, load<vf>(w.p + i) * scale);
-    modify(a, {batch, head, x.rows.begin, x.lanes}, keys, edge, w.planes, w.p, x.lanes, w.slope, nullptr);
+    modify<Dot>(a, {batch, head, x.rows.begin, x.lanes}, keys, edge, w.planes, w.p, x.lanes, w.slope, nullptr);
     edge = false, scale = 1;  // both are done
   }
   if (w.kept)

@@ -99,7 +99,7 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
                 });
     if (edge || modified) {
       Spot at = {tile.batch, tile.head, tile.rows.begin + from, width};
-      modify(a, at, keys, edge, planes, scores, lanes, nullptr, part.m);
+      modify<Dot>(a, at, keys, edge, planes, scores, lanes, nullptr, part.m);
     }
     if (a.score.dropout.scale == 0)
       online_softmax<Dot>(scores, n, lanes, width, part, [](int64_t) { return [](vf p, int64_t) { return p; }; });

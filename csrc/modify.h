@@ -19,56 +19,70 @@ static inline char* plane_row(const Plane& x, int64_t size, const Spot& at, int6
   return (char*)x.data + element * size;
 }
 
-// W bytes of a mask's row as what is added to scores; those past n are masked.
-static inline vf mask_at(const char* row, int64_t n) {
-  typedef uint8_t vb __attribute__((vector_size(W)));
-  vb bytes = {};
-  if (n >= W)
-    bytes = load<vb>(row);
-  else
-    for (int64_t i = 0; i < n; i++) bytes[i] = row[i];
-  vu x = __builtin_convertvector(bytes, vu);
-  return x != 0 ? vf{} : vf{} + NEVER;
-}
-
-// The bias of some keys as out[key][lanes], 0 in lanes past the queries there are.
+// What a tile needs of a bias: [key][lanes]; one key where it is the same for all; [key] where it is for all queries.
 static inline void load_bias(const Attention& a, const Spot& at, Range keys, float* out) {
   const Plane& x = a.score.bias;
   int64_t size = element_size(x.dtype), n = x.stride_k ? keys.end - keys.begin : 1;
   Matrix rows = {plane_row(x, size, at, 0, keys.begin), x.dtype, x.stride_q * size, n};
-  pack_transposed<Single>(rows, {at.query, min(a.seq_q, at.query + at.lanes)}, at.lanes, out);
+  if (x.stride_q)
+    pack_transposed<Single>(rows, {at.query, min(a.seq_q, at.query + at.lanes)}, at.lanes, out);
+  else
+    load_floats(out, rows.data, x.dtype, n);
+}
+static inline vf bias_at(const Plane& x, const float* bias, int64_t key, int64_t lanes, int64_t lane) {
+  if (!x.stride_q) return broadcast(bias[x.stride_k ? key : 0]);
+  return load<vf>(bias + (x.stride_k ? key : 0) * lanes + lane);
 }
 
-// Likewise of the mask: 0 or -inf.
-static inline void load_mask(const Attention& a, const Spot& at, Range keys, float* out) {
+// A byte a key, 0 or 1, to a bit a key: the product moves bit 8 i to bit 56 + i.
+static inline uint32_t bits_of(const char* bytes, int64_t n) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight = 0;
+    if (n - i >= 8)
+      __builtin_memcpy(&eight, bytes + i, 8);
+    else
+      for (int64_t r = i; r < n; r++) eight |= (uint64_t)(uint8_t)bytes[r] << 8 * (r - i);
+    bits |= (uint32_t)(eight * 0x0102040810204080u >> 56) << i;
+  }
+  return bits;
+}
+
+// What a tile needs of a mask: [key / 32][lanes] words, a bit a key.
+static inline void load_mask(const Attention& a, const Spot& at, Range keys, uint32_t* out) {
   const Plane& x = a.score.mask;
-  int64_t n = x.stride_k ? keys.end - keys.begin : 1;
-  for (int64_t i = 0; i < at.lanes; i += W)
-    for (int64_t c = 0; c < n; c += W) {
-      vf block[W];
-      for (int64_t r = 0; r < W; r++) {
-        int64_t query = at.query + i + r;
-        block[r] = query < a.seq_q ? mask_at(plane_row(x, 1, at, query, keys.begin + c * x.stride_k), n - c) : vf{};
+  int64_t queries = min(at.lanes, a.seq_q - at.query);
+  for (int64_t j = keys.begin; j < keys.end; j += 32, out += at.lanes)
+    for (int64_t i = 0; i < at.lanes; i++) {
+      if (i > 0 && (!x.stride_q || i >= queries)) {
+        out[i] = out[i - 1];
+        continue;
       }
-      transpose(block);
-      for (int64_t r = 0; r < min(W, n - c); r++) store(out + (c + r) * at.lanes + i, block[r]);
+      const char* row = plane_row(x, 1, at, at.query + i, j);
+      out[i] = x.stride_k ? bits_of(row, min(32, keys.end - j)) : *row ? ~0u : 0;
     }
 }
+static inline vi mask_at(const uint32_t* words, int64_t key, int64_t lanes, int64_t lane) {
+  return (vi)(load<vu>(words + key / 32 * lanes + lane) << (31 - key % 32)) < 0;
+}
 
-// Memory for the planes of a tile.
+// Memory for what a tile needs of both.
 struct Planes {
-  float *bias, *mask;
+  float* bias;
+  uint32_t* mask;
 };
 static inline Planes take_planes(const Attention& a, Scratch& scratch, int64_t block_n) {
-  auto take = [&](const Plane& x) { return x.data ? scratch.take(block_n * BLOCK_M) : nullptr; };
-  return {take(a.score.bias), take(a.score.mask)};
+  return {a.score.bias.data ? scratch.take((block_n + W) * BLOCK_M) : nullptr,
+          a.score.mask.data ? (uint32_t*)scratch.take((block_n / 32 + 1) * BLOCK_M) : nullptr};
 }
 static inline size_t planes_floats(const Attention& a, int64_t block_n) {
-  return ((a.score.bias.data ? 1 : 0) + (a.score.mask.data ? 1 : 0)) * (block_n * BLOCK_M + 16);
+  return (a.score.bias.data ? (block_n + W) * BLOCK_M + 16 : 0) +
+         (a.score.mask.data ? (block_n / 32 + 1) * BLOCK_M + 16 : 0);
 }
 
 // Scores in base 2 to what softmax takes, in place: s[key][stride]. `slope`, where given, becomes the derivative of the
 // softcap; `m`, where given, the maximum of what it was and the scores.
+template <class Dot>
 static inline void modify(const Attention& a, const Spot& at, Range keys, bool edge, Planes planes, float* s,
                           int64_t stride, float* slope, float* m) {
   const Score& score = a.score;
@@ -83,7 +97,7 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
       int64_t row = j - keys.begin;
       vf x = load<vf>(s + row * stride + i);
       if (score.softcap) {
-        vf t = tanh(x * inverse);
+        vf t = tanh<Dot::EXP_DEGREE>(x * inverse);
         if (slope) store(slope + row * stride + i, 1 - t * t);
         x = t * cap;
       }
@@ -91,11 +105,8 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
         vf distance = lane + (float)(at.query + i + score.diagonal - j);
         x -= (distance < 0 ? -distance : distance) * alibi;
       }
-      if (planes.bias) x += load<vf>(planes.bias + (score.bias.stride_k ? row : 0) * at.lanes + i) * LOG2E;
-      if (planes.mask) {
-        vf hidden = load<vf>(planes.mask + (score.mask.stride_k ? row : 0) * at.lanes + i);
-        x = hidden == 0 ? x : hidden;
-      }
+      if (planes.bias) x += bias_at(score.bias, planes.bias, row, at.lanes, i) * LOG2E;
+      if (planes.mask) x = mask_at(planes.mask, row, at.lanes, i) ? x : vf{} + NEVER;
       if (edge) x = visible(a, at.query + i, j) ? x : vf{} + NEVER;
       store(s + row * stride + i, x);
       top = max(top, x);
@@ -104,8 +115,8 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
   }
 }
 
-// What dropout multiplies the weights of W queries by, key after key: the four words of Philox at (key / 4, query,
-// batch * heads + head) serve four keys.
+// What dropout multiplies the weights of W queries by, key after key: the four words of Philox, of 7 rounds, at
+// (key / 4, query, batch * heads + head) serve four keys.
 struct KeptWeights {
   const Dropout& dropout;
   uint32_t head;
@@ -121,7 +132,7 @@ struct KeptWeights {
   vf at(int64_t key) {
     if (key / 4 != quarter) {
       quarter = key / 4;
-      words = philox(dropout.seed, vu{} + (uint32_t)quarter, queries, head);
+      words = philox<7>(dropout.seed, vu{} + (uint32_t)quarter, queries, head);
     }
     return kept(dropout, words.at[key % 4]);
   }

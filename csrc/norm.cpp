@@ -23,7 +23,7 @@ static void store_row(const Rows& x, int64_t r, const float* src, int64_t width)
 // x is readable and writable to whole vectors.
 static void dropout(const Norm& n, float* x, int64_t r) {
   for (int64_t c = 0; c < n.width; c += W)
-    store(x + c, load<vf>(x + c) * kept(n.dropout, philox(n.dropout.seed, lane_numbers() + (uint32_t)c,
+    store(x + c, load<vf>(x + c) * kept(n.dropout, philox<10>(n.dropout.seed, lane_numbers() + (uint32_t)c,
                                                           vu{} + (uint32_t)r, 0).at[0]));
 }
 

@@ -1,4 +1,5 @@
-// Counter-based random bits: Philox-4x32-10 at counter (c0, c1, head, 0). The twin of kernels/dropout.py. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// Counter-based random bits: Philox-4x32 at counter (c0, c1, head, 0). The twin of kernels/dropout.py. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): 7 rounds pass
+// every statistical test, 10 leave a margin.
 #pragma once
 
 #include "simd.h"
@@ -20,10 +21,11 @@ struct Words {
   vu at[4];
 };
 
+template <int ROUNDS>
 static inline Words philox(uint64_t seed, vu c0, vu c1, uint32_t head) {
   uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
   vu c2 = vu{} + head, c3 = {};
-  for (int round = 0; round < 10; round++) {
+  for (int round = 0; round < ROUNDS; round++) {
     vu high_0, low_0, high_2, low_2;
     multiply(c0, 0xD2511F53u, high_0, low_0);
     multiply(c2, 0xCD9E8D57u, high_2, low_2);

@@ -94,7 +94,7 @@ CASES = [
     Case("mask_of_queries", seq_q=111, seq_k=40, mask="q"),
     Case("bias", batch=2, seq_q=40, seq_k=111, bias="bhqk", head_dim=40),
     Case("bias_of_heads", batch=2, heads=4, seq_q=111, bias="hqk", causal=True),
-    Case("bias_of_keys", batch=2, heads=4, bias="k", window=(20, 20)),
+    Case("bias_of_keys", batch=2, heads=4, seq_q=130, seq_k=130, bias="k", window=(20, 20)),
     Case("bias_of_queries", batch=3, bias="hq"),
     Case("bias_of_batches", batch=8, bias="b"),
     Case("bias_of_a_batch", batch=3, heads=4, seq_q=130, seq_k=200, bias="bqk", kv_lengths=(200, 0, 77)),
@@ -192,7 +192,7 @@ def kept(case: Case, device) -> torch.Tensor | float:
         return 1.0
     head = torch.arange(case.batch * case.heads).view(case.batch, case.heads, 1, 1)
     i, j = torch.arange(case.seq_q)[:, None], torch.arange(case.seq_k)
-    words = torch.stack(philox(SEED, j // 4, i, head))
+    words = torch.stack(philox(SEED, j // 4, i, head, rounds=7))
     bits = words.gather(0, (j % 4).expand(words.shape[1:])[None])[0]
     return ((bits >> 1) >= int(case.dropout_p * 2**31)).to(device) / (1 - case.dropout_p)
 

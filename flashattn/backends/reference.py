@@ -92,14 +92,14 @@ def masked_scores(q: Tensor, k: Tensor, score: Score, rows: slice) -> tuple[Tens
 
 
 def kept_weights(score: Score, shape: torch.Size, rows: slice, device: torch.device) -> Tensor | float:
-    """What dropout multiplies the weights (batch, heads, rows, seq_k) by: 0 or 1 / (1 - p). The four words of Philox at
-    (j // 4, i, batch * heads + head, 0) serve four keys."""
+    """What dropout multiplies the weights (batch, heads, rows, seq_k) by: 0 or 1 / (1 - p). The four words of Philox,
+    of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
         return 1.0
     batch, heads, seq_q, seq_k = shape
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
     i, quarter = torch.arange(seq_q, device=device)[rows].view(-1, 1), torch.arange((seq_k + 3) // 4, device=device)
-    words = torch.stack(philox(int(score.seed), quarter, i, head), -1).flatten(-2)[..., :seq_k]
+    words = torch.stack(philox(int(score.seed), quarter, i, head, rounds=7), -1).flatten(-2)[..., :seq_k]
     return (words >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
 
 
@@ -160,8 +160,8 @@ def backward(
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), grad_bias
 
 
-def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The words of Philox-4x32-10 under key `seed` at a counter of up to four words, the others 0: int64 in [0, 2**32).
+def philox(seed: int, *counter: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of Philox-4x32 under key `seed` at a counter of up to four words, the others 0: int64 in [0, 2**32).
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
@@ -169,7 +169,7 @@ def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     key_0, key_1 = seed & mask, seed >> 32 & mask
     words = torch.broadcast_tensors(*(c & mask for c in counter))
     c_0, c_1, c_2, c_3 = (*words, *[torch.zeros_like(words[0])] * (4 - len(words)))
-    for _ in range(10):
+    for _ in range(rounds):
         product_0, product_2 = c_0 * 0xD2511F53, c_2 * 0xCD9E8D57  # wraps, but keeps the low 64 bits
         c_0, c_1, c_2, c_3 = (
             (product_2 >> 32 & mask) ^ c_1 ^ key_0,

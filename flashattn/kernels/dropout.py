@@ -28,10 +28,10 @@ def dropout(value, args, rows, cols):
 
 @triton.jit
 def kept_weights(args, head, queries, start_n, BLOCK_N: tl.constexpr):
-    """What to multiply the weights (queries, BLOCK_N keys) of a head by: 0 or the scale. The four words of Philox at
-    (key // 4, query, head, 0) serve four keys; `head` counts batch * heads + head."""
+    """What to multiply the weights (queries, BLOCK_N keys) of a head by: 0 or the scale. The four words of Philox, of
+    7 rounds, at (key // 4, query, head, 0) serve four keys; `head` counts batch * heads + head."""
     quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     quarters, rows = tl.broadcast(quarters, queries[:, None])
-    a, b, c, d = tl.philox(tl.load(args.seed), quarters, rows, head, 0)
+    a, b, c, d = tl.philox(tl.load(args.seed), quarters, rows, head, 0, n_rounds=7)
     bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return tl.where((bits >> 1).to(tl.int32, bitcast=True) >= args.threshold, args.scale, 0.0)
