@@ -1,0 +1,131 @@
+"""The drop-in for scaled_dot_product_attention against PyTorch's own, gradients included."""
+
+import inspect
+
+import pytest
+import torch
+from common import assert_as_exact_as_torch
+from torch.nn import functional
+
+import flashattn
+from flashattn.compat import sdpa
+
+theirs = functional.scaled_dot_product_attention
+
+CASES = {
+    "plain": ((2, 4, 33, 16), (2, 4, 40, 16), None, {}),
+    "causal": ((2, 4, 33, 16), (2, 4, 33, 16), None, dict(is_causal=True)),
+    "causal_more_keys": ((2, 4, 20, 16), (2, 4, 70, 16), None, dict(is_causal=True)),
+    "causal_more_queries": ((2, 4, 70, 16), (2, 4, 20, 16), None, dict(is_causal=True)),
+    "grouped": ((2, 6, 33, 16), (2, 2, 40, 16), None, dict(enable_gqa=True, scale=0.3)),
+    "three_dimensions": ((3, 33, 16), (3, 40, 16), "qk", {}),
+    "two_dimensions": ((33, 16), (40, 16), None, {}),
+    "five_dimensions": ((2, 3, 4, 20, 16), (2, 3, 4, 40, 16), "qk", {}),
+    "five_dimensions_masked": ((2, 3, 4, 20, 16), (2, 3, 4, 40, 16), "23hqk", {}),
+    "broadcast": ((2, 4, 33, 16), (1, 4, 40, 16), None, {}),
+    "broadcast_heads": ((2, 4, 33, 16), (2, 1, 40, 16), None, {}),
+    "masked": ((2, 4, 33, 16), (2, 4, 40, 16), "b1qk", {}),
+    "masked_keys": ((2, 4, 33, 16), (2, 4, 40, 16), "b11k", {}),
+    "masked_grouped": ((2, 4, 33, 16), (2, 2, 40, 16), "hqk", dict(enable_gqa=True)),
+}
+
+
+def mask_of(pattern: str, q: tuple, k: tuple) -> torch.Tensor:
+    sizes = {"b": q[0], "h": q[-3] if len(q) > 2 else 1, "q": q[-2], "k": k[-2], "1": 1, "2": 2, "3": 3}
+    return torch.randn([sizes[c] for c in pattern])
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("name", CASES)
+def test_as_pytorch(name, kind):
+    q_shape, k_shape, pattern, options = CASES[name]
+    inputs = [torch.randn(q_shape), torch.randn(k_shape), torch.randn(*k_shape[:-1], 24)]
+    mask = None if pattern is None else mask_of(pattern, q_shape, k_shape)
+    if mask is not None and kind == "float":
+        inputs.append(mask)
+    elif mask is not None:
+        options = {**options, "attn_mask": mask > -0.7}
+
+    def run(function, dtype):
+        x = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        out = function(*x, **options)
+        return [out, *torch.autograd.grad(out.square().sum(), x)]
+
+    ours, by_torch = run(sdpa.scaled_dot_product_attention, torch.float32), run(theirs, torch.float32)
+    for x, y, t in zip(ours, by_torch, run(theirs, torch.float64), strict=True):
+        assert_as_exact_as_torch(x, y, t, name)
+
+
+def test_signature():
+    names = [*inspect.signature(sdpa.scaled_dot_product_attention).parameters]
+    assert theirs.__doc__.lstrip().startswith("scaled_dot_product_attention(" + ", ".join(names[:3]))
+    q = torch.randn(1, 2, 5, 8)
+    every = dict(attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False)
+    assert names[3:] == [*every]
+    torch.testing.assert_close(sdpa.scaled_dot_product_attention(q, q, q, **every), theirs(q, q, q, **every))
+
+
+def test_patch_serves_multihead_attention(monkeypatch):
+    calls = []
+    ours = sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", lambda *args, **options: (calls.append(options), ours(*args, **options))[1])
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 7, 32)
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    expected = layer(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    with sdpa.patch():
+        out = layer(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    torch.testing.assert_close(out, expected)
+    assert len(calls) == 1
+    assert functional.scaled_dot_product_attention is theirs
+
+
+def test_patch_comes_off_after_an_error():
+    with pytest.raises(ZeroDivisionError), sdpa.patch():
+        raise ZeroDivisionError
+    assert functional.scaled_dot_product_attention is theirs
+
+
+def test_a_row_with_nothing_to_attend_to():
+    q = torch.randn(1, 1, 3, 8, requires_grad=True)
+    out = sdpa.scaled_dot_product_attention(q, q, q, attn_mask=torch.tensor([True, False, True])[:, None])
+    out.sum().backward()
+    assert (out[0, 0, 1] == 0).all()
+    assert q.grad.isfinite().all()
+
+
+def test_dropout():
+    q = torch.randn(2, 4, 60, 16)
+    torch.manual_seed(1)
+    first = sdpa.scaled_dot_product_attention(q, q, q, dropout_p=0.3)
+    torch.manual_seed(1)
+    assert torch.equal(first, sdpa.scaled_dot_product_attention(q, q, q, dropout_p=0.3))
+    assert not torch.equal(first, sdpa.scaled_dot_product_attention(q, q, q, dropout_p=0.3))
+
+
+def test_compile():
+    compiled = torch.compile(sdpa.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    q, k = torch.randn(2, 4, 20, 16), torch.randn(2, 4, 33, 16)
+    for options in ({}, {"is_causal": True}, {"attn_mask": torch.rand(20, 33) > 0.2}):
+        assert torch.equal(compiled(q, k, k, **options), sdpa.scaled_dot_product_attention(q, k, k, **options))
+
+
+Q = torch.zeros(2, 4, 5, 8)
+WRONG = {
+    "mask_and_causal": (dict(attn_mask=torch.ones(5, 5).bool(), is_causal=True), "attn_mask must be None"),
+    "heads": (dict(key=Q[:, :2], value=Q[:, :2]), "key must have query's 4 heads without enable_gqa, got 2"),
+    "one_dimension": (dict(key=Q[0, 0, 0]), r"key must be a tensor \(..., seq, head_dim\), got shape \(8,\)"),
+    "mask_shape": (dict(attn_mask=torch.ones(5, 4).bool()), "mask must be broadcastable"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    options, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        sdpa.scaled_dot_product_attention(**{"query": Q, "key": Q, "value": Q, **options})
+
+
+def test_import_of_the_package_patches_nothing():
+    assert flashattn.compat.sdpa is sdpa
+    assert functional.scaled_dot_product_attention is theirs
