@@ -5,8 +5,18 @@ from . import ops  # noqa: F401  (registers the operators)
 from .attention import attention
 from .backends import use_backend
 from .linear import linear
-from .modules import LayerNorm, RMSNorm
+from .modules import LayerNorm, MultiheadAttention, RMSNorm
 from .norm import layer_norm, rms_norm
 from .version import __version__
 
-__all__ = ["LayerNorm", "RMSNorm", "__version__", "attention", "layer_norm", "linear", "rms_norm", "use_backend"]
+__all__ = [
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "__version__",
+    "attention",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "use_backend",
+]

@@ -1,10 +1,12 @@
-"""The norms as modules, with torch.nn's constructors and state dicts."""
+"""`MultiheadAttention`, `LayerNorm` and `RMSNorm` as modules, with torch.nn's constructors and state dicts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from .attention import attention
 from .norm import layer_norm, rms_norm
 
 
@@ -71,3 +73,114 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False):
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, eps, residual, prenorm=prenorm, weight_offset=self.weight_offset)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention`: its constructor, arguments, state dict and masks (True = masked, in both).
+
+    Without `need_weights` nothing of size (seq_q, seq_k) is made, and masks are not expanded. With it the weights are,
+    by PyTorch's own operations, and after dropout, as there. A query with nothing to attend to gives zeros, not NaN,
+    before the output projection.
+
+    >>> import torch, flashattn
+    >>> layer = flashattn.MultiheadAttention(64, 4, batch_first=True)
+    >>> x = torch.randn(2, 5, 64)
+    >>> out, weights = layer(x, x, x)
+    >>> out.shape, weights.shape
+    (torch.Size([2, 5, 64]), torch.Size([2, 5, 5]))
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, weights or None). Arguments and shapes as in torch.nn: (seq, batch, embed_dim), (batch, seq, embed_dim)
+        with `batch_first`, or (seq, embed_dim). `is_causal` says that attn_mask, which must be there, is causal."""
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask must be given where is_causal is True, as torch.nn has it; got None")
+        batched = query.dim() == 3
+        first = 0 if self.batch_first and batched else 1  # where the batch stands
+        if not batched:
+            query, key, value = query[:, None], key[:, None], value[:, None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        q, k, v = (self._heads(x, first) for x in self._project(query, key, value))
+        padding = None if key_padding_mask is None else key_padding_mask[:, None, None]  # (batch, 1, 1, seq_k)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
+        k, v, (padding, attn_mask) = self._add_keys(k, v, padding, attn_mask)
+        mask, bias = _mask_and_bias(attn_mask, padding, q.dtype)
+        dropout_p = self.dropout if self.training else 0.0
+        if need_weights:
+            out, weights = _plain(q, k, v, mask, bias, dropout_p)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        else:
+            out, weights = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p), None
+        out = out.transpose(1, 2) if first == 0 else out.permute(2, 0, 1, 3)
+        out = functional.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return out if batched else out[:, 0], weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if self._qkv_same_embed_dim and query is key is value:
+            return functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        if self._qkv_same_embed_dim:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return tuple(map(functional.linear, (query, key, value), weights, biases))
+
+    def _heads(self, x: Tensor, first: int) -> Tensor:
+        """(batch, heads, seq, head_dim), a view."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.transpose(1, 2) if first == 0 else x.permute(1, 2, 0, 3)
+
+    def _add_keys(self, k: Tensor, v: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """With add_bias_kv and add_zero_attn: one more key and value each, which no mask hides."""
+        added = 0
+        if self.bias_k is not None:
+            k, v = (
+                torch.cat([x, self._heads(extra, 1).expand(x.shape[0], -1, -1, -1)], 2)
+                for x, extra in ((k, self.bias_k), (v, self.bias_v))
+            )
+            added += 1
+        if self.add_zero_attn:
+            k, v = functional.pad(k, (0, 0, 0, 1)), functional.pad(v, (0, 0, 0, 1))
+            added += 1
+        return k, v, [None if m is None else functional.pad(m, (0, added)) for m in masks]
+
+
+def _mask_and_bias(
+    attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both masks, boolean (True = masked) or added to the scores, as a mask (True = attend) and a bias. Neither is
+    expanded: of two boolean ones, that of the padding becomes a bias of -inf."""
+    given = [m for m in (attn_mask, padding) if m is not None]
+    masks, biases = [~m for m in given if m.dtype == torch.bool], [m.to(dtype) for m in given if m.dtype != torch.bool]
+    if len(masks) == 2:
+        hidden = torch.zeros(padding.shape, dtype=dtype, device=padding.device)
+        biases = [hidden.masked_fill_(padding, float("-inf"))]
+    bias = biases[0] + biases[1] if len(biases) == 2 else biases[0] if biases else None
+    return masks[0] if masks else None, bias
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """(out, weights), with the weights written out."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    weights = functional.dropout(weights, dropout_p)
+    return weights @ v, weights

@@ -417,6 +417,25 @@ def test_error_does_not_grow_with_length():
         assert_as_exact_as_torch(x, y, t, name)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_is_a_mask(backend):
+    """Also where it leaves a query, or the first tile of its keys, without any."""
+    case = Case("", batch=2, seq_q=40, seq_k=230, causal=True)
+    inputs, options = make_inputs(case, torch.float32, device_of(backend))
+    keep = torch.rand(2, 1, 40, 230, device=inputs[0].device) > 0.5
+    keep[0, :, :, :200] = False
+    keep[1, :, 7] = False
+    bias = torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+    grad_out, grad_lse = gradients_for(case, {"mask": keep}, torch.float32, keep.device)
+    with flashattn.use_backend(backend):
+        by_mask, by_bias = (
+            run(lambda *x, o=o: flashattn.attention(*x, return_lse=True, **options, **o), inputs, grad_out, grad_lse)
+            for o in ({"mask": keep}, {"bias": bias})
+        )
+    for a, b in zip(by_mask, by_bias, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_nan_in_the_input_shows(backend):
     q, k, v = make_inputs(Case(""), torch.float32, "cpu")[0]
