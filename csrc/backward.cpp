@@ -5,10 +5,10 @@
 //
 // With dropout, P is dropped where it meets dO, and dP likewise; with a softcap, dS is multiplied by its derivative.
 //
-// Three passes, and one more for the gradient of a bias. The first computes delta. In the second a task owns some sections of the keys of one key/value head:
-// for each section it goes once over all queries of the group that see it, so S and dP are computed once, and adds up
-// dQ in a buffer of its own. The third sums the buffers of the tasks, in order. Nothing is atomic, and what is added to
-// what does not depend on the number of threads.
+// Three passes, and one more for the gradient of a bias. The first computes delta. In the second a task owns some
+// sections of the keys of one key/value head: for each section it goes once over all queries of the group that see it,
+// so S and dP are computed once, and adds up dQ in a buffer of its own. The third sums the buffers of the tasks, in
+// order. Nothing is atomic, and what is added to what does not depend on the number of threads.
 //
 // Dao, "FlashAttention-2" (2023), arXiv:2307.08691. The mathematics is in kernels/backward.py.
 #include "kernels.h"
@@ -321,8 +321,8 @@ size_t backward_bias_scratch(const Attention& a) {
 
 // Add the gradients of one tile of scores to sum[key, or 0][query].
 template <class Dot>
-static void add_bias_gradient(const Attention& a, int64_t batch, int64_t head, Range rows, Range keys, int64_t first_key,
-                              float* sum, Scratch scratch) {
+static void add_bias_gradient(const Attention& a, int64_t batch, int64_t head, Range rows, Range keys,
+                              int64_t first_key, float* sum, Scratch scratch) {
   int64_t kv_head = head / (a.heads / a.kv_heads), n = keys.end - keys.begin;
   Queries x = load_queries<Dot>(a, batch, head, rows, scratch);
   float* k_packed = scratch.take(BLOCK_N * round_up(a.head_dim, W));

@@ -18,8 +18,8 @@ struct Softmax {
   float *m, *l, *alpha;
 };
 
-// Turn scores S[n][lanes], of which `width` lanes count, into weights, elements along keys, in place. softmax.m holds the
-// new maximum, softmax.alpha the old one; it becomes the factor by which what was summed before is rescaled.
+// Turn scores S[n][lanes], of which `width` lanes count, into weights, elements along keys, in place. softmax.m holds
+// the new maximum, softmax.alpha the old one; it becomes the factor by which what was summed before is rescaled.
 // A weight goes through drop(i)(weight, key), i its lane, once it has been added to the sum.
 template <class Dot, class Drop>
 INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax, Drop drop) {

@@ -1,5 +1,6 @@
-// What is done to a tile of scores S[key][query], queries along the lanes: softcap, ALiBi, bias, masks; and what dropout
-// does to its weights. The twin of `modified` and `kept` in kernels/scores.py.
+// What is done to a tile of scores S[key][query], queries along the lanes: softcap, ALiBi, bias, masks; and what
+// dropout does to its weights. The twin of `cap` and `shift` in kernels/scores.py and `kept_weights` in
+// kernels/dropout.py.
 #pragma once
 
 #include "tiles.h"

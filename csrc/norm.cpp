@@ -246,7 +246,8 @@ static void backward_by_float(const Norm& n, int64_t r, Gradients sums, float* s
 // The sums of a part of the rows, in the workspace.
 static Gradients sums_of(const Norm& n, int64_t part) {
   int64_t size = n.heads * n.width;
-  float *weight = n.workspace + part * size, *bias = n.workspace + (n.grad_weight.data ? n.parts : 0) * size + part * size;
+  float* weight = n.workspace + part * size;
+  float* bias = weight + (n.grad_weight.data ? n.parts : 0) * size;
   return {n.grad_weight.data ? weight : nullptr, n.grad_bias.data ? bias : nullptr};
 }
 

@@ -73,7 +73,8 @@ const Isa& isa() {
 }
 
 const Engine& engine() {
-  STD_TORCH_CHECK(isa().engine, "FLASHATTN_CPU_ISA must be avx512bf16, avx512, avx2 or portable, and one this processor has; got ",
+  STD_TORCH_CHECK(isa().engine,
+                  "FLASHATTN_CPU_ISA must be avx512bf16, avx512, avx2 or portable, and one this processor has; got ",
                   std::getenv("FLASHATTN_CPU_ISA"));
   return *isa().engine;
 }

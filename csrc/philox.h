@@ -1,5 +1,6 @@
-// Counter-based random bits: Philox-4x32 at counter (c0, c1, head, 0). The twin of kernels/dropout.py. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): 7 rounds pass
-// every statistical test, 10 leave a margin.
+// Counter-based random bits: Philox-4x32 at counter (c0, c1, head, 0). The twin of kernels/dropout.py.
+// Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): 7 rounds pass every statistical test, 10
+// leave a margin.
 #pragma once
 
 #include "simd.h"

@@ -37,8 +37,8 @@ static inline Matrix whole_vectors(const Matrix& x, Range keys, float* scratch) 
   return tile;
 }
 
-// s[row][key] = scale * q[row] . k[key] of ROWS_AT_ONCE rows, which `q` holds as elements, and the n keys of a tile; s has
-// room for whole groups of keys. `ahead`: what is read next.
+// s[row][key] = scale * q[row] . k[key] of ROWS_AT_ONCE rows, which `q` holds as elements, and the n keys of a tile; s
+// has room for whole groups of keys. `ahead`: what is read next.
 template <class Dot, Dtype DTYPE>
 static void products(const float* q, int64_t depth, const Matrix& k, int64_t n, float scale, float* s, int64_t stride,
                      const Matrix& ahead) {
