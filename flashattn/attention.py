@@ -91,7 +91,8 @@ def attention(
         bias = _bias(bias, q, seq_k)
     if sinks is not None:
         _check_sinks(sinks, q)
-    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, head_dim_v))
+    widest = head_dim if head_dim > head_dim_v else head_dim_v
+    backend = backends.choose(q.device, q.dtype, head_dim=widest)
     out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
     return (out, lse) if return_lse else out
 

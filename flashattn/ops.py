@@ -109,6 +109,8 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
     def call(*args):
         requires_grad, plain = False, not is_watched()
         for x in args[:-2]:  # a loop: this is the path that is counted in microseconds
+            if x is None:
+                continue
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 requires_grad = requires_grad or x.requires_grad
@@ -150,11 +152,13 @@ def gradient(name: str, settings: type, run: Callable) -> Callable:
 
 
 def whole(score: Score, bias: Tensor | None, sinks: Tensor | None) -> Score:
-    return score if bias is None and sinks is None else score._replace(bias=bias, sinks=sinks)
+    return score._replace(bias=bias, sinks=sinks)
 
 
 def _attention_forward(q, k, v, bias, sinks, score, backend):
-    return BACKENDS[backend].forward(q, k, v, whole(score, bias, sinks))
+    if bias is not None or sinks is not None:
+        score = whole(score, bias, sinks)
+    return BACKENDS[backend].forward(q, k, v, score)
 
 
 @torch.library.register_fake("flashattn::attention_forward")

@@ -100,7 +100,7 @@ CASES = [
     Case("bias_of_a_batch", batch=3, heads=4, seq_q=130, seq_k=200, bias="bqk", kv_lengths=(200, 0, 77)),
     Case("sinks", batch=2, heads=4, sinks=True),
     Case("sinks_and_nothing_to_see", seq_q=111, seq_k=40, sinks=True, causal=True, window=(30, None)),
-    Case("sinks_decode", heads=8, seq_q=1, seq_k=700, sinks=True, window=(600, 0)),
+    Case("sinks_decode", batch=4, heads=8, seq_q=2, seq_k=700, sinks=True, window=(600, 0)),
     Case("dropout", batch=2, heads=4, dropout_p=0.3),
     Case("dropout_causal", seq_q=130, seq_k=150, head_dim=64, causal=True, dropout_p=0.1),
     Case("features_decode", batch=2, heads=4, seq_q=2, seq_k=130, softcap=3.0, slopes="h", bias="hk", sinks=True),
