@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from datetime import date
 from typing import NamedTuple
@@ -76,16 +77,26 @@ def is_float(x) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def measure(name: str, dtype: torch.dtype, shape: tuple[int, ...], seconds: float) -> Cost:
+def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the gradient of out, the same for every feature."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
-    grad, options = torch.randn(shape).to(dtype), FEATURES[name](shape, dtype)
+    return [*(torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)), torch.randn(shape).to(dtype)]
+
+
+@functools.cache
+def plain_error(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    return error(*tensors(shape, dtype), {})
+
+
+def measure(name: str, dtype: torch.dtype, shape: tuple[int, ...], seconds: float) -> Cost:
+    q, k, v, grad = tensors(shape, dtype)
+    options = FEATURES[name](shape, dtype)
     with_feature, plain = step(q, k, v, grad, options), step(q, k, v, grad, {})
     # Each pair's ratio is that of the plain call to the one with the feature.
     times: list[Pair] = [pair(a, b, CPU, seconds) for a, b in zip(with_feature, plain, strict=True)]
     return Cost(
         name, str(dtype).removeprefix("torch."), *(1 / t.ratio for t in times),
-        error(q, k, v, grad, options), error(q, k, v, grad, {}),
+        error(q, k, v, grad, options), plain_error(shape, dtype),
     )  # fmt: skip
 
 

@@ -155,6 +155,7 @@ Plane plane(const OptionalTensor& x) {
   return p;
 }
 
+// The threshold is that of dropout_threshold in flashattn/backends/common.py.
 Dropout dropout(double p, const OptionalTensor& seed) {
   if (p == 0) return {};
   uint32_t threshold = static_cast<uint32_t>(std::min(p * 2147483648.0, 2147483647.0));
@@ -388,8 +389,8 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, Tensor? q_lengths, "
-      "Tensor? kv_lengths, float? softcap=None, Tensor? slopes=None, Tensor? mask=None, float dropout_p=0.0, "
-      "Tensor? seed=None, Tensor? bias=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)");
+      "Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, float dropout_p, Tensor? seed, Tensor? bias, "
+      "Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "

@@ -259,7 +259,7 @@ def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[tor
     grad_out, grad_lse = grad_out.double(), grad_lse.double()
     with torch.enable_grad():  # the weights before dropout are the gradient of lse by a bias of every score
         every = torch.zeros(*case.rows, case.seq_k, dtype=torch.float64, device=q.device).requires_grad_()
-        plain = case._replace(bias="bhqk", dropout_p=0.0, sinks=case.sinks)
+        plain = case._replace(bias="bhqk", dropout_p=0.0)
         bias = every + (others[0] if case.bias is not None else 0)
         sinks = [others[-1]] if case.sinks else []
         _, lse = torch_attention(plain, options, q, k, v, bias, *sinks)

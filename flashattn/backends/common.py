@@ -1,4 +1,5 @@
-"""What the native backends share: how they look at tensors of any strides, and the norm's small sums."""
+"""What the Python of the backends shares: how tensors of any strides are looked at, dropout, and the norm's small sums.
+The CPU engine does the same in `csrc/ops.cpp`."""
 
 from __future__ import annotations
 
