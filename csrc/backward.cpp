@@ -28,7 +28,7 @@ struct Split {
 };
 
 static Split split(const Attention& a) {
-  int64_t heads = max(1, a.batch * a.kv_heads), grad_q = a.batch * a.heads * a.seq_q * a.head_dim;
+  int64_t heads = max(1, a.batch * a.kv_heads), grad_q = query_slots(a) * BLOCK_M * a.head_dim;
   int64_t sections = max(1, (a.seq_k + SECTION - 1) / SECTION);
   int64_t parts = min(min(sections, (TASKS + heads - 1) / heads), max(1, MAX_PARTS_FLOATS / max(1, grad_q)));
   sections = round_up(sections, parts);
@@ -38,18 +38,19 @@ static Split split(const Attention& a) {
 
 static int64_t query_tiles(const Attention& a) { return (a.seq_q + BLOCK_M - 1) / BLOCK_M; }
 
-// The workspace: delta (batch, heads, seq_q), then dQ as (parts, batch, heads, query tiles, head_dim, BLOCK_M).
+// The workspace: delta, of the shape of lse, then dQ as (parts, slots of queries, head_dim, BLOCK_M).
+static int64_t statistics(const Attention& a) {
+  return round_up(a.heads * (a.packing.q_starts ? a.packing.total_q : a.batch * a.seq_q), 16);
+}
 static float* delta_of(const Attention& a, int64_t batch, int64_t head) {
-  return a.workspace + (batch * a.heads + head) * a.seq_q;
+  return a.workspace + statistics_at(a, batch, head);
 }
 static float* grad_q_of(const Attention& a, int64_t part, int64_t batch, int64_t head, int64_t query) {
-  float* begin = a.workspace + round_up(a.batch * a.heads * a.seq_q, 16);
-  int64_t tile = ((part * a.batch + batch) * a.heads + head) * query_tiles(a) + query / BLOCK_M;
-  return begin + tile * a.head_dim * BLOCK_M;
+  int64_t tile = part * query_slots(a) + query_slot(a, batch, head, query);
+  return a.workspace + statistics(a) + tile * a.head_dim * BLOCK_M;
 }
 size_t backward_workspace(const Attention& a) {
-  int64_t tiles = split(a).parts * a.batch * a.heads * query_tiles(a);
-  return round_up(a.batch * a.heads * a.seq_q, 16) + tiles * a.head_dim * BLOCK_M;
+  return statistics(a) + split(a).parts * query_slots(a) * a.head_dim * BLOCK_M;
 }
 
 // ------------------------------------------------------------------------------------------------ delta
@@ -64,7 +65,7 @@ static void backward_delta(const Attention& a, const Tile& tile, Scratch scratch
   pack_transposed<Dot>(matrix(a.grad_out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, lanes, grad_t);
   pack_transposed<Dot>(matrix(a.out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, lanes, out_t);
   float* delta = delta_of(a, tile.batch, tile.head);
-  const float* grad_lse = a.grad_lse ? a.grad_lse + (tile.batch * a.heads + tile.head) * a.seq_q : nullptr;
+  const float* grad_lse = a.grad_lse ? a.grad_lse + statistics_at(a, tile.batch, tile.head) : nullptr;
   for (int64_t i = 0; i < lanes; i += W) {
     vf total = {};
     for (int64_t d = 0; d < depth; d++)
@@ -75,10 +76,11 @@ static void backward_delta(const Attention& a, const Tile& tile, Scratch scratch
   }
 }
 
-int64_t backward_delta_tiles(const Attention& a) { return query_tiles(a) * a.heads * a.batch; }
+int64_t backward_delta_tiles(const Attention& a) { return query_slots(a); }
 size_t backward_delta_scratch(const Attention& a) { return 2 * a.head_dim_v * BLOCK_M + 2 * 16; }
-void backward_delta_tile(const Attention& a, int64_t index, float* memory) {
-  Tile tile = tile_at(index, a.seq_q, a.heads, BLOCK_M, false);
+void backward_delta_tile(const Attention& all, int64_t slot, float* memory) {
+  Tile tile = query_tile(all, slot);
+  const Attention a = sequence(all, tile.batch);
   with_dot(a.dtype, [&](auto dot) { backward_delta<decltype(dot)>(a, tile, {memory}); });
 }
 
@@ -106,7 +108,7 @@ static Queries load_queries(const Attention& a, int64_t batch, int64_t head, Ran
   x.grad = right_rows<Dot>(grad, rows, scratch.take(BLOCK_M / Dot::DEPTH * round_up(a.head_dim_v, W)));
   x.lse = scratch.take(BLOCK_M);
   x.delta = scratch.take(BLOCK_M);
-  const float *lse = a.lse + (batch * a.heads + head) * a.seq_q, *delta = delta_of(a, batch, head);
+  const float *lse = a.lse + statistics_at(a, batch, head), *delta = delta_of(a, batch, head);
   for (int64_t i = 0; i < x.lanes; i++) {
     int64_t query = rows.begin + i;
     bool attends = query < rows.end && lse[query] != -__builtin_inff();
@@ -265,12 +267,15 @@ size_t backward_scratch(const Attention& a) {
   return section * (3 * d + 2 * dv) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
 }
 
-void backward_tile(const Attention& a, int64_t index, float* memory) {
-  Split s = split(a);
-  int64_t heads = a.batch * a.kv_heads, part = index / heads;
-  int64_t batch = index % heads / a.kv_heads, kv_head = index % a.kv_heads, group = a.heads / a.kv_heads;
-  float* sum_q = grad_q_of(a, part, batch, kv_head * group, 0);
-  for (int64_t i = 0; i < group * query_tiles(a) * a.head_dim * BLOCK_M; i++) sum_q[i] = 0;
+void backward_tile(const Attention& all, int64_t index, float* memory) {
+  Split s = split(all);
+  int64_t heads = all.batch * all.kv_heads, part = index / heads, group = all.heads / all.kv_heads;
+  int64_t batch = index % heads / all.kv_heads, kv_head = index % all.kv_heads;
+  const Attention a = sequence(all, batch);
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+    float* sum_q = grad_q_of(a, part, batch, head, 0);
+    for (int64_t i = 0; i < query_tiles(a) * a.head_dim * BLOCK_M; i++) sum_q[i] = 0;
+  }
   for (int64_t i = part; i < s.sections; i += s.parts) {
     Range section = {min(a.seq_k, i * s.section), min(a.seq_k, (i + 1) * s.section)};
     with_dot(a.dtype, [&](auto dot) {
@@ -281,12 +286,13 @@ void backward_tile(const Attention& a, int64_t index, float* memory) {
 
 // ------------------------------------------------------------------------------------------------ dQ, summed
 
-int64_t backward_q_tiles(const Attention& a) { return query_tiles(a) * a.heads * a.batch; }
+int64_t backward_q_tiles(const Attention& a) { return query_slots(a); }
 size_t backward_q_scratch(const Attention& a) { return a.head_dim * BLOCK_M + BLOCK_M; }
 
-void backward_q_tile(const Attention& a, int64_t index, float* memory) {
-  Tile tile = tile_at(index, a.seq_q, a.heads, BLOCK_M, false);
-  int64_t lanes = round_up(tile.rows.end - tile.rows.begin, W), parts = split(a).parts;
+void backward_q_tile(const Attention& all, int64_t slot, float* memory) {
+  Tile tile = query_tile(all, slot);
+  const Attention a = sequence(all, tile.batch);
+  int64_t lanes = round_up(tile.rows.end - tile.rows.begin, W), parts = split(all).parts;
   float *sum = memory, *factor = memory + a.head_dim * BLOCK_M;
   for (int64_t i = 0; i < a.head_dim * lanes; i += W) {
     vf total = {};
@@ -342,16 +348,17 @@ static void add_bias_gradient(const Attention& a, int64_t batch, int64_t head, R
 }
 
 template <class Dot>
-static void backward_bias(const Attention& a, int64_t batch, int64_t head, int64_t query_tile, int64_t key_tile,
+static void backward_bias(const Attention& all, int64_t batch, int64_t head, int64_t query_tile, int64_t key_tile,
                           Scratch scratch) {
-  const Plane& x = a.grad_bias;
+  const Plane& x = all.grad_bias;
   auto shared = [](int64_t size, int64_t at, int64_t all) { return size == 1 ? Range{0, all} : Range{at, at + 1}; };
-  Range batches = shared(x.size_batch, batch, a.batch), heads = shared(x.size_head, head, a.heads);
-  Range tiles = shared(x.size_q, query_tile, query_tiles(a));
-  Range key_tiles = shared(x.size_k, key_tile, (a.seq_k + BLOCK_N - 1) / BLOCK_N);
+  Range batches = shared(x.size_batch, batch, all.batch), heads = shared(x.size_head, head, all.heads);
+  Range tiles = shared(x.size_q, query_tile, query_tiles(all));
+  Range key_tiles = shared(x.size_k, key_tile, (all.seq_k + BLOCK_N - 1) / BLOCK_N);
   float* sum = scratch.take(BLOCK_N * BLOCK_M);
   for (int64_t i = 0; i < BLOCK_N * BLOCK_M; i++) sum[i] = 0;
-  for (int64_t b = batches.begin; b < batches.end; b++)
+  for (int64_t b = batches.begin; b < batches.end; b++) {
+    const Attention a = sequence(all, b);
     for (int64_t h = heads.begin; h < heads.end; h++)
       for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
         Range rows = {tile * BLOCK_M, min(query_end(a, b), (tile + 1) * BLOCK_M)};
@@ -362,6 +369,7 @@ static void backward_bias(const Attention& a, int64_t batch, int64_t head, int64
           if (keys.begin < keys.end) add_bias_gradient<Dot>(a, b, h, rows, keys, j * BLOCK_N, sum, scratch);
         }
       }
+  }
   Range rows = {query_tile * BLOCK_M, min(x.size_q, (query_tile + 1) * BLOCK_M)};
   Range keys = {key_tile * BLOCK_N, min(x.size_k, (key_tile + 1) * BLOCK_N)};
   for (int64_t i = rows.begin; i < rows.end; i++)

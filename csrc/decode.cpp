@@ -88,49 +88,53 @@ static float row_softmax(float* s, Range sees, float* m, float* l) {
 }
 
 template <class Dot, Dtype DTYPE>
-static void decode(const Attention& a, int64_t batch, int64_t kv_head, int64_t split, Scratch scratch) {
-  Matrix k = matrix(a.k, a.dtype, a.head_dim, batch, kv_head), v = matrix(a.v, a.dtype, a.head_dim_v, batch, kv_head);
-  int64_t rows = rows_of(a), padded_rows = round_up(rows, ROWS_AT_ONCE), group = group_of(a);
+static void decode(const Attention& all, int64_t batch, int64_t kv_head, int64_t split, Scratch scratch) {
+  const Attention a = sequence(all, batch);
+  int64_t seq_q = all.seq_q, rows = rows_of(all), padded_rows = round_up(rows, ROWS_AT_ONCE), group = group_of(a);
   int64_t depth = round_up(a.head_dim, 2 * W) / Dot::DEPTH, width = round_up(a.head_dim_v, 2 * W);
   float* q = scratch.take(padded_rows * depth);
   float* out = scratch.take(padded_rows * width);
   float* s = scratch.take(ROWS_AT_ONCE * BLOCK_N);
-  float* copy = scratch.take(BLOCK_N * max(round_up(a.head_dim, 2 * W), width));
+  float* gathered = a.pages.table ? scratch.take(BLOCK_N * (a.head_dim + a.head_dim_v)) : nullptr;
+  float* k_copy = scratch.take(BLOCK_N * round_up(a.head_dim, 2 * W));
+  float* v_copy = scratch.take(BLOCK_N * width);
   float *m = scratch.take(padded_rows), *l = scratch.take(padded_rows);
   for (int64_t i = 0; i < padded_rows * depth; i++) q[i] = 0;
   for (int64_t i = 0; i < padded_rows * width; i++) out[i] = 0;
   for (int64_t i = 0; i < padded_rows; i++) m[i] = -__builtin_inff(), l[i] = 0;
   Range queries = {0, min(a.seq_q, query_end(a, batch))};  // the others read nothing
   for (int64_t row = 0; row < rows; row++) {
-    if (row % a.seq_q >= queries.end) continue;
-    Matrix x = matrix(a.q, a.dtype, a.head_dim, batch, kv_head * group + row / a.seq_q);
+    if (row % seq_q >= queries.end) continue;
+    Matrix x = matrix(a.q, a.dtype, a.head_dim, batch, kv_head * group + row / seq_q);
     for (int64_t c = 0; c < depth; c += W)
-      store(q + row * depth + c, elements_along<Dot>(x.row(row % a.seq_q), x, c));
+      store(q + row * depth + c, elements_along<Dot>(x.row(row % seq_q), x, c));
   }
 
-  Range all = visible_keys(a, queries, batch);
-  all = {max(all.begin, split * SPLIT), min(all.end, (split + 1) * SPLIT)};
-  for (int64_t start = all.begin; start < all.end; start += BLOCK_N) {
-    Range keys = {start, min(all.end, start + BLOCK_N)};
+  Range seen = visible_keys(a, queries, batch);
+  seen = {max(seen.begin, split * SPLIT), min(seen.end, (split + 1) * SPLIT)};
+  for (int64_t start = seen.begin; start < seen.end; start += BLOCK_N) {
+    Range keys = {start, min(seen.end, start + BLOCK_N)};
     int64_t n = keys.end - keys.begin;
+    Matrix k = dense_rows(a, a.k, a.head_dim, batch, kv_head, keys, gathered);
+    Matrix v = dense_rows(a, a.v, a.head_dim_v, batch, kv_head, keys, gathered + BLOCK_N * a.head_dim);
+    Matrix k_rows = whole_vectors(k, {0, n}, k_copy), v_rows = whole_vectors(v, {0, n}, v_copy);
     // Values are fetched while the products run, the next keys while the values are summed.
-    Matrix next_v = {v.row(keys.begin), v.dtype, v.stride, v.dim}, next_k = {k.row(keys.end), k.dtype, k.stride, k.dim};
+    Matrix next_k = {k.row(n), k.dtype, k.stride, k.dim};
     for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-      products<Dot, DTYPE>(q + row * depth, depth, whole_vectors(k, keys, copy), n, a.score.scale * LOG2E, s, BLOCK_N,
-                           next_v);
+      products<Dot, DTYPE>(q + row * depth, depth, k_rows, n, a.score.scale * LOG2E, s, BLOCK_N, v);
       float alpha[ROWS_AT_ONCE];
       for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-        int64_t query = (row + r) % a.seq_q;
+        int64_t query = (row + r) % seq_q;
         Range sees = {0, 0};
         if (row + r < rows && query < queries.end) sees = visible_keys(a, {query, query + 1}, batch);
         sees = {max(0, min(BLOCK_N, sees.begin - start)), max(0, min(keys.end, sees.end) - start)};
         alpha[r] = row_softmax(s + r * BLOCK_N, sees, m + row + r, l + row + r);
       }
-      weighted_sum<DTYPE>(s, alpha, whole_vectors(v, keys, copy), n, out + row * width, width, next_k);
+      weighted_sum<DTYPE>(s, alpha, v_rows, n, out + row * width, width, next_k);
     }
   }
   for (int64_t row = 0; row < rows; row++) {
-    Partial to = partial(a, batch, kv_head, row, split);
+    Partial to = partial(all, batch, kv_head, row, split);
     *to.m = m[row], *to.l = l[row];
     for (int64_t c = 0; c < a.head_dim_v; c += W) store(to.out + c, load<vf>(out + row * width + c));
   }
@@ -141,7 +145,8 @@ int64_t decode_tiles(const Attention& a) { return is_decode(a) ? a.batch * a.kv_
 size_t decode_scratch(const Attention& a) {
   int64_t rows = round_up(rows_of(a), ROWS_AT_ONCE);
   int64_t d = round_up(a.head_dim, 2 * W), dv = round_up(a.head_dim_v, 2 * W);
-  return rows * (d + dv + 2) + BLOCK_N * (ROWS_AT_ONCE + max(d, dv)) + 6 * 16;
+  int64_t gathered = a.pages.table ? BLOCK_N * (a.head_dim + a.head_dim_v) : 0;
+  return rows * (d + dv + 2) + BLOCK_N * (ROWS_AT_ONCE + d + dv) + gathered + 8 * 16;
 }
 
 void decode_tile(const Attention& a, int64_t index, float* memory) {
@@ -157,17 +162,18 @@ void decode_tile(const Attention& a, int64_t index, float* memory) {
 int64_t merge_tiles(const Attention& a) { return is_decode(a) ? a.batch * a.heads : 0; }
 size_t merge_scratch(const Attention& a) { return round_up(a.head_dim_v, W); }
 
-void merge_tile(const Attention& a, int64_t index, float* sum) {
-  int64_t batch = index / a.heads, head = index % a.heads, kv_head = head / group_of(a);
+void merge_tile(const Attention& all, int64_t index, float* sum) {
+  int64_t batch = index / all.heads, head = index % all.heads, kv_head = head / group_of(all);
+  const Attention a = sequence(all, batch);
   Matrix out = matrix(a.out, a.dtype, a.head_dim_v, batch, head);
   for (int64_t query = 0; query < a.seq_q; query++) {
-    Partial first = partial(a, batch, kv_head, head % group_of(a) * a.seq_q + query, 0);
+    Partial first = partial(all, batch, kv_head, head % group_of(all) * all.seq_q + query, 0);
     int64_t stride = 16 + round_up(a.head_dim_v, W);  // from split to split
     float m = -__builtin_inff(), l = 0;
-    for (int64_t i = 0; i < splits_of(a); i++) m = m > first.m[i * stride] ? m : first.m[i * stride];
+    for (int64_t i = 0; i < splits_of(all); i++) m = m > first.m[i * stride] ? m : first.m[i * stride];
     float shift = m == -__builtin_inff() ? 0 : m;
     for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, vf{});
-    for (int64_t i = 0; i < splits_of(a); i++) {
+    for (int64_t i = 0; i < splits_of(all); i++) {
       vf factor = exp2(broadcast(first.m[i * stride] - shift));
       l += first.l[i * stride] * factor[0];
       for (int64_t c = 0; c < a.head_dim_v; c += W)
@@ -177,8 +183,7 @@ void merge_tile(const Attention& a, int64_t index, float* sum) {
     float inverse = l > 0 || l != l ? scale / l : 0;
     for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, load<vf>(sum + c) * inverse);
     store_floats(out.row(query), sum, a.dtype, a.head_dim_v);
-    a.lse[(batch * a.heads + head) * a.seq_q + query] =
-        l == 0 ? -__builtin_inff() : m * LN2 + __builtin_logf(l);
+    a.lse[statistics_at(a, batch, head) + query] = l == 0 ? -__builtin_inff() : m * LN2 + __builtin_logf(l);
   }
 }
 

@@ -46,13 +46,29 @@ struct Score {
   Dropout dropout;
 };
 
+// Sequences one behind the other: batch row b is tokens starts[b] .. starts[b + 1] of tensors without a batch.
+struct Packing {
+  const int32_t *q_starts, *k_starts;  // (batch + 1,) or null: not packed
+  int64_t total_q;                     // tokens in q
+};
+
+// Keys and values in pages: key j of a batch row is row j % size of page table[j / size], which stands where a batch
+// row does otherwise.
+struct Pages {
+  const int32_t* table;  // (batch, stride) or null
+  int64_t stride, size;
+};
+
 struct Attention {
   Dtype dtype;
-  int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;
+  int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;  // seq: the longest, where they differ
+  bool ragged;  // the diagonal of a batch row ends at its own lengths
+  Packing packing;
+  Pages pages;
   Score score;
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   Plane grad_bias;        // float32, contiguous
-  float* lse;             // (batch, heads, seq_q)
+  float* lse;             // (batch, heads, seq_q); packed (heads, total_q)
   const float* grad_lse;  // likewise, or null
   float* workspace;
 };

@@ -67,11 +67,10 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
   float* s = scratch.take(BLOCK_N * BLOCK_M);
   float* k_packed = scratch.take(BLOCK_N * round_up(elements<Dot>(a.head_dim), W));
   float* v_packed = scratch.take(BLOCK_N / Dot::DEPTH * round_up(a.head_dim_v, W));
+  float* copy = a.pages.table ? scratch.take(BLOCK_N * max(a.head_dim, a.head_dim_v)) : nullptr;
   Softmax softmax = {scratch.take(BLOCK_M), scratch.take(BLOCK_M), scratch.take(BLOCK_M)};
   Planes planes = take_planes(a, scratch, BLOCK_N);
 
-  Matrix k = matrix(a.k, a.dtype, a.head_dim, tile.batch, kv_head);
-  Matrix v = matrix(a.v, a.dtype, a.head_dim_v, tile.batch, kv_head);
   Range valid = {tile.rows.begin, min(tile.rows.end, query_end(a, tile.batch))};
   pack_transposed<Dot>(matrix(a.q, a.dtype, a.head_dim, tile.batch, tile.head), valid, lanes, q_t);
   for (int64_t i = 0; i < a.head_dim_v * lanes; i++) out_t[i] = 0;
@@ -85,7 +84,8 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
     float* scores = s + from;
     Softmax part = {softmax.m + from, softmax.l + from, softmax.alpha + from};
     for (int64_t i = 0; i < width; i++) part.alpha[i] = part.m[i];
-    matmul<Dot>(left_rows<Dot>(k, keys, k_packed), q_t + from, lanes, n, width, elements<Dot>(a.head_dim),
+    Matrix k = dense_rows(a, a.k, a.head_dim, tile.batch, kv_head, keys, copy);
+    matmul<Dot>(left_rows<Dot>(k, {0, n}, k_packed), q_t + from, lanes, n, width, elements<Dot>(a.head_dim),
                 [=](auto& c, int64_t row, int64_t col) {
                   vf top[c.VECS];
                   UNROLL for (int i = 0; i < c.VECS; i++) top[i] = load<vf>(part.m + col + i * W);
@@ -108,7 +108,8 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
         KeptWeights kept(a, {tile.batch, tile.head, tile.rows.begin + from + i, W});
         return [kept, keys](vf p, int64_t j) mutable { return p * kept.at(keys.begin + j); };
       });
-    matmul<Dot>(left_columns<Dot>(v, keys, v_packed), scores, lanes, a.head_dim_v, width, elements<Dot>(n),
+    Matrix v = dense_rows(a, a.v, a.head_dim_v, tile.batch, kv_head, keys, copy);
+    matmul<Dot>(left_columns<Dot>(v, {0, n}, v_packed), scores, lanes, a.head_dim_v, width, elements<Dot>(n),
                 [=](auto& c, int64_t row, int64_t col) {
                   c.each([=](int r, int i, vf x) {
                     float* at = out_t + (row + r) * lanes + from + col + i * W;
@@ -134,7 +135,7 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
     }
   }
 
-  float* lse = a.lse + (tile.batch * a.heads + tile.head) * a.seq_q + tile.rows.begin;
+  float* lse = a.lse + statistics_at(a, tile.batch, tile.head) + tile.rows.begin;
   for (int64_t i = 0; i < tile.rows.end - tile.rows.begin; i++) {
     float l = tile.rows.begin + i < valid.end ? softmax.l[i] : 0;
     float factor = a.score.sinks ? join_sink(a.score.sinks[tile.head], softmax.m[i], l) : 1;
@@ -146,16 +147,19 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
 }
 
 int64_t forward_tiles(const Attention& a) {
-  return is_decode(a) ? 0 : (a.seq_q + BLOCK_M - 1) / BLOCK_M * a.heads * a.batch;
+  return is_decode(a) ? 0 : query_slots(a);
 }
 
 size_t forward_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), n = FORWARD_BLOCK_N * MAX_DEPTH;
-  return BLOCK_M * (d + dv + n) + n * d + FORWARD_BLOCK_N * dv + 3 * BLOCK_M + planes_floats(a, n) + 8 * 16;
+  return BLOCK_M * (d + dv + n) + n * d + FORWARD_BLOCK_N * dv + 3 * BLOCK_M + planes_floats(a, n) + 9 * 16 +
+         (a.pages.table ? n * max(a.head_dim, a.head_dim_v) : 0);
 }
 
-void forward_tile(const Attention& a, int64_t index, float* memory) {
-  Tile tile = tile_at(index, a.seq_q, a.heads, BLOCK_M, true);
+void forward_tile(const Attention& all, int64_t slot, float* memory) {
+  Tile tile = query_tile(all, slot);
+  if (tile.rows.begin >= tile.rows.end) return;
+  const Attention a = sequence(all, tile.batch);
   with_dot(a.dtype, [&](auto dot) { forward<decltype(dot)>(a, tile, {memory}); });
 }
 

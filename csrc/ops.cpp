@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -178,7 +179,9 @@ struct ScoreArgs {
   std::optional<double> softcap;
   OptionalTensor slopes, mask;
   double dropout_p;
-  OptionalTensor seed, bias, sinks;
+  OptionalTensor seed, cu_seqlens;
+  std::optional<int64_t> max_seqlen_q, max_seqlen_k;
+  OptionalTensor bias, sinks;
 
   Score score(int64_t seq_q, int64_t seq_k) {
     constexpr int64_t far = int64_t{1} << 60;
@@ -202,21 +205,48 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.dtype = dtype_of(q);
   a.batch = q.size(0), a.heads = q.size(1), a.seq_q = q.size(2), a.head_dim = q.size(3);
   a.kv_heads = k.size(1), a.seq_k = k.size(2), a.head_dim_v = v.size(3);
-  a.score = score.score(a.seq_q, a.seq_k);
   a.q = heads(q), a.k = heads(k), a.v = heads(v), a.out = heads(out);
   a.lse = pointer<float>(lse);
+  if (score.cu_seqlens) {
+    const int32_t* starts = pointer<int32_t>(score.cu_seqlens);
+    a.ragged = true, a.batch = score.cu_seqlens->size(1) - 1;
+    a.packing = {starts, starts + a.batch + 1, a.seq_q};
+    a.seq_q = *score.max_seqlen_q, a.seq_k = *score.max_seqlen_k;
+    for (Heads* x : {&a.q, &a.k, &a.v, &a.out}) x->stride_batch = 0;
+  }
+  a.score = score.score(a.seq_q, a.seq_k);
   return a;
+}
+
+// A result with q's batch, heads and sequence. Of packed sequences token after token, as the caller's q, and 0 past
+// the last.
+Tensor result(const Tensor& like, int64_t dim, const ScoreArgs& score, bool of_queries) {
+  if (!score.cu_seqlens) return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2), dim});
+  const int64_t heads = like.size(1), total = like.size(2), batch = score.cu_seqlens->size(1) - 1;
+  Tensor x = torch::stable::new_empty(like, {1, total, heads, dim});
+  const int64_t used = pointer<int32_t>(score.cu_seqlens)[of_queries ? batch : 2 * batch + 1];
+  Tensor rest = torch::stable::narrow(x, 1, used, total - used);
+  torch::stable::zero_(rest);
+  return torch::stable::transpose(x, 1, 2);
+}
+
+Tensor new_lse(const Tensor& q, const ScoreArgs& score) {
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  if (score.cu_seqlens) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  return lse;
 }
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double scale, std::optional<int64_t> left,
                                              std::optional<int64_t> right, OptionalTensor q_lengths,
                                              OptionalTensor kv_lengths, std::optional<double> softcap,
                                              OptionalTensor slopes, OptionalTensor mask, double dropout_p,
-                                             OptionalTensor seed, OptionalTensor bias, OptionalTensor sinks) {
+                                             OptionalTensor seed, OptionalTensor cu_seqlens,
+                                             std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+                                             OptionalTensor bias, OptionalTensor sinks) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
-  ScoreArgs score = {scale, left, right, q_lengths, kv_lengths, softcap, slopes, mask, dropout_p, seed, bias, sinks};
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  ScoreArgs score = {scale,     left, right,      q_lengths,    kv_lengths,   softcap, slopes, mask,
+                     dropout_p, seed, cu_seqlens, max_seqlen_q, max_seqlen_k, bias,    sinks};
+  Tensor out = result(q, v.size(3), score, true), lse = new_lse(q, score);
   run(engine().attention_forward, attention(q, k, v, out, lse, score));
   return {out, lse};
 }
@@ -225,16 +255,21 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
     std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths,
     std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask, double dropout_p, OptionalTensor seed,
+    OptionalTensor cu_seqlens, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
     OptionalTensor bias, OptionalTensor sinks, bool with_grad_bias) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
   grad_out = last_dim_contiguous(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
-  ScoreArgs score = {scale, left, right, q_lengths, kv_lengths, softcap, slopes, mask, dropout_p, seed, bias, sinks};
-  Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
+  ScoreArgs score = {scale,     left, right,      q_lengths,    kv_lengths,   softcap, slopes, mask,
+                     dropout_p, seed, cu_seqlens, max_seqlen_q, max_seqlen_k, bias,    sinks};
+  Tensor grad_q = result(q, q.size(3), score, true), grad_k = result(k, k.size(3), score, false);
+  Tensor grad_v = result(v, v.size(3), score, false);
   OptionalTensor grad_bias;
   if (with_grad_bias) grad_bias = torch::stable::new_empty(q, bias->sizes(), ScalarType::Float);
   Attention a = attention(q, k, v, out, lse, score);
   a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
+  if (a.packing.q_starts)
+    for (Heads* x : {&a.grad_out, &a.grad_q, &a.grad_k, &a.grad_v}) x->stride_batch = 0;
   a.grad_bias = plane(grad_bias);
   a.grad_lse = pointer<float>(grad_lse);
   run(engine().attention_backward, a);
@@ -389,12 +424,14 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, Tensor? q_lengths, "
-      "Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, float dropout_p, Tensor? seed, Tensor? bias, "
-      "Tensor? sinks) -> (Tensor out, Tensor lse)");
+      "Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, float dropout_p, Tensor? seed, "
+      "Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, Tensor? bias, Tensor? sinks) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
-      "Tensor? mask, float dropout_p, Tensor? seed, Tensor? bias, Tensor? sinks, bool with_grad_bias) "
+      "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, "
+      "Tensor? bias, Tensor? sinks, bool with_grad_bias) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
   m.def(
       "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, "

@@ -17,6 +17,31 @@ static inline int64_t key_end(const Attention& a, int64_t batch) {
   return a.score.kv_lengths ? max(0, min(a.seq_k, a.score.kv_lengths[batch])) : a.seq_k;
 }
 
+// The call as one batch row sees it: its own sizes, diagonal and rows.
+static inline Attention sequence(Attention a, int64_t batch) {
+  if (!a.ragged) return a;
+  if (a.packing.q_starts) {
+    const int32_t *q = a.packing.q_starts + batch, *k = a.packing.k_starts + batch;
+    a.seq_q = q[1] - q[0], a.seq_k = k[1] - k[0];
+    auto move = [&](Heads& x, int64_t rows) {
+      if (x.data) x.data = (char*)x.data + rows * x.stride_seq * (a.dtype == Dtype::float32 ? 4 : 2);
+    };
+    move(a.q, q[0]), move(a.out, q[0]), move(a.grad_out, q[0]), move(a.grad_q, q[0]);
+    move(a.k, k[0]), move(a.v, k[0]), move(a.grad_k, k[0]), move(a.grad_v, k[0]);
+  } else {
+    a.seq_k = key_end(a, batch);
+  }
+  int64_t moved = a.seq_k - a.seq_q - a.score.diagonal;
+  a.score.diagonal += moved, a.score.first += moved, a.score.last += moved;
+  return a;
+}
+
+// Where the statistics of the queries of a head are, in lse and what has its shape.
+static inline int64_t statistics_at(const Attention& a, int64_t batch, int64_t head) {
+  if (a.packing.q_starts) return head * a.packing.total_q + a.packing.q_starts[batch];
+  return (batch * a.heads + head) * a.seq_q;
+}
+
 // The keys that some of the queries see.
 static inline Range visible_keys(const Attention& a, Range queries, int64_t batch) {
   int64_t end = queries.begin < query_end(a, batch) ? key_end(a, batch) : 0;

@@ -41,6 +41,12 @@ static inline Matrix matrix(const Heads& x, Dtype dtype, int64_t dim, int64_t ba
   return {(char*)x.data + (batch * x.stride_batch + head * x.stride_head) * size, dtype, x.stride_seq * size, dim};
 }
 
+static inline char* paged_row(const Attention& a, const Heads& x, int64_t batch, int64_t head, int64_t key) {
+  int64_t page = a.pages.table[batch * a.pages.stride + key / a.pages.size];
+  int64_t at = page * x.stride_batch + head * x.stride_head + key % a.pages.size * x.stride_seq;
+  return (char*)x.data + at * element_size(a.dtype);
+}
+
 template <class Dot>
 static inline int64_t elements(int64_t numbers) {
   return (numbers + Dot::DEPTH - 1) / Dot::DEPTH;
@@ -176,16 +182,58 @@ static inline float join_sink(float sink, float& m, float& l) {
   return factor;
 }
 
-// Which rows of which head a tile owns. Tiles of one head follow each other; `last_first` where the last are the
-// longest, so that threads end together.
+// Which queries of which head a tile owns.
 struct Tile {
   int64_t batch, head;
   Range rows;
 };
-static inline Tile tile_at(int64_t index, int64_t seq, int64_t heads, int64_t block, bool last_first) {
-  int64_t tiles = (seq + block - 1) / block;
-  int64_t tile = last_first ? tiles - 1 - index % tiles : index % tiles;
-  return {index / tiles / heads, index / tiles % heads, {tile * block, min(seq, (tile + 1) * block)}};
+
+// Tiles of queries are numbered head after head. Packed sequences share out the slots of a head: batch row b has those
+// from q_starts[b] / BLOCK_M + b on, which is room enough, and the last of them may stay empty.
+static inline int64_t slots_of_head(const Attention& a) {
+  return a.packing.q_starts ? a.packing.total_q / BLOCK_M + a.batch : (a.seq_q + BLOCK_M - 1) / BLOCK_M;
+}
+static inline int64_t first_slot(const Attention& a, int64_t batch) {
+  return a.packing.q_starts ? a.packing.q_starts[batch] / BLOCK_M + batch : 0;
+}
+static inline int64_t query_slots(const Attention& a) {
+  return slots_of_head(a) * a.heads * (a.packing.q_starts ? 1 : a.batch);
+}
+static inline int64_t query_slot(const Attention& a, int64_t batch, int64_t head, int64_t query) {
+  int64_t heads_before = a.packing.q_starts ? head : batch * a.heads + head;
+  return heads_before * slots_of_head(a) + first_slot(a, batch) + query / BLOCK_M;
+}
+
+// The tile of a slot; without rows where it is empty. The last tiles of a sequence come first: under a causal mask they
+// are the longest, and threads shall end together.
+static inline Tile query_tile(const Attention& a, int64_t slot) {
+  int64_t slots = slots_of_head(a), head = slot / slots, tile = slot % slots;
+  if (!a.packing.q_starts) {
+    tile = (slots - 1 - tile) * BLOCK_M;
+    return {head / a.heads, head % a.heads, {tile, min(a.seq_q, tile + BLOCK_M)}};
+  }
+  int64_t batch = 0;  // the last whose first slot is not behind this one
+  for (int64_t step = a.batch; step > 0; step /= 2)
+    while (batch + step < a.batch && first_slot(a, batch + step) <= tile) batch += step;
+  int64_t seq_q = a.packing.q_starts[batch + 1] - a.packing.q_starts[batch];
+  tile = ((seq_q + BLOCK_M - 1) / BLOCK_M - 1 - (tile - first_slot(a, batch))) * BLOCK_M;
+  if (tile < 0) return {batch, head, {0, 0}};
+  return {batch, head, {tile, min(seq_q, tile + BLOCK_M)}};
+}
+
+// Rows of keys or values where they are, or, of pages, copied one behind the other.
+static inline Matrix dense_rows(const Attention& a, const Heads& x, int64_t dim, int64_t batch, int64_t head,
+                                Range rows, float* copy) {
+  if (!a.pages.table) {
+    Matrix m = matrix(x, a.dtype, dim, batch, head);
+    m.data = m.row(rows.begin);
+    return m;
+  }
+  int64_t bytes = dim * element_size(a.dtype);
+  Matrix dense = {(char*)copy, a.dtype, bytes, dim};
+  for (int64_t i = rows.begin; i < rows.end; i++)
+    __builtin_memcpy(dense.row(i - rows.begin), paged_row(a, x, batch, head, i), bytes);
+  return dense;
 }
 
 }  // namespace FLASHATTN_ISA

@@ -2,7 +2,7 @@
 behind one call each. `python -m flashattn` prints what is usable here."""
 
 from . import ops  # noqa: F401  (registers the operators)
-from .attention import attention
+from .attention import attention, attention_varlen
 from .backends import use_backend
 from .linear import linear
 from .modules import LayerNorm, MultiheadAttention, RMSNorm
@@ -15,6 +15,7 @@ __all__ = [
     "RMSNorm",
     "__version__",
     "attention",
+    "attention_varlen",
     "layer_norm",
     "linear",
     "rms_norm",

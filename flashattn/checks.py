@@ -21,8 +21,12 @@ def floating(name: str, x) -> None:
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
-        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
+    on_device(name, x, other_name, other.device)
+
+
+def on_device(name: str, x: Tensor, owner: str, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {owner}'s device {device}, got {x.device}")
 
 
 def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

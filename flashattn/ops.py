@@ -15,6 +15,7 @@ from torch import Tensor
 from . import norm_settings
 from . import score as score_settings
 from .backends import BACKENDS
+from .backends.common import result_like
 from .norm_settings import Norm
 from .score import Score
 
@@ -161,10 +162,15 @@ def _attention_forward(q, k, v, bias, sinks, score, backend):
     return BACKENDS[backend].forward(q, k, v, score)
 
 
+CU_SEQLENS = (
+    fields_of(Score) - Score._fields.index("cu_seqlens") + 1
+)  # its place in an operator's arguments, from the end
+
+
 @torch.library.register_fake("flashattn::attention_forward")
-def _(q, k, v, *_):
-    batch, heads, seq_q, _ = q.shape
-    return q.new_empty(batch, heads, seq_q, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=lse_dtype(q))
+def _(q, k, v, *settings):
+    packed = settings[-CU_SEQLENS] is not None
+    return result_like(q, v.shape[-1], packed), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
 
 
 def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, score, backend):
@@ -185,11 +191,12 @@ def sink_gradient(grad_out, grad_lse, out, lse, score: Score) -> Tensor:
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *_):
+def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *settings):
+    packed = settings[-CU_SEQLENS] is not None
     others = (
         lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias if with_grad_bias else None, sinks)
     )
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *others
+    return *(result_like(x, x.shape[-1], packed) for x in (q, k, v)), *others
 
 
 def _attention_context(ctx, inputs, output):

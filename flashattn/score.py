@@ -10,7 +10,7 @@ from torch import Tensor
 # fields. Those get gradients, so operators take them beside q, k and v.
 SCHEMA = (
     "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
-    "Tensor? mask, float dropout_p, Tensor? seed"
+    "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 
 
@@ -34,8 +34,17 @@ class Score(NamedTuple):
     mask: Tensor | None = None  # bool, four dimensions, each that of the scores or 1; True = attend
     dropout_p: float = 0.0
     seed: Tensor | None = None  # () int64
+    cu_seqlens: Tensor | None = None  # (2, batch + 1) int32: where packed sequences begin and end, in q and in k
+    max_seqlen_q: int | None = None  # of the longest of them
+    max_seqlen_k: int | None = None
     bias: Tensor | None = None  # floating, four dimensions, each that of the scores or 1
     sinks: Tensor | None = None  # (heads,) floating
+
+    def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
+        """(batch, seq_q, seq_k): of packed sequences how many there are and the longest."""
+        if self.cu_seqlens is None:
+            return q.shape[0], q.shape[2], k.shape[2]
+        return self.cu_seqlens.shape[1] - 1, self.max_seqlen_q, self.max_seqlen_k
 
     def bounds(self, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
         """(first, last): query i sees keys i + first <= j <= i + last. None where nothing limits them."""

@@ -108,6 +108,15 @@ def test_all_features_at_once(architecture):
     check(compile_attention(architecture, 128, lengths=True, window=100, **every))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_packed_sequences(architecture, head_dim):
+    starts = torch.zeros(2, 3, dtype=torch.int32)
+    usual = (architecture, head_dim) in (("sm_80", 64), ("sm_90", 64), ("sm_90", 128))
+    packed = dict(cu_seqlens=starts, max_seqlen_q=300, max_seqlen_k=300)
+    check(compile_attention(architecture, head_dim, **packed), spills=not usual)
+
+
 @pytest.mark.parametrize("architecture", ["sm_89", "gfx1100", "gfx1201"])
 def test_attention_on_smaller_gpus(architecture):
     check(compile_attention(architecture, 128))

@@ -162,6 +162,31 @@ def test_compile_with_every_feature():
     assert all(map(torch.equal, ours, eager))
 
 
+def packed_inputs():
+    q, k, v = (torch.randn(50, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    return q, k, v, torch.tensor([0, 20, 20, 45], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_packed_sequences(backend):
+    torch.use_deterministic_algorithms(False)
+    *inputs, starts = packed_inputs()
+    q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in inputs)
+    score = Score(0.25, right=0, cu_seqlens=torch.stack((starts, starts)), max_seqlen_q=25, max_seqlen_k=25)[:-2]
+    torch.library.opcheck(OPS.attention_forward.default, (q, k, v, None, None, *score, backend))
+
+
+def test_compile_of_packed_sequences():
+    def step(q, k, v, starts):
+        out, lse = flashattn.attention_varlen(q, k, v, starts, starts, 25, 25, causal=True, return_lse=True)
+        return out.square().sum() + lse[:, :45].sum()
+
+    *inputs, starts = packed_inputs()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    ours, eager = (torch.autograd.grad(f(*inputs, starts), inputs) for f in (compiled, step))
+    assert all(map(torch.equal, ours, eager))
+
+
 def test_compile_notices_another_backend(layer):
     calls = []
 

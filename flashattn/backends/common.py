@@ -3,7 +3,12 @@ The CPU engine does the same in `csrc/ops.cpp`."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
+
+from ..score import Score
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
@@ -34,6 +39,21 @@ def rows(x: Tensor | None) -> Tensor | None:
         return rows(x.contiguous())
     unused = 3 - len(sizes)
     return x.as_strided((*sizes, *[1] * unused, x.shape[-1]), (*strides, *[0] * unused, 1))
+
+
+def result_like(x: Tensor, dim: int, packed: bool) -> Tensor:
+    """Uninitialised (batch, heads, seq, dim) for a result. Of packed sequences it is 0, since the last of them may end
+    before the tensor does, and token after token in memory, as the caller's q is."""
+    batch, heads, seq, _ = x.shape
+    if packed:
+        return x.new_zeros(batch, seq, heads, dim).transpose(1, 2)
+    return x.new_empty(batch, heads, seq, dim)
+
+
+def new_lse(q: Tensor, score: Score, dtype: torch.dtype) -> Tensor:
+    """Memory for lse (batch, heads, seq_q); -inf past the last of packed sequences."""
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    return lse if score.cu_seqlens is None else lse.fill_(-math.inf)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

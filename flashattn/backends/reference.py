@@ -6,15 +6,17 @@ in blocks so that memory stays linear in the sequence length, and refuses nothin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
-from .common import dropout_threshold
+from .common import dropout_threshold, new_lse, result_like
 
 BLOCK_Q = 256  # queries at a time
 
@@ -29,6 +31,42 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Sequence(NamedTuple):
+    """One of packed sequences."""
+
+    batch: int
+    queries: slice
+    keys: slice
+    score: Score
+
+    def of_queries(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :, self.queries]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return x[:, :, self.keys]
+
+    def plane(self, x: Tensor | None) -> Tensor | None:
+        """A mask or a bias of (batch, heads, max_seqlen_q, max_seqlen_k): what concerns this sequence."""
+        if x is None:
+            return None
+        x = x if x.shape[0] == 1 else x[self.batch : self.batch + 1]
+        x = x if x.shape[2] == 1 else x[:, :, : self.queries.stop - self.queries.start]
+        return x if x.shape[3] == 1 else x[..., : self.keys.stop - self.keys.start]
+
+
+def sequences(score: Score) -> Iterator[Sequence]:
+    """Each of packed sequences with the Score it has on its own."""
+    starts_q, starts_k = score.cu_seqlens.tolist()
+    ranges = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
+    for batch, (queries, keys) in enumerate(ranges):
+        one = Sequence(batch, slice(*queries), slice(*keys), score)
+        slopes = score.slopes
+        if slopes is not None and slopes.shape[0] > 1:
+            slopes = slopes[batch : batch + 1]
+        alone = score._replace(cu_seqlens=None, slopes=slopes, mask=one.plane(score.mask), bias=one.plane(score.bias))
+        yield one._replace(score=alone)
 
 
 def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
@@ -91,13 +129,15 @@ def masked_scores(q: Tensor, k: Tensor, score: Score, rows: slice) -> tuple[Tens
     return scores.masked_fill(~keep, -math.inf), slope
 
 
-def kept_weights(score: Score, shape: torch.Size, rows: slice, device: torch.device) -> Tensor | float:
+def kept_weights(
+    score: Score, shape: tuple[int, ...], first_batch: int, rows: slice, device: torch.device
+) -> Tensor | float:
     """What dropout multiplies the weights (batch, heads, rows, seq_k) by: 0 or 1 / (1 - p). The four words of Philox,
     of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
         return 1.0
     batch, heads, seq_q, seq_k = shape
-    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) + first_batch * heads
     i, quarter = torch.arange(seq_q, device=device)[rows].view(-1, 1), torch.arange((seq_k + 3) // 4, device=device)
     words = torch.stack(philox(int(score.seed), quarter, i, head, rounds=7), -1).flatten(-2)[..., :seq_k]
     return (words >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
@@ -110,6 +150,17 @@ def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     """out = softmax(s) v and lse = log(sum(exp(s))), with the scores s and a sink among what is summed."""
+    if score.cu_seqlens is None:
+        return dense_forward(q, k, v, score)
+    out, lse = result_like(q, v.shape[-1], True), new_lse(q, score, accumulate_dtype(q))
+    for one in sequences(score):
+        one.of_queries(out)[:], one.of_queries(lse)[:] = dense_forward(
+            one.of_queries(q), one.of_keys(k), one.of_keys(v), one.score, one.batch
+        )
+    return out, lse
+
+
+def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q = existing(q, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
@@ -122,7 +173,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
         if score.sinks is not None:
             with_sink = torch.logaddexp(lse_rows, score.sinks.to(q.dtype).view(-1, 1, 1))
             lse_rows = torch.where(lse_rows == -math.inf, lse_rows, with_sink)
-        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, rows, q.device)
+        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, first_batch, rows, q.device)
         out[:, :, rows] = (weights @ v).to(dtype)
         lse[:, :, rows] = lse_rows.squeeze(-1)
     return out, lse
@@ -133,16 +184,35 @@ def backward(
     with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """With p = exp(s - lse), dropped to p', and dp' = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
+    if score.cu_seqlens is None:
+        *gradients, grad_bias = dense_backward(grad_out, grad_lse, q, k, v, lse, score, with_grad_bias)
+        return *gradients, grad_bias.to(score.bias.dtype) if with_grad_bias else None
+    grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], True) for x in (q, k, v))
+    grad_bias = torch.zeros_like(score.bias, dtype=lse.dtype) if with_grad_bias else None
+    for one in sequences(score):
+        rows, keys = one.of_queries, one.of_keys
+        rows(grad_q)[:], keys(grad_k)[:], keys(grad_v)[:], grad = dense_backward(
+            rows(grad_out), rows(grad_lse), rows(q), keys(k), keys(v), rows(lse), one.score, with_grad_bias, one.batch
+        )
+        if with_grad_bias:
+            one.plane(grad_bias).add_(grad)
+    return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype) if with_grad_bias else None
+
+
+def dense_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, score: Score,
+    with_grad_bias: bool, first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q, grad_out = existing(q, score.q_lengths), existing(grad_out, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad_bias = None if not with_grad_bias else torch.zeros(score.bias.shape, dtype=q.dtype, device=q.device)
+    grad_bias = torch.zeros_like(score.bias, dtype=q.dtype) if with_grad_bias else None
     shape = (*q.shape[:3], k.shape[2])
     for rows in query_blocks(q.shape[2]):
         scores, slope = masked_scores(q, k, score, rows)
         p = softmax_weights(scores, lse[:, :, rows, None])
-        kept = kept_weights(score, shape, rows, q.device)
+        kept = kept_weights(score, shape, first_batch, rows, q.device)
         do = grad_out[:, :, rows]
         dp = do @ v.mT * kept
         delta = (p * dp).sum(-1, keepdim=True)
@@ -156,7 +226,6 @@ def backward(
         grad_k += ds.mT @ q[:, :, rows]
         grad_v += (p * kept).mT @ do
     grad_k, grad_v = (g.unflatten(1, (-1, group)).sum(2) for g in (grad_k, grad_v))
-    grad_bias = None if grad_bias is None else grad_bias.to(score.bias.dtype)
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), grad_bias
 
 

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
-from .common import contiguous, dropout_threshold, last_dim_contiguous, norm_heads, rows, sum_parts
+from .common import (
+    contiguous,
+    dropout_threshold,
+    last_dim_contiguous,
+    new_lse,
+    norm_heads,
+    result_like,
+    rows,
+    sum_parts,
+)  # fmt: skip
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -85,16 +94,18 @@ def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
 
 
 def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
-    """The arguments all attention kernels share: (score, heads, kv_heads, seq_q, seq_k)."""
-    seq_q, seq_k = q.shape[2], k.shape[2]
+    """The arguments all attention kernels share: (score, batches, heads, kv_heads, seq_q, seq_k)."""
+    batches, seq_q, seq_k = score.sizes(q, k)
+    diagonal = 0 if score.cu_seqlens is not None else seq_k - seq_q  # of packed sequences each has its own
     args = ScoreArgs(
-        score.scale, *score.bounds(seq_q, seq_k), score.q_lengths, score.kv_lengths,
-        None if score.slopes is None else seq_k - seq_q, score.softcap,
+        score.scale, *score.bounds(0, diagonal), score.q_lengths, score.kv_lengths,
+        None if score.slopes is None else diagonal, score.softcap,
         score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
-        contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed),
+        contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
+        None if score.cu_seqlens is None else q.shape[2],
     )  # fmt: skip
-    return args, q.shape[1], k.shape[1], seq_q, seq_k
+    return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
 def attention_meta(direction: str, q: Tensor, v: Tensor) -> dict:
@@ -116,9 +127,9 @@ def attention_meta(direction: str, q: Tensor, v: Tensor) -> dict:
 @on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    batch, heads, seq_q, _ = q.shape
-    out = torch.empty(batch, heads, seq_q, v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+    batch, seq_q, _ = score.sizes(q, k)
+    packed, heads = score.cu_seqlens is not None, q.shape[1]
+    out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
     meta = attention_meta("forward", q, v)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
@@ -135,8 +146,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    batch, heads, seq_q, _ = q.shape
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    batch, seq_q, seq_k = score.sizes(q, k)
+    packed, heads = score.cu_seqlens is not None, q.shape[1]
+    grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
     delta = torch.empty_like(lse)
     args = attention_args(q, k, v, score)
     meta = attention_meta("backward_q", q, v)
@@ -147,7 +159,7 @@ def backward(
             heads_arg(grad_q), delta, *args, **meta,
         )  # fmt: skip
     meta = attention_meta("backward_kv", q, v)
-    programs = triton.cdiv(k.shape[2], meta["BLOCK_N"]) * k.shape[1] * batch
+    programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
     if programs:
         backward_kernels.attention_backward_kv[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, heads_arg(grad_k),
@@ -161,8 +173,8 @@ def backward(
     programs = triton.cdiv(size_k, meta["BLOCK_N"]) * triton.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
     if programs:
         backward_kernels.attention_backward_bias[(programs,)](
-            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, grad_bias, args[0], batch,
-            *args[1:], *grad_bias.shape, **meta,
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, grad_bias, *args,
+            *grad_bias.shape, **meta,
         )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)
 

@@ -21,7 +21,18 @@ import triton
 import triton.language as tl
 
 from .dropout import kept_weights
-from .scores import SIZES, cap, edge_start, key_tiles, lengths, query_tiles, shift, visible, visible_keys
+from .scores import (
+    SIZES,
+    cap,
+    edge_start,
+    key_tiles,
+    query_tiles,
+    sequence,
+    shift,
+    statistics_at,
+    visible,
+    visible_keys,
+)
 from .softmax import LOG2E
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
@@ -74,7 +85,7 @@ def visit_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_q(
-    q, k, v, out, grad_out, lse, grad_lse, grad_q, delta, score, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, grad_out, lse, grad_lse, grad_q, delta, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -83,21 +94,26 @@ def attention_backward_q(
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
     start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
-    query_end, key_end = lengths(score, batch, seq_q, seq_k)
+    score, seq = sequence(score, batch, batches, seq_q, seq_k)
+    query_end, key_end = seq.query_end, seq.key_end
 
-    k = one_head(k, batch, kv_head)
-    v = one_head(v, batch, kv_head)
+    k = one_head(k, batch, kv_head, seq.k_start)
+    v = one_head(v, batch, kv_head, seq.k_start)
     queries = start_m + tl.arange(0, BLOCK_M)
-    row = tl.cast(batch * heads + head, tl.int64) * seq_q
-    do_tile = load_tile(one_head(grad_out, batch, head), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    out_tile = load_tile(one_head(out, batch, head), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    row = statistics_at(score, seq, batch, head, heads)
+    do_tile = load_tile(
+        one_head(grad_out, batch, head, seq.q_start), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+    )
+    out_tile = load_tile(
+        one_head(out, batch, head, seq.q_start), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+    )
     delta_row = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if grad_lse is not None:
         delta_row -= tl.load(grad_lse + row + queries, mask=queries < query_end, other=0.0)
-    tl.store(delta + row + queries, delta_row, mask=queries < seq_q)
+    tl.store(delta + row + queries, delta_row, mask=queries < seq.seq_q)
 
     lse_row = load_lse(lse + row, queries, query_end)
-    q_tile = load_tile(one_head(q, batch, head), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
@@ -111,7 +127,9 @@ def attention_backward_q(
             edge_start(tiles, index, BLOCK_N), query_end, key_end,
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
         )  # fmt: skip
-    store_tile(one_head(grad_q, batch, head), acc * score.scale, start_m, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tile(
+        one_head(grad_q, batch, head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
 
 
 @triton.jit
@@ -149,7 +167,7 @@ def visit_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_kv(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, score, heads, kv_heads, seq_q, seq_k,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -163,17 +181,18 @@ def attention_backward_kv(
     kv_head = program // tiles_n % kv_heads
     batch = program // tiles_n // kv_heads
     group = heads // kv_heads
-    query_end, key_end = lengths(score, batch, seq_q, seq_k)
+    score, seq = sequence(score, batch, batches, seq_q, seq_k)
+    query_end, key_end = seq.query_end, seq.key_end
 
-    k_tile = load_tile(one_head(k, batch, kv_head), start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v_tile = load_tile(one_head(v, batch, kv_head), start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+    k_tile = load_tile(one_head(k, batch, kv_head, seq.k_start), start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    v_tile = load_tile(one_head(v, batch, kv_head, seq.k_start), start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     tiles = query_tiles(score, start_n, query_end, key_end, BLOCK_M, BLOCK_N)
     for head in range(kv_head * group, kv_head * group + group):
-        q_head = one_head(q, batch, head)
-        do_head = one_head(grad_out, batch, head)
-        row = tl.cast(batch * heads + head, tl.int64) * seq_q
+        q_head = one_head(q, batch, head, seq.q_start)
+        do_head = one_head(grad_out, batch, head, seq.q_start)
+        row = statistics_at(score, seq, batch, head, heads)
         for start_m in range(tiles.steady_begin, tiles.steady_end, BLOCK_M):
             acc_k, acc_v = visit_queries(
                 acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
@@ -193,8 +212,8 @@ def attention_backward_kv(
     exists = (start_n + tl.arange(0, BLOCK_N) < key_end)[:, None]
     acc_k = tl.where(exists, acc_k * score.scale, 0.0)
     acc_v = tl.where(exists, acc_v, 0.0)
-    store_tile(one_head(grad_k, batch, kv_head), acc_k, start_n, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(one_head(grad_v, batch, kv_head), acc_v, start_n, seq_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+    store_tile(one_head(grad_k, batch, kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(one_head(grad_v, batch, kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit
@@ -204,7 +223,7 @@ def shared(size, index, all_of_them, BLOCK: tl.constexpr):
     return begin, tl.where(size == 1, all_of_them, tl.minimum(begin + BLOCK, all_of_them))
 
 
-@triton.jit(do_not_specialize=[*SIZES, "batches", "size_batch", "size_head", "size_q", "size_k"])
+@triton.jit(do_not_specialize=[*SIZES, "size_batch", "size_head", "size_q", "size_k"])
 def attention_backward_bias(
     q, k, v, grad_out, lse, delta, grad_bias, score, batches, heads, kv_heads, seq_q, seq_k,
     size_batch, size_head, size_q, size_k,
@@ -230,25 +249,34 @@ def attention_backward_bias(
     first_n, last_n = shared(size_k, tile_n, seq_k, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for batch in range(first_batch, last_batch):
-        query_end, key_end = lengths(score, batch, seq_q, seq_k)
+        here, seq = sequence(score, batch, batches, seq_q, seq_k)
+        query_end, key_end = seq.query_end, seq.key_end
         for head in range(first_head, last_head):
-            k_head = one_head(k, batch, head // (heads // kv_heads))
-            v_head = one_head(v, batch, head // (heads // kv_heads))
-            row = tl.cast(batch * heads + head, tl.int64) * seq_q
+            k_head = one_head(k, batch, head // (heads // kv_heads), seq.k_start)
+            v_head = one_head(v, batch, head // (heads // kv_heads), seq.k_start)
+            row = statistics_at(here, seq, batch, head, heads)
             for start_m in range(first_m, tl.minimum(last_m, query_end), BLOCK_M):
                 queries = start_m + tl.arange(0, BLOCK_M)
-                q_tile = load_tile(one_head(q, batch, head), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+                q_tile = load_tile(
+                    one_head(q, batch, head, seq.q_start), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True
+                )
                 do_tile = load_tile(
-                    one_head(grad_out, batch, head), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+                    one_head(grad_out, batch, head, seq.q_start),
+                    start_m,
+                    query_end,
+                    HEAD_DIM_V,
+                    BLOCK_M,
+                    BLOCK_DV,
+                    True,
                 )
                 lse_row = load_lse(lse + row, queries, query_end)
                 delta_row = tl.load(delta + row + queries, mask=queries < query_end, other=0.0)
-                begin, end = visible_keys(score, start_m, query_end, key_end, BLOCK_M)
+                begin, end = visible_keys(here, start_m, query_end, key_end, BLOCK_M)
                 begin = tl.maximum(first_n, begin // BLOCK_N * BLOCK_N)
                 for start_n in range(begin, tl.minimum(last_n, end), BLOCK_N):
                     k_tile = load_tile(k_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
                     ds, _ = score_gradients(
-                        q_tile, do_tile, lse_row, delta_row, k_tile, v_head, score, batch, head, heads, start_m,
+                        q_tile, do_tile, lse_row, delta_row, k_tile, v_head, here, batch, head, heads, start_m,
                         start_n, query_end, key_end, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
                     )  # fmt: skip
                     acc += ds

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .dropout import kept_weights
-from .scores import SIZES, cap, edge_start, key_tiles, lengths, shift, visible
+from .scores import SIZES, cap, edge_start, key_tiles, sequence, shift, statistics_at, visible
 from .softmax import LOG2E, join_sink, logsumexp, online_softmax
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
@@ -39,7 +39,7 @@ def attend(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_forward(
-    q, k, v, out, lse, score, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, lse, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -48,11 +48,12 @@ def attention_forward(
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
     start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
-    query_end, key_end = lengths(score, batch, seq_q, seq_k)
+    score, seq = sequence(score, batch, batches, seq_q, seq_k)
+    query_end, key_end = seq.query_end, seq.key_end
 
-    k = one_head(k, batch, kv_head)
-    v = one_head(v, batch, kv_head)
-    q_tile = load_tile(one_head(q, batch, head), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k = one_head(k, batch, kv_head, seq.k_start)
+    v = one_head(v, batch, kv_head, seq.k_start)
+    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -76,5 +77,6 @@ def attention_forward(
         m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
         acc *= alpha[:, None]
     result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
-    store_tile(one_head(out, batch, head), result, start_m, seq_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
-    tl.store(lse + tl.cast(batch * heads + head, tl.int64) * seq_q + queries, logsumexp(m_i, l_i), mask=queries < seq_q)
+    store_tile(one_head(out, batch, head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+    lse += statistics_at(score, seq, batch, head, heads)
+    tl.store(lse + queries, logsumexp(m_i, l_i), mask=queries < seq.seq_q)

@@ -21,7 +21,7 @@ from .softmax import LOG2E
 
 # Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
 # with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward.
-SIZES = ["score", "heads", "kv_heads", "seq_q", "seq_k"]
+SIZES = ["score", "batches", "heads", "kv_heads", "seq_q", "seq_k"]
 
 
 class Plane(NamedTuple):
@@ -48,6 +48,19 @@ class ScoreArgs(NamedTuple):
     bias: Plane | None = None
     sinks: tl.tensor | None = None  # (heads,)
     dropout: DropoutArgs | None = None
+    cu_seqlens: tl.tensor | None = None  # (2, batch + 1) int32; first, last and diagonal are those of a sequence then
+    total_q: tl.tensor | None = None  # tokens in packed q
+
+
+class Sequence(NamedTuple):
+    """One batch row: its sizes, how much of it exists, and its first row in packed tensors, else None."""
+
+    seq_q: tl.tensor
+    seq_k: tl.tensor
+    query_end: tl.tensor
+    key_end: tl.tensor
+    q_start: tl.tensor | None
+    k_start: tl.tensor | None
 
 
 class Tiles(NamedTuple):
@@ -60,15 +73,49 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def lengths(score, batch, seq_q, seq_k):
-    """(query_end, key_end): how much of each sequence of this batch row exists."""
+def sequence(score, batch, batches, seq_q, seq_k):
+    """(score, Sequence) of this batch row. In a packed call `batches` is what cu_seqlens has, and the score's limits,
+    counted from the diagonal, become those of this sequence."""
+    q_start: tl.constexpr = None
+    k_start: tl.constexpr = None
+    if score.cu_seqlens is not None:
+        q_start = tl.load(score.cu_seqlens + batch)
+        k_start = tl.load(score.cu_seqlens + batches + 1 + batch)
+        seq_q = tl.load(score.cu_seqlens + batch + 1) - q_start
+        seq_k = tl.load(score.cu_seqlens + batches + 2 + batch) - k_start
+        score = _aligned(score, seq_k - seq_q)
     query_end = seq_q
     key_end = seq_k
     if score.q_lengths is not None:
         query_end = tl.minimum(query_end, tl.load(score.q_lengths + batch))
     if score.kv_lengths is not None:
         key_end = tl.minimum(key_end, tl.load(score.kv_lengths + batch))
-    return query_end, key_end
+    return score, Sequence(seq_q, seq_k, query_end, key_end, q_start, k_start)
+
+
+@triton.jit
+def _aligned(score, diagonal):
+    """The score with its limits counted from this diagonal."""
+    first = score.first
+    last = score.last
+    if first is not None:
+        first += diagonal
+    if last is not None:
+        last += diagonal
+    return ScoreArgs(
+        score.scale, first, last, score.q_lengths, score.kv_lengths, diagonal, score.softcap, score.slopes,
+        score.slopes_stride, score.mask, score.bias, score.sinks, score.dropout, score.cu_seqlens, score.total_q,
+    )  # fmt: skip
+
+
+@triton.jit
+def statistics_at(score, seq, batch, head, heads):
+    """Where a head's numbers begin in lse and what has its shape: (batch, heads, seq_q), packed (heads, total_q)."""
+    if score.cu_seqlens is not None:
+        at = tl.cast(head, tl.int64) * score.total_q + seq.q_start
+    else:
+        at = tl.cast(batch * heads + head, tl.int64) * seq.seq_q
+    return at
 
 
 @triton.jit
@@ -91,7 +138,7 @@ def visible_keys(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr):
         begin = tl.maximum(start_m + score.first, 0)  # the first key the first query sees
     if score.last is not None:
         end = tl.minimum(end, start_m + BLOCK_M + score.last)  # past the last key the last query sees
-    if score.q_lengths is not None:
+    if score.q_lengths is not None or score.cu_seqlens is not None:
         end = tl.where(start_m < query_end, end, 0)
     return begin, end
 

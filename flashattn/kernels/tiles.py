@@ -41,11 +41,14 @@ def owned_queries(heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def one_head(x, batch, head):
-    """The (seq, head_dim) matrix of one batch and head. 64-bit: a tensor may pass 2**31 elements."""
-    return Rows(
-        x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq
-    )
+def one_head(x, batch, head, start):
+    """The (seq, head_dim) matrix of one batch and head, of packed tensors from row `start` on, which is None for
+    others. 64-bit: a tensor may pass 2**31 elements."""
+    if start is not None:
+        ptr = x.ptr + tl.cast(start, tl.int64) * x.stride_seq + tl.cast(head, tl.int64) * x.stride_head
+    else:
+        ptr = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
+    return Rows(ptr, x.stride_seq)
 
 
 @triton.jit
