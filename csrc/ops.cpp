@@ -276,6 +276,25 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 
+// Against a cache: keys 0 .. kv_lengths[b] of each batch row, in pages where there is a table.
+std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k, Tensor v, OptionalTensor page_table, int64_t longest,
+                                            double scale, std::optional<int64_t> left, std::optional<int64_t> right,
+                                            OptionalTensor q_lengths, OptionalTensor kv_lengths,
+                                            std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask,
+                                            OptionalTensor bias, OptionalTensor sinks) {
+  q = last_dim_contiguous(q);
+  ScoreArgs score = {scale, left, right, q_lengths, kv_lengths, softcap, slopes, mask, 0, {}, {}, {}, {}, bias, sinks};
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), v.size(3)});  // token after token
+  out = torch::stable::transpose(out, 1, 2);
+  Tensor lse = new_lse(q, score);
+  Attention a = attention(q, k, v, out, lse, score);
+  a.ragged = true, a.seq_k = longest;
+  a.score = score.score(a.seq_q, a.seq_k);
+  if (page_table) a.pages = {pointer<int32_t>(page_table), page_table->size(1), k.size(2)};
+  run(engine().attention_forward, a);
+  return {out, lse};
+}
+
 // ------------------------------------------------------------------------------------------------ norms
 
 // Row blocks of a norm's backward, each with partial sums of its own: at most PARTS, of PART_ROWS rows, lest the sums
@@ -428,6 +447,10 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
       "Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, Tensor? bias, Tensor? sinks) "
       "-> (Tensor out, Tensor lse)");
   m.def(
+      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int longest, float scale, int? left, "
+      "int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, Tensor? bias, "
+      "Tensor? sinks) -> (Tensor out, Tensor lse)");
+  m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
       "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, "
@@ -451,6 +474,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
+  m.impl("attention_decode", TORCH_BOX(&flashattn::attention_decode));
   m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
   m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));
   m.impl("linear", TORCH_BOX(&flashattn::linear));

@@ -31,7 +31,7 @@ static inline Attention sequence(Attention a, int64_t batch) {
   } else {
     a.seq_k = key_end(a, batch);
   }
-  int64_t moved = a.seq_k - a.seq_q - a.score.diagonal;
+  int64_t moved = a.seq_k - query_end(a, batch) - a.score.diagonal;
   a.score.diagonal += moved, a.score.first += moved, a.score.last += moved;
   return a;
 }

@@ -4,18 +4,24 @@ behind one call each. `python -m flashattn` prints what is usable here."""
 from . import ops  # noqa: F401  (registers the operators)
 from .attention import attention, attention_varlen
 from .backends import use_backend
+from .cache import KVCache, PagedKVCache
+from .decode import Rotary, decode
 from .linear import linear
 from .modules import LayerNorm, MultiheadAttention, RMSNorm
 from .norm import layer_norm, rms_norm
 from .version import __version__
 
 __all__ = [
+    "KVCache",
     "LayerNorm",
     "MultiheadAttention",
+    "PagedKVCache",
     "RMSNorm",
+    "Rotary",
     "__version__",
     "attention",
     "attention_varlen",
+    "decode",
     "layer_norm",
     "linear",
     "rms_norm",

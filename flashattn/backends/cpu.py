@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
+from . import reference
+from .common import last_dim_contiguous
+
+if TYPE_CHECKING:
+    from ..cache import Cached
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -72,6 +78,19 @@ def backward(
         grad_out, grad_lse, q, k, v, out, lse, *score, with_grad_bias
     )
     return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+rotate, append = reference.rotate, reference.append
+
+
+def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
+    k, v = (last_dim_contiguous(x) for x in (cached.k, cached.v))
+    return ops.attention_decode.default(
+        q, k, v, cached.page_table, cached.longest, score.scale, score.left, score.right, score.q_lengths,
+        score.kv_lengths, score.softcap, score.slopes, score.mask, score.bias, score.sinks,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ norms

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch import Tensor
 from ..norm_settings import Norm
 from ..score import Score
 from .common import dropout_threshold, new_lse, result_like
+
+if TYPE_CHECKING:
+    from ..cache import Cached
+    from ..decode import Rotary
 
 BLOCK_Q = 256  # queries at a time
 
@@ -55,6 +59,16 @@ class Sequence(NamedTuple):
         x = x if x.shape[2] == 1 else x[:, :, : self.queries.stop - self.queries.start]
         return x if x.shape[3] == 1 else x[..., : self.keys.stop - self.keys.start]
 
+    def alone(self) -> Score:
+        """The Score of this sequence on its own."""
+        slopes = self.score.slopes
+        if slopes is not None and slopes.shape[0] > 1:
+            slopes = slopes[self.batch : self.batch + 1]
+        return self.score._replace(
+            q_lengths=None, kv_lengths=None, cu_seqlens=None, slopes=slopes, mask=self.plane(self.score.mask),
+            bias=self.plane(self.score.bias),
+        )  # fmt: skip
+
 
 def sequences(score: Score) -> Iterator[Sequence]:
     """Each of packed sequences with the Score it has on its own."""
@@ -62,11 +76,7 @@ def sequences(score: Score) -> Iterator[Sequence]:
     ranges = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
     for batch, (queries, keys) in enumerate(ranges):
         one = Sequence(batch, slice(*queries), slice(*keys), score)
-        slopes = score.slopes
-        if slopes is not None and slopes.shape[0] > 1:
-            slopes = slopes[batch : batch + 1]
-        alone = score._replace(cu_seqlens=None, slopes=slopes, mask=one.plane(score.mask), bias=one.plane(score.bias))
-        yield one._replace(score=alone)
+        yield one._replace(score=one.alone())
 
 
 def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
@@ -227,6 +237,61 @@ def dense_backward(
         grad_v += (p * kept).mT @ do
     grad_k, grad_v = (g.unflatten(1, (-1, group)).sum(2) for g in (grad_k, grad_v))
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), grad_bias
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def rotate(x: Tensor, starts: Tensor, rotary: Rotary) -> Tensor:
+    """x (batch, heads, seq, dim), of which token t of a row is at position starts[b] + t, rotated by its angles."""
+    positions = starts.view(-1, 1) + torch.arange(x.shape[2], device=x.device)
+    positions = positions.clamp(0, rotary.cos.shape[0] - 1)  # those past the table do not exist
+    dtype, n = accumulate_dtype(x), rotary.cos.shape[1]
+    cos, sin = (table[positions][:, None].to(dtype) for table in (rotary.cos, rotary.sin))
+    part = x[..., : 2 * n].to(dtype)
+    a, b = part.unflatten(-1, (n, 2)).unbind(-1) if rotary.interleaved else part.split(n, -1)
+    pair = a * cos - b * sin, b * cos + a * sin
+    rotated = torch.stack(pair, -1).flatten(-2) if rotary.interleaved else torch.cat(pair, -1)
+    return torch.cat((rotated.to(x.dtype), x[..., 2 * n :]), -1)
+
+
+def append(
+    x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
+) -> None:
+    """Write new keys or values x (batch, kv_heads, seq, dim) to the cache, from starts[b] on, counts[b] of each row."""
+    if rotary is not None:
+        x = rotate(x, starts, rotary)
+    (batch, _, seq, _), size = x.shape, cache.shape[2]
+    token, row = torch.arange(seq, device=x.device), torch.arange(batch, device=x.device).view(-1, 1)
+    exists = token < (seq if counts is None else counts.view(-1, 1))
+    row, token = (i[exists.expand(batch, seq)] for i in torch.broadcast_tensors(row, token))
+    position = starts[row] + token
+    page = row if page_table is None else page_table[row, position // size]
+    cache[page, :, position % size] = x[row, :, token]
+
+
+def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
+    """Each row alone: its queries and its keys, whose diagonal is the bottom right as ever."""
+    out = result_like(q, cached.v.shape[3], True)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q), device=q.device)
+    lengths = score.kv_lengths.tolist()
+    counts = [q.shape[2]] * len(lengths) if score.q_lengths is None else score.q_lengths.tolist()
+    for batch, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        one = Sequence(batch, slice(0, count), slice(0, length), score).alone()
+        k, v = (existing_rows(x, cached.page_table, batch, length) for x in (cached.k, cached.v))
+        out[batch, :, :count], lse[batch, :, :count] = dense_forward(q[batch : batch + 1, :, :count], k, v, one)
+    return out, lse
+
+
+def existing_rows(x: Tensor, page_table: Tensor | None, batch: int, length: int) -> Tensor:
+    """(1, kv_heads, length, dim): the keys or values of one batch row, out of their pages."""
+    if page_table is None:
+        return x[batch : batch + 1, :, :length]
+    pages = x[page_table[batch, : -(-length // x.shape[2])].long()]
+    return pages.transpose(0, 1).flatten(1, 2)[None, :, :length]
+
+
+# ------------------------------------------------------------------------------------------------ random numbers
 
 
 def philox(seed: int, *counter: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:

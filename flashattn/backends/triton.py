@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,16 +23,24 @@ from .common import (
     sum_parts,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from ..cache import Cached
+    from ..decode import Rotary
+
 if importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
     from ..kernels import backward as backward_kernels
     from ..kernels import configs
+    from ..kernels import decode as decode_kernels
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
+    from ..kernels import rotary as rotary_kernels
+    from ..kernels.decode import PageTable
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
+    from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import Plane, ScoreArgs
     from ..kernels.tiles import Heads
 else:
@@ -93,10 +102,11 @@ def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
     return DropoutArgs(seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
 
 
-def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
+def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score, ragged: bool = False) -> tuple:
     """The arguments all attention kernels share: (score, batches, heads, kv_heads, seq_q, seq_k)."""
     batches, seq_q, seq_k = score.sizes(q, k)
-    diagonal = 0 if score.cu_seqlens is not None else seq_k - seq_q  # of packed sequences each has its own
+    ragged = ragged or score.cu_seqlens is not None  # each batch row has a diagonal of its own, which kernels add
+    diagonal = 0 if ragged else seq_k - seq_q
     args = ScoreArgs(
         score.scale, *score.bounds(0, diagonal), score.q_lengths, score.kv_lengths,
         None if score.slopes is None else diagonal, score.softcap,
@@ -177,6 +187,76 @@ def backward(
             *grad_bias.shape, **meta,
         )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def rotate_and_store(x: Tensor, to: Tensor, page_table, starts, counts, rotary: Rotary | None, append: bool) -> None:
+    x = last_dim_contiguous(x)
+    batch, heads, seq, head_dim = x.shape
+    block_d = triton.next_power_of_2(head_dim)
+    block_rows = max(1, min(triton.next_power_of_2(seq), configs.ROTARY_ELEMENTS // block_d))
+    programs = triton.cdiv(seq, block_rows) * heads * batch
+    if not programs:
+        return
+    args = None
+    if rotary is not None:
+        cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+        args = RotaryArgs(cos, sin, cos.stride(0))
+    rotary_kernels.rotate_and_store[(programs,)](
+        heads_arg(x), heads_arg(to), pages_arg(page_table, to), starts, counts, args, heads, seq,
+        APPEND=append, N=0 if rotary is None else rotary.cos.shape[1],
+        INTERLEAVED=rotary is not None and rotary.interleaved,
+        HEAD_DIM=head_dim, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+
+
+def pages_arg(page_table: Tensor | None, cache: Tensor) -> PageTable | None:
+    return None if page_table is None else PageTable(page_table, page_table.stride(0), cache.shape[2])
+
+
+@on_its_device
+def rotate(x: Tensor, starts: Tensor, rotary: Rotary) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotate_and_store(x, out, None, starts, None, rotary, append=False)
+    return out
+
+
+@on_its_device
+def append(
+    x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
+) -> None:
+    rotate_and_store(x, cache, page_table, starts, counts, rotary, append=True)
+
+
+@on_its_device
+def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
+    q, k, v = (last_dim_contiguous(x) for x in (q, cached.k, cached.v))
+    batch, heads, seq_q, _ = q.shape
+    kv_heads, head_dim_v = k.shape[1], v.shape[3]
+    out = torch.empty(batch, seq_q, heads, head_dim_v, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+    rows = batch * heads * seq_q
+    if not rows:
+        return out, lse
+    split = configs.SPLIT if seq_q <= configs.SPLIT_QUERIES else 2**30
+    splits = max(1, triton.cdiv(cached.longest, split))
+    statistics = torch.empty(rows * splits, 2, dtype=torch.float32, device=q.device)
+    partial = torch.empty(rows * splits, head_dim_v, dtype=torch.float32, device=q.device)
+    # The kernel counts limits from the diagonal of each row.
+    args, *_ = attention_args(q, k, v, score, ragged=True)
+    meta = attention_meta("decode", q, v)
+    programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
+    decode_kernels.attention_decode[(programs,)](
+        heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k), statistics, partial, args, heads,
+        kv_heads, seq_q, splits, **meta, SPLIT=split,
+    )  # fmt: skip
+    decode_kernels.attention_merge[(rows,)](
+        statistics, partial, heads_arg(out), lse, contiguous(score.sinks), heads, seq_q, splits,
+        HEAD_DIM_V=head_dim_v, BLOCK_DV=meta["BLOCK_DV"], num_warps=1,
+    )  # fmt: skip
+    return out, lse
 
 
 # ------------------------------------------------------------------------------------------------ norms

@@ -97,6 +97,12 @@ ATTENTION = {
         ],
     },
 }
+# A decoding pass: programs are many and short, and memory is the limit. SPLIT is part of the result's bits.
+DECODE = [(128, 2, Tiles(16, 64, 4, 2)), (256, 2, Tiles(16, 32, 4, 2)), (256, 4, Tiles(16, 16, 4, 2))]
+SPLIT = 512  # keys of a program, up to
+SPLIT_QUERIES = 16  # queries; of more, one program takes all keys, so that the workspace stays linear
+ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
+
 # Where a family has no row of its own, the next one's serves.
 FALLBACK = {"sm_100": "sm_90", "sm_90": "sm_80", "small": "sm_80", "amd": "small"}
 INTERPRETED = Tiles(32, 16, 4, 1)  # small, so that short sequences cross tile boundaries too
@@ -115,10 +121,12 @@ def architecture() -> str:
 
 
 def attention_tiles(direction: str, head_dim: int, itemsize: int) -> Tiles:
-    """Tiles for one pass ("forward", "backward_q", "backward_kv"); head_dim is the larger of q's and v's."""
+    """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode"); head_dim is the larger of q's and v's."""
     arch = architecture()
     if arch == "interpreter":
         return INTERPRETED
+    if direction == "decode":
+        return next(tiles for largest, size, tiles in DECODE if head_dim <= largest and itemsize == size)
     family = FAMILY.get(arch, "small")
     while True:
         for largest, size, tiles in ATTENTION[direction].get(family, []):

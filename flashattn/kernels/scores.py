@@ -83,7 +83,7 @@ def sequence(score, batch, batches, seq_q, seq_k):
         k_start = tl.load(score.cu_seqlens + batches + 1 + batch)
         seq_q = tl.load(score.cu_seqlens + batch + 1) - q_start
         seq_k = tl.load(score.cu_seqlens + batches + 2 + batch) - k_start
-        score = _aligned(score, seq_k - seq_q)
+        score = aligned(score, seq_k - seq_q)
     query_end = seq_q
     key_end = seq_k
     if score.q_lengths is not None:
@@ -94,7 +94,7 @@ def sequence(score, batch, batches, seq_q, seq_k):
 
 
 @triton.jit
-def _aligned(score, diagonal):
+def aligned(score, diagonal):
     """The score with its limits counted from this diagonal."""
     first = score.first
     last = score.last

@@ -1,0 +1,262 @@
+"""Keys and values kept between decoding steps: `KVCache`, and `PagedKVCache` with shared pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Cached(NamedTuple):
+    """What a backend reads of a cache: for each batch row, keys and values 0 .. lengths[b]."""
+
+    k: Tensor  # (batch, kv_heads, capacity, head_dim); with a page table (pages, kv_heads, page_size, head_dim)
+    v: Tensor
+    page_table: Tensor | None  # (batch, n) int32: keys i * page_size on of a batch row are page page_table[b, i]
+    starts: Tensor  # (batch,) int32: how many there were before this call
+    lengths: Tensor  # (batch,) int32: and are now
+    longest: int  # the largest of them
+
+
+class KVCache:
+    """Contiguous keys and values of one layer, for a batch whose rows may differ in length.
+
+    Args:
+        batch, kv_heads, capacity, head_dim, head_dim_v: sizes; head_dim_v is head_dim by default. Memory for
+            `capacity` tokens a row is taken at once.
+        dtype, device: of k (batch, kv_heads, capacity, head_dim) and v (..., head_dim_v).
+
+    `flashattn.decode` appends to it. `lengths` says how many tokens each row has.
+
+    >>> import torch, flashattn
+    >>> cache = flashattn.KVCache(batch=2, kv_heads=1, capacity=16, head_dim=8)
+    >>> q, k, v = (torch.randn(2, heads, 3, 8) for heads in (4, 1, 1))
+    >>> flashattn.decode(q, cache, k, v).shape, cache.lengths
+    (torch.Size([2, 4, 3, 8]), [3, 3])
+    """
+
+    def __init__(
+        self, batch: int, kv_heads: int, capacity: int, head_dim: int, head_dim_v: int | None = None, *,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.k, self.v = _memory(batch, kv_heads, capacity, head_dim, head_dim_v, dtype, device)
+        self._lengths = [0] * batch
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self._lengths)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what lies at and past `lengths`, one number a row; 0 empties a row."""
+        if len(lengths) != len(self._lengths):
+            raise ValueError(f"lengths must be one number for each of {len(self._lengths)} rows, got {len(lengths)}")
+        for length, present in zip(lengths, self._lengths, strict=True):
+            _check_length(length, present)
+        self._lengths = list(lengths)
+
+    def _grow(self, new: list[int]) -> Cached:
+        """Make room for so many new tokens a row, or raise before anything changes."""
+        capacity, before = self.k.shape[2], self._lengths
+        after = [a + b for a, b in zip(before, new, strict=True)]
+        for row, length in enumerate(after):
+            if length > capacity:
+                raise ValueError(
+                    f"cache must have room for the new tokens: row {row} has {before[row]} of {capacity}, "
+                    f"{new[row]} are new"
+                )
+        self._lengths = after
+        return _cached(self.k, self.v, None, before, after)
+
+
+class PagedKVCache:
+    """Keys and values of one layer in pages of a common pool, for sequences that come and go and may share pages.
+
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023).
+
+    Args:
+        pages, page_size: the pool, in pages, and tokens in a page (any number).
+        kv_heads, head_dim, head_dim_v: sizes; head_dim_v is head_dim by default.
+        dtype, device: of k (pages, kv_heads, page_size, head_dim) and v (..., head_dim_v).
+
+    `add` begins a sequence and returns its number, `fork` one that shares another's tokens, `free` gives back what no
+    other shares. `flashattn.decode(q, cache.select([a, b]), k, v)` appends to some of them; a page that is shared is
+    copied before it is written to.
+
+    >>> import torch, flashattn
+    >>> cache = flashattn.PagedKVCache(pages=8, page_size=4, kv_heads=1, head_dim=8)
+    >>> first = cache.add()
+    >>> q = k = v = torch.randn(1, 1, 5, 8)
+    >>> out = flashattn.decode(q, cache.select([first]), k, v)
+    >>> second = cache.fork(first)
+    >>> cache.length(second), cache.free_pages
+    (5, 6)
+    """
+
+    def __init__(
+        self, pages: int, page_size: int, kv_heads: int, head_dim: int, head_dim_v: int | None = None, *,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.k, self.v = _memory(pages, kv_heads, page_size, head_dim, head_dim_v, dtype, device)
+        self.page_size = page_size
+        self._free = list(range(pages - 1, -1, -1))  # taken from the end
+        self._users = [0] * pages  # sequences that hold a page
+        self._pages: dict[int, list[int]] = {}  # of each sequence
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def sequences(self) -> list[int]:
+        return list(self._pages)
+
+    def length(self, sequence: int) -> int:
+        self._check(sequence)
+        return self._lengths[sequence]
+
+    def add(self) -> int:
+        """Begin an empty sequence; returns its number."""
+        return self._new([], 0)
+
+    def fork(self, sequence: int) -> int:
+        """Begin a sequence with the tokens of another, whose pages they share; returns its number."""
+        self._check(sequence)
+        for page in self._pages[sequence]:
+            self._users[page] += 1
+        return self._new(list(self._pages[sequence]), self._lengths[sequence])
+
+    def free(self, sequence: int) -> None:
+        """End a sequence; pages that no other holds can be taken again."""
+        self.truncate(sequence, 0)
+        del self._pages[sequence], self._lengths[sequence]
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what lies at and past `length`."""
+        self._check(sequence)
+        _check_length(length, self._lengths[sequence])
+        pages, kept = self._pages[sequence], self._pages_for(length)
+        for page in reversed(pages[kept:]):
+            self._give_back(page)
+        del pages[kept:]
+        self._lengths[sequence] = length
+
+    def select(self, sequences: Sequence[int]) -> Selection:
+        """These sequences as the batch of a `decode`, in this order."""
+        for sequence in sequences:
+            self._check(sequence)
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences must be different ones, got {list(sequences)}")
+        return Selection(self, tuple(sequences))
+
+    def _check(self, sequence: int) -> None:
+        if sequence not in self._pages:
+            raise ValueError(f"sequence must be one of the cache's {self.sequences}, got {sequence!r}")
+
+    def _new(self, pages: list[int], length: int) -> int:
+        sequence, self._next = self._next, self._next + 1
+        self._pages[sequence], self._lengths[sequence] = pages, length
+        return sequence
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def _give_back(self, page: int) -> None:
+        self._users[page] -= 1
+        if self._users[page] == 0:
+            self._free.append(page)
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def _writes_to_shared(self, sequence: int, new: int) -> bool:
+        """Whether its last page is begun, so that new tokens go there, and held by others too."""
+        length = self._lengths[sequence]
+        return new > 0 and length % self.page_size > 0 and self._users[self._pages[sequence][-1]] > 1
+
+    def _copies(self, sequences: Sequence[int], new: list[int]) -> list[int]:
+        """The sequences whose last page has to be copied. The last of those that share one may keep it."""
+        wanted = [s for s, n in zip(sequences, new, strict=True) if self._writes_to_shared(s, n)]
+        users = {self._pages[s][-1]: self._users[self._pages[s][-1]] for s in wanted}
+        copies = []
+        for sequence in wanted:
+            page = self._pages[sequence][-1]
+            if users[page] > 1:
+                users[page] -= 1
+                copies.append(sequence)
+        return copies
+
+    def _grow(self, sequences: Sequence[int], new: list[int]) -> Cached:
+        """Make room for so many new tokens each, or raise before anything changes."""
+        before = [self._lengths[s] for s in sequences]
+        after = [a + b for a, b in zip(before, new, strict=True)]
+        copies = self._copies(sequences, new)
+        needed = len(copies) + sum(
+            self._pages_for(n) - len(self._pages[s]) for s, n in zip(sequences, after, strict=True)
+        )
+        if needed > len(self._free):
+            raise ValueError(
+                f"cache must have room for the new tokens: they need {needed} pages of {self.page_size}, "
+                f"{len(self._free)} are free"
+            )
+        for sequence in copies:
+            self._copy_last_page(sequence)
+        for sequence, length in zip(sequences, after, strict=True):
+            pages = self._pages[sequence]
+            pages.extend(self._take() for _ in range(self._pages_for(length) - len(pages)))
+            self._lengths[sequence] = length
+        tables = [self._pages[s] for s in sequences]
+        width = max([1, *map(len, tables)])
+        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in tables], dtype=torch.int32)
+        return _cached(self.k, self.v, table.view(len(tables), width).to(self.k.device), before, after)
+
+    def _copy_last_page(self, sequence: int) -> None:
+        shared, own = self._pages[sequence][-1], self._take()
+        self.k[own], self.v[own] = self.k[shared], self.v[shared]
+        self._pages[sequence][-1] = own
+        self._give_back(shared)
+
+
+class Selection(NamedTuple):
+    """Some sequences of a `PagedKVCache`, as the batch of a `decode`."""
+
+    cache: PagedKVCache
+    sequences: tuple[int, ...]
+
+    @property
+    def k(self) -> Tensor:
+        return self.cache.k
+
+    @property
+    def v(self) -> Tensor:
+        return self.cache.v
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.cache.length(s) for s in self.sequences]
+
+    def _grow(self, new: list[int]) -> Cached:
+        return self.cache._grow(self.sequences, new)
+
+
+def _memory(rows, kv_heads, seq, head_dim, head_dim_v, dtype, device) -> tuple[Tensor, Tensor]:
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim), ("head_dim_v", head_dim_v), ("page_size", seq)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size!r}")
+    return tuple(torch.empty(rows, kv_heads, seq, dim, dtype=dtype, device=device) for dim in (head_dim, head_dim_v))
+
+
+def _check_length(length: int, present: int) -> None:
+    if not 0 <= length <= present:
+        raise ValueError(f"length must be between 0 and the {present} tokens that are there, got {length}")
+
+
+def _cached(k: Tensor, v: Tensor, page_table: Tensor | None, before: list[int], after: list[int]) -> Cached:
+    starts, lengths = (torch.tensor(x, dtype=torch.int32).to(k.device) for x in (before, after))
+    return Cached(k, v, page_table, starts, lengths, max(after, default=0))

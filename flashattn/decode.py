@@ -1,0 +1,179 @@
+"""`decode`: append to a cache, rotate, attend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import arguments, backends, checks
+from .backends import BACKENDS
+from .cache import Cached, KVCache, PagedKVCache, Selection
+from .score import Score
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding: the cosine and sine of each position's angles.
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
+
+    The pairs (x[i], x[i + n]) of the first 2 n numbers of a head are rotated, n = cos.shape[1]; interleaved (x[2i],
+    x[2i + 1]). The rest of a head stays as it is.
+    """
+
+    cos: Tensor  # (positions, n) floating
+    sin: Tensor
+    interleaved: bool = False
+
+
+def decode(
+    q: Tensor,
+    cache: KVCache | PagedKVCache | Selection,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary: Rotary | None = None,
+    *,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of generation: append new keys and values to the cache, in place, and attend to all of it.
+
+    The first call, of whole prompts, is a step like any other. It is inference only: no dropout, no gradients.
+
+    Args:
+        q: (batch, heads, seq_q, head_dim), in the cache's dtype and on its device.
+        cache: a `KVCache`, sequences of a `PagedKVCache` (`select`), or a `PagedKVCache` for all of its sequences.
+        k: (batch, kv_heads, seq_q, head_dim) new keys; None appends nothing.
+        v: (batch, kv_heads, seq_q, head_dim_v) new values.
+        rotary: rotates q and k by their positions, counted from the beginning of each sequence.
+        causal: a new token sees those before it and itself; False: all.
+        q_lengths: (batch,) int: how many of the new tokens of a row exist, where rows differ; the others are not
+            appended, and give out 0 and lse -inf. Best on the CPU, where reading it waits for nothing.
+        mask, bias: broadcastable to (batch, heads, seq_q, seq_k), seq_k the longest length after appending.
+
+    window, alibi_slopes, softcap, sinks and scale are those of `attention`; the diagonal ends at the last new token and
+    the last key of each sequence.
+
+    Returns:
+        out (batch, heads, seq_q, head_dim_v); with `return_lse` (out, lse), lse (batch, heads, seq_q) float32.
+        The bits of a sequence's result depend neither on what else is in the batch nor on the page size; a batch padded
+        to another seq_q may be computed in another order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is written; a cache without room is one of them.
+
+    >>> import torch, flashattn
+    >>> cache = flashattn.KVCache(batch=1, kv_heads=2, capacity=64, head_dim=32)
+    >>> q, k, v = (torch.randn(1, heads, 10, 32) for heads in (4, 2, 2))
+    >>> prompt = flashattn.decode(q, cache, k, v)
+    >>> q, k, v = (torch.randn(1, heads, 1, 32) for heads in (4, 2, 2))
+    >>> flashattn.decode(q, cache, k, v).shape
+    torch.Size([1, 4, 1, 32])
+    """
+    if isinstance(cache, PagedKVCache):
+        cache = cache.select(cache.sequences)
+    if not isinstance(cache, (KVCache, Selection)):
+        raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    _check_inputs(q, cache, k, v, dropout_p)
+    batch, heads, seq_q, head_dim = q.shape
+    lengths = cache.lengths
+    counts = _counts(q_lengths, batch, seq_q)
+    new = [0] * batch if k is None else counts
+    after = [a + b for a, b in zip(lengths, new, strict=True)]
+    if rotary is not None:
+        _check_rotary(rotary, q, max(after, default=0))
+    left, right = (None, None) if window is None else arguments.check_window(window)
+    score = Score(
+        head_dim**-0.5 if scale is None else arguments.check_scale(scale),
+        left,
+        0 if causal else right,
+        None if q_lengths is None else torch.tensor(counts, dtype=torch.int32).to(q.device),
+    )
+    whole = (batch, heads, seq_q, max(after, default=0))
+    score = arguments.modified(score, whole, q.device, mask, alibi_slopes, softcap, 0.0, None)
+    if bias is not None:
+        bias = arguments.check_bias(bias, q, whole)
+    if sinks is not None:
+        arguments.check_sinks(sinks, q)
+    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, cache.v.shape[3]))
+    cached = cache._grow(new)
+    score = score._replace(kv_lengths=cached.lengths, bias=bias, sinks=sinks)
+    out, lse = append_and_attend(q, cached, k, v, rotary, score, backend)
+    return (out, lse) if return_lse else out
+
+
+def append_and_attend(
+    q: Tensor, cached: Cached, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`decode` of checked arguments, in a cache that has room."""
+    backend = BACKENDS[backend]
+    if k is not None:
+        backend.append(k, cached.k, cached.page_table, cached.starts, score.q_lengths, rotary)
+        backend.append(v, cached.v, cached.page_table, cached.starts, score.q_lengths, None)
+    if rotary is not None:
+        # Without new keys q belongs to the last that are there.
+        starts = cached.starts if k is not None else cached.lengths - (
+            q.shape[2] if score.q_lengths is None else score.q_lengths
+        )  # fmt: skip
+        q = backend.rotate(q, starts, rotary)
+    return backend.decode(q, cached, score)
+
+
+def _counts(q_lengths: Tensor | None, batch: int, seq_q: int) -> list[int]:
+    """How many new tokens each row has."""
+    if q_lengths is None:
+        return [seq_q] * batch
+    return arguments.check_lengths("q_lengths", q_lengths, batch, seq_q, torch.device("cpu")).tolist()
+
+
+def _check_inputs(q, cache, k, v, dropout_p) -> None:
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0: decode is for inference, got {dropout_p}")
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together, or neither")
+    inputs = [("q", q)] if k is None else [("q", q), ("k", k), ("v", v)]
+    for name, x in inputs:
+        checks.floating(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
+        if x.dtype != cache.k.dtype:
+            raise TypeError(f"{name} must have the cache's dtype {cache.k.dtype}, got {x.dtype}")
+        checks.on_device(name, x, "the cache", cache.k.device)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient: decode is for inference; use torch.no_grad()")
+    batch, heads, seq_q, head_dim = q.shape
+    kv_heads = cache.k.shape[1]
+    if batch != len(cache.lengths):
+        raise ValueError(f"q must have the cache's batch {len(cache.lengths)}, got {batch}")
+    if heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"q must have a number of heads that the cache's {kv_heads} divide, got {heads}")
+    if head_dim != cache.k.shape[3]:
+        raise ValueError(f"q must have the cache's head_dim {cache.k.shape[3]}, got {head_dim}")
+    for name, x, kept in (("k", k, cache.k), ("v", v, cache.v)):
+        expected = (batch, kv_heads, seq_q, kept.shape[3])
+        if x is not None and x.shape != expected:
+            raise ValueError(f"{name} must be (batch, kv_heads, seq_q, dim) = {expected}, got shape {tuple(x.shape)}")
+
+
+def _check_rotary(rotary, q: Tensor, positions: int) -> None:
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a flashattn.Rotary(cos, sin), got {type(rotary).__name__}")
+    for name, x in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
+        checks.floating(name, x)
+        checks.same_device(name, x, "q", q)
+        if x.dim() != 2 or x.shape != rotary.cos.shape or 2 * x.shape[1] > q.shape[3]:
+            raise ValueError(
+                f"{name} must be (positions, n), n at most half of head_dim {q.shape[3]}, got shape {tuple(x.shape)}"
+            )
+    if rotary.cos.shape[0] < positions:
+        raise ValueError(f"rotary.cos must have a row for each of {positions} positions, got {rotary.cos.shape[0]}")
