@@ -9,7 +9,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # The kernels are compiled once per instruction set, each into a namespace of its own, and chosen at load time.
-KERNELS = [f"csrc/{name}.cpp" for name in ("forward", "decode", "backward", "norm", "linear", "probes", "engine")]
+KERNELS = [
+    f"csrc/{name}.cpp" for name in ("forward", "decode", "backward", "norm", "linear", "rotary", "probes", "engine")
+]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"portable": []}
 if X86:

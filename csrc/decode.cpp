@@ -33,12 +33,12 @@ size_t forward_workspace(const Attention& a) {
 }
 
 // COLS vectors of out[row] = alpha[row] out[row] + sum over n keys of p[row][key] v[key], from column c on.
-template <Dtype DTYPE, int COLS>
-static void weighted_sum_columns(const float* p, const float* alpha, const Matrix& v, int64_t n, int64_t c, float* out,
-                                 int64_t width, const Matrix& ahead) {
+template <Dtype DTYPE, int COLS, class Rows>
+static void weighted_sum_columns(const float* p, const float* alpha, const Rows& v, int64_t n, int64_t c, float* out,
+                                 int64_t width, const Rows& ahead) {
   vf sum[ROWS_AT_ONCE][COLS] = {};
-  const char* row = v.data;
-  for (int64_t j = 0; j < n; j++, row += v.stride) {
+  for (int64_t j = 0; j < n; j++) {
+    const char* row = v.row(j);
     vf x[COLS];
     UNROLL for (int i = 0; i < COLS; i++) {
       x[i] = load_numbers<DTYPE>(row, c + i * W);
@@ -56,13 +56,32 @@ static void weighted_sum_columns(const float* p, const float* alpha, const Matri
     }
 }
 
-template <Dtype DTYPE>
-static void weighted_sum(const float* p, const float* alpha, const Matrix& v, int64_t n, float* out, int64_t width,
-                         const Matrix& ahead) {
+template <Dtype DTYPE, class Rows>
+static void weighted_sum(const float* p, const float* alpha, const Rows& v, int64_t n, float* out, int64_t width,
+                         const Rows& ahead) {
   int64_t c = 0;
   if constexpr (W == 16)
     for (; c + 4 * W <= width; c += 4 * W) weighted_sum_columns<DTYPE, 4>(p, alpha, v, n, c, out, width, ahead);
   for (; c + 2 * W <= width; c += 2 * W) weighted_sum_columns<DTYPE, 2>(p, alpha, v, n, c, out, width, ahead);
+}
+
+// Where the keys or values of a tile are, one by one: in pages.
+struct RowPointers {
+  const char* at[BLOCK_N];
+  const char* row(int64_t i) const { return at[i]; }
+};
+// Rows keys.begin .. keys.begin + BLOCK_N; the last stands for those past keys.end.
+static RowPointers row_pointers(const Attention& a, const Heads& x, int64_t batch, int64_t head, Range keys) {
+  RowPointers rows;
+  int64_t page = -1;
+  for (int64_t i = 0; i < BLOCK_N; i++) {
+    int64_t key = min(keys.begin + i, keys.end - 1);
+    bool next = key / a.pages.size == page && i > 0;
+    rows.at[i] = next ? rows.at[i - 1] + (key == keys.begin + i) * x.stride_seq * element_size(a.dtype)
+                      : row_of(a.pages, x, a.dtype, batch, head, key);
+    page = key / a.pages.size;
+  }
+  return rows;
 }
 
 // Turn n scores of one row into weights; what is past them up to BLOCK_N becomes 0. Returns the factor by which what
@@ -115,23 +134,31 @@ static void decode(const Attention& all, int64_t batch, int64_t kv_head, int64_t
   for (int64_t start = seen.begin; start < seen.end; start += BLOCK_N) {
     Range keys = {start, min(seen.end, start + BLOCK_N)};
     int64_t n = keys.end - keys.begin;
+    // Values are fetched while the products run, the next keys while the values are summed.
+    auto attend = [&](const auto& k, const auto& v, const auto& next_v, const auto& next_k) {
+      for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
+        products<Dot, DTYPE>(q + row * depth, depth, k, n, a.score.scale * LOG2E, s, BLOCK_N, next_v);
+        float alpha[ROWS_AT_ONCE];
+        for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+          int64_t query = (row + r) % seq_q;
+          Range sees = {0, 0};
+          if (row + r < rows && query < queries.end) sees = visible_keys(a, {query, query + 1}, batch);
+          sees = {max(0, min(BLOCK_N, sees.begin - start)), max(0, min(keys.end, sees.end) - start)};
+          alpha[r] = row_softmax(s + r * BLOCK_N, sees, m + row + r, l + row + r);
+        }
+        weighted_sum<DTYPE>(s, alpha, v, n, out + row * width, width, next_k);
+      }
+    };
+    if (a.pages.table && a.head_dim % (2 * W) == 0 && a.head_dim_v % (2 * W) == 0) {
+      RowPointers k = row_pointers(a, a.k, batch, kv_head, keys), v = row_pointers(a, a.v, batch, kv_head, keys);
+      Range next = keys.end < seen.end ? Range{keys.end, seen.end} : keys;
+      attend(k, v, v, row_pointers(a, a.k, batch, kv_head, next));
+      continue;
+    }
     Matrix k = dense_rows(a, a.k, a.head_dim, batch, kv_head, keys, gathered);
     Matrix v = dense_rows(a, a.v, a.head_dim_v, batch, kv_head, keys, gathered + BLOCK_N * a.head_dim);
-    Matrix k_rows = whole_vectors(k, {0, n}, k_copy), v_rows = whole_vectors(v, {0, n}, v_copy);
-    // Values are fetched while the products run, the next keys while the values are summed.
     Matrix next_k = {k.row(n), k.dtype, k.stride, k.dim};
-    for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-      products<Dot, DTYPE>(q + row * depth, depth, k_rows, n, a.score.scale * LOG2E, s, BLOCK_N, v);
-      float alpha[ROWS_AT_ONCE];
-      for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-        int64_t query = (row + r) % seq_q;
-        Range sees = {0, 0};
-        if (row + r < rows && query < queries.end) sees = visible_keys(a, {query, query + 1}, batch);
-        sees = {max(0, min(BLOCK_N, sees.begin - start)), max(0, min(keys.end, sees.end) - start)};
-        alpha[r] = row_softmax(s + r * BLOCK_N, sees, m + row + r, l + row + r);
-      }
-      weighted_sum<DTYPE>(s, alpha, v_rows, n, out + row * width, width, next_k);
-    }
+    attend(whole_vectors(k, {0, n}, k_copy), whole_vectors(v, {0, n}, v_copy), v, next_k);
   }
   for (int64_t row = 0; row < rows; row++) {
     Partial to = partial(all, batch, kv_head, row, split);

@@ -12,6 +12,7 @@ const Engine engine = {
     {nullptr, {KERNEL(norm_forward)}},
     {norm_backward_workspace, {KERNEL(norm_backward), KERNEL(norm_parameters)}},
     {nullptr, {KERNEL(linear)}},
+    {nullptr, {KERNEL(rotary)}},
     spin,
     read,
     exp2_of,

@@ -109,6 +109,19 @@ struct Linear {
   float* workspace;
 };
 
+// Tokens (batch, heads, seq, dim), rotated, to another tensor, or to their positions in a cache.
+struct Rotary {
+  Dtype dtype, table_dtype;
+  int64_t batch, heads, seq, dim, pairs;  // pairs that are rotated; 0: none
+  bool interleaved, append;
+  Heads x, to;
+  Pages pages;            // of `to`
+  const int32_t* starts;  // (batch,): the position of the first token
+  const int32_t* counts;  // (batch,): how many tokens there are; or null
+  const char *cos, *sin;  // (positions, pairs), contiguous
+  float* workspace;
+};
+
 // Work is a number of independent tiles; each thread takes the next one and lends it scratch memory of its own.
 template <class Call>
 struct Kernel {
@@ -128,6 +141,7 @@ struct Engine {
   Operation<Attention> attention_forward, attention_backward;
   Operation<Norm> norm_forward, norm_backward;
   Operation<Linear> linear;
+  Operation<Rotary> rotary;
   int64_t (*spin)(Dtype, int64_t iterations);
   float (*read)(const float*, int64_t n);
   void (*exp2_of)(Dtype, const float* x, float* y, int64_t n);

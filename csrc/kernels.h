@@ -29,6 +29,7 @@ DECLARE_KERNEL(norm_forward, Norm)
 DECLARE_KERNEL(norm_backward, Norm)
 DECLARE_KERNEL(norm_parameters, Norm)
 DECLARE_KERNEL(linear, Linear)
+DECLARE_KERNEL(rotary, Rotary)
 
 #undef DECLARE_KERNEL
 

@@ -295,6 +295,23 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k, Tensor v, Option
   return {out, lse};
 }
 
+// x (batch, heads, seq, dim), rotated where there are tables, to `to`: another such tensor, or with `append` a cache.
+void rotate_and_store(Tensor x, Tensor to, OptionalTensor page_table, Tensor starts, OptionalTensor counts,
+                      OptionalTensor cos, OptionalTensor sin, bool interleaved, bool append) {
+  x = last_dim_contiguous(x);
+  Rotary r = {dtype_of(x), Dtype::float32, x.size(0), x.size(1), x.size(2), x.size(3)};
+  r.interleaved = interleaved, r.append = append;
+  r.x = heads(x), r.to = heads(to);
+  if (page_table) r.pages = {pointer<int32_t>(page_table), page_table->size(1), to.size(2)};
+  r.starts = pointer<int32_t>(starts), r.counts = pointer<int32_t>(counts);
+  if (cos) {
+    cos = torch::stable::contiguous(*cos), sin = torch::stable::contiguous(*sin);
+    r.pairs = cos->size(1), r.table_dtype = dtype_of(*cos);
+    r.cos = pointer<char>(cos), r.sin = pointer<char>(sin);
+  }
+  run(engine().rotary, r);
+}
+
 // ------------------------------------------------------------------------------------------------ norms
 
 // Row blocks of a norm's backward, each with partial sums of its own: at most PARTS, of PART_ROWS rows, lest the sums
@@ -447,6 +464,9 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
       "Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, Tensor? bias, Tensor? sinks) "
       "-> (Tensor out, Tensor lse)");
   m.def(
+      "rotate_and_store(Tensor x, Tensor(a!) to, Tensor? page_table, Tensor starts, Tensor? counts, Tensor? cos, "
+      "Tensor? sin, bool interleaved, bool append) -> ()");
+  m.def(
       "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int longest, float scale, int? left, "
       "int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, Tensor? bias, "
       "Tensor? sinks) -> (Tensor out, Tensor lse)");
@@ -474,6 +494,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
+  m.impl("rotate_and_store", TORCH_BOX(&flashattn::rotate_and_store));
   m.impl("attention_decode", TORCH_BOX(&flashattn::attention_decode));
   m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
   m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));

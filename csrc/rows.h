@@ -39,9 +39,9 @@ static inline Matrix whole_vectors(const Matrix& x, Range keys, float* scratch) 
 
 // s[row][key] = scale * q[row] . k[key] of ROWS_AT_ONCE rows, which `q` holds as elements, and the n keys of a tile; s
 // has room for whole groups of keys. `ahead`: what is read next.
-template <class Dot, Dtype DTYPE>
-static void products(const float* q, int64_t depth, const Matrix& k, int64_t n, float scale, float* s, int64_t stride,
-                     const Matrix& ahead) {
+template <class Dot, Dtype DTYPE, class Rows, class Ahead>
+static void products(const float* q, int64_t depth, const Rows& k, int64_t n, float scale, float* s, int64_t stride,
+                     const Ahead& ahead) {
   for (int64_t j = 0; j < n; j += KEYS_AT_ONCE) {
     const char *rows[KEYS_AT_ONCE], *next[KEYS_AT_ONCE];
     UNROLL for (int64_t i = 0; i < KEYS_AT_ONCE; i++) {

@@ -41,10 +41,13 @@ static inline Matrix matrix(const Heads& x, Dtype dtype, int64_t dim, int64_t ba
   return {(char*)x.data + (batch * x.stride_batch + head * x.stride_head) * size, dtype, x.stride_seq * size, dim};
 }
 
-static inline char* paged_row(const Attention& a, const Heads& x, int64_t batch, int64_t head, int64_t key) {
-  int64_t page = a.pages.table[batch * a.pages.stride + key / a.pages.size];
-  int64_t at = page * x.stride_batch + head * x.stride_head + key % a.pages.size * x.stride_seq;
-  return (char*)x.data + at * element_size(a.dtype);
+// A row of a tensor, which may be a cache in pages.
+static inline char* row_of(const Pages& pages, const Heads& x, Dtype dtype, int64_t batch, int64_t head, int64_t row) {
+  if (pages.table) {
+    batch = pages.table[batch * pages.stride + row / pages.size];
+    row %= pages.size;
+  }
+  return (char*)x.data + (batch * x.stride_batch + head * x.stride_head + row * x.stride_seq) * element_size(dtype);
 }
 
 template <class Dot>
@@ -232,7 +235,7 @@ static inline Matrix dense_rows(const Attention& a, const Heads& x, int64_t dim,
   int64_t bytes = dim * element_size(a.dtype);
   Matrix dense = {(char*)copy, a.dtype, bytes, dim};
   for (int64_t i = rows.begin; i < rows.end; i++)
-    __builtin_memcpy(dense.row(i - rows.begin), paged_row(a, x, batch, head, i), bytes);
+    __builtin_memcpy(dense.row(i - rows.begin), row_of(a.pages, x, a.dtype, batch, head, i), bytes);
   return dense;
 }
 

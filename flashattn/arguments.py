@@ -172,3 +172,24 @@ def check_sinks(sinks, q: Tensor) -> None:
     checks.same_device("sinks", sinks, "q", q)
     if sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be (heads,) = ({q.shape[1]},), got shape {tuple(sinks.shape)}")
+
+
+def check_page_table(name: str, table, batch: int, device: torch.device) -> int:
+    """How many pages a row of a page table (batch, n) has."""
+    checks.tensor(name, table)
+    if table.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {table.dtype}")
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ValueError(f"{name} must be (batch, n) = ({batch}, n), got shape {tuple(table.shape)}")
+    checks.on_device(name, table, "q", device)
+    return table.shape[1]
+
+
+def check_pages(name: str, table: Tensor, pages: int, page_size: int, lengths: list[int]) -> None:
+    """That each row's first pages, which its length needs, lie in the cache. On a GPU they are not read back."""
+    if table.is_cuda:
+        return
+    for row, length in zip(table.tolist(), lengths, strict=True):
+        for page in row[: -(-length // page_size)]:
+            if not 0 <= page < pages:
+                raise ValueError(f"{name} must point at pages 0 to {pages - 1} of the cache, got {page}")

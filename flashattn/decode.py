@@ -91,7 +91,7 @@ def decode(
     new = [0] * batch if k is None else counts
     after = [a + b for a, b in zip(lengths, new, strict=True)]
     if rotary is not None:
-        _check_rotary(rotary, q, max(after, default=0))
+        check_rotary(rotary, q, max(after, default=0))
     left, right = (None, None) if window is None else arguments.check_window(window)
     score = Score(
         head_dim**-0.5 if scale is None else arguments.check_scale(scale),
@@ -165,7 +165,7 @@ def _check_inputs(q, cache, k, v, dropout_p) -> None:
             raise ValueError(f"{name} must be (batch, kv_heads, seq_q, dim) = {expected}, got shape {tuple(x.shape)}")
 
 
-def _check_rotary(rotary, q: Tensor, positions: int) -> None:
+def check_rotary(rotary, q: Tensor, positions: int) -> None:
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a flashattn.Rotary(cos, sin), got {type(rotary).__name__}")
     for name, x in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):

@@ -8,6 +8,8 @@ from common import INTERPRETED
 compiled = pytest.importorskip("bench.compiled")
 
 from flashattn.backends import triton as backend  # noqa: E402
+from flashattn.cache import Cached  # noqa: E402
+from flashattn.decode import Rotary  # noqa: E402
 from flashattn.kernels import configs  # noqa: E402
 from flashattn.norm_settings import Norm  # noqa: E402
 from flashattn.score import Score  # noqa: E402
@@ -115,6 +117,40 @@ def test_packed_sequences(architecture, head_dim):
     usual = (architecture, head_dim) in (("sm_80", 64), ("sm_90", 64), ("sm_90", 128))
     packed = dict(cu_seqlens=starts, max_seqlen_q=300, max_seqlen_k=300)
     check(compile_attention(architecture, head_dim, **packed), spills=not usual)
+
+
+DECODING = {
+    "plain": {},
+    "window_sinks": dict(left=100, sinks=torch.ones(4)),
+    "modified": dict(softcap=20.0, slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("features", DECODING)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoding(architecture, features, dtype, paged):
+    """One new token against a cache of 512, of 4 query heads on 2 key/value heads, rotated."""
+    torch.use_deterministic_algorithms(False)
+    q, new = torch.empty(2, 4, 1, 128, dtype=dtype), torch.empty(2, 2, 1, 128, dtype=dtype)
+    cache = torch.empty(64 if paged else 2, 2, 16 if paged else 512, 128, dtype=dtype)
+    table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
+    lengths = torch.full((2,), 512, dtype=torch.int32)
+    cached = Cached(cache, cache, table, lengths, lengths, 512)
+    rotary = Rotary(torch.empty(512, 32), torch.empty(512, 32), interleaved=paged)
+    with compiled.compile_for(architecture) as kernels:
+        backend.append(new, cache, table, lengths, None, rotary)
+        backend.decode(
+            backend.rotate(q, lengths, rotary), cached, Score(0.1, right=0, kv_lengths=lengths, **DECODING[features])
+        )
+    assert [kernel.name for kernel in kernels] == ["rotate_and_store"] * 2 + ["attention_decode", "attention_merge"]
+    for kernel in kernels:
+        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
+        if architecture in ("sm_80", "sm_90") and dtype == torch.bfloat16:
+            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+    if dtype == torch.bfloat16:
+        assert kernels[2].tensor_instructions > 0
 
 
 @pytest.mark.parametrize("architecture", ["sm_89", "gfx1100", "gfx1201"])

@@ -15,6 +15,7 @@ from .common import last_dim_contiguous
 
 if TYPE_CHECKING:
     from ..cache import Cached
+    from ..decode import Rotary
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -82,7 +83,21 @@ def backward(
 
 # ------------------------------------------------------------------------------------------------ decoding
 
-rotate, append = reference.rotate, reference.append
+
+def rotate(x: Tensor, starts: Tensor, rotary: Rotary) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    ops.rotate_and_store.default(x, out, None, starts, None, *rotary, False)
+    return out
+
+
+def append(
+    x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
+) -> None:
+    rotary = (None, None, False) if rotary is None else rotary
+    if cache.stride(3) != 1 and cache.shape[3] != 1:  # only a cache of the caller's own can be like that
+        rotate = None if rotary[0] is None else rotary
+        return reference.append(x, cache, page_table, starts, counts, rotate)
+    ops.rotate_and_store.default(x, cache, page_table, starts, counts, *rotary, True)
 
 
 def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:

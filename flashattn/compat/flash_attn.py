@@ -1,9 +1,9 @@
-"""The dense calls of the `flash_attn` package (FlashAttention-2's names, order and defaults) on flashattn's backends.
+"""The calls of the `flash_attn` package (FlashAttention-2's names, order and defaults) on flashattn's backends.
 
-Layout (batch, seq, heads, head_dim); `window_size` inclusive, -1 = unbounded; causal aligned bottom-right. Differences:
-any dtype and head_dim that flashattn takes; always deterministic; `return_attn_probs` gives (out, softmax_lse, None),
-without the weights, which the package itself returns for its own tests only; the lse of a row with nothing to attend to
-is -inf.
+Layout (batch, seq, heads, head_dim), packed (total, heads, head_dim); `window_size` inclusive, -1 = unbounded; causal
+aligned bottom-right. Differences: any dtype and head_dim that flashattn takes; always deterministic;
+`return_attn_probs` gives (out, softmax_lse, None), without the weights, which the package itself returns for its own
+tests only; the lse of a row with nothing to attend to is -inf.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import attention
+from .. import arguments, backends, checks
+from ..attention import attention, attention_varlen
+from ..cache import Cached
+from ..decode import Rotary, append_and_attend, check_rotary
+from ..score import Score
 
 
 def flash_attn_func(
@@ -40,9 +44,7 @@ def flash_attn_func(
     torch.Size([2, 5, 4, 8])
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor (batch, seq, heads, head_dim), got {got}")
+        _check_four(name, x)
     out, lse = attention(
         *(x.transpose(1, 2) for x in (q, k, v)), causal=causal, window=_window(window_size), alibi_slopes=alibi_slopes,
         softcap=_softcap(softcap), dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
@@ -88,12 +90,261 @@ def flash_attn_qkvpacked_func(
     )
 
 
-def _unpack(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Views of what is packed in dimension 2."""
-    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] != parts:
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Packed q (total_q, heads, head_dim), k and v (total_k, kv_heads, head_dim): `flashattn.attention_varlen`.
+
+    With block_table (batch, n) int32, k and v are pages (pages, page_size, kv_heads, head_dim), which are gathered.
+
+    Returns:
+        out (total_q, heads, head_dim); with return_attn_probs (out, softmax_lse, None), softmax_lse (heads, total_q).
+
+    >>> import torch
+    >>> from flashattn.compat.flash_attn import flash_attn_varlen_func
+    >>> x, starts = torch.ones(7, 4, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    >>> flash_attn_varlen_func(x, x, x, starts, starts, 4, 4, causal=True).shape
+    torch.Size([7, 4, 8])
+    """
+    if block_table is not None:
+        k, v = _gathered(k, v, cu_seqlens_k, max_seqlen_k, block_table)
+    out, lse = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=_window(window_size),
+        alibi_slopes=alibi_slopes, softcap=_softcap(softcap), dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
+    )  # fmt: skip
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn_varlen_func` of kv (total_k, 2, kv_heads, head_dim)."""
+    k, v = _unpack("kv", kv, 2, ("total",))
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn_varlen_func` of qkv (total, 3, heads, head_dim)."""
+    q, k, v = _unpack("qkv", qkv, 3, ("total",))
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of decoding: k and v are written to the cache behind cache_seqlens, in place, and q attends to all.
+
+    Args:
+        q: (batch, seq_q, heads, head_dim).
+        k_cache, v_cache: (batch_cache, capacity, kv_heads, head_dim); with block_table pages (pages, page_size,
+            kv_heads, head_dim).
+        k, v: (batch, seq_new, kv_heads, head_dim), or None.
+        rotary_cos, rotary_sin: (positions, n), n at most head_dim / 2. k is rotated by its positions; q likewise where
+            causal or in a window, else all of it by position cache_seqlens.
+        cache_seqlens: (batch,) int32 or one int: tokens that the cache has; None: all of capacity.
+        cache_batch_idx: (batch,) int32: which row of the cache belongs to a row of q.
+        cache_leftpad: (batch,) int32: where the tokens of a row of the cache begin.
+        block_table: (batch, n) int32.
+        num_splits: the number of splits is never needed; taken and ignored.
+
+    Returns:
+        out (batch, seq_q, heads, head_dim); with return_softmax_lse (out, lse), lse (batch, heads, seq_q).
+
+    >>> import torch
+    >>> from flashattn.compat.flash_attn import flash_attn_with_kvcache
+    >>> k_cache, v_cache = torch.zeros(2, 1, 16, 4, 8)
+    >>> q = k = v = torch.ones(1, 1, 4, 8)
+    >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=3, causal=True).shape
+    torch.Size([1, 1, 4, 8])
+    """
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together, or neither")
+    named = [("q", q), ("k_cache", k_cache), ("v_cache", v_cache)]
+    named += [("k", k), ("v", v)] if k is not None else []
+    for name, x in named:
+        _check_four(name, x)
+        checks.same_dtype(name, x, "q", q)
+        checks.same_device(name, x, "q", q)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient: decoding is inference; use torch.no_grad()")
+    q, k_cache, v_cache = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+    k, v = (None if x is None else x.transpose(1, 2) for x in (k, v))
+    (batch, heads, seq_q, head_dim), new = q.shape, 0 if k is None else k.shape[2]
+    _check_sizes(q, k_cache, v_cache, k, v)
+    pages, page_size = k_cache.shape[0], k_cache.shape[2]
+    table, capacity = block_table, page_size
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise ValueError("cache_batch_idx must be None with block_table")
+        capacity = page_size * arguments.check_page_table("block_table", block_table, batch, q.device)
+    elif cache_batch_idx is not None:  # a row of the cache is one page
+        arguments.check_page_table("cache_batch_idx", cache_batch_idx[:, None], batch, q.device)
+        table = cache_batch_idx[:, None].contiguous()
+    elif pages != batch:
+        raise ValueError(f"k_cache must have q's batch {batch}, got {pages}")
+    before = _cache_lengths(cache_seqlens, batch, capacity)
+    after = [n + new for n in before]
+    if max(after, default=0) > capacity:
+        raise ValueError(f"k_cache must have room for {max(after)} tokens, got {capacity}")
+    if table is not None:
+        arguments.check_pages(
+            "block_table" if block_table is not None else "cache_batch_idx", table, pages, page_size, after
+        )
+    longest = max(after, default=0)
+    starts, lengths = (torch.tensor(x, dtype=torch.int32).to(q.device) for x in (before, after))
+    rotary = None
+    if rotary_cos is not None:
+        rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
+        check_rotary(rotary, q, longest + (0 if causal or new else seq_q))
+    window = _window(window_size)
+    score = Score(
+        head_dim**-0.5 if softmax_scale is None else arguments.check_scale(softmax_scale), window[0],
+        0 if causal else window[1], kv_lengths=lengths,
+    )  # fmt: skip
+    whole, mask = (batch, heads, seq_q, longest), None
+    if cache_leftpad is not None:
+        leftpad = arguments.check_lengths("cache_leftpad", cache_leftpad, batch, capacity, q.device)
+        mask = (torch.arange(longest, device=q.device) >= leftpad[:, None])[:, None, None]
+    score = arguments.modified(score, whole, q.device, mask, alibi_slopes, _softcap(softcap), 0.0, None)
+    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v_cache.shape[3]))
+    if rotary is not None and not causal and window == (None, None):
+        q = _rotated_by_one(q, starts, rotary, backend)
+        if k is not None:
+            backends.BACKENDS[backend].append(k, k_cache, table, starts, None, rotary)
+            backends.BACKENDS[backend].append(v, v_cache, table, starts, None, None)
+        k = v = rotary = None
+    cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
+    out, lse = append_and_attend(q, cached, k, v, rotary, score, backend)
+    out = out.transpose(1, 2)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _rotated_by_one(q: Tensor, starts: Tensor, rotary: Rotary, backend: str) -> Tensor:
+    """Every query of a row by the same position."""
+    batch, heads, seq_q, head_dim = q.shape
+    each = q.transpose(1, 2).reshape(batch * seq_q, heads, 1, head_dim)
+    each = backends.BACKENDS[backend].rotate(each, starts.repeat_interleave(seq_q), rotary)
+    return each.view(batch, seq_q, heads, head_dim).transpose(1, 2)
+
+
+def _cache_lengths(cache_seqlens, batch: int, capacity: int) -> list[int]:
+    if cache_seqlens is None:
+        return [capacity] * batch
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32)
+    return arguments.check_lengths("cache_seqlens", cache_seqlens, batch, capacity, torch.device("cpu")).tolist()
+
+
+def _check_sizes(q, k_cache, v_cache, k, v) -> None:
+    """Of what is seen as (batch, heads, seq, dim)."""
+    (batch, heads, _, head_dim), (_, kv_heads, _, cache_dim) = q.shape, k_cache.shape
+    if cache_dim != head_dim or kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(
+            f"k_cache must have q's head_dim {head_dim} and a number of heads that divides {heads}, "
+            f"got head_dim {cache_dim} and {kv_heads} heads"
+        )
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(f"v_cache must be as large as k_cache, {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
+    for name, x, kept in (("k", k, k_cache), ("v", v, v_cache)):
+        if x is not None and (x.shape[:2] != (batch, kv_heads) or x.shape[3] != kept.shape[3]):
+            raise ValueError(
+                f"{name} must be (batch, seq, kv_heads, head_dim) = ({batch}, seq, {kv_heads}, {kept.shape[3]}), "
+                f"got shape {tuple(x.transpose(1, 2).shape)}"
+            )
+
+
+def _gathered(k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages (pages, page_size, kv_heads, head_dim) as packed rows."""
+    _check_four("k", k), _check_four("v", v)
+    checks.tensor("cu_seqlens_k", cu_seqlens)
+    batch, page_size = cu_seqlens.numel() - 1, k.shape[1]
+    arguments.check_page_table("block_table", block_table, batch, k.device)
+    lengths = cu_seqlens.diff()
+    if not lengths.is_cuda:
+        arguments.check_pages("block_table", block_table, k.shape[0], page_size, lengths.tolist())
+    row = torch.repeat_interleave(lengths)
+    position = torch.arange(row.numel(), device=k.device) - cu_seqlens[row]
+    page = block_table[row, position // page_size].long()
+    return k[page, position % page_size], v[page, position % page_size]
+
+
+def _check_four(name: str, x) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 4:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a tensor (batch, seq, {parts}, heads, head_dim), got {got}")
-    return torch.unbind(x, 2)
+        raise ValueError(f"{name} must be a tensor (batch, seq, heads, head_dim), got {got}")
+
+
+def _unpack(name: str, x: Tensor, parts: int, leading: tuple[str, ...] = ("batch", "seq")) -> tuple[Tensor, ...]:
+    """Views of what is packed in the dimension after the leading ones."""
+    n = len(leading)
+    if not isinstance(x, Tensor) or x.dim() != n + 3 or x.shape[n] != parts:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor ({', '.join(leading)}, {parts}, heads, head_dim), got {got}")
+    return torch.unbind(x, n)
 
 
 def _window(window_size) -> tuple[int | None, int | None]:

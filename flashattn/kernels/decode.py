@@ -94,9 +94,9 @@ def attention_decode(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    begin, _ = visible_keys(score, 0, query_end, key_end, 1)  # from the first query's first key
+    begin, end = visible_keys(score, 0, query_end, key_end, query_end)
     begin = tl.maximum(begin // BLOCK_N * BLOCK_N, split * SPLIT)
-    for start_n in range(begin, tl.minimum(key_end, (split + 1) * SPLIT), BLOCK_N):
+    for start_n in range(begin, tl.minimum(end, (split + 1) * SPLIT), BLOCK_N):
         k_tile = load_cached(k, pages, batch, kv_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
         keys = start_n + tl.arange(0, BLOCK_N)[None, :]

@@ -130,7 +130,7 @@ def _split(begin, steady_begin, steady_end, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr):
+def visible_keys(score, start_m, query_end, key_end, BLOCK_M):
     """(begin, end) of the keys that queries start_m .. start_m + BLOCK_M look at."""
     begin = 0
     end = key_end
