@@ -1,6 +1,8 @@
 """The drop-in for scaled_dot_product_attention against PyTorch's own, gradients included."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +131,40 @@ def test_wrong_arguments_are_named(name):
 def test_import_of_the_package_patches_nothing():
     assert flashattn.compat.sdpa is sdpa
     assert functional.scaled_dot_product_attention is theirs
+
+
+PROVIDER = """
+import sys, torch, flashattn, flashattn.compat.sdpa
+from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls, restore_flash_attention_impl
+from torch.nn.functional import scaled_dot_product_attention
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 4, 33, 16, requires_grad=True) for _ in range(3))
+mask = torch.rand(2, 1, 33, 33) > 0.2
+
+def call():
+    options = dict(is_causal=True), dict(attn_mask=mask), dict(scale=0.3)
+    outs = [scaled_dot_product_attention(q, k, v, **o) for o in options]
+    return [*outs, *torch.autograd.grad(sum(x.square().sum() for x in outs), (q, k, v))]
+
+before = call()
+assert "flashattn" in list_flash_attention_impls()
+activate_flash_attention_impl("flashattn")
+calls = []
+forward = flashattn.backends.cpu.forward
+flashattn.backends.cpu.forward = lambda *x: calls.append(1) or forward(*x)
+during = call()
+assert len(calls) == 3, calls
+assert torch.equal(during[0], flashattn.attention(q, k, v, causal=True))
+restore_flash_attention_impl()
+after = call()
+assert len(calls) == 4, calls
+for a, b, c in zip(before, during, after):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert torch.equal(a, c)
+"""
+
+
+def test_provider_is_activated_only_when_asked():
+    """In a process of its own: the dispatcher is the process's."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROVIDER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

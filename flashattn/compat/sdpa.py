@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
+from . import sdpa_provider  # noqa: F401  (makes its name known to PyTorch)
 
 
 def scaled_dot_product_attention(
