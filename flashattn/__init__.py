@@ -3,6 +3,7 @@ behind one call each. `python -m flashattn` prints what is usable here."""
 
 from . import ops  # noqa: F401  (registers the operators)
 from .attention import attention, attention_varlen
+from .auxiliary import AuxOutput, AuxRequest
 from .backends import use_backend
 from .cache import KVCache, PagedKVCache
 from .decode import Rotary, decode
@@ -12,6 +13,8 @@ from .norm import layer_norm, rms_norm
 from .version import __version__
 
 __all__ = [
+    "AuxOutput",
+    "AuxRequest",
     "KVCache",
     "LayerNorm",
     "MultiheadAttention",

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, score_mod
 from .score import Score
 
 
@@ -22,6 +22,17 @@ def modified(score: Score, whole: tuple[int, ...], device, mask, alibi_slopes, s
         dropout_p=checks.probability("dropout_p", dropout_p),
         seed=checks.seed(seed, device) if dropout_p > 0 else None,
     )
+
+
+def with_callables(score: Score, mod, block_mask, whole: tuple[int, ...], device: torch.device) -> Score:
+    """The score with its traced callables; `whole`: (batch, heads, seq_q, seq_k)."""
+    if mod is not None:
+        mod = score_mod.trace("score_mod", mod, 1)
+        score_mod.check_captured("score_mod", mod, device)
+    if block_mask is not None:
+        block_mask = score_mod.read_block_mask(block_mask, *whole, device)
+        score_mod.check_captured("block_mask.mask_mod", block_mask.mask, device)
+    return score._replace(score_mod=mod, block_mask=block_mask)
 
 
 def longest_of(side: str, cu_seqlens, max_seqlen: int | None, x: Tensor) -> int:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from . import arguments, backends, checks, ops
+from . import arguments, backends, checks, flex, ops
+from .auxiliary import AuxOutput, AuxRequest, auxiliary, read_request
 from .score import Score
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def attention(
@@ -25,9 +32,12 @@ def attention(
     q_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Exact softmax attention: out = softmax(scale * q k^T) v, in memory linear in the sequence length.
 
     Args:
@@ -49,13 +59,18 @@ def attention(
         dropout_p: probability in [0, 1) that a weight is dropped; those kept are divided by 1 - dropout_p.
         seed: int, or an int64 tensor of one element on q's device. The same seed drops the same weights on every
             backend, forward and backward; None draws one from PyTorch's generator.
+        score_mod: (score, batch, head, q_idx, kv_idx) -> score, of FlexAttention: a function of one score, behind bias
+            and slopes and before masks. Tensors that it captures get gradients.
+        block_mask: of `torch.nn.attention.flex_attention.create_block_mask`; its blocks without a pair that attends are
+            never looked at.
         scale: multiplies q.k; head_dim ** -0.5 by default.
         return_lse: also return the logarithm of each softmax denominator.
+        return_aux: a `flashattn.AuxRequest`: also return what it asks for, as a `flashattn.AuxOutput`.
 
     Returns:
         out (batch, heads, seq_q, head_dim_v) in q's dtype; with `return_lse` (out, lse), lse (batch, heads, seq_q)
-        float32, natural logarithm. Gradients flow through both. A query with nothing to attend to gives out 0,
-        lse -inf and gradient 0.
+        float32, natural logarithm; with `return_aux` (out, aux). Gradients flow through out and lse. A query with
+        nothing to attend to gives out 0, lse -inf and gradient 0.
 
     Strides are honoured: a transposed or sliced view is not copied (a last dimension that is not contiguous is, once).
     Lengths on the CPU are checked against the sequence; on a GPU they are clamped, to save a synchronisation.
@@ -70,10 +85,14 @@ def attention(
     """
     plain = type(q) is type(k) is type(v) is Tensor
     if not plain and any(isinstance(x, Tensor) and x.is_nested for x in (q, k, v)):
+        for name, x in (("score_mod", score_mod), ("block_mask", block_mask), ("return_aux", return_aux)):
+            if x is not None:
+                raise ValueError(f"{name} must be None where q is nested")
         return _nested(
             q, k, v, q_lengths, kv_lengths, return_lse, causal=causal, window=window, mask=mask, bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed, scale=scale,
         )  # fmt: skip
+    request = None if return_aux is None else read_request(return_aux, return_lse)
     batch, seq_q, seq_k, head_dim, head_dim_v = arguments.check_shapes(q, k, v)
     left, right = (None, None) if window is None else arguments.check_window(window)
     score = Score(
@@ -91,8 +110,15 @@ def attention(
     if sinks is not None:
         arguments.check_sinks(sinks, q)
     widest = head_dim if head_dim > head_dim_v else head_dim_v
-    backend = backends.choose(q.device, q.dtype, head_dim=widest)
-    out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
+    if score_mod is None and block_mask is None:
+        backend = backends.choose(q.device, q.dtype, head_dim=widest)
+        out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
+    else:
+        score = arguments.with_callables(score, score_mod, block_mask, (*q.shape[:3], seq_k), q.device)
+        backends.choose(q.device, q.dtype, head_dim=widest, modified=True)  # raises where one is forced that cannot
+        out, lse = flex.attention(q, k, v, bias, sinks, score)
+    if request is not None:
+        return out, auxiliary(request, q, k, lse, ops.whole(score, bias, sinks))
     return (out, lse) if return_lse else out
 
 

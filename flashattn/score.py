@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-# The part of an operator's schema that carries a Score: one entry a field, in Score's order, but for the last two
-# fields. Those get gradients, so operators take them beside q, k and v.
+if TYPE_CHECKING:
+    from .score_mod import BlockMask, Traced
+
+# The part of an operator's schema that carries a Score: one entry a field, in Score's order, up to bias. Bias and sinks
+# get gradients, so operators take them beside q, k and v; callables and what they capture do not go through operators.
 SCHEMA = (
     "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
     "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
@@ -39,6 +42,8 @@ class Score(NamedTuple):
     max_seqlen_k: int | None = None
     bias: Tensor | None = None  # floating, four dimensions, each that of the scores or 1
     sinks: Tensor | None = None  # (heads,) floating
+    score_mod: Traced | None = None  # what is done to scores behind the bias
+    block_mask: BlockMask | None = None
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
         """(batch, seq_q, seq_k): of packed sequences how many there are and the longest."""

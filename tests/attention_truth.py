@@ -169,7 +169,8 @@ def hide_past_lengths(case: Case, inputs) -> None:
 
 
 def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
-    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
+    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel; in
+    p = exp(s - lse), s and lse, which is kept rounded, half a unit in its last place off."""
     q, k, v, *others = (x.double() for x in inputs)
     grad_out, grad_lse = grad_out.double(), grad_lse.double()
     with torch.enable_grad():  # the weights before dropout are the gradient of lse by a bias of every score
@@ -181,10 +182,13 @@ def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[tor
         (p,) = torch.autograd.grad(lse[lse.isfinite()].sum(), every)
     group, scale = case.heads // case.kv_heads, abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    dp = grad_out.abs() @ v.abs().mT * kept(case, q.device)
+    keep = kept(case, q.device)
+    dp = grad_out.abs() @ v.abs().mT * keep
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse.abs()[..., None])
     grad_k = (ds.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)
-    terms = [0.0, 0.0, ds @ k.abs() * scale, grad_k * scale, 0.0]
+    rounded = p * keep * torch.where(lse.isfinite(), lse.detach().abs() / 2, 0)[..., None]
+    grad_v = (rounded.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2)
+    terms = [0.0, 0.0, ds @ k.abs() * scale, grad_k * scale, grad_v]
     if case.bias is not None:
         terms.append(ds.sum_to_size(inputs[3].shape))
     if case.sinks:

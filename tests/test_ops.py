@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import flashattn
+from flashattn.ops import fields_of
 from flashattn.score import Score
 
 OPS = torch.ops.flashattn
+FIELDS = fields_of(Score)  # of a Score that operators take one by one
 BACKENDS = ["cpu", "reference"]
 
 
@@ -21,7 +23,7 @@ def attention_inputs(dtype=torch.float32, requires_grad=True):
 def test_opcheck_attention_forward(backend, lengths, dtype):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs' whole storage
     kv_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    arguments = (*attention_inputs(dtype), None, None, *Score(0.25, right=0, kv_lengths=kv_lengths)[:-2], backend)
+    arguments = (*attention_inputs(dtype), None, None, *Score(0.25, right=0, kv_lengths=kv_lengths)[:FIELDS], backend)
     torch.library.opcheck(OPS.attention_forward.default, arguments)
 
 
@@ -29,7 +31,7 @@ def test_opcheck_attention_forward(backend, lengths, dtype):
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_opcheck_attention_backward(backend, with_lse):
     q, k, v = attention_inputs(requires_grad=False)
-    score = Score(0.25, softcap=5.0, slopes=torch.rand(1, 4), dropout_p=0.1, seed=torch.tensor(5))[:-2]
+    score = Score(0.25, softcap=5.0, slopes=torch.rand(1, 4), dropout_p=0.1, seed=torch.tensor(5))[:FIELDS]
     bias, sinks = torch.randn(1, 4, 1, 40), torch.randn(4)
     out, lse = OPS.attention_forward(q, k, v, bias, sinks, *score, backend)
     grad_lse = torch.randn_like(lse) if with_lse else None
@@ -172,7 +174,7 @@ def test_opcheck_packed_sequences(backend):
     torch.use_deterministic_algorithms(False)
     *inputs, starts = packed_inputs()
     q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in inputs)
-    score = Score(0.25, right=0, cu_seqlens=torch.stack((starts, starts)), max_seqlen_q=25, max_seqlen_k=25)[:-2]
+    score = Score(0.25, right=0, cu_seqlens=torch.stack((starts, starts)), max_seqlen_q=25, max_seqlen_k=25)[:FIELDS]
     torch.library.opcheck(OPS.attention_forward.default, (q, k, v, None, None, *score, backend))
 
 

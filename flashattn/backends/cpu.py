@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..cache import Cached
     from ..decode import Rotary
 
+TENSORS = Score._fields.index("score_mod")  # the fields before callables, which the engine reads
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 try:
@@ -56,7 +57,7 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
-def refuses(dtype: torch.dtype, wide: bool) -> str | None:
+def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
     if dtype == torch.float64:
         return "it does not take float64"
     if wide:
@@ -68,7 +69,7 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    return ops.attention_forward.default(q, k, v, *score)
+    return ops.attention_forward.default(q, k, v, *score[:TENSORS])
 
 
 def backward(
@@ -76,7 +77,7 @@ def backward(
     with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     *gradients, grad_bias = ops.attention_backward.default(
-        grad_out, grad_lse, q, k, v, out, lse, *score, with_grad_bias
+        grad_out, grad_lse, q, k, v, out, lse, *score[:TENSORS], with_grad_bias
     )
     return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,15 +21,16 @@ from .common import dropout_threshold, new_lse, result_like
 if TYPE_CHECKING:
     from ..cache import Cached
     from ..decode import Rotary
+    from ..score_mod import Traced
 
-BLOCK_Q = 256  # queries at a time
+MAX_SCORES = 1 << 24  # at a time
 
 
 def unusable(device_type: str) -> str | None:
     return None
 
 
-def refuses(dtype: torch.dtype, wide: bool) -> str | None:
+def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
     return None
 
 
@@ -79,11 +80,34 @@ def sequences(score: Score) -> Iterator[Sequence]:
         yield one._replace(score=one.alone())
 
 
-def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
-    """(batch, 1 or heads, rows, seq_k) bool: which keys each query attends to."""
-    i = torch.arange(seq_q, device=device)[rows].view(-1, 1)
-    j = torch.arange(seq_k, device=device).view(1, -1)
-    keep = torch.ones(batch, 1, i.shape[0], seq_k, dtype=torch.bool, device=device)
+class Keys(NamedTuple):
+    """The keys that a block of queries is compared with: all, or where a block mask leaves some out the others."""
+
+    positions: Tensor
+    chosen: Tensor | None = None
+
+    def of(self, x: Tensor, dim: int = -1) -> Tensor:
+        """What concerns these keys of a tensor, which may be broadcast along them."""
+        return x if self.chosen is None or x.shape[dim] == 1 else x.index_select(dim, self.chosen)
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """total (batch, heads, seq_k, dim) += x (batch, heads, keys, dim)."""
+        total.add_(x) if self.chosen is None else total.index_add_(2, self.chosen, x)
+
+
+def keys_of(score: Score, rows: slice, seq_k: int, device: torch.device) -> Keys:
+    if score.block_mask is None:
+        return Keys(torch.arange(seq_k, device=device))
+    chosen = score.block_mask.keys_of(rows, seq_k)
+    return Keys(chosen, chosen)
+
+
+def visible(score: Score, shape: tuple[int, ...], rows: slice, keys: Keys) -> Tensor:
+    """(batch, 1 or heads, rows, keys) bool: which keys each query attends to; `shape`: (batch, heads, seq_q, seq_k)."""
+    batch, heads, seq_q, seq_k = shape
+    j = keys.positions
+    i = torch.arange(seq_q, device=j.device)[rows].view(-1, 1)
+    keep = torch.ones(batch, 1, i.shape[0], j.shape[0], dtype=torch.bool, device=j.device)
     first, last = score.bounds(seq_q, seq_k)
     if first is not None:
         keep = keep & (j >= i + first)
@@ -94,8 +118,16 @@ def visible(score: Score, batch: int, rows: slice, seq_q: int, seq_k: int, devic
     if score.kv_lengths is not None:
         keep = keep & (j < score.kv_lengths.view(-1, 1, 1, 1))
     if score.mask is not None:
-        keep = keep & of_rows(score.mask, rows)
+        keep = keep & keys.of(of_rows(score.mask, rows))
+    if score.block_mask is not None:
+        keep = keep & score.block_mask.visible(*positions(batch, heads, i, j))
     return keep
+
+
+def positions(batch: int, heads: int, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch rows, heads, queries and keys as a score_mod takes them: int32, and they broadcast."""
+    b, h = torch.arange(batch, device=j.device).view(-1, 1, 1, 1), torch.arange(heads, device=j.device).view(-1, 1, 1)
+    return tuple(x.int() for x in (b, h, i, j))
 
 
 def of_rows(x: Tensor, rows: slice) -> Tensor:
@@ -113,44 +145,71 @@ def existing(x: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(exists[:, None, :, None], x, 0)
 
 
-def query_blocks(seq_q: int) -> Iterator[slice]:
-    for start in range(0, seq_q, BLOCK_Q):
-        yield slice(start, min(start + BLOCK_Q, seq_q))
+def query_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Queries in blocks of some MAX_SCORES scores."""
+    batch, heads, seq_q, seq_k = shape
+    block = max(16, min(256, MAX_SCORES // max(1, batch * heads * seq_k)))
+    for start in range(0, seq_q, block):
+        yield slice(start, min(start + block, seq_q))
 
 
-def distances(rows: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
-    """(rows, seq_k): how far each key is from the diagonal."""
-    i = torch.arange(seq_q, device=device)[rows].view(-1, 1)
-    return (i + seq_k - seq_q - torch.arange(seq_k, device=device)).abs()
-
-
-def masked_scores(q: Tensor, k: Tensor, score: Score, rows: slice) -> tuple[Tensor, Tensor | float]:
-    """Scores with -inf where masked, (batch, heads, rows, seq_k), and their derivative by scale * q.k."""
-    seq_q, seq_k = q.shape[2], k.shape[2]
-    scores, slope = q[:, :, rows] @ k.mT * score.scale, 1.0
+def masked_scores(
+    q: Tensor, k: Tensor, score: Score, shape: tuple[int, ...], rows: slice, keys: Keys
+) -> tuple[Tensor, Callable[[Tensor, list], Tensor]]:
+    """(scores, pull): scores with -inf where masked, (batch, heads, rows, keys); pull(gradient, sums) takes their
+    gradient back to that of scale * q.k, and adds those of what a score_mod captured to `sums`."""
+    batch, heads, seq_q, seq_k = shape
+    i = torch.arange(seq_q, device=q.device)[rows].view(-1, 1)
+    scores, slope, pull_mod = q[:, :, rows] @ k.mT * score.scale, 1.0, None
     if score.softcap is not None:
         tanh = torch.tanh(scores / score.softcap)
         scores, slope = score.softcap * tanh, 1 - tanh * tanh
     if score.slopes is not None:
-        scores = scores - score.slopes[:, :, None, None].to(scores.dtype) * distances(rows, seq_q, seq_k, q.device)
+        distances = (i + seq_k - seq_q - keys.positions).abs()
+        scores = scores - score.slopes[:, :, None, None].to(scores.dtype) * distances
     if score.bias is not None:
-        scores = scores + of_rows(score.bias, rows).to(scores.dtype)
-    keep = visible(score, q.shape[0], rows, seq_q, seq_k, q.device)
-    return scores.masked_fill(~keep, -math.inf), slope
+        scores = scores + keys.of(of_rows(score.bias, rows)).to(scores.dtype)
+    if score.score_mod is not None:
+        scores, pull_mod = modified(score.score_mod, scores, positions(batch, heads, i, keys.positions))
+
+    def pull(gradient: Tensor, sums: list[Tensor | None]) -> Tensor:
+        return (gradient if pull_mod is None else pull_mod(gradient, sums)) * slope
+
+    keep = visible(score, shape, rows, keys)
+    return scores.masked_fill(~keep, -math.inf), pull
 
 
-def kept_weights(
-    score: Score, shape: tuple[int, ...], first_batch: int, rows: slice, device: torch.device
-) -> Tensor | float:
-    """What dropout multiplies the weights (batch, heads, rows, seq_k) by: 0 or 1 / (1 - p). The four words of Philox,
+def modified(mod: Traced, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor, list], Tensor]]:
+    """Scores through a score_mod, and `pull` as above."""
+    with torch.enable_grad():
+        inputs = [scores.detach().requires_grad_()]
+        inputs += [x.detach().requires_grad_(x.is_floating_point()) for x in mod.captured]
+        result = mod.graph(inputs[0], *at, *inputs[1:]).to(scores.dtype).broadcast_to(scores.shape)
+
+    def pull(gradient: Tensor, sums: list[Tensor | None]) -> Tensor:
+        wanted = [0, *(n + 1 for n, total in enumerate(sums) if total is not None)]
+        if not result.requires_grad:
+            return torch.zeros_like(gradient)
+        of_scores, *others = torch.autograd.grad(
+            result, [inputs[n] for n in wanted], gradient, allow_unused=True, materialize_grads=True
+        )
+        for n, x in zip(wanted[1:], others, strict=True):
+            sums[n - 1] += x
+        return of_scores
+
+    return result.detach(), pull
+
+
+def kept_weights(score: Score, shape: tuple[int, ...], first_batch: int, rows: slice, keys: Keys) -> Tensor | float:
+    """What dropout multiplies the weights (batch, heads, rows, keys) by: 0 or 1 / (1 - p). The four words of Philox,
     of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
         return 1.0
-    batch, heads, seq_q, seq_k = shape
+    (batch, heads, seq_q, seq_k), device = shape, keys.positions.device
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) + first_batch * heads
     i, quarter = torch.arange(seq_q, device=device)[rows].view(-1, 1), torch.arange((seq_k + 3) // 4, device=device)
     words = torch.stack(philox(int(score.seed), quarter, i, head, rounds=7), -1).flatten(-2)[..., :seq_k]
-    return (words >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
+    return (keys.of(words) >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
 
 
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
@@ -177,14 +236,15 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: in
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
     shape = (*q.shape[:3], k.shape[2])
-    for rows in query_blocks(q.shape[2]):
-        scores, _ = masked_scores(q, k, score, rows)
+    for rows in query_blocks(shape):
+        keys = keys_of(score, rows, k.shape[2], q.device)
+        scores, _ = masked_scores(q, keys.of(k, 2), score, shape, rows, keys)
         lse_rows = torch.logsumexp(scores, -1, keepdim=True)
         if score.sinks is not None:
             with_sink = torch.logaddexp(lse_rows, score.sinks.to(q.dtype).view(-1, 1, 1))
             lse_rows = torch.where(lse_rows == -math.inf, lse_rows, with_sink)
-        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, first_batch, rows, q.device)
-        out[:, :, rows] = (weights @ v).to(dtype)
+        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, first_batch, rows, keys)
+        out[:, :, rows] = (weights @ keys.of(v, 2)).to(dtype)
         lse[:, :, rows] = lse_rows.squeeze(-1)
     return out, lse
 
@@ -211,30 +271,33 @@ def backward(
 
 def dense_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, score: Score,
-    with_grad_bias: bool, first_batch: int = 0,
+    with_grad_bias: bool, first_batch: int = 0, grad_captured: list[Tensor | None] | tuple[()] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Also adds the gradients of what a score_mod captured to `grad_captured`, where it has a tensor."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q, grad_out = existing(q, score.q_lengths), existing(grad_out, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_bias = torch.zeros_like(score.bias, dtype=q.dtype) if with_grad_bias else None
     shape = (*q.shape[:3], k.shape[2])
-    for rows in query_blocks(q.shape[2]):
-        scores, slope = masked_scores(q, k, score, rows)
+    for rows in query_blocks(shape):
+        keys = keys_of(score, rows, k.shape[2], q.device)
+        k_rows, v_rows = keys.of(k, 2), keys.of(v, 2)
+        scores, pull = masked_scores(q, k_rows, score, shape, rows, keys)
         p = softmax_weights(scores, lse[:, :, rows, None])
-        kept = kept_weights(score, shape, first_batch, rows, q.device)
+        kept = kept_weights(score, shape, first_batch, rows, keys)
         do = grad_out[:, :, rows]
-        dp = do @ v.mT * kept
+        dp = do @ v_rows.mT * kept
         delta = (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[:, :, rows, None]
         ds = p * (dp - delta)
         if grad_bias is not None:
-            of_rows(grad_bias, rows).add_(ds.sum_to_size(of_rows(grad_bias, rows).shape))
-        ds = ds * slope * score.scale
-        grad_q[:, :, rows] = ds @ k
-        grad_k += ds.mT @ q[:, :, rows]
-        grad_v += (p * kept).mT @ do
+            add_bias_gradient(of_rows(grad_bias, rows), ds, keys)
+        ds = pull(ds, grad_captured) * score.scale
+        grad_q[:, :, rows] = ds @ k_rows
+        keys.add_to(grad_k, ds.mT @ q[:, :, rows])
+        keys.add_to(grad_v, (p * kept).mT @ do)
     grad_k, grad_v = (g.unflatten(1, (-1, group)).sum(2) for g in (grad_k, grad_v))
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), grad_bias
 
@@ -292,6 +355,13 @@ def existing_rows(x: Tensor, page_table: Tensor | None, batch: int, length: int)
 
 
 # ------------------------------------------------------------------------------------------------ random numbers
+
+
+def add_bias_gradient(total: Tensor, ds: Tensor, keys: Keys) -> None:
+    """total += ds, summed over what shares an element."""
+    size = [*total.shape[:3], 1 if total.shape[3] == 1 else ds.shape[3]]
+    ds = ds.sum_to_size(size)
+    total.add_(ds) if keys.chosen is None or total.shape[3] == 1 else total.index_add_(3, keys.chosen, ds)
 
 
 def philox(seed: int, *counter: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:

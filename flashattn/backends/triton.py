@@ -73,7 +73,9 @@ def on_its_device(verb):
     return guarded
 
 
-def refuses(dtype: torch.dtype, wide: bool) -> str | None:
+def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
+    if modified:
+        return "it does not take a score_mod or a block_mask yet"
     if dtype == torch.float64:
         return "it does not take float64"
     if wide:

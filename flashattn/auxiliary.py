@@ -1,0 +1,68 @@
+"""What attention can tell besides its result, without its matrix ever being formed: for monitors of training and for
+cache eviction. It is computed by blocks of queries, in PyTorch's own operations, and has no gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.reference import existing, keys_of, masked_scores, query_blocks, softmax_weights
+from .score import Score
+
+
+class AuxRequest(NamedTuple):
+    """Which of `AuxOutput` to compute; the first two are those of FlexAttention's AuxRequest."""
+
+    lse: bool = False
+    max_scores: bool = False
+    max_logit: bool = False
+    entropy: bool = False
+    column_sums: bool = False
+
+
+class AuxOutput(NamedTuple):
+    """None where not asked for. Scores are those that softmax takes; a row with nothing to attend to has no weights."""
+
+    lse: Tensor | None = None  # (batch, heads, seq_q) float32, natural logarithm; differentiable
+    max_scores: Tensor | None = None  # (batch, heads, seq_q) float32: the largest score of each row
+    max_logit: Tensor | None = None  # (heads,) float32: the largest of each head
+    entropy: Tensor | None = None  # (batch, heads, seq_q) float32, in nats: -sum(p log p) over the keys
+    column_sums: Tensor | None = None  # (batch, heads, seq_k) float32: how much weight each key gets, over the queries
+
+
+def read_request(request, return_lse: bool) -> AuxRequest:
+    """Ours, or FlexAttention's with its two fields."""
+    if return_lse:
+        raise ValueError("return_lse must be False with return_aux, which can ask for lse")
+    if isinstance(request, AuxRequest):
+        return request
+    if not {"lse", "max_scores"} <= set(getattr(request, "_fields", ())):
+        raise TypeError(f"return_aux must be a flashattn.AuxRequest, got {type(request).__name__}")
+    return AuxRequest(request.lse, request.max_scores)
+
+
+@torch.no_grad()
+def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score) -> AuxOutput:
+    """What is asked for of a call that gave lse; weights are those before dropout."""
+    if not any(request[1:]):
+        return AuxOutput(lse if request.lse else None)
+    shape = (*q.shape[:3], k.shape[2])
+    batch, heads, seq_q, seq_k = shape
+    q, k = existing(q, score.q_lengths), existing(k, score.kv_lengths).repeat_interleave(heads // k.shape[1], dim=1)
+    largest, entropy = (torch.empty(batch, heads, seq_q, dtype=q.dtype, device=q.device) for _ in range(2))
+    column_sums = torch.zeros(batch, heads, seq_k, dtype=q.dtype, device=q.device)
+    for rows in query_blocks(shape):
+        keys = keys_of(score, rows, seq_k, q.device)
+        scores, _ = masked_scores(q, keys.of(k, 2), score, shape, rows, keys)
+        log_z = lse[:, :, rows, None].to(q.dtype)
+        p = softmax_weights(scores, log_z)
+        some = scores.shape[-1] > 0
+        largest[:, :, rows] = scores.amax(-1) if some else -math.inf
+        entropy[:, :, rows] = torch.where(p > 0, p * (log_z - scores), 0).sum(-1)
+        keys.add_to(column_sums[..., None], p.sum(2)[..., None])
+    max_logit = largest.amax((0, 2)) if batch * seq_q else largest.new_full((heads,), -math.inf)
+    computed = AuxOutput(lse, largest, max_logit, entropy, column_sums)
+    return AuxOutput(*(x if asked else None for x, asked in zip(computed, request, strict=True)))

@@ -1,0 +1,58 @@
+"""`torch.nn.attention.flex_attention.flex_attention` on flashattn's backends: without torch.compile, with memory linear
+in the sequence, and with gradients on the CPU too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..attention import attention
+from ..auxiliary import AuxOutput
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict | None = None,
+    *,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
+    """PyTorch's call: softmax(score_mod(scale * query key^T)) value, where block_mask attends.
+
+    Args:
+        query: (batch, heads, seq_q, head_dim); key, value: (batch or 1, kv_heads, seq_k, head_dim).
+        score_mod: (score, batch, head, q_idx, kv_idx) -> score. Tensors that it captures get gradients.
+        block_mask: of `create_block_mask`. Blocks that it leaves out are masked and never looked at, as in PyTorch's
+            compiled kernels.
+        enable_gqa: the heads of key and value may divide those of query.
+        kernel_options: taken and ignored; they tune PyTorch's own kernels.
+        return_aux: an `AuxRequest` of FlexAttention or of flashattn, which knows more to ask for.
+
+    Returns:
+        out; with return_lse (out, lse); with return_aux (out, flashattn.AuxOutput).
+
+    >>> import torch
+    >>> from flashattn.compat.flex import flex_attention
+    >>> q = k = v = torch.ones(1, 2, 5, 8)
+    >>> flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score - (i - j).abs()).shape
+    torch.Size([1, 2, 5, 8])
+    """
+    if not enable_gqa and query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]:
+        raise ValueError(f"key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
+    if key.dim() == value.dim() == query.dim() == 4 and key.shape[0] == 1 < query.shape[0]:
+        key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
+    return attention(
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, return_lse=return_lse,
+        return_aux=return_aux,
+    )  # fmt: skip

@@ -1,0 +1,180 @@
+"""FlexAttention's callables and block masks, as the backends read them.
+
+A `score_mod(score, batch, head, q_idx, kv_idx)` or `mask_mod(batch, head, q_idx, kv_idx)` is written for one score. It
+is traced once, on numbers, to a graph of operations that PyTorch knows to work number by number; the graph then serves
+a whole tile of scores at once. Dong et al., "Flex Attention" (2024), arXiv:2412.05496.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+# Besides those that PyTorch tags as pointwise.
+ALLOWED = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.scalar_tensor.default,
+    torch.ops.aten.lift_fresh_copy.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+}
+MAX_TRACES = 16
+_traces: dict[tuple, Traced] = {}
+
+
+class Traced(NamedTuple):
+    """A callable as a graph of its arguments and of the tensors it captured, in that order."""
+
+    graph: fx.GraphModule  # its arguments may be tensors that broadcast, too
+    captured: tuple[Tensor, ...]
+
+
+def trace(name: str, function: Callable, scores: int) -> Traced:
+    """Trace a callable that takes `scores` (1 or 0) scores and four positions.
+
+    Raises:
+        TypeError: for what is not a function of one score: control flow on it, reductions, mutation.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} must be a callable, got {type(function).__name__}")
+    key = closure_key(function)
+    if key is None:
+        return _trace(name, function, scores)
+    key = (key, scores)
+    if key not in _traces:
+        while len(_traces) >= MAX_TRACES:
+            _traces.pop(next(iter(_traces)))
+        _traces[key] = _trace(name, function, scores)
+    return _traces[key]
+
+
+def _trace(name: str, function: Callable, scores: int) -> Traced:
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # table[head] without .item()
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    device = "cpu"
+    examples = [torch.zeros((), device=device)] * scores
+    examples += [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
+    try:
+        with TransformGetItemToIndex():
+            module = make_fx(function)(*examples)
+    except Exception as error:
+        what = str(error).strip().split("\n")[0]
+        raise TypeError(
+            f"{name} must be traceable for one score, without control flow on its arguments: {what}"
+        ) from error
+    captured = _lift_captured(module)
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            _check_operation(name, node.target)
+    return Traced(fx.GraphModule({}, module.graph), captured)
+
+
+def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
+    """Make arguments of the constants of a graph; returns them, each once."""
+    places: dict[int, fx.Node] = {}
+    captured: list[Tensor] = []
+    last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target)
+        if id(value) not in places:
+            with module.graph.inserting_after(last):
+                last = places[id(value)] = module.graph.placeholder(f"captured_{len(captured)}")
+            captured.append(value)
+        node.replace_all_uses_with(places[id(value)])
+        module.graph.erase_node(node)
+    return tuple(captured)
+
+
+def _check_operation(name: str, operation) -> None:
+    schema = getattr(operation, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise TypeError(f"{name} must not change a tensor, got {operation}")
+    if operation not in ALLOWED and torch.Tag.pointwise not in getattr(operation, "tags", ()):
+        raise TypeError(f"{name} must work on one score at a time (arithmetic, torch.where, indexing), got {operation}")
+
+
+def check_captured(name: str, traced: Traced, device: torch.device) -> None:
+    for x in traced.captured:
+        if x.device != device and x.dim() > 0:
+            raise ValueError(f"{name} must capture tensors on q's device {device}, got one on {x.device}")
+
+
+def closure_key(function: Callable) -> tuple | None:
+    """What a function's value depends on, besides its arguments; None if that cannot be told."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = (n for n in function.__code__.co_names if n in function.__globals__)
+    try:
+        values = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a cell that is still empty
+        return None
+    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    keys = [_value_key(value) for value in (*values, *(function.__globals__[n] for n in names))]
+    return None if None in keys else (function.__code__, *keys)
+
+
+def _value_key(value) -> tuple | None:
+    if isinstance(value, (Tensor, types.ModuleType, types.BuiltinFunctionType)):
+        return "object", id(value)  # a trace keeps its tensors alive
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return type(value), value
+    return closure_key(value)
+
+
+class BlockMask(NamedTuple):
+    """What attends, by blocks: `partial` ones as mask_mod says, `full` ones whole, the others not."""
+
+    mask: Traced
+    partial: Tensor  # (batch or 1, heads or 1, blocks of queries, blocks of keys) bool
+    full: Tensor
+    block_q: int
+    block_k: int
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Which queries i and keys j of batch rows b and heads h attend; all broadcast."""
+        row = b if self.partial.shape[0] > 1 else torch.zeros_like(b)
+        head = h if self.partial.shape[1] > 1 else torch.zeros_like(h)
+        block = (row, head, i // self.block_q, j // self.block_k)
+        return self.full[block] | (self.partial[block] & self.mask.graph(b, h, i, j, *self.mask.captured))
+
+    def keys_of(self, rows: slice, seq_k: int) -> Tensor:
+        """The keys of all blocks that some of these queries of any batch row and head look at."""
+        first, last = rows.start // self.block_q, (rows.stop - 1) // self.block_q
+        some = (self.partial | self.full)[:, :, first : last + 1].flatten(0, 2).any(0)
+        keys = some.repeat_interleave(self.block_k)[:seq_k]
+        return keys.nonzero().view(-1)
+
+
+def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, device: torch.device) -> BlockMask:
+    """A `torch.nn.attention.flex_attention.BlockMask`, checked and as the backends read it."""
+    from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
+
+    if not isinstance(block_mask, TorchBlockMask):
+        raise TypeError(f"block_mask must be a BlockMask of create_block_mask, got {type(block_mask).__name__}")
+    size, wanted = tuple(block_mask.shape), (batch, heads, seq_q, seq_k)
+    if any(s not in (1, w) for s, w in zip(size[:2], wanted[:2], strict=True)) or size[2:] != wanted[2:]:
+        raise ValueError(f"block_mask must be made for (batch or 1, heads or 1, seq_q, seq_k) = {wanted}, got {size}")
+    if block_mask.kv_num_blocks.device != device:
+        raise ValueError(f"block_mask must be on q's device {device}, got {block_mask.kv_num_blocks.device}")
+    block_q, block_k = block_mask.BLOCK_SIZE
+    blocks = -(-seq_k // block_k)
+    partial = _dense(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
+    full = torch.zeros_like(partial)
+    if block_mask.full_kv_num_blocks is not None:
+        full = _dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
+    return BlockMask(trace("block_mask.mask_mod", block_mask.mask_mod, 0), partial, full, block_q, block_k)
+
+
+def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
+    """(..., blocks of queries, blocks of keys) bool from how many blocks each row has, and which come first in it."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    dense = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
+    dense.scatter_(-1, torch.where(listed, indices, blocks).long(), True)
+    return dense[..., :blocks]

@@ -1,0 +1,331 @@
+"""score_mod and block_mask against FlexAttention (eager), and gradients, captured tensors' too, against float64."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from common import assert_as_exact_as_torch
+from torch.nn.attention import flex_attention as theirs
+
+import flashattn
+from flashattn.compat.flex import flex_attention
+
+BATCH, HEADS, SEQ_Q, SEQ_K, DIM = 2, 4, 150, 170, 16
+BACKENDS = ["cpu", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """FlexAttention's own mathematics, not a compiled kernel."""
+    monkeypatch.setattr(theirs, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    torch.use_deterministic_algorithms(False)
+
+
+def captured(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def relative_bias(dtype):
+    table = captured(HEADS, SEQ_Q + SEQ_K, dtype=dtype)
+    return (lambda score, b, h, i, j: score + table[h, i - j + SEQ_K]), [table]
+
+
+def softcap_and_scale(dtype):
+    factor, shift = captured(HEADS, dtype=dtype), torch.nn.Parameter(torch.randn(BATCH, SEQ_K, dtype=dtype))
+
+    def mod(score, b, h, i, j):
+        return 3 * torch.tanh(score * factor[h].exp() / 3) + shift[b, j]
+
+    return mod, [factor, shift]
+
+
+def causal(score, b, h, i, j):
+    return torch.where(i >= j, score, -float("inf"))
+
+
+SCORE_MODS = {
+    "identity": lambda dtype: (lambda score, b, h, i, j: score, []),
+    "causal": lambda dtype: (causal, []),
+    "alibi": lambda dtype: (lambda score, b, h, i, j: score - (i - j).abs() * torch.exp2(-(h + 1.0)), []),
+    "relative_bias": relative_bias,
+    "softcap_and_scale": softcap_and_scale,
+    "a_number": lambda dtype: (lambda score, b, h, i, j: score * 0 + 1.5, []),
+}
+
+
+def documents():
+    document = torch.randint(0, 3, (BATCH, max(SEQ_Q, SEQ_K))).sort(-1).values
+    return theirs.create_block_mask(
+        lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j), BATCH, None, SEQ_Q, SEQ_K, "cpu", 32
+    )
+
+
+def by_head():
+    width = torch.tensor([5, 20, 80, 1000])
+    return theirs.create_block_mask(
+        lambda b, h, i, j: (i - j).abs() <= width[h], None, HEADS, SEQ_Q, SEQ_K, "cpu", (32, 16)
+    )
+
+
+BLOCK_MASKS = {
+    "causal": lambda: theirs.create_block_mask(lambda b, h, i, j: i >= j, None, None, SEQ_Q, SEQ_K, "cpu"),
+    "window": lambda: theirs.create_block_mask(
+        lambda b, h, i, j: (i >= j) & (i - j < 40), None, None, SEQ_Q, SEQ_K, "cpu", 16
+    ),
+    "documents": documents,
+    "by_head": by_head,
+    "nothing_in_some_rows": lambda: theirs.create_block_mask(
+        lambda b, h, i, j: (i >= 70) & (j < 33), None, None, SEQ_Q, SEQ_K, "cpu", 32
+    ),
+}
+
+
+def inputs(kv_heads=HEADS, dtype=torch.float32):
+    shapes = (HEADS, SEQ_Q), (kv_heads, SEQ_K), (kv_heads, SEQ_K)
+    return [torch.randn(BATCH, heads, seq, DIM, dtype=dtype, requires_grad=True) for heads, seq in shapes]
+
+
+def test_signature():
+    """Names, order, kinds and defaults, as PyTorch has them."""
+
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(flex_attention) == parameters(theirs.flex_attention)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_mask", [None, *BLOCK_MASKS])
+@pytest.mark.parametrize("mod", SCORE_MODS)
+def test_as_flex_attention(mod, block_mask, backend):
+    q, k, v = (x.detach() for x in inputs())  # FlexAttention refuses inputs with gradients on the CPU
+    mod, tables = SCORE_MODS[mod](torch.float32)
+    for table in tables:
+        table.requires_grad_(False)
+    options = dict(score_mod=mod, block_mask=None if block_mask is None else BLOCK_MASKS[block_mask](), scale=0.3)
+    with flashattn.use_backend(backend), torch.no_grad():
+        out, lse = flex_attention(q, k, v, **options, return_lse=True)
+        expected, aux = theirs.flex_attention(q, k, v, **options, return_aux=theirs.AuxRequest(lse=True))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, aux.lse, rtol=1e-5, atol=1e-5)
+
+
+def dense(mod, block_mask, q, k, v):
+    """Softmax of the whole matrix, in q's dtype."""
+    b, h = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1)
+    i, j = torch.arange(SEQ_Q).view(-1, 1), torch.arange(SEQ_K)
+    group = HEADS // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT * DIM**-0.5
+    scores = mod(scores, b, h, i, j).to(scores.dtype).broadcast_to(scores.shape)
+    if block_mask is not None:
+        keep = block_mask.mask_mod(b, h, i, j)
+        some = keep.any(-1, keepdim=True)
+        scores = scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0)
+    weights = scores.softmax(-1)
+    if block_mask is not None:
+        weights = torch.where(some, weights, 0)
+    return weights @ v.repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_mask", [None, "documents", "by_head", "nothing_in_some_rows"])
+@pytest.mark.parametrize("mod", ["identity", "alibi", "relative_bias", "softcap_and_scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_against_float64(dtype, mod, block_mask, backend):
+    """Of q, k, v and of what the score_mod captured, with grouped heads."""
+    torch.manual_seed(0)
+    block_mask = None if block_mask is None else BLOCK_MASKS[block_mask]()
+    grad = torch.randn(BATCH, HEADS, SEQ_Q, DIM)
+    results = []
+    for kind, function in ((dtype, "ours"), (dtype, "torch"), (torch.float64, "torch")):
+        torch.manual_seed(1)
+        x = [t.detach().to(dtype).to(kind).requires_grad_() for t in inputs(kv_heads=2)]
+        torch.manual_seed(2)
+        made, tables = SCORE_MODS[mod](torch.float32)
+        if kind == torch.float64:
+            cells = {id(t): t.detach().double().requires_grad_() for t in tables}
+            for cell in made.__closure__ or ():
+                if id(cell.cell_contents) in cells:
+                    cell.cell_contents = cells[id(cell.cell_contents)]
+            tables = list(cells.values())
+        with flashattn.use_backend(backend):
+            if function == "ours":
+                out = flex_attention(*x, score_mod=made, block_mask=block_mask, enable_gqa=True)
+            else:
+                out = dense(made, block_mask, *x)
+        results.append([out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))])
+    for n, (ours, by_torch, truth) in enumerate(zip(*results, strict=True)):
+        assert_as_exact_as_torch(ours, by_torch, truth, f"result {n}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_every_other_feature(backend):
+    """A score_mod that does nothing, and a block mask that is a window, change nothing."""
+    q, k, v = inputs()
+    options = dict(
+        bias=captured(HEADS, 1, SEQ_K), alibi_slopes=torch.rand(HEADS), softcap=3.0, sinks=captured(HEADS),
+        mask=torch.rand(BATCH, 1, 1, SEQ_K) > 0.2, kv_lengths=torch.tensor([SEQ_K, 99]), dropout_p=0.2, seed=5,
+    )  # fmt: skip
+    window = theirs.create_block_mask(
+        lambda b, h, i, j: (j <= i + 20 + 9) & (j >= i + 20 - 50), None, None, SEQ_Q, SEQ_K, "cpu", 32
+    )
+    results = []
+    for other in (
+        dict(window=(50, 9)), dict(block_mask=window), dict(score_mod=lambda s, b, h, i, j: s, window=(50, 9))
+    ):  # fmt: skip
+        with flashattn.use_backend(backend):
+            out, lse = flashattn.attention(q, k, v, **options, **other, return_lse=True)
+        wanted = (q, k, v, options["bias"], options["sinks"])
+        loss = out.square().sum() + lse[lse.isfinite()].sum()
+        results.append([out, lse, *torch.autograd.grad(loss, wanted)])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attentions_own_request():
+    """Its max_scores are not to be had on the CPU from PyTorch, so they are compared with the whole matrix."""
+    q, k, v = (x.detach() for x in inputs())
+    request = theirs.AuxRequest(lse=True, max_scores=True)
+    scores = q @ k.mT * DIM**-0.5
+    i, j = torch.arange(SEQ_Q)[:, None], torch.arange(SEQ_K)
+    window = dict(block_mask=BLOCK_MASKS["window"]())
+    for options, keep in ((dict(score_mod=causal), i >= j), (window, (i >= j) & (i - j < 40))):
+        out, aux = flex_attention(q, k, v, **options, return_aux=request)
+        expected, their_aux = theirs.flex_attention(q, k, v, **options, return_aux=theirs.AuxRequest(lse=True))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(aux.lse, their_aux.lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(aux.max_scores, scores.masked_fill(~keep, -torch.inf).amax(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_auxiliary_outputs(backend):
+    """Of the whole matrix of weights, which is there in the test only."""
+    q, k, v = inputs(kv_heads=2)
+    sinks = captured(HEADS)
+    asked = flashattn.AuxRequest(True, True, True, True, True)
+    with flashattn.use_backend(backend):
+        out, aux = flashattn.attention(q, k, v, causal=True, softcap=4.0, sinks=sinks, return_aux=asked)
+        expected, lse = flashattn.attention(q, k, v, causal=True, softcap=4.0, sinks=sinks, return_lse=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(aux.lse, lse)
+    assert torch.autograd.grad(aux.lse.sum(), q)[0].abs().sum() > 0
+    scores = 4 * torch.tanh(q.double() @ k.double().repeat_interleave(2, 1).mT * DIM**-0.5 / 4)
+    scores = scores.masked_fill(~torch.ones(SEQ_Q, SEQ_K, dtype=torch.bool).tril(SEQ_K - SEQ_Q), -torch.inf)
+    joined = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(BATCH, -1, SEQ_Q, 1)], -1)
+    p = joined.softmax(-1)[..., :-1]
+    truth = dict(
+        max_scores=scores.amax(-1), max_logit=scores.amax((0, 2, 3)), entropy=torch.special.entr(p).sum(-1),
+        column_sums=p.sum(2),
+    )  # fmt: skip
+    for name, expected in truth.items():
+        torch.testing.assert_close(getattr(aux, name).double(), expected, rtol=1e-5, atol=1e-5)
+    only = flashattn.attention(q, k, v, return_aux=flashattn.AuxRequest(entropy=True))[1]
+    assert [x is None for x in only] == [True, True, True, False, True]
+
+
+def test_auxiliary_outputs_of_nothing():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
+    _, aux = flashattn.attention(
+        q, k, k, return_aux=flashattn.AuxRequest(max_scores=True, entropy=True, column_sums=True)
+    )
+    assert (aux.max_scores == -torch.inf).all()
+    assert (aux.entropy == 0).all()
+    assert aux.column_sums.shape == (1, 2, 0)
+
+
+MEMORY = """
+import resource, torch, flashattn
+from torch.nn.attention.flex_attention import create_block_mask
+N = 16384
+q, k, v = (torch.randn(1, 1, N, 8).requires_grad_() for _ in range(3))
+table = torch.randn(1, 2 * N, requires_grad=True)
+mod = lambda score, b, h, i, j: score + table[h, i - j + N]
+block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, "cpu")
+flashattn.attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], score_mod=mod, block_mask=block_mask).sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+flashattn.attention(q, k, v, score_mod=mod).sum().backward()
+flashattn.attention(q, k, v, return_aux=flashattn.AuxRequest(entropy=True, column_sums=True))
+print(peak() - before)
+"""
+
+
+def test_memory_is_linear():
+    """Over 16,384 tokens, where one matrix of scores would be 1,024 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 800
+
+
+def control_flow(score, b, h, i, j):
+    return score if i > 3 else score * 2
+
+
+def reduction(score, b, h, i, j):
+    return score.sum() + score
+
+
+def mutates_the_score(score, b, h, i, j):
+    return score.add_(1)
+
+
+def mutates_a_captured_tensor():
+    counter = torch.zeros(())
+
+    def mod(score, b, h, i, j):
+        counter.add_(1)
+        return score
+
+    return mod
+
+
+WRONG = {
+    "control_flow": (dict(score_mod=control_flow), TypeError, "score_mod must be traceable for one score"),
+    "reduction": (dict(score_mod=reduction), TypeError, "score_mod must work on one score at a time.*sum"),
+    "mutation": (dict(score_mod=mutates_the_score), TypeError, "score_mod must not change a tensor, got.*add_"),
+    "captured": (dict(score_mod=mutates_a_captured_tensor()), TypeError, "score_mod must not change a tensor"),
+    "arguments": (dict(score_mod=lambda score: score), TypeError, "score_mod must be traceable.*arguments"),
+    "not_callable": (dict(score_mod=3), TypeError, "score_mod must be a callable, got int"),
+    "mask_type": (dict(block_mask=torch.ones(3)), TypeError, "block_mask must be a BlockMask.*got Tensor"),
+    "aux": (dict(return_aux=True), TypeError, "return_aux must be a flashattn.AuxRequest, got bool"),
+    "lse_and_aux": (
+        dict(return_lse=True, return_aux=flashattn.AuxRequest()), ValueError, "return_lse must be False with return_aux"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        flex_attention(*inputs(), **options)
+
+
+def test_a_block_mask_of_other_sizes_is_refused():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"block_mask must be made for.*\(2, 4, 100, 170\), got \(1, 1, 150, 170\)"):
+        flex_attention(q[:, :, :100], k, v, block_mask=BLOCK_MASKS["causal"]())
+
+
+def test_triton_says_what_it_does_not_take():
+    with flashattn.use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot take this call"):
+        flex_attention(*inputs(), score_mod=causal)
+
+
+def test_a_trace_is_used_again_only_while_it_is_the_same():
+    """The callable's captured tensors and numbers may have changed in between."""
+    q, k, v = inputs()
+    table, factor = torch.zeros(HEADS), 1.0
+
+    def mod(score, b, h, i, j):
+        return score * factor + table[h] * j
+
+    twice = torch.equal(*(flex_attention(q, k, v, score_mod=mod) for _ in range(2)))
+    assert twice
+    factor = 2.0
+    doubled = flex_attention(q, k, v, scale=DIM**-0.5 * 2)
+    torch.testing.assert_close(flex_attention(q, k, v, score_mod=mod), doubled, rtol=1e-5, atol=1e-5)
+    table = torch.ones(HEADS)
+    assert (flex_attention(q, k, v, score_mod=mod) - doubled).abs().max() > 0.1
