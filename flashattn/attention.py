@@ -110,13 +110,12 @@ def attention(
     if sinks is not None:
         arguments.check_sinks(sinks, q)
     widest = head_dim if head_dim > head_dim_v else head_dim_v
+    backend = backends.choose(q.device, q.dtype, head_dim=widest)
     if score_mod is None and block_mask is None:
-        backend = backends.choose(q.device, q.dtype, head_dim=widest)
         out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
     else:
         score = arguments.with_callables(score, score_mod, block_mask, (*q.shape[:3], seq_k), q.device)
-        backends.choose(q.device, q.dtype, head_dim=widest, modified=True)  # raises where one is forced that cannot
-        out, lse = flex.attention(q, k, v, bias, sinks, score)
+        out, lse = flex.attention(q, k, v, bias, sinks, score, backend)
     if request is not None:
         return out, auxiliary(request, q, k, lse, ops.whole(score, bias, sinks))
     return (out, lse) if return_lse else out

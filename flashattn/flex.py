@@ -1,7 +1,9 @@
 """Attention with a `score_mod` or a `block_mask`, which do not go through PyTorch's operators: they hold callables.
 
-The scores are formed by blocks of queries, in PyTorch's own operations, forward and backward, so that memory stays
-linear; blocks of keys that the mask leaves out are never looked at.
+On a GPU the kernels take Triton functions generated from the callables. On the CPU the scores are formed by blocks of
+queries, in PyTorch's own operations, forward and backward, so that memory stays linear. Blocks of keys that a mask
+leaves out are never looked at. Gradients of captured tensors are always summed by blocks, in one order: a kernel would
+have to add them atomically.
 """
 
 from __future__ import annotations
@@ -10,28 +12,25 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import reference
+from .backends import BACKENDS, reference
 from .score import Score
-
-
-def captured_of(score: Score) -> tuple[Tensor, ...]:
-    return () if score.score_mod is None else score.score_mod.captured
 
 
 @torch.compiler.disable
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, score: Score
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, score: Score, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in q, k, v, bias, sinks and what the score_mod captured."""
-    return Flex.apply(q, k, v, bias, sinks, score, *captured_of(score))
+    captured = () if score.score_mod is None else score.score_mod.captured
+    return Flex.apply(q, k, v, bias, sinks, score, backend, *captured)
 
 
 class Flex(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sinks, score, *captured):
+    def forward(ctx, q, k, v, bias, sinks, score, backend, *captured):
         score = ops.whole(score, bias, sinks)
-        out, lse = reference.dense_forward(q, k, v, score)
-        ctx.score = score._replace(bias=None, sinks=None)
+        out, lse = BACKENDS[backend].forward(q, k, v, score)
+        ctx.score, ctx.backend = score._replace(bias=None, sinks=None), backend
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *captured)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -41,19 +40,25 @@ class Flex(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         q, k, v, bias, sinks, out, lse, *captured = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * (6 + len(captured))
+            return (None,) * (7 + len(captured))
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         score = ops.whole(ctx.score, bias, sinks)
         with_grad_bias = bias is not None and ctx.needs_input_grad[3]
         sums = [
             torch.zeros_like(x, dtype=lse.dtype) if needed else None
-            for x, needed in zip(captured, ctx.needs_input_grad[6:], strict=True)
+            for x, needed in zip(captured, ctx.needs_input_grad[7:], strict=True)
         ]
-        *gradients, grad_bias = reference.dense_backward(
-            grad_out, grad_lse, q, k, v, lse, score, with_grad_bias, grad_captured=sums
-        )
+        by_blocks = ctx.backend != "triton"
+        if by_blocks or any(x is not None for x in sums):
+            *gradients, grad_bias = reference.dense_backward(
+                grad_out, grad_lse, q, k, v, lse, score, with_grad_bias and by_blocks, grad_captured=sums
+            )
+        if not by_blocks:
+            *gradients, grad_bias = BACKENDS[ctx.backend].backward(
+                grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias
+            )
         grad_bias = grad_bias.to(bias.dtype) if with_grad_bias else None
         grad_sinks = None if sinks is None else ops.sink_gradient(grad_out, grad_lse, out, lse, score)
         sums = [None if total is None else total.to(x.dtype) for total, x in zip(sums, captured, strict=True)]
-        return *gradients, grad_bias, grad_sinks, None, *sums
+        return *gradients, grad_bias, grad_sinks, None, None, *sums

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, fx
 
 # Besides those that PyTorch tags as pointwise.
+aten = torch.ops.aten
 ALLOWED = {
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.scalar_tensor.default,
-    torch.ops.aten.lift_fresh_copy.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default,
-}
+    aten.index.Tensor, aten.floor_divide.default, aten.floor_divide.Scalar, aten._to_copy.default,
+    aten.scalar_tensor.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.lift_fresh_copy.default, aten.detach.default, aten.alias.default, aten.clone.default,
+}  # fmt: skip
 MAX_TRACES = 16
 _traces: dict[tuple, Traced] = {}
 

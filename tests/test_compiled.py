@@ -4,6 +4,7 @@ check), uses the matrix instructions, and at the usual head dimensions spills no
 import pytest
 import torch
 from common import INTERPRETED
+from torch.nn.attention.flex_attention import create_block_mask
 
 compiled = pytest.importorskip("bench.compiled")
 
@@ -13,6 +14,7 @@ from flashattn.decode import Rotary  # noqa: E402
 from flashattn.kernels import configs  # noqa: E402
 from flashattn.norm_settings import Norm  # noqa: E402
 from flashattn.score import Score  # noqa: E402
+from flashattn.score_mod import read_block_mask, trace  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -117,6 +119,28 @@ def test_packed_sequences(architecture, head_dim):
     usual = (architecture, head_dim) in (("sm_80", 64), ("sm_90", 64), ("sm_90", 128))
     packed = dict(cu_seqlens=starts, max_seqlen_q=300, max_seqlen_k=300)
     check(compile_attention(architecture, head_dim, **packed), spills=not usual)
+
+
+TABLE = torch.ones(4, 1024)
+DOCUMENTS = torch.zeros(2, 512, dtype=torch.int32)
+
+
+def relative_bias(score, b, h, i, j):
+    return 20 * torch.tanh(score / 20) + TABLE[h, i - j + 512]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("what", ["score_mod", "block_mask", "both"])
+def test_score_mod_and_block_mask(architecture, what):
+    features = {}
+    if what != "block_mask":
+        features["score_mod"] = trace("score_mod", relative_bias, 1)
+    if what != "score_mod":
+        block_mask = create_block_mask(
+            lambda b, h, i, j: (DOCUMENTS[b, i] == DOCUMENTS[b, j]) & (i >= j), 2, None, 512, 512, "cpu"
+        )
+        features["block_mask"] = read_block_mask(block_mask, 2, 4, 512, 512, torch.device("cpu"))
+    check(compile_attention(architecture, 64, causal=False, **features))
 
 
 DECODING = {

@@ -2,7 +2,7 @@
 
 A backend is a module of the same few verbs: `forward`, `backward`, `norm_forward`, `norm_backward`, and two that say
 what it cannot do, each a reason or None: `unusable(device_type)`, which depends on the machine, and
-`refuses(dtype, wide, modified)`, which depends on the call.
+`refuses(dtype, wide)`, which depends on the call.
 """
 
 from __future__ import annotations
@@ -50,20 +50,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def why_not(
-    name: str, device_type: str, *dtypes: torch.dtype, wide: bool = False, modified: bool = False
-) -> str | None:
-    """Why this backend does not take a call, None if it does. `wide`: a head_dim over MAX_HEAD_DIM; `modified`: by a
-    score_mod or a block_mask."""
+def why_not(name: str, device_type: str, *dtypes: torch.dtype, wide: bool = False) -> str | None:
+    """Why this backend does not take a call, None if it does. `wide`: a head_dim over MAX_HEAD_DIM."""
     backend = BACKENDS[name]
-    reasons = (backend.refuses(dtype, wide, modified) for dtype in dtypes)
+    reasons = (backend.refuses(dtype, wide) for dtype in dtypes)
     return backend.unusable(device_type) or next((reason for reason in reasons if reason), None)
 
 
-def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1, modified: bool = False) -> str:
+def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
     """The name of the backend that takes a call on tensors of these dtypes."""
     wide = True if head_dim > MAX_HEAD_DIM else False  # noqa: SIM210  (a symbolic head_dim is decided by a guard)
-    return _choose(_forced, device.type, dtypes, wide, modified)
+    return _choose(_forced, device.type, dtypes, wide)
 
 
 def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -75,8 +72,8 @@ def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
-def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool, modified: bool) -> str:
-    return _choose_once(forced, device_type, dtypes, wide, modified)
+def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
+    return _choose_once(forced, device_type, dtypes, wide)
 
 
 @functools.cache
@@ -85,10 +82,8 @@ def warn_once(message: str) -> None:
 
 
 @functools.cache
-def _choose_once(
-    forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool, modified: bool
-) -> str:
-    reasons = {name: why_not(name, device_type, *dtypes, wide=wide, modified=modified) for name in BACKENDS}
+def _choose_once(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
+    reasons = {name: why_not(name, device_type, *dtypes, wide=wide) for name in BACKENDS}
     if forced is None:
         chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
         if chosen == "reference" and device_type == "cpu" and cpu.missing is not None:

@@ -57,7 +57,7 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
-def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
+def refuses(dtype: torch.dtype, wide: bool) -> str | None:
     if dtype == torch.float64:
         return "it does not take float64"
     if wide:
@@ -69,6 +69,8 @@ def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    if score.score_mod is not None or score.block_mask is not None:
+        return reference.forward(q, k, v, score)
     return ops.attention_forward.default(q, k, v, *score[:TENSORS])
 
 

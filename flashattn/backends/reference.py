@@ -30,7 +30,7 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
-def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
+def refuses(dtype: torch.dtype, wide: bool) -> str | None:
     return None
 
 

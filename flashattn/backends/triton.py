@@ -26,13 +26,14 @@ from .common import (
 if TYPE_CHECKING:
     from ..cache import Cached
     from ..decode import Rotary
+    from ..score_mod import BlockMask
 
 if importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
     from ..kernels import backward as backward_kernels
-    from ..kernels import configs
+    from ..kernels import configs, generate
     from ..kernels import decode as decode_kernels
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
@@ -73,9 +74,7 @@ def on_its_device(verb):
     return guarded
 
 
-def refuses(dtype: torch.dtype, wide: bool, modified: bool) -> str | None:
-    if modified:
-        return "it does not take a score_mod or a block_mask yet"
+def refuses(dtype: torch.dtype, wide: bool) -> str | None:
     if dtype == torch.float64:
         return "it does not take float64"
     if wide:
@@ -115,22 +114,31 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score, ragged: bool =
         score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
-        None if score.cu_seqlens is None else q.shape[2],
+        None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),
+        generate.blocks_arg(score.block_mask),
     )  # fmt: skip
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
-def attention_meta(direction: str, q: Tensor, v: Tensor) -> dict:
-    """Tile sizes and launch options of one pass. Head dimensions are padded to a power of two inside the tiles."""
+def attention_meta(direction: str, q: Tensor, v: Tensor, block_mask: BlockMask | None = None) -> dict:
+    """Tile sizes and launch options of one pass. Head dimensions are padded to a power of two inside the tiles. A tile
+    lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     tiles = configs.attention_tiles(direction, max(head_dim, head_dim_v), q.element_size())
+    block_m, block_n = tiles.block_m, tiles.block_n
+    if block_mask is not None:
+        block_m = min(block_m, block_mask.block_q & -block_mask.block_q)  # the power of two that divides it
+        block_n = min(block_n, block_mask.block_k & -block_mask.block_k)
+        if min(block_m, block_n) < 16:
+            sizes = block_mask.block_q, block_mask.block_k
+            raise ValueError(f"block_mask must have a BLOCK_SIZE of multiples of 16 on the triton backend, got {sizes}")
     return dict(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -142,7 +150,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
-    meta = attention_meta("forward", q, v)
+    meta = attention_meta("forward", q, v, score.block_mask)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         forward_kernels.attention_forward[(programs,)](
@@ -163,14 +171,14 @@ def backward(
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
     delta = torch.empty_like(lse)
     args = attention_args(q, k, v, score)
-    meta = attention_meta("backward_q", q, v)
+    meta = attention_meta("backward_q", q, v, score.block_mask)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         backward_kernels.attention_backward_q[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
             heads_arg(grad_q), delta, *args, **meta,
         )  # fmt: skip
-    meta = attention_meta("backward_kv", q, v)
+    meta = attention_meta("backward_kv", q, v, score.block_mask)
     programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
     if programs:
         backward_kernels.attention_backward_kv[(programs,)](
@@ -180,7 +188,7 @@ def backward(
     if not with_grad_bias:
         return grad_q, grad_k, grad_v, None
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
-    meta = attention_meta("backward_q", q, v)
+    meta = attention_meta("backward_q", q, v, score.block_mask)
     *planes, size_q, size_k = grad_bias.shape
     programs = triton.cdiv(size_k, meta["BLOCK_N"]) * triton.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
     if programs:

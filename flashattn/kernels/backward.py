@@ -23,9 +23,13 @@ import triton.language as tl
 from .dropout import kept_weights
 from .scores import (
     SIZES,
+    aligned,
+    block_state,
     cap,
     edge_start,
+    gradient_through,
     key_tiles,
+    looks,
     query_tiles,
     sequence,
     shift,
@@ -55,7 +59,8 @@ def score_gradients(
     queries = start_m + tl.arange(0, BLOCK_M)
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
     scores, slope = cap(score, scores)
-    scores = shift(score, scores, batch, head, queries[:, None], keys, query_end, key_end)
+    state = block_state(score, batch, head, start_m, start_n)
+    scores, slope = shift(score, scores, slope, batch, head, queries[:, None], keys, query_end, key_end, state)
     p = tl.exp2(scores - lse[:, None])
     if EDGE:
         p = tl.where(visible(score, queries[:, None], keys, query_end, key_end), p, 0.0)
@@ -78,8 +83,7 @@ def visit_keys(
         q, grad_out, lse, delta, k_tile, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
         HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE,
     )  # fmt: skip
-    if score.softcap is not None:
-        ds *= slope
+    ds = gradient_through(score, ds, slope)
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
 
@@ -94,7 +98,9 @@ def attention_backward_q(
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
     start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
-    score, seq = sequence(score, batch, batches, seq_q, seq_k)
+    seq = sequence(score, batch, batches, seq_q, seq_k)
+    if score.cu_seqlens is not None:
+        score = aligned(score, seq.seq_k - seq.seq_q)
     query_end, key_end = seq.query_end, seq.key_end
 
     k = one_head(k, batch, kv_head, seq.k_start)
@@ -117,16 +123,18 @@ def attention_backward_q(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
-        acc = visit_keys(
-            acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m, start_n, query_end,
-            key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
-        )  # fmt: skip
+        if looks(score, batch, head, start_m, start_n):
+            acc = visit_keys(
+                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m, start_n, query_end,
+                key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+            )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
-        acc = visit_keys(
-            acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m,
-            edge_start(tiles, index, BLOCK_N), query_end, key_end,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-        )  # fmt: skip
+        start_n = edge_start(tiles, index, BLOCK_N)
+        if looks(score, batch, head, start_m, start_n):
+            acc = visit_keys(
+                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m, start_n, query_end,
+                key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+            )  # fmt: skip
     store_tile(
         one_head(grad_q, batch, head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM, BLOCK_M, BLOCK_D
     )
@@ -144,7 +152,8 @@ def visit_queries(
     scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * (score.scale * LOG2E)
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
     scores, slope = cap(score, scores)
-    scores = shift(score, scores, batch, head, queries[None, :], keys, query_end, key_end)
+    state = block_state(score, batch, head, start_m, start_n)
+    scores, slope = shift(score, scores, slope, batch, head, queries[None, :], keys, query_end, key_end, state)
     p = tl.exp2(scores - load_lse(lse, queries, query_end)[None, :])
     if EDGE:
         p = tl.where(visible(score, queries[None, :], keys, query_end, key_end), p, 0.0)
@@ -159,8 +168,7 @@ def visit_queries(
     if score.dropout is not None:
         dp *= kept
     ds = p * (dp - delta_row[None, :])
-    if score.softcap is not None:
-        ds *= slope
+    ds = gradient_through(score, ds, slope)
     grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
@@ -181,7 +189,9 @@ def attention_backward_kv(
     kv_head = program // tiles_n % kv_heads
     batch = program // tiles_n // kv_heads
     group = heads // kv_heads
-    score, seq = sequence(score, batch, batches, seq_q, seq_k)
+    seq = sequence(score, batch, batches, seq_q, seq_k)
+    if score.cu_seqlens is not None:
+        score = aligned(score, seq.seq_k - seq.seq_q)
     query_end, key_end = seq.query_end, seq.key_end
 
     k_tile = load_tile(one_head(k, batch, kv_head, seq.k_start), start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -194,18 +204,20 @@ def attention_backward_kv(
         do_head = one_head(grad_out, batch, head, seq.q_start)
         row = statistics_at(score, seq, batch, head, heads)
         for start_m in range(tiles.steady_begin, tiles.steady_end, BLOCK_M):
-            acc_k, acc_v = visit_queries(
-                acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
-                heads, start_m, start_n, query_end, key_end,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
-            )  # fmt: skip
+            if looks(score, batch, head, start_m, start_n):
+                acc_k, acc_v = visit_queries(
+                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
+                    heads, start_m, start_n, query_end, key_end,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+                )  # fmt: skip
         for index in tl.range(0, tiles.edges, num_stages=1):
             start_m = edge_start(tiles, index, BLOCK_M)
-            acc_k, acc_v = visit_queries(
-                acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
-                heads, start_m, start_n, query_end, key_end,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-            )  # fmt: skip
+            if looks(score, batch, head, start_m, start_n):
+                acc_k, acc_v = visit_queries(
+                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
+                    heads, start_m, start_n, query_end, key_end,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+                )  # fmt: skip
 
     # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are dropped here, once, so that the
     # steady loop need not look at them.
@@ -249,7 +261,10 @@ def attention_backward_bias(
     first_n, last_n = shared(size_k, tile_n, seq_k, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for batch in range(first_batch, last_batch):
-        here, seq = sequence(score, batch, batches, seq_q, seq_k)
+        seq = sequence(score, batch, batches, seq_q, seq_k)
+        here = score
+        if score.cu_seqlens is not None:
+            here = aligned(score, seq.seq_k - seq.seq_q)
         query_end, key_end = seq.query_end, seq.key_end
         for head in range(first_head, last_head):
             k_head = one_head(k, batch, head // (heads // kv_heads), seq.k_start)

@@ -100,8 +100,8 @@ def attention_decode(
         k_tile = load_cached(k, pages, batch, kv_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
         keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-        scores, _ = cap(score, scores)
-        scores = shift(score, scores, batch, head[:, None], query[:, None], keys, query_end, key_end)
+        scores, slope = cap(score, scores)
+        scores, _ = shift(score, scores, slope, batch, head[:, None], query[:, None], keys, query_end, key_end, None)
         scores = tl.where(visible(score, query[:, None], keys, query_end, key_end), scores, float("-inf"))
         p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, True)
         v_tile = load_cached(v, pages, batch, kv_head, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV)

@@ -7,7 +7,19 @@ import triton
 import triton.language as tl
 
 from .dropout import kept_weights
-from .scores import SIZES, cap, edge_start, key_tiles, sequence, shift, statistics_at, visible
+from .scores import (
+    SIZES,
+    aligned,
+    block_state,
+    cap,
+    edge_start,
+    key_tiles,
+    looks,
+    sequence,
+    shift,
+    statistics_at,
+    visible,
+)
 from .softmax import LOG2E, join_sink, logsumexp, online_softmax
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
@@ -23,12 +35,14 @@ def attend(
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
     queries = start_m + tl.arange(0, BLOCK_M)[:, None]
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-    scores, _ = cap(score, scores)
-    scores = shift(score, scores, batch, head, queries, keys, query_end, key_end)
+    scores, slope = cap(score, scores)
+    state = block_state(score, batch, head, start_m, start_n)
+    scores, _ = shift(score, scores, slope, batch, head, queries, keys, query_end, key_end, state)
     if EDGE:
         scores = tl.where(visible(score, queries, keys, query_end, key_end), scores, float("-inf"))
-    # A mask or a bias of -inf can leave a row of any tile without a key.
-    EMPTY: tl.constexpr = EDGE or score.mask is not None or score.bias is not None
+    # What gives -inf can leave a row of any tile without a key.
+    MASKED: tl.constexpr = score.mask is not None or score.bias is not None
+    EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
     p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, EMPTY)
     if score.dropout is not None:
         p *= kept_weights(score.dropout, batch * heads + head, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_N)
@@ -48,7 +62,9 @@ def attention_forward(
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
     start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
-    score, seq = sequence(score, batch, batches, seq_q, seq_k)
+    seq = sequence(score, batch, batches, seq_q, seq_k)
+    if score.cu_seqlens is not None:
+        score = aligned(score, seq.seq_k - seq.seq_q)
     query_end, key_end = seq.query_end, seq.key_end
 
     k = one_head(k, batch, kv_head, seq.k_start)
@@ -60,15 +76,18 @@ def attention_forward(
 
     tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
-        )  # fmt: skip
+        if looks(score, batch, head, start_m, start_n):
+            acc, m_i, l_i = attend(
+                acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+            )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, edge_start(tiles, index, BLOCK_N),
-            query_end, key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-        )  # fmt: skip
+        start_n = edge_start(tiles, index, BLOCK_N)
+        if looks(score, batch, head, start_m, start_n):
+            acc, m_i, l_i = attend(
+                acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+            )  # fmt: skip
 
     queries = start_m + tl.arange(0, BLOCK_M)
     if score.q_lengths is not None:

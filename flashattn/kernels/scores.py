@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .dropout import DropoutArgs
-from .softmax import LOG2E
+from .softmax import LN2, LOG2E
 
 # Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
 # with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward.
@@ -32,6 +32,24 @@ class Plane(NamedTuple):
     stride_head: tl.tensor
     stride_q: tl.tensor
     stride_k: tl.tensor
+
+
+class ModArgs(NamedTuple):
+    """A score_mod, generated from its graph: functions of (score, batch, head, query, key, captured)."""
+
+    value: tl.constexpr
+    slope: tl.constexpr  # its derivative by the score
+    captured: tuple | None
+
+
+class BlocksArgs(NamedTuple):
+    """A block mask: 0 for a block without a pair that attends, 1 where mask_mod decides, 2 where all attend."""
+
+    mask_mod: tl.constexpr  # a function of (batch, head, query, key, captured)
+    captured: tuple | None
+    states: Plane  # of bytes, by blocks
+    block_q: tl.tensor
+    block_k: tl.tensor
 
 
 class ScoreArgs(NamedTuple):
@@ -50,10 +68,12 @@ class ScoreArgs(NamedTuple):
     dropout: DropoutArgs | None = None
     cu_seqlens: tl.tensor | None = None  # (2, batch + 1) int32; first, last and diagonal are those of a sequence then
     total_q: tl.tensor | None = None  # tokens in packed q
+    score_mod: ModArgs | None = None
+    blocks: BlocksArgs | None = None
 
 
 class Sequence(NamedTuple):
-    """One batch row: its sizes, how much of it exists, and its first row in packed tensors, else None."""
+    """One batch row: its sizes, how much of it exists, and of packed tensors its first rows, else None."""
 
     seq_q: tl.tensor
     seq_k: tl.tensor
@@ -74,8 +94,8 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def sequence(score, batch, batches, seq_q, seq_k):
-    """(score, Sequence) of this batch row. In a packed call `batches` is what cu_seqlens has, and the score's limits,
-    counted from the diagonal, become those of this sequence."""
+    """The Sequence of this batch row. In a packed call `batches` is what cu_seqlens has, and the score's limits count
+    from the diagonal: `aligned` makes them those of this sequence."""
     q_start: tl.constexpr = None
     k_start: tl.constexpr = None
     if score.cu_seqlens is not None:
@@ -83,14 +103,13 @@ def sequence(score, batch, batches, seq_q, seq_k):
         k_start = tl.load(score.cu_seqlens + batches + 1 + batch)
         seq_q = tl.load(score.cu_seqlens + batch + 1) - q_start
         seq_k = tl.load(score.cu_seqlens + batches + 2 + batch) - k_start
-        score = aligned(score, seq_k - seq_q)
     query_end = seq_q
     key_end = seq_k
     if score.q_lengths is not None:
         query_end = tl.minimum(query_end, tl.load(score.q_lengths + batch))
     if score.kv_lengths is not None:
         key_end = tl.minimum(key_end, tl.load(score.kv_lengths + batch))
-    return score, Sequence(seq_q, seq_k, query_end, key_end, q_start, k_start)
+    return Sequence(seq_q, seq_k, query_end, key_end, q_start, k_start)
 
 
 @triton.jit
@@ -105,6 +124,7 @@ def aligned(score, diagonal):
     return ScoreArgs(
         score.scale, first, last, score.q_lengths, score.kv_lengths, diagonal, score.softcap, score.slopes,
         score.slopes_stride, score.mask, score.bias, score.sinks, score.dropout, score.cu_seqlens, score.total_q,
+        score.score_mod, score.blocks,
     )  # fmt: skip
 
 
@@ -217,15 +237,42 @@ def cap(score, scores):
 
 
 @triton.jit
+def plane_base(x, batch, head):
+    return x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
+
+
+@triton.jit
 def plane_pointers(x, batch, head, queries, keys):
     """Pointers to a mask or a bias at positions that broadcast. 64-bit: it may pass 2**31 elements."""
-    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
+    base = plane_base(x, batch, head)
     return base + queries.to(tl.int64) * x.stride_q + keys.to(tl.int64) * x.stride_k
 
 
 @triton.jit
-def shift(score, scores, batch, head, queries, keys, query_end, key_end):
-    """ALiBi, bias and mask on capped base-2 scores. `queries` and `keys` broadcast to their shape."""
+def block_state(score, batch, head, start_m, start_n):
+    """What a block mask says of a tile, which lies in one of its blocks: 0, 1 or 2. None without a block mask."""
+    if score.blocks is None:
+        return None
+    else:
+        i = start_m // score.blocks.block_q
+        j = start_n // score.blocks.block_k
+        states = plane_base(score.blocks.states, batch, head)
+        return tl.load(states + i * score.blocks.states.stride_q + j * score.blocks.states.stride_k).to(tl.int32)
+
+
+@triton.jit
+def looks(score, batch, head, start_m, start_n):
+    """Whether a tile has a pair that the block mask lets attend. True, at compile time, without one."""
+    if score.blocks is None:
+        return True
+    else:
+        return block_state(score, batch, head, start_m, start_n) > 0
+
+
+@triton.jit
+def shift(score, scores, slope, batch, head, queries, keys, query_end, key_end, state):
+    """(scores, slope): ALiBi, bias, score_mod and masks on capped base-2 scores, and their derivative by scale * q.k.
+    `queries` and `keys` broadcast to their shape; `state`: the tile's `block_state`."""
     if score.slopes is not None:
         slope = tl.load(score.slopes + batch * score.slopes_stride + head) * LOG2E
         scores -= slope * tl.abs(queries + score.diagonal - keys).to(tl.float32)
@@ -233,7 +280,31 @@ def shift(score, scores, batch, head, queries, keys, query_end, key_end):
     if score.bias is not None:
         bias = tl.load(plane_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
         scores += bias.to(tl.float32) * LOG2E
+    if score.score_mod is not None:
+        # A tile may go past the end of what exists: there positions stay, so that captured tensors are read inside.
+        i = tl.minimum(queries, query_end - 1)
+        j = tl.minimum(keys, key_end - 1)
+        natural = scores * LN2
+        # (A tuple that holds a function cannot be assigned to a name.)
+        captured = score.score_mod.captured
+        slope = slope * score.score_mod.slope(natural, batch, head, i, j, captured) + tl.zeros_like(natural)
+        scores = score.score_mod.value(natural, batch, head, i, j, captured) * LOG2E + tl.zeros_like(natural)
     if score.mask is not None:
         keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
-    return scores
+    if score.blocks is not None:
+        i = tl.minimum(queries, query_end - 1)
+        j = tl.minimum(keys, key_end - 1)
+        keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (state == 2)
+        scores = tl.where(keep, scores, float("-inf"))
+    return scores, slope
+
+
+@triton.jit
+def gradient_through(score, ds, slope):
+    """The gradient of scale * q.k from that of the scores. A weight of 0 has none, whatever the slope is there."""
+    if score.score_mod is not None:
+        ds = tl.where(ds == 0.0, 0.0, ds * slope)
+    elif score.softcap is not None:
+        ds *= slope
+    return ds

@@ -1,0 +1,269 @@
+"""Triton functions from the graphs that `flashattn/score_mod.py` traced: a score_mod, its derivative, a mask_mod.
+
+A graph is of one score; the function it becomes works on a tile, whose scores, positions and intermediate values
+broadcast. `EXPRESSIONS` says what each of PyTorch's operations is in Triton; another is refused by name.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, fx
+
+from .scores import BlocksArgs, ModArgs, Plane, tanh
+
+if TYPE_CHECKING:
+    from ..score_mod import BlockMask, Traced
+
+aten = torch.ops.aten
+
+
+@triton.jit
+def floor_divide(a, b):
+    """Towards minus infinity, as Python and PyTorch have it; Triton's // goes towards 0."""
+    quotient = a // b
+    return quotient - ((quotient * b != a) & ((a < 0) != (b < 0))).to(tl.int32)
+
+
+@triton.jit
+def remainder(a, b):
+    return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def true_divide(a, b):
+    return a * 1.0 / b
+
+
+@triton.jit
+def wrapped(index, size):
+    """An index from the end, where it is negative."""
+    return (index + tl.where(index < 0, size, 0)).to(tl.int64)
+
+
+@triton.jit
+def power(x, exponent):
+    """x ** exponent of two tensors, of any x where the exponent is a whole number."""
+    odd = tl.abs(exponent * 1.0) % 2 == 1
+    magnitude = tl.exp2(exponent * tl.log2(tl.abs(x * 1.0)))
+    return tl.where(exponent == 0, 1.0, tl.where((x < 0) & odd, -magnitude, magnitude))
+
+
+# What of this module, and of Triton, a generated function may name.
+NAMES = dict(tl=tl, triton=triton, tanh=tanh, floor_divide=floor_divide, remainder=remainder, true_divide=true_divide)
+NAMES |= dict(wrapped=wrapped, power=power)
+
+EXPRESSIONS = {
+    aten.add.Tensor: "({0} + {1})", aten.sub.Tensor: "({0} - {1})", aten.mul.Tensor: "({0} * {1})",
+    aten.add.Scalar: "({0} + {1})", aten.sub.Scalar: "({0} - {1})", aten.mul.Scalar: "({0} * {1})",
+    aten.rsub.Scalar: "({1} - {0})", aten.neg.default: "(-{0})", aten.abs.default: "tl.abs({0})",
+    aten.div.Tensor: "true_divide({0}, {1})", aten.div.Scalar: "true_divide({0}, {1})",
+    aten.floor_divide.default: "floor_divide({0}, {1})", aten.floor_divide.Scalar: "floor_divide({0}, {1})",
+    aten.remainder.Tensor: "remainder({0}, {1})", aten.remainder.Scalar: "remainder({0}, {1})",
+    aten.reciprocal.default: "(1.0 / {0})", aten.square.default: "({0} * {0})",
+    aten.exp.default: "tl.exp({0} * 1.0)", aten.exp2.default: "tl.exp2({0} * 1.0)",
+    aten.log.default: "tl.log({0} * 1.0)", aten.log2.default: "tl.log2({0} * 1.0)",
+    aten.sqrt.default: "tl.sqrt({0} * 1.0)", aten.rsqrt.default: "(1.0 / tl.sqrt({0} * 1.0))",
+    aten.sin.default: "tl.sin({0} * 1.0)",
+    aten.cos.default: "tl.cos({0} * 1.0)", aten.erf.default: "tl.erf({0} * 1.0)", aten.tanh.default: "tanh({0} * 1.0)",
+    aten.sigmoid.default: "tl.sigmoid({0} * 1.0)", aten.floor.default: "tl.floor({0} * 1.0)",
+    aten.ceil.default: "tl.ceil({0} * 1.0)", aten.pow.Tensor_Tensor: "power({0}, {1})",
+    aten.relu.default: "tl.maximum({0}, 0)", aten.minimum.default: "tl.minimum({0}, {1})",
+    aten.maximum.default: "tl.maximum({0}, {1})", aten.clamp_min.default: "tl.maximum({0}, {1})",
+    aten.clamp_max.default: "tl.minimum({0}, {1})", aten.where.self: "tl.where({0}, {1}, {2})",
+    aten.sign.default: "(({0} > 0).to(tl.float32) - ({0} < 0).to(tl.float32))",
+    aten.bitwise_and.Tensor: "({0} & {1})", aten.bitwise_or.Tensor: "({0} | {1})",
+    aten.bitwise_xor.Tensor: "({0} ^ {1})", aten.logical_and.default: "(({0} != 0) & ({1} != 0))",
+    aten.logical_or.default: "(({0} != 0) | ({1} != 0))", aten.logical_not.default: "({0} == 0)",
+    aten.bitwise_not.default: "({0} == 0)",
+}  # fmt: skip
+for name, sign in dict(eq="==", ne="!=", lt="<", le="<=", gt=">", ge=">=").items():
+    for kind in ("Tensor", "Scalar"):
+        EXPRESSIONS[getattr(getattr(aten, name), kind)] = f"({{0}} {sign} {{1}})"
+SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default}
+CONSTANTS = {aten.zeros_like.default: "0.0", aten.ones_like.default: "1.0", aten.new_zeros.default: "0.0"}
+TYPES = {torch.float16: "tl.float32", torch.bfloat16: "tl.float32", torch.float32: "tl.float32", torch.bool: "tl.int1"}
+TYPES |= {torch.float64: "tl.float32", torch.int32: "tl.int32", torch.int64: "tl.int64"}
+
+
+class CapturedArg(NamedTuple):
+    """A captured tensor inside a kernel."""
+
+    ptr: tl.tensor
+    sizes: tuple
+    strides: tuple
+
+
+def captured_args(tensors: tuple[Tensor, ...]) -> tuple | None:
+    if not tensors:
+        return None
+    return tuple(
+        CapturedArg(x.view(torch.uint8) if x.dtype == torch.bool else x, tuple(x.shape), tuple(x.stride()))
+        for x in tensors
+    )
+
+
+class Printer(NamedTuple):
+    """Writes a graph in Triton. `name` is what errors call it."""
+
+    name: str
+    captured: tuple[Tensor, ...]
+
+    def source(self, graph: fx.Graph, function: str) -> str:
+        """A function of the graph's arguments, the captured tensors in one."""
+        arguments = [n.name for n in graph.nodes if n.op == "placeholder" and captured_number(n) is None]
+        lines = [f"def {function}({', '.join(arguments)}, captured):"]
+        for node in graph.nodes:
+            if node.op == "call_function":
+                lines.append(f"    v_{node.name} = {self.expression(node)}")
+            elif node.op == "output":
+                value = node.args[0]
+                lines.append(f"    return {self.value(value[0] if isinstance(value, (list, tuple)) else value)}")
+        return "\n".join(lines) + "\n"
+
+    def expression(self, node: fx.Node) -> str:
+        """One operation."""
+        operation, arguments = node.target, node.args
+        if operation in SAME:
+            return self.value(arguments[0])
+        if operation in CONSTANTS:
+            return CONSTANTS[operation]
+        if operation is aten.scalar_tensor.default:
+            return self.value(arguments[0])
+        if operation is aten.full_like.default:
+            return self.value(arguments[1])
+        if operation is aten._to_copy.default:
+            dtype = node.kwargs.get("dtype")
+            return self.value(arguments[0]) if dtype is None else f"({self.value(arguments[0])}).to({TYPES[dtype]})"
+        if operation is aten.index.Tensor:
+            return self.indexed(*arguments)
+        if operation is aten.clamp.default:
+            low, high = (*arguments[1:], None)[:2]
+            value = self.value(arguments[0])
+            value = value if low is None else f"tl.maximum({value}, {self.value(low)})"
+            return value if high is None else f"tl.minimum({value}, {self.value(high)})"
+        if operation is aten.pow.Tensor_Scalar:
+            return self.power(*arguments)
+        if operation is aten.pow.Scalar:
+            return f"tl.exp2({math.log2(arguments[0])} * {self.value(arguments[1])})"
+        if operation is aten.div.Tensor_mode and node.kwargs.get("rounding_mode") == "floor":
+            return f"floor_divide({self.value(arguments[0])}, {self.value(arguments[1])})"
+        if operation not in EXPRESSIONS or node.kwargs.get("alpha", 1) != 1:
+            raise TypeError(f"{self.name} uses {operation}, which the triton backend cannot generate")
+        return EXPRESSIONS[operation].format(*map(self.value, arguments))
+
+    def power(self, base: fx.Node, exponent: float) -> str:
+        """x ** n of a number n: by multiplication where it is a small whole one."""
+        value = self.value(base)
+        if exponent == int(exponent) and 1 <= abs(exponent) <= 8:
+            product = "(" + " * ".join([f"({value} * 1.0)"] * abs(int(exponent))) + ")"
+            return product if exponent > 0 else f"(1.0 / {product})"
+        return "1.0" if exponent == 0 else f"tl.exp2({float(exponent)} * tl.log2({value} * 1.0))"
+
+    def indexed(self, table: fx.Node, indices: list) -> str:
+        """One number of a captured tensor."""
+        which = captured_number(table)
+        if which is None or None in indices or len(indices) != self.captured[which].dim():
+            raise TypeError(f"{self.name} must index captured tensors, one number at a time, for the triton backend")
+        arg = f"captured[{which}]"
+        offsets = [
+            f"wrapped({self.value(index)}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, index in enumerate(indices)
+        ]
+        return self.loaded(which, f"{arg}.ptr + {' + '.join(offsets)}")
+
+    def loaded(self, which: int, pointer: str) -> str:
+        dtype = self.captured[which].dtype
+        return f"(tl.load({pointer}) != 0)" if dtype == torch.bool else f"tl.load({pointer}).to({TYPES[dtype]})"
+
+    def value(self, value) -> str:
+        """A number, an argument or what was computed before."""
+        if isinstance(value, fx.Node):
+            which = captured_number(value)
+            if which is not None:
+                return self.loaded(which, f"captured[{which}].ptr")
+            return value.name if value.op == "placeholder" else f"v_{value.name}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")'
+        return repr(value)
+
+
+def captured_number(node: fx.Node) -> int | None:
+    """Which captured tensor an argument of a graph is; None for what is none."""
+    number = node.name.removeprefix("captured_")
+    return int(number) if node.op == "placeholder" and number.isdigit() else None
+
+
+_functions: dict[str, triton.JITFunction] = {}
+
+
+def jit(name: str, graph: fx.Graph, captured: tuple[Tensor, ...]) -> triton.JITFunction:
+    """A graph as a Triton function; the same source is compiled once."""
+    function = name.replace(".", "_")
+    code = Printer(name, captured).source(graph, function)
+    if code not in _functions:
+        file = f"<flashattn {function} {len(_functions)}>"
+        linecache.cache[file] = (len(code), None, code.splitlines(True), file)  # Triton reads a function's source
+        namespace = dict(NAMES, __name__=__name__)
+        exec(compile(code, file, "exec"), namespace)
+        _functions[code] = triton.jit(namespace[function])
+    return _functions[code]
+
+
+_mods: weakref.WeakKeyDictionary[fx.GraphModule, tuple] = weakref.WeakKeyDictionary()
+
+
+def mod_arg(mod: Traced | None) -> ModArgs | None:
+    """A score_mod as kernels take it."""
+    if mod is None:
+        return None
+    if mod.graph not in _mods:
+        slope = derivative(mod.graph, mod.captured)
+        _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, slope))
+    return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
+
+
+def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
+    """A block mask as kernels take it: 0 for a block that is left out, 1 where mask_mod decides, 2 for a full one."""
+    if block_mask is None:
+        return None
+    mask = block_mask.mask
+    states = block_mask.partial.to(torch.uint8) + 2 * block_mask.full.to(torch.uint8)
+    strides = (0 if size == 1 else stride for size, stride in zip(states.shape, states.stride(), strict=True))
+    function = jit("block_mask.mask_mod", mask.graph.graph, mask.captured)
+    return BlocksArgs(
+        function, captured_args(mask.captured), Plane(states, *strides), block_mask.block_q, block_mask.block_k
+    )
+
+
+def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
+    """The graph of a score_mod's derivative by the score."""
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def slope(score, *others):
+        with torch.enable_grad():
+            score = score.detach().requires_grad_()
+            result = graph(score, *others)
+            if not result.requires_grad:
+                return torch.zeros_like(score)
+            (gradient,) = torch.autograd.grad(
+                result, score, torch.ones_like(result), allow_unused=True, materialize_grads=True
+            )
+        return gradient
+
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    examples = [torch.zeros(())] + [torch.zeros((), dtype=torch.int32) for _ in range(4)]
+    examples += [x.detach().cpu() for x in captured]
+    traced = make_fx(slope)(*examples)
+    decompositions = core_aten_decompositions()
+    traced = make_fx(torch.func.functionalize(traced), decomposition_table=decompositions)(*examples)
+    for node, wanted in zip([n for n in traced.graph.nodes if n.op == "placeholder"], names, strict=True):
+        node.name = wanted
+    traced.graph.eliminate_dead_code()
+    return traced.graph
