@@ -92,6 +92,8 @@ def decode(
     after = [a + b for a, b in zip(lengths, new, strict=True)]
     if rotary is not None:
         check_rotary(rotary, q, max(after, default=0))
+        if any(count > length for count, length in zip(counts, after, strict=True)):
+            raise ValueError("q must not have more tokens than the cache, whose last they are, where none are new")
     left, right = (None, None) if window is None else arguments.check_window(window)
     score = Score(
         head_dim**-0.5 if scale is None else arguments.check_scale(scale),
@@ -125,7 +127,7 @@ def append_and_attend(
         starts = cached.starts if k is not None else cached.lengths - (
             q.shape[2] if score.q_lengths is None else score.q_lengths
         )  # fmt: skip
-        q = backend.rotate(q, starts, rotary)
+        q = backend.rotate(q, starts, score.q_lengths, rotary)
     return backend.decode(q, cached, score)
 
 

@@ -49,12 +49,12 @@ class Flex(torch.autograd.Function):
             torch.zeros_like(x, dtype=lse.dtype) if needed else None
             for x, needed in zip(captured, ctx.needs_input_grad[7:], strict=True)
         ]
-        by_blocks = ctx.backend != "triton"
-        if by_blocks or any(x is not None for x in sums):
+        sums_captured = any(x is not None for x in sums)
+        if sums_captured:
             *gradients, grad_bias = reference.dense_backward(
-                grad_out, grad_lse, q, k, v, lse, score, with_grad_bias and by_blocks, grad_captured=sums
+                grad_out, grad_lse, q, k, v, lse, score, with_grad_bias, grad_captured=sums
             )
-        if not by_blocks:
+        if not sums_captured or ctx.backend == "triton":
             *gradients, grad_bias = BACKENDS[ctx.backend].backward(
                 grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias
             )

@@ -138,8 +138,8 @@ class BlockMask(NamedTuple):
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Which queries i and keys j of batch rows b and heads h attend; all broadcast."""
-        row = b if self.partial.shape[0] > 1 else torch.zeros_like(b)
-        head = h if self.partial.shape[1] > 1 else torch.zeros_like(h)
+        row = b if self.partial.shape[0] > 1 else torch.zeros_like(b[:1])
+        head = h if self.partial.shape[1] > 1 else torch.zeros_like(h[:1])
         block = (row, head, i // self.block_q, j // self.block_k)
         return self.full[block] | (self.partial[block] & self.mask.graph(b, h, i, j, *self.mask.captured))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .cache import Cache
 from .transformer import Transformer
 
 
@@ -53,7 +52,7 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, device=device)
     capacity = min(longest + max_new_tokens, model.config.context)
-    cache = Cache(model.config, len(prompts), capacity, model.token_embedding.weight)
+    cache = model.new_cache(len(prompts), capacity)
 
     hidden = model.encode(tokens, lengths, cache=cache)
     hidden = hidden[torch.arange(len(prompts), device=device), lengths.long() - 1]  # of each prompt's last token

@@ -59,11 +59,12 @@ class Attention(nn.Module):
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v)
         )
-        if step.rotary is not None:
-            q, k = rotate(q, step.rotary), rotate(k, step.rotary)
-        if step.cache is not None:
-            k, v = step.cache.append(layer, k, v, step)
-        out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.kv_lengths)
+        if step.cache is not None:  # which takes the new keys and rotates them
+            out = flashattn.decode(q, step.cache.layers[layer], k, v, step.cache.rotary, q_lengths=step.lengths)
+        else:
+            if step.rotary is not None:
+                q, k = rotate(q, step.rotary), rotate(k, step.rotary)
+            out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.lengths)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

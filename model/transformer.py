@@ -50,18 +50,19 @@ class Transformer(nn.Module):
         padding is undefined. With a cache, tokens follow those it holds.
         """
         batch, seq = tokens.shape
-        held = 0 if cache is None else cache.longest
+        held = 0 if cache is None else max(cache.lengths, default=0)
         if held + seq > self.config.context:
             raise ValueError(f"tokens must fit the context of {self.config.context}, got {held + seq}")
         if cache is None:
             positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
-            step = Step(positions, self.config.causal, lengths)
         else:
-            step = cache.begin(seq, lengths)
+            positions = cache.positions(seq)
+            lengths = None if lengths is None else lengths.cpu()  # once, and not in every layer
+        step = Step(positions, self.config.causal, lengths, cache=cache)
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
-        else:
+        elif cache is None:
             step.rotary = rotary_table(step.positions, self.config)
         if self.type_embedding is not None:
             x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
@@ -71,6 +72,13 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, residual = block(x, residual, layer, step)
         return x if self.norm is None else self.norm(x, residual)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for so many sequences of up to `capacity` tokens."""
+        rotary, like = None, self.token_embedding.weight
+        if self.position_embedding is None:
+            rotary = rotary_table(torch.arange(capacity, device=like.device)[None], self.config)
+        return Cache(self.config, batch, capacity, like, rotary)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) to (…, vocab_size)."""

@@ -166,7 +166,9 @@ def test_decoding(architecture, features, dtype, paged):
     with compiled.compile_for(architecture) as kernels:
         backend.append(new, cache, table, lengths, None, rotary)
         backend.decode(
-            backend.rotate(q, lengths, rotary), cached, Score(0.1, right=0, kv_lengths=lengths, **DECODING[features])
+            backend.rotate(q, lengths, lengths, rotary),
+            cached,
+            Score(0.1, right=0, kv_lengths=lengths, **DECODING[features]),
         )
     assert [kernel.name for kernel in kernels] == ["rotate_and_store"] * 2 + ["attention_decode", "attention_merge"]
     for kernel in kernels:

@@ -303,6 +303,9 @@ WRONG = {
     "rotary": (dict(rotary=(TABLE, TABLE)), TypeError, r"rotary must be a flashattn.Rotary\(cos, sin\), got tuple"),
     "rotary_wide": (dict(rotary=flashattn.Rotary(TABLE, TABLE.repeat(1, 2))), ValueError, "rotary.sin must be"),
     "rotary_short": (dict(rotary=flashattn.Rotary(TABLE[:2], TABLE[:2])), ValueError, "a row for each of 3 positions"),
+    "rotary_of_the_past": (
+        dict(k=None, v=None, rotary=flashattn.Rotary(TABLE, TABLE)), ValueError, "q must not have more tokens than"
+    ),
     "window": (dict(window=(-2, 0)), ValueError, r"window must be \(left, right\).*\(-2, 0\)"),
     "mask": (dict(mask=torch.ones(3, 4).bool()), ValueError, r"mask must be.*\(1, 2, 3, 3\), got shape \(3, 4\)"),
     "q_lengths": (dict(q_lengths=torch.tensor([4])), ValueError, "q_lengths must be between 0 and.*3, got 4"),

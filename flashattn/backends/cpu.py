@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..norm_settings import Norm
 from ..score import Score
-from . import reference
+from . import cpu_blocks, reference
 from .common import last_dim_contiguous
 
 if TYPE_CHECKING:
@@ -69,12 +69,30 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    if score.score_mod is not None or score.block_mask is not None:
-        return reference.forward(q, k, v, score)
+    if score.score_mod is None and score.block_mask is None:
+        return engine_forward(q, k, v, score)
+    if cpu_blocks.takes(score):
+        return cpu_blocks.forward(engine_forward, q, k, v, score)
+    return reference.forward(q, k, v, score)
+
+
+def engine_forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     return ops.attention_forward.default(q, k, v, *score[:TENSORS])
 
 
 def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
+    with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    args = (grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias)
+    if score.score_mod is None and score.block_mask is None:
+        return engine_backward(*args)
+    if cpu_blocks.takes(score):
+        return cpu_blocks.backward(engine_backward, *args)
+    return reference.backward(*args)
+
+
+def engine_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
     with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
@@ -87,9 +105,9 @@ def backward(
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def rotate(x: Tensor, starts: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    ops.rotate_and_store.default(x, out, None, starts, None, *rotary, False)
+    ops.rotate_and_store.default(x, out, None, starts, counts, *rotary, False)
     return out
 
 

@@ -305,8 +305,9 @@ def dense_backward(
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def rotate(x: Tensor, starts: Tensor, rotary: Rotary) -> Tensor:
-    """x (batch, heads, seq, dim), of which token t of a row is at position starts[b] + t, rotated by its angles."""
+def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
+    """x (batch, heads, seq, dim), of which token t of a row is at position starts[b] + t, rotated by its angles. What
+    stands at and past counts[b], where given, does not exist."""
     positions = starts.view(-1, 1) + torch.arange(x.shape[2], device=x.device)
     positions = positions.clamp(0, rotary.cos.shape[0] - 1)  # those past the table do not exist
     dtype, n = accumulate_dtype(x), rotary.cos.shape[1]
@@ -323,7 +324,7 @@ def append(
 ) -> None:
     """Write new keys or values x (batch, kv_heads, seq, dim) to the cache, from starts[b] on, counts[b] of each row."""
     if rotary is not None:
-        x = rotate(x, starts, rotary)
+        x = rotate(x, starts, counts, rotary)
     (batch, _, seq, _), size = x.shape, cache.shape[2]
     token, row = torch.arange(seq, device=x.device), torch.arange(batch, device=x.device).view(-1, 1)
     exists = token < (seq if counts is None else counts.view(-1, 1))

@@ -227,9 +227,9 @@ def pages_arg(page_table: Tensor | None, cache: Tensor) -> PageTable | None:
 
 
 @on_its_device
-def rotate(x: Tensor, starts: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotate_and_store(x, out, None, starts, None, rotary, append=False)
+    rotate_and_store(x, out, None, starts, counts, rotary, append=False)
     return out
 
 

@@ -258,8 +258,10 @@ def flash_attn_with_kvcache(
     starts, lengths = (torch.tensor(x, dtype=torch.int32).to(q.device) for x in (before, after))
     rotary = None
     if rotary_cos is not None:
+        if k is None:
+            raise ValueError("k must be given with rotary_cos: rotary positions are those of new tokens")
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
-        check_rotary(rotary, q, longest + (0 if causal or new else seq_q))
+        check_rotary(rotary, q, longest)
     window = _window(window_size)
     score = Score(
         head_dim**-0.5 if softmax_scale is None else arguments.check_scale(softmax_scale), window[0],
@@ -287,7 +289,7 @@ def _rotated_by_one(q: Tensor, starts: Tensor, rotary: Rotary, backend: str) -> 
     """Every query of a row by the same position."""
     batch, heads, seq_q, head_dim = q.shape
     each = q.transpose(1, 2).reshape(batch * seq_q, heads, 1, head_dim)
-    each = backends.BACKENDS[backend].rotate(each, starts.repeat_interleave(seq_q), rotary)
+    each = backends.BACKENDS[backend].rotate(each, starts.repeat_interleave(seq_q), None, rotary)
     return each.view(batch, seq_q, heads, head_dim).transpose(1, 2)
 
 
