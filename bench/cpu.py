@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -179,22 +180,56 @@ def window(dtype: str, goal: float, shape: tuple[int, ...], left: int) -> Case:
 LENGTHS = (64, 1024, 128, 512, 96, 768, 256, 384)
 
 
-def mixed_lengths(dtype: str, goal: float, heads: int = 8, head_dim: int = 64) -> Case:
-    """A padded batch; PyTorch is given the mask of the keys."""
+def mixed_lengths(dtype: str, goal: float, packed: bool, heads: int = 8, head_dim: int = 64) -> Case:
+    """Ours padded or packed; PyTorch is given the padded batch and the mask of the keys."""
     shape = (len(LENGTHS), heads, max(LENGTHS), head_dim)
 
     def prepare(d: torch.dtype) -> Calls:
         q, k, v = tensors(d, shape, shape, shape)
         lengths = torch.tensor(LENGTHS)
         exists = torch.arange(shape[2]) < lengths[:, None]
-        calls = attention(
-            q, k, v, lambda: scaled_dot_product_attention(q, k, v, attn_mask=exists[:, None, None]),
-            q_lengths=lengths, kv_lengths=lengths,
-        )  # fmt: skip
-        return calls._replace(compared=lambda out: [out * exists[:, None, :, None]])
+
+        def theirs() -> Tensor:
+            return scaled_dot_product_attention(q, k, v, attn_mask=exists[:, None, None])
+
+        if not packed:
+            calls = attention(q, k, v, theirs, q_lengths=lengths, kv_lengths=lengths)
+            return calls._replace(compared=lambda out: [out * exists[:, None, :, None]])
+        rows = [x.transpose(1, 2)[exists] for x in (q, k, v)]
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+
+        def ours(*x: Tensor) -> Tensor:
+            return flashattn.attention_varlen(*x, starts, starts, shape[2], shape[2])
+
+        def compared(out: Tensor) -> list[Tensor]:
+            return [out if out.dim() == 3 else out.transpose(1, 2)[exists]]
+
+        return Calls(lambda: ours(*rows), theirs, lambda: [in_float64(ours, *rows)], compared)
 
     work = 4 * heads * head_dim * sum(n * n for n in LENGTHS)
-    return Case("lengths 64 to 1024, padded", dtype, goal, work, "GFLOP/s", prepare)
+    return Case(f"lengths 64 to 1024, {'packed' if packed else 'padded'}", dtype, goal, work, "GFLOP/s", prepare)
+
+
+def paged_decode(dtype: str, goal: float, seq: int, page_size: int) -> Case:
+    """One new token against a cache in shuffled pages; PyTorch reads a contiguous one."""
+    heads, kv_heads, head_dim = 32, 8, 128
+
+    def prepare(d: torch.dtype) -> Calls:
+        q, k, v = tensors(d, (1, heads, 1, head_dim), *[(1, kv_heads, seq, head_dim)] * 2)
+        cache = flashattn.PagedKVCache(seq // page_size, page_size, kv_heads, head_dim, dtype=d)
+        random.Random(0).shuffle(cache._free)
+        batch = cache.select([cache.add()])
+        with torch.no_grad():
+            flashattn.decode(q.new_zeros(1, kv_heads, seq, head_dim), batch, k, v, window=(0, 0))
+
+        def ours() -> Tensor:
+            return flashattn.decode(q, batch)
+
+        calls = attention(q, k, v, lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        return calls._replace(ours=ours)
+
+    size = 2 * kv_heads * seq * head_dim * getattr(torch, dtype).itemsize
+    return Case(f"decode, {seq // 1024}k keys, pages of {page_size}", dtype, goal, size, "GB/s", prepare)
 
 
 def threads(dtype: str, goal: float, shape: tuple[int, ...]) -> Case:
@@ -307,8 +342,11 @@ CASES = [
     decode("float32", 2.5, 8192),
     decode("bfloat16", 20, 8192),
     decode("bfloat16", 2.8, 32768, folded=True),
+    paged_decode("float32", 2.5, 8192, 16),
+    paged_decode("bfloat16", 20, 8192, 16),
     window("float32", 8, (1, 2, 8192, 64), 512),
-    mixed_lengths("float32", 3),
+    mixed_lengths("float32", 3, packed=False),
+    mixed_lengths("float32", 3, packed=True),
     threads("float32", 1.85, BIG),
     norm("layer_norm", "float32", 1.6, flashattn.layer_norm, their_layer_norm, 1, 2),
     norm("layer_norm", "bfloat16", 2.3, flashattn.layer_norm, their_layer_norm, 1, 2),

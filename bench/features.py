@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
 
@@ -34,6 +35,10 @@ FEATURES: dict[str, Callable[[tuple[int, ...], torch.dtype], dict]] = {
     "the same, with its gradient": lambda s, d: dict(bias=torch.randn(s[2]).to(d).requires_grad_()),
     "sinks, with their gradient": lambda s, d: dict(sinks=torch.randn(s[1]).to(d).requires_grad_()),
     "dropout_p": lambda s, d: dict(dropout_p=0.1, seed=1),
+    "block_mask, none left out": lambda s, d: dict(
+        block_mask=create_block_mask(lambda b, h, i, j: i - j < s[2], None, None, s[2], s[2], "cpu")
+    ),
+    "score_mod": lambda s, d: dict(score_mod=lambda score, b, h, i, j: score - (i - j).abs() * 0.01),
 }
 
 

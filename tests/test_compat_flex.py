@@ -162,14 +162,18 @@ def test_gradients_against_float64(dtype, mod, block_mask, backend):
         assert_as_exact_as_torch(ours, by_torch, truth, f"result {n}")
 
 
+@pytest.mark.parametrize("by_position", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_with_every_other_feature(backend):
-    """A score_mod that does nothing, and a block mask that is a window, change nothing."""
+def test_with_every_other_feature(backend, by_position):
+    """A score_mod that does nothing, and a block mask that is a window, change nothing. Without features that count
+    from positions the CPU engine takes the block mask."""
     q, k, v = inputs()
     options = dict(
-        bias=captured(HEADS, 1, SEQ_K), alibi_slopes=torch.rand(HEADS), softcap=3.0, sinks=captured(HEADS),
-        mask=torch.rand(BATCH, 1, 1, SEQ_K) > 0.2, kv_lengths=torch.tensor([SEQ_K, SEQ_K - 20]), dropout_p=0.2, seed=5,
+        bias=captured(HEADS, 1, SEQ_K), softcap=3.0, sinks=captured(HEADS), mask=torch.rand(BATCH, 1, 1, SEQ_K) > 0.2,
+        kv_lengths=torch.tensor([SEQ_K, SEQ_K - 20]), q_lengths=torch.tensor([SEQ_Q - 3, SEQ_Q]),
     )  # fmt: skip
+    if by_position:
+        options |= dict(alibi_slopes=torch.rand(HEADS), dropout_p=0.2, seed=5)
     window = theirs.create_block_mask(
         lambda b, h, i, j: (j <= i + SEQ_K - SEQ_Q + 9) & (j >= i + SEQ_K - SEQ_Q - 50),
         None,
