@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from common import BACKENDS, INTERPRETED, assert_as_exact_as_torch, skip_if_wrong_there
+from common import BACKENDS, INTERPRETED, assert_as_exact_as_torch, randn, skip_if_wrong_there
 from torch.nn.attention import flex_attention as theirs
 
 import flashattn
@@ -370,3 +370,66 @@ def test_every_operation(backend):
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_block_mask_of_several_parts_on_the_engine():
+    """More queries than the engine takes at a time, with what counts from the diagonal and from the beginning."""
+    seq_q, seq_k = 600, 700
+    q, k, v = (randn(2, heads, seq, 16, dtype=torch.float32) for heads, seq in ((4, seq_q), (2, seq_k), (2, seq_k)))
+    width = torch.tensor([30, 200, 400, 600])
+    block_mask = theirs.create_block_mask(
+        lambda b, h, i, j: (i - j).abs() <= width[h], None, 4, seq_q, seq_k, "cpu", 32
+    )
+    bias, sinks = randn(4, seq_q, 1, dtype=torch.float32), randn(4, dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in (q, k, v, bias, sinks)]
+    lengths = dict(kv_lengths=torch.tensor([700, 333]), q_lengths=torch.tensor([333, 600]))
+    mask = torch.rand(2, 1, seq_q, seq_k) > 0.2
+    results = []
+    for backend in ("cpu", "reference"):
+        with flashattn.use_backend(backend):
+            out, lse = flashattn.attention(
+                q, k, v, bias=bias, sinks=sinks, window=(250, 90), softcap=5.0, mask=mask, block_mask=block_mask,
+                **lengths, return_lse=True,
+            )  # fmt: skip
+            loss = out.square().sum() + lse[lse.isfinite()].sum()
+            results.append([out, lse, *torch.autograd.grad(loss, inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_index_from_the_end(backend):
+    q, k, v = (x.detach() for x in inputs())
+    table = torch.randn(HEADS, SEQ_Q + SEQ_K)
+
+    def mod(score, b, h, i, j):
+        return score + table[h, i - j]  # before the diagonal from the end
+
+    with flashattn.use_backend(backend):
+        ours = flex_attention(q, k, v, score_mod=mod)
+    torch.testing.assert_close(ours, dense(mod, None, q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_blocks_are_not_asked(backend):
+    """A mask made by hand: its first blocks attend whatever mask_mod says, its second as it says, no other."""
+    q, k, v = (x.detach() for x in inputs())
+    size = 16
+    rows = -(-SEQ_Q // size)
+    counts = torch.ones(1, 1, rows, dtype=torch.int32)
+    indices = torch.zeros(1, 1, rows, -(-SEQ_K // size), dtype=torch.int32)
+    block_mask = theirs.BlockMask.from_kv_blocks(
+        counts,
+        indices + 1,
+        counts,
+        indices,
+        BLOCK_SIZE=size,
+        mask_mod=lambda b, h, i, j: j >= 24,
+        seq_lengths=(SEQ_Q, SEQ_K),
+    )
+    with flashattn.use_backend(backend):
+        ours = flex_attention(q, k, v, block_mask=block_mask)
+    j = torch.arange(SEQ_K)
+    keep = (j < 16) | ((j >= 24) & (j < 32))
+    expected = flashattn.attention(q, k, v, mask=keep)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -144,6 +144,8 @@ mask = torch.rand(2, 1, 33, 33) > 0.2
 def call():
     options = dict(is_causal=True), dict(attn_mask=mask), dict(scale=0.3)
     outs = [scaled_dot_product_attention(q, k, v, **o) for o in options]
+    outs.append(scaled_dot_product_attention(q[:, :, :20], k, v, is_causal=True))
+    outs.append(scaled_dot_product_attention(q, k[:, :, :20], v[:, :, :20], is_causal=True))
     return [*outs, *torch.autograd.grad(sum(x.square().sum() for x in outs), (q, k, v))]
 
 before = call()
@@ -153,11 +155,11 @@ calls = []
 forward = flashattn.backends.cpu.forward
 flashattn.backends.cpu.forward = lambda *x: calls.append(1) or forward(*x)
 during = call()
-assert len(calls) == 3, calls
+assert len(calls) == 5, calls
 assert torch.equal(during[0], flashattn.attention(q, k, v, causal=True))
 restore_flash_attention_impl()
 after = call()
-assert len(calls) == 4, calls
+assert len(calls) == 6, calls
 for a, b, c in zip(before, during, after):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert torch.equal(a, c)
