@@ -139,6 +139,42 @@ def test_reference_is_the_truth_in_float64(case):
         torch.testing.assert_close(x, t, rtol=1e-12, atol=1e-12)
 
 
+FEATURES = dict(
+    causal=True, window=(40, 9), q_lengths=(70, 33, 0), kv_lengths=(90, 0, 64), softcap=3.0, slopes="bh", mask="bk",
+    bias="hqk", sinks=True, dropout_p=0.2, kv_heads=2, scale=0.4,
+)  # fmt: skip
+
+
+def pairwise() -> list[Case]:
+    """Cases in which every two features meet, and each is met without the other: feature n is in the cases of the n-th
+    four of 1 .. 6, and in none but those, so that of any two each has a case the other lacks.
+
+    Kleitman and Spencer, "Families of k-independent sets" (1973).
+    """
+    fours = dict(zip(FEATURES, itertools.combinations(range(1, 7), 4), strict=False))
+    base = Case("", batch=3, heads=4, kv_heads=4, seq_q=70, seq_k=90, head_dim=24, head_dim_v=40)
+    return [
+        base._replace(name=f"pairs_{n}", **{name: FEATURES[name] for name, four in fours.items() if n in four})
+        for n in range(7)
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: case.name)
+def test_pairs_of_features(case, dtype, backend):
+    skip_if_wrong_there(backend, dtype)
+    check(case, dtype, backend)
+
+
+def test_pairs_are_all_there():
+    present = [{name for name in FEATURES if getattr(case, name) == FEATURES[name]} for case in pairwise()]
+    for a, b in itertools.permutations(FEATURES, 2):
+        assert any(a in p and b in p for p in present)
+        assert any(a in p and b not in p for p in present)
+        assert any(a not in p and b not in p for p in present)
+
+
 dimensions = st.sampled_from(["".join(d) for n in range(5) for d in itertools.combinations("bhqk", n)])
 
 

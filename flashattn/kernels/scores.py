@@ -274,8 +274,8 @@ def shift(score, scores, slope, batch, head, queries, keys, query_end, key_end, 
     """(scores, slope): ALiBi, bias, score_mod and masks on capped base-2 scores, and their derivative by scale * q.k.
     `queries` and `keys` broadcast to their shape; `state`: the tile's `block_state`."""
     if score.slopes is not None:
-        slope = tl.load(score.slopes + batch * score.slopes_stride + head) * LOG2E
-        scores -= slope * tl.abs(queries + score.diagonal - keys).to(tl.float32)
+        alibi = tl.load(score.slopes + batch * score.slopes_stride + head) * LOG2E
+        scores -= alibi * tl.abs(queries + score.diagonal - keys).to(tl.float32)
     exists = (queries < query_end) & (keys < key_end)
     if score.bias is not None:
         bias = tl.load(plane_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
