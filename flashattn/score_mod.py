@@ -137,11 +137,11 @@ class BlockMask(NamedTuple):
     block_k: int
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Which queries i and keys j of batch rows b and heads h attend; all broadcast."""
-        row = b if self.partial.shape[0] > 1 else torch.zeros_like(b[:1])
-        head = h if self.partial.shape[1] > 1 else torch.zeros_like(h[:1])
-        block = (row, head, i // self.block_q, j // self.block_k)
-        return self.full[block] | (self.partial[block] & self.mask.graph(b, h, i, j, *self.mask.captured))
+        """(batch or 1, heads or 1, queries, keys): which of queries i (a column) and keys j attend, of all batch rows b
+        and heads h."""
+        rows, columns = i.view(-1) // self.block_q, j // self.block_k
+        full, partial = (x.index_select(2, rows).index_select(3, columns) for x in (self.full, self.partial))
+        return full | (partial & self.mask.graph(b, h, i, j, *self.mask.captured))
 
     def keys_of(self, rows: slice, seq_k: int) -> Tensor:
         """The keys of all blocks that some of these queries of any batch row and head look at."""
