@@ -124,6 +124,9 @@ def _value_key(value) -> tuple | None:
         return "object", id(value)  # a trace keeps its tensors alive
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return type(value), value
+    if isinstance(value, tuple):
+        keys = tuple(map(_value_key, value))
+        return None if None in keys else (tuple, keys)
     return closure_key(value)
 
 

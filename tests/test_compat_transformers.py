@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from packages import needs_minilm
+
+from model.packages import locate
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,6 +170,20 @@ def test_dropout_is_used_in_training():
     assert not torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens).logits)
     model.eval()
     assert torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@needs_minilm
+def test_minilm_as_eager():
+    """Real weights, and real sentences of different lengths."""
+    path, outs = locate("minilm"), []
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    sentences = ["A man is eating food.", "A man is eating a piece of bread with a lot of butter on top of it."]
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    for implementation in ("flashattn", "eager"):
+        model = transformers.AutoModel.from_pretrained(path, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            outs.append(model(**batch).last_hidden_state[batch["attention_mask"].bool()])
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
 
 
 def test_no_mask_is_made_where_none_is_needed():
