@@ -118,17 +118,21 @@ def append_and_attend(
     q: Tensor, cached: Cached, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`decode` of checked arguments, in a cache that has room."""
-    backend = BACKENDS[backend]
     if k is not None:
-        backend.append(k, cached.k, cached.page_table, cached.starts, score.q_lengths, rotary)
-        backend.append(v, cached.v, cached.page_table, cached.starts, score.q_lengths, None)
+        append(cached, k, v, score.q_lengths, rotary, backend)
     if rotary is not None:
         # Without new keys q belongs to the last that are there.
         starts = cached.starts if k is not None else cached.lengths - (
             q.shape[2] if score.q_lengths is None else score.q_lengths
         )  # fmt: skip
-        q = backend.rotate(q, starts, score.q_lengths, rotary)
-    return backend.decode(q, cached, score)
+        q = BACKENDS[backend].rotate(q, starts, score.q_lengths, rotary)
+    return BACKENDS[backend].decode(q, cached, score)
+
+
+def append(cached: Cached, k: Tensor, v: Tensor, counts: Tensor | None, rotary: Rotary | None, backend: str) -> None:
+    """Write new keys, rotated, and values behind those that are there, counts[b] of each row or all."""
+    for x, cache, turned in ((k, cached.k, rotary), (v, cached.v, None)):
+        BACKENDS[backend].append(x, cache, cached.page_table, cached.starts, counts, turned)
 
 
 def _counts(q_lengths: Tensor | None, batch: int, seq_q: int) -> list[int]:

@@ -55,9 +55,7 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # table[head] without .item()
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    device = "cpu"
-    examples = [torch.zeros((), device=device)] * scores
-    examples += [torch.zeros((), dtype=torch.int32, device=device) for _ in range(4)]
+    examples = [torch.zeros(())] * scores + [torch.zeros((), dtype=torch.int32) for _ in range(4)]
     try:
         with TransformGetItemToIndex():
             module = make_fx(function)(*examples)
@@ -119,9 +117,22 @@ def closure_key(function: Callable) -> tuple | None:
     return None if None in keys else (function.__code__, *keys)
 
 
+class Identity:
+    """An object in a key: itself and no other, and alive as long as the key, so that no other takes its id."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _value_key(value) -> tuple | None:
     if isinstance(value, (Tensor, types.ModuleType, types.BuiltinFunctionType)):
-        return "object", id(value)  # a trace keeps its tensors alive
+        return "object", Identity(value)
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return type(value), value
     if isinstance(value, tuple):

@@ -114,11 +114,10 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
 def append(
     x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
 ) -> None:
-    rotary = (None, None, False) if rotary is None else rotary
     if cache.stride(3) != 1 and cache.shape[3] != 1:  # only a cache of the caller's own can be like that
-        rotate = None if rotary[0] is None else rotary
-        return reference.append(x, cache, page_table, starts, counts, rotate)
-    ops.rotate_and_store.default(x, cache, page_table, starts, counts, *rotary, True)
+        return reference.append(x, cache, page_table, starts, counts, rotary)
+    tables = (None, None, False) if rotary is None else rotary
+    ops.rotate_and_store.default(x, cache, page_table, starts, counts, *tables, True)
 
 
 def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
     from ..kernels.rotary import RotaryArgs
-    from ..kernels.scores import Plane, ScoreArgs
+    from ..kernels.scores import ScoreArgs, plane_arg
     from ..kernels.tiles import Heads
 else:
     triton = None
@@ -89,12 +89,6 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 def heads_arg(x: Tensor) -> Heads:
     return Heads(x, x.stride(0), x.stride(1), x.stride(2))
-
-
-def plane_arg(x: Tensor | None) -> Plane | None:
-    if x is None:
-        return None
-    return Plane(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:

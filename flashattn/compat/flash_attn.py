@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import arguments, backends, checks
 from ..attention import attention, attention_varlen
 from ..cache import Cached
-from ..decode import Rotary, append_and_attend, check_rotary
+from ..decode import Rotary, append, append_and_attend, check_rotary
 from ..score import Score
 
 
@@ -122,7 +122,7 @@ def flash_attn_varlen_func(
     torch.Size([7, 4, 8])
     """
     if block_table is not None:
-        k, v = _gathered(k, v, cu_seqlens_k, max_seqlen_k, block_table)
+        k, v = _gathered(k, v, cu_seqlens_k, block_table)
     out, lse = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=_window(window_size),
         alibi_slopes=alibi_slopes, softcap=_softcap(softcap), dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
@@ -273,13 +273,11 @@ def flash_attn_with_kvcache(
         mask = (torch.arange(longest, device=q.device) >= leftpad[:, None])[:, None, None]
     score = arguments.modified(score, whole, q.device, mask, alibi_slopes, _softcap(softcap), 0.0, None)
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v_cache.shape[3]))
+    cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
     if rotary is not None and not causal and window == (None, None):
         q = _rotated_by_one(q, starts, rotary, backend)
-        if k is not None:
-            backends.BACKENDS[backend].append(k, k_cache, table, starts, None, rotary)
-            backends.BACKENDS[backend].append(v, v_cache, table, starts, None, None)
+        append(cached, k, v, None, rotary, backend)
         k = v = rotary = None
-    cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
     out, lse = append_and_attend(q, cached, k, v, rotary, score, backend)
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out
@@ -319,7 +317,7 @@ def _check_sizes(q, k_cache, v_cache, k, v) -> None:
             )
 
 
-def _gathered(k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, block_table: Tensor) -> tuple[Tensor, Tensor]:
+def _gathered(k: Tensor, v: Tensor, cu_seqlens: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
     """Pages (pages, page_size, kv_heads, head_dim) as packed rows."""
     _check_four("k", k), _check_four("v", v)
     checks.tensor("cu_seqlens_k", cu_seqlens)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
-from .scores import BlocksArgs, ModArgs, Plane, tanh
+from .scores import BlocksArgs, ModArgs, plane_arg, tanh
 
 if TYPE_CHECKING:
     from ..score_mod import BlockMask, Traced
@@ -56,7 +56,7 @@ def power(x, exponent):
 
 
 # What of this module, and of Triton, a generated function may name.
-NAMES = dict(tl=tl, triton=triton, tanh=tanh, floor_divide=floor_divide, remainder=remainder, true_divide=true_divide)
+NAMES = dict(tl=tl, tanh=tanh, floor_divide=floor_divide, remainder=remainder, true_divide=true_divide)
 NAMES |= dict(wrapped=wrapped, power=power)
 
 EXPRESSIONS = {
@@ -234,11 +234,8 @@ def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
         return None
     mask = block_mask.mask
     states = block_mask.partial.to(torch.uint8) + 2 * block_mask.full.to(torch.uint8)
-    strides = (0 if size == 1 else stride for size, stride in zip(states.shape, states.stride(), strict=True))
     function = jit("block_mask.mask_mod", mask.graph.graph, mask.captured)
-    return BlocksArgs(
-        function, captured_args(mask.captured), Plane(states, *strides), block_mask.block_q, block_mask.block_k
-    )
+    return BlocksArgs(function, captured_args(mask.captured), plane_arg(states), block_mask.block_q, block_mask.block_k)
 
 
 def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:

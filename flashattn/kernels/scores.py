@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .dropout import DropoutArgs
 from .softmax import LN2, LOG2E
@@ -32,6 +33,13 @@ class Plane(NamedTuple):
     stride_head: tl.tensor
     stride_q: tl.tensor
     stride_k: tl.tensor
+
+
+def plane_arg(x: Tensor | None) -> Plane | None:
+    """A tensor of four dimensions, each that of the scores or 1, as kernels take it."""
+    if x is None:
+        return None
+    return Plane(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 class ModArgs(NamedTuple):
