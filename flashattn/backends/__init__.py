@@ -76,6 +76,12 @@ def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...
     return _choose_once(forced, device_type, dtypes, wide)
 
 
+def decide_anew() -> None:
+    """Forget what was decided about this machine: for those who give Triton another driver."""
+    _choose_once.cache_clear()
+    triton.unusable.cache_clear()
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)

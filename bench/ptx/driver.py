@@ -1,0 +1,218 @@
+"""A Triton driver whose GPU is the PTX machine: `with device("sm_80") as gpu:` and every launch on CPU tensors runs there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from triton.backends.driver import GPUDriver
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import _allocation
+from triton.runtime.cache import get_cache_manager
+
+import flashattn.backends
+from flashattn.kernels.configs import SHARED_MEMORY
+
+from ..compiled import NoDriver, target
+from .copies import encode_map
+from .counts import Counts
+from .faults import Fault
+from .machine import Limits, execute
+from .memory import Named, named
+from .parse import parse
+from .program import Program
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+
+
+class Launch(NamedTuple):
+    """One launch that ran: what it was and what it did."""
+
+    kernel: str
+    architecture: str
+    grid: tuple[int, int, int]
+    threads: int  # of a block
+    shared_bytes: int
+    counts: Counts
+
+
+@contextlib.contextmanager
+def device(architecture: str, *, max_instructions: int = Limits().instructions) -> Iterator[Device]:
+    """Within the block every Triton kernel that is launched on CPU tensors is compiled for `architecture` ("sm_80",
+    "sm_90" …) and executed by the PTX machine. `launches` of what it gives is the list of what ran, with its counts.
+
+    Raises `Fault` where a kernel does what a GPU would punish or would let pass unseen: the tensor, block, thread, PTX
+    line and Python line are in it. max_instructions: of one warp, past it a kernel counts as endless.
+
+    It models results, order and counts. It models no time, no caches and no occupancy.
+
+    >>> import torch, triton, triton.language as tl
+    >>> from bench import ptx
+    >>> with ptx.device("sm_80") as gpu:  # doctest: +SKIP
+    ...     add_kernel[(4,)](x, y, out, 1000, BLOCK=256)
+    >>> gpu.launches[0].counts.total("global_bytes")  # doctest: +SKIP
+    12000
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled")
+    driver = triton.runtime.driver
+    before, allocator = driver._active, _allocation._allocator.get()
+    gpu = Device(architecture, Limits(max_instructions))
+    driver.set_active(gpu)
+    _allocation.set_allocator(gpu.allocate)
+    flashattn.backends.decide_anew()
+    try:
+        yield gpu
+    finally:
+        driver._active = before
+        _allocation.set_allocator(allocator)
+        flashattn.backends.decide_anew()
+
+
+class Device(NoDriver, GPUDriver):
+    """What Triton asks of a driver."""
+
+    def __init__(self, architecture: str, limits: Limits):
+        NoDriver.__init__(self, architecture)
+        self.limits = limits
+        self.launches: list[Launch] = []
+        self.scratch: list[torch.Tensor] = []
+        self.utils = self
+        self.launcher_cls = Launcher
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return nvidia.ty_to_cpp(ty)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self):
+        """Runs the kernel once; nothing here has a time."""
+
+        def once(call, *, quantiles, **_):
+            call()
+            return [1.0] * len(quantiles)
+
+        return once
+
+    def get_device_properties(self, number: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY[self.architecture], "warpSize": 32, "multiprocessor_count": 1}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, number: int) -> tuple:
+        return name, name, 0, 0, 1024
+
+    def fill_tma_descriptor_tiled(self, base, swizzle, itemsize, element, box, sizes, strides, fill) -> np.ndarray:
+        """The numbers of element types differ between the CUDA driver and PTX."""
+        element = {8: 9, 9: 10, 10: 8}.get(element, element)
+        return np.frombuffer(encode_map(base, element, sizes, strides, box, swizzle, fill), np.uint8)
+
+    def allocate(self, size: int, align: int, stream) -> torch.Tensor:
+        """Workspace that a kernel asks for."""
+        self.scratch.append(torch.zeros(size + align, dtype=torch.uint8))
+        return self.scratch[-1][-self.scratch[-1].data_ptr() % align :][:size]
+
+
+class Launcher:
+    """What a compiled kernel calls to launch: the arguments become the bytes of the kernel's parameters."""
+
+    def __init__(self, src, metadata):
+        self.metadata = metadata
+        self.program = load(metadata.hash, metadata.name, metadata.shared)
+        self.names = list(src.signature) if isinstance(next(iter(src.signature), ""), str) else src.fn.arg_names
+        self.signature = list(src.signature.values())
+        self.descriptors = getattr(metadata, "tensordesc_meta", None)
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+        gpu = triton.runtime.driver.active
+        if enter is not None:
+            enter(launch_metadata)
+        grid = (x, y, z)
+        values = self.flatten(args)
+        for kind in ("global", "profile"):
+            size = getattr(self.metadata, f"{kind}_scratch_size") * x * y * z
+            allocator = _allocation._allocator if kind == "global" else _allocation._profile_allocator
+            values.append((f"{kind} scratch", allocator.get()(size, getattr(self.metadata, f"{kind}_scratch_align"), stream) if size else None))  # fmt: skip
+        tensors = [t for name, v in values if isinstance(v, torch.Tensor) and (t := self.tensor(name, v))]
+        params = self.pack(values)
+        threads = self.metadata.num_warps * 32
+        counts = execute(self.program, grid, threads, params, tensors, gpu.limits)
+        gpu.launches.append(
+            Launch(self.metadata.name, gpu.architecture, grid, threads, self.program.shared_bytes, counts)
+        )
+        if leave is not None:
+            leave(launch_metadata)
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> Named | None:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be a CPU tensor to run on the PTX machine, got {tensor.device}")
+        return named(name, tensor)
+
+    def flatten(self, args: tuple) -> list[tuple[str, object]]:
+        """(name, value) of each parameter of the compiled kernel, in its order."""
+        found: list[tuple[str, object]] = []
+        descriptors = iter(self.descriptors or [])
+
+        def visit(name, kind, value):
+            if isinstance(kind, tuple):
+                fields = getattr(type(value), "_fields", range(len(kind)))
+                for field, k, v in zip(fields, kind, value, strict=True):
+                    visit(f"{name}.{field}", k, v)
+            elif kind.startswith("tensordesc"):
+                found.append((f"{name} ", value.base))  # for its extent: dropped from the parameters below
+                for v in nvidia.make_tensordesc_arg(value, next(descriptors, None)):
+                    found.append((name, v))
+            elif kind != "constexpr":
+                found.append((name, value))
+
+        for name, kind, value in zip(self.names, self.signature, args, strict=True):
+            visit(str(name), kind, value)
+        return found
+
+    def pack(self, values: list[tuple[str, object]]) -> bytes:
+        given = [v for name, v in values if not name.endswith(" ")]
+        params = self.program.function.params
+        if len(given) != len(params):
+            raise Fault("unsupported", f"{len(given)} arguments for a kernel of {len(params)} parameters")
+        data = bytearray(self.program.function.param_bytes)
+        for param, value in zip(params, given, strict=True):
+            data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
+        return bytes(data)
+
+
+def parameter_bytes(kind: str, size: int, value) -> bytes:
+    if isinstance(value, np.ndarray):  # a tensor map
+        return value.tobytes()
+    if value is None:
+        return bytes(size)
+    if isinstance(value, torch.Tensor) or hasattr(value, "data_ptr"):
+        return value.data_ptr().to_bytes(8, "little")
+    if kind in ("f32", "f64"):
+        return struct.pack("<f" if kind == "f32" else "<d", float(value))
+    if isinstance(value, float):  # a float16 or bfloat16 scalar comes as bits of a wider parameter
+        return struct.pack("<f", value)[:size] if size == 4 else struct.pack("<e", value)
+    return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
+
+
+@functools.cache
+def load(hash: str, name: str, shared: int) -> Program:
+    """The program of a compiled kernel: Triton keeps the PTX beside the binary in its cache."""
+    group = get_cache_manager(hash).get_group(f"{name}.json")
+    text = Path(next(path for file, path in group.items() if file.endswith(".ptx"))).read_text()
+    module = parse(text)
+    return Program(module.kernels[name], module, shared)
+
+
+__all__ = ["Device", "Launch", "device", "target"]

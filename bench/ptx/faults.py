@@ -1,0 +1,35 @@
+"""What the machine refuses, and where it happened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .parse import Instruction
+
+
+class Fault(RuntimeError):
+    """A kernel did what a GPU would punish, or would let pass unseen.
+
+    kind: "out of bounds", "misaligned", "uninitialised", "pending copy", "pending wgmma", "race", "global race",
+    "barrier", "endless", "assert", "unknown instruction" or "unsupported".
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        instruction: Instruction | None = None,
+        block: tuple[int, int, int] | None = None,
+        thread: int | None = None,
+        tensor: str | None = None,
+    ):
+        self.kind, self.message, self.instruction = kind, message, instruction
+        self.block, self.thread, self.tensor = block, thread, tensor
+        lines = [f"{kind}: {message}"]
+        if block is not None:
+            lines.append(f"  block {block}" + ("" if thread is None else f", thread {thread}"))
+        if instruction is not None:
+            lines.append(f"  {instruction.location or 'no Python line'}")
+            lines.append(f"  PTX line {instruction.line}: {instruction.text}")
+        super().__init__("\n".join(lines))

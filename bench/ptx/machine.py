@@ -1,0 +1,217 @@
+"""The machine: runs a kernel over a grid, wave by wave, and says what it did.
+
+A wave is as many blocks as fit the lane budget; its lanes run as NumPy arrays, one unit for each group of warps (a warp,
+or the four warps of a wgmma). A unit runs until all its lanes wait or are done, then the next one does; the order of the
+units turns round after every barrier, so that what one warp must see of another is tried both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from . import copies, loads, tensor, warps  # noqa: F401  (they register their instructions)
+from .counts import Counts
+from .faults import Fault
+from .memory import GlobalMemory, Named
+from .program import Program
+from .shared import SharedMemory
+from .unit import Parked, Unit
+
+LANES = 8192  # of a wave, at most (one block at least)
+REGISTER_BYTES = 256 << 20  # of a wave's register files
+
+
+class Limits(NamedTuple):
+    instructions: int = 5_000_000  # of one unit in one wave: past it the kernel counts as endless
+    lanes: int = LANES
+
+
+class Wave:
+    """Blocks that run together: their shared memory, and the tensors of the launch."""
+
+    def __init__(self, program, grid, numbers: np.ndarray, threads: int, params: np.ndarray, memory, counts):
+        self.grid, self.numbers, self.params, self.memory, self.counts = grid, numbers, params, memory, counts
+        x, y = grid[0], grid[1]
+        self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
+        self.warps = threads // 32
+        self.shared = SharedMemory(len(numbers), program.shared_bytes, self.warps, program.shared_grain)
+        self.mbarriers: dict[tuple[int, int], copies.Barrier] = {}
+        self.stores: list = []  # bulk stores whose source has not been waited for
+        self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """A block of the grid by its number."""
+        x, y = self.grid[0], self.grid[1]
+        return number % x, number // x % y, number // (x * y)
+
+    def arrive(self, unit: Unit, mask: np.ndarray, numbers: np.ndarray) -> None:
+        for block, barrier in zip(unit.block[mask].tolist(), numbers[mask].tolist(), strict=True):
+            self.arrived[block, barrier] = self.arrived.get((block, barrier), 0) + 1
+
+
+def execute(
+    program: Program,
+    grid: tuple[int, int, int],
+    threads: int,
+    params: bytes,
+    tensors: Iterable[Named],
+    limits: Limits = Limits(),
+) -> Counts:
+    """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong."""
+    counts = Counts(program.instructions)
+    memory = GlobalMemory(tensors, (named for named, _ in program.constant_data), program.global_grain)
+    blocks = grid[0] * grid[1] * grid[2]
+    lane_bytes = sum({slot.register: 8 for slot in program.slots}.values())
+    together = max(1, min(limits.lanes // threads, REGISTER_BYTES // (lane_bytes * threads + 1)))
+    values = np.frombuffer(params, np.uint8)
+    with np.errstate(all="ignore"):
+        for start in range(0, blocks, together):
+            numbers = np.arange(start, min(start + together, blocks))
+            wave = Wave(program, grid, numbers, threads, values, memory, counts)
+            run_wave(program, wave, limits)
+    counts.read_bytes, counts.written_bytes = memory.unique_bytes()
+    return counts
+
+
+def run_wave(program: Program, wave: Wave, limits: Limits) -> None:
+    size = 4 if program.careful else 1  # warps of a unit
+    units = [Unit(program, wave, range(w, min(w + size, wave.warps))) for w in range(0, wave.warps, size)]
+    while any(unit.ready for unit in units):
+        for unit in units:
+            run_unit(program, unit, limits)
+        release(program, wave, units)
+        units.reverse()
+    stuck = [unit for unit in units if unit.parked or unit.waiting]
+    if stuck:
+        raise deadlock(program, wave, stuck)
+
+
+def run_unit(program: Program, unit: Unit, limits: Limits) -> None:
+    """Until every lane waits or is done."""
+    steps, ends, controls, issued = program.steps, program.ends, program.controls, unit.wave.counts.issued
+    while unit.ready:
+        pc, mask = unit.pick()
+        end = ends[pc]
+        whole = bool(mask.all())
+        if whole and not (program.careful or unit.waiting):
+            issued[pc:end] += unit.count // 32
+            for step in steps[pc:end]:
+                step(unit, None)
+        else:
+            mask = run_carefully(program, unit, pc, end, mask)
+        unit.steps += end - pc + 1
+        if unit.steps > limits.instructions:
+            raise unit.fault("endless", f"more than {limits.instructions} instructions", program.instructions[end - 1], int(np.argmax(mask)))  # fmt: skip
+        if not mask.any():
+            continue
+        if end in controls:
+            issued[end] += int(mask.reshape(-1, 32).any(1).sum())
+            controls[end](unit, end, mask)
+        else:
+            unit.push(end, mask)
+
+
+def run_carefully(program: Program, unit: Unit, pc: int, end: int, mask: np.ndarray) -> np.ndarray:
+    """With lanes missing, or wgmma results pending: checked before each instruction. The lanes that came through."""
+    for n in range(pc, end):
+        if n in unit.waiting and n != pc:
+            mask = mask | unit.waiting.pop(n)
+        if n in program.convergent and not mask.all():
+            mask, rest = unit.split_whole_warps(mask)
+            if rest.any():
+                unit.wait_for_warp(n, rest)
+            if not mask.any():
+                return mask
+        if unit.products:
+            tensor.pending_use(unit, program.instructions[n], program.uses[n], mask)
+        unit.wave.counts.issued[n] += int(mask.reshape(-1, 32).any(1).sum())
+        program.steps[n](unit, None if mask.all() else mask)
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------ barriers
+
+
+def release(program: Program, wave: Wave, units: list[Unit]) -> None:
+    """Lets the lanes go on whose barrier all threads have reached, and those whose mbarrier is through."""
+    for number in sorted({int(n) for unit in units for p in unit.parked if p.barrier is not None for n in p.barrier[p.mask]}):
+        release_barrier(program, wave, units, number)
+    for unit in units:
+        for parked in [p for p in unit.parked if p.ready is not None]:
+            free = parked.ready(unit, parked.mask)
+            unit.parked.remove(parked)
+            unit.push(parked.pc + 1, free)
+            if (parked.mask & ~free).any():
+                unit.parked.append(parked._replace(mask=parked.mask & ~free))
+
+
+def release_barrier(program: Program, wave: Wave, units: list[Unit], number: int) -> None:
+    blocks = len(wave.numbers)
+    arrived, expected = np.zeros(blocks, np.int64), np.full(blocks, wave.warps * 32)
+    lowest, highest = np.full(blocks, len(program.instructions)), np.full(blocks, -1)
+    at = [(unit, p, p.mask & (p.barrier == number)) for unit in units for p in unit.parked if p.barrier is not None]
+    for unit, parked, mask in at:
+        block = unit.block[mask]
+        arrived += np.bincount(block, minlength=blocks)
+        if parked.threads is not None:
+            expected[block] = parked.threads[mask]
+        else:
+            lowest[block] = np.minimum(lowest[block], parked.pc)
+            highest[block] = np.maximum(highest[block], parked.pc)
+    for (block, barrier), n in wave.arrived.items():
+        arrived[block] += n * (barrier == number)
+    different = (lowest < highest) & (highest >= 0)
+    if different.any():
+        raise at_barrier(units, int(np.argmax(different)), "threads of one block wait at different barriers", program)
+    done = arrived >= expected
+    if not done.any():
+        return
+    for block in np.flatnonzero(done).tolist():
+        wave.arrived.pop((block, number), None)
+    meet(wave, units, at, np.flatnonzero(done), expected)
+    for unit, parked, mask in at:
+        free = mask & done[unit.block]
+        unit.push(parked.pc + 1, free)
+        unit.parked = [p for p in unit.parked if p is not parked]
+        left = parked.mask & ~free
+        if left.any():
+            unit.parked.append(parked._replace(mask=left))
+
+
+def meet(wave: Wave, units: list[Unit], at: list, done: np.ndarray, expected: np.ndarray) -> None:
+    """The warps at the barrier have seen each other; all of the block where the barrier takes all of it."""
+    shared = wave.shared
+    everyone = done[expected[done] == wave.warps * 32]
+    shared.barrier(everyone)
+    for block in np.setdiff1d(done, everyone).tolist():
+        there = np.unique(np.concatenate([unit.warp[mask & (unit.block == block)] for unit, _, mask in at]))
+        shared.meet(block, there)
+
+
+def at_barrier(units: list[Unit], block: int, message: str, program: Program) -> Fault:
+    for unit in units:
+        for parked in unit.parked:
+            lanes = parked.mask & (unit.block == block)
+            if lanes.any():
+                return unit.fault("barrier", message, program.instructions[parked.pc], int(np.argmax(lanes)))
+    raise AssertionError("no lane waits")
+
+
+def deadlock(program: Program, wave: Wave, units: list[Unit]) -> Fault:
+    """Nobody can go on: what the first lane that waits is waiting for."""
+    unit = units[0]
+    for pc, mask in unit.waiting.items():
+        message = "not all lanes of the warp reach this instruction, which takes them together"
+        return unit.fault("barrier", message, program.instructions[pc], int(np.argmax(mask)))
+    parked: Parked = unit.parked[0]
+    lane = int(np.argmax(parked.mask))
+    block = unit.block[lane]
+    if parked.ready is not None:
+        return unit.fault("barrier", "waits for an mbarrier that nothing completes", program.instructions[parked.pc], lane)
+    waiting = sum(int((p.mask & (u.block == block)).sum()) for u in units for p in u.parked)
+    missing = wave.warps * 32 - waiting
+    message = f"{waiting} threads of the block wait here, and {missing} never come: they have left, or wait elsewhere"
+    return unit.fault("barrier", message, program.instructions[parked.pc], lane)

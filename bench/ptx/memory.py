@@ -1,0 +1,219 @@
+"""Global memory: the tensors' own bytes, and who touched them.
+
+A segment is a stretch of addresses that some tensor of the launch covers (tensors that overlap share one). An access
+outside every segment is a fault. For races between blocks each grain of a segment (as many bytes as the kernel's
+smallest global access) remembers the last block that wrote it and the blocks that read it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+SECTOR = 32  # bytes: the unit of a GPU's memory traffic
+MANY = -1  # readers of more than one block
+
+
+class Named(NamedTuple):
+    """A tensor of a launch: the addresses from its first to its last element."""
+
+    name: str
+    start: int
+    end: int
+    text: str  # "float32[4, 64]"
+
+
+def named(name: str, tensor) -> Named | None:
+    """The extent of a PyTorch CPU tensor; None if it is empty."""
+    if tensor.numel() == 0:
+        return None
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    end = tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return Named(name, tensor.data_ptr(), end, f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}")
+
+
+def raw_bytes(start: int, count: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * count).from_address(start), np.uint8)
+
+
+class Segment:
+    def __init__(self, start: int, end: int, grain: int):
+        self.start, self.end, self.grain = start, end, grain
+        self.views: dict[int, tuple[int, np.ndarray]] = {}
+        for width, dtype in UNSIGNED.items():
+            low, high = -(-start // width) * width, end // width * width
+            if high > low:
+                self.views[width] = low, raw_bytes(low, high - low).view(dtype)
+        grains = (end - 1) // grain - start // grain + 1
+        self.writer = np.zeros(grains, np.int32)  # block number + 1
+        self.reader = np.zeros(grains, np.int32)
+        self.first_sector = start // SECTOR
+        sectors = (end - 1) // SECTOR - self.first_sector + 1
+        self.read, self.written = np.zeros(sectors, bool), np.zeros(sectors, bool)
+
+    def elements(self, address: np.ndarray, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the view of this width, indices (n, count) of the elements from each address on)."""
+        low, view = self.views[width]
+        first = (address - np.uint64(low)).astype(np.int64) // width
+        return view, first[:, None] + np.arange(count)
+
+    def grains(self, address: np.ndarray, nbytes: int) -> np.ndarray:
+        first = address.astype(np.int64) // self.grain - self.start // self.grain
+        return first[:, None] + np.arange(max(1, nbytes // self.grain))
+
+    def touch(self, address: np.ndarray, write: bool) -> None:
+        (self.written if write else self.read)[address.astype(np.int64) // SECTOR - self.first_sector] = True
+
+
+class Outside(Exception):
+    """An access that no segment holds, by its place among the lanes."""
+
+    def __init__(self, at: int):
+        super().__init__(at)
+        self.at = at
+
+
+class GlobalMemory:
+    def __init__(self, tensors: Iterable[Named], constants: Iterable[Named], grain: int):
+        self.tensors = [*tensors, *constants]
+        self.order = Order()
+        merged: list[list[int]] = []
+        for each in sorted(self.tensors, key=lambda t: t.start):
+            if merged and each.start <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], each.end)
+            else:
+                merged.append([each.start, each.end])
+        self.segments = [Segment(start, end, grain) for start, end in merged]
+        self.starts = np.array([s.start for s in self.segments], np.uint64)
+
+    def describe(self, address: int, nbytes: int) -> tuple[str, str | None]:
+        """("12 bytes past the end of q, float16[2, 64]", "q"): the nearest tensor."""
+        if not self.tensors:
+            return f"address {address:#x}, with no tensor in the launch", None
+        inside = [t for t in self.tensors if t.start <= address < t.end]
+        best = min(inside or self.tensors, key=lambda t: max(t.start - address, address - t.end, 0))
+        if address >= best.end:
+            where = f"{address - best.end} bytes past the end of"
+        elif address < best.start:
+            where = f"{best.start - address} bytes before the start of"
+        else:
+            over = "" if address + nbytes <= best.end else f", {address + nbytes - best.end} bytes of it past its end,"
+            where = f"at byte {address - best.start}{over} of"
+        return f"{where} {best.name}, {best.text}", best.name
+
+    def split(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
+        """Each segment with the lanes that fall in it."""
+        if not self.segments:
+            raise Outside(0)
+        number = np.searchsorted(self.starts, address, side="right") - 1
+        found = []
+        first = int(number[0])
+        for n in [first] if (number == first).all() else np.unique(number):
+            lanes = slice(None) if n == first and len(found) == 0 and (number == first).all() else number == n
+            there = address[lanes]
+            segment = self.segments[n]
+            bad = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
+            if n < 0 or bad.any():
+                wrong = np.arange(len(address))[lanes][bad if n >= 0 else slice(None)]
+                raise Outside(int(wrong[0]))
+            found.append((segment, lanes))
+        return found
+
+    def load(self, address: np.ndarray, width: int, count: int) -> np.ndarray:
+        """(n, count) elements of `width` bytes."""
+        out = np.empty((len(address), count), UNSIGNED[width])
+        for segment, lanes in self.split(address, width * count):
+            view, index = segment.elements(address[lanes], width, count)
+            out[lanes] = view[index]
+            segment.touch(address[lanes], False)
+        return out
+
+    def store(self, address: np.ndarray, values: np.ndarray) -> None:
+        """Of lanes that write the same address the last one stays."""
+        width, count = values.dtype.itemsize, values.shape[1]
+        for segment, lanes in self.split(address, width * count):
+            view, index = segment.elements(address[lanes], width, count)
+            view[index] = values[lanes]
+            segment.touch(address[lanes], True)
+
+    # -------------------------------------------------------------------------------------------- races
+
+    def race_of_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of a read of what another block wrote, and these reads noted."""
+        for segment, lanes in self.split(address, nbytes):
+            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            writer = segment.writer[grains]
+            bad = (writer != 0) & (writer != mine[:, None])
+            if bad.any() and (at := self.order.first_unordered(bad, writer, mine)):
+                return int(np.arange(len(address))[lanes][at[0]]), at[1]
+            reader = segment.reader[grains]
+            segment.reader[grains] = np.where((reader == 0) | (reader == mine[:, None]), mine[:, None], MANY)
+            again = segment.reader[grains]  # two blocks in this very access: the last one stands there
+            segment.reader[grains] = np.where(again == mine[:, None], again, MANY)
+        return None
+
+    def race_of_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of a write to what another block read or wrote; writing the value that is there is none."""
+        nbytes = values.dtype.itemsize * values.shape[1]
+        for segment, lanes in self.split(address, nbytes):
+            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            writer, reader = segment.writer[grains], segment.reader[grains]
+            bad = ((writer != 0) & (writer != mine[:, None])) | ((reader != 0) & (reader != mine[:, None]))
+            segment.writer[grains] = np.broadcast_to(mine[:, None], grains.shape)
+            clash = segment.writer[grains] != mine[:, None]  # two blocks in this very access
+            if not (bad | clash).any():
+                continue
+            view, index = segment.elements(address[lanes], values.dtype.itemsize, values.shape[1])
+            changes = (view[index] != values[lanes]).any(1)[:, None]
+            view[index] = values[lanes]
+            changes |= (view[index] != values[lanes]).any(1)[:, None] & clash
+            other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
+            bad = (bad | clash) & changes
+            if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
+                return int(np.arange(len(address))[lanes][at[0]]), at[1]
+        return None
+
+    def unmark(self, address: np.ndarray, nbytes: int) -> None:
+        """An atomic's bytes: atomics do not race with each other, and what they wrote is there for all."""
+        for segment, lanes in self.split(address, nbytes):
+            segment.touch(address[lanes], False)
+            segment.touch(address[lanes], True)
+
+    def unique_bytes(self) -> tuple[int, int]:
+        """(read, written): the sectors touched at least once, in bytes."""
+        return tuple(SECTOR * sum(int(getattr(s, kind).sum()) for s in self.segments) for kind in ("read", "written"))
+
+
+class Order:
+    """Which blocks an acquire has made visible to which: block b has seen all of the blocks in bits[b]."""
+
+    def __init__(self):
+        self.seen: dict[int, int] = {}
+        self.released: dict[int, int] = {}  # address -> blocks
+
+    def release(self, address: int, block: int) -> None:
+        self.released[address] = self.released.get(address, 0) | self.seen.get(block, 0) | (1 << block)
+
+    def acquire(self, address: int, block: int) -> None:
+        self.seen[block] = self.seen.get(block, 0) | self.released.get(address, 0)
+
+    def first_unordered(self, bad: np.ndarray, other: np.ndarray, mine: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of the first marked pair that no release and acquire order. Blocks come plus 1."""
+        for lane, grain in zip(*np.nonzero(bad), strict=True):
+            him, me = int(other[lane, grain]) - 1, int(mine[lane]) - 1
+            if him < 0 or not self.seen.get(me, 0) >> him & 1:
+                return int(lane), him
+        return None
+
+
+def atomic(function: Callable, view: np.ndarray, index: np.ndarray, lanes: Iterable[int], operands: tuple) -> np.ndarray:
+    """One after another: the old values. function(old, *operands) gives the new one."""
+    old = np.empty(len(index), view.dtype)
+    for i in lanes:
+        old[i] = view[index[i]]
+        view[index[i]] = function(old[i], *(x[i] for x in operands))
+    return old

@@ -1,0 +1,214 @@
+"""Shared memory of the blocks that run together, and the order of all accesses to it.
+
+Every warp has a vector clock (FastTrack, Flanagan and Freund, 2009): clocks[block, warp, other] is how much of `other`
+this warp has seen. A barrier makes all of a block seen by all of it. Each grain of memory remembers who wrote it last and
+when, and when each warp read it last: an access that has not seen what it meets is a race. One more row of the clocks
+stands for the engine that performs bulk copies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .memory import UNSIGNED
+
+
+THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a stamp: who wrote, and whether by an atomic
+
+
+class Problem(NamedTuple):
+    kind: str
+    message: str
+    at: int  # which of the lanes
+
+
+class SharedMemory:
+    def __init__(self, blocks: int, size: int, warps: int, grain: int):
+        self.size, self.grain, self.warps = size, grain, warps
+        self.stride = -(-max(size, 1) // 128) * 128
+        self.data = np.zeros(blocks * self.stride, np.uint8)
+        self.views = {width: self.data.view(dtype) for width, dtype in UNSIGNED.items()}
+        grains = len(self.data) // grain
+        self.written = np.zeros(grains, np.int64)  # clock << 16 | atomic | thread, 0: never
+        self.read = np.zeros((grains, warps + 1), np.int32)  # clock of each warp's last read
+        self.copying = np.zeros(grains, bool)  # an asynchronous copy is on its way here
+        self.reading = np.zeros(grains, np.int16)  # asynchronous reads that have not been waited for
+        self.clocks = np.zeros((blocks, warps + 1, warps + 1), np.int32)
+        self.clocks[:, np.arange(warps + 1), np.arange(warps + 1)] = 1
+        self.shown = np.zeros_like(self.clocks)  # what a fence.proxy.async has shown to wgmma and bulk copies
+        self.floor = np.zeros(blocks, np.int32)  # what every warp of the block has seen of every other
+
+    # -------------------------------------------------------------------------------------------- time
+
+    def barrier(self, blocks: np.ndarray) -> None:
+        """All warps of these blocks have met."""
+        now = self.clocks[blocks].max(axis=(1, 2))
+        self.clocks[blocks] = now[:, None, None]
+        every = np.arange(self.warps + 1)
+        self.clocks[blocks[:, None], every, every] = now[:, None] + 1
+        self.floor[blocks] = now
+        self.shown[blocks] = self.shown[blocks].max(axis=1, keepdims=True)
+
+    def meet(self, block: int, warps: np.ndarray) -> None:
+        """Some warps of a block have met."""
+        for clocks in (self.clocks, self.shown):
+            clocks[block, warps] = np.maximum(clocks[block, warps], clocks[block, warps].max(axis=0))
+        self.tick(np.full(len(warps), block), warps)
+
+    def show(self, block: np.ndarray, warp: np.ndarray) -> None:
+        """fence.proxy.async: what these warps have seen, their own writes too, is shown to the asynchronous proxy."""
+        self.shown[block, warp] = np.maximum(self.shown[block, warp], self.clocks[block, warp])
+        self.tick(block, warp)
+
+    def tick(self, block: np.ndarray, warp: np.ndarray) -> None:
+        """The lanes of these warps have met."""
+        self.clocks[block, warp, warp] += 1
+
+    def learn(self, block: int, warp: np.ndarray | int, clocks: np.ndarray) -> None:
+        """A warp sees all that `clocks` has seen."""
+        self.clocks[block, warp] = np.maximum(self.clocks[block, warp], clocks)
+
+    # -------------------------------------------------------------------------------------------- places
+
+    def grains(self, block: np.ndarray, address: np.ndarray, nbytes: int) -> np.ndarray:
+        first = (block.astype(np.int64) * self.stride + address) // self.grain
+        return first[:, None] + np.arange(max(1, nbytes // self.grain))
+
+    def index(self, block: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
+        return ((block.astype(np.int64) * self.stride + address) // width)[:, None] + np.arange(count)
+
+    def place(self, address: np.ndarray, nbytes: int, align: int) -> Problem | None:
+        """Within the block's memory, and aligned."""
+        bad = (address < 0) | (address + nbytes > self.size)
+        if bad.any():
+            at = int(np.argmax(bad))
+            return Problem("out of bounds", f"{nbytes} bytes at {address[at]} of {self.size} bytes of shared memory", at)
+        bad = address % align != 0
+        if bad.any():
+            at = int(np.argmax(bad))
+            return Problem("misaligned", f"shared address {address[at]} is not a multiple of {align}", at)
+        return None
+
+    # -------------------------------------------------------------------------------------------- order
+
+    def unseen(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
+        """Which writes (clock << 16 | thread) these threads have not seen: (n, grains)."""
+        clock = stamps >> 16
+        if (clock <= self.floor[block][:, None]).all():
+            return np.zeros(stamps.shape, bool)
+        writer = stamps & THREAD
+        warp = (thread >> 5)[:, None]
+        seen = self.clocks[block[:, None], warp, writer >> 5]
+        own = writer >> 5 == warp  # within a warp: a sync since, or the same thread
+        fresh = np.where(own, (clock == seen) & (writer != thread[:, None]), clock > seen)
+        return fresh & (stamps != 0)
+
+    def hidden(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
+        """Which writes no fence has shown to the asynchronous proxy. Bulk copies write through it."""
+        warp, writer = (thread >> 5)[:, None], (stamps & THREAD) >> 5
+        return ((stamps >> 16) > self.shown[block[:, None], warp, writer]) & (writer < self.warps)
+
+    def unseen_reads(self, grains: np.ndarray, block: np.ndarray, warp: np.ndarray) -> np.ndarray:
+        """Which of these grains another warp has read that this one has not met since: (n, grains)."""
+        reads = self.read[grains]  # (n, grains, warps + 1)
+        if (reads <= self.floor[block][:, None, None]).all():
+            return np.zeros(grains.shape, bool)
+        late = reads > self.clocks[block, warp][:, None, :]
+        late[np.arange(len(warp)), :, warp] = False
+        return late.any(-1)
+
+    def check_read(self, block, address, nbytes, thread, agent: bool = False) -> Problem | None:
+        """Before a read: nothing pending there, something written there, and all of it seen. Notes the read."""
+        grains = self.grains(block, address, nbytes)
+        pending = self.copying[grains].any(1)
+        if pending.any():
+            return Problem("pending copy", "reads what an asynchronous copy has not delivered yet", int(np.argmax(pending)))
+        stamps = self.written[grains]
+        never = (stamps == 0).any(1)
+        if never.any():
+            at = int(np.argmax(never))
+            return Problem("uninitialised", f"reads shared address {address[at]}, which nothing has written", at)
+        racing = self.unseen(stamps, block, thread)
+        if agent and not racing.any():
+            hidden = self.hidden(stamps, block, thread)
+            if hidden.any():
+                at = int(np.argmax(hidden.any(1)))
+                return Problem("race", f"reads shared address {address[at]}, written with no fence.proxy.async since", at)
+        if racing.any():
+            at, g = np.argwhere(racing)[0]
+            return Problem("race", self.pair("reads", "wrote", address[at], int(stamps[at, g]) & THREAD), int(at))
+        warp = thread >> 5
+        self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None]
+        return None
+
+    def check_write(self, block, address, values, thread, asynchronous: bool = False) -> Problem | None:
+        """Before a write; writing the bytes that are there is no race. Notes the write."""
+        nbytes = values.dtype.itemsize * values.shape[1]
+        grains = self.grains(block, address, nbytes)
+        pending = self.copying[grains].any(1)
+        if pending.any():
+            at = int(np.argmax(pending))
+            return Problem("pending copy", "writes where an asynchronous copy has not been waited for", at)
+        busy = (self.reading[grains] > 0).any(1)
+        if busy.any():
+            at = int(np.argmax(busy))
+            return Problem("race", "overwrites what a wgmma or a bulk copy still reads: it has not been waited for", at)
+        stamps = self.written[grains]
+        warp = thread >> 5
+        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp)
+        mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
+        self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
+        racing |= self.written[grains] != mine[:, None]  # two lanes of this very instruction
+        if racing.any() and (asynchronous or self.changes(block, address, values, racing)):
+            at, g = np.argwhere(racing)[0]
+            other = int(stamps[at, g]) & THREAD if self.unseen(stamps[at : at + 1], block[at : at + 1], thread[at : at + 1]).any() else None  # fmt: skip
+            return Problem("race", self.pair("writes", "wrote", address[at], other), int(at))
+        return None
+
+    def check_atomic(self, block, address, nbytes, thread) -> Problem | None:
+        """Atomics do not race with each other: only what was there before them must be seen. Notes them as writes."""
+        grains = self.grains(block, address, nbytes)
+        stamps = self.written[grains]
+        racing = self.unseen(np.where(stamps & ATOMIC, 0, stamps), block, thread)
+        if (stamps == 0).any() or racing.any():
+            at = int(np.argmax(((stamps == 0) | racing).any(1)))
+            if (stamps[at] == 0).any():
+                return Problem("uninitialised", f"updates shared address {address[at]}, which nothing has written", at)
+            return Problem("race", self.pair("updates", "wrote", address[at], int(stamps[at, 0]) & THREAD), at)
+        warp = thread >> 5
+        mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread | ATOMIC
+        self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
+        return None
+
+    def changes(self, block, address, values, racing) -> bool:
+        """Whether any lane of a race changes what is there, or lanes of this instruction disagree."""
+        view = self.views[values.dtype.itemsize]
+        index = self.index(block, address, values.dtype.itemsize, values.shape[1])
+        before = view[index]
+        view[index] = values
+        lanes = racing.any(1)
+        return bool((before[lanes] != values[lanes]).any() or (view[index] != values).any())
+
+    def pair(self, does: str, did: str, address: int, thread: int | None) -> str:
+        if thread is None:
+            return f"{does} shared address {address}, which another thread reads or writes with no barrier between"
+        who = f"thread {thread}" if thread >> 5 < self.warps else "a bulk copy"
+        return f"{does} shared address {address}, which {who} {did} with no barrier between"
+
+    # -------------------------------------------------------------------------------------------- data
+
+    def load(self, block: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
+        return self.views[width][self.index(block, address, width, count)]
+
+    def store(self, block: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:
+        index = self.index(block, address, values.dtype.itemsize, values.shape[1])
+        self.views[values.dtype.itemsize][index] = values
+
+    def mark(self, block: np.ndarray, address: np.ndarray, nbytes: int, thread: np.ndarray) -> None:
+        """Written by these threads now: what an asynchronous copy delivers at its wait."""
+        warp = thread >> 5
+        mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
+        grains = self.grains(block, address, nbytes)
+        self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)

@@ -1,0 +1,332 @@
+"""Tensor-core products: mma.sync, and wgmma with its operands in shared memory.
+
+Products are exact and summed in float64, the sum with the accumulator is rounded once to the accumulator's type. The
+hardware cuts the bits of small addends off instead (by an amount that NVIDIA does not state), so it can be off by a few
+units of the accumulator's last place from what is computed here.
+Layouts of the fragments: PTX ISA 8.7, 9.7.14 (mma) and 9.7.15 (wgmma).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import floats
+from .parse import Group, Immediate, Instruction, Register
+from .program import Program, Step, builds, put
+
+WORDS = {
+    "f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32, "f64": np.uint64, "e4m3": np.uint8, "e5m2": np.uint8,
+    "s8": np.int8, "u8": np.uint8,
+}  # fmt: skip
+INTEGERS = ("s8", "u8", "s32")
+
+
+def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
+    """Elements of a matrix as float64: exact for all types here."""
+    return bits.astype(np.float64) if kind in INTEGERS else floats.decode(bits, kind)
+
+
+def fragment(count: int, kind: str, rows: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of the elements of A, (column, row) of B, for each register, lane and element of a register.
+
+    With e elements in a register, g = lane / 4 and t = lane % 4: register i of A holds row g + 8 (i % 2) and columns
+    t e + 4 e (i / 2) on; register i of B holds column g and rows t e + 4 e i on."""
+    each = 1 if kind == "f64" else 4 // np.dtype(WORDS[kind]).itemsize
+    i, lane, j = np.ogrid[:count, :32, :each]
+    g, t = lane // 4, lane % 4
+    if rows:
+        high = i % 2 if count > 1 else 0 * i
+        row = g + 8 * high + 0 * j
+        column = t * each + j + 4 * each * (i // 2)
+        return np.broadcast_to(row, (count, 32, each)), np.broadcast_to(column, (count, 32, each))
+    return np.broadcast_to(g + 0 * i + 0 * j, (count, 32, each)), t * each + j + 4 * each * i
+
+
+def accumulator(columns: int, halves: bool, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) for each register, lane and element of C and D, of 16 rows (8 for the small float64 shape)."""
+    pairs = 2 if rows == 16 else 1
+    each = 2 if halves else 1
+    i, lane, j = np.ogrid[: columns // 8 * pairs * (1 if halves else 2), :32, :each]
+    n = i if halves else i // 2  # which pair of columns
+    low = j if halves else i % 2
+    row = lane // 4 + 8 * (n % pairs)
+    column = (lane % 4) * 2 + low + 8 * (n // pairs)
+    shape = np.broadcast_shapes(row.shape, column.shape)
+    return np.broadcast_to(row, shape), np.broadcast_to(column, shape)
+
+
+def finish(total: np.ndarray, kind: str, saturate: bool) -> np.ndarray:
+    """float64 sums as the bits of the accumulator's registers, two halves not yet joined."""
+    if kind == "s32":
+        if saturate:
+            return np.clip(total, -(2**31), 2**31 - 1).astype(np.int64).astype(np.uint32)
+        return total.astype(np.int64).astype(np.uint32)
+    if kind == "f32":
+        out = total.astype(np.float32)
+        nan = np.isnan(out)
+        return np.where(nan, floats.NAN32, out.view(np.uint32)) if nan.any() else out.view(np.uint32)
+    if kind == "f16":
+        return floats.encode(total, "f16")
+    return total.view(np.uint64)
+
+
+@dataclass
+class Shape:
+    m: int
+    n: int
+    k: int
+
+
+def shape_of(instruction: Instruction) -> Shape:
+    found = next(m for p in instruction.parts if (m := re.fullmatch(r"m(\d+)n(\d+)k(\d+)", p)))
+    return Shape(*(int(x) for x in found.groups()))
+
+
+class Fragment:
+    """The registers of an operand: gathers them into matrices (warps, …) and scatters a result back."""
+
+    def __init__(self, program: Program, group: Group, kind: str, index: tuple[np.ndarray, np.ndarray], shape: tuple):
+        self.kind, self.index, self.shape = kind, index, shape
+        self.word = np.uint64 if kind == "f64" else np.uint32
+        self.slots = [program.read(x, self.word) for x in group.items]
+        if index[0].shape[0] != len(self.slots):
+            raise ValueError(f"{len(self.slots)} registers where {index[0].shape[0]} were expected")
+
+    def bits(self, unit, warps: np.ndarray, dtype: type) -> np.ndarray:
+        """(warps, registers, 32, elements of a register)."""
+        out = np.empty((len(warps), len(self.slots), 32), self.word)
+        for i, slot in enumerate(self.slots):
+            out[:, i] = np.broadcast_to(unit.slots[slot], unit.count).reshape(-1, 32)[warps]
+        return out.view(dtype).reshape(*out.shape, -1)
+
+    def matrix(self, unit, warps: np.ndarray, dtype: type, kind: str) -> np.ndarray:
+        out = np.empty((len(warps), *self.shape))
+        out[:, self.index[0], self.index[1]] = numbers(self.bits(unit, warps, dtype), kind)
+        return out
+
+    def store(self, unit, warps: np.ndarray, values: np.ndarray) -> None:
+        registers = np.ascontiguousarray(values[:, self.index[0], self.index[1]]).view(self.word)[..., 0]
+        for i, slot in enumerate(self.slots):
+            unit.slots[slot].reshape(-1, 32)[warps] = registers[:, i]
+
+
+ACCUMULATED = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "s32": np.int32}
+
+
+@builds("mma")
+def mma(program: Program, instruction: Instruction) -> Step | None:
+    """D = A B + C of one warp."""
+    parts = instruction.parts
+    if "sp" in parts or parts[1] != "sync" or "row" not in parts or parts[parts.index("row") + 1] != "col":
+        return None
+    shape = shape_of(instruction)
+    kinds = parts[-4:]
+    _, a_kind, b_kind, c_kind = kinds
+    d, a, b, c = instruction.operands[:4]
+    rows = fragment(len(a.items), a_kind, True)
+    columns = fragment(len(b.items), b_kind, False)
+    place = accumulator(shape.n, c_kind == "f16", shape.m)
+    left = Fragment(program, a, a_kind, rows, (shape.m, shape.k))
+    right = Fragment(program, b, b_kind, columns, (shape.n, shape.k))
+    before = Fragment(program, c, c_kind, place, (shape.m, shape.n))
+    after = Fragment(program, d, kinds[0], place, (shape.m, shape.n))
+    pc, flops = len(program.steps), 2 * shape.m * shape.n * shape.k
+    saturate = "satfinite" in parts
+
+    def run(unit, mask):
+        warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
+        x = left.matrix(unit, warps, WORDS[a_kind], a_kind)
+        y = right.matrix(unit, warps, WORDS[b_kind], b_kind)
+        z = before.matrix(unit, warps, ACCUMULATED[c_kind], "s32") if c_kind != "f16" else before.matrix(unit, warps, np.uint16, "f16")  # fmt: skip
+        after.store(unit, warps, finish(x @ y.swapaxes(1, 2) + z, kinds[0], saturate))
+        unit.wave.counts.flops[pc] += flops * len(warps)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ wgmma
+
+
+@dataclass
+class Product:
+    """One wgmma of some lanes: its result registers, the shared memory it reads, and each lane's group."""
+
+    registers: frozenset[str]
+    inputs: frozenset[str]  # registers of A: they may be read, not written
+    lanes: np.ndarray  # mask
+    group: np.ndarray
+    grains: list[tuple[int, np.ndarray]]  # (a lane of the warp group, what its operands take of shared memory)
+
+
+class Operand:
+    """A or B in shared memory: where a 64-bit descriptor puts each element.
+
+    Bits 0-13: address / 16; 16-29: leading byte offset / 16; 32-45: stride byte offset / 16; 49-51: base offset; 62-63:
+    swizzle, 0 none, 1, 2, 3: 128, 64, 32 bytes. With rows of the M or N dimension and columns of K:
+    K-major: groups of 8 rows lie `stride` apart; a row of a group is as long as the swizzle; without one, 16 bytes, and
+    the next 16 bytes of a row lie `leading` away. MN-major: the same with rows and columns exchanged: groups of 8 columns
+    lie `stride` apart, the next swizzle-width of rows `leading` away (without a swizzle the two offsets change places).
+    """
+
+    def __init__(self, rows: int, columns: int, itemsize: int, transposed: bool):
+        self.itemsize, self.transposed = itemsize, transposed
+        r, c = np.indices((rows, columns))
+        self.long, self.short = (r, c) if transposed else (c, r)  # along a line of memory, across lines
+
+    def offsets(self, descriptor: int) -> np.ndarray:
+        """Byte address of each element, (rows, columns)."""
+        start = (descriptor & 0x3FFF) << 4
+        leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+        mode = descriptor >> 62 & 3
+        if descriptor >> 49 & 7:
+            raise ValueError("a descriptor with a base offset")
+        bits = {0: 0, 1: 3, 2: 2, 3: 1}[mode]
+        width = 16 << bits
+        along = self.long * self.itemsize
+        if mode == 0 and self.transposed:
+            leading, stride = stride, leading
+        address = start + along // width * leading + along % width + self.short // 8 * stride + self.short % 8 * width
+        return address ^ ((address >> 7 & ((1 << bits) - 1)) << 4)
+
+
+@builds("wgmma")
+def wgmma(program: Program, instruction: Instruction) -> Step | None:
+    verb = instruction.parts[1]
+    if verb == "fence":
+        return lambda unit, mask: None
+    if verb == "commit_group":
+        return commit
+    if verb == "wait_group":
+        allowed = instruction.operands[0].bits
+        return lambda unit, mask: wait(unit, mask, allowed)
+    return wgmma_product(program, instruction) if verb == "mma_async" else None
+
+
+def wgmma_product(program: Program, instruction: Instruction) -> Step:
+    """D = A B + D of four warps: 64 rows, 16 to a warp. A in registers or in shared memory, B in shared memory."""
+    shape = shape_of(instruction)
+    d_kind, a_kind, b_kind = instruction.parts[-3:]
+    d, a, b, scale_d, *rest = instruction.operands
+    in_registers = isinstance(a, Group)
+    flags = [x.bits for x in rest]
+    scale_a, scale_b = flags[:2] if len(flags) >= 2 else (1, 1)
+    turned = flags[2:]  # for 16-bit types: A (where it is in shared memory) and B are MN-major
+    size = np.dtype(WORDS[a_kind]).itemsize
+    right = Operand(shape.n, shape.k, size, bool(turned and turned[-1]))
+    left = None if in_registers else Operand(64, shape.k, size, bool(turned and turned[0]))
+    place = accumulator(shape.n, d_kind == "f16")
+    result = Fragment(program, d, d_kind, place, (16, shape.n))
+    register_a = Fragment(program, a, a_kind, fragment(len(a.items), a_kind, True), (16, shape.k)) if in_registers else None
+    descriptors = [None if in_registers else program.read(a, np.uint64), program.read(b, np.uint64)]
+    keeps = program.read(scale_d, np.bool_) if isinstance(scale_d, Register) else None
+    keeps_always = isinstance(scale_d, Immediate) and scale_d.bits != 0
+    registers = frozenset(x.name for x in d.items)
+    inputs = frozenset(x.name for x in a.items) if in_registers else frozenset()
+    pc, flops = len(program.steps), 2 * 64 * shape.n * shape.k
+
+    def run(unit, mask):
+        groups = warp_groups(unit, mask, instruction)
+        warps = (groups[:, None] * 4 + np.arange(4)).ravel()
+        records: list[tuple[int, np.ndarray]] = []
+        y = shared_matrix(unit, pc, instruction, groups, right, descriptors[1], WORDS[b_kind], b_kind, records)
+        if in_registers:
+            x = register_a.matrix(unit, warps, WORDS[a_kind], a_kind).reshape(len(groups), 64, shape.k)
+        else:
+            x = shared_matrix(unit, pc, instruction, groups, left, descriptors[0], WORDS[a_kind], a_kind, records)
+        total = scale_a * scale_b * (x @ y.swapaxes(1, 2)).reshape(len(warps), 16, shape.n)
+        if keeps is not None:
+            keep = np.broadcast_to(unit.slots[keeps], unit.count)[warps * 32]
+        else:
+            keep = np.full(len(warps), keeps_always)
+        if keep.any():
+            old = result.matrix(unit, warps, np.uint16 if d_kind == "f16" else ACCUMULATED[d_kind], "f16" if d_kind == "f16" else "s32")  # fmt: skip
+            total = np.where(keep[:, None, None], total + old, total)
+        result.store(unit, warps, finish(total, d_kind, False))
+        active = np.ones(unit.count, bool) if mask is None else mask
+        unit.products.append(Product(registers, inputs, active.copy(), unit.committed.copy(), records))
+        unit.wave.counts.flops[pc] += flops * len(groups)
+
+    return run
+
+
+def warp_groups(unit, mask, instruction: Instruction) -> np.ndarray:
+    """Numbers of the warp groups, four warps each, that are there; all four must be."""
+    if mask is None:
+        return np.arange(unit.count // 128)
+    rows = mask.reshape(-1, 128)
+    partial = rows.any(1) & ~rows.all(1)
+    if partial.any():
+        raise unit.fault("barrier", "a wgmma that not all lanes of its four warps have reached", instruction, int(np.argmax(partial)) * 128)  # fmt: skip
+    return np.flatnonzero(rows.any(1))
+
+
+def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, kind, records) -> np.ndarray:
+    """(groups, rows, columns) as float64: the warp group's first lane stands for its reads."""
+    lanes = groups * 128
+    descriptors = np.broadcast_to(unit.slots[slot], unit.count)[lanes]
+    distinct, which = np.unique(descriptors, return_inverse=True)
+    offsets = np.stack([operand.offsets(int(x)) for x in distinct])[which]
+    shared, block = unit.wave.shared, unit.block[lanes]
+    first = offsets.reshape(len(groups), -1)
+    pieces = np.stack([np.unique(row // 16 * 16) for row in first])  # 16 bytes each
+    where, owner = pieces.ravel(), np.repeat(lanes, pieces.shape[1])
+    if problem := shared.place(where, 16, 16):
+        raise unit.fault(problem.kind, problem.message, instruction, int(owner[problem.at]), "shared memory")
+    if problem := shared.check_read(unit.block[owner], where, 16, unit.thread[owner], agent=True):
+        raise unit.fault(problem.kind, problem.message, instruction, int(owner[problem.at]), "shared memory")
+    for lane, row in zip(lanes, pieces, strict=True):
+        grains = np.unique(shared.grains(np.full(len(row), unit.block[lane]), row, 16))
+        shared.reading[grains] += 1
+        records.append((int(lane), grains))
+    itemsize = np.dtype(dtype).itemsize
+    view = shared.data.view(dtype)
+    bits = view[(block[:, None, None] * shared.stride + offsets) // itemsize]
+    unit.wave.counts.shared_requests[pc] += len(groups)
+    unit.wave.counts.shared_wavefronts[pc] += pieces.size * 16 // 128  # the swizzles leave no bank conflict
+    unit.wave.counts.shared_ideal[pc] += pieces.size * 16 // 128
+    return numbers(bits, kind)
+
+
+def commit(unit, mask) -> None:
+    put(unit.committed, unit.committed + 1, mask)
+
+
+def wait(unit, mask, allowed: int) -> None:
+    """All but the last `allowed` groups are done: their registers may be read, their operands overwritten."""
+    active = np.ones(unit.count, bool) if mask is None else mask
+    left = []
+    for product in unit.products:
+        done = product.lanes & active & (product.group < unit.committed - allowed)
+        grains = []
+        for lane, places in product.grains:
+            if done[lane]:
+                unit.wave.shared.reading[places] -= 1
+            else:
+                grains.append((lane, places))
+        product.lanes, product.grains = product.lanes & ~done, grains
+        if product.lanes.any():
+            left.append(product)
+    unit.products = left
+
+
+def pending_use(unit, instruction: Instruction, names: frozenset[str], mask) -> None:
+    """A fault if an instruction that is not a wgmma uses the result of one that has not been waited for."""
+    if instruction.parts[0] == "wgmma":
+        return
+    for product in unit.products:
+        taken = names & product.registers or (written(instruction) & product.inputs)
+        if not taken:
+            continue
+        lanes = product.lanes if mask is None else product.lanes & mask
+        if lanes.any():
+            raise unit.fault("pending wgmma", f"uses {min(taken)}, which a wgmma works on: it has not been waited for", instruction, int(np.argmax(lanes)))  # fmt: skip
+
+
+def written(instruction: Instruction) -> frozenset[str]:
+    if not instruction.operands or instruction.parts[0] in ("st", "bar", "bra", "red", "stmatrix"):
+        return frozenset()
+    first = instruction.operands[0]
+    return frozenset(x.name for x in (first.items if isinstance(first, Group) else (first,)) if isinstance(x, Register))
