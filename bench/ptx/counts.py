@@ -76,13 +76,13 @@ class Counts:
     def wavefronts(self, pc: int, group: np.ndarray, address: np.ndarray, nbytes: int) -> None:
         """group numbers the sets of lanes that are served together."""
         words = (address[:, None] + np.arange(0, max(nbytes, 4), 4)) // 4
-        wanted = np.unique((group[:, None] << 24 | words).ravel())  # a word that many lanes want is read once
-        bank = (wanted >> 24) * 32 + wanted % 32
-        _, where, many = np.unique(bank, return_index=True, return_counts=True)
-        groups = wanted[where] >> 24
-        starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
-        self.shared_wavefronts[pc] += int(np.maximum.reduceat(many, starts).sum())
-        self.shared_ideal[pc] += len(starts)
+        wanted = np.sort((group[:, None] << 24 | words).ravel())
+        wanted = wanted[np.r_[True, wanted[1:] != wanted[:-1]]]  # a word that many lanes want is read once
+        group = wanted >> 24
+        number = np.r_[0, np.cumsum(group[1:] != group[:-1])]  # of the groups that are there
+        banks = np.bincount(number * 32 + wanted % 32, minlength=(number[-1] + 1) * 32)
+        self.shared_wavefronts[pc] += int(banks.reshape(-1, 32).max(1).sum())
+        self.shared_ideal[pc] += int(number[-1]) + 1
 
     # -------------------------------------------------------------------------------------------- sums
 

@@ -206,6 +206,32 @@ def parameter_bytes(kind: str, size: int, value) -> bytes:
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
 
 
+def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, limits: Limits = Limits()) -> Counts:
+    """Runs the first kernel of a PTX text on CPU tensors, whole numbers and floats, one for each parameter.
+
+    >>> import torch
+    >>> out = torch.zeros(32, dtype=torch.int32)
+    >>> counts = run_text('''.target sm_80
+    ... .visible .entry lanes(.param .u64 out) {
+    ...   .reg .b32 %r<2>; .reg .b64 %rd<3>;
+    ...   ld.param.b64 %rd1, [out];
+    ...   mov.u32 %r1, %tid.x;
+    ...   mad.wide.u32 %rd2, %r1, 4, %rd1;
+    ...   st.global.b32 [%rd2], %r1;
+    ...   ret; }''', out)
+    >>> out[:4].tolist(), counts.total("global_sectors")
+    ([0, 1, 2, 3], 4)
+    """
+    module = parse(text)
+    kernel = next(iter(module.kernels.values()))
+    program = Program(kernel, module)
+    tensors = [t for i, x in enumerate(args) if isinstance(x, torch.Tensor) and (t := named(f"argument {i}", x))]
+    data = bytearray(kernel.param_bytes)
+    for param, value in zip(kernel.params, args, strict=True):
+        data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
+    return execute(program, (*grid, 1, 1)[:3], threads, bytes(data), tensors, limits)
+
+
 @functools.cache
 def load(hash: str, name: str, shared: int) -> Program:
     """The program of a compiled kernel: Triton keeps the PTX beside the binary in its cache."""

@@ -160,11 +160,15 @@ class SharedMemory:
         racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp)
         mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
-        racing |= self.written[grains] != mine[:, None]  # two lanes of this very instruction
-        if racing.any() and (asynchronous or self.changes(block, address, values, racing)):
-            at, g = np.argwhere(racing)[0]
-            other = int(stamps[at, g]) & THREAD if self.unseen(stamps[at : at + 1], block[at : at + 1], thread[at : at + 1]).any() else None  # fmt: skip
-            return Problem("race", self.pair("writes", "wrote", address[at], other), int(at))
+        clash = self.written[grains] != mine[:, None]  # two lanes of this very instruction
+        if not (racing | clash).any():
+            return None
+        bad = racing.any(1) if asynchronous else self.differs(block, address, values, racing.any(1), clash.any(1))
+        if bad.any():
+            at = int(np.argmax(bad))
+            wrote = self.unseen(stamps[[at]], block[[at]], thread[[at]])[0]
+            other = int(stamps[at, np.argmax(wrote)]) & THREAD if wrote.any() else None
+            return Problem("race", self.pair("writes", "wrote", address[at], other), at)
         return None
 
     def check_atomic(self, block, address, nbytes, thread) -> Problem | None:
@@ -182,14 +186,13 @@ class SharedMemory:
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
         return None
 
-    def changes(self, block, address, values, racing) -> bool:
-        """Whether any lane of a race changes what is there, or lanes of this instruction disagree."""
+    def differs(self, block, address, values, racing, clash) -> np.ndarray:
+        """Which lanes change what is there though others may look, or want another value there than a lane beside them."""
         view = self.views[values.dtype.itemsize]
         index = self.index(block, address, values.dtype.itemsize, values.shape[1])
         before = view[index]
         view[index] = values
-        lanes = racing.any(1)
-        return bool((before[lanes] != values[lanes]).any() or (view[index] != values).any())
+        return (racing & (before != values).any(1)) | (clash & (view[index] != values).any(1))
 
     def pair(self, does: str, did: str, address: int, thread: int | None) -> str:
         if thread is None:
