@@ -1,4 +1,4 @@
-"""The command line: python -m bench attention|cpu|features.
+"""The command line: python -m bench attention|cpu|features|ptx|compiled.
 
 Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage.
 """
@@ -14,9 +14,10 @@ import torch
 
 import flashattn
 
-from . import attention
+from . import attention, compiled_report
 from .attention import Case
 from .measure import keep_memory_warm
+from .ptx import command as ptx_command
 from .report import print_table, write_json, write_plot
 
 
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw ratio against length (png, svg, pdf)")
     add_cpu(commands)
     add_features(commands)
+    ptx_command.add_parser(commands)
+    add_compiled(commands)
     return top
 
 
@@ -75,6 +78,24 @@ def add_features(commands) -> None:
     command.add_argument("--shape", type=shape, default=(1, 8, 1024, 64), metavar="B,H,S,D", help="default 1,8,1024,64")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32 and bfloat16")
     command.add_argument("--seconds", type=float, default=0.5, help="time for each pair (default %(default)s)")
+
+
+def add_compiled(commands) -> None:
+    command = commands.add_parser(
+        "compiled",
+        help="what the compiler made of each kernel, ahead of time, on nine architectures",
+        description="Registers, spills, shared memory and occupancy of each kernel and, for NVIDIA, the machine code of each "
+        "loop with tensor instructions: its length, mix, and issue slots of other instructions for the tensor work. For "
+        "the project's kernels (attention, norm, decode: all without a word) or any other: python -m bench compiled "
+        "mine.py:add_kernel 'x=*fp32' 'out=*fp32' n=1000 BLOCK=256",
+    )
+    command.add_argument("what", nargs="*", help="attention, norm, decode, or file.py:function and its arguments name=value")
+    command.add_argument("--arch", action="append", choices=compiled_report.ARCHITECTURES, help="only these; may be repeated")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
+
+
+def run_compiled(args) -> int:
+    return compiled_report.run(args.what, args.arch or compiled_report.ARCHITECTURES, args.json)
 
 
 def run_features(args) -> int:
@@ -132,10 +153,15 @@ def run_attention(args) -> int:
     return 0 if all(r.correct for r in results) else 1
 
 
+COMMANDS = {
+    "attention": run_attention, "cpu": run_cpu, "features": run_features, "ptx": ptx_command.run, "compiled": run_compiled,
+}  # fmt: skip
+
+
 def main() -> int:
     args = parser().parse_args()
     try:
-        return {"cpu": run_cpu, "features": run_features, "attention": run_attention}[args.command](args)
+        return COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -25,14 +26,45 @@ WAVE_64 = ("gfx90a", "gfx942", "gfx950")  # AMD architectures with 64 threads in
 TENSOR_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)\b|\bv_(mfma|wmma|smfmac)_")
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True)
+class Kernel:
     name: str
     architecture: str
-    registers: int
+    registers: int  # of a thread
     stack_bytes: int  # local memory a thread: what did not fit the registers
     spills: int  # instructions that store to or load from it
     shared_bytes: int
     tensor_instructions: int
+    warps: int
+    code: str = field(repr=False)  # SASS, or AMD's assembly
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that fit, by registers, shared memory and warps of a block."""
+        if not self.architecture.startswith("sm_"):
+            waves = int(re.search(r"; Occupancy: (\d+)", self.code).group(1))  # of a SIMD unit, by the compiler
+            return waves / (8 if self.architecture in WAVE_64 else 16)
+        limits = MULTIPROCESSOR[self.architecture]
+        by_registers = limits.registers // (-(-self.registers * 32 // 256) * 256 * self.warps)  # given out by 256
+        by_shared = limits.shared // (self.shared_bytes + 1024)  # of each block the driver keeps 1 KiB
+        return min(limits.blocks, limits.warps // self.warps, by_registers, by_shared) * self.warps / limits.warps
+
+
+class Multiprocessor(NamedTuple):
+    registers: int
+    warps: int
+    blocks: int
+    shared: int  # bytes
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+MULTIPROCESSOR = {
+    "sm_80": Multiprocessor(65536, 64, 32, 167936), "sm_86": Multiprocessor(65536, 48, 16, 102400),
+    "sm_87": Multiprocessor(65536, 48, 16, 167936), "sm_89": Multiprocessor(65536, 48, 24, 102400),
+    "sm_90": Multiprocessor(65536, 64, 32, 233472), "sm_100": Multiprocessor(65536, 64, 32, 233472),
+    "sm_103": Multiprocessor(65536, 64, 32, 233472), "sm_110": Multiprocessor(65536, 48, 24, 233472),
+    "sm_120": Multiprocessor(65536, 48, 24, 102400), "sm_121": Multiprocessor(65536, 48, 24, 102400),
+}  # fmt: skip
 
 
 def target(architecture: str) -> GPUTarget:
@@ -87,29 +119,32 @@ def compile_for(architecture: str) -> Iterator[list[Kernel]]:
 
 
 def inspect(compiled, architecture: str) -> Kernel:
-    figures = inspect_nvidia(compiled) if architecture.startswith("sm_") else inspect_amd(compiled)
-    return Kernel(compiled.metadata.name, architecture, *figures[:3], compiled.metadata.shared, figures[3])
+    registers, stack, spills, code = (inspect_nvidia if architecture.startswith("sm_") else inspect_amd)(compiled)
+    metadata, tensor = compiled.metadata, len(TENSOR_INSTRUCTION.findall(code))
+    return Kernel(
+        metadata.name, architecture, registers, stack, spills, metadata.shared, tensor, metadata.num_warps, code
+    )
 
 
-def inspect_nvidia(compiled) -> tuple[int, int, int, int]:
-    """(registers, stack bytes, spill instructions, tensor instructions) from the cubin."""
+def inspect_nvidia(compiled) -> tuple[int, int, int, str]:
+    """(registers, stack bytes, spill instructions, code) from the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = run_tool("cuobjdump", "-res-usage", file.name)
         sass = run_tool("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    return registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", sass)), len(TENSOR_INSTRUCTION.findall(sass))
+    return registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", sass)), sass
 
 
-def inspect_amd(compiled) -> tuple[int, int, int, int]:
+def inspect_amd(compiled) -> tuple[int, int, int, str]:
     """The same from the assembly text."""
     text = compiled.asm["amdgcn"]
     registers, scratch, spills = (
         int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
         for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
     )
-    return registers, scratch, spills, len(TENSOR_INSTRUCTION.findall(text))
+    return registers, scratch, spills, text
 
 
 @functools.cache

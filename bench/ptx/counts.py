@@ -15,7 +15,8 @@ import numpy as np
 from .memory import SECTOR
 from .parse import Instruction
 
-PIPES = ("tensor", "fma", "alu", "special", "memory", "control")
+# The pipes of a multiprocessor; "move" is none: register moves, which the assembler mostly erases.
+PIPES = ("tensor", "fma", "alu", "special", "memory", "control", "move")
 SPECIAL = ("ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "sqrt", "rcp")
 MEMORY = (
     "ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "prefetch", "mbarrier", "tensormap", "shfl", "movmatrix",
@@ -32,6 +33,8 @@ def pipe(instruction: Instruction) -> str:
     base, kind = instruction.parts[0], instruction.type
     if base in ("mma", "wgmma"):
         return "control" if base == "wgmma" and instruction.parts[1] != "mma_async" else "tensor"
+    if base in ("mov", "cvta") or (base == "ld" and "param" in instruction.parts):
+        return "move"
     if base in MEMORY:
         return "memory"
     if base in CONTROL or instruction.op.startswith("cp.async.w"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from triton.runtime.cache import get_cache_manager
 import flashattn.backends
 from flashattn.kernels.configs import SHARED_MEMORY
 
-from ..compiled import NoDriver, target
+from ..compiled import NoDriver
 from .copies import encode_map
 from .counts import Counts
 from .faults import Fault
@@ -237,8 +238,15 @@ def load(hash: str, name: str, shared: int) -> Program:
     """The program of a compiled kernel: Triton keeps the PTX beside the binary in its cache."""
     group = get_cache_manager(hash).get_group(f"{name}.json")
     text = Path(next(path for file, path in group.items() if file.endswith(".ptx"))).read_text()
-    module = parse(text)
+    module = parse(text, local_file)
     return Program(module.kernels[name], module, shared)
 
 
-__all__ = ["Device", "Launch", "device", "target"]
+def local_file(path: str) -> str:
+    """The file of this process: a kernel may have been compiled, and kept, for the same source in another place."""
+    tail = Path(path).parts[-2:]
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parts[-2:] == tail:
+            return file
+    return path

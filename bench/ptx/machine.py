@@ -202,10 +202,11 @@ def at_barrier(units: list[Unit], block: int, message: str, program: Program) ->
 
 def deadlock(program: Program, wave: Wave, units: list[Unit]) -> Fault:
     """Nobody can go on: what the first lane that waits is waiting for."""
+    for unit in units:
+        for pc, mask in unit.waiting.items():
+            message = "not all lanes of the warp reach this instruction, which takes them together"
+            return unit.fault("barrier", message, program.instructions[pc], int(np.argmax(mask)))
     unit = units[0]
-    for pc, mask in unit.waiting.items():
-        message = "not all lanes of the warp reach this instruction, which takes them together"
-        return unit.fault("barrier", message, program.instructions[pc], int(np.argmax(mask)))
     parked: Parked = unit.parked[0]
     lane = int(np.argmax(parked.mask))
     block = unit.block[lane]

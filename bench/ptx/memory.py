@@ -170,9 +170,9 @@ class GlobalMemory:
             view, index = segment.elements(address[lanes], values.dtype.itemsize, values.shape[1])
             changes = (view[index] != values[lanes]).any(1)[:, None]
             view[index] = values[lanes]
-            changes |= (view[index] != values[lanes]).any(1)[:, None] & clash
+            disagrees = (view[index] != values[lanes]).any(1)[:, None]
             other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
-            bad = (bad | clash) & changes
+            bad = (bad & changes) | (clash & disagrees)
             if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
                 return int(np.arange(len(address))[lanes][at[0]]), at[1]
         return None

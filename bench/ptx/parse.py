@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -134,8 +135,8 @@ DIRECTIVE = re.compile(r"\.(version|target|address_size|file|section|pragma|reqn
 REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 
 
-def parse(text: str) -> Module:
-    """The module of a PTX text.
+def parse(text: str, file_of: Callable[[str], str] = str) -> Module:
+    """The module of a PTX text. file_of: from the path of a source file, as the text has it, to the one to show.
 
     >>> module = parse('''.target sm_80
     ... .visible .entry add(.param .u64 add_param_0)
@@ -143,12 +144,13 @@ def parse(text: str) -> Module:
     >>> [i.op for i in module.kernels["add"].instructions]
     ['add.s32', 'ret']
     """
-    return Parser(text).module()
+    return Parser(text, file_of).module()
 
 
 class Parser:
-    def __init__(self, text: str):
-        self.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M))
+    def __init__(self, text: str, file_of: Callable[[str], str] = str):
+        files = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)
+        self.files = {number: file_of(path) for number, path in files}
         section = text.find(".section")  # debug information, which holds braces of its own
         self.original = text if section < 0 else text[:section]
         self.names = {path.rsplit("/", 1)[-1]: path for path in self.files.values()}

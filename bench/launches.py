@@ -1,0 +1,79 @@
+"""The project's kernels as launches on CPU tensors: for those who compile or execute them without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import flashattn
+from flashattn.cache import KVCache
+from flashattn.decode import Rotary
+
+
+class Work(NamedTuple):
+    """A call, and what of its results is compared with what truth: (name, ours, expected) each."""
+
+    text: str
+    run: Callable[[], dict[str, torch.Tensor]]
+    truth: Callable[[], dict[str, torch.Tensor]]
+
+
+def attention(shape, dtype=torch.bfloat16, causal=False, backward=False) -> Work:
+    batch, heads, seq, head_dim = shape
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(batch, heads, seq, head_dim).to(dtype) for _ in range(4))
+
+    def run(kind=None):
+        inputs = [x.detach().to(kind or dtype).requires_grad_(backward) for x in (q, k, v)]
+        out = flashattn.attention(*inputs, causal=causal)
+        results = {"out": out.detach()}
+        if backward:
+            gradients = torch.autograd.grad(out, inputs, grad.to(out))
+            results |= dict(zip(("grad_q", "grad_k", "grad_v"), gradients, strict=True))
+        return results
+
+    text = f"attention of ({', '.join(map(str, shape))}), {name_of(dtype)}{', causal' if causal else ''}"
+    return Work(text, run, lambda: run(torch.float64))
+
+
+def norm(shape, dtype=torch.bfloat16, backward=False, rms=False) -> Work:
+    rows, cols = shape
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(rows, cols).to(dtype), torch.randn(cols).to(dtype), torch.randn(rows, cols).to(dtype)
+
+    def run(kind=None):
+        inputs = [t.detach().to(kind or dtype).requires_grad_(backward) for t in (x, weight)]
+        y = (flashattn.rms_norm if rms else flashattn.layer_norm)(*inputs)
+        results = {"y": y.detach()}
+        if backward:
+            results |= dict(zip(("grad_x", "grad_weight"), torch.autograd.grad(y, inputs, grad.to(y)), strict=True))
+        return results
+
+    text = f"{'rms_norm' if rms else 'layer_norm'} of ({rows}, {cols}), {name_of(dtype)}"
+    return Work(text, run, lambda: run(torch.float64))
+
+
+def decode(shape, dtype=torch.bfloat16) -> Work:
+    """One new token of each sequence against a cache of `seq`, rotated."""
+    batch, heads, seq, head_dim = shape
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, n, head_dim).to(dtype) for n in (1, seq, seq))
+    angles = torch.rand(seq, head_dim // 2) * 6
+
+    def run(kind=None):
+        kind = kind or dtype
+        cache = KVCache(batch, heads, seq, head_dim, dtype=kind)
+        rotary = Rotary(angles.cos().to(kind), angles.sin().to(kind))
+        with flashattn.use_backend("reference"):  # the tokens before: not what is looked at
+            before = torch.zeros(batch, heads, seq - 1, head_dim, dtype=kind)
+            flashattn.decode(before, cache, k[:, :, :-1].to(kind), v[:, :, :-1].to(kind), rotary)
+        out = flashattn.decode(q.to(kind), cache, k[:, :, -1:].to(kind), v[:, :, -1:].to(kind), rotary)
+        return {"out": out}
+
+    return Work(f"decode of ({', '.join(map(str, shape))}), {name_of(dtype)}", run, lambda: run(torch.float64))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

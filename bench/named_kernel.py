@@ -1,0 +1,104 @@
+"""Kernels given on the command line: file.py:function with its arguments as name=value."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import torch
+from triton.runtime.jit import JITFunction, KernelInterface
+
+TRITON_TYPES = {
+    "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "i1": "bool", "i8": "int8", "i16": "int16",
+    "i32": "int32", "i64": "int64", "u8": "uint8", "fp8e5": "float8_e5m2", "fp8e4nv": "float8_e4m3fn",
+}  # fmt: skip
+HELP = (
+    "an argument of a kernel file.py:function: a tensor as dtype[sizes] (x=float16[64,128], random numbers; a pointer whose "
+    "size does not matter as x=*fp16), a number, True, False or None; and num_warps, num_stages"
+)
+
+
+def load_function(name: str):
+    """The function of "file.py:function"; the file is imported as a module of its own.
+
+    >>> load_function("attention.py")
+    Traceback (most recent call last):
+    ValueError: a kernel is named as file.py:function, got 'attention.py'
+    """
+    file, colon, function = name.rpartition(":")
+    path = Path(file)
+    if not colon or path.suffix != ".py":
+        raise ValueError(f"a kernel is named as file.py:function, got {name!r}")
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # what it imports from beside itself
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    found = getattr(module, function, None)
+    if not callable(found) and not isinstance(found, KernelInterface):
+        raise ValueError(f"{path} has no function {function}; it has {', '.join(functions(module)) or 'none'}")
+    return found
+
+
+def functions(module) -> list[str]:
+    return [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]
+
+
+def value(text: str):
+    """
+    >>> value("3"), value("0.5"), value("None"), value("int32[2,3]").shape
+    (3, 0.5, None, torch.Size([2, 3]))
+    """
+    if text in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[text]
+    if match := re.fullmatch(r"\*(\w+)", text):
+        return torch.zeros(4096, dtype=dtype(TRITON_TYPES.get(match.group(1), match.group(1))))
+    if match := re.fullmatch(r"(\w+)\[([\d,\s]*)\]", text):
+        kind = dtype(match.group(1))
+        sizes = [int(x) for x in match.group(2).split(",") if x.strip()]
+        if kind.is_floating_point:
+            return torch.randn(sizes).to(kind)
+        return torch.zeros(sizes, dtype=kind)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    raise ValueError(f"{text!r} is not a tensor (float16[64,128], *fp16), a number, True, False or None")
+
+
+def dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype of PyTorch")
+    return found
+
+
+def arguments(words: list[str]) -> dict[str, object]:
+    named = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"arguments are given as name=value, got {word!r}")
+        try:
+            named[name] = value(text)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return named
+
+
+def check_arguments(kernel: JITFunction, named: dict[str, object]) -> None:
+    """Names the kernel's own parameters that are missing, and what it does not have."""
+    params = {p.name: p.default is p._param.empty for p in kernel.params}
+    missing = [name for name, needed in params.items() if needed and name not in named]
+    options = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
+    surplus = [name for name in named if name not in params and name not in options]
+    if missing or surplus:
+        lines = [f"no value for {', '.join(missing)}"] * bool(missing) + [f"no parameter {', '.join(surplus)}"] * bool(surplus)
+        raise ValueError(f"{'; '.join(lines)}. The kernel takes {', '.join(params)}")

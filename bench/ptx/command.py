@@ -1,0 +1,137 @@
+"""python -m bench ptx: run a kernel on the PTX machine, check its result, show what it did."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import flashattn
+
+from .. import launches, named_kernel
+from . import report
+from .driver import ARCHITECTURES, device
+
+SHAPES = {"attention": (1, 2, 256, 64), "norm": (64, 1024), "decode": (2, 4, 300, 64)}
+DIMENSIONS = {"attention": "BATCH,HEADS,SEQ,HEAD_DIM", "norm": "ROWS,COLS", "decode": "BATCH,HEADS,CACHED,HEAD_DIM"}
+DESCRIPTION = """\
+Compiles a kernel for a GPU, runs what the compiler made of it on this machine's CPU, compares the result with float64 and
+prints what a profiler would count: instructions by pipe, global sectors, shared wavefronts and bank conflicts, tensor
+FLOPs, and what they take at least on that GPU. It models results, order and counts; no time, no caches. A kernel that
+reads outside a tensor, races, or reads a copy before its wait stops with the block, thread, PTX line and Python line.
+
+  python -m bench ptx attention --arch sm_90 --shape 1,2,256,64 --backward --lines
+  python -m bench ptx mine.py:add_kernel x=float32[1000] out=float32[1000] n=1000 BLOCK=256 --grid 4
+  python -m bench ptx mine.py:main          (a plain function without arguments that launches kernels itself)
+"""
+
+
+def add_parser(commands) -> None:
+    import argparse
+
+    command = commands.add_parser(
+        "ptx", help="compiled kernels executed and counted without a GPU", description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_argument("what", help="attention, norm, decode or file.py:function")
+    command.add_argument("arguments", nargs="*", metavar="name=value", help=named_kernel.HELP)
+    command.add_argument("--arch", choices=ARCHITECTURES, default="sm_80", help="what to compile for (default %(default)s)")
+    shapes = "; ".join(f"{name} {DIMENSIONS[name]} ({','.join(map(str, SHAPES[name]))})" for name in SHAPES)
+    command.add_argument("--shape", metavar="N,N,…", help=shapes)
+    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default %(default)s")
+    command.add_argument("--causal", action="store_true", help="of attention")
+    command.add_argument("--backward", action="store_true", help="of attention and norm: the gradients too")
+    command.add_argument("--rms", action="store_true", help="of norm: RMSNorm")
+    command.add_argument("--grid", default="1", metavar="N,N,N", help="of a kernel file.py:function (default 1)")
+    command.add_argument("--lines", action="store_true", help="the Python source with counts beside each line")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object for each launch, a line each")
+    command.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all of it")
+
+
+def numbers(text: str, what: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise ValueError(f"{what} takes whole numbers from 1 on, separated by commas, got {text!r}")
+    return found
+
+
+def work_of(args) -> launches.Work | None:
+    """The project's call that `args` name, None for a kernel of a file."""
+    if args.what not in SHAPES:
+        return None
+    if args.arguments:
+        raise ValueError(f"{args.what} takes options, no arguments: got {args.arguments[0]!r}")
+    shape = numbers(args.shape, "--shape") if args.shape else SHAPES[args.what]
+    if len(shape) != len(SHAPES[args.what]):
+        raise ValueError(f"--shape of {args.what} takes {DIMENSIONS[args.what]}, got {args.shape!r}")
+    dtype = getattr(torch, args.dtype)
+    if args.what == "attention":
+        return launches.attention(shape, dtype, args.causal, args.backward)
+    if args.what == "norm":
+        return launches.norm(shape, dtype, args.backward, args.rms)
+    if shape[2] < 2:
+        raise ValueError("--shape of decode takes at least 2 cached tokens")
+    return launches.decode(shape, dtype)
+
+
+def call_of(args):
+    """What a kernel of a file runs."""
+    function = named_kernel.load_function(args.what)
+    if not hasattr(function, "warmup"):
+        if args.arguments:
+            raise ValueError(f"{args.what} is no kernel: it is called without arguments")
+        return function
+    torch.manual_seed(0)
+    arguments = named_kernel.arguments(args.arguments)
+    named_kernel.check_arguments(function, arguments)
+    grid = numbers(args.grid, "--grid")
+    return lambda: function[grid](**arguments)
+
+
+def run(args) -> int:
+    """0: ran and, where there is a truth, is right; 1: wrong, or a fault."""
+    console = report.make_console()
+    work = work_of(args)
+    call = work.run if work else call_of(args)
+    start = time.perf_counter()
+    with console.status(f"running {args.what} on {args.arch}"), device(args.arch) as gpu:
+        if work:
+            with flashattn.use_backend("triton"):
+                results = call()
+        else:
+            call()
+    if not gpu.launches:
+        raise ValueError(f"{args.what} launched no kernel")
+    seconds = time.perf_counter() - start
+    console.print(f"{work.text if work else args.what}: {len(gpu.launches)} launches in {seconds:.1f} s\n")
+    for launch in gpu.launches:
+        report.print_launch(console, launch)
+        if args.lines:
+            report.print_lines(console, launch)
+    correct = print_errors(console, work, results) if work else True
+    if args.json:
+        args.json.write_text("".join(json.dumps(report.figures(launch)) + "\n" for launch in gpu.launches), encoding="utf-8")
+    if args.html:
+        command = f"python -m bench {shlex.join(sys.argv[1:])}"
+        args.html.write_text(report.page(gpu.launches, command), encoding="utf-8")
+    return 0 if correct else 1
+
+
+def print_errors(console, work: launches.Work, results: dict) -> bool:
+    """Largest errors against float64; wrong is more than a hundredth of the largest value."""
+    with flashattn.use_backend("reference"):
+        truth = work.truth()
+    correct = True
+    for name, x in results.items():
+        error = (x.double() - truth[name]).abs().max().item()
+        right = error <= 0.01 * truth[name].abs().max().item()
+        correct &= right
+        console.print(f"{name}: largest error against float64 {error:.1e}{'' if right else '  WRONG'}")
+    return correct

@@ -1,0 +1,221 @@
+"""What launches did, for people: the table of a launch, its bounds, and the Python source with counts beside each line."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .counts import PIPES, Counts, pipe
+from .driver import Launch
+from .parse import Location
+from .rates import GPUS, LIKE, bounds
+
+TRITON = "/triton/language/"  # the library's own functions, whatever environment compiled them
+AROUND = 2  # lines shown around a counted one
+LINE_FIELDS = ("issued", *PIPES, "global_sectors", "shared_wavefronts")
+
+
+def own_line(location: Location | None) -> Location | None:
+    """The line to blame: the innermost that is not in Triton's own library."""
+    while location is not None and location.caller is not None and TRITON in location.file:
+        location = location.caller
+    return location
+
+
+def by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
+    """(file, line) -> counts: every field of Counts, and warp instructions by pipe. ("", 0): no line is known."""
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    for instruction, row in counts.rows():
+        line = own_line(instruction.location)
+        sums = found.setdefault((line.file, line.line) if line else ("", 0), dict.fromkeys([*Counts.FIELDS, *PIPES], 0))
+        for name, value in row.items():
+            sums[name] += value
+        sums[pipe(instruction)] += row["issued"]
+    return found
+
+
+def figures(launch: Launch) -> dict[str, object]:
+    """All that is known of a launch, for JSON."""
+    counts, blocks = launch.counts, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    limits = bounds(counts, launch.architecture, blocks)
+    return {
+        "kernel": launch.kernel, "architecture": launch.architecture, "grid": list(launch.grid),
+        "threads": launch.threads, "shared_bytes": launch.shared_bytes,
+        **{field: counts.total(field) for field in Counts.FIELDS}, "barriers": barriers(counts),
+        "read_bytes": counts.read_bytes, "written_bytes": counts.written_bytes,
+        "pipes": counts.by_pipe(), "opcodes": counts.by_opcode(),
+        "bounds_us": {b.name: b.microseconds for b in limits}, "bound": limits[0].name,
+        "lines": {f"{Path(file).name}:{line}": sums for (file, line), sums in by_line(counts).items()},
+    }  # fmt: skip
+
+
+def barriers(counts: Counts) -> int:
+    """Warps that came to a barrier of the block."""
+    issued = counts.by_opcode()
+    return sum(n for op, n in issued.items() if op.startswith(("bar.sync", "barrier.sync", "barrier.cta.sync")))
+
+
+# ------------------------------------------------------------------------------------------------ terminal
+
+
+def make_console() -> Console:
+    return Console(width=None if Console().is_terminal else 160, highlight=False)
+
+
+def number(x: int) -> str:
+    return f"{x:,}" if x else "."
+
+
+def print_launch(console: Console, launch: Launch) -> None:
+    counts, blocks = launch.counts, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    console.print(
+        f"[bold]{launch.kernel}[/bold]  {launch.architecture}, {blocks:,} blocks of {launch.threads} threads, "
+        f"{launch.shared_bytes:,} bytes of shared memory"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, value, note in summary(counts):
+        table.add_row(name, value, note)
+    console.print(table)
+    limits = bounds(counts, launch.architecture, blocks)
+    gpu = GPUS[LIKE.get(launch.architecture, launch.architecture)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"at least, on {gpu.name} (no latency, no caches)", title_justify="left")  # fmt: skip
+    for name, justify in (("limit", "left"), ("work", "right"), ("us", "right"), ("", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)
+    for bound in limits:
+        bar = "#" * round(30 * bound.microseconds / max(limits[0].microseconds, 1e-12))
+        table.add_row(bound.name, bound.work, f"{bound.microseconds:.3f}", bar)
+    console.print(table)
+
+
+def summary(counts: Counts) -> list[tuple[str, str, str]]:
+    """(name, value, what to make of it)."""
+    issued, requests = counts.total("issued"), counts.total("global_requests")
+    sectors, moved = counts.total("global_sectors"), counts.total("global_bytes")
+    wavefronts, ideal = counts.total("shared_wavefronts"), counts.total("shared_ideal")
+    rows = [("warp instructions", f"{issued:,}", "")]
+    for name, n in counts.by_pipe().items():
+        rows.append((f"  {name}", f"{n:,}", f"{n / max(issued, 1):.1%}"))
+    rows += [
+        ("tensor FLOP", f"{counts.total('flops'):,}", ""),
+        ("global requests", f"{requests:,}", f"{sectors / max(requests, 1):.1f} sectors each"),
+        ("  sectors", f"{sectors:,}", f"{moved / max(32 * sectors, 1):.0%} of their bytes asked for"),
+        ("  bytes asked for", f"{moved:,}", ""),
+        ("  bytes at least once", f"{counts.read_bytes + counts.written_bytes:,}",
+         f"{counts.read_bytes:,} read, {counts.written_bytes:,} written"),
+        ("shared requests", f"{counts.total('shared_requests'):,}", ""),
+        ("  wavefronts", f"{wavefronts:,}", f"{wavefronts - ideal:,} of them for bank conflicts"),
+        ("barriers", f"{barriers(counts):,}", "warps that came to one"),
+        ("divergent branches", f"{counts.total('divergent'):,}", ""),
+    ]  # fmt: skip
+    return rows
+
+
+def source_lines(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, int] | None]]]:
+    """File -> (line number, text, counts): the counted lines with two around each. A number of 0 stands for a gap."""
+    lines, files = by_line(launch.counts), {}
+    for file in sorted({file for file, _ in lines if file}):
+        there = sorted(line for name, line in lines if name == file)
+        path = Path(file)
+        text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        shown = sorted({n for line in there for n in range(line - AROUND, line + AROUND + 1) if 0 < n <= max(len(text), line)})
+        files[file] = []
+        for before, n in zip([shown[0] - 1, *shown], shown, strict=False):
+            if n != before + 1:
+                files[file].append((0, "", None))
+            files[file].append((n, text[n - 1] if n <= len(text) else "", lines.get((file, n))))
+    return files
+
+
+def print_lines(console: Console, launch: Launch) -> None:
+    """Plain lines, so that nothing is folded: those of the source are cut at the edge."""
+    total = max(launch.counts.total("issued"), 1)
+    head = f"{'share':>6}" + "".join(f"{SHORT[name]:>9}" for name in LINE_FIELDS)
+    for file, lines in source_lines(launch).items():
+        console.print(f"[bold]{file}[/bold]", overflow="ignore", crop=True, no_wrap=True)
+        console.print(f"[dim]{head}  line  source[/dim]", no_wrap=True, crop=True)
+        for n, text, sums in lines:
+            counts = " " * len(head)
+            if sums is not None:
+                counts = f"{sums['issued'] / total:>6.1%}" + "".join(f"{number(sums[name]):>9}" for name in LINE_FIELDS)
+            line = Text(f"{counts} {n or '':>5}  {text if n else '...'}")
+            if sums is not None and sums["issued"] > total / 20:
+                line.stylize("bold")
+            console.print(line, no_wrap=True, overflow="crop", crop=True)
+        console.print()
+    console.print("share, instr: of warp instructions; tensor to control: by pipe; sectors: global; waves: shared wavefronts\n")
+
+
+SHORT = {"issued": "instr", "global_sectors": "sectors", "shared_wavefronts": "waves", "special": "spec",
+         **{name: name for name in ("tensor", "fma", "alu", "memory", "control", "move")}}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------ page
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --heat: 214 120 60; }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 2rem; } p, caption { color: GrayText; text-align: left; }
+table { border-collapse: collapse; } td, th { padding: 1px .6em; text-align: right; white-space: nowrap; }
+th { border-bottom: 1px solid var(--line); font-weight: 600; }
+td.name, th.name { text-align: left; } .side { display: flex; flex-wrap: wrap; gap: 3rem; align-items: start; }
+.source { font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; display: block; }
+.source th { position: sticky; top: 0; background: Canvas; }
+.source td.code { text-align: left; white-space: pre; } .source td.n { color: GrayText; }
+.bar { background: rgb(var(--heat)); height: .8em; display: inline-block; min-width: 1px; }
+"""
+
+
+def page(launches: list[Launch], command: str) -> str:
+    """An HTML page of the launches, complete in itself."""
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
+        f"<title>{html.escape(launches[0].kernel)} on {launches[0].architecture}</title><style>{STYLE}</style>",
+        f"<h1>Compiled for {launches[0].architecture}, executed and counted</h1><p><code>{html.escape(command)}</code></p>",
+        "<p>Counts are exact for these inputs. The bounds know nothing of latencies and caches: a launch takes longer.</p>",
+    ]
+    for launch in launches:
+        parts += page_of_launch(launch)
+    return "\n".join(parts) + "</html>\n"
+
+
+def page_of_launch(launch: Launch) -> list[str]:
+    counts, blocks = launch.counts, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    limits = bounds(counts, launch.architecture, blocks)
+    gpu = GPUS[LIKE.get(launch.architecture, launch.architecture)]
+    rows = "".join(
+        f"<tr><td class='name'>{html.escape(a).replace('  ', '&emsp;')}<td>{b}<td class='name'>{html.escape(c)}"
+        for a, b, c in summary(counts)
+    )
+    bars = "".join(
+        f"<tr><td class='name'>{b.name}<td>{b.work}<td>{b.microseconds:.3f}<td class='name'>"
+        f"<span class='bar' style='width:{12 * b.microseconds / max(limits[0].microseconds, 1e-12):.2f}em'></span>"
+        for b in limits
+    )
+    out = [
+        f"<h2>{html.escape(launch.kernel)}: {blocks:,} blocks of {launch.threads} threads, "
+        f"{launch.shared_bytes:,} bytes of shared memory</h2><div class='side'><table>{rows}</table>",
+        f"<table><tr><th class='name'>at least, on {gpu.name}<th>work<th>us<th>{bars}</table></div>",
+    ]
+    total = max(counts.total("issued"), 1)
+    most = max((sums["issued"] for sums in by_line(counts).values()), default=1)
+    for file, lines in source_lines(launch).items():
+        head = "".join(f"<th>{SHORT[name]}" for name in LINE_FIELDS)
+        out.append(f"<h2>{html.escape(Path(file).name)}</h2><table class='source'><tr><th>share{head}<th><th class='name'>source")
+        for n, text, sums in lines:
+            cells, heat = "<td>" * (1 + len(LINE_FIELDS)), 0.0
+            if sums is not None:
+                heat = sums["issued"] / max(most, 1)
+                cells = f"<td>{sums['issued'] / total:.1%}" + "".join(f"<td>{number(sums[name])}" for name in LINE_FIELDS)
+            if not n:
+                out.append(f"<tr><td colspan='{len(LINE_FIELDS) + 2}'>&#8942;")
+                continue
+            out.append(f"<tr style='background:rgb(var(--heat)/{heat * 0.45:.3f})'>{cells}<td class='n'>{n}<td class='code'>{html.escape(text)}")  # fmt: skip
+        out.append("</table>")
+    return out

@@ -1,0 +1,86 @@
+"""NVIDIA machine code read: its loops, and what stands in those that hold tensor instructions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+LABEL = re.compile(r"^\s*(\.L_x?_?\w+):", re.M)
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+TENSOR = re.compile(r"(HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|DMMA|UTC\w*MMA)")
+# What an instruction is for, by how its name begins; what is in no list is arithmetic of other kinds.
+KINDS = {
+    "tensor": ("HMMA", "HGMMA", "IMMA", "IGMMA", "QMMA", "QGMMA", "DMMA", "UTC", "WARPGROUP", "UTCBAR"),
+    "fma": ("FFMA", "FMUL", "FADD", "HFMA", "HMUL", "HADD", "DFMA", "DMUL", "DADD"),
+    "special": ("MUFU",),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "ATOMS"),
+    "global": ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG", "ATOMG", "RED"),
+    "local": ("LDL", "STL"),
+    "control": ("BRA", "BAR", "SYNCS", "DEPBAR", "LDGDEPBAR", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "NOP", "ELECT", "VOTE"),
+    "integer": ("IADD", "IMAD", "ISETP", "LEA", "LOP", "SHF", "PRMT", "IMNMX", "VIADD", "UIADD", "ULEA", "ULOP", "USHF",
+                "UIMAD", "UISETP", "USEL", "UMOV", "R2UR", "MOV", "SEL", "S2R", "S2UR", "IABS", "UPRMT", "CS2R"),
+    "float": ("FSEL", "FMNMX", "FSETP", "F2F", "F2FP", "I2F", "F2I", "FCHK", "HSET", "HMNMX"),
+}  # fmt: skip
+
+
+class Loop(NamedTuple):
+    """An innermost loop of machine code. flops: of a warp in one turn; None where the code does not tell the shape."""
+
+    start: int  # address
+    instructions: int
+    mix: dict[str, int]
+    tensor_instructions: int
+    flops: int | None
+
+    @property
+    def overhead(self) -> float | None:
+        """Issue slots of other instructions for 1,024 tensor FLOPs of a warp."""
+        if not self.flops:
+            return None
+        return (self.instructions - self.tensor_instructions) / self.flops * 1024
+
+
+def tensor_flops(name: str) -> int | None:
+    """FLOPs of one instruction for a warp: HMMA.16816 is m16n8k16 of a warp, HGMMA.64x128x16 of four warps."""
+    if match := re.search(r"\.(\d+)x(\d+)x(\d+)", name):
+        m, n, k = (int(x) for x in match.groups())
+        return 2 * m * n * k // (4 if "GMMA" in name else 1)
+    if match := re.search(r"\.(8|16)(8)(4|8|16|32|64)\b", name):
+        m, n, k = (int(x) for x in match.groups())
+        return 2 * m * n * k
+    return None
+
+
+def kind(name: str) -> str:
+    base = name.split(".")[0]
+    found = [(len(start), k) for k, starts in KINDS.items() for start in starts if base.startswith(start)]
+    return max(found)[1] if found else "other"
+
+
+def tensor_loops(sass: str) -> list[Loop]:
+    """The innermost loops that hold tensor instructions, in order."""
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if match := LABEL.match(line):
+            labels[match.group(1)] = len(code)
+        elif match := INSTRUCTION.search(line):
+            code.append((int(match.group(1), 16), match.group(2), match.group(3)))
+    spans = []
+    for end, (_, name, rest) in enumerate(code):
+        target = re.search(r"`\((\.L_x?_?\w+)\)", rest)
+        if name.startswith("BRA") and target and labels.get(target.group(1), end + 1) <= end:
+            spans.append((labels[target.group(1)], end))
+    loops = []
+    for start, end in sorted(set(spans)):
+        names = [name for _, name, _ in code[start : end + 1]]
+        tensor = [name for name in names if TENSOR.match(name)]
+        inner = [s for s in spans if s != (start, end) and start <= s[0] and s[1] <= end]
+        held = any(TENSOR.match(name) for s in inner for _, name, _ in code[s[0] : s[1] + 1])
+        if not tensor or held:
+            continue
+        flops = [tensor_flops(name) for name in tensor]
+        total = None if None in flops else sum(flops)
+        mix = dict(Counter(kind(name) for name in names).most_common())
+        loops.append(Loop(code[start][0], len(names), mix, len(tensor), total))
+    return loops

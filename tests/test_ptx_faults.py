@@ -1,0 +1,360 @@
+"""Each fault that the PTX machine knows, planted in a small kernel and caught where it is; its twin without it passes."""
+
+import re
+
+import ptx_kernels as kernels
+import pytest
+import torch
+import triton
+import triton.language as tl
+from common import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.runtime.cache import get_cache_manager
+
+from bench import ptx
+from bench.ptx.driver import run_text
+
+HEAD = """.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.shared .align 16 .b8 space[4096];
+.visible .entry kernel(.param .u64 out, .param .u64 x)
+{
+    .reg .pred %p<8>; .reg .b32 %r<64>; .reg .b64 %rd<32>; .reg .f32 %f<64>;
+    ld.param.b64 %rd1, [out];
+    ld.param.b64 %rd2, [x];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, %ntid.x;
+    mad.lo.s32 %r4, %r2, %r3, %r1;
+    mul.wide.u32 %rd3, %r4, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    mov.b32 %r5, space;
+    shl.b32 %r6, %r1, 2;
+    add.s32 %r7, %r5, %r6;
+"""
+
+
+def run(body: str, threads: int = 128, blocks: int = 1, elements: int | None = None):
+    n = threads * blocks if elements is None else elements
+    out, x = torch.zeros(max(threads * blocks, n), dtype=torch.int32), torch.arange(n, dtype=torch.int32)
+    run_text(HEAD + body + "\n ret;\n}", out, x, grid=(blocks,), threads=threads)
+    return out
+
+
+def caught(kind: str, body: str, match: str = "", **options) -> ptx.Fault:
+    with pytest.raises(ptx.Fault, match=match) as raised:
+        run(body, **options)
+    fault = raised.value
+    assert fault.kind == kind, str(fault)
+    assert fault.block is not None
+    assert fault.thread is not None
+    assert fault.instruction.line > 0
+    assert fault.instruction.text in str(fault)
+    return fault
+
+
+COPY = "ld.global.b32 %r10, [%rd5]; st.global.b32 [%rd4], %r10;"
+
+
+def test_out_of_bounds():
+    assert torch.equal(run(COPY), torch.arange(128, dtype=torch.int32))
+    fault = caught("out of bounds", COPY, "reads 4 bytes 0 bytes past the end of argument 1", elements=100)
+    assert (fault.thread, fault.tensor) == (100, "argument 1")
+    caught("out of bounds", COPY.replace("[%rd5]", "[%rd5+-4]"), "4 bytes before the start of|past the end of")
+
+
+def test_out_of_bounds_in_triton_names_tensor_and_line():
+    x, out = torch.randn(1000), torch.empty(1000)
+    with ptx.device("sm_80"):
+        kernels.copy[(4,)](x, out, 1000, BLOCK=256, OFFSET=0, STRIDE=1)
+        with pytest.raises(ptx.Fault, match="past the end of x, float32") as raised:
+            kernels.copy[(4,)](x, out, 1000, BLOCK=256, OFFSET=1, STRIDE=1)
+    fault = raised.value
+    assert (fault.kind, fault.block, fault.tensor) == ("out of bounds", (3, 0, 0), "x")
+    assert re.search(r"ptx_kernels\.py:\d+", str(fault))
+
+
+def test_bounds_are_the_views():
+    """The part of a tensor that a view shows, not the memory it lies in."""
+    whole, out = torch.randn(2000), torch.empty(1000)
+    with ptx.device("sm_80"):
+        kernels.copy[(4,)](whole[500:1500], out, 1000, BLOCK=256, OFFSET=0, STRIDE=1)
+        assert torch.equal(out, whole[500:1500])
+        with pytest.raises(ptx.Fault, match="out of bounds"):
+            kernels.copy[(4,)](whole[500:1500], out, 1000, BLOCK=256, OFFSET=1, STRIDE=1)
+
+
+VECTOR = """
+    setp.lt.u32 %p1, %r1, 16; shl.b32 %r20, %r1, 4; cvt.u64.u32 %rd8, %r20; add.s64 %rd9, %rd2, %rd8;
+    @%p1 ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd9+OFFSET];
+"""
+
+
+def test_misaligned():
+    run(VECTOR.replace("OFFSET", "16"))
+    fault = caught("misaligned", VECTOR.replace("OFFSET", "4"), "not a multiple of 16")
+    assert fault.tensor == "argument 1"
+    caught("misaligned", "ld.shared.b32 %r10, [%r7+2];", "shared address")
+
+
+EXCHANGE = """
+    ld.global.b32 %r10, [%rd5];
+    st.shared.b32 [%r7], %r10;
+    BARRIER
+    xor.b32 %r11, %r6, 508;
+    add.s32 %r12, %r5, %r11;
+    ld.shared.b32 %r13, [%r12];
+    st.global.b32 [%rd4], %r13;
+"""
+
+
+def test_race_on_shared_memory_read():
+    good = run(EXCHANGE.replace("BARRIER", "bar.sync 0;"))
+    assert torch.equal(good, torch.arange(127, -1, -1, dtype=torch.int32))
+    with pytest.raises(ptx.Fault) as raised:
+        run(EXCHANGE.replace("BARRIER", ""))
+    # Run first, a warp meets what nothing has written yet; run last, a write it has not seen.
+    assert raised.value.kind in ("race", "uninitialised")
+    first = "st.shared.b32 [%r7], %r1; bar.sync 0;"
+    caught("race", first + EXCHANGE.replace("BARRIER", ""), "with no barrier between")
+
+
+def test_race_on_shared_memory_write():
+    """The second round overwrites what slower warps still read."""
+    twice = EXCHANGE.replace("BARRIER", "bar.sync 0;") + "AGAIN" + "add.s32 %r14, %r13, 1000; st.shared.b32 [%r7], %r14;"
+    run(twice.replace("AGAIN", "bar.sync 0;"))
+    caught("race", twice.replace("AGAIN", ""), "with no barrier between")
+
+
+def test_race_between_lanes_of_one_store():
+    caught("race", "st.shared.b32 [%r5], %r1;", "writes shared address 0")
+    run("st.shared.b32 [%r5], %r3;")  # the same value from all of them
+
+
+def test_race_within_a_warp():
+    """Lanes need no lockstep: between them stands bar.warp.sync."""
+    neighbour = """
+        st.shared.b32 [%r7], %r1; MEET
+        xor.b32 %r11, %r6, 4; add.s32 %r12, %r5, %r11; ld.shared.b32 %r13, [%r12]; st.global.b32 [%rd4], %r13;
+    """
+    assert run(neighbour.replace("MEET", "bar.warp.sync -1;"))[:4].tolist() == [1, 0, 3, 2]
+    caught("race", neighbour.replace("MEET", ""))
+
+
+def test_shared_memory_never_written():
+    run("st.shared.b32 [%r7], %r1; bar.sync 0; ld.shared.b32 %r10, [%r7];")
+    fault = caught("uninitialised", "ld.shared.b32 %r10, [%r7+512];", "nothing has written")
+    assert fault.tensor == "shared memory"
+    caught("out of bounds", "ld.shared.b32 %r10, [%r7+4096];", "of 4096 bytes of shared memory")
+
+
+ASYNC = """
+    cp.async.ca.shared.global [%r7], [%rd5], 4;
+    cp.async.commit_group;
+    cp.async.ca.shared.global [%r7+512], [%rd5], 4;
+    cp.async.commit_group;
+    WAIT
+    bar.sync 0;
+    ld.shared.b32 %r10, [%r7+PLACE];
+    st.global.b32 [%rd4], %r10;
+"""
+
+
+@pytest.mark.parametrize("place", ["0", "512"])
+def test_copy_without_its_wait(place):
+    text = ASYNC.replace("PLACE", place)
+    assert torch.equal(run(text.replace("WAIT", "cp.async.wait_group 0;")), torch.arange(128, dtype=torch.int32))
+    caught("pending copy", text.replace("WAIT", ""), "not delivered")
+    one = text.replace("WAIT", "cp.async.wait_group 1;")
+    if place == "0":
+        run(one)
+    else:
+        caught("pending copy", one)
+
+
+def test_copy_over_what_others_read():
+    text = "st.shared.b32 [%r7], %r1; bar.sync 0; xor.b32 %r11, %r6, 508; add.s32 %r12, %r5, %r11; ld.shared.b32 %r13, [%r12];"
+    copy = "cp.async.ca.shared.global [%r7], [%rd5], 4; cp.async.wait_all;"
+    run(text + "bar.sync 0;" + copy)
+    caught("race", text + copy)
+
+
+GLOBAL = """
+    xor.b32 %r20, %r4, MASK; mul.wide.u32 %rd8, %r20, 4; add.s64 %rd9, %rd1, %rd8;
+    st.global.b32 [%rd4], %r4;
+    ld.global.b32 %r10, [%rd9];
+"""
+
+
+def test_race_between_blocks():
+    run(GLOBAL.replace("MASK", "0"), blocks=2)
+    fault = caught("global race", GLOBAL.replace("MASK", "128"), r"which block \(\d, 0, 0\) wrote", blocks=2)
+    assert fault.tensor == "argument 0"
+    caught("global race", "st.global.b32 [%rd1], %r4;", threads=32, blocks=2)
+    run("st.global.b32 [%rd1], %r3;", blocks=2)  # the same value
+    caught("global race", "ld.global.b32 %r10, [%rd1]; add.s32 %r11, %r10, 1; st.global.b32 [%rd1], %r11;", blocks=2)
+    run("atom.global.add.u32 %r10, [%rd1], 1;", blocks=2)
+
+
+def test_race_between_blocks_of_different_waves():
+    """Blocks that do not run together on the machine could on a GPU."""
+    caught("global race", "st.global.b32 [%rd1], %r2;", threads=1024, blocks=20)
+
+
+def test_barrier_divergence():
+    some = "setp.lt.u32 %p1, %r1, {n}; @%p1 bra AT; bra OVER; AT: bar.sync 0; OVER:"
+    run(some.format(n=128))
+    fault = caught("barrier", some.format(n=64), "64 threads of the block wait here, and 64 never come")
+    assert fault.thread < 64
+    caught("barrier", some.format(n=16), "never come|takes them together")
+    two = "setp.lt.u32 %p1, %r1, 64; @%p1 bra AT; bar.sync 0; bra OVER; AT: bar.sync 0; OVER:"
+    caught("barrier", two, "different barriers")
+    named = "setp.lt.u32 %p1, %r1, 64; @%p1 bra AT; bar.sync 1, 64; bra OVER; AT: bar.sync 2, 64; OVER: bar.sync 0;"
+    run(named)
+
+
+def test_lanes_missing_from_a_shuffle():
+    shuffle = "setp.lt.u32 %p1, %r1, {n}; @!%p1 bra OVER; shfl.sync.bfly.b32 %r10, %r1, 1, 31, -1; OVER:"
+    run(shuffle.format(n=64))
+    caught("barrier", shuffle.format(n=50) + "bar.sync 0;", "takes them together")
+
+
+def test_divergence_comes_together():
+    """Lanes of a warp take different paths, loops of different lengths, and meet again for a shuffle."""
+    out = run("""
+        and.b32 %r20, %r1, 7; mov.b32 %r21, 0; setp.eq.b32 %p1, %r20, 0; @%p1 bra DONE;
+        LOOP: add.s32 %r21, %r21, %r20; add.s32 %r20, %r20, -1; setp.ne.b32 %p2, %r20, 0; @%p2 bra LOOP;
+        DONE: shfl.sync.down.b32 %r22, %r21, 1, 31, -1; st.global.b32 [%rd4], %r22;
+    """)
+    expected = torch.tensor([n % 8 * (n % 8 + 1) // 2 for n in range(32)])
+    assert out[:31].tolist() == expected[1:].tolist()
+    assert out[31] == expected[31]
+
+
+def test_endless_loop():
+    x = torch.zeros(1, dtype=torch.int32)
+    with ptx.device("sm_80", max_instructions=2000):
+        x.fill_(1)
+        kernels.endless[(1,)](x)
+        x.fill_(0)
+        with pytest.raises(ptx.Fault, match="more than 2000 instructions") as raised:
+            kernels.endless[(1,)](x)
+    assert raised.value.kind == "endless"
+    assert "ptx_kernels.py" in str(raised.value)
+
+
+def test_device_assert():
+    with ptx.device("sm_80"):
+        kernels.asserts[(4,)](torch.zeros(1000), 1000, BLOCK=256, debug=True)
+        with pytest.raises(ptx.Fault, match="device_assert"):
+            kernels.asserts[(4,)](torch.full((1000,), 11.0), 1000, BLOCK=256, debug=True)
+
+
+def test_unknown_instruction():
+    caught_text = "wmma.load.a.sync.aligned.m16n16k16.row.f16 {%r1}, [%rd1];"
+    with pytest.raises(ptx.Fault, match=r"unknown instruction: wmma\.load") as raised:
+        run(caught_text)
+    assert raised.value.instruction.line > 0
+
+
+# ------------------------------------------------------------------------------------------------ the compiler's code
+
+TILES = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
+
+
+def compiled_matmul(architecture: str) -> tuple[str, int]:
+    """(PTX, bytes of shared memory) of the pipelined product."""
+    with ptx.device(architecture):
+        a = torch.zeros(64, 128, dtype=torch.float16)
+        compiled = kernels.matmul.warmup(
+            a, a, a, 64, 64, 128, 128, 64, 64, **TILES, ACC=tl.float32, grid=(1,), num_warps=4
+        )
+        return compiled.asm["ptx"], compiled.metadata.shared
+
+
+def run_matmul(text: str, shared: int) -> None:
+    """A text with a sum of 128 products, in four turns of the loop."""
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 128).half(), torch.randn(128, 64).half()
+    c = torch.zeros(64, 64, dtype=torch.float16)
+    text = text.replace("global_smem[]", f"global_smem[{shared}]")
+    run_text(text, a, b, c, 64, 64, 128, 128, 64, 64, 0, 0, threads=128)
+    torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=2e-3, atol=2e-2)
+
+
+def without(text: str, pattern: str, which: int) -> str:
+    """The text without the n-th match of a line."""
+    found = list(re.finditer(rf"^.*{pattern}.*$", text, re.M))[which]
+    return text[: found.start()] + text[found.end() :]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_faults_in_a_pipelined_product(architecture):
+    """The compiler's own code with one line taken out: a barrier, a wait for the copies, a wait for the product."""
+    text, shared = compiled_matmul(architecture)
+    run_matmul(text, shared)
+    with pytest.raises(ptx.Fault) as raised:
+        run_matmul(without(text, r"cp\.async\.wait_group", 0), shared)
+    assert raised.value.kind == "pending copy"
+    with pytest.raises(ptx.Fault) as raised:
+        run_matmul(without(text, r"bar\.sync", 1), shared)  # the first guards nothing
+    assert raised.value.kind in ("race", "pending copy", "uninitialised")
+    if architecture == "sm_90":
+        waits = len(re.findall(r"wgmma\.wait_group", text))
+        with pytest.raises(ptx.Fault) as raised:
+            run_matmul(without(text, r"wgmma\.wait_group", waits - 1), shared)
+        assert raised.value.kind in ("pending wgmma", "race")
+        with pytest.raises(ptx.Fault, match=r"fence\.proxy\.async"):
+            run_matmul(text.replace("fence.proxy.async.shared::cta;", ""), shared)
+        less = text.replace("wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 7")
+        if less != text:  # the next copy overwrites what a product still reads
+            with pytest.raises(ptx.Fault, match="still reads"):
+                run_matmul(less, shared)
+
+
+def test_a_bulk_copy_without_its_wait():
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    a, c = torch.randn(64, 64).half(), torch.zeros(64, 64).half()
+    blocks = ([64, 32], [32, 64], [64, 64])
+    with ptx.device("sm_90") as gpu:
+        maps = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, a, c), blocks, strict=True)]
+        compiled = kernels.matmul_descriptors[(1,)](*maps, 64, **TILES)
+        torch.testing.assert_close(c.double(), a.double() @ a.double(), rtol=2e-3, atol=2e-2)
+        del gpu
+    text = compiled.asm["ptx"]
+    assert "mbarrier.try_wait" in text
+    open_text = re.sub(r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 complete, 0, 0;", text)
+    program = plant(compiled, open_text)
+    with ptx.device("sm_90"), pytest.raises(ptx.Fault) as raised:
+        compiled._run.program = program
+        kernels.matmul_descriptors[(1,)](*maps, 64, **TILES)
+    assert raised.value.kind in ("pending copy", "uninitialised")
+
+
+def plant(compiled, text: str):
+    """The program of a changed text for a compiled kernel."""
+    from bench.ptx.parse import parse
+    from bench.ptx.program import Program
+
+    module = parse(text)
+    assert get_cache_manager(compiled.metadata.hash)
+    return Program(module.kernels[compiled.metadata.name], module, compiled.metadata.shared)
+
+
+def test_another_device_is_refused():
+    with pytest.raises(ValueError, match="architecture must be one of"), ptx.device("sm_75"):
+        pass
+
+
+def test_the_driver_is_put_back():
+    before = triton.runtime.driver._active
+    with ptx.device("sm_80"):
+        assert triton.runtime.driver.active is not before
+    assert triton.runtime.driver._active is before

@@ -1,0 +1,124 @@
+"""Every Triton kernel of the project, as the compiler made it, executed by the PTX machine: the same cases and the same
+error rule as on the other backends, bfloat16 included, which the interpreter cannot do. Each run is checked for races,
+accesses outside tensors, reads of memory that nothing wrote and copies that nothing waited for."""
+
+import pytest
+import torch
+from common import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import test_attention
+import test_compat_flex
+import test_decode
+import test_norm
+import test_varlen
+
+import flashattn
+from bench import ptx
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def gpu(request):
+    with ptx.device(request.param) as device:
+        yield device
+
+
+def ran(gpu: ptx.Device) -> set[str]:
+    return {launch.kernel for launch in gpu.launches}
+
+
+def named(cases, *names: str) -> list:
+    by_name = {case.name: case for case in cases}
+    return [by_name[name] for name in names]
+
+
+BACKWARD = {"attention_forward", "attention_backward_q", "attention_backward_kv"}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", test_attention.pairwise(), ids=lambda case: case.name)
+def test_attention_features(gpu, case, dtype):
+    """Every two features together, and each without the other."""
+    test_attention.check(case, dtype, "triton")
+    assert ran(gpu) == BACKWARD | ({"attention_backward_bias"} if case.bias else set())
+
+
+SHAPES = named(
+    test_attention.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
+    "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "bias_of_keys", "everything",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_attention_shapes(gpu, case):
+    test_attention.check(case, torch.bfloat16, "triton")
+
+
+@pytest.mark.parametrize("name", ["causal", "head_dim_64", "pairs_0"])
+def test_attention_float32(gpu, name):
+    """Without tensor cores: tf32 would not be float32."""
+    (case,) = named([*test_attention.CASES, *test_attention.pairwise()], name)
+    test_attention.check(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("case", named(test_varlen.CASES, "causal", "everything"), ids=lambda case: case.name)
+def test_packed_sequences(gpu, case):
+    test_varlen.check(case, *test_varlen.LENGTHS, torch.bfloat16, "triton")
+
+
+DECODED = named(
+    test_decode.STEPS, "one_token", "pages_of_seven", "several_tokens", "rotary_partial", "rotary_interleaved", "everything"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("step", DECODED, ids=lambda step: step.name)
+def test_decoding(gpu, step, dtype):
+    test_decode.check(step, dtype, "triton")
+    assert "attention_decode" in ran(gpu)
+    assert "rotate_and_store" in ran(gpu)
+
+
+def test_decoding_long_caches(gpu):
+    """Several splits of the keys, merged."""
+    test_decode.check(test_decode.LONG[1], torch.bfloat16, "triton")
+    assert "attention_merge" in ran(gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", test_norm.CASES, ids=lambda case: case.name)
+def test_norms(gpu, case, dtype):
+    test_norm.check(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_norm_of_very_wide_rows(gpu, center):
+    test_norm.check(test_norm.Case("", (2, 20000), center, bias=center), torch.bfloat16, "triton")
+    assert ran(gpu) == {"norm_forward", "norm_backward", "norm_backward_weights"}
+
+
+@pytest.mark.parametrize("block_mask", [None, "documents"])
+@pytest.mark.parametrize("mod", ["relative_bias"])
+def test_score_mod_and_block_mask(gpu, mod, block_mask):
+    test_compat_flex.test_gradients_against_float64(torch.bfloat16, mod, block_mask, "triton")
+    assert BACKWARD <= ran(gpu)
+
+
+def test_usual_sizes(gpu):
+    """The tiles of a usual model: several blocks, several tiles in each, all loops with their steady part."""
+    case = test_attention.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)
+    test_attention.check(case, torch.bfloat16, "triton")
+
+
+def test_same_bits_every_run(gpu):
+    q, k, v = (torch.randn(1, 2, 130, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with flashattn.use_backend("triton"):
+        first, second = (
+            (out, *torch.autograd.grad(out.sum(), (q, k, v)))
+            for out in (flashattn.attention(q, k, v, causal=True) for _ in range(2))
+        )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
