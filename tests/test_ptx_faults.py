@@ -47,7 +47,7 @@ def run(body: str, threads: int = 128, blocks: int = 1, elements: int | None = N
     return out
 
 
-def caught(kind: str, body: str, match: str = "", **options) -> ptx.Fault:
+def caught(kind: str, body: str, match: str | None = None, **options) -> ptx.Fault:
     with pytest.raises(ptx.Fault, match=match) as raised:
         run(body, **options)
     fault = raised.value

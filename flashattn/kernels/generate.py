@@ -6,6 +6,7 @@ broadcast. `EXPRESSIONS` says what each of PyTorch's operations is in Triton; an
 
 from __future__ import annotations
 
+import hashlib
 import linecache
 import math
 import weakref
@@ -203,11 +204,13 @@ _functions: dict[str, triton.JITFunction] = {}
 
 
 def jit(name: str, graph: fx.Graph, captured: tuple[Tensor, ...]) -> triton.JITFunction:
-    """A graph as a Triton function; the same source is compiled once."""
-    function = name.replace(".", "_")
-    code = Printer(name, captured).source(graph, function)
+    """A graph as a Triton function; the same source is compiled once. The name holds the source's hash, for to the
+    compiler two functions of one name and the same types of arguments are one function."""
+    code = Printer(name, captured).source(graph, "FUNCTION")
+    function = f"{name.replace('.', '_')}_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
+    code = code.replace("FUNCTION", function, 1)
     if code not in _functions:
-        file = f"<flashattn {function} {len(_functions)}>"
+        file = f"<flashattn {function}>"
         linecache.cache[file] = (len(code), None, code.splitlines(True), file)  # Triton reads a function's source
         namespace = dict(NAMES, __name__=__name__)
         exec(compile(code, file, "exec"), namespace)
