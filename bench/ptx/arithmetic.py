@@ -396,7 +396,22 @@ def directed(rounded: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
     zero = rounded.dtype.type(0)
     inward = {"rz": ((rounded > 0) & (error < 0)) | ((rounded < 0) & (error > 0)), "rm": error < 0, "rp": error > 0}[mode]
     toward = {"rz": zero, "rm": np.float32(-np.inf), "rp": np.float32(np.inf)}[mode]
-    return np.where(inward & np.isfinite(rounded), np.nextafter(rounded, rounded.dtype.type(toward)), rounded)
+    return np.where(inward, np.nextafter(rounded, rounded.dtype.type(toward)), rounded)
+
+
+def same_zeros(base: str, operands: tuple) -> np.ndarray:
+    """Where a sum is of two zeros, both positive: of others that cancel, rounding down makes -0."""
+    first = operands[0] * operands[1] if base == "fma" else operands[0]
+    last = -operands[-1] if base == "sub" else operands[-1]
+    return (first == 0) & (last == 0) & ~np.signbit(first) & ~np.signbit(last)
+
+
+def overflows(result: np.ndarray, operands: tuple, base: str) -> np.ndarray:
+    """Where an infinite result stands for a finite one that is too large."""
+    finite = np.isinf(result)
+    for x in operands:
+        finite = finite & np.isfinite(x)
+    return finite & (operands[1] != 0) if base in ("div", "rcp") else finite
 
 
 def largest(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarray:
@@ -493,7 +508,12 @@ def float_function(parts: tuple[str, ...]) -> Callable:
         result = function(*operands)
         if mode and base in ROUNDED:
             left = (np.ones_like(operands[0]), operands[0]) if base == "rcp" else operands
-            result = directed(result, exact_error("div" if base == "rcp" else base, result, (*left, left[0])[:3]), mode)
+            error = exact_error("div" if base == "rcp" else base, result, (*left, left[0])[:3])
+            error = np.where(overflows(result, left, base), -np.sign(result), error)
+            result = directed(result, error, mode)
+            if mode == "rm" and base in ("add", "sub", "fma"):
+                exact_zero = (result == 0) & (error == 0) & ~same_zeros(base, operands)
+                result = np.where(exact_zero, -np.abs(result), result)
         if base not in BITWISE:
             result = canonical(result)
         if ftz and kind == "f32":
@@ -514,9 +534,9 @@ def half_function(parts: tuple[str, ...], count: int) -> Callable:
 
     def exact(*x):
         if base == "fma":
-            return floats.sum_to_odd(x[0] * x[1], x[2] + np.zeros_like(x[0]))
+            return floats.sum_to_odd(x[0] * x[1], x[2])
         if base in ("add", "sub"):
-            return floats.sum_to_odd(x[0], (-x[1] if base == "sub" else x[1]) + np.zeros_like(x[0]))
+            return floats.sum_to_odd(x[0], -x[1] if base == "sub" else x[1])
         if base in ("min", "max"):
             return largest(x[0], x[1], base == "min", "NaN" in parts)
         return FLOAT[base](*x)

@@ -28,6 +28,8 @@ def conversion(parts: tuple[str, ...]) -> tuple[Callable, tuple, tuple]:
         return to_integer(source, INTEGERS[to], mode or "rzi", "ftz" in parts)
     if source in INTEGERS:
         kind = INTEGERS[source]
+        if to == "f64":
+            return lambda x: np.asarray(x).astype(np.float64).view(np.uint64), (kind,), (np.uint64,)
         return lambda x: floats.encode(integer_value(x), to, mode or "rn"), (kind,), (STORAGE[to],)
     if to.endswith("x2") and source.endswith("x2"):
         return between_pairs(source.removesuffix("x2"), to.removesuffix("x2"), parts)

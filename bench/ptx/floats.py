@@ -185,7 +185,7 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     tie = (s.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
     tie |= np.abs(s) < 2.0**-126
     if tie.any():
-        s = sum_to_odd(product, np.asarray(c, np.float64) + np.zeros_like(product))
+        s = sum_to_odd(product, np.asarray(c, np.float64))
     return s.astype(np.float32)
 
 
