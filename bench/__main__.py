@@ -89,8 +89,12 @@ def add_compiled(commands) -> None:
         "the project's kernels (attention, norm, decode: all without a word) or any other: python -m bench compiled "
         "mine.py:add_kernel 'x=*fp32' 'out=*fp32' n=1000 BLOCK=256",
     )
-    command.add_argument("what", nargs="*", help="attention, norm, decode, or file.py:function and its arguments name=value")
-    command.add_argument("--arch", action="append", choices=compiled_report.ARCHITECTURES, help="only these; may be repeated")
+    command.add_argument(
+        "what", nargs="*", help="attention, norm, decode, or file.py:function and its arguments name=value"
+    )
+    command.add_argument(
+        "--arch", action="append", choices=compiled_report.ARCHITECTURES, help="only these; may be repeated"
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
 
 

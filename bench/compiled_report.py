@@ -78,8 +78,12 @@ def print_kernels(console: Console, kernels: Iterable[Kernel]) -> bool:
         )  # fmt: skip
         before = kernel.name
     console.print(table)
-    console.print("registers: of a thread; spills: instructions that store or load what did not fit them; stack, shared:")
-    console.print("bytes of a thread, of a block; occupancy: share of a multiprocessor's warps that fit; tensor: instructions")
+    console.print(
+        "registers: of a thread; spills: instructions that store or load what did not fit them; stack, shared:"
+    )
+    console.print(
+        "bytes of a thread, of a block; occupancy: share of a multiprocessor's warps that fit; tensor: instructions"
+    )
     return fits
 
 
@@ -100,7 +104,9 @@ def print_loops(console: Console, kernels: Iterable[Kernel]) -> None:
             rows += 1
     if rows:
         console.print(table)
-        console.print("slots/KFLOP: issue slots of other instructions for 1,024 tensor FLOPs of a warp, less is better; '.':")
+        console.print(
+            "slots/KFLOP: issue slots of other instructions for 1,024 tensor FLOPs of a warp, less is better; '.':"
+        )
         console.print("sm_100's code does not tell the shape of a product. Length and mix: instructions of one turn")
 
 
@@ -122,11 +128,15 @@ def run(what: list[str], architectures: list[str], json_file: Path | None) -> in
     else:
         unknown = [word for word in what if word not in ("attention", "norm", "decode")]
         if unknown:
-            raise ValueError(f"takes attention, norm, decode or file.py:function with its arguments, got {unknown[0]!r}")
+            raise ValueError(
+                f"takes attention, norm, decode or file.py:function with its arguments, got {unknown[0]!r}"
+            )
         calls = project_launches(what or ["attention", "norm", "decode"])
     torch.manual_seed(0)
     kernels = compile_all(calls, architectures, console)
-    console.print(f"compiled by Triton {__import__('triton').__version__} for {', '.join(architectures)}; no GPU has run them")
+    console.print(
+        f"compiled by Triton {__import__('triton').__version__} for {', '.join(architectures)}; no GPU has run them"
+    )
     fits = print_kernels(console, kernels)
     print_loops(console, kernels)
     if json_file:

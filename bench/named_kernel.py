@@ -100,5 +100,7 @@ def check_arguments(kernel: JITFunction, named: dict[str, object]) -> None:
     options = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
     surplus = [name for name in named if name not in params and name not in options]
     if missing or surplus:
-        lines = [f"no value for {', '.join(missing)}"] * bool(missing) + [f"no parameter {', '.join(surplus)}"] * bool(surplus)
+        lines = [f"no value for {', '.join(missing)}"] * bool(missing) + [f"no parameter {', '.join(surplus)}"] * bool(
+            surplus
+        )
         raise ValueError(f"{'; '.join(lines)}. The kernel takes {', '.join(params)}")

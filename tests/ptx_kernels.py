@@ -200,7 +200,17 @@ def double_mathematics(x):
 
 @triton.jit
 def whole_numbers(x, y):
-    return x * y + x // (y | 1) + x % (y | 1) + (x >> 3) + (x << 2) + (x ^ y) + (x & y) + tl.minimum(x, y) + tl.maximum(x, y)
+    return (
+        x * y
+        + x // (y | 1)
+        + x % (y | 1)
+        + (x >> 3)
+        + (x << 2)
+        + (x ^ y)
+        + (x & y)
+        + tl.minimum(x, y)
+        + tl.maximum(x, y)
+    )
 
 
 @triton.jit

@@ -147,9 +147,7 @@ REDUCTION = """
 def test_reduction():
     """128 numbers: five shuffles in each of four warps, four partial sums in shared memory, three additions of one lane.
     Only the first warp's branch parts its lanes."""
-    steps = " ".join(
-        f"shfl.sync.bfly.b32 %r11, %r10, {n}, 31, -1; add.f32 %r10, %r10, %r11;" for n in (16, 8, 4, 2, 1)
-    )
+    steps = " ".join(f"shfl.sync.bfly.b32 %r11, %r10, {n}, 31, -1; add.f32 %r10, %r10, %r11;" for n in (16, 8, 4, 2, 1))
     x, out = aligned(128), aligned(1)
     counts = run(REDUCTION.replace("STEPS", steps), out, x)
     torch.testing.assert_close(out[0], x.sum())

@@ -127,7 +127,9 @@ def test_race_on_shared_memory_read():
 
 def test_race_on_shared_memory_write():
     """The second round overwrites what slower warps still read."""
-    twice = EXCHANGE.replace("BARRIER", "bar.sync 0;") + "AGAIN" + "add.s32 %r14, %r13, 1000; st.shared.b32 [%r7], %r14;"
+    twice = (
+        EXCHANGE.replace("BARRIER", "bar.sync 0;") + "AGAIN" + "add.s32 %r14, %r13, 1000; st.shared.b32 [%r7], %r14;"
+    )
     run(twice.replace("AGAIN", "bar.sync 0;"))
     caught("race", twice.replace("AGAIN", ""), "with no barrier between")
 

@@ -38,7 +38,9 @@ def compute(op: str, out: str, *inputs: tuple[str, list[int]], immediates: str =
         data[:n] = np.array(numbers, dtype=object).astype(SIZES[kind])
         buffers.append(torch.from_numpy(data.view(np.dtype(f"i{data.itemsize}"))))
         declared.append(f".reg .{register(kind)} %a{i};")
-        lines.append(f"ld.param.b64 %rd1, [p{i}]; mad.wide.u32 %rd2, %lane, {data.itemsize}, %rd1; ld.global.b{kind} %a{i}, [%rd2];")
+        lines.append(
+            f"ld.param.b64 %rd1, [p{i}]; mad.wide.u32 %rd2, %lane, {data.itemsize}, %rd1; ld.global.b{kind} %a{i}, [%rd2];"
+        )
     result = torch.zeros(lanes, dtype=getattr(torch, f"int{out}"))
     given = ", ".join(f"%a{i}" for i in range(len(inputs)))
     text = f"""
@@ -176,7 +178,9 @@ def test_edges_of_arithmetic(op):
 
 def tiny_product(a: int, b: int) -> bool:
     x, y = to_float(a, "f64"), to_float(b, "f64")
-    return math.isfinite(x) and math.isfinite(y) and x != 0 != y and abs(Fraction(x) * Fraction(y)) < Fraction(1, 2**969)
+    return (
+        math.isfinite(x) and math.isfinite(y) and x != 0 != y and abs(Fraction(x) * Fraction(y)) < Fraction(1, 2**969)
+    )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -202,7 +206,9 @@ def test_fma_rounds_once():
 @pytest.mark.parametrize("op", ["div.rn.f32", "div.rz.f32", "div.rn.f64", "sqrt.rn.f32", "sqrt.rp.f32", "rcp.rn.f32"])
 def test_division_and_roots(op):
     base, mode, kind = op.split(".")
-    values = [x for x in EDGES[kind] if 0 < to_float(x, kind) < math.inf] + [to_bits(v, kind) for v in (3.0, 7.0, 10.0, 0.5)]
+    values = [x for x in EDGES[kind] if 0 < to_float(x, kind) < math.inf] + [
+        to_bits(v, kind) for v in (3.0, 7.0, 10.0, 0.5)
+    ]
     if base == "div":
         inputs = list(itertools.product(values, values))
         if kind == "f64":
@@ -243,7 +249,9 @@ def test_nan_and_signed_zeros_in_min_and_max():
     assert all(math.isnan(to_float(x, "f32")) for x in compute("min.NaN.f32", "32", a, b)[:3])
 
 
-@pytest.mark.parametrize("name", ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])
+@pytest.mark.parametrize(
+    "name", ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
+)
 def test_comparisons_of_floats(name):
     edges = EDGES["f32"]
     pairs = list(itertools.product(edges, edges))
@@ -256,7 +264,7 @@ def test_comparisons_of_floats(name):
         if name in ("num", "nan"):
             expected = unordered == (name == "nan")
         else:
-            expected = (name.endswith("u") if unordered else bool(plain[name[:2]](x, y)))
+            expected = name.endswith("u") if unordered else bool(plain[name[:2]](x, y))
         assert result == expected, (name, x, y)
 
 
@@ -295,7 +303,9 @@ def test_special_values_of_approximations():
     assert compute("lg2.approx.f32", "32", ("32", [0, inf]))[:2] == [minus, inf]
     assert compute("rcp.approx.ftz.f32", "32", ("32", [0, 0x80000000, inf])) == [inf, minus, 0]
     assert compute("rsqrt.approx.f32", "32", ("32", [0, inf])) == [inf, 0]
-    assert all(math.isnan(to_float(x, "f32")) for x in compute("lg2.approx.f32", "32", ("32", [nan, to_bits(-1.0, "f32")])))
+    assert all(
+        math.isnan(to_float(x, "f32")) for x in compute("lg2.approx.f32", "32", ("32", [nan, to_bits(-1.0, "f32")]))
+    )
 
 
 # ------------------------------------------------------------------------------------------------ conversions
@@ -308,7 +318,9 @@ def test_conversion_to_16_bits(to, mode):
     halves = range(0, 0x7F80 if to == "bf16" else 0x7C00, 37)
     inputs = list(EDGES["f32"])
     for bits in halves:
-        middle = (Fraction(to_float(bits, to)) + Fraction(to_float(min(bits + 1, 0x7F7F if to == "bf16" else 0x7BFF), to))) / 2
+        middle = (
+            Fraction(to_float(bits, to)) + Fraction(to_float(min(bits + 1, 0x7F7F if to == "bf16" else 0x7BFF), to))
+        ) / 2
         at = to_bits(float(np.float32(float(middle))), "f32")
         inputs += [at, max(at - 1, 0), at + 1, at | 0x80000000]
     inputs = inputs[:960]
@@ -343,7 +355,11 @@ def test_conversion_of_8_bits(kind):
         low = to_float(result & 0xFFFF, "f16")
         assert low == value or (math.isnan(low) and math.isnan(value))
     values = sorted({float8(b, kind) for b in range(256) if math.isfinite(float8(b, kind))})
-    inputs = values + [(a + b) / 2 for a, b in itertools.pairwise(values)] + [values[-1] * 1.01, 1e9, -1e9, math.inf, math.nan]
+    inputs = (
+        values
+        + [(a + b) / 2 for a, b in itertools.pairwise(values)]
+        + [values[-1] * 1.01, 1e9, -1e9, math.inf, math.nan]
+    )
     bits = [to_bits(float(np.float32(x)), "f32") for x in inputs]
     got = compute(f"cvt.rn.satfinite.{kind}x2.f32", "16", ("32", [0] * len(bits)), ("32", bits))
     for x, result in zip(inputs, got, strict=True):
@@ -365,7 +381,24 @@ def test_conversion_to_integers(to, mode):
     """Out of range goes to the end of the range, NaN to 0, of 64 bits to the top bit alone."""
     bits = int(to[1:])
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if to[0] == "s" else (0, (1 << bits) - 1)
-    values = [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.99999994, 127.5, 255.5, 3e4, 7e4, 2.0**31, -(2.0**31), 2.0**32]
+    values = [
+        0.0,
+        -0.0,
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        -2.5,
+        0.99999994,
+        127.5,
+        255.5,
+        3e4,
+        7e4,
+        2.0**31,
+        -(2.0**31),
+        2.0**32,
+    ]
     values += [2.0**63, -(2.0**63), 2.0**64, 1e30, -1e30, math.inf, -math.inf, math.nan, 1e-40, -1e-40]
     values = [float(np.float32(v)) for v in values]
     width = str(max(bits, 32))
@@ -385,7 +418,14 @@ def test_conversion_from_integers(source, to):
     bits = int(source[1:])
     values = [0, 1, 2, 3, 127, 255, (1 << bits) - 1, 1 << bits - 1, (1 << bits - 1) - 1]
     if bits == 64:
-        values += [(1 << 53) + 1, (1 << 54) + 2, (1 << 54) + 3, (1 << 24) + 1, (1 << 62) + (1 << 38), (1 << 62) + (1 << 38) + 1]
+        values += [
+            (1 << 53) + 1,
+            (1 << 54) + 2,
+            (1 << 54) + 3,
+            (1 << 24) + 1,
+            (1 << 62) + (1 << 38),
+            (1 << 62) + (1 << 38) + 1,
+        ]
     if bits >= 32:
         values += [(1 << 24) + 1, (1 << 24) + 3, 2049, 2051, 257, 0x7FFFFF80, 65519, 65520]
     values = sorted({v & (1 << bits) - 1 for v in values})
@@ -448,7 +488,9 @@ def test_wide(op):
     words = WORDS if bits == 32 else [*WORDS, 1 << 63, (1 << 64) - 1, 0x0123456789ABCDEF]
     pairs = list(itertools.product(words, words))
     second = "32" if op.startswith("shr") else str(bits)
-    got = compute(op, "64", (str(bits), [a for a, _ in pairs]), (second, [b & ((1 << int(second)) - 1) for _, b in pairs]))
+    got = compute(
+        op, "64", (str(bits), [a for a, _ in pairs]), (second, [b & ((1 << int(second)) - 1) for _, b in pairs])
+    )
     for (a, b), result in zip(pairs, got, strict=True):
         x, y = (signed(a, bits), signed(b, bits)) if op.endswith(("s32", "s64")) else (a, b)
         if op.startswith("shr"):
@@ -492,7 +534,13 @@ def test_fields():
 
 def test_permutations_and_lookups():
     a, b = 0x33221100, 0x77665544
-    for selector, expected in ((0x3210, a), (0x7654, b), (0x0123, 0x00112233), (0x5140, 0x55114400), (0xF7E6, 0x00770066)):
+    for selector, expected in (
+        (0x3210, a),
+        (0x7654, b),
+        (0x0123, 0x00112233),
+        (0x5140, 0x55114400),
+        (0xF7E6, 0x00770066),
+    ):
         assert compute("prmt.b32", "32", ("32", [a]), ("32", [b]), immediates=f", {selector:#x}") == [expected]
     assert compute("prmt.b32", "32", ("32", [0x80]), ("32", [0]), immediates=", 0x8888") == [0xFFFFFFFF]
     words = ("32", [0xF0F0F0F0]), ("32", [0xCCCCCCCC]), ("32", [0xAAAAAAAA])
@@ -549,7 +597,9 @@ def test_votes_and_reductions():
     assert set(compute(odd + "vote.sync.any.pred %p2, %p1, -1; selp.b32 %d, 1, 0, %p2;", "32", ("32", values))) == {1}
     assert set(compute(odd + "vote.sync.all.pred %p2, %p1, -1; selp.b32 %d, 1, 0, %p2;", "32", ("32", values))) == {0}
     assert set(compute("redux.sync.add.u32 %d, ARGS, -1;", "32", ("32", values))) == {sum(values)}
-    assert set(compute("redux.sync.max.s32 %d, ARGS, -1;", "32", ("32", [0xFFFFFFFF] * 31 + [0xFFFFFFFE]))) == {0xFFFFFFFF}
+    assert set(compute("redux.sync.max.s32 %d, ARGS, -1;", "32", ("32", [0xFFFFFFFF] * 31 + [0xFFFFFFFE]))) == {
+        0xFFFFFFFF
+    }
     got = compute("match.any.sync.b32 %d, ARGS, -1;", "32", ("32", [i % 3 for i in range(32)]))
     assert got == [sum(1 << j for j in range(32) if j % 3 == i % 3) for i in range(32)]
     assert compute("elect.sync %d|%p1, -1; selp.b32 %d, 1, 0, %p1; // ARGS", "32", ("32", values)) == [1] + [0] * 31

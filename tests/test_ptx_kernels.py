@@ -127,7 +127,12 @@ def philox_uniform(seed: int, offset: np.ndarray) -> np.ndarray:
     k, low = [seed & 0xFFFFFFFF, seed >> 32], np.uint64(0xFFFFFFFF)
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]), b & low, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]), a & low]
+        c = [
+            (b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]),
+            b & low,
+            (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]),
+            a & low,
+        ]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     x = c[0].astype(np.uint32).view(np.int32)
     return np.where(x < 0, -x - 1, x).astype(np.float32) * np.float32(4.6566127342e-10)
@@ -150,7 +155,16 @@ def test_reduction_and_gather(gpu):
     assert torch.equal(out, values[index.long()])
 
 
-NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64)
+NUMBERS = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
 
 
 @pytest.mark.parametrize("to", [*NUMBERS, *FLOAT8], ids=str)
@@ -234,14 +248,20 @@ def test_high_product(gpu, bits):
     random = np.random.default_rng(0)
     x, y = (random.integers(0, 1 << bits, 1000, kind) for _ in range(2))
     out = torch.empty(1000, dtype=dtype)
-    kernels.apply_two[(4,)](torch.from_numpy(x), torch.from_numpy(y), out, 1000, FUNCTION=kernels.high_product, BLOCK=256)
+    kernels.apply_two[(4,)](
+        torch.from_numpy(x), torch.from_numpy(y), out, 1000, FUNCTION=kernels.high_product, BLOCK=256
+    )
     assert out.numpy().tolist() == [a * b >> bits for a, b in zip(x.tolist(), y.tolist(), strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32], ids=str)
 def test_atomics(gpu, dtype):
     x = torch.randint(-1000, 1000, (1000,)).to(dtype)
-    highest, lowest, total = torch.full((8,), -2000).to(dtype), torch.full((8,), 2000).to(dtype), torch.zeros(8, dtype=dtype)
+    highest, lowest, total = (
+        torch.full((8,), -2000).to(dtype),
+        torch.full((8,), 2000).to(dtype),
+        torch.zeros(8, dtype=dtype),
+    )
     kernels.atomics[(4,)](x, highest, lowest, total, 1000, BLOCK=256)
     columns = torch.nn.functional.pad(x.double(), (0, 0)).reshape(-1, 8)
     assert torch.equal(highest.double(), columns.amax(0))

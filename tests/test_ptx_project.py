@@ -39,11 +39,11 @@ def named(cases, *names: str) -> list:
 BACKWARD = {"attention_forward", "attention_backward_q", "attention_backward_kv"}
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", test_attention.pairwise(), ids=lambda case: case.name)
-def test_attention_features(gpu, case, dtype):
-    """Every two features together, and each without the other."""
-    test_attention.check(case, dtype, "triton")
+@pytest.mark.parametrize("number", range(7))
+def test_attention_features(gpu, number):
+    """Every two features together, and each without the other; each case in one 16-bit dtype on each architecture."""
+    case = test_attention.pairwise()[number]
+    test_attention.check(case, HALF[(number + (gpu.architecture == "sm_90")) % 2], "triton")
     assert ran(gpu) == BACKWARD | ({"attention_backward_bias"} if case.bias else set())
 
 
@@ -65,13 +65,19 @@ def test_attention_float32(gpu, name):
     test_attention.check(case, torch.float32, "triton")
 
 
-@pytest.mark.parametrize("case", named(test_varlen.CASES, "causal", "everything"), ids=lambda case: case.name)
-def test_packed_sequences(gpu, case):
+def test_packed_sequences(gpu):
+    (case,) = named(test_varlen.CASES, "everything")
     test_varlen.check(case, *test_varlen.LENGTHS, torch.bfloat16, "triton")
 
 
 DECODED = named(
-    test_decode.STEPS, "one_token", "pages_of_seven", "several_tokens", "rotary_partial", "rotary_interleaved", "everything"
+    test_decode.STEPS,
+    "one_token",
+    "pages_of_seven",
+    "several_tokens",
+    "rotary_partial",
+    "rotary_interleaved",
+    "everything",
 )
 
 
@@ -84,15 +90,28 @@ def test_decoding(gpu, step, dtype):
 
 
 def test_decoding_long_caches(gpu):
-    """Several splits of the keys, merged."""
-    test_decode.check(test_decode.LONG[1], torch.bfloat16, "triton")
+    """Two splits of the keys, merged."""
+    features = test_decode.features(heads=2, kv_heads=1, window=(540, None), sinks=True)
+    test_decode.check(test_decode.Step("", (550, 3), (1, 1), features), torch.bfloat16, "triton")
     assert "attention_merge" in ran(gpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", test_norm.CASES, ids=lambda case: case.name)
 def test_norms(gpu, case, dtype):
+    if case.name == "width_1" and dtype == torch.float32:
+        pytest.skip("below: the truth is 0, and a fused multiply-add leaves the rounding of a product")
     test_norm.check(case, dtype, "triton")
+
+
+def test_norm_of_width_1(gpu):
+    """grad_x is rstd (g w - mean(g w)), here of one number: 0, or what rounding g w loses, times rstd = eps ** -0.5."""
+    x, weight, grad = torch.randn(9, 1, requires_grad=True), torch.randn(1), torch.randn(9, 1)
+    with flashattn.use_backend("triton"):
+        y = flashattn.layer_norm(x, weight)
+        (grad_x,) = torch.autograd.grad(y, x, grad)
+    assert (y == 0).all()
+    assert (grad_x.abs() <= 2.0**-24 * (grad * weight).abs() * 1e-5**-0.5).all()
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -105,7 +124,7 @@ def test_norm_of_very_wide_rows(gpu, center):
 @pytest.mark.parametrize("mod", ["relative_bias"])
 def test_score_mod_and_block_mask(gpu, mod, block_mask):
     test_compat_flex.test_gradients_against_float64(torch.bfloat16, mod, block_mask, "triton")
-    assert BACKWARD <= ran(gpu)
+    assert ran(gpu) >= BACKWARD
 
 
 def test_usual_sizes(gpu):

@@ -257,7 +257,9 @@ def dot_product(parts: tuple[str, ...]) -> Value:
         def octets(x, t):
             return np.ascontiguousarray(np.broadcast_to(x, lanes)).view(t).reshape(*lanes, 4)
 
-        return (octets(a, types[0]).astype(np.int64) * octets(b, types[1]).astype(np.int64)).sum(-1).astype(np.uint32) + c
+        return (octets(a, types[0]).astype(np.int64) * octets(b, types[1]).astype(np.int64)).sum(-1).astype(
+            np.uint32
+        ) + c
 
     return Value(compute, (np.uint32,) * 3, (np.uint32,))
 
@@ -394,7 +396,9 @@ def canonical(x: np.ndarray) -> np.ndarray:
 def directed(rounded: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
     """A result to nearest, moved to the neighbour where the exact one (rounded + error) lies on the other side."""
     zero = rounded.dtype.type(0)
-    inward = {"rz": ((rounded > 0) & (error < 0)) | ((rounded < 0) & (error > 0)), "rm": error < 0, "rp": error > 0}[mode]
+    inward = {"rz": ((rounded > 0) & (error < 0)) | ((rounded < 0) & (error > 0)), "rm": error < 0, "rp": error > 0}[
+        mode
+    ]
     toward = {"rz": zero, "rm": np.float32(-np.inf), "rp": np.float32(np.inf)}[mode]
     return np.where(inward, np.nextafter(rounded, rounded.dtype.type(toward)), rounded)
 

@@ -39,16 +39,22 @@ def add_parser(commands) -> None:
     )  # fmt: skip
     command.add_argument("what", help="attention, norm, decode or file.py:function")
     command.add_argument("arguments", nargs="*", metavar="name=value", help=named_kernel.HELP)
-    command.add_argument("--arch", choices=ARCHITECTURES, default="sm_80", help="what to compile for (default %(default)s)")
+    command.add_argument(
+        "--arch", choices=ARCHITECTURES, default="sm_80", help="what to compile for (default %(default)s)"
+    )
     shapes = "; ".join(f"{name} {DIMENSIONS[name]} ({','.join(map(str, SHAPES[name]))})" for name in SHAPES)
     command.add_argument("--shape", metavar="N,N,…", help=shapes)
-    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default %(default)s")
+    command.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default %(default)s"
+    )
     command.add_argument("--causal", action="store_true", help="of attention")
     command.add_argument("--backward", action="store_true", help="of attention and norm: the gradients too")
     command.add_argument("--rms", action="store_true", help="of norm: RMSNorm")
     command.add_argument("--grid", default="1", metavar="N,N,N", help="of a kernel file.py:function (default 1)")
     command.add_argument("--lines", action="store_true", help="the Python source with counts beside each line")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object for each launch, a line each")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write one JSON object for each launch, a line each"
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all of it")
 
 
@@ -117,7 +123,9 @@ def run(args) -> int:
             report.print_lines(console, launch)
     correct = print_errors(console, work, results) if work else True
     if args.json:
-        args.json.write_text("".join(json.dumps(report.figures(launch)) + "\n" for launch in gpu.launches), encoding="utf-8")
+        args.json.write_text(
+            "".join(json.dumps(report.figures(launch)) + "\n" for launch in gpu.launches), encoding="utf-8"
+        )
     if args.html:
         command = f"python -m bench {shlex.join(sys.argv[1:])}"
         args.html.write_text(report.page(gpu.launches, command), encoding="utf-8")

@@ -39,7 +39,6 @@ def conversion(parts: tuple[str, ...]) -> tuple[Callable, tuple, tuple]:
     return one, (STORAGE[source],), (STORAGE[to],)
 
 
-
 def integer_value(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     return floats.integer_to_odd(np.atleast_1d(x)) if x.dtype.itemsize == 8 else x.astype(np.float64)
@@ -121,7 +120,9 @@ def to_pair(source: str, to: str, parts: tuple[str, ...], mode: str) -> tuple[Ca
 
 def between_pairs(source: str, to: str, parts: tuple[str, ...]) -> tuple[Callable, tuple, tuple]:
     """f16x2 and the 8-bit pairs."""
-    kinds = {name: (np.uint8, 8, np.uint16) if name in floats.FP8 else (np.uint16, 16, np.uint32) for name in (source, to)}
+    kinds = {
+        name: (np.uint8, 8, np.uint16) if name in floats.FP8 else (np.uint16, 16, np.uint32) for name in (source, to)
+    }
     (one, size, both), (_, out_size, out_both) = kinds[source], kinds[to]
 
     def compute(bits):

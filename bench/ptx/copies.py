@@ -123,7 +123,9 @@ class Barrier:
 def barrier_at(unit, instruction: Instruction, lane: int, address: int) -> Barrier:
     found = unit.wave.mbarriers.get((int(unit.block[lane]), address))
     if found is None:
-        raise unit.fault("uninitialised", f"no mbarrier at shared address {address}", instruction, lane, "shared memory")
+        raise unit.fault(
+            "uninitialised", f"no mbarrier at shared address {address}", instruction, lane, "shared memory"
+        )
     one = np.array([lane])
     if problem := unit.wave.shared.check_read(unit.block[one], np.array([address]), 8, unit.thread[one]):
         raise unit.fault(problem.kind, problem.message, instruction, lane, "shared memory")
@@ -148,7 +150,12 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
             barrier = barrier_at(unit, instruction, lane, int(address[lane]))
             deliver(unit, barrier, int(unit.block[lane]))
             if barrier.phase != int(wanted[lane]) & 1:
-                same = mask & (unit.block == unit.block[lane]) & (unit.warp == unit.warp[lane]) & (address == address[lane])
+                same = (
+                    mask
+                    & (unit.block == unit.block[lane])
+                    & (unit.warp == unit.warp[lane])
+                    & (address == address[lane])
+                )
                 same &= wanted == wanted[lane]
                 free |= same
                 unit.wave.shared.learn(int(unit.block[lane]), int(unit.warp[lane]), barrier.clocks)
@@ -421,7 +428,9 @@ def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier
     shared_place(unit, instruction, lanes, box.shared, tensor.itemsize, tensor.itemsize)
     data = np.zeros((n, tensor.itemsize), np.uint8)
     if tensor.fill:
-        data[:] = np.frombuffer({2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f", 8: b"\xff" * 7 + b"\x7f"}[tensor.itemsize], np.uint8)
+        data[:] = np.frombuffer(
+            {2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f", 8: b"\xff" * 7 + b"\x7f"}[tensor.itemsize], np.uint8
+        )
     if box.inside.any():
         address = box.address[box.inside].astype(np.uint64)
         data[box.inside] = read_box(unit, pc, instruction, lanes[box.inside], address, tensor.itemsize)

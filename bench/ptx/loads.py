@@ -31,7 +31,9 @@ def items(operand) -> tuple:
 # ------------------------------------------------------------------------------------------------ one access
 
 
-def global_access(unit, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, nbytes: int, align: int, does: str):
+def global_access(
+    unit, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, nbytes: int, align: int, does: str
+):
     """Before an access to global memory of these lanes: aligned, and inside a tensor."""
     bad = address % np.uint64(align) != 0
     if bad.any():
@@ -42,7 +44,9 @@ def global_access(unit, instruction: Instruction, lanes: np.ndarray, address: np
         unit.wave.memory.split(address, nbytes)
     except Outside as outside:
         where, tensor = unit.wave.memory.describe(int(address[outside.at]), nbytes)
-        raise unit.fault("out of bounds", f"{does} {nbytes} bytes {where}", instruction, lanes[outside.at], tensor) from None
+        raise unit.fault(
+            "out of bounds", f"{does} {nbytes} bytes {where}", instruction, lanes[outside.at], tensor
+        ) from None
 
 
 def global_load(unit, pc: int, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:  # fmt: skip
@@ -158,7 +162,9 @@ def load(program: Program, instruction: Instruction) -> Step:
         address = address_of(unit)[lanes]
         for name, there in by_space(space, address):
             chosen = lanes[there]
-            values = LOADS[name](unit, pc, instruction, chosen, in_space(name, address[there]), width, count).view(dtype)
+            values = LOADS[name](unit, pc, instruction, chosen, in_space(name, address[there]), width, count).view(
+                dtype
+            )
             for i, out in enumerate(outs):
                 if out is not None:
                     scatter(unit.slots[out], chosen, values[:, i])

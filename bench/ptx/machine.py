@@ -116,19 +116,26 @@ def run_unit(program: Program, unit: Unit, limits: Limits) -> None:
 
 def run_carefully(program: Program, unit: Unit, pc: int, end: int, mask: np.ndarray) -> np.ndarray:
     """With lanes missing, or wgmma results pending: checked before each instruction. The lanes that came through."""
-    for n in range(pc, end):
+    issued, n = unit.wave.counts.issued, pc
+    while n < end:
         if n in unit.waiting and n != pc:
             mask = mask | unit.waiting.pop(n)
-        if n in program.convergent and not mask.all():
+        ragged = unit.split_whole_warps(mask)[1].any()
+        if ragged and n in program.convergent:
             mask, rest = unit.split_whole_warps(mask)
-            if rest.any():
-                unit.wait_for_warp(n, rest)
+            unit.wait_for_warp(n, rest)
             if not mask.any():
                 return mask
-        if unit.products:
-            tensor.pending_use(unit, program.instructions[n], program.uses[n], mask)
-        unit.wave.counts.issued[n] += int(mask.reshape(-1, 32).any(1).sum())
-        program.steps[n](unit, None if mask.all() else mask)
+            ragged = False
+        active, warps = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
+        while n < end:  # as far as the same lanes go
+            if unit.products:
+                tensor.pending_use(unit, program.instructions[n], program.uses[n], mask)
+            issued[n] += warps
+            program.steps[n](unit, active)
+            n += 1
+            if (ragged and n in program.convergent) or n in unit.waiting:
+                break
     return mask
 
 
@@ -137,7 +144,9 @@ def run_carefully(program: Program, unit: Unit, pc: int, end: int, mask: np.ndar
 
 def release(program: Program, wave: Wave, units: list[Unit]) -> None:
     """Lets the lanes go on whose barrier all threads have reached, and those whose mbarrier is through."""
-    for number in sorted({int(n) for unit in units for p in unit.parked if p.barrier is not None for n in p.barrier[p.mask]}):
+    for number in sorted(
+        {int(n) for unit in units for p in unit.parked if p.barrier is not None for n in p.barrier[p.mask]}
+    ):
         release_barrier(program, wave, units, number)
     for unit in units:
         for parked in [p for p in unit.parked if p.ready is not None]:
@@ -211,7 +220,9 @@ def deadlock(program: Program, wave: Wave, units: list[Unit]) -> Fault:
     lane = int(np.argmax(parked.mask))
     block = unit.block[lane]
     if parked.ready is not None:
-        return unit.fault("barrier", "waits for an mbarrier that nothing completes", program.instructions[parked.pc], lane)
+        return unit.fault(
+            "barrier", "waits for an mbarrier that nothing completes", program.instructions[parked.pc], lane
+        )
     waiting = sum(int((p.mask & (u.block == block)).sum()) for u in units for p in u.parked)
     missing = wave.warps * 32 - waiting
     message = f"{waiting} threads of the block wait here, and {missing} never come: they have left, or wait elsewhere"

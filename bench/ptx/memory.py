@@ -210,7 +210,9 @@ class Order:
         return None
 
 
-def atomic(function: Callable, view: np.ndarray, index: np.ndarray, lanes: Iterable[int], operands: tuple) -> np.ndarray:
+def atomic(
+    function: Callable, view: np.ndarray, index: np.ndarray, lanes: Iterable[int], operands: tuple
+) -> np.ndarray:
     """One after another: the old values. function(old, *operands) gives the new one."""
     old = np.empty(len(index), view.dtype)
     for i in lanes:

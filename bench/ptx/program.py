@@ -135,7 +135,11 @@ class Program:
             return self.constant(immediate_value(operand, dtype))
         if isinstance(operand, Symbol):
             return self.constant(dtype(self.address_of(operand)))
-        if isinstance(operand, Register) and operand.name.startswith("%") and operand.name not in self.function.registers:
+        if (
+            isinstance(operand, Register)
+            and operand.name.startswith("%")
+            and operand.name not in self.function.registers
+        ):
             self.specials[self.size] = operand.name
             self.size += 1
             return self.size - 1
@@ -182,7 +186,9 @@ class Program:
         except Fault as fault:
             raise Fault(fault.kind, fault.message, instruction) from None
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-            raise Fault("unknown instruction", f"{instruction.op}: a form not known ({error!r})", instruction) from error
+            raise Fault(
+                "unknown instruction", f"{instruction.op}: a form not known ({error!r})", instruction
+            ) from error
         if run is None:
             raise Fault("unknown instruction", instruction.op, instruction)
         return run if instruction.guard is None else guarded(run, self.slot(instruction.guard, np.bool_), instruction)

@@ -66,7 +66,9 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     issued = counts.total("issued") - pipes["move"]
     found = [Bound("issue", f"{issued:,} warp instructions", issued * share / gpu.issue / clock)]
     for name in ("fma", "alu", "special", "memory"):
-        found.append(Bound(name, f"{pipes[name]:,} warp instructions", pipes[name] * share / getattr(gpu, name) / clock))
+        found.append(
+            Bound(name, f"{pipes[name]:,} warp instructions", pipes[name] * share / getattr(gpu, name) / clock)
+        )
     wavefronts = counts.total("shared_wavefronts")
     found.append(Bound("shared memory", f"{wavefronts:,} wavefronts", wavefronts * share / clock))
     time, flops = 0.0, 0
@@ -85,4 +87,3 @@ def tensor_rate(gpu: Gpu, parts: tuple[str, ...]) -> float:
     """TFLOP/s for the type of A: the fourth last part of mma's name, the second last of wgmma's."""
     kind = parts[-3] if parts[0] == "mma" else parts[-2]
     return gpu.tensor.get(kind, gpu.tensor["f16"])
-

@@ -125,7 +125,9 @@ def source_lines(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, int
         there = sorted(line for name, line in lines if name == file)
         path = Path(file)
         text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        shown = sorted({n for line in there for n in range(line - AROUND, line + AROUND + 1) if 0 < n <= max(len(text), line)})
+        shown = sorted(
+            {n for line in there for n in range(line - AROUND, line + AROUND + 1) if 0 < n <= max(len(text), line)}
+        )
         files[file] = []
         for before, n in zip([shown[0] - 1, *shown], shown, strict=False):
             if n != before + 1:
@@ -150,7 +152,9 @@ def print_lines(console: Console, launch: Launch) -> None:
                 line.stylize("bold")
             console.print(line, no_wrap=True, overflow="crop", crop=True)
         console.print()
-    console.print("share, instr: of warp instructions; tensor to control: by pipe; sectors: global; waves: shared wavefronts\n")
+    console.print(
+        "share, instr: of warp instructions; tensor to control: by pipe; sectors: global; waves: shared wavefronts\n"
+    )
 
 
 SHORT = {"issued": "instr", "global_sectors": "sectors", "shared_wavefronts": "waves", "special": "spec",
@@ -207,12 +211,16 @@ def page_of_launch(launch: Launch) -> list[str]:
     most = max((sums["issued"] for sums in by_line(counts).values()), default=1)
     for file, lines in source_lines(launch).items():
         head = "".join(f"<th>{SHORT[name]}" for name in LINE_FIELDS)
-        out.append(f"<h2>{html.escape(Path(file).name)}</h2><table class='source'><tr><th>share{head}<th><th class='name'>source")
+        out.append(
+            f"<h2>{html.escape(Path(file).name)}</h2><table class='source'><tr><th>share{head}<th><th class='name'>source"
+        )
         for n, text, sums in lines:
             cells, heat = "<td>" * (1 + len(LINE_FIELDS)), 0.0
             if sums is not None:
                 heat = sums["issued"] / max(most, 1)
-                cells = f"<td>{sums['issued'] / total:.1%}" + "".join(f"<td>{number(sums[name])}" for name in LINE_FIELDS)
+                cells = f"<td>{sums['issued'] / total:.1%}" + "".join(
+                    f"<td>{number(sums[name])}" for name in LINE_FIELDS
+                )
             if not n:
                 out.append(f"<tr><td colspan='{len(LINE_FIELDS) + 2}'>&#8942;")
                 continue

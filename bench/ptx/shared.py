@@ -14,7 +14,6 @@ import numpy as np
 
 from .memory import UNSIGNED
 
-
 THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a stamp: who wrote, and whether by an atomic
 
 
@@ -84,7 +83,9 @@ class SharedMemory:
         bad = (address < 0) | (address + nbytes > self.size)
         if bad.any():
             at = int(np.argmax(bad))
-            return Problem("out of bounds", f"{nbytes} bytes at {address[at]} of {self.size} bytes of shared memory", at)
+            return Problem(
+                "out of bounds", f"{nbytes} bytes at {address[at]} of {self.size} bytes of shared memory", at
+            )
         bad = address % align != 0
         if bad.any():
             at = int(np.argmax(bad))
@@ -124,7 +125,9 @@ class SharedMemory:
         grains = self.grains(block, address, nbytes)
         pending = self.copying[grains].any(1)
         if pending.any():
-            return Problem("pending copy", "reads what an asynchronous copy has not delivered yet", int(np.argmax(pending)))
+            return Problem(
+                "pending copy", "reads what an asynchronous copy has not delivered yet", int(np.argmax(pending))
+            )
         stamps = self.written[grains]
         never = (stamps == 0).any(1)
         if never.any():
@@ -135,7 +138,9 @@ class SharedMemory:
             hidden = self.hidden(stamps, block, thread)
             if hidden.any():
                 at = int(np.argmax(hidden.any(1)))
-                return Problem("race", f"reads shared address {address[at]}, written with no fence.proxy.async since", at)
+                return Problem(
+                    "race", f"reads shared address {address[at]}, written with no fence.proxy.async since", at
+                )
         if racing.any():
             at, g = np.argwhere(racing)[0]
             return Problem("race", self.pair("reads", "wrote", address[at], int(stamps[at, g]) & THREAD), int(at))

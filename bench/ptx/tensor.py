@@ -219,7 +219,9 @@ def wgmma_product(program: Program, instruction: Instruction) -> Step:
     left = None if in_registers else Operand(64, shape.k, size, bool(turned and turned[0]))
     place = accumulator(shape.n, d_kind == "f16")
     result = Fragment(program, d, d_kind, place, (16, shape.n))
-    register_a = Fragment(program, a, a_kind, fragment(len(a.items), a_kind, True), (16, shape.k)) if in_registers else None
+    register_a = (
+        Fragment(program, a, a_kind, fragment(len(a.items), a_kind, True), (16, shape.k)) if in_registers else None
+    )
     descriptors = [None if in_registers else program.read(a, np.uint64), program.read(b, np.uint64)]
     keeps = program.read(scale_d, np.bool_) if isinstance(scale_d, Register) else None
     keeps_always = isinstance(scale_d, Immediate) and scale_d.bits != 0
