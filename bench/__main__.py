@@ -84,10 +84,10 @@ def add_compiled(commands) -> None:
     command = commands.add_parser(
         "compiled",
         help="what the compiler made of each kernel, ahead of time, on nine architectures",
-        description="Registers, spills, shared memory and occupancy of each kernel and, for NVIDIA, the machine code of each "
-        "loop with tensor instructions: its length, mix, and issue slots of other instructions for the tensor work. For "
-        "the project's kernels (attention, norm, decode: all without a word) or any other: python -m bench compiled "
-        "mine.py:add_kernel 'x=*fp32' 'out=*fp32' n=1000 BLOCK=256",
+        description="Registers, spills, shared memory and occupancy of each kernel and, for NVIDIA, the machine code "
+        "of each loop with tensor instructions: its length, mix, and issue slots of other instructions for the tensor "
+        "work. For the project's kernels (attention, norm, decode: all without a word) or any other: "
+        "python -m bench compiled mine.py:add_kernel 'x=*fp32' 'out=*fp32' n=1000 BLOCK=256",
     )
     command.add_argument(
         "what", nargs="*", help="attention, norm, decode, or file.py:function and its arguments name=value"
@@ -158,7 +158,8 @@ def run_attention(args) -> int:
 
 
 COMMANDS = {
-    "attention": run_attention, "cpu": run_cpu, "features": run_features, "ptx": ptx_command.run, "compiled": run_compiled,
+    "attention": run_attention, "cpu": run_cpu, "features": run_features, "ptx": ptx_command.run,
+    "compiled": run_compiled,
 }  # fmt: skip
 
 

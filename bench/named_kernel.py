@@ -11,12 +11,12 @@ import torch
 from triton.runtime.jit import JITFunction, KernelInterface
 
 TRITON_TYPES = {
-    "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "i1": "bool", "i8": "int8", "i16": "int16",
-    "i32": "int32", "i64": "int64", "u8": "uint8", "fp8e5": "float8_e5m2", "fp8e4nv": "float8_e4m3fn",
+    "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "i1": "bool", "i8": "int8",
+    "i16": "int16", "i32": "int32", "i64": "int64", "u8": "uint8", "fp8e5": "float8_e5m2", "fp8e4nv": "float8_e4m3fn",
 }  # fmt: skip
 HELP = (
-    "an argument of a kernel file.py:function: a tensor as dtype[sizes] (x=float16[64,128], random numbers; a pointer whose "
-    "size does not matter as x=*fp16), a number, True, False or None; and num_warps, num_stages"
+    "an argument of a kernel file.py:function: a tensor as dtype[sizes] (x=float16[64,128], random numbers; a pointer "
+    "whose size does not matter as x=*fp16), a number, True, False or None; and num_warps, num_stages"
 )
 
 

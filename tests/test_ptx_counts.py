@@ -1,5 +1,7 @@
 """What the PTX machine counts, against numbers worked out by hand."""
 
+from pathlib import Path
+
 import ptx_kernels as kernels
 import pytest
 import torch
@@ -145,8 +147,8 @@ REDUCTION = """
 
 
 def test_reduction():
-    """128 numbers: five shuffles in each of four warps, four partial sums in shared memory, three additions of one lane.
-    Only the first warp's branch parts its lanes."""
+    """128 numbers: five shuffles in each of four warps, four partial sums in shared memory, three additions of one
+    lane. Only the first warp's branch parts its lanes."""
     steps = " ".join(f"shfl.sync.bfly.b32 %r11, %r10, {n}, 31, -1; add.f32 %r10, %r10, %r11;" for n in (16, 8, 4, 2, 1))
     x, out = aligned(128), aligned(1)
     counts = run(REDUCTION.replace("STEPS", steps), out, x)
@@ -188,7 +190,7 @@ def test_lines_add_up():
     for field in launch.counts.FIELDS:
         assert sum(sums[field] for sums in lines.values()) == launch.counts.total(field)
     (where,) = [place for place, sums in lines.items() if sums["flops"]]
-    source = open(kernels.__file__, encoding="utf-8").read().splitlines()
+    source = Path(kernels.__file__).read_text(encoding="utf-8").splitlines()
     assert where[0] == kernels.__file__
     assert "tl.dot(x, y, acc" in source[where[1] - 1]
     found = figures(launch)

@@ -1,4 +1,4 @@
-"""Each fault that the PTX machine knows, planted in a small kernel and caught where it is; its twin without it passes."""
+"""Each fault that the PTX machine knows, planted in a small kernel and caught where it is; its twin passes."""
 
 import re
 
@@ -181,7 +181,10 @@ def test_copy_without_its_wait(place):
 
 
 def test_copy_over_what_others_read():
-    text = "st.shared.b32 [%r7], %r1; bar.sync 0; xor.b32 %r11, %r6, 508; add.s32 %r12, %r5, %r11; ld.shared.b32 %r13, [%r12];"
+    text = """
+        st.shared.b32 [%r7], %r1; bar.sync 0;
+        xor.b32 %r11, %r6, 508; add.s32 %r12, %r5, %r11; ld.shared.b32 %r13, [%r12];
+    """
     copy = "cp.async.ca.shared.global [%r7], [%rd5], 4; cp.async.wait_all;"
     run(text + "bar.sync 0;" + copy)
     caught("race", text + copy)
@@ -334,8 +337,8 @@ def test_a_bulk_copy_without_its_wait():
     assert "mbarrier.try_wait" in text
     open_text = re.sub(r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 complete, 0, 0;", text)
     program = plant(compiled, open_text)
+    compiled._run.program = program
     with ptx.device("sm_90"), pytest.raises(ptx.Fault) as raised:
-        compiled._run.program = program
         kernels.matmul_descriptors[(1,)](*maps, 64, **TILES)
     assert raised.value.kind in ("pending copy", "uninitialised")
 

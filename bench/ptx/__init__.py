@@ -1,4 +1,11 @@
-"""A machine for compiled PTX, in NumPy: runs what Triton makes of a kernel where there is no GPU, checks and counts it."""
+"""A machine for compiled PTX, in NumPy: runs, checks and counts what Triton makes of a kernel, where there is no GPU.
+
+It models results, the order of accesses, and counts: the ISA's memory model as far as barriers, mbarriers, acquire and
+release, asynchronous groups and proxy fences go, every warp of a block on its own, blocks in any order. It models no
+time: no latencies, caches, occupancy or scheduling, so its bounds are limits, not forecasts. Instructions are those of
+PTX, before the assembler: registers and spills are in `python -m bench compiled`. Tensor cores round once
+where the hardware truncates; approximations (ex2, lg2 …) are closer to the truth than the hardware's.
+"""
 
 from .driver import Device, Launch, device, run_text
 from .faults import Fault

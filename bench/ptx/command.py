@@ -19,10 +19,11 @@ from .driver import ARCHITECTURES, device
 SHAPES = {"attention": (1, 2, 256, 64), "norm": (64, 1024), "decode": (2, 4, 300, 64)}
 DIMENSIONS = {"attention": "BATCH,HEADS,SEQ,HEAD_DIM", "norm": "ROWS,COLS", "decode": "BATCH,HEADS,CACHED,HEAD_DIM"}
 DESCRIPTION = """\
-Compiles a kernel for a GPU, runs what the compiler made of it on this machine's CPU, compares the result with float64 and
-prints what a profiler would count: instructions by pipe, global sectors, shared wavefronts and bank conflicts, tensor
-FLOPs, and what they take at least on that GPU. It models results, order and counts; no time, no caches. A kernel that
-reads outside a tensor, races, or reads a copy before its wait stops with the block, thread, PTX line and Python line.
+Compiles a kernel for a GPU, runs what the compiler made of it on this machine's CPU, compares the result with float64
+and prints what a profiler would count: instructions by pipe, global sectors, shared wavefronts and bank conflicts,
+tensor FLOPs, and what they take at least on that GPU. It models results, order and counts; no time, no caches. A
+kernel that reads outside a tensor, races, or reads a copy before its wait stops with the block, thread, PTX line and
+Python line.
 
   python -m bench ptx attention --arch sm_90 --shape 1,2,256,64 --backward --lines
   python -m bench ptx mine.py:add_kernel x=float32[1000] out=float32[1000] n=1000 BLOCK=256 --grid 4

@@ -9,8 +9,8 @@ import numpy as np
 from . import floats
 
 INTEGERS = {
-    "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32, "s64": np.int64,
-    "u64": np.uint64,
+    "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32,
+    "s64": np.int64, "u64": np.uint64,
 }  # fmt: skip
 STORAGE = {
     "f64": np.uint64, "f32": np.uint32, "tf32": np.uint32, "f16": np.uint16, "bf16": np.uint16, "f16x2": np.uint32,

@@ -19,11 +19,12 @@ from .parse import Instruction
 PIPES = ("tensor", "fma", "alu", "special", "memory", "control", "move")
 SPECIAL = ("ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "sqrt", "rcp")
 MEMORY = (
-    "ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "prefetch", "mbarrier", "tensormap", "shfl", "movmatrix",
+    "ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "prefetch", "mbarrier", "tensormap", "shfl",
+    "movmatrix",
 )  # fmt: skip
 CONTROL = (
-    "bra", "ret", "exit", "bar", "barrier", "call", "trap", "fence", "membar", "griddepcontrol", "elect", "vote", "match",
-    "activemask", "nanosleep", "setmaxnreg",
+    "bra", "ret", "exit", "bar", "barrier", "call", "trap", "fence", "membar", "griddepcontrol", "elect", "vote",
+    "match", "activemask", "nanosleep", "setmaxnreg",
 )  # fmt: skip
 
 

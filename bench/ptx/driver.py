@@ -1,4 +1,4 @@
-"""A Triton driver whose GPU is the PTX machine: `with device("sm_80") as gpu:` and every launch on CPU tensors runs there."""
+"""A Triton driver whose GPU is the PTX machine: under `with device("sm_80"):` launches on CPU tensors run there."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ import flashattn.backends
 from flashattn.kernels.configs import SHARED_MEMORY
 
 from ..compiled import NoDriver
-from .copies import encode_map
 from .counts import Counts
 from .faults import Fault
 from .machine import Limits, execute
 from .memory import Named, named
 from .parse import parse
 from .program import Program
+from .rates import bounds
+from .tensor_maps import encode_map
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 
@@ -42,6 +43,10 @@ class Launch(NamedTuple):
     threads: int  # of a block
     shared_bytes: int
     counts: Counts
+
+    @property
+    def blocks(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @contextlib.contextmanager
@@ -101,11 +106,13 @@ class Device(NoDriver, GPUDriver):
         return torch.device("cpu")
 
     def get_benchmarker(self):
-        """Runs the kernel once; nothing here has a time."""
+        """For autotuning: runs the kernel once, and takes its bound for its time."""
 
         def once(call, *, quantiles, **_):
+            before = len(self.launches)
             call()
-            return [1.0] * len(quantiles)
+            least = [bounds(x.counts, x.architecture, x.blocks)[0].microseconds for x in self.launches[before:]]
+            return [sum(least) / 1e3] * len(quantiles)
 
         return once
 
@@ -130,6 +137,8 @@ class Launcher:
     """What a compiled kernel calls to launch: the arguments become the bytes of the kernel's parameters."""
 
     def __init__(self, src, metadata):
+        if getattr(metadata, "num_ctas", 1) != 1:
+            raise Fault("unsupported", f"{metadata.name} runs in clusters of {metadata.num_ctas} blocks")
         self.metadata = metadata
         self.program = load(metadata.hash, metadata.name, metadata.shared)
         self.names = list(src.signature) if isinstance(next(iter(src.signature), ""), str) else src.fn.arg_names
@@ -144,8 +153,8 @@ class Launcher:
         values = self.flatten(args)
         for kind in ("global", "profile"):
             size = getattr(self.metadata, f"{kind}_scratch_size") * x * y * z
-            allocator = _allocation._allocator if kind == "global" else _allocation._profile_allocator
-            values.append((f"{kind} scratch", allocator.get()(size, getattr(self.metadata, f"{kind}_scratch_align"), stream) if size else None))  # fmt: skip
+            align = getattr(self.metadata, f"{kind}_scratch_align")
+            values.append((f"{kind} scratch", gpu.allocate(size, align, stream) if size else None))
         tensors = [t for name, v in values if isinstance(v, torch.Tensor) and (t := self.tensor(name, v))]
         params = self.pack(values)
         threads = self.metadata.num_warps * 32
@@ -207,7 +216,7 @@ def parameter_bytes(kind: str, size: int, value) -> bytes:
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
 
 
-def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, limits: Limits = Limits()) -> Counts:
+def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32) -> Counts:
     """Runs the first kernel of a PTX text on CPU tensors, whole numbers and floats, one for each parameter.
 
     >>> import torch
@@ -230,7 +239,7 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, 
     data = bytearray(kernel.param_bytes)
     for param, value in zip(kernel.params, args, strict=True):
         data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
-    return execute(program, (*grid, 1, 1)[:3], threads, bytes(data), tensors, limits)
+    return execute(program, (*grid, 1, 1)[:3], threads, bytes(data), tensors)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .parse import Instruction
 
 
-class Fault(RuntimeError):
+class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
     """A kernel did what a GPU would punish, or would let pass unseen.
 
     kind: "out of bounds", "misaligned", "uninitialised", "pending copy", "pending wgmma", "race", "global race",

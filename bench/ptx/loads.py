@@ -1,15 +1,13 @@
-"""ld, st, atom, red, ldmatrix, stmatrix: the accesses of lanes to memory, each checked and counted before it is done."""
+"""ld and st: accesses of lanes to memory, each checked and counted before it is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from .arithmetic import DTYPES
 from .faults import Fault
-from .memory import Outside, atomic
-from .parse import BYTES, Address, Group, Instruction, Register, Symbol
+from .integers import DTYPES
+from .memory import OutsideError
+from .parse import BYTES, Address, Group, Instruction, Register
 from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WORD, Program, Step, builds, put
 
 SPACES = ("global", "shared", "local", "param", "const")
@@ -39,17 +37,18 @@ def global_access(
     if bad.any():
         at = int(np.argmax(bad))
         where, tensor = unit.wave.memory.describe(int(address[at]), nbytes)
-        raise unit.fault("misaligned", f"{does} {nbytes} bytes {where}; the address is not a multiple of {align}", instruction, lanes[at], tensor)  # fmt: skip
+        message = f"{does} {nbytes} bytes {where}; the address is not a multiple of {align}"
+        raise unit.fault("misaligned", message, instruction, lanes[at], tensor)
     try:
         unit.wave.memory.split(address, nbytes)
-    except Outside as outside:
+    except OutsideError as outside:
         where, tensor = unit.wave.memory.describe(int(address[outside.at]), nbytes)
         raise unit.fault(
             "out of bounds", f"{does} {nbytes} bytes {where}", instruction, lanes[outside.at], tensor
         ) from None
 
 
-def global_load(unit, pc: int, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:  # fmt: skip
+def global_load(unit, pc: int, instruction: Instruction, lanes, address, width: int, count: int) -> np.ndarray:
     nbytes = width * count
     memory, block = unit.wave.memory, unit.number[lanes]
     global_access(unit, instruction, lanes, address, nbytes, nbytes, "reads")
@@ -59,7 +58,7 @@ def global_load(unit, pc: int, instruction: Instruction, lanes: np.ndarray, addr
     return memory.load(address, width, count)
 
 
-def global_store(unit, pc: int, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:  # fmt: skip
+def global_store(unit, pc: int, instruction: Instruction, lanes, address, values: np.ndarray) -> None:
     nbytes = values.dtype.itemsize * values.shape[1]
     global_access(unit, instruction, lanes, address, nbytes, nbytes, "writes")
     unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
@@ -71,13 +70,14 @@ def global_store(unit, pc: int, instruction: Instruction, lanes: np.ndarray, add
 def global_race(unit, instruction, lanes, address, nbytes, race, does, did) -> Fault:
     at, other = race
     where, tensor = unit.wave.memory.describe(int(address[at]), nbytes)
-    return unit.fault("global race", f"{does} {nbytes} bytes {where}, which block {unit.wave.place(other)} {did}", instruction, lanes[at], tensor)  # fmt: skip
+    message = f"{does} {nbytes} bytes {where}, which block {unit.wave.place(other)} {did}"
+    return unit.fault("global race", message, instruction, lanes[at], tensor)
 
 
 def shared_place(unit, instruction, lanes, address, nbytes, align) -> None:
     problem = unit.wave.shared.place(address, nbytes, align)
     if problem:
-        raise unit.fault(problem.kind, problem.message, instruction, lanes[problem.at], "shared memory")
+        raise unit.refuse(problem, instruction, lanes)
 
 
 def shared_load(unit, pc, instruction, lanes, address, width: int, count: int) -> np.ndarray:
@@ -85,7 +85,7 @@ def shared_load(unit, pc, instruction, lanes, address, width: int, count: int) -
     shared_place(unit, instruction, lanes, address, nbytes, nbytes)
     unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
     if problem := shared.check_read(block, address, nbytes, unit.thread[lanes]):
-        raise unit.fault(problem.kind, problem.message, instruction, lanes[problem.at], "shared memory")
+        raise unit.refuse(problem, instruction, lanes)
     return shared.load(block, address, width, count)
 
 
@@ -94,7 +94,7 @@ def shared_store(unit, pc, instruction, lanes, address, values: np.ndarray) -> N
     shared_place(unit, instruction, lanes, address, nbytes, nbytes)
     unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
     if problem := shared.check_write(block, address, values, unit.thread[lanes]):
-        raise unit.fault(problem.kind, problem.message, instruction, lanes[problem.at], "shared memory")
+        raise unit.refuse(problem, instruction, lanes)
     shared.store(block, address, values)
 
 
@@ -103,7 +103,8 @@ def local_index(unit, instruction, lanes, address, nbytes) -> tuple:
     bad = (address < 0) | (address + nbytes > size) | (address % nbytes != 0)
     if bad.any():
         at = int(np.argmax(bad))
-        raise unit.fault("out of bounds", f"{nbytes} bytes at {address[at]} of {size} bytes of local memory", instruction, lanes[at], "local memory")  # fmt: skip
+        message = f"{nbytes} bytes at {address[at]} of {size} bytes of local memory"
+        raise unit.fault("out of bounds", message, instruction, lanes[at], "local memory")
     return lanes[:, None], address[:, None] + np.arange(nbytes)
 
 
@@ -208,190 +209,6 @@ def store(program: Program, instruction: Instruction) -> Step:
     return run
 
 
-# ------------------------------------------------------------------------------------------------ atomics
-
-
-def combine(parts: tuple[str, ...]) -> Callable:
-    operation = next(p for p in parts[1:] if p in ATOMICS)
-    return ATOMICS[operation]
-
-
-ATOMICS = {
-    "add": lambda old, x: old + x, "min": lambda old, x: np.minimum(old, x), "max": lambda old, x: np.maximum(old, x),
-    "and": lambda old, x: old & x, "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
-    "inc": lambda old, x: old.dtype.type(0) if old >= x else old + old.dtype.type(1),
-    "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
-    "cas": lambda old, expected, new: new if old == expected else old,
-}  # fmt: skip
-
-
-@builds("atom", "red")
-def atomics(program: Program, instruction: Instruction) -> Step:
-    """Lanes in order, blocks in order. Release and acquire make what a block did visible to the blocks after it."""
-    parts = instruction.parts
-    if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector(instruction) > 1:
-        return half_atomics(program, instruction)
-    function, space = combine(parts), space_of(instruction)
-    dtype = DTYPES[instruction.type]
-    width = BYTES[instruction.type]
-    operands = list(instruction.operands)
-    out = program.write(operands.pop(0), dtype) if parts[0] == "atom" else None
-    address_of = program.address(operands.pop(0))
-    values_of = [program.read(x, dtype) for x in operands]
-    acquires = "acquire" in parts or "acq_rel" in parts
-    releases = "release" in parts or "acq_rel" in parts
-    pc = len(program.steps)
-
-    def run(unit, mask):
-        lanes = unit.lanes(mask)
-        address = address_of(unit)[lanes]
-        values = tuple(np.broadcast_to(unit.slots[s], unit.count)[lanes] for s in values_of)
-        for name, there in by_space(space, address):
-            chosen, where = lanes[there], in_space(name, address[there])
-            view, index = atomic_place(unit, pc, instruction, name, chosen, where, width)
-            if acquires or releases:
-                order_blocks(unit, chosen, where, acquires, releases)
-            old = atomic(function, view.view(dtype), index, range(len(chosen)), tuple(v[there] for v in values))
-            if out is not None:
-                scatter(unit.slots[out], chosen, old)
-
-    return run
-
-
-def atomic_place(unit, pc, instruction, space, lanes, address, width) -> tuple[np.ndarray, np.ndarray]:
-    """(view, index of each lane's element)."""
-    if space == "shared":
-        shared = unit.wave.shared
-        shared_place(unit, instruction, lanes, address, width, width)
-        unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, width)
-        if problem := shared.check_atomic(unit.block[lanes], address, width, unit.thread[lanes]):
-            raise unit.fault(problem.kind, problem.message, instruction, lanes[problem.at], "shared memory")
-        return shared.views[width], shared.index(unit.block[lanes], address, width, 1)[:, 0]
-    memory = unit.wave.memory
-    global_access(unit, instruction, lanes, address, width, width, "updates")
-    unit.wave.counts.global_access(pc, lanes >> 5, address, width)
-    memory.unmark(address, width)
-    pieces = memory.split(address, width)
-    if len(pieces) > 1:
-        raise unit.fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
-    view, index = pieces[0][0].elements(address, width, 1)
-    return view, index[:, 0]
-
-
-def order_blocks(unit, lanes, address, acquires: bool, releases: bool) -> None:
-    order = unit.wave.memory.order
-    for block, where in dict.fromkeys(zip(unit.number[lanes].tolist(), address.tolist(), strict=True)):
-        if acquires:
-            order.acquire(where, block)
-        if releases:
-            order.release(where, block)
-
-
-def half_atomics(program: Program, instruction: Instruction) -> Step:
-    """add.noftz of float16 and bfloat16, alone or in pairs, and vectors of floats."""
-    from .arithmetic import value
-
-    kind, count = instruction.type, vector(instruction)
-    operation = next(p for p in instruction.parts[1:] if p in ATOMICS)
-    add = value((operation, kind)).compute
-    dtype = WORD[BYTES[kind]] if kind != "f32" else np.float32
-    operands = list(instruction.operands)
-    first = operands.pop(0) if instruction.parts[0] == "atom" else None
-    outs = [program.write(x, dtype) for x in items(first)] if first is not None else []
-    address_of = program.address(operands.pop(0))
-    values_of = [program.read(x, dtype) for x in items(operands[0])]
-    space = space_of(instruction)
-    pc = len(program.steps)
-
-    def function(old, x):
-        return add(np.atleast_1d(old), np.atleast_1d(x))[0]
-
-    def run(unit, mask):
-        lanes = unit.lanes(mask)
-        for name, there in by_space(space, address_of(unit)[lanes]):
-            chosen = lanes[there]
-            where = in_space(name, address_of(unit)[chosen])
-            for i in range(count):
-                view, index = atomic_place(unit, pc, instruction, name, chosen, where + where.dtype.type(i * BYTES[kind]), BYTES[kind])  # fmt: skip
-                x = np.broadcast_to(unit.slots[values_of[i]], unit.count)[chosen]
-                old = atomic(function, view.view(dtype), index, range(len(chosen)), (x,))
-                if outs and outs[i] is not None:
-                    scatter(unit.slots[outs[i]], chosen, old)
-
-    return run
-
-
-# ------------------------------------------------------------------------------------------------ matrices
-
-
-def matrix_rows(unit, mask, address_of, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(warps (n,), lanes that give row addresses (n * count * 8,), their addresses) of ldmatrix and stmatrix."""
-    warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
-    lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
-    return warps, lanes, np.broadcast_to(address_of(unit), unit.count)[lanes].astype(np.int64)
-
-
-def matrix_count(instruction: Instruction) -> int:
-    return int(next(p for p in instruction.parts if p in ("x1", "x2", "x4"))[1:])
-
-
-@builds("ldmatrix")
-def load_matrix(program: Program, instruction: Instruction) -> Step:
-    """Lanes 8i to 8i+7 give the rows of matrix i, of eight 16-bit elements; lane t gets the elements 2(t%4) and
-    2(t%4)+1 of row t/4 (.trans: of column t/4)."""
-    count, trans = matrix_count(instruction), "trans" in instruction.parts
-    if instruction.type != "b16":
-        return None
-    outs = [program.write(x, np.uint32) for x in items(instruction.operands[0])]
-    address_of = program.address(instruction.operands[1])
-    pc = len(program.steps)
-
-    def run(unit, mask):
-        warps, lanes, address = matrix_rows(unit, mask, address_of, count)
-        shared, block = unit.wave.shared, unit.block[lanes]
-        shared_place(unit, instruction, lanes, address, 16, 16)
-        counts = unit.wave.counts
-        counts.shared_requests[pc] += len(warps)
-        counts.wavefronts(pc, lanes >> 3, address, 16)
-        if problem := shared.check_read(block, address, 16, unit.thread[lanes]):
-            raise unit.fault(problem.kind, problem.message, instruction, lanes[problem.at], "shared memory")
-        tile = shared.load(block, address, 4, 4).view(np.uint16).reshape(len(warps), count, 8, 8)
-        if trans:
-            tile = np.ascontiguousarray(tile.swapaxes(2, 3))
-        words = tile.view(np.uint32).reshape(len(warps), count, 32)
-        for i, out in enumerate(outs):
-            unit.slots[out].reshape(-1, 32)[warps] = words[:, i]
-
-    return run
-
-
-@builds("stmatrix")
-def store_matrix(program: Program, instruction: Instruction) -> Step:
-    count, trans = matrix_count(instruction), "trans" in instruction.parts
-    if instruction.type != "b16":
-        return None
-    address_of = program.address(instruction.operands[0])
-    values_of = [program.read(x, np.uint32) for x in items(instruction.operands[1])]
-    pc = len(program.steps)
-
-    def run(unit, mask):
-        warps, lanes, address = matrix_rows(unit, mask, address_of, count)
-        words = np.stack([unit.slots[s].reshape(-1, 32)[warps] for s in values_of], 1)
-        tile = words.view(np.uint16).reshape(len(warps), count, 8, 8)
-        if trans:
-            tile = np.ascontiguousarray(tile.swapaxes(2, 3))
-        rows = tile.view(np.uint32).reshape(-1, 4)
-        shared = unit.wave.shared
-        shared_place(unit, instruction, lanes, address, 16, 16)
-        unit.wave.counts.shared_requests[pc] += len(warps)
-        unit.wave.counts.wavefronts(pc, lanes >> 3, address, 16)
-        if problem := shared.check_write(unit.block[lanes], address, rows, unit.thread[lanes]):
-            raise unit.fault(problem.kind, problem.message, instruction, lanes[problem.at], "shared memory")
-        shared.store(unit.block[lanes], address, rows)
-
-    return run
-
-
 @builds("prefetch", "prefetchu", "discard", "applypriority")
 def nothing(program: Program, instruction: Instruction) -> Step:
     return lambda unit, mask: None
@@ -399,7 +216,3 @@ def nothing(program: Program, instruction: Instruction) -> Step:
 
 def address_operand(operand) -> Address:
     return operand if isinstance(operand, Address) else Address(operand, 0)
-
-
-def no_result(operand) -> bool:
-    return isinstance(operand, Symbol) and operand.name == "_"

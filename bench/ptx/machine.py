@@ -1,8 +1,8 @@
 """The machine: runs a kernel over a grid, wave by wave, and says what it did.
 
-A wave is as many blocks as fit the lane budget; its lanes run as NumPy arrays, one unit for each group of warps (a warp,
-or the four warps of a wgmma). A unit runs until all its lanes wait or are done, then the next one does; the order of the
-units turns round after every barrier, so that what one warp must see of another is tried both ways.
+A wave is as many blocks as fit the lane budget; its lanes run as NumPy arrays, one unit for each group of warps (a
+warp, or the four warps of a wgmma). A unit runs until all its lanes wait or are done, then the next one does; the order
+of the units turns round after every barrier, so that what one warp must see of another is tried both ways.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import copies, loads, tensor, warps  # noqa: F401  (they register their instructions)
+from . import atomics, bulk, copies, loads, matrices, tensor, warps  # noqa: F401  (they register their instructions)
 from .counts import Counts
 from .faults import Fault
+from .mbarriers import Barrier
 from .memory import GlobalMemory, Named
 from .program import Program
 from .shared import SharedMemory
@@ -29,6 +30,9 @@ class Limits(NamedTuple):
     lanes: int = LANES
 
 
+LIMITS = Limits()
+
+
 class Wave:
     """Blocks that run together: their shared memory, and the tensors of the launch."""
 
@@ -38,7 +42,7 @@ class Wave:
         self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
         self.warps = threads // 32
         self.shared = SharedMemory(len(numbers), program.shared_bytes, self.warps, program.shared_grain)
-        self.mbarriers: dict[tuple[int, int], copies.Barrier] = {}
+        self.mbarriers: dict[tuple[int, int], Barrier] = {}
         self.stores: list = []  # bulk stores whose source has not been waited for
         self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
 
@@ -58,7 +62,7 @@ def execute(
     threads: int,
     params: bytes,
     tensors: Iterable[Named],
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
 ) -> Counts:
     """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong."""
     counts = Counts(program.instructions)
@@ -104,7 +108,8 @@ def run_unit(program: Program, unit: Unit, limits: Limits) -> None:
             mask = run_carefully(program, unit, pc, end, mask)
         unit.steps += end - pc + 1
         if unit.steps > limits.instructions:
-            raise unit.fault("endless", f"more than {limits.instructions} instructions", program.instructions[end - 1], int(np.argmax(mask)))  # fmt: skip
+            message = f"more than {limits.instructions} instructions"
+            raise unit.fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
         if not mask.any():
             continue
         if end in controls:
@@ -127,11 +132,11 @@ def run_carefully(program: Program, unit: Unit, pc: int, end: int, mask: np.ndar
             if not mask.any():
                 return mask
             ragged = False
-        active, warps = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
+        active, count = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
         while n < end:  # as far as the same lanes go
             if unit.products:
                 tensor.pending_use(unit, program.instructions[n], program.uses[n], mask)
-            issued[n] += warps
+            issued[n] += count
             program.steps[n](unit, active)
             n += 1
             if (ragged and n in program.convergent) or n in unit.waiting:

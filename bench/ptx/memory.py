@@ -69,7 +69,7 @@ class Segment:
         (self.written if write else self.read)[address.astype(np.int64) // SECTOR - self.first_sector] = True
 
 
-class Outside(Exception):
+class OutsideError(Exception):
     """An access that no segment holds, by its place among the lanes."""
 
     def __init__(self, at: int):
@@ -108,7 +108,7 @@ class GlobalMemory:
     def split(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
         """Each segment with the lanes that fall in it."""
         if not self.segments:
-            raise Outside(0)
+            raise OutsideError(0)
         number = np.searchsorted(self.starts, address, side="right") - 1
         found = []
         first = int(number[0])
@@ -119,7 +119,7 @@ class GlobalMemory:
             bad = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
             if n < 0 or bad.any():
                 wrong = np.arange(len(address))[lanes][bad if n >= 0 else slice(None)]
-                raise Outside(int(wrong[0]))
+                raise OutsideError(int(wrong[0]))
             found.append((segment, lanes))
         return found
 
@@ -157,7 +157,7 @@ class GlobalMemory:
         return None
 
     def race_of_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
-        """(lane, other block) of a write to what another block read or wrote; writing the value that is there is none."""
+        """(lane, other block) of a write to what another block read or wrote; a write of what is there is none."""
         nbytes = values.dtype.itemsize * values.shape[1]
         for segment, lanes in self.split(address, nbytes):
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from .faults import Fault
 
 BYTES = {
-    "pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4,
-    "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16,
+    "pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4,
+    "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16,
 }  # fmt: skip
 
 
@@ -131,7 +131,10 @@ VARIABLE = re.compile(
     re.S,
 )
 PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b[^,]*?)?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.S)
-DIRECTIVE = re.compile(r"\.(version|target|address_size|file|section|pragma|reqntid|maxntid|minnctapersm|maxnreg|noreturn|reqnctapercluster|explicitcluster|maxclusterrank|noinline)\b")  # fmt: skip
+DIRECTIVE = re.compile(
+    r"\.(version|target|address_size|file|section|pragma|reqntid|maxntid|minnctapersm|maxnreg|noreturn|noinline|"
+    r"reqnctapercluster|explicitcluster|maxclusterrank)\b"
+)
 REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 
 

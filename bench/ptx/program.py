@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arithmetic
-from .arithmetic import DTYPES
+from . import arithmetic, integers
 from .faults import Fault
+from .integers import DTYPES
 from .memory import Named
 from .parse import BYTES, Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol
 
@@ -180,7 +180,7 @@ class Program:
     # -------------------------------------------------------------------------------------------- steps
 
     def step(self, instruction: Instruction) -> Step:
-        builder = BUILDERS.get(".".join(instruction.parts[:2])) or BUILDERS.get(instruction.parts[0])
+        builder = next((b for n in (3, 2, 1) if (b := BUILDERS.get(".".join(instruction.parts[:n])))), None)
         try:
             run = builder(self, instruction) if builder else self.arithmetic(instruction)
         except Fault as fault:
@@ -207,7 +207,7 @@ class Program:
 
 def assign(compute: Callable, operands: list[int], out: list[int | None], many: bool) -> Step:
     """slots[out] = compute(slots[operands]), where the mask holds."""
-    (d, *more) = out
+    d = out[0]
     if many:
 
         def run(unit, mask):
@@ -360,11 +360,11 @@ def carried(program: Program, instruction: Instruction) -> Step | None:
     if not (takes or gives):
         return program.arithmetic(instruction)
     dtype = DTYPES[parts[-1]]
-    wide = arithmetic.unsigned(dtype)
+    wide = integers.unsigned(dtype)
     size = np.dtype(dtype).itemsize * 8
     operands = [program.read(x, wide) for x in instruction.operands[1:]]
     out = program.write(instruction.operands[0], wide)
-    times = arithmetic.multiply_high if "hi" in parts else np.multiply
+    times = integers.multiply_high if "hi" in parts else np.multiply
     if size != 32:
         return None
 

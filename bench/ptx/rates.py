@@ -1,10 +1,10 @@
 """What a GPU can do at most, and what a launch therefore takes at least.
 
-The rates of a multiprocessor (SM) are warp instructions or bytes a clock: NVIDIA, "CUDA C++ Programming Guide", table
-"Throughput of Native Arithmetic Instructions" (results a clock of an SM, divided by 32 lanes). Tensor rates, clocks, SMs
-and memory bandwidths: the architecture whitepapers "NVIDIA A100 Tensor Core GPU" (2020), "NVIDIA H100 Tensor Core GPU"
-(2022), "NVIDIA Ada GPU Architecture" (2022) and "NVIDIA Blackwell Architecture Technical Brief" (2024), dense, at boost
-clock. Shared memory: 128 bytes a clock, a wavefront.
+The rates of a multiprocessor (SM) are warp instructions or bytes a clock. NVIDIA, "CUDA C++ Programming Guide", table
+"Throughput of Native Arithmetic Instructions" (results a clock of an SM, divided by 32 lanes). Tensor rates, clocks,
+SMs and memory bandwidths: the architecture whitepapers "NVIDIA A100 Tensor Core GPU" (2020), "NVIDIA H100 Tensor Core
+GPU" (2022), "NVIDIA Ada GPU Architecture" (2022) and "NVIDIA Blackwell Architecture Technical Brief" (2024), dense,
+at boost clock. Shared memory: 128 bytes a clock, a wavefront.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ GPUS = {
     "sm_80": Gpu("A100 SXM 80 GB", 108, 1.41, 4, 2, 2, 0.5, 1,
                  {"f16": 312, "bf16": 312, "tf32": 156, "f64": 19.5, "s8": 624, "u8": 624}, 2039),
     "sm_89": Gpu("RTX 4090", 128, 2.52, 4, 4, 2, 0.5, 1,
-                 {"f16": 165.2, "bf16": 165.2, "tf32": 82.6, "e4m3": 330.3, "e5m2": 330.3, "s8": 660.6, "u8": 660.6}, 1008),
+                 {"f16": 165.2, "bf16": 165.2, "tf32": 82.6, "e4m3": 330.3, "e5m2": 330.3, "s8": 660.6, "u8": 660.6},
+                 1008),
     "sm_90": Gpu("H100 SXM", 132, 1.83, 4, 4, 2, 0.5, 1,
                  {"f16": 989.4, "bf16": 989.4, "tf32": 494.7, "f64": 66.9, "e4m3": 1978.9, "e5m2": 1978.9, "s8": 1978.9,
                   "u8": 1978.9}, 3350),
     "sm_100": Gpu("B200", 148, 1.85, 4, 4, 2, 0.5, 1,
-                  {"f16": 2250, "bf16": 2250, "tf32": 1120, "f64": 37, "e4m3": 4500, "e5m2": 4500, "s8": 4500, "u8": 4500},
-                  8000),
+                  {"f16": 2250, "bf16": 2250, "tf32": 1120, "f64": 37, "e4m3": 4500, "e5m2": 4500, "s8": 4500,
+                   "u8": 4500}, 8000),
 }  # fmt: skip
 # Architectures of the same family, for which the rates of one stand.
 LIKE = {"sm_86": "sm_89", "sm_87": "sm_80"}
@@ -55,9 +56,10 @@ class Bound(NamedTuple):
 def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     """What the launch takes at least, by each of the limits, the longest first.
 
-    Work inside an SM is that of the fullest one if the blocks are dealt out evenly: a launch of one block cannot use two.
-    Memory: the bytes that must move at least once. Nothing here knows of latencies: a real launch takes longer. The
-    instructions are those of PTX, of which the assembler makes fewer or more: moves, which it mostly erases, are left out.
+    Work inside an SM is that of the fullest one if the blocks are dealt out evenly: a launch of one block cannot use
+    two. Memory: the bytes that must move at least once. Nothing here knows of latencies: a real launch takes longer.
+    The instructions are those of PTX, of which the assembler makes fewer or more: moves, which it mostly erases, are
+    left out.
     """
     gpu = GPUS[LIKE.get(architecture, architecture)]
     share = -(-blocks // gpu.sms) / max(blocks, 1)  # of all work, on the fullest SM

@@ -1,4 +1,4 @@
-"""What launches did, for people: the table of a launch, its bounds, and the Python source with counts beside each line."""
+"""What launches did, for people: the table of a launch, its bounds, the Python source with counts beside each line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
 
 def figures(launch: Launch) -> dict[str, object]:
     """All that is known of a launch, for JSON."""
-    counts, blocks = launch.counts, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    counts, blocks = launch.counts, launch.blocks
     limits = bounds(counts, launch.architecture, blocks)
     return {
         "kernel": launch.kernel, "architecture": launch.architecture, "grid": list(launch.grid),
@@ -72,7 +72,7 @@ def number(x: int) -> str:
 
 
 def print_launch(console: Console, launch: Launch) -> None:
-    counts, blocks = launch.counts, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    counts, blocks = launch.counts, launch.blocks
     console.print(
         f"[bold]{launch.kernel}[/bold]  {launch.architecture}, {blocks:,} blocks of {launch.threads} threads, "
         f"{launch.shared_bytes:,} bytes of shared memory"
@@ -86,7 +86,8 @@ def print_launch(console: Console, launch: Launch) -> None:
     console.print(table)
     limits = bounds(counts, launch.architecture, blocks)
     gpu = GPUS[LIKE.get(launch.architecture, launch.architecture)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"at least, on {gpu.name} (no latency, no caches)", title_justify="left")  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.title = f"at least, on {gpu.name} (no latency, no caches)"
     for name, justify in (("limit", "left"), ("work", "right"), ("us", "right"), ("", "left")):
         table.add_column(name, justify=justify, no_wrap=True)
     for bound in limits:
@@ -181,8 +182,9 @@ def page(launches: list[Launch], command: str) -> str:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
         f"<title>{html.escape(launches[0].kernel)} on {launches[0].architecture}</title><style>{STYLE}</style>",
-        f"<h1>Compiled for {launches[0].architecture}, executed and counted</h1><p><code>{html.escape(command)}</code></p>",
-        "<p>Counts are exact for these inputs. The bounds know nothing of latencies and caches: a launch takes longer.</p>",
+        f"<h1>Compiled for {launches[0].architecture}, executed and counted</h1>",
+        f"<p><code>{html.escape(command)}</code></p><p>Counts are exact for these inputs. The bounds know nothing of",
+        "latencies and caches: a launch takes longer.</p>",
     ]
     for launch in launches:
         parts += page_of_launch(launch)
@@ -190,7 +192,7 @@ def page(launches: list[Launch], command: str) -> str:
 
 
 def page_of_launch(launch: Launch) -> list[str]:
-    counts, blocks = launch.counts, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    counts, blocks = launch.counts, launch.blocks
     limits = bounds(counts, launch.architecture, blocks)
     gpu = GPUS[LIKE.get(launch.architecture, launch.architecture)]
     rows = "".join(
@@ -212,7 +214,8 @@ def page_of_launch(launch: Launch) -> list[str]:
     for file, lines in source_lines(launch).items():
         head = "".join(f"<th>{SHORT[name]}" for name in LINE_FIELDS)
         out.append(
-            f"<h2>{html.escape(Path(file).name)}</h2><table class='source'><tr><th>share{head}<th><th class='name'>source"
+            f"<h2>{html.escape(Path(file).name)}</h2><table class='source'>"
+            f"<tr><th>share{head}<th><th class='name'>source"
         )
         for n, text, sums in lines:
             cells, heat = "<td>" * (1 + len(LINE_FIELDS)), 0.0
@@ -224,6 +227,7 @@ def page_of_launch(launch: Launch) -> list[str]:
             if not n:
                 out.append(f"<tr><td colspan='{len(LINE_FIELDS) + 2}'>&#8942;")
                 continue
-            out.append(f"<tr style='background:rgb(var(--heat)/{heat * 0.45:.3f})'>{cells}<td class='n'>{n}<td class='code'>{html.escape(text)}")  # fmt: skip
+            style = f"background:rgb(var(--heat)/{heat * 0.45:.3f})"
+            out.append(f"<tr style='{style}'>{cells}<td class='n'>{n}<td class='code'>{html.escape(text)}")
         out.append("</table>")
     return out

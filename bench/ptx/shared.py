@@ -1,9 +1,9 @@
 """Shared memory of the blocks that run together, and the order of all accesses to it.
 
 Every warp has a vector clock (FastTrack, Flanagan and Freund, 2009): clocks[block, warp, other] is how much of `other`
-this warp has seen. A barrier makes all of a block seen by all of it. Each grain of memory remembers who wrote it last and
-when, and when each warp read it last: an access that has not seen what it meets is a race. One more row of the clocks
-stands for the engine that performs bulk copies.
+this warp has seen. A barrier makes all of a block seen by all of it. Each grain of memory remembers who wrote it last
+and when, and when each warp read it last: an access that has not seen what it meets is a race. One more row of the
+clocks stands for the engine that performs bulk copies.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class SharedMemory:
         return None
 
     def differs(self, block, address, values, racing, clash) -> np.ndarray:
-        """Which lanes change what is there though others may look, or want another value there than a lane beside them."""
+        """Which lanes change what others may look at, or want another value there than a lane beside them."""
         view = self.views[values.dtype.itemsize]
         index = self.index(block, address, values.dtype.itemsize, values.shape[1])
         before = view[index]

@@ -107,13 +107,19 @@ class Fragment:
         out[:, self.index[0], self.index[1]] = numbers(self.bits(unit, warps, dtype), kind)
         return out
 
+    def sums(self, unit, warps: np.ndarray) -> np.ndarray:
+        """What an accumulator holds, as float64."""
+        if self.kind == "f16":
+            return self.matrix(unit, warps, np.uint16, "f16")
+        return self.matrix(unit, warps, ACCUMULATED[self.kind], "s32")
+
     def store(self, unit, warps: np.ndarray, values: np.ndarray) -> None:
         registers = np.ascontiguousarray(values[:, self.index[0], self.index[1]]).view(self.word)[..., 0]
         for i, slot in enumerate(self.slots):
             unit.slots[slot].reshape(-1, 32)[warps] = registers[:, i]
 
 
-ACCUMULATED = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "s32": np.int32}
+ACCUMULATED = {"f32": np.float32, "f64": np.float64, "s32": np.int32}
 
 
 @builds("mma")
@@ -140,7 +146,7 @@ def mma(program: Program, instruction: Instruction) -> Step | None:
         warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
         x = left.matrix(unit, warps, WORDS[a_kind], a_kind)
         y = right.matrix(unit, warps, WORDS[b_kind], b_kind)
-        z = before.matrix(unit, warps, ACCUMULATED[c_kind], "s32") if c_kind != "f16" else before.matrix(unit, warps, np.uint16, "f16")  # fmt: skip
+        z = before.sums(unit, warps)
         after.store(unit, warps, finish(x @ y.swapaxes(1, 2) + z, kinds[0], saturate))
         unit.wave.counts.flops[pc] += flops * len(warps)
 
@@ -167,8 +173,9 @@ class Operand:
     Bits 0-13: address / 16; 16-29: leading byte offset / 16; 32-45: stride byte offset / 16; 49-51: base offset; 62-63:
     swizzle, 0 none, 1, 2, 3: 128, 64, 32 bytes. With rows of the M or N dimension and columns of K:
     K-major: groups of 8 rows lie `stride` apart; a row of a group is as long as the swizzle; without one, 16 bytes, and
-    the next 16 bytes of a row lie `leading` away. MN-major: the same with rows and columns exchanged: groups of 8 columns
-    lie `stride` apart, the next swizzle-width of rows `leading` away (without a swizzle the two offsets change places).
+    the next 16 bytes of a row lie `leading` away. MN-major: the same with rows and columns exchanged: groups of 8
+    columns lie `stride` apart, the next swizzle-width of rows `leading` away (without a swizzle the two
+    offsets change places).
     """
 
     def __init__(self, rows: int, columns: int, itemsize: int, transposed: bool):
@@ -244,8 +251,7 @@ def wgmma_product(program: Program, instruction: Instruction) -> Step:
         else:
             keep = np.full(len(warps), keeps_always)
         if keep.any():
-            old = result.matrix(unit, warps, np.uint16 if d_kind == "f16" else ACCUMULATED[d_kind], "f16" if d_kind == "f16" else "s32")  # fmt: skip
-            total = np.where(keep[:, None, None], total + old, total)
+            total = np.where(keep[:, None, None], total + result.sums(unit, warps), total)
         result.store(unit, warps, finish(total, d_kind, False))
         active = np.ones(unit.count, bool) if mask is None else mask
         unit.products.append(Product(registers, inputs, active.copy(), unit.committed.copy(), records))
@@ -261,7 +267,8 @@ def warp_groups(unit, mask, instruction: Instruction) -> np.ndarray:
     rows = mask.reshape(-1, 128)
     partial = rows.any(1) & ~rows.all(1)
     if partial.any():
-        raise unit.fault("barrier", "a wgmma that not all lanes of its four warps have reached", instruction, int(np.argmax(partial)) * 128)  # fmt: skip
+        message = "a wgmma that not all lanes of its four warps have reached"
+        raise unit.fault("barrier", message, instruction, int(np.argmax(partial)) * 128)
     return np.flatnonzero(rows.any(1))
 
 
@@ -276,9 +283,9 @@ def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, 
     pieces = np.stack([np.unique(row // 16 * 16) for row in first])  # 16 bytes each
     where, owner = pieces.ravel(), np.repeat(lanes, pieces.shape[1])
     if problem := shared.place(where, 16, 16):
-        raise unit.fault(problem.kind, problem.message, instruction, int(owner[problem.at]), "shared memory")
+        raise unit.refuse(problem, instruction, owner)
     if problem := shared.check_read(unit.block[owner], where, 16, unit.thread[owner], agent=True):
-        raise unit.fault(problem.kind, problem.message, instruction, int(owner[problem.at]), "shared memory")
+        raise unit.refuse(problem, instruction, owner)
     for lane, row in zip(lanes, pieces, strict=True):
         grains = np.unique(shared.grains(np.full(len(row), unit.block[lane]), row, 16))
         shared.reading[grains] += 1
@@ -324,7 +331,8 @@ def pending_use(unit, instruction: Instruction, names: frozenset[str], mask) -> 
             continue
         lanes = product.lanes if mask is None else product.lanes & mask
         if lanes.any():
-            raise unit.fault("pending wgmma", f"uses {min(taken)}, which a wgmma works on: it has not been waited for", instruction, int(np.argmax(lanes)))  # fmt: skip
+            message = f"uses {min(taken)}, which a wgmma works on: it has not been waited for"
+            raise unit.fault("pending wgmma", message, instruction, int(np.argmax(lanes)))
 
 
 def written(instruction: Instruction) -> frozenset[str]:

@@ -13,6 +13,7 @@ from .program import WORD, Program
 if TYPE_CHECKING:
     from .machine import Wave
     from .parse import Instruction
+    from .shared import Problem
 
 
 class Parked(NamedTuple):
@@ -127,6 +128,11 @@ class Unit:
 
     def lanes(self, mask: np.ndarray | None) -> np.ndarray:
         return np.arange(self.count) if mask is None else np.flatnonzero(mask)
+
+    def refuse(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
+        """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
+        lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
+        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory")
 
     def fault(self, kind: str, message: str, instruction: Instruction, lane: int, tensor: str | None = None) -> Fault:
         block = tuple(int(x) for x in self.wave.coordinates[self.block[lane]])

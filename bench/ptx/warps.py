@@ -1,11 +1,11 @@
-"""Branches, barriers, and what lanes of a warp tell each other: bra, ret, bar, shfl, vote, redux, elect, match, fences."""
+"""Branches, barriers, fences, and what lanes of a warp tell each other: bra, ret, bar, shfl, vote, redux, match."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .arithmetic import DTYPES
 from .faults import Fault
+from .integers import DTYPES
 from .parse import Group, Immediate, Instruction, callee
 from .program import Control, Program, Step, builds, put
 from .unit import Parked
@@ -81,8 +81,8 @@ def call(program: Program, instruction: Instruction) -> Control:
 
 @builds("bar", "barrier", control=True)
 def barrier(program: Program, instruction: Instruction) -> Control:
-    """bar.sync n[, threads]: lanes park until all threads of the block, or that many, have come; bar.arrive only counts.
-    bar.warp.sync: the lanes of a warp have met."""
+    """bar.sync n[, threads]: lanes park until all threads of the block, or that many, have come; bar.arrive only
+    counts. bar.warp.sync: the lanes of a warp have met."""
     parts = instruction.parts
     if "warp" in parts:
         return meet(program, instruction)

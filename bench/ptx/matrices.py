@@ -1,0 +1,77 @@
+"""ldmatrix and stmatrix: matrices of 8 by 8 elements of 16 bits between shared memory and the registers of a warp."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .loads import items, shared_place
+from .parse import Instruction
+from .program import Program, Step, builds
+
+
+def matrix_rows(unit, mask, address_of, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(warps (n,), lanes that give row addresses (n * count * 8,), their addresses) of ldmatrix and stmatrix."""
+    warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
+    lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
+    return warps, lanes, np.broadcast_to(address_of(unit), unit.count)[lanes].astype(np.int64)
+
+
+def matrix_count(instruction: Instruction) -> int:
+    return int(next(p for p in instruction.parts if p in ("x1", "x2", "x4"))[1:])
+
+
+@builds("ldmatrix")
+def load_matrix(program: Program, instruction: Instruction) -> Step:
+    """Lanes 8i to 8i+7 give the rows of matrix i, of eight 16-bit elements; lane t gets the elements 2(t%4) and
+    2(t%4)+1 of row t/4 (.trans: of column t/4)."""
+    count, trans = matrix_count(instruction), "trans" in instruction.parts
+    if instruction.type != "b16":
+        return None
+    outs = [program.write(x, np.uint32) for x in items(instruction.operands[0])]
+    address_of = program.address(instruction.operands[1])
+    pc = len(program.steps)
+
+    def run(unit, mask):
+        warps, lanes, address = matrix_rows(unit, mask, address_of, count)
+        shared, block = unit.wave.shared, unit.block[lanes]
+        shared_place(unit, instruction, lanes, address, 16, 16)
+        counts = unit.wave.counts
+        counts.shared_requests[pc] += len(warps)
+        counts.wavefronts(pc, lanes >> 3, address, 16)
+        if problem := shared.check_read(block, address, 16, unit.thread[lanes]):
+            raise unit.refuse(problem, instruction, lanes)
+        tile = shared.load(block, address, 4, 4).view(np.uint16).reshape(len(warps), count, 8, 8)
+        if trans:
+            tile = np.ascontiguousarray(tile.swapaxes(2, 3))
+        words = tile.view(np.uint32).reshape(len(warps), count, 32)
+        for i, out in enumerate(outs):
+            unit.slots[out].reshape(-1, 32)[warps] = words[:, i]
+
+    return run
+
+
+@builds("stmatrix")
+def store_matrix(program: Program, instruction: Instruction) -> Step:
+    count, trans = matrix_count(instruction), "trans" in instruction.parts
+    if instruction.type != "b16":
+        return None
+    address_of = program.address(instruction.operands[0])
+    values_of = [program.read(x, np.uint32) for x in items(instruction.operands[1])]
+    pc = len(program.steps)
+
+    def run(unit, mask):
+        warps, lanes, address = matrix_rows(unit, mask, address_of, count)
+        words = np.stack([unit.slots[s].reshape(-1, 32)[warps] for s in values_of], 1)
+        tile = words.view(np.uint16).reshape(len(warps), count, 8, 8)
+        if trans:
+            tile = np.ascontiguousarray(tile.swapaxes(2, 3))
+        rows = tile.view(np.uint32).reshape(-1, 4)
+        shared = unit.wave.shared
+        shared_place(unit, instruction, lanes, address, 16, 16)
+        unit.wave.counts.shared_requests[pc] += len(warps)
+        unit.wave.counts.wavefronts(pc, lanes >> 3, address, 16)
+        if problem := shared.check_write(unit.block[lanes], address, rows, unit.thread[lanes]):
+            raise unit.refuse(problem, instruction, lanes)
+        shared.store(unit.block[lanes], address, rows)
+
+    return run
