@@ -17,6 +17,7 @@ import flashattn
 from . import attention, compiled_report
 from .attention import Case
 from .measure import keep_memory_warm
+from .named_kernel import UsageError
 from .ptx import command as ptx_command
 from .report import print_table, write_json, write_plot
 
@@ -170,6 +171,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+import flashattn.backends
 
 WAVE_64 = ("gfx90a", "gfx942", "gfx950")  # AMD architectures with 64 threads in a wavefront; the others have 32
 # Names of the matrix instructions in SASS and in AMD assembly.
@@ -93,12 +96,28 @@ class NoDriver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def driver(replacement: NoDriver) -> Iterator[None]:
+    """Triton launches on this driver within the block, and flashattn's triton backend takes CPU tensors."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled")
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(replacement)
+    flashattn.backends.decide_anew()
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = before
+        flashattn.backends.decide_anew()
+
 
 @contextlib.contextmanager
 def compile_for(architecture: str) -> Iterator[list[Kernel]]:
     """Within the block every Triton launch compiles for `architecture` and is reported in the list, but not run."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled")
     kernels: list[Kernel] = []
     launch = JITFunction.run
 
@@ -107,15 +126,12 @@ def compile_for(architecture: str) -> Iterator[list[Kernel]]:
         kernels.append(inspect(compiled, architecture))
         return compiled
 
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(NoDriver(architecture))
-    JITFunction.run = compile_only
-    try:
-        yield kernels
-    finally:
-        JITFunction.run = launch
-        driver._active = before
+    with driver(NoDriver(architecture)):
+        JITFunction.run = compile_only
+        try:
+            yield kernels
+        finally:
+            JITFunction.run = launch
 
 
 def inspect(compiled, architecture: str) -> Kernel:

@@ -6,8 +6,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import triton
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,61 +24,76 @@ from .sass import Loop, tensor_loops
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100", "gfx1201"]
 
 
-def project_launches(names: list[str]) -> list[Callable[[], object]]:
+class Call(NamedTuple):
+    """What launches kernels, and what tells its kernels from another call's."""
+
+    text: str
+    run: Callable[[], object]
+
+
+class Compiled(NamedTuple):
+    kernel: Kernel
+    text: str
+
+
+def project_launches(names: list[str]) -> list[Call]:
     """Calls whose launches are the project's kernels, at the sizes of a usual model."""
+    heads = {d: launches.attention((1, 4, 1024, d), causal=True, backward=True) for d in (64, 128)}
     found = {
-        "attention": [launches.attention((1, 4, 1024, d), causal=True, backward=True).run for d in (64, 128)],
-        "norm": [launches.norm((64, 4096), backward=True, rms=rms).run for rms in (False, True)],
-        "decode": [launches.decode((4, 8, 512, 128)).run],
-    }
+        "attention": [Call(f"head_dim {d}", work.run) for d, work in heads.items()],
+        "norm": [Call(f"{'rms' if rms else 'layer'} 4096", launches.norm((64, 4096), backward=True, rms=rms).run)
+                 for rms in (False, True)],
+        "decode": [Call("head_dim 128", launches.decode((4, 8, 512, 128)).run)],
+    }  # fmt: skip
     return [call for name in names for call in found[name]]
 
 
-def named_launch(name: str, words: list[str]) -> Callable[[], object]:
+def named_launch(name: str, words: list[str]) -> Call:
     """A kernel file.py:function with its arguments."""
     function, arguments = named_kernel.load_function(name), named_kernel.arguments(words)
     if not hasattr(function, "warmup"):
-        return function
+        return Call("", function)
     named_kernel.check_arguments(function, arguments)
-    return lambda: function[(1,)](**arguments)
+    return Call("", lambda: function[(1,)](**arguments))
 
 
-def compile_all(calls: list[Callable[[], object]], architectures: list[str], console: Console) -> list[Kernel]:
+def compile_all(calls: list[Call], architectures: list[str], console: Console) -> list[Compiled]:
     kernels = []
     with console.status("compiling") as status:
         for architecture in architectures:
             status.update(f"compiling for {architecture}")
             for call in calls:
                 with compile_for(architecture) as found, flashattn.use_backend("triton"):
-                    call()
-                kernels += found
-    return sorted(dict.fromkeys(kernels), key=lambda k: k.name)  # the kernels together, architectures in order
+                    call.run()
+                kernels += [Compiled(kernel, call.text) for kernel in found]
+    return sorted(dict.fromkeys(kernels), key=lambda c: (c.kernel.name, c.text))  # architectures stay in order
 
 
 def loops_of(kernel: Kernel) -> list[Loop]:
     return tensor_loops(kernel.code) if kernel.architecture.startswith("sm_") else []
 
 
-def print_kernels(console: Console, kernels: Iterable[Kernel]) -> bool:
+def print_kernels(console: Console, kernels: Iterable[Compiled]) -> bool:
     """The table; False if a kernel does not fit its architecture."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("kernel", no_wrap=True)
-    table.add_column("arch", no_wrap=True)
+    for name in ("kernel", "of", "arch"):
+        table.add_column(name, no_wrap=True)
     for name in ("warps", "registers", "spills", "stack", "shared", "occupancy", "tensor"):
         table.add_column(name, justify="right", no_wrap=True)
     fits, before = True, None
-    for kernel in kernels:
+    for kernel, text in kernels:
         over = kernel.shared_bytes > SHARED_MEMORY[kernel.architecture]
         fits &= not over
-        if before not in (None, kernel.name):
+        if before is not None and before != (kernel.name, text):
             table.add_section()
+        same = before == (kernel.name, text)
         table.add_row(
-            kernel.name if kernel.name != before else "", kernel.architecture, str(kernel.warps), str(kernel.registers),
-            str(kernel.spills or "."), str(kernel.stack_bytes or "."),
+            "" if same else kernel.name, "" if same else text, kernel.architecture, str(kernel.warps),
+            str(kernel.registers), str(kernel.spills or "."), str(kernel.stack_bytes or "."),
             f"{kernel.shared_bytes:,}" + (" TOO MUCH" if over else ""), f"{kernel.occupancy:.0%}",
             str(kernel.tensor_instructions or "."),
         )  # fmt: skip
-        before = kernel.name
+        before = kernel.name, text
     console.print(table)
     console.print(
         "registers: of a thread; spills: instructions that store or load what did not fit them; stack, shared:"
@@ -87,20 +104,22 @@ def print_kernels(console: Console, kernels: Iterable[Kernel]) -> bool:
     return fits
 
 
-def print_loops(console: Console, kernels: Iterable[Kernel]) -> None:
+def print_loops(console: Console, kernels: Iterable[Compiled]) -> None:
     """The innermost loops of machine code that hold tensor instructions."""
     kinds = ["tensor", "fma", "special", "float", "integer", "shared", "global", "local", "control", "other"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("loop of", no_wrap=True)
-    table.add_column("arch", no_wrap=True)
+    for name in ("loop of", "", "arch"):
+        table.add_column(name, no_wrap=True)
     for name in ("at", "length", *kinds, "slots/KFLOP"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = 0
-    for kernel in kernels:
+    for kernel, text in kernels:
         for loop in loops_of(kernel):
             each = [str(loop.mix.get(kind) or ".") for kind in kinds]
             slots = "." if loop.overhead is None else f"{loop.overhead:.2f}"
-            table.add_row(kernel.name, kernel.architecture, f"{loop.start:#x}", str(loop.instructions), *each, slots)
+            table.add_row(
+                kernel.name, text, kernel.architecture, f"{loop.start:#x}", str(loop.instructions), *each, slots
+            )
             rows += 1
     if rows:
         console.print(table)
@@ -110,33 +129,31 @@ def print_loops(console: Console, kernels: Iterable[Kernel]) -> None:
         console.print("sm_100's code does not tell the shape of a product. Length and mix: instructions of one turn")
 
 
-def write_json(kernels: Iterable[Kernel], file: Path) -> None:
+def write_json(kernels: Iterable[Compiled], file: Path) -> None:
     with file.open("w", encoding="utf-8") as out:
-        for kernel in kernels:
+        for kernel, text in kernels:
             figures = dataclasses.asdict(kernel)
             del figures["code"]
             loops = [loop._asdict() | {"slots_per_kflop": loop.overhead} for loop in loops_of(kernel)]
-            out.write(json.dumps({**figures, "occupancy": kernel.occupancy, "loops": loops}) + "\n")
+            out.write(json.dumps({**figures, "of": text, "occupancy": kernel.occupancy, "loops": loops}) + "\n")
 
 
 def run(what: list[str], architectures: list[str], json_file: Path | None) -> int:
     """0: all fit; 1: one does not."""
-    console = Console(width=None if Console().is_terminal else 140, highlight=False)
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
     named = [word for word in what if ".py" in word]
     if named:
         calls = [named_launch(named[0], [word for word in what if word != named[0]])]
     else:
         unknown = [word for word in what if word not in ("attention", "norm", "decode")]
         if unknown:
-            raise ValueError(
+            raise named_kernel.UsageError(
                 f"takes attention, norm, decode or file.py:function with its arguments, got {unknown[0]!r}"
             )
         calls = project_launches(what or ["attention", "norm", "decode"])
     torch.manual_seed(0)
     kernels = compile_all(calls, architectures, console)
-    console.print(
-        f"compiled by Triton {__import__('triton').__version__} for {', '.join(architectures)}; no GPU has run them"
-    )
+    console.print(f"compiled by Triton {triton.__version__} for {', '.join(architectures)}; no GPU has run them")
     fits = print_kernels(console, kernels)
     print_loops(console, kernels)
     if json_file:

@@ -65,7 +65,8 @@ def decode(shape, dtype=torch.bfloat16) -> Work:
     def run(kind=None):
         kind = kind or dtype
         cache = KVCache(batch, heads, seq, head_dim, dtype=kind)
-        rotary = Rotary(angles.cos().to(kind), angles.sin().to(kind))
+        table = torch.float64 if kind == torch.float64 else torch.float32
+        rotary = Rotary(angles.cos().to(table), angles.sin().to(table))
         with flashattn.use_backend("reference"):  # the tokens before: not what is looked at
             before = torch.zeros(batch, heads, seq - 1, head_dim, dtype=kind)
             flashattn.decode(before, cache, k[:, :, :-1].to(kind), v[:, :, :-1].to(kind), rotary)

@@ -20,19 +20,23 @@ HELP = (
 )
 
 
+class UsageError(ValueError):
+    """A command line that makes no sense: exit code 2."""
+
+
 def load_function(name: str):
     """The function of "file.py:function"; the file is imported as a module of its own.
 
     >>> load_function("attention.py")
     Traceback (most recent call last):
-    ValueError: a kernel is named as file.py:function, got 'attention.py'
+    bench.named_kernel.UsageError: a kernel is named as file.py:function, got 'attention.py'
     """
     file, colon, function = name.rpartition(":")
     path = Path(file)
     if not colon or path.suffix != ".py":
-        raise ValueError(f"a kernel is named as file.py:function, got {name!r}")
+        raise UsageError(f"a kernel is named as file.py:function, got {name!r}")
     if not path.is_file():
-        raise ValueError(f"no file {path}")
+        raise UsageError(f"no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # what it imports from beside itself
@@ -42,7 +46,7 @@ def load_function(name: str):
         sys.path.pop(0)
     found = getattr(module, function, None)
     if not callable(found) and not isinstance(found, KernelInterface):
-        raise ValueError(f"{path} has no function {function}; it has {', '.join(functions(module)) or 'none'}")
+        raise UsageError(f"{path} has no function {function}; it has {', '.join(functions(module)) or 'none'}")
     return found
 
 
@@ -70,13 +74,13 @@ def value(text: str):
             return number(text)
         except ValueError:
             pass
-    raise ValueError(f"{text!r} is not a tensor (float16[64,128], *fp16), a number, True, False or None")
+    raise UsageError(f"{text!r} is not a tensor (float16[64,128], *fp16), a number, True, False or None")
 
 
 def dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype of PyTorch")
+        raise UsageError(f"{name!r} is not a dtype of PyTorch")
     return found
 
 
@@ -85,11 +89,11 @@ def arguments(words: list[str]) -> dict[str, object]:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise ValueError(f"arguments are given as name=value, got {word!r}")
+            raise UsageError(f"arguments are given as name=value, got {word!r}")
         try:
             named[name] = value(text)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
     return named
 
 
@@ -103,4 +107,4 @@ def check_arguments(kernel: JITFunction, named: dict[str, object]) -> None:
         lines = [f"no value for {', '.join(missing)}"] * bool(missing) + [f"no parameter {', '.join(surplus)}"] * bool(
             surplus
         )
-        raise ValueError(f"{'; '.join(lines)}. The kernel takes {', '.join(params)}")
+        raise UsageError(f"{'; '.join(lines)}. The kernel takes {', '.join(params)}")

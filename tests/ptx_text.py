@@ -1,4 +1,4 @@
-"""Single PTX instructions run on the machine, and the truth of number formats in fractions, by none of its functions."""
+"""Single PTX instructions run on the machine, and the truth of number formats in fractions, with none of its code."""
 
 import math
 import struct

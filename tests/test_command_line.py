@@ -102,7 +102,10 @@ def test_a_prompt_longer_than_the_context():
     assert "must fit the context of 8192" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["model"], ["model", "generate"], ["bench"], ["bench", "attention"]])
+@pytest.mark.parametrize(
+    "command",
+    [["model"], ["model", "generate"], ["bench"], ["bench", "attention"], ["bench", "ptx"], ["bench", "compiled"]],
+)
 def test_help(command):
     done = run(*command, "--help")
     assert done.returncode == 0
@@ -130,3 +133,69 @@ def test_bench_errors():
     done = run("bench", "attention", "--shape", "1,1,8,300", "--backend", "cpu")
     assert done.returncode == 1
     assert "head_dim over 256" in done.stderr
+
+
+def test_bench_ptx(tmp_path):
+    """The project's kernel: its source with counts, a page, figures; the counts in all three are one."""
+    page, figures = tmp_path / "page.html", tmp_path / "figures.jsonl"
+    done = run(
+        "bench", "ptx", "attention", "--shape", "1,1,70,16", "--arch", "sm_90", "--backward", "--lines",
+        "--html", str(page), "--json", str(figures),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "grad_v: largest error against float64" in done.stdout
+    assert "scores = tl.dot(q, tl.trans(k_tile)" in done.stdout
+    launches = [json.loads(line) for line in figures.read_text().splitlines()]
+    assert [x["kernel"] for x in launches] == ["attention_forward", "attention_backward_q", "attention_backward_kv"]
+    for launch in launches:
+        assert launch["flops"] > 0
+        assert launch["bound"] in launch["bounds_us"]
+        assert f"{launch['issued']:,}" in done.stdout
+        assert f"{launch['issued']:,}" in page.read_text(encoding="utf-8")
+
+
+def test_bench_ptx_of_any_kernel():
+    kernel = "tests/ptx_kernels.py:softmax"
+    arguments = ["x=float32[4,100]", "out=float32[4,100]", "cols=100", "BLOCK=128"]
+    done = run("bench", "ptx", kernel, *arguments, "--grid", "4")
+    assert done.returncode == 0, done.stderr
+    assert "4 blocks of 128 threads" in done.stdout
+    over = run("bench", "ptx", kernel, *arguments, "--grid", "5")
+    assert over.returncode == 1
+    assert "past the end of x, float32[4, 100]" in over.stderr
+    assert "ptx_kernels.py:" in over.stderr
+    assert "Traceback" not in over.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "takes attention, norm, decode or file.py:function"),
+        (["attention", "--shape", "1,2,3"], "takes BATCH,HEADS,SEQ,HEAD_DIM"),
+        (["tests/ptx_kernels.py:nothing"], "has no function nothing; it has copy, softmax"),
+        (["tests/nothing.py:softmax"], "no file"),
+        (["tests/ptx_kernels.py:softmax", "x=float32[4]"], "no value for out, cols, BLOCK"),
+        (["tests/ptx_kernels.py:softmax", "x=float33[4]"], "x: 'float33' is not a dtype"),
+        (["tests/ptx_kernels.py:softmax", "x"], "arguments are given as name=value"),
+    ],
+)
+def test_bench_ptx_errors(arguments, message):
+    done = run("bench", "ptx", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_bench_compiled(tmp_path):
+    figures = tmp_path / "figures.jsonl"
+    done = run(
+        "bench", "compiled", "tests/ptx_kernels.py:matmul", "a=*fp16", "b=*fp16", "c=*fp16", "M=512", "N=512", "K=512",
+        "stride_a=512", "stride_b=512", "stride_c=512", "BLOCK_M=64", "BLOCK_N=64", "BLOCK_K=32",
+        "--arch", "sm_80", "--arch", "gfx942", "--json", str(figures),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    nvidia, amd = (json.loads(line) for line in figures.read_text().splitlines())
+    assert (nvidia["architecture"], amd["architecture"]) == ("sm_80", "gfx942")
+    assert nvidia["loops"][0]["flops"] == 2 * 64 * 64 * 32 // nvidia["warps"]  # a turn of the loop is one BLOCK_K
+    assert 0 < nvidia["occupancy"] <= 1
+    assert 0 < amd["occupancy"] <= 1
+    assert "slots/KFLOP" in done.stdout

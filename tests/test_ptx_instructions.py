@@ -1,4 +1,4 @@
-"""Whole numbers, shuffles, votes and small products on the PTX machine, one instruction at a time, against exact values."""
+"""Whole numbers, shuffles, votes, small products on the PTX machine, one instruction at a time, and exact values."""
 
 import itertools
 import math

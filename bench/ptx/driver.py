@@ -15,13 +15,11 @@ import torch
 import triton
 from triton.backends.driver import GPUDriver
 from triton.backends.nvidia import driver as nvidia
-from triton.runtime import _allocation
 from triton.runtime.cache import get_cache_manager
 
-import flashattn.backends
 from flashattn.kernels.configs import SHARED_MEMORY
 
-from ..compiled import NoDriver
+from ..compiled import NoDriver, driver
 from .counts import Counts
 from .faults import Fault
 from .machine import Limits, execute
@@ -68,20 +66,9 @@ def device(architecture: str, *, max_instructions: int = Limits().instructions) 
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled")
-    driver = triton.runtime.driver
-    before, allocator = driver._active, _allocation._allocator.get()
     gpu = Device(architecture, Limits(max_instructions))
-    driver.set_active(gpu)
-    _allocation.set_allocator(gpu.allocate)
-    flashattn.backends.decide_anew()
-    try:
+    with driver(gpu):
         yield gpu
-    finally:
-        driver._active = before
-        _allocation.set_allocator(allocator)
-        flashattn.backends.decide_anew()
 
 
 class Device(NoDriver, GPUDriver):
@@ -101,9 +88,6 @@ class Device(NoDriver, GPUDriver):
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return nvidia.ty_to_cpp(ty)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
     def get_benchmarker(self):
         """For autotuning: runs the kernel once, and takes its bound for its time."""
