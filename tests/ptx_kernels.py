@@ -55,6 +55,31 @@ def matmul_made_descriptors(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
+def matmul_specialised(a, b, c, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """On sm_90 one group of warps copies and two multiply; they meet at mbarriers."""
+    row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=2, warp_specialize=True):
+        acc = tl.dot(a.load([row, k]), b.load([k, col]), acc)
+    c.store([row, col], acc.to(c.dtype))
+
+
+@triton.jit
+def copy_box(x, out):
+    out.store([0, 0, 0], x.load([1, 2, 3]))
+
+
+@triton.jit
+def copy_after_another_launch(x, out, BLOCK: tl.constexpr):
+    """Programmatic dependent launch: griddepcontrol."""
+    i = tl.arange(0, BLOCK)
+    tl.extra.cuda.gdc_wait()
+    value = tl.load(x + i)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.store(out + i, value)
+
+
+@triton.jit
 def histogram(x, bins, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(bins + tl.load(x + i, i < n), 1, i < n)

@@ -90,6 +90,31 @@ def test_tensor_descriptors(gpu, dtype, made):
     torch.testing.assert_close(c, (a.double() @ b.double()).to(dtype), rtol=2e-3, atol=0.02)
 
 
+def test_specialised_warps():
+    a, b, c = torch.randn(128, 128).half(), torch.randn(128, 128).half(), torch.zeros(128, 128).half()
+    blocks = ([64, 64], [64, 64], [64, 64])
+    with ptx.device("sm_90") as gpu:
+        maps = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, c), blocks, strict=True)]
+        kernels.matmul_specialised[(2, 2)](*maps, 128, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4)
+    torch.testing.assert_close(c, (a.double() @ b.double()).half(), rtol=2e-3, atol=0.02)
+    assert gpu.launches[0].threads == 384
+    assert any(op.startswith("setmaxnreg") for op in gpu.launches[0].counts.by_opcode())
+
+
+def test_box_of_three_dimensions(gpu):
+    x, out = torch.randn(4, 20, 32), torch.zeros(2, 16, 16)
+    maps = [TensorDescriptor.from_tensor(t, [2, 16, 16]) for t in (x, out)]
+    kernels.copy_box[(1,)](*maps)
+    assert torch.equal(out, x[1:3, 2:18, 3:19])
+
+
+def test_dependent_launch():
+    x, out = torch.randn(128), torch.zeros(128)
+    with ptx.device("sm_90"):
+        kernels.copy_after_another_launch[(1,)](x, out, BLOCK=128, launch_pdl=True)
+    assert torch.equal(out, x)
+
+
 def test_histogram(gpu):
     x = torch.randint(0, 100, (1000,), dtype=torch.int32)
     expected = torch.bincount(x, minlength=128).int()
@@ -277,8 +302,10 @@ def test_lock(gpu):
     assert (lock.item(), out.item()) == (0, 20)
 
 
-def test_autotuned_kernel_with_one_configuration(gpu):
-    tuned = triton.autotune([triton.Config({"BLOCK": 128})], key=["n"])(kernels.copy)
+@pytest.mark.parametrize("blocks", [[128], [64, 256]], ids=str)
+def test_autotuned_kernels(gpu, blocks):
+    """Of several configurations the one with the least bound is taken."""
+    tuned = triton.autotune([triton.Config({"BLOCK": n}) for n in blocks], key=["n"])(kernels.copy)
     x, out = torch.randn(300), torch.empty(300)
     tuned[lambda meta: (triton.cdiv(300, meta["BLOCK"]),)](x, out, 300, OFFSET=0, STRIDE=1)
     assert torch.equal(x, out)

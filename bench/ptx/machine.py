@@ -172,7 +172,7 @@ def release_barrier(program: Program, wave: Wave, units: list[Unit], number: int
         arrived += np.bincount(block, minlength=blocks)
         if parked.threads is not None:
             expected[block] = parked.threads[mask]
-        else:
+        if parked.together:
             lowest[block] = np.minimum(lowest[block], parked.pc)
             highest[block] = np.maximum(highest[block], parked.pc)
     for (block, barrier), n in wave.arrived.items():

@@ -23,6 +23,7 @@ class Parked(NamedTuple):
     mask: np.ndarray
     barrier: np.ndarray | None = None
     threads: np.ndarray | None = None
+    together: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
     ready: object = None  # for an mbarrier: a function of the unit and mask, the lanes that may go on
 
 

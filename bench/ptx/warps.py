@@ -89,7 +89,7 @@ def barrier(program: Program, instruction: Instruction) -> Control:
     if "red" in parts:
         raise Fault("unknown instruction", instruction.op, instruction)
     operands = [program.read(x, np.uint32) for x in instruction.operands] or [program.constant(np.uint32(0))]
-    goes_on = "arrive" in parts
+    goes_on, together = "arrive" in parts, parts[0] == "bar" or "aligned" in parts
     coming_of = held(program, instruction)
 
     def run(unit, pc, mask):
@@ -103,7 +103,8 @@ def barrier(program: Program, instruction: Instruction) -> Control:
             unit.wave.arrive(unit, coming, numbers)
             unit.push(pc + 1, coming)
         else:
-            unit.parked.append(Parked(pc, coming, numbers.copy(), None if threads is None else threads.copy()))
+            threads = None if threads is None else threads.copy()
+            unit.parked.append(Parked(pc, coming, numbers.copy(), threads, together and threads is None))
 
     return run
 
