@@ -64,7 +64,7 @@ COPY = "ld.global.b32 %r10, [%rd5]; st.global.b32 [%rd4], %r10;"
 
 def test_out_of_bounds():
     assert torch.equal(run(COPY), torch.arange(128, dtype=torch.int32))
-    fault = caught("out of bounds", COPY, "reads 4 bytes 0 bytes past the end of argument 1", elements=100)
+    fault = caught("out of bounds", COPY, "reads 4 bytes right past the end of argument 1", elements=100)
     assert (fault.thread, fault.tensor) == (100, "argument 1")
     caught("out of bounds", COPY.replace("[%rd5]", "[%rd5+-4]"), "4 bytes before the start of|past the end of")
 

@@ -120,7 +120,8 @@ def run(args) -> int:
     if not gpu.launches:
         raise RuntimeError(f"{args.what} launched no kernel")
     seconds = time.perf_counter() - start
-    console.print(f"{work.text if work else args.what}: {len(gpu.launches)} launches in {seconds:.1f} s\n")
+    launched = f"{len(gpu.launches)} launch{'es' if len(gpu.launches) > 1 else ''}"
+    console.print(f"{work.text if work else args.what}: {launched} in {seconds:.1f} s\n")
     for launch in gpu.launches:
         report.print_launch(console, launch)
         if args.lines:

@@ -97,7 +97,7 @@ class GlobalMemory:
         inside = [t for t in self.tensors if t.start <= address < t.end]
         best = min(inside or self.tensors, key=lambda t: max(t.start - address, address - t.end, 0))
         if address >= best.end:
-            where = f"{address - best.end} bytes past the end of"
+            where = f"{address - best.end} bytes past the end of" if address > best.end else "right past the end of"
         elif address < best.start:
             where = f"{best.start - address} bytes before the start of"
         else:
