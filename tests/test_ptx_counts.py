@@ -111,6 +111,7 @@ def test_transpose_through_shared_memory(width, wavefronts):
         ("shl.b32 %r10, %r1, 1; add.s32 %r10, %r10, %r5; cvt.u16.u32 %rs1, %r1; st.shared.b16 [%r10], %rs1;", 1),
         ("shl.b32 %r10, %r1, 7; add.s32 %r10, %r10, %r5; st.shared.b32 [%r10], %r1;", 32),  # one bank
         ("shl.b32 %r10, %r1, 5; add.s32 %r10, %r10, %r5; st.shared.v4.b32 [%r10], {%r1, %r1, %r1, %r1};", 8),
+        ("st.shared.v4.b32 [%r5], {%r3, %r3, %r3, %r3};", 4),  # one place, for 8 lanes at a time
     ],
 )
 def test_wavefronts(access, wavefronts):
@@ -193,6 +194,10 @@ def test_lines_add_up():
     source = Path(kernels.__file__).read_text(encoding="utf-8").splitlines()
     assert where[0] == kernels.__file__
     assert "tl.dot(x, y, acc" in source[where[1] - 1]
+    x, out = torch.randn(4, 100), torch.empty(4, 100)
+    with ptx.device("sm_80") as gpu:
+        kernels.softmax[(4,)](x, out, 100, BLOCK=128)  # its max and sum are functions of Triton's library
+    assert {Path(file).name for file, _ in by_line(gpu.launches[0].counts)} == {"ptx_kernels.py"}
     found = figures(launch)
     assert found["flops"] == 2 * 64**3
     assert found["bounds_us"][found["bound"]] == max(found["bounds_us"].values())

@@ -134,6 +134,33 @@ def test_race_on_shared_memory_write():
     caught("race", twice.replace("AGAIN", ""), "with no barrier between")
 
 
+@pytest.mark.parametrize("writer", [0, 3])
+def test_race_of_one_warp_with_those_that_read(writer):
+    """Whether the warp that writes runs before or after those that read."""
+    text = """
+        st.shared.b32 [%r7], %r1; bar.sync 0;
+        ld.shared.b32 %r10, [%r5]; BARRIER
+        shr.u32 %r11, %r1, 5; setp.eq.b32 %p1, %r11, WRITER; and.b32 %r12, %r1, 31; setp.eq.and.b32 %p2, %r12, 0, %p1;
+        @%p2 st.shared.b32 [%r5], 77;
+    """.replace("WRITER", str(writer))
+    run(text.replace("BARRIER", "bar.sync 0;"))
+    caught("race", text.replace("BARRIER", ""), "with no barrier between")
+
+
+def test_warps_run_in_more_than_one_order():
+    """A ticket for each warp in each of two intervals between barriers."""
+    tickets = run("""
+        and.b32 %r10, %r1, 31; setp.eq.b32 %p1, %r10, 0;
+        @%p1 atom.global.add.u32 %r11, [%rd1+508], 1;
+        bar.sync 0;
+        @%p1 atom.global.add.u32 %r12, [%rd1+508], 1;
+        @%p1 st.global.b32 [%rd4], %r11; @%p1 st.global.b32 [%rd4+4], %r12;
+    """)
+    first, second = tickets[0:128:32].tolist(), [x - 4 for x in tickets[1:128:32].tolist()]
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3]
+    assert first == second[::-1]
+
+
 def test_race_between_lanes_of_one_store():
     caught("race", "st.shared.b32 [%r5], %r1;", "writes shared address 0")
     run("st.shared.b32 [%r5], %r3;")  # the same value from all of them

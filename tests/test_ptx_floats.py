@@ -88,6 +88,10 @@ def test_fma_rounds_once():
     """(1 + 2^-12)^2 - (1 + 2^-11) is 2^-24: a product rounded first would give 0."""
     a, c = to_bits(1 + 2.0**-12, "f32"), to_bits(-(1 + 2.0**-11), "f32")
     assert compute("fma.rn.f32", "32", ("32", [a]), ("32", [a]), ("32", [c])) == [to_bits(2.0**-24, "f32")]
+    tie = [to_bits(x, "f32") for x in (2.0**-60, -(2.0**-60), 0.0)]  # the product alone lies between two neighbours
+    got = compute("fma.rn.f32", "32", ("32", [a] * 3), ("32", [a] * 3), ("32", tie))
+    below, above = 1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-23
+    assert [to_float(x, "f32") for x in got] == [above, below, below]
 
 
 @pytest.mark.parametrize("op", ["div.rn.f32", "div.rz.f32", "div.rn.f64", "sqrt.rn.f32", "sqrt.rp.f32", "rcp.rn.f32"])
