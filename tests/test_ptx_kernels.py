@@ -74,6 +74,14 @@ def test_matmul(gpu, dtypes, tiles):
     assert gpu.launches[-1].counts.total("flops") >= 2 * M * N * K
 
 
+@pytest.mark.parametrize("dtypes", PRODUCTS[-2:], ids=lambda x: str(x[0]))
+def test_matmul_of_8_bits_on_sm_89(dtypes):
+    """mma.sync of fp8: sm_90 has wgmma for it, sm_80 neither."""
+    with ptx.device("sm_89") as device:
+        test_matmul(device, dtypes, (64, 64, 4))
+    assert any("m16n8k32" in op for op in device.launches[0].counts.by_opcode())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("made", [False, True], ids=["host", "device"])
 def test_tensor_descriptors(gpu, dtype, made):

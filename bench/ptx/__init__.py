@@ -5,6 +5,10 @@ release, asynchronous groups and proxy fences go, every warp of a block on its o
 time: no latencies, caches, occupancy or scheduling, so its bounds are limits, not forecasts. Instructions are those of
 PTX, before the assembler: registers and spills are in `python -m bench compiled`. Tensor cores round once
 where the hardware truncates; approximations (ex2, lg2 …) are closer to the truth than the hardware's.
+
+A tensor's bounds are those of the view that was passed. To write the value that is there already is no race: Triton's
+redundant threads do. Atomics do not race with each other, nor do volatile, acquire and release accesses; of the blocks'
+order an acquire sees the whole past of the block that released. Clusters, device_print and tcgen05 are not modelled.
 """
 
 from .driver import Device, Launch, device, run_text

@@ -8,7 +8,18 @@ import numpy as np
 
 from .arithmetic import value
 from .integers import DTYPES
-from .loads import by_space, global_access, in_space, items, scatter, shared_place, space_of, vector
+from .loads import (
+    by_space,
+    global_access,
+    global_race,
+    in_space,
+    items,
+    order_blocks,
+    scatter,
+    shared_place,
+    space_of,
+    vector,
+)
 from .memory import atomic
 from .parse import BYTES, Instruction
 from .program import WORD, Program, Step, builds
@@ -31,7 +42,7 @@ ATOMICS = {
 
 @builds("atom", "red")
 def atomics(program: Program, instruction: Instruction) -> Step:
-    """Lanes in order, blocks in order. Release and acquire make what a block did visible to the blocks after it."""
+    """Lanes in order, blocks in order."""
     parts = instruction.parts
     if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector(instruction) > 1:
         return half_atomics(program, instruction)
@@ -52,9 +63,9 @@ def atomics(program: Program, instruction: Instruction) -> Step:
         values = tuple(np.broadcast_to(unit.slots[s], unit.count)[lanes] for s in values_of)
         for name, there in by_space(space, address):
             chosen, where = lanes[there], in_space(name, address[there])
-            view, index = atomic_place(unit, pc, instruction, name, chosen, where, width)
             if acquires or releases:
                 order_blocks(unit, chosen, where, acquires, releases)
+            view, index = atomic_place(unit, pc, instruction, name, chosen, where, width)
             old = atomic(function, view.view(dtype), index, range(len(chosen)), tuple(v[there] for v in values))
             if out is not None:
                 scatter(unit.slots[out], chosen, old)
@@ -74,21 +85,13 @@ def atomic_place(unit, pc, instruction, space, lanes, address, width) -> tuple[n
     memory = unit.wave.memory
     global_access(unit, instruction, lanes, address, width, width, "updates")
     unit.wave.counts.global_access(pc, lanes >> 5, address, width)
-    memory.unmark(address, width)
+    if race := memory.race_of_update(address, width, unit.number[lanes]):
+        raise global_race(unit, instruction, lanes, address, width, race, "updates", "read or wrote without an atomic")
     pieces = memory.split(address, width)
     if len(pieces) > 1:
         raise unit.fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
     view, index = pieces[0][0].elements(address, width, 1)
     return view, index[:, 0]
-
-
-def order_blocks(unit, lanes, address, acquires: bool, releases: bool) -> None:
-    order = unit.wave.memory.order
-    for block, where in dict.fromkeys(zip(unit.number[lanes].tolist(), address.tolist(), strict=True)):
-        if acquires:
-            order.acquire(where, block)
-        if releases:
-            order.release(where, block)
 
 
 def half_atomics(program: Program, instruction: Instruction) -> Step:

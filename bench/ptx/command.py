@@ -122,10 +122,7 @@ def run(args) -> int:
     seconds = time.perf_counter() - start
     launched = f"{len(gpu.launches)} launch{'es' if len(gpu.launches) > 1 else ''}"
     console.print(f"{work.text if work else args.what}: {launched} in {seconds:.1f} s\n")
-    for launch in gpu.launches:
-        report.print_launch(console, launch)
-        if args.lines:
-            report.print_lines(console, launch)
+    gpu.show(args.lines)
     correct = print_errors(console, work, results) if work else True
     if args.json:
         args.json.write_text(

@@ -82,6 +82,16 @@ class Device(NoDriver, GPUDriver):
         self.utils = self
         self.launcher_cls = Launcher
 
+    def show(self, lines: bool = False) -> None:
+        """Print what the launches did; lines: with the counts of each line of Python."""
+        from . import report  # which knows of Launch
+
+        console = report.make_console()
+        for launch in self.launches:
+            report.print_launch(console, launch)
+            if lines:
+                report.print_lines(console, launch)
+
     @staticmethod
     def is_active() -> bool:
         return True

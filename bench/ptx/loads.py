@@ -48,12 +48,30 @@ def global_access(
         ) from None
 
 
+def strong(instruction: Instruction) -> bool:
+    """Accesses that are meant to meet others: they do not race."""
+    return any(p in ("volatile", "relaxed", "acquire", "release") for p in instruction.parts)
+
+
+def order_blocks(unit, lanes, address, acquires: bool = False, releases: bool = False) -> None:
+    """Release and acquire of an address make what a block did visible to the blocks after it."""
+    order = unit.wave.memory.order
+    for block, where in dict.fromkeys(zip(unit.number[lanes].tolist(), address.tolist(), strict=True)):
+        if acquires:
+            order.acquire(where, block)
+        if releases:
+            order.release(where, block)
+
+
 def global_load(unit, pc: int, instruction: Instruction, lanes, address, width: int, count: int) -> np.ndarray:
     nbytes = width * count
     memory, block = unit.wave.memory, unit.number[lanes]
     global_access(unit, instruction, lanes, address, nbytes, nbytes, "reads")
     unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
-    if race := memory.race_of_read(address, nbytes, block):
+    if strong(instruction):
+        if "acquire" in instruction.parts:
+            order_blocks(unit, lanes, address, acquires=True)
+    elif race := memory.race_of_read(address, nbytes, block):
         raise global_race(unit, instruction, lanes, address, nbytes, race, "reads", "wrote")
     return memory.load(address, width, count)
 
@@ -62,7 +80,10 @@ def global_store(unit, pc: int, instruction: Instruction, lanes, address, values
     nbytes = values.dtype.itemsize * values.shape[1]
     global_access(unit, instruction, lanes, address, nbytes, nbytes, "writes")
     unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
-    if race := unit.wave.memory.race_of_write(address, values, unit.number[lanes]):
+    if strong(instruction):
+        if "release" in instruction.parts:
+            order_blocks(unit, lanes, address, releases=True)
+    elif race := unit.wave.memory.race_of_write(address, values, unit.number[lanes]):
         raise global_race(unit, instruction, lanes, address, nbytes, race, "writes", "read or wrote")
     unit.wave.memory.store(address, values)
 

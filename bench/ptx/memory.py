@@ -51,6 +51,7 @@ class Segment:
         grains = (end - 1) // grain - start // grain + 1
         self.writer = np.zeros(grains, np.int32)  # block number + 1
         self.reader = np.zeros(grains, np.int32)
+        self.updater = np.zeros(grains, np.int32)  # by an atomic
         self.first_sector = start // SECTOR
         sectors = (end - 1) // SECTOR - self.first_sector + 1
         self.read, self.written = np.zeros(sectors, bool), np.zeros(sectors, bool)
@@ -146,10 +147,10 @@ class GlobalMemory:
         """(lane, other block) of a read of what another block wrote, and these reads noted."""
         for segment, lanes in self.split(address, nbytes):
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
-            writer = segment.writer[grains]
-            bad = (writer != 0) & (writer != mine[:, None])
-            if bad.any() and (at := self.order.first_unordered(bad, writer, mine)):
-                return int(np.arange(len(address))[lanes][at[0]]), at[1]
+            for writer in (segment.writer[grains], segment.updater[grains]):
+                bad = (writer != 0) & (writer != mine[:, None])
+                if bad.any() and (at := self.order.first_unordered(bad, writer, mine)):
+                    return int(np.arange(len(address))[lanes][at[0]]), at[1]
             reader = segment.reader[grains]
             segment.reader[grains] = np.where((reader == 0) | (reader == mine[:, None]), mine[:, None], MANY)
             again = segment.reader[grains]  # two blocks in this very access: the last one stands there
@@ -162,6 +163,7 @@ class GlobalMemory:
         for segment, lanes in self.split(address, nbytes):
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
             writer, reader = segment.writer[grains], segment.reader[grains]
+            writer = np.where(writer == 0, segment.updater[grains], writer)
             bad = ((writer != 0) & (writer != mine[:, None])) | ((reader != 0) & (reader != mine[:, None]))
             segment.writer[grains] = np.broadcast_to(mine[:, None], grains.shape)
             clash = segment.writer[grains] != mine[:, None]  # two blocks in this very access
@@ -177,11 +179,18 @@ class GlobalMemory:
                 return int(np.arange(len(address))[lanes][at[0]]), at[1]
         return None
 
-    def unmark(self, address: np.ndarray, nbytes: int) -> None:
-        """An atomic's bytes: atomics do not race with each other, and what they wrote is there for all."""
+    def race_of_update(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of an atomic on what another block wrote or read without one. Notes the atomic."""
         for segment, lanes in self.split(address, nbytes):
+            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            for other in (segment.writer[grains], segment.reader[grains]):
+                bad = (other != 0) & (other != mine[:, None])
+                if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
+                    return int(np.arange(len(address))[lanes][at[0]]), at[1]
+            segment.updater[grains] = np.broadcast_to(mine[:, None], grains.shape)
             segment.touch(address[lanes], False)
             segment.touch(address[lanes], True)
+        return None
 
     def unique_bytes(self) -> tuple[int, int]:
         """(read, written): the sectors touched at least once, in bytes."""

@@ -122,12 +122,10 @@ def meet(program: Program, instruction: Instruction) -> Control:
     return run
 
 
-@builds("fence", "membar", "griddepcontrol", "nanosleep", "setmaxnreg", "isspacep")
-def fence(program: Program, instruction: Instruction) -> Step | None:
+@builds("fence", "membar", "griddepcontrol", "nanosleep", "setmaxnreg")
+def fence(program: Program, instruction: Instruction) -> Step:
     """fence.proxy.async shows ordinary writes to wgmma and to bulk copies. Other fences order what this machine has in
     order already; griddepcontrol orders launches, which run one after another."""
-    if instruction.parts[0] == "isspacep":
-        return None
     if instruction.parts[:3] != ("fence", "proxy", "async"):
         return lambda unit, mask: None
 
