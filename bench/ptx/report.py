@@ -64,7 +64,7 @@ def barriers(counts: Counts) -> int:
 
 
 def make_console() -> Console:
-    return Console(width=None if Console().is_terminal else 160, highlight=False)
+    return Console(width=None if Console().is_terminal else 200, highlight=False)
 
 
 def number(x: int) -> str:
