@@ -134,10 +134,13 @@ class Launcher:
         if getattr(metadata, "num_ctas", 1) != 1:
             raise Fault("unsupported", f"{metadata.name} runs in clusters of {metadata.num_ctas} blocks")
         self.metadata = metadata
-        self.program = load(metadata.hash, metadata.name, metadata.shared)
         self.names = list(src.signature) if isinstance(next(iter(src.signature), ""), str) else src.fn.arg_names
         self.signature = list(src.signature.values())
         self.descriptors = getattr(metadata, "tensordesc_meta", None)
+
+    @property
+    def program(self) -> Program:
+        return load(self.metadata.hash, self.metadata.name, self.metadata.shared)
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
         gpu = triton.runtime.driver.active
@@ -150,12 +153,11 @@ class Launcher:
             align = getattr(self.metadata, f"{kind}_scratch_align")
             values.append((f"{kind} scratch", gpu.allocate(size, align, stream) if size else None))
         tensors = [t for name, v in values if isinstance(v, torch.Tensor) and (t := self.tensor(name, v))]
-        params = self.pack(values)
+        program = self.program
+        params = pack(program, values)
         threads = self.metadata.num_warps * 32
-        counts = execute(self.program, grid, threads, params, tensors, gpu.limits)
-        gpu.launches.append(
-            Launch(self.metadata.name, gpu.architecture, grid, threads, self.program.shared_bytes, counts)
-        )
+        counts = execute(program, grid, threads, params, tensors, gpu.limits)
+        gpu.launches.append(Launch(self.metadata.name, gpu.architecture, grid, threads, program.shared_bytes, counts))
         if leave is not None:
             leave(launch_metadata)
 
@@ -185,15 +187,17 @@ class Launcher:
             visit(str(name), kind, value)
         return found
 
-    def pack(self, values: list[tuple[str, object]]) -> bytes:
-        given = [v for name, v in values if not name.endswith(" ")]
-        params = self.program.function.params
-        if len(given) != len(params):
-            raise Fault("unsupported", f"{len(given)} arguments for a kernel of {len(params)} parameters")
-        data = bytearray(self.program.function.param_bytes)
-        for param, value in zip(params, given, strict=True):
-            data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
-        return bytes(data)
+
+def pack(program: Program, values: list[tuple[str, object]]) -> bytes:
+    """The bytes of the kernel's parameters. A name that ends in a blank is there for its tensor's extent alone."""
+    given = [v for name, v in values if not name.endswith(" ")]
+    params = program.function.params
+    if len(given) != len(params):
+        raise Fault("unsupported", f"{len(given)} arguments for a kernel of {len(params)} parameters")
+    data = bytearray(program.function.param_bytes)
+    for param, value in zip(params, given, strict=True):
+        data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
+    return bytes(data)
 
 
 def parameter_bytes(kind: str, size: int, value) -> bytes:
@@ -236,7 +240,7 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32) 
     return execute(program, (*grid, 1, 1)[:3], threads, bytes(data), tensors)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)  # a large kernel takes some 20 MB
 def load(hash: str, name: str, shared: int) -> Program:
     """The program of a compiled kernel: Triton keeps the PTX beside the binary in its cache."""
     group = get_cache_manager(hash).get_group(f"{name}.json")
