@@ -29,8 +29,24 @@ class Config:
     embedding_norm: bool = False
     head: bool = True  # a language-model head
     tied: bool = True  # the head is the token embedding
+    windows: tuple[int | None, ...] = (None,)  # layer i sees windows[i % n] keys, its own among them; None: all
+    scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    softcap: float | None = None  # of the scores
+    sinks: bool = False  # a learned logit for each head in the softmax's denominator
+    qk_norm: bool = False  # RMSNorm over head_dim of queries and keys, in front of the rotation
+    norms_behind: bool = False  # with norm_first: norms behind attention and feed-forward too
+    norm_offset: float = 0.0  # added to every norm's weight
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def window(self, layer: int) -> tuple[int, None] | None:
+        """What `flashattn.attention` takes."""
+        keys = self.windows[layer % len(self.windows)]
+        return None if keys is None else (keys - 1, None)
 
     def __post_init__(self):
+        if any(keys is not None and keys < 1 for keys in self.windows) or not self.windows:
+            raise ValueError(f"windows must be at least 1 key each, or None, got {self.windows}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
         if self.positions not in ("rope", "learned"):

@@ -23,9 +23,10 @@ class Linear(nn.Linear):
         return flashattn.linear(x, self.weight, self.bias)
 
 
-def make_norm(config: Config) -> nn.Module:
+def make_norm(config: Config, width: int | None = None) -> nn.Module:
+    """Over the model's width, or another."""
     norm = flashattn.LayerNorm if config.norm == "layer" else flashattn.RMSNorm
-    return norm(config.width, eps=config.norm_eps)
+    return norm(width or config.width, eps=config.norm_eps, weight_offset=config.norm_offset)
 
 
 def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -53,18 +54,25 @@ class Attention(nn.Module):
         self.k = Linear(config.width, config.kv_heads * config.head_dim, config.bias)
         self.v = Linear(config.width, config.kv_heads * config.head_dim, config.bias)
         self.out = Linear(config.heads * config.head_dim, config.width, config.bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
     def forward(self, x: Tensor, layer: int, step: Step) -> Tensor:
-        # (batch, seq, heads * head_dim) seen as (batch, heads, seq, head_dim): views, not copies.
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v)
-        )
+        config = self.config
+        q, k, v = (linear(x).unflatten(-1, (-1, config.head_dim)) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        # (batch, seq, heads, head_dim) seen as (batch, heads, seq, head_dim): views, not copies.
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        options = dict(window=config.window(layer), scale=config.scale, softcap=config.softcap, sinks=self.sinks)
         if step.cache is not None:  # which takes the new keys and rotates them
-            out = flashattn.decode(q, step.cache.layers[layer], k, v, step.cache.rotary, q_lengths=step.lengths)
+            layer_cache, rotary = step.cache.layers[layer], step.cache.rotary
+            out = flashattn.decode(q, layer_cache, k, v, rotary, q_lengths=step.lengths, **options)
         else:
             if step.rotary is not None:
                 q, k = rotate(q, step.rotary), rotate(k, step.rotary)
-            out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.lengths)
+            out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -92,14 +100,17 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = make_norm(config)
+        self.behind_attention = make_norm(config) if config.norms_behind else nn.Identity()
+        self.behind_feed_forward = make_norm(config) if config.norms_behind else nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None, layer: int, step: Step) -> tuple[Tensor, Tensor | None]:
         """Pre-norm: x is what the last sublayer put out, still to be added to the residual stream; the next norm adds
         it. Post-norm: x is the stream, and residual is None."""
         if self.norm_first:
             y, residual = self.attention_norm(x, residual, prenorm=True)
-            y, residual = self.feed_forward_norm(self.attention(y, layer, step), residual, prenorm=True)
-            return self.feed_forward(y), residual
+            y = self.behind_attention(self.attention(y, layer, step))
+            y, residual = self.feed_forward_norm(y, residual, prenorm=True)
+            return self.behind_feed_forward(self.feed_forward(y)), residual
         x = self.attention_norm(self.attention(x, layer, step), residual=x)
         x = self.feed_forward_norm(self.feed_forward(x), residual=x)
         return x, None

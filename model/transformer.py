@@ -60,6 +60,8 @@ class Transformer(nn.Module):
             lengths = None if lengths is None else lengths.cpu()  # once, and not in every layer
         step = Step(positions, self.config.causal, lengths, cache=cache)
         x = self.token_embedding(tokens)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to the dtype, as it was trained
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
         elif cache is None:
@@ -84,7 +86,9 @@ class Transformer(nn.Module):
         """(…, width) to (…, vocab_size)."""
         if not self.config.head:
             raise ValueError(f"a {self.config.family} checkpoint without a head has no logits")
-        return flashattn.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+        logits = flashattn.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab_size); hidden states where the config has no head."""

@@ -29,6 +29,32 @@ TINY = {
             num_key_value_heads=1, head_dim=20, max_position_embeddings=64, tie_word_embeddings=True,
         )
     ),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, sliding_window=9,
+        )
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=20, max_position_embeddings=64, tie_word_embeddings=True,
+        )
+    ),
+    "qwen3_with_windows": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=20, max_position_embeddings=64, use_sliding_window=True, sliding_window=7,
+            max_window_layers=1,
+        )
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=20, max_position_embeddings=64, sliding_window=9, query_pre_attn_scalar=30,
+            attn_implementation="eager",
+        )
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=64)
     ),
@@ -84,11 +110,11 @@ def test_parity_when_padded(name, tmp_path):
     torch.testing.assert_close(a[exists], b[exists], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mistral", "qwen3", "gemma2"])
 def test_gradients_equal_transformers(name, tmp_path):
     theirs = written(name, tmp_path)
     ours, _ = model.load(tmp_path)
-    tokens = torch.randint(0, 101, (2, 17))
+    tokens = torch.randint(1, 101, (2, 17))  # 0 may be padding, which transformers gives no gradient
     ours(tokens).square().mean().backward()
     their_output(theirs, tokens).square().mean().backward()
     embedding = theirs.get_input_embeddings().weight.grad

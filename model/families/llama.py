@@ -25,7 +25,8 @@ PREFIXES = ("model.",)
 IGNORED = ("rotary_emb.*",)
 
 
-def config(hf: dict) -> Config:
+def config(hf: dict, **changes) -> Config:
+    """changes: what a family that is a Llama but for something has otherwise."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -33,7 +34,7 @@ def config(hf: dict) -> Config:
     if hf.get("attention_bias") or hf.get("mlp_bias"):
         raise ValueError("attention_bias and mlp_bias must be false")
     heads = hf["num_attention_heads"]
-    return Config(
+    values = dict(
         family="llama",
         vocab_size=hf["vocab_size"],
         width=hf["hidden_size"],
@@ -54,3 +55,13 @@ def config(hf: dict) -> Config:
         bias=False,
         tied=hf.get("tie_word_embeddings", False),
     )
+    return Config(**values | changes)
+
+
+def sliding_windows(hf: dict) -> tuple[int | None, ...]:
+    """What layers see, from `layer_types`; without those every layer has the `sliding_window`, if there is one."""
+    types = hf.get("layer_types") or ["sliding_attention"] * hf["num_hidden_layers"]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"layer_types must be sliding_attention or full_attention, got {min(unknown)!r}")
+    return tuple(hf.get("sliding_window") if kind == "sliding_attention" else None for kind in types)

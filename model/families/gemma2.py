@@ -1,0 +1,36 @@
+"""Gemma 2: norms in front of and behind each sublayer, scores and logits capped, every other layer with a window.
+
+Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size" (2024), arXiv:2408.00118.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+from . import llama
+from .llama import IGNORED, PREFIXES
+
+NAMES = llama.NAMES | {
+    "blocks.{i}.behind_attention.weight": "layers.{i}.post_attention_layernorm.weight",
+    "blocks.{i}.feed_forward_norm.weight": "layers.{i}.pre_feedforward_layernorm.weight",
+    "blocks.{i}.behind_feed_forward.weight": "layers.{i}.post_feedforward_layernorm.weight",
+}
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
+
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+
+
+def config(hf: dict) -> Config:
+    types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
+    return llama.config(
+        hf,
+        family="gemma2",
+        windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
+        activation=ACTIVATIONS[hf.get("hidden_activation", "gelu_pytorch_tanh")],
+        scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        softcap=hf.get("attn_logit_softcapping", 50.0),
+        logit_softcap=hf.get("final_logit_softcapping", 30.0),
+        embedding_scale=hf["hidden_size"] ** 0.5,
+        norms_behind=True,
+        norm_offset=1.0,
+        tied=hf.get("tie_word_embeddings", True),
+    )

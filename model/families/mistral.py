@@ -1,0 +1,16 @@
+"""Mistral: a Llama whose layers see the last keys only.
+
+Jiang et al., "Mistral 7B" (2023), arXiv:2310.06825.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+from . import llama
+from .llama import IGNORED, NAMES, PREFIXES
+
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+
+
+def config(hf: dict) -> Config:
+    return llama.config(hf, family="mistral", windows=llama.sliding_windows(hf))

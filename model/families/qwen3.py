@@ -1,0 +1,22 @@
+"""Qwen3: a Llama with an RMSNorm over each head of its queries and keys.
+
+Yang et al., "Qwen3 Technical Report" (2025), arXiv:2505.09388.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+from . import llama
+from .llama import IGNORED, PREFIXES
+
+NAMES = llama.NAMES | {
+    "blocks.{i}.attention.q_norm": "layers.{i}.self_attn.q_norm",
+    "blocks.{i}.attention.k_norm": "layers.{i}.self_attn.k_norm",
+}
+
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+
+
+def config(hf: dict) -> Config:
+    windows = llama.sliding_windows(hf) if hf.get("use_sliding_window") else (None,)
+    return llama.config(hf, family="qwen3", qk_norm=True, windows=windows)
