@@ -38,6 +38,11 @@ class Config:
     norm_offset: float = 0.0  # added to every norm's weight
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    shared_layers: bool = False  # one block, applied `layers` times
+    embedding_width: int | None = None  # of the embeddings, with a projection to the width behind them
+    task: str | None = None  # a key of heads.HEADS: what stands on an encoder instead of a language-model head
+    labels: tuple[str, ...] = ()  # of a task
+    problem: str = "single"  # of the task "classify": "single", "multi" (labels apart) or "regression"
 
     def window(self, layer: int) -> tuple[int, None] | None:
         """What `flashattn.attention` takes."""
@@ -45,6 +50,8 @@ class Config:
         return None if keys is None else (keys - 1, None)
 
     def __post_init__(self):
+        if self.problem not in ("single", "multi", "regression"):
+            raise ValueError(f"problem must be 'single', 'multi' or 'regression', got {self.problem!r}")
         if any(keys is not None and keys < 1 for keys in self.windows) or not self.windows:
             raise ValueError(f"windows must be at least 1 key each, or None, got {self.windows}")
         if self.heads % self.kv_heads:

@@ -9,6 +9,7 @@ import flashattn
 
 from .cache import Cache, Step
 from .config import Config
+from .heads import HEADS
 from .layers import Block, Linear, make_norm, rotary_table
 
 
@@ -27,15 +28,18 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        width = config.embedding_width or config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
-        self.type_embedding = nn.Embedding(config.token_types, config.width) if config.token_types else None
-        self.embedding_norm = make_norm(config) if config.embedding_norm else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.position_embedding = nn.Embedding(config.context, width) if learned else None
+        self.type_embedding = nn.Embedding(config.token_types, width) if config.token_types else None
+        self.embedding_norm = make_norm(config, width) if config.embedding_norm else None
+        self.embedding_projection = Linear(width, config.width) if config.embedding_width else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(1 if config.shared_layers else config.layers))
         self.norm = make_norm(config) if config.norm_first else None
         untied = config.head and not config.tied
         self.head = Linear(config.width, config.vocab_size, bias=False) if untied else None
+        self.task_head = HEADS[config.task](config) if config.task else None
 
     def encode(
         self,
@@ -70,9 +74,11 @@ class Transformer(nn.Module):
             x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        if self.embedding_projection is not None:
+            x = self.embedding_projection(x)
         residual = None
-        for layer, block in enumerate(self.blocks):
-            x, residual = block(x, residual, layer, step)
+        for layer in range(self.config.layers):
+            x, residual = self.blocks[layer % len(self.blocks)](x, residual, layer, step)
         return x if self.norm is None else self.norm(x, residual)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -90,7 +96,9 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits (batch, seq, vocab_size); hidden states where the config has no head."""
-        hidden = self.encode(tokens, lengths)
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
+        """Logits (batch, seq, vocab_size), or those of the config's task; hidden states where it has neither."""
+        hidden = self.encode(tokens, lengths, token_types)
+        if self.task_head is not None:
+            return self.task_head(hidden, self.token_embedding.weight)
         return self.logits(hidden) if self.config.head else hidden

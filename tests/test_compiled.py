@@ -140,7 +140,8 @@ def test_score_mod_and_block_mask(architecture, what):
             lambda b, h, i, j: (DOCUMENTS[b, i] == DOCUMENTS[b, j]) & (i >= j), 2, None, 512, 512, "cpu"
         )
         features["block_mask"] = read_block_mask(block_mask, 2, 4, 512, 512, torch.device("cpu"))
-    check(compile_attention(architecture, 64, causal=False, **features))
+    usual = what == "score_mod" and architecture != "gfx942"
+    check(compile_attention(architecture, 64, causal=False, **features), spills=not usual)
 
 
 DECODING = {

@@ -26,7 +26,6 @@ from .common import (
 if TYPE_CHECKING:
     from ..cache import Cached
     from ..decode import Rotary
-    from ..score_mod import BlockMask
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -125,11 +124,13 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score, ragged: bool =
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
-def attention_meta(direction: str, q: Tensor, v: Tensor, block_mask: BlockMask | None = None) -> dict:
+def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     """Tile sizes and launch options of one pass. Head dimensions are padded to a power of two inside the tiles. A tile
     lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    tiles = configs.attention_tiles(direction, max(head_dim, head_dim_v), q.element_size())
+    widest, modified = max(head_dim, head_dim_v), score.score_mod is not None
+    tiles = configs.attention_tiles(direction, widest, q.element_size(), modified)
+    block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
     if block_mask is not None:
         block_m = min(block_m, block_mask.block_q & -block_mask.block_q)  # the power of two that divides it
@@ -155,7 +156,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
-    meta = attention_meta("forward", q, v, score.block_mask)
+    meta = attention_meta("forward", q, v, score)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         forward_kernels.attention_forward[(programs,)](
@@ -176,14 +177,14 @@ def backward(
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
     delta = torch.empty_like(lse)
     args = attention_args(q, k, v, score)
-    meta = attention_meta("backward_q", q, v, score.block_mask)
+    meta = attention_meta("backward_q", q, v, score)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         backward_kernels.attention_backward_q[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
             heads_arg(grad_q), delta, *args, **meta,
         )  # fmt: skip
-    meta = attention_meta("backward_kv", q, v, score.block_mask)
+    meta = attention_meta("backward_kv", q, v, score)
     programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
     if programs:
         backward_kernels.attention_backward_kv[(programs,)](
@@ -193,7 +194,7 @@ def backward(
     if not with_grad_bias:
         return grad_q, grad_k, grad_v, None
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
-    meta = attention_meta("backward_q", q, v, score.block_mask)
+    meta = attention_meta("backward_q", q, v, score)
     *planes, size_q, size_k = grad_bias.shape
     programs = triton.cdiv(size_k, meta["BLOCK_N"]) * triton.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
     if programs:
@@ -261,7 +262,7 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     partial = torch.empty(rows * splits, head_dim_v, dtype=torch.float32, device=q.device)
     # The kernel counts limits from the diagonal of each row.
     args, *_ = attention_args(q, k, v, score, ragged=True)
-    meta = attention_meta("decode", q, v)
+    meta = attention_meta("decode", q, v, score)
     programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
         heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k), statistics, partial, args, heads,

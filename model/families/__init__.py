@@ -7,6 +7,8 @@
 - `prepare(tensors, config)`, where needed: reshape what is stored differently
 """
 
-from . import bert, gemma2, gpt2, llama, mistral, qwen3
+from . import albert, bert, gemma2, gpt2, llama, mistral, qwen3
 
-FAMILIES = {"llama": llama, "bert": bert, "gpt2": gpt2, "mistral": mistral, "qwen3": qwen3, "gemma2": gemma2}
+FAMILIES = {
+    "llama": llama, "bert": bert, "gpt2": gpt2, "mistral": mistral, "qwen3": qwen3, "gemma2": gemma2, "albert": albert,
+}  # fmt: skip

@@ -1,0 +1,46 @@
+"""ALBERT: a BERT with one block for all layers, and embeddings narrower than the model.
+
+Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations" (2019), arXiv:1909.11942.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..config import Config
+from . import bert
+from .bert import prepare
+
+LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
+NAMES = {
+    "token_embedding.weight": "embeddings.word_embeddings.weight",
+    "position_embedding.weight": "embeddings.position_embeddings.weight",
+    "type_embedding.weight": "embeddings.token_type_embeddings.weight",
+    "embedding_norm": "embeddings.LayerNorm",
+    "embedding_projection": "encoder.embedding_hidden_mapping_in",
+    "blocks.{i}.attention.q": LAYER + "attention.query",
+    "blocks.{i}.attention.k": LAYER + "attention.key",
+    "blocks.{i}.attention.v": LAYER + "attention.value",
+    "blocks.{i}.attention.out": LAYER + "attention.dense",
+    "blocks.{i}.attention_norm": LAYER + "attention.LayerNorm",
+    "blocks.{i}.feed_forward.up": LAYER + "ffn",
+    "blocks.{i}.feed_forward.down": LAYER + "ffn_output",
+    "blocks.{i}.feed_forward_norm": LAYER + "full_layer_layer_norm",
+    "task_head.dense": "predictions.dense",
+    "task_head.norm": "predictions.LayerNorm",
+    "task_head.bias": "predictions.bias",
+    "task_head.pooler": "pooler",
+    "task_head.out": "classifier",
+}
+PREFIXES = ("albert.",)
+IGNORED = ("embeddings.position_ids", "predictions.decoder.*", "sop_classifier.*")
+
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "prepare"]
+
+
+def config(hf: dict) -> Config:
+    for name in ("num_hidden_groups", "inner_group_num"):
+        if hf.get(name, 1) != 1:
+            raise ValueError(f"{name} must be 1, got {hf[name]}")
+    values = bert.config({"hidden_act": "gelu_new"} | hf)
+    return replace(values, family="albert", shared_layers=True, embedding_width=hf["embedding_size"])
