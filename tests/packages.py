@@ -13,4 +13,6 @@ def needs(name: str):
     return pytest.mark.filterwarnings("default")
 
 
-needs_smollm2, needs_minilm, needs_gpt2_vocabulary = (needs(n) for n in ("smollm2", "minilm", "gpt2-vocabulary"))
+needs_smollm2, needs_minilm, needs_gpt2_vocabulary, needs_rxnmapper = (
+    needs(name) for name in ("smollm2", "minilm", "gpt2-vocabulary", "rxnmapper")
+)

@@ -1,14 +1,15 @@
 """Checkpoints: parity with `transformers` for each family, real weights where there are some, and bad files.
 
 No GPT-2 weights are on the registries, so GPT-2 is tested on checkpoints that `transformers` writes with random
-weights; so are BERT with its head and a Llama that is not tied. SmolLM2 and MiniLM are real.
+weights; so are BERT with its heads and a Llama that is not tied. SmolLM2, MiniLM and an ALBERT are real.
 """
 
 import json
+import re
 
 import pytest
 import torch
-from packages import needs_minilm, needs_smollm2
+from packages import needs_minilm, needs_rxnmapper, needs_smollm2
 
 import model
 from model import heads
@@ -208,6 +209,34 @@ def test_token_types(tmp_path):
     with torch.no_grad():
         b = theirs(tokens, token_type_ids=types).last_hidden_state
         torch.testing.assert_close(ours.encode(tokens, token_types=types), b, rtol=1e-4, atol=1e-4)
+
+
+# Reactions as SMILES (a substitution, a Suzuki coupling); a token is an atom, a bond, a bracket or a digit.
+REACTIONS = [
+    "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F",
+    "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(-c2ccccc2)cc1",
+]
+SMILES = re.compile(r"\[[^\]]+]|Br|Cl|>>|[A-Za-z]|[()=#+./:~@?*$\\-]|%[0-9]{2}|[0-9]")
+
+
+@needs_rxnmapper
+def test_a_real_albert_knows_masked_tokens():
+    """Each token of a reaction masked by itself: nine of ten are found again, and the logits are transformers'."""
+    path = locate("rxnmapper")
+    ours, _ = model.load(path)
+    theirs = transformers.AlbertForMaskedLM.from_pretrained(path).eval()
+    vocabulary = {word: i for i, word in enumerate((path / "vocab.txt").read_text().splitlines())}
+    for reaction in REACTIONS:
+        words = ["[CLS]", *SMILES.findall(reaction), "[SEP]"]
+        assert "".join(words[1:-1]) == reaction
+        tokens = torch.tensor([vocabulary[word] for word in words])
+        n = torch.arange(len(words) - 2)
+        masked = tokens.repeat(len(n), 1)
+        masked[n, n + 1] = vocabulary["[MASK]"]
+        with torch.no_grad():
+            logits = ours(masked)
+            torch.testing.assert_close(logits, theirs(masked).logits, rtol=1e-4, atol=1e-4)
+        assert (logits[n, n + 1].argmax(-1) == tokens[1:-1]).float().mean() > 0.9
 
 
 def test_shards_and_bin(tmp_path):
