@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     command.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
     command.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that reach probability P")
+    command.add_argument("--min-p", type=float, metavar="P", help="sample among tokens P times as likely as the first")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that were there")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling, default 0")
     command.add_argument("--no-check", action="store_true", help="do not repeat greedy runs on the reference backend")
     command.set_defaults(run=run_generate)
@@ -73,7 +75,8 @@ def run_generate(args: argparse.Namespace) -> None:
     def run(on_token=None) -> list[int]:
         return generate(
             model, [prompt], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            stop_tokens=tokenizer.stop, seed=args.seed, on_token=on_token,
+            min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop_tokens=tokenizer.stop, seed=args.seed,
+            on_token=on_token,
         )[0]  # fmt: skip
 
     if not args.json:

@@ -25,6 +25,7 @@ class Config:
     positions: str  # "rope" or "learned"
     rope_theta: float = 10000.0
     bias: bool = True  # of the linear layers
+    qkv_bias: bool = True  # of those for q, k and v, where the others have one
     token_types: int = 0  # rows of the segment embedding; 0 for none
     embedding_norm: bool = False
     head: bool = True  # a language-model head

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
+from .sampling import Sampling
 from .transformer import Transformer
 
 
@@ -19,6 +19,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     seed: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
@@ -30,6 +32,9 @@ def generate(
         temperature: 0 takes the most likely token; else the logits are divided by it before sampling.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together reach probability p.
+        min_p: sample among the tokens at least min_p times as likely as the most likely one.
+        repetition_penalty: positive logits of tokens of the prompt and of the result are divided by it, negative ones
+            multiplied; also where the most likely token is taken.
         stop_tokens: a sequence ends with the first of these, which is not part of the result.
         seed: of the sampling; None takes PyTorch's generator as it is.
         on_token: called with (prompt index, token) for each token as soon as it is chosen.
@@ -40,7 +45,8 @@ def generate(
     Raises:
         ValueError: naming the argument, before the model runs.
     """
-    check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    check(model, prompts, max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
         return results
@@ -56,9 +62,16 @@ def generate(
 
     hidden = model.encode(tokens, lengths, cache=cache)
     hidden = hidden[torch.arange(len(prompts), device=device), lengths.long() - 1]  # of each prompt's last token
+    seen = None
+    if repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[list(prompt)] = True
     running = [True] * len(prompts)
     for step in range(max_new_tokens):
-        chosen = sample(model.logits(hidden).float(), temperature, top_k, top_p, generator)
+        chosen = sampling.choose(model.logits(hidden).float(), seen, generator)
+        if seen is not None:
+            seen.scatter_(1, chosen[:, None], True)
         for i, token in enumerate(chosen.tolist()):
             if not running[i]:
                 continue
@@ -73,7 +86,7 @@ def generate(
     return results
 
 
-def check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
+def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     config = model.config
     if not (config.causal and config.head):
         raise ValueError(f"model must be a causal language model, got a {config.family}")
@@ -90,29 +103,3 @@ def check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         wrong = next((t for t in prompt if not 0 <= t < config.vocab_size), None)
         if wrong is not None:
             raise ValueError(f"prompts[{i}] must hold tokens below {config.vocab_size}, got {wrong}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """One token (batch,) from logits (batch, vocab_size)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probabilities = logits.softmax(-1)
-    if top_p is not None:
-        # Nucleus: the smallest set of the most likely tokens that reaches top_p. Holtzman et al. (2019).
-        ordered, order = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p, 0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

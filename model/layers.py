@@ -50,9 +50,10 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.q = Linear(config.width, config.heads * config.head_dim, config.bias)
-        self.k = Linear(config.width, config.kv_heads * config.head_dim, config.bias)
-        self.v = Linear(config.width, config.kv_heads * config.head_dim, config.bias)
+        bias = config.bias and config.qkv_bias
+        self.q = Linear(config.width, config.heads * config.head_dim, bias)
+        self.k = Linear(config.width, config.kv_heads * config.head_dim, bias)
+        self.v = Linear(config.width, config.kv_heads * config.head_dim, bias)
         self.out = Linear(config.heads * config.head_dim, config.width, config.bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None

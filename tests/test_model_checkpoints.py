@@ -14,6 +14,7 @@ from packages import needs_minilm, needs_rxnmapper, needs_smollm2
 import model
 from model import heads
 from model.checkpoints import CheckpointError
+from model.families import gpt2
 from model.packages import locate
 
 transformers = pytest.importorskip("transformers")
@@ -61,6 +62,12 @@ TINY = {
             vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=20, max_position_embeddings=64, sliding_window=9, query_pre_attn_scalar=30,
             attn_implementation="eager",
+        )
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=101, hidden_size=48, num_layers=4, attention_types=[[["global", "local"], 2]], num_heads=4,
+            window_size=9, max_position_embeddings=64,
         )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
@@ -123,7 +130,9 @@ def test_parity_when_padded(name, tmp_path):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mistral", "qwen3", "gemma2", "albert", "albert_MaskedLM"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gpt_neo", "bert", "mistral", "qwen3", "gemma2", "albert", "albert_MaskedLM"]
+)
 def test_gradients_equal_transformers(name, tmp_path):
     theirs = written(name, tmp_path)
     ours, _ = model.load(tmp_path)
@@ -137,12 +146,22 @@ def test_gradients_equal_transformers(name, tmp_path):
     assert all(p.grad is not None for p in ours.parameters())
 
 
+def test_gpt3_has_its_sizes():
+    """Table 2.1: 125 million, 1.3 and 175 billion parameters."""
+    for size, expected in (("small", 125e6), ("xl", 1.3e9), ("175b", 175e9)):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in model.Transformer(gpt2.gpt3(size)).parameters())
+        assert abs(count / expected - 1) < (0.2 if size == "xl" else 0.01), (size, count)
+    with pytest.raises(ValueError, match="size must be one of small"):
+        gpt2.gpt3("huge")
+
+
 def some(labels: int, share: float):
     """Targets of which a share counts."""
     return torch.randint(0, labels, (3, 11)).where(torch.rand(3, 11) < share, -100)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo", "mistral", "qwen3", "gemma2"])
 def test_a_cache_changes_nothing(name, tmp_path):
     """A prompt, then token by token, past the windows."""
     written(name, tmp_path)

@@ -5,7 +5,7 @@ import torch
 
 import flashattn
 from model import Config, Transformer, generate
-from model.generate import sample
+from model.sampling import Sampling
 
 CONFIGS = {
     "rope": Config(
@@ -78,8 +78,8 @@ LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).expand(20000, 4)
 
 
 def shares(**options):
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    tokens = sample(LOGITS, generator=torch.Generator().manual_seed(0), **settings)
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    tokens = sampling.choose(LOGITS, generator=torch.Generator().manual_seed(0))
     return torch.bincount(tokens, minlength=4) / len(tokens)
 
 
@@ -103,6 +103,25 @@ def test_top_p():
     torch.testing.assert_close(shares(top_p=1.0), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
 
 
+def test_min_p():
+    expected = torch.tensor([-torch.inf, 2.0, 1.0, -torch.inf]).softmax(-1)
+    torch.testing.assert_close(shares(min_p=0.3), expected, rtol=0, atol=0.02)  # 0.24 is 0.37 of 0.64, 0.09 is 0.14
+    assert shares(min_p=1.0)[1] == 1
+    torch.testing.assert_close(shares(min_p=0.0), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
+
+
+def test_repetition_penalty(tiny):
+    """As transformers has it, for tokens of the prompt and for those that were chosen."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+    logits, tokens = torch.randn(3, 50), torch.randint(0, 50, (3, 9))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, tokens, True)
+    ours = Sampling(repetition_penalty=1.7).choose(logits, seen)
+    assert torch.equal(ours, theirs(tokens, logits).argmax(-1))
+    for result, prompt in zip(generate(tiny, PROMPTS, 12, repetition_penalty=1e6), PROMPTS, strict=True):
+        assert len(set(prompt + result)) == len(set(prompt)) + len(result)  # nothing twice, while others are left
+
+
 def test_greedy_is_temperature_0():
     assert shares(temperature=0.0)[1] == 1
 
@@ -115,6 +134,8 @@ WRONG = {
     "temperature": ([[1]], 1, {"temperature": -1.0}, "temperature must be at least 0"),
     "top_k": ([[1]], 1, {"top_k": 0}, "top_k must be at least 1"),
     "top_p": ([[1]], 1, {"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+    "min_p": ([[1]], 1, {"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
+    "repetition_penalty": ([[1]], 1, {"repetition_penalty": 0.0}, "repetition_penalty must be over 0"),
 }
 
 

@@ -49,31 +49,19 @@ def leave(program: Program, instruction: Instruction) -> Control:
     return run
 
 
-@builds("trap", control=True)
-def trap(program: Program, instruction: Instruction) -> Control:
-    going_of = held(program, instruction)
-
-    def run(unit, pc, mask):
-        going = going_of(unit, mask)
-        if going.any():
-            raise unit.fault("assert", "the kernel traps", instruction, int(np.argmax(going)))
-        unit.push(pc + 1, mask)
-
-    return run
-
-
-@builds("call", control=True)
-def call(program: Program, instruction: Instruction) -> Control:
+@builds("trap", "call", control=True)
+def fail(program: Program, instruction: Instruction) -> Control:
     """Of functions outside the module only __assertfail is known: tl.device_assert."""
     name = callee(instruction)
-    if name != "__assertfail":
+    if name not in (None, "__assertfail"):
         raise Fault("unknown instruction", f"call of {name}", instruction)
+    message = "the kernel traps" if name is None else "tl.device_assert failed"
     going_of = held(program, instruction)
 
     def run(unit, pc, mask):
         going = going_of(unit, mask)
         if going.any():
-            raise unit.fault("assert", "tl.device_assert failed", instruction, int(np.argmax(going)))
+            raise unit.fault("assert", message, instruction, int(np.argmax(going)))
         unit.push(pc + 1, mask)
 
     return run

@@ -5,6 +5,8 @@ Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ..config import Config
@@ -52,6 +54,27 @@ def config(hf: dict) -> Config:
         positions="learned",
         tied=hf.get("tie_word_embeddings", True),
     )
+
+
+# GPT-3: layers, width, heads, head_dim. Brown et al., "Language Models are Few-Shot Learners" (2020), table 2.1; the
+# 13B model's width, 5,140 there, is the 5,120 that its heads make.
+GPT3 = {
+    "small": (12, 768, 12, 64), "medium": (24, 1024, 16, 64), "large": (24, 1536, 16, 96), "xl": (24, 2048, 24, 128),
+    "2.7b": (32, 2560, 32, 80), "6.7b": (32, 4096, 32, 128), "13b": (40, 5120, 40, 128), "175b": (96, 12288, 96, 128),
+}  # fmt: skip
+
+
+def gpt3(size: str, band: int = 256) -> Config:
+    """The config of a GPT-3: a GPT-2 in which every other layer sees a band of keys. The paper does not say how wide.
+
+    >>> gpt3("small").windows
+    (None, 256)
+    """
+    if size not in GPT3:
+        raise ValueError(f"size must be one of {', '.join(GPT3)}, got {size!r}")
+    layers, width, heads, head_dim = GPT3[size]
+    hf = dict(vocab_size=50257, n_embd=width, n_layer=layers, n_head=heads, n_positions=2048)
+    return replace(config(hf), head_dim=head_dim, windows=(None, band))
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
