@@ -2,7 +2,8 @@
 
 from .checkpoints import load
 from .config import Config
+from .encoder_decoder import EncoderDecoder
 from .generate import generate
 from .transformer import Transformer
 
-__all__ = ["Config", "Transformer", "generate", "load"]
+__all__ = ["Config", "EncoderDecoder", "Transformer", "generate", "load"]

@@ -21,6 +21,9 @@ class Step:
     lengths: Tensor | None  # (batch,) int: how many of its tokens each sequence has
     rotary: tuple[Tensor, Tensor] | None = None
     cache: Cache | None = None
+    bias: Tensor | None = None  # of the scores, by relative positions
+    memory: Tensor | None = None  # (batch, seq, width) of an encoder that a decoder attends to
+    memory_lengths: Tensor | None = None
 
 
 class Cache:
@@ -29,8 +32,10 @@ class Cache:
 
     def __init__(self, config: Config, batch: int, capacity: int, like: Tensor, rotary: tuple[Tensor, Tensor] | None):
         sizes = (batch, config.kv_heads, capacity, config.head_dim)
-        self.layers = [flashattn.KVCache(*sizes, dtype=like.dtype, device=like.device) for _ in range(config.layers)]
+        layers = config.decoder_layers or config.layers
+        self.layers = [flashattn.KVCache(*sizes, dtype=like.dtype, device=like.device) for _ in range(layers)]
         self.rotary = None if rotary is None else flashattn.Rotary(*(x[0, 0] for x in rotary))
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of an encoder's output
 
     @property
     def lengths(self) -> list[int]:

@@ -12,16 +12,19 @@ from tqdm import tqdm
 
 from . import gguf_file
 from .config import Config
+from .encoder_decoder import EncoderDecoder
 from .families import FAMILIES
 from .tokenizer import Tokenizer
 from .transformer import Transformer
+
+Model = Transformer | EncoderDecoder
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, cut off, or not one this library knows. Names the file."""
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = False) -> tuple[Transformer, Tokenizer]:
+def load(path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = False) -> tuple[Model, Tokenizer]:
     """The model and the tokeniser of a checkpoint, in evaluation mode on the CPU.
 
     Args:
@@ -115,17 +118,19 @@ def source_name(name: str, names: dict[str, str]) -> str:
     return found.replace("{i}", layer or "")
 
 
-def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, progress: bool) -> Transformer:
+def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, progress: bool) -> Model:
     """A Transformer with the tensors of a checkpoint. Every one must be there, fit, and be used."""
     family = FAMILIES[config.family]
     tensors = {strip(name, family.PREFIXES): x for name, x in tensors.items()}
     tensors = {name: x for name, x in tensors.items() if not any(fnmatch(name, p) for p in family.IGNORED)}
-    if config.tied:
-        tensors.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
+    if config.tied and "lm_head.weight" in tensors:  # some checkpoints store the tied head a second time
+        embedding = tensors.get(source_name("token_embedding.weight", family.NAMES))
+        if embedding is None or not torch.equal(tensors.pop("lm_head.weight"), embedding):
+            raise CheckpointError(f"{path}: the config ties the head to the embedding, but lm_head.weight is another")
     if hasattr(family, "prepare"):
         tensors = family.prepare(tensors, config)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = EncoderDecoder(config) if config.decoder_layers else Transformer(config)
     state = {}
     for name, parameter in tqdm(model.state_dict().items(), "loading", disable=None if progress else True, leave=False):
         source = source_name(name, family.NAMES)

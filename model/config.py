@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+POSITIONS = ("rope", "learned", "sinusoidal", "relative")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -22,7 +24,7 @@ class Config:
     norm_first: bool  # pre-norm: norms in front of attention and feed-forward, and a last one; else behind each
     activation: str  # a key of layers.ACTIVATIONS
     gated: bool  # feed-forward down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))
-    positions: str  # "rope" or "learned"
+    positions: str  # one of POSITIONS
     rope_theta: float = 10000.0
     bias: bool = True  # of the linear layers
     qkv_bias: bool = True  # of those for q, k and v, where the others have one
@@ -43,6 +45,12 @@ class Config:
     embedding_width: int | None = None  # of the embeddings, with a projection to the width behind them
     task: str | None = None  # a key of heads.HEADS: what stands on an encoder instead of a language-model head
     labels: tuple[str, ...] = ()  # of a task
+    decoder_layers: int = 0  # over 0: an encoder of `layers` and a decoder of so many that attends to it
+    start_token: int = 0  # what a decoder begins with
+    relative_buckets: int = 0  # of positions: "relative", and from which distance on all share the last one
+    relative_distance: int = 128
+    logit_scale: float = 1.0
+    head_bias: bool = False
     problem: str = "single"  # of the task "classify": "single", "multi" (labels apart) or "regression"
 
     def window(self, layer: int) -> tuple[int, None] | None:
@@ -57,7 +65,7 @@ class Config:
             raise ValueError(f"windows must be at least 1 key each, or None, got {self.windows}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
-        if self.positions not in ("rope", "learned"):
-            raise ValueError(f"positions must be 'rope' or 'learned', got {self.positions!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.norm not in ("layer", "rms"):
             raise ValueError(f"norm must be 'layer' or 'rms', got {self.norm!r}")

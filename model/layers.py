@@ -12,6 +12,7 @@ import flashattn
 
 from .cache import Step
 from .config import Config
+from .positions import rotate
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 
@@ -27,23 +28,6 @@ def make_norm(config: Config, width: int | None = None) -> nn.Module:
     """Over the model's width, or another."""
     norm = flashattn.LayerNorm if config.norm == "layer" else flashattn.RMSNorm
     return norm(width or config.width, eps=config.norm_eps, weight_offset=config.norm_offset)
-
-
-def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * theta^(-2i / head_dim).
-
-    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
-    """
-    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, :, None].float() * config.rope_theta ** (-i / config.head_dim)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, seq, head_dim)."""
-    cos, sin = table
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -67,6 +51,7 @@ class Attention(nn.Module):
         # (batch, seq, heads, head_dim) seen as (batch, heads, seq, head_dim): views, not copies.
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = dict(window=config.window(layer), scale=config.scale, softcap=config.softcap, sinks=self.sinks)
+        options["bias"] = step.bias
         if step.cache is not None:  # which takes the new keys and rotates them
             layer_cache, rotary = step.cache.layers[layer], step.cache.rotary
             out = flashattn.decode(q, layer_cache, k, v, rotary, q_lengths=step.lengths, **options)
@@ -74,6 +59,21 @@ class Attention(nn.Module):
             if step.rotary is not None:
                 q, k = rotate(q, step.rotary), rotate(k, step.rotary)
             out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.lengths, **options)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(Attention):
+    """A decoder's attention to `step.memory`, what an encoder made of the input. A cache keeps its keys and values."""
+
+    def forward(self, x: Tensor, layer: int, step: Step) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+        kept = None if step.cache is None else step.cache.memory.get(layer)
+        k, v = kept or (heads(self.k(step.memory)), heads(self.v(step.memory)))
+        if step.cache is not None:
+            step.cache.memory[layer] = k, v
+        out = flashattn.attention(heads(self.q(x)), k, v, kv_lengths=step.memory_lengths, scale=self.config.scale)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -92,15 +92,18 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with its norm and its residual addition, which are one kernel."""
+    """Attention and feed-forward, each with its norm and its residual addition, which are one kernel. crosses: between
+    them stands attention to an encoder's output."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, crosses: bool = False):
         super().__init__()
         self.norm_first = config.norm_first
         self.attention = Attention(config)
         self.attention_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = make_norm(config)
+        self.cross_attention = CrossAttention(config) if crosses else None
+        self.cross_attention_norm = make_norm(config) if crosses else None
         self.behind_attention = make_norm(config) if config.norms_behind else nn.Identity()
         self.behind_feed_forward = make_norm(config) if config.norms_behind else nn.Identity()
 
@@ -110,8 +113,13 @@ class Block(nn.Module):
         if self.norm_first:
             y, residual = self.attention_norm(x, residual, prenorm=True)
             y = self.behind_attention(self.attention(y, layer, step))
+            if self.cross_attention is not None:
+                y, residual = self.cross_attention_norm(y, residual, prenorm=True)
+                y = self.cross_attention(y, layer, step)
             y, residual = self.feed_forward_norm(y, residual, prenorm=True)
             return self.behind_feed_forward(self.feed_forward(y)), residual
         x = self.attention_norm(self.attention(x, layer, step), residual=x)
+        if self.cross_attention is not None:
+            x = self.cross_attention_norm(self.cross_attention(x, layer, step), residual=x)
         x = self.feed_forward_norm(self.feed_forward(x), residual=x)
         return x, None

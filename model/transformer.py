@@ -10,10 +10,33 @@ import flashattn
 from .cache import Cache, Step
 from .config import Config
 from .heads import HEADS
-from .layers import Block, Linear, make_norm, rotary_table
+from .layers import Block, Linear, make_norm
+from .positions import RelativeBias, rotary_table
 
 
-class Transformer(nn.Module):
+class Stack(nn.Module):
+    """Blocks one after another, the last norm behind them, and the biases by distance that they share."""
+
+    def __init__(self, config: Config, layers: int, causal: bool, crosses: bool = False):
+        super().__init__()
+        self.config, self.layers = config, layers
+        count = 1 if config.shared_layers else layers
+        self.blocks = nn.ModuleList(Block(config, crosses) for _ in range(count))
+        self.norm = make_norm(config) if config.norm_first else None
+        self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
+
+    def run(self, x: Tensor, step: Step) -> Tensor:
+        """Embeddings (batch, seq, width) to the last hidden states."""
+        if self.relative is not None:
+            held = 0 if step.cache is None else max(step.cache.lengths, default=0)
+            step.bias = self.relative(step.positions, held + x.shape[1])
+        residual = None
+        for layer in range(self.layers):
+            x, residual = self.blocks[layer % len(self.blocks)](x, residual, layer, step)
+        return x if self.norm is None else self.norm(x, residual)
+
+
+class Transformer(Stack):
     """Decoder-only or encoder-only, as its config says.
 
     >>> import torch
@@ -26,8 +49,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.layers, config.causal)
         width = config.embedding_width or config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
@@ -35,8 +57,6 @@ class Transformer(nn.Module):
         self.type_embedding = nn.Embedding(config.token_types, width) if config.token_types else None
         self.embedding_norm = make_norm(config, width) if config.embedding_norm else None
         self.embedding_projection = Linear(width, config.width) if config.embedding_width else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(1 if config.shared_layers else config.layers))
-        self.norm = make_norm(config) if config.norm_first else None
         untied = config.head and not config.tied
         self.head = Linear(config.width, config.vocab_size, bias=False) if untied else None
         self.task_head = HEADS[config.task](config) if config.task else None
@@ -76,10 +96,7 @@ class Transformer(nn.Module):
             x = self.embedding_norm(x)
         if self.embedding_projection is not None:
             x = self.embedding_projection(x)
-        residual = None
-        for layer in range(self.config.layers):
-            x, residual = self.blocks[layer % len(self.blocks)](x, residual, layer, step)
-        return x if self.norm is None else self.norm(x, residual)
+        return self.run(x, step)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for so many sequences of up to `capacity` tokens."""

@@ -1,0 +1,92 @@
+"""The Transformer as it was first: an encoder, and a decoder that attends to what it made.
+
+Vaswani et al., "Attention Is All You Need" (2017), arXiv:1706.03762.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import flashattn
+
+from .cache import Cache, Step
+from .config import Config
+from .layers import Linear, make_norm
+from .positions import sinusoids
+from .transformer import Stack
+
+
+class Memory(NamedTuple):
+    """What an encoder made: (batch, seq, width), and how many of each sequence exist."""
+
+    hidden: Tensor
+    lengths: Tensor | None
+
+
+class EncoderDecoder(nn.Module):
+    """As its config says; both sides share the token embedding.
+
+    >>> import torch
+    >>> from model import Config, EncoderDecoder
+    >>> config = Config("t5", vocab_size=100, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=64,
+    ...     context=512, causal=False, norm="rms", norm_eps=1e-6, norm_first=True, activation="relu", gated=False,
+    ...     positions="relative", bias=False, decoder_layers=2, relative_buckets=32, scale=1.0)
+    >>> model = EncoderDecoder(config)
+    >>> model(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 8]])).shape
+    torch.Size([1, 2, 100])
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.encoder = Stack(config, config.layers, causal=False)
+        self.decoder = Stack(config, config.decoder_layers, causal=True, crosses=True)
+        self.encoder_embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.decoder_embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+
+    def embed(self, tokens: Tensor, positions: Tensor, norm: nn.Module | None) -> Tensor:
+        x = self.token_embedding(tokens)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        if self.config.positions == "sinusoidal":
+            x = x + sinusoids(positions, self.config.width).to(x.dtype)
+        return x if norm is None else norm(x)
+
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Memory:
+        """tokens (batch, seq), padded on the right where `lengths` (batch,) says so."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        step = Step(positions, causal=False, lengths=lengths)
+        return Memory(self.encoder.run(self.embed(tokens, positions, self.encoder_embedding_norm), step), lengths)
+
+    def decode(
+        self, tokens: Tensor, memory: Memory, lengths: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds."""
+        batch, seq = tokens.shape
+        if cache is None:
+            positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
+        else:
+            positions = cache.positions(seq)
+        step = Step(positions, True, lengths, cache=cache, memory=memory.hidden, memory_lengths=memory.lengths)
+        return self.decoder.run(self.embed(tokens, positions, self.decoder_embedding_norm), step)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache of the decoder for so many sequences of up to `capacity` tokens."""
+        return Cache(self.config, batch, capacity, self.token_embedding.weight, None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, width) to (…, vocab_size)."""
+        weight = self.token_embedding.weight if self.head is None else self.head.weight
+        return flashattn.linear(hidden * self.config.logit_scale, weight, self.head_bias)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Logits (batch, seq, vocab_size) of the decoder, which reads `targets`: begun with the start token."""
+        return self.logits(self.decode(targets, self.encode(tokens, lengths), target_lengths))

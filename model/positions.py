@@ -1,0 +1,72 @@
+"""Where a token stands: rotary tables, sinusoids, and biases by distance."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+
+
+def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * theta^(-2i / head_dim).
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
+    """
+    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[:, None, :, None].float() * config.rope_theta ** (-i / config.head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, seq, head_dim)."""
+    cos, sin = table
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(batch, seq, width): sines of positions * 10000^(-2i / width) in the first half, their cosines in the second.
+
+    Vaswani et al., "Attention Is All You Need" (2017), section 3.5, where the two alternate: an order of the
+    dimensions, which the weights learn.
+    """
+    i = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * 10000.0 ** (-i / width)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class RelativeBias(nn.Module):
+    """A learned bias of the scores for each head and bucket of distances: near ones have a bucket each, far ones share
+    them, wider and wider up to `relative_distance`. Where a query sees keys behind it, they have half of the buckets.
+
+    Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2019),
+    arXiv:1910.10683, section 2.1.
+    """
+
+    def __init__(self, config: Config, causal: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
+        self.distance, self.causal = config.relative_distance, causal
+
+    def buckets(self, offset: Tensor) -> Tensor:
+        """offset: key minus query."""
+        count = len(self.weight)
+        if self.causal:
+            first, distance = 0, (-offset).clamp(min=0)
+        else:
+            count //= 2
+            first, distance = (offset > 0).long() * count, offset.abs()
+        exact = count // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.distance / exact)
+        far = (exact + (ratio * (count - exact)).long()).clamp(max=count - 1)
+        return first + torch.where(distance < exact, distance, far)
+
+    def forward(self, queries: Tensor, keys: int) -> Tensor:
+        """(batch or 1, heads, seq_q, keys) for queries at positions (batch, seq_q) and keys from 0 on."""
+        if (queries == queries[:1]).all():
+            queries = queries[:1]
+        offset = torch.arange(keys, device=queries.device) - queries[..., None]
+        return self.weight[self.buckets(offset)].permute(0, 3, 1, 2)
