@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import triton
 from rich import box
 from rich.console import Console
@@ -19,6 +18,7 @@ from flashattn.kernels.configs import SHARED_MEMORY
 
 from . import launches, named_kernel
 from .compiled import Kernel, compile_for
+from .report import make_console
 from .sass import Loop, tensor_loops
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100", "gfx1201"]
@@ -46,15 +46,6 @@ def project_launches(names: list[str]) -> list[Call]:
         "decode": [Call("head_dim 128", launches.decode((4, 8, 512, 128)).run)],
     }  # fmt: skip
     return [call for name in names for call in found[name]]
-
-
-def named_launch(name: str, words: list[str]) -> Call:
-    """A kernel file.py:function with its arguments."""
-    function, arguments = named_kernel.load_function(name), named_kernel.arguments(words)
-    if not hasattr(function, "warmup"):
-        return Call("", function)
-    named_kernel.check_arguments(function, arguments)
-    return Call("", lambda: function[(1,)](**arguments))
 
 
 def compile_all(calls: list[Call], architectures: list[str], console: Console) -> list[Compiled]:
@@ -140,10 +131,10 @@ def write_json(kernels: Iterable[Compiled], file: Path) -> None:
 
 def run(what: list[str], architectures: list[str], json_file: Path | None) -> int:
     """0: all fit; 1: one does not."""
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console = make_console(160)
     named = [word for word in what if ".py" in word]
     if named:
-        calls = [named_launch(named[0], [word for word in what if word != named[0]])]
+        calls = [Call("", named_kernel.launch(named[0], [word for word in what if word != named[0]]))]
     else:
         unknown = [word for word in what if word not in ("attention", "norm", "decode")]
         if unknown:
@@ -151,7 +142,6 @@ def run(what: list[str], architectures: list[str], json_file: Path | None) -> in
                 f"takes attention, norm, decode or file.py:function with its arguments, got {unknown[0]!r}"
             )
         calls = project_launches(what or ["attention", "norm", "decode"])
-    torch.manual_seed(0)
     kernels = compile_all(calls, architectures, console)
     console.print(f"compiled by Triton {triton.__version__} for {', '.join(architectures)}; no GPU has run them")
     fits = print_kernels(console, kernels)

@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import flashattn
 from model.packages import locate
 
 from .cpu import Result
-from .report import machine
+from .report import machine, make_console
 
 
 class Figure(NamedTuple):
@@ -154,7 +153,7 @@ def row(r: Result) -> list[str]:
 
 
 def print_results(results: Iterable[Result], ceiling: dict[str, float]) -> list[Result]:
-    console = Console(width=None if Console().is_terminal else 132, highlight=False)
+    console = make_console(132)
     console.print(f"{machine()}; {date.today()}")
     console.print(
         f"ceilings in this run: {ceiling['float32']:.0f} GFLOP/s float32, {ceiling['bfloat16']:.0f} bfloat16 "
@@ -183,7 +182,7 @@ def print_results(results: Iterable[Result], ceiling: dict[str, float]) -> list[
 
 
 def print_figures(figures: Iterable[Figure]) -> list[Figure]:
-    console = Console(width=None if Console().is_terminal else 132, highlight=False)
+    console = make_console(132)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("figure", no_wrap=True)
     for name in ("measured", "asked"):

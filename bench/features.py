@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
@@ -17,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import flashattn
 
 from .measure import Pair, max_error, pair
-from .report import machine
+from .report import machine, make_console
 
 CPU = torch.device("cpu")
 ALLOWED = 1.25  # times the plain call
@@ -106,7 +105,7 @@ def measure(name: str, dtype: torch.dtype, shape: tuple[int, ...], seconds: floa
 
 
 def print_costs(costs: Iterable[Cost], shape: tuple[int, ...]) -> list[Cost]:
-    console = Console(width=None if Console().is_terminal else 132, highlight=False)
+    console = make_console(132)
     console.print(f"features on {machine()}; {date.today()}")
     console.print(f"(batch, heads, seq, head_dim) {shape}; times the plain call, median of interleaved pairs;")
     console.print(f"asked for: at most {ALLOWED}x; error: largest difference to float64, with the feature / plain")

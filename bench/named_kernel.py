@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -108,3 +109,16 @@ def check_arguments(kernel: JITFunction, named: dict[str, object]) -> None:
             surplus
         )
         raise UsageError(f"{'; '.join(lines)}. The kernel takes {', '.join(params)}")
+
+
+def launch(name: str, words: list[str], grid: tuple[int, ...] = (1,)) -> Callable[[], object]:
+    """What runs "file.py:function" with these arguments; a function that is no kernel takes none."""
+    function = load_function(name)
+    if not hasattr(function, "warmup"):
+        if words:
+            raise UsageError(f"{name} is no kernel: it is called without arguments")
+        return function
+    torch.manual_seed(0)
+    named = arguments(words)
+    check_arguments(function, named)
+    return lambda: function[grid](**named)

@@ -34,6 +34,11 @@ def machine() -> str:
     return f"{cpu}{gpu}; torch {torch.__version__}, flashattn {flashattn.__version__}"
 
 
+def make_console(width: int = 120) -> Console:
+    """As wide as the terminal; `width` where there is none."""
+    return Console(width=None if Console().is_terminal else width, highlight=False)
+
+
 def row(result: Result) -> list[str]:
     case, times = result.case, result.times
     call = ("bwd" if case.backward else "fwd") + (" causal" if case.causal else " full")
@@ -47,7 +52,7 @@ def row(result: Result) -> list[str]:
 
 def print_table(results: Iterable[Result]) -> list[Result]:
     """Print the results as one table, with progress while they are measured, and return them."""
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console = make_console()
     console.print(f"attention on {machine()}")
     console.print("shape: batch, heads, seq, head_dim; error: largest difference to float64; ms: median;")
     console.print("ratio: torch's time / ours, median of interleaved pairs; torch's: scaled_dot_product_attention")

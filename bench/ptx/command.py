@@ -14,6 +14,7 @@ import flashattn
 
 from .. import launches, named_kernel
 from ..named_kernel import UsageError
+from ..report import make_console
 from . import report
 from .driver import ARCHITECTURES, device
 
@@ -93,21 +94,12 @@ def call_of(args):
     """What a kernel of a file runs."""
     if ":" not in args.what:
         raise UsageError(f"takes {', '.join(SHAPES)} or file.py:function, got {args.what!r}")
-    function = named_kernel.load_function(args.what)
-    if not hasattr(function, "warmup"):
-        if args.arguments:
-            raise UsageError(f"{args.what} is no kernel: it is called without arguments")
-        return function
-    torch.manual_seed(0)
-    arguments = named_kernel.arguments(args.arguments)
-    named_kernel.check_arguments(function, arguments)
-    grid = numbers(args.grid, "--grid")
-    return lambda: function[grid](**arguments)
+    return named_kernel.launch(args.what, args.arguments, numbers(args.grid, "--grid"))
 
 
 def run(args) -> int:
     """0: ran and, where there is a truth, is right; 1: wrong, or a fault."""
-    console = report.make_console()
+    console = make_console(200)
     work = work_of(args)
     call = work.run if work else call_of(args)
     start = time.perf_counter()

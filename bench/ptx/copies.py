@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .loads import global_access, global_race, in_space, shared_place
+from .loads import global_read, in_space, shared_place
 from .parse import Instruction
 from .program import Program, Step, builds, put
 from .warps import constant_bits
@@ -50,7 +50,9 @@ def copy_async(program: Program, instruction: Instruction) -> Step | None:
         for size in np.unique(taken[taken > 0]):  # the rest of the bytes are zeros
             chosen = taken == size
             address = in_space("global", from_address(unit)[lanes[chosen]])
-            data[chosen, :size] = read_for_copy(unit, pc, instruction, lanes[chosen], address, int(size), nbytes)
+            data[chosen, :size] = global_read(
+                unit, pc, instruction, lanes[chosen], address, 1, int(size), nbytes, "copies"
+            )
         shared, block, thread = unit.wave.shared, unit.block[lanes], unit.thread[lanes]
         shared_place(unit, instruction, lanes, where, nbytes, nbytes)
         unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], where, nbytes)
@@ -60,15 +62,6 @@ def copy_async(program: Program, instruction: Instruction) -> Step | None:
         unit.copies.append(Copy(lanes, where, data, unit.copied[lanes]))
 
     return run
-
-
-def read_for_copy(unit, pc, instruction, lanes, address, size: int, align: int) -> np.ndarray:
-    global_access(unit, instruction, lanes, address, size, align, "copies")
-    unit.wave.counts.global_access(pc, lanes >> 5, address, size)
-    memory = unit.wave.memory
-    if race := memory.race_of_read(address, size, unit.number[lanes]):
-        raise global_race(unit, instruction, lanes, address, size, race, "copies", "wrote")
-    return memory.load(address, 1, size)
 
 
 def commit(unit, mask) -> None:

@@ -38,7 +38,7 @@ def pipe(instruction: Instruction) -> str:
         return "move"
     if base in MEMORY:
         return "memory"
-    if base in CONTROL or instruction.op.startswith("cp.async.w"):
+    if base in CONTROL:
         return "control"
     if base in SPECIAL or (base == "div" and kind in ("f32", "f64")):
         return "special"
@@ -63,12 +63,12 @@ class Counts:
             setattr(self, field, np.zeros(len(instructions), np.int64))
         self.read_bytes = self.written_bytes = 0  # each sector once
 
-    def global_access(self, pc: int, warp: np.ndarray, address: np.ndarray, nbytes: int | np.ndarray) -> None:
+    def global_access(self, pc: int, warp: np.ndarray, address: np.ndarray, nbytes: int) -> None:
         """One access of each lane, all within aligned sectors."""
         sectors = address.astype(np.int64) // SECTOR
         self.global_requests[pc] += distinct(warp)
         self.global_sectors[pc] += distinct(warp.astype(np.int64) << 44 | sectors & ((1 << 44) - 1))
-        self.global_bytes[pc] += int(np.sum(nbytes)) if isinstance(nbytes, np.ndarray) else nbytes * len(address)
+        self.global_bytes[pc] += nbytes * len(address)
 
     def shared_access(self, pc: int, warp: np.ndarray, lane: np.ndarray, address: np.ndarray, nbytes: int) -> None:
         """warp numbers the requests: one for each warp of each block."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from flashattn.kernels.configs import SHARED_MEMORY
 from ..compiled import NoDriver, driver
 from .counts import Counts
 from .faults import Fault
-from .machine import Limits, execute
+from .machine import MAX_INSTRUCTIONS, execute
 from .memory import Named, named
 from .parse import parse
 from .program import Program
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def device(architecture: str, *, max_instructions: int = Limits().instructions) -> Iterator[Device]:
+def device(architecture: str, *, max_instructions: int = MAX_INSTRUCTIONS) -> Iterator[Device]:
     """Within the block every Triton kernel that is launched on CPU tensors is compiled for `architecture` ("sm_80",
     "sm_90" …) and executed by the PTX machine. `launches` of what it gives is the list of what ran, with its counts.
 
@@ -66,7 +66,7 @@ def device(architecture: str, *, max_instructions: int = Limits().instructions) 
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    gpu = Device(architecture, Limits(max_instructions))
+    gpu = Device(architecture, max_instructions)
     with driver(gpu):
         yield gpu
 
@@ -74,19 +74,19 @@ def device(architecture: str, *, max_instructions: int = Limits().instructions) 
 class Device(NoDriver, GPUDriver):
     """What Triton asks of a driver."""
 
-    def __init__(self, architecture: str, limits: Limits):
+    def __init__(self, architecture: str, max_instructions: int):
         NoDriver.__init__(self, architecture)
-        self.limits = limits
+        self.max_instructions = max_instructions
         self.launches: list[Launch] = []
-        self.scratch: list[torch.Tensor] = []
         self.utils = self
         self.launcher_cls = Launcher
 
     def show(self, lines: bool = False) -> None:
         """Print what the launches did; lines: with the counts of each line of Python."""
+        from ..report import make_console
         from . import report  # which knows of Launch
 
-        console = report.make_console()
+        console = make_console(200)
         for launch in self.launches:
             report.print_launch(console, launch)
             if lines:
@@ -121,10 +121,10 @@ class Device(NoDriver, GPUDriver):
         element = {8: 9, 9: 10, 10: 8}.get(element, element)
         return np.frombuffer(encode_map(base, element, sizes, strides, box, swizzle, fill), np.uint8)
 
-    def allocate(self, size: int, align: int, stream) -> torch.Tensor:
+    def allocate(self, size: int, align: int) -> torch.Tensor:
         """Workspace that a kernel asks for."""
-        self.scratch.append(torch.zeros(size + align, dtype=torch.uint8))
-        return self.scratch[-1][-self.scratch[-1].data_ptr() % align :][:size]
+        memory = torch.zeros(size + align, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % align :][:size]
 
 
 class Launcher:
@@ -134,8 +134,7 @@ class Launcher:
         if getattr(metadata, "num_ctas", 1) != 1:
             raise Fault("unsupported", f"{metadata.name} runs in clusters of {metadata.num_ctas} blocks")
         self.metadata = metadata
-        self.names = list(src.signature) if isinstance(next(iter(src.signature), ""), str) else src.fn.arg_names
-        self.signature = list(src.signature.values())
+        self.signature = src.signature  # name -> type
         self.descriptors = getattr(metadata, "tensordesc_meta", None)
 
     @property
@@ -147,28 +146,24 @@ class Launcher:
         if enter is not None:
             enter(launch_metadata)
         grid = (x, y, z)
-        values = self.flatten(args)
+        values, tensors = self.flatten(args)
         for kind in ("global", "profile"):
             size = getattr(self.metadata, f"{kind}_scratch_size") * x * y * z
-            align = getattr(self.metadata, f"{kind}_scratch_align")
-            values.append((f"{kind} scratch", gpu.allocate(size, align, stream) if size else None))
-        tensors = [t for name, v in values if isinstance(v, torch.Tensor) and (t := self.tensor(name, v))]
+            scratch = gpu.allocate(size, getattr(self.metadata, f"{kind}_scratch_align")) if size else None
+            values.append(scratch)
+            tensors.append((f"{kind} scratch", scratch))
         program = self.program
         params = pack(program, values)
         threads = self.metadata.num_warps * 32
-        counts = execute(program, grid, threads, params, tensors, gpu.limits)
+        counts = execute(program, grid, threads, params, extents(tensors), gpu.max_instructions)
         gpu.launches.append(Launch(self.metadata.name, gpu.architecture, grid, threads, program.shared_bytes, counts))
         if leave is not None:
             leave(launch_metadata)
 
-    def tensor(self, name: str, tensor: torch.Tensor) -> Named | None:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be a CPU tensor to run on the PTX machine, got {tensor.device}")
-        return named(name, tensor)
-
-    def flatten(self, args: tuple) -> list[tuple[str, object]]:
-        """(name, value) of each parameter of the compiled kernel, in its order."""
-        found: list[tuple[str, object]] = []
+    def flatten(self, args: tuple) -> tuple[list, list[tuple[str, object]]]:
+        """(the values of the compiled kernel's parameters in their order, each tensor among them with its name)."""
+        values: list[object] = []
+        tensors: list[tuple[str, object]] = []
         descriptors = iter(self.descriptors or [])
 
         def visit(name, kind, value):
@@ -177,25 +172,35 @@ class Launcher:
                 for field, k, v in zip(fields, kind, value, strict=True):
                     visit(f"{name}.{field}", k, v)
             elif kind.startswith("tensordesc"):
-                found.append((f"{name} ", value.base))  # for its extent: dropped from the parameters below
-                for v in nvidia.make_tensordesc_arg(value, next(descriptors, None)):
-                    found.append((name, v))
+                tensors.append((name, value.base))
+                values.extend(nvidia.make_tensordesc_arg(value, next(descriptors, None)))
             elif kind != "constexpr":
-                found.append((name, value))
+                tensors.append((name, value))
+                values.append(value)
 
-        for name, kind, value in zip(self.names, self.signature, args, strict=True):
-            visit(str(name), kind, value)
-        return found
+        for (name, kind), value in zip(self.signature.items(), args, strict=True):
+            visit(name, kind, value)
+        return values, tensors
 
 
-def pack(program: Program, values: list[tuple[str, object]]) -> bytes:
-    """The bytes of the kernel's parameters. A name that ends in a blank is there for its tensor's extent alone."""
-    given = [v for name, v in values if not name.endswith(" ")]
-    params = program.function.params
-    if len(given) != len(params):
-        raise Fault("unsupported", f"{len(given)} arguments for a kernel of {len(params)} parameters")
-    data = bytearray(program.function.param_bytes)
-    for param, value in zip(params, given, strict=True):
+def extents(values: Iterable[tuple[str, object]]) -> list[Named]:
+    """Of the tensors among (name, value); they must lie in the CPU's memory."""
+    found = []
+    for name, value in values:
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu":
+                raise ValueError(f"{name} must be a CPU tensor to run on the PTX machine, got {value.device}")
+            found.append(named(name, value))
+    return [extent for extent in found if extent is not None]
+
+
+def pack(program: Program, values: list) -> bytes:
+    """The bytes of the kernel's parameters."""
+    function = program.function
+    if len(values) != len(function.params):
+        raise Fault("unsupported", f"{len(values)} arguments for a kernel of {len(function.params)} parameters")
+    data = bytearray(function.param_bytes)
+    for param, value in zip(function.params, values, strict=True):
         data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
     return bytes(data)
 
@@ -231,13 +236,9 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32) 
     ([0, 1, 2, 3], 4)
     """
     module = parse(text)
-    kernel = next(iter(module.kernels.values()))
-    program = Program(kernel, module)
-    tensors = [t for i, x in enumerate(args) if isinstance(x, torch.Tensor) and (t := named(f"argument {i}", x))]
-    data = bytearray(kernel.param_bytes)
-    for param, value in zip(kernel.params, args, strict=True):
-        data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
-    return execute(program, (*grid, 1, 1)[:3], threads, bytes(data), tensors)
+    program = Program(next(iter(module.kernels.values())), module)
+    tensors = extents((f"argument {i}", x) for i, x in enumerate(args))
+    return execute(program, (*grid, 1, 1)[:3], threads, pack(program, list(args)), tensors)
 
 
 @functools.lru_cache(maxsize=16)  # a large kernel takes some 20 MB

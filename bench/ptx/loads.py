@@ -64,15 +64,19 @@ def order_blocks(unit, lanes, address, acquires: bool = False, releases: bool = 
 
 
 def global_load(unit, pc: int, instruction: Instruction, lanes, address, width: int, count: int) -> np.ndarray:
-    nbytes = width * count
-    memory, block = unit.wave.memory, unit.number[lanes]
-    global_access(unit, instruction, lanes, address, nbytes, nbytes, "reads")
+    return global_read(unit, pc, instruction, lanes, address, width, count, width * count, "reads")
+
+
+def global_read(unit, pc, instruction, lanes, address, width, count, align: int, does: str) -> np.ndarray:
+    """A load, or a copy's: (n, count) elements."""
+    nbytes, memory = width * count, unit.wave.memory
+    global_access(unit, instruction, lanes, address, nbytes, align, does)
     unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
     if strong(instruction):
         if "acquire" in instruction.parts:
             order_blocks(unit, lanes, address, acquires=True)
-    elif race := memory.race_of_read(address, nbytes, block):
-        raise global_race(unit, instruction, lanes, address, nbytes, race, "reads", "wrote")
+    elif race := memory.race_of_read(address, nbytes, unit.number[lanes]):
+        raise global_race(unit, instruction, lanes, address, nbytes, race, does, "wrote")
     return memory.load(address, width, count)
 
 

@@ -8,7 +8,6 @@ of the units turns round after every barrier, so that what one warp must see of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -25,12 +24,7 @@ LANES = 8192  # of a wave, at most (one block at least)
 REGISTER_BYTES = 256 << 20  # of a wave's register files
 
 
-class Limits(NamedTuple):
-    instructions: int = 5_000_000  # of one unit in one wave: past it the kernel counts as endless
-    lanes: int = LANES
-
-
-LIMITS = Limits()
+MAX_INSTRUCTIONS = 5_000_000  # of one unit in one wave: past it the kernel counts as endless
 
 
 class Wave:
@@ -62,30 +56,30 @@ def execute(
     threads: int,
     params: bytes,
     tensors: Iterable[Named],
-    limits: Limits = LIMITS,
+    max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Counts:
     """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong."""
     counts = Counts(program.instructions)
     memory = GlobalMemory(tensors, (named for named, _ in program.constant_data), program.global_grain)
     blocks = grid[0] * grid[1] * grid[2]
     lane_bytes = sum({slot.register: 8 for slot in program.slots}.values())
-    together = max(1, min(limits.lanes // threads, REGISTER_BYTES // (lane_bytes * threads + 1)))
+    together = max(1, min(LANES // threads, REGISTER_BYTES // (lane_bytes * threads + 1)))
     values = np.frombuffer(params, np.uint8)
     with np.errstate(all="ignore"):
         for start in range(0, blocks, together):
             numbers = np.arange(start, min(start + together, blocks))
             wave = Wave(program, grid, numbers, threads, values, memory, counts)
-            run_wave(program, wave, limits)
+            run_wave(program, wave, max_instructions)
     counts.read_bytes, counts.written_bytes = memory.unique_bytes()
     return counts
 
 
-def run_wave(program: Program, wave: Wave, limits: Limits) -> None:
+def run_wave(program: Program, wave: Wave, max_instructions: int) -> None:
     size = 4 if program.careful else 1  # warps of a unit
     units = [Unit(program, wave, range(w, min(w + size, wave.warps))) for w in range(0, wave.warps, size)]
     while any(unit.ready for unit in units):
         for unit in units:
-            run_unit(program, unit, limits)
+            run_unit(program, unit, max_instructions)
         release(program, wave, units)
         units.reverse()
     stuck = [unit for unit in units if unit.parked or unit.waiting]
@@ -93,7 +87,7 @@ def run_wave(program: Program, wave: Wave, limits: Limits) -> None:
         raise deadlock(program, wave, stuck)
 
 
-def run_unit(program: Program, unit: Unit, limits: Limits) -> None:
+def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
     """Until every lane waits or is done."""
     steps, ends, controls, issued = program.steps, program.ends, program.controls, unit.wave.counts.issued
     while unit.ready:
@@ -107,8 +101,8 @@ def run_unit(program: Program, unit: Unit, limits: Limits) -> None:
         else:
             mask = run_carefully(program, unit, pc, end, mask)
         unit.steps += end - pc + 1
-        if unit.steps > limits.instructions:
-            message = f"more than {limits.instructions} instructions"
+        if unit.steps > max_instructions:
+            message = f"more than {max_instructions} instructions"
             raise unit.fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
         if not mask.any():
             continue

@@ -16,6 +16,13 @@ def matrix_rows(unit, mask, address_of, count: int) -> tuple[np.ndarray, np.ndar
     return warps, lanes, np.broadcast_to(address_of(unit), unit.count)[lanes].astype(np.int64)
 
 
+def place_rows(unit, pc: int, instruction: Instruction, warps: np.ndarray, lanes: np.ndarray, address) -> None:
+    """Rows of 16 bytes: inside the block's memory, and counted."""
+    shared_place(unit, instruction, lanes, address, 16, 16)
+    unit.wave.counts.shared_requests[pc] += len(warps)
+    unit.wave.counts.wavefronts(pc, lanes >> 3, address, 16)
+
+
 def matrix_count(instruction: Instruction) -> int:
     return int(next(p for p in instruction.parts if p in ("x1", "x2", "x4"))[1:])
 
@@ -34,10 +41,7 @@ def load_matrix(program: Program, instruction: Instruction) -> Step:
     def run(unit, mask):
         warps, lanes, address = matrix_rows(unit, mask, address_of, count)
         shared, block = unit.wave.shared, unit.block[lanes]
-        shared_place(unit, instruction, lanes, address, 16, 16)
-        counts = unit.wave.counts
-        counts.shared_requests[pc] += len(warps)
-        counts.wavefronts(pc, lanes >> 3, address, 16)
+        place_rows(unit, pc, instruction, warps, lanes, address)
         if problem := shared.check_read(block, address, 16, unit.thread[lanes]):
             raise unit.refuse(problem, instruction, lanes)
         tile = shared.load(block, address, 4, 4).view(np.uint16).reshape(len(warps), count, 8, 8)
@@ -67,9 +71,7 @@ def store_matrix(program: Program, instruction: Instruction) -> Step:
             tile = np.ascontiguousarray(tile.swapaxes(2, 3))
         rows = tile.view(np.uint32).reshape(-1, 4)
         shared = unit.wave.shared
-        shared_place(unit, instruction, lanes, address, 16, 16)
-        unit.wave.counts.shared_requests[pc] += len(warps)
-        unit.wave.counts.wavefronts(pc, lanes >> 3, address, 16)
+        place_rows(unit, pc, instruction, warps, lanes, address)
         if problem := shared.check_write(unit.block[lanes], address, rows, unit.thread[lanes]):
             raise unit.refuse(problem, instruction, lanes)
         shared.store(unit.block[lanes], address, rows)

@@ -70,6 +70,11 @@ class Segment:
         (self.written if write else self.read)[address.astype(np.int64) // SECTOR - self.first_sector] = True
 
 
+def place_of(lanes: np.ndarray | slice, at: int) -> int:
+    """Which of all lanes is number `at` of these: a mask, or all of them."""
+    return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
+
+
 class OutsideError(Exception):
     """An access that no segment holds, by its place among the lanes."""
 
@@ -111,16 +116,13 @@ class GlobalMemory:
         if not self.segments:
             raise OutsideError(0)
         number = np.searchsorted(self.starts, address, side="right") - 1
+        one = (number == number[0]).all()
         found = []
-        first = int(number[0])
-        for n in [first] if (number == first).all() else np.unique(number):
-            lanes = slice(None) if n == first and len(found) == 0 and (number == first).all() else number == n
-            there = address[lanes]
-            segment = self.segments[n]
+        for n, lanes in [(number[0], slice(None))] if one else [(n, number == n) for n in np.unique(number)]:
+            there, segment = address[lanes], self.segments[n]
             bad = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
-            if n < 0 or bad.any():
-                wrong = np.arange(len(address))[lanes][bad if n >= 0 else slice(None)]
-                raise OutsideError(int(wrong[0]))
+            if bad.any():  # those before the first segment too: -1 is the last one, whose start is past them
+                raise OutsideError(place_of(lanes, int(np.argmax(bad))))
             found.append((segment, lanes))
         return found
 
@@ -143,14 +145,20 @@ class GlobalMemory:
 
     # -------------------------------------------------------------------------------------------- races
 
+    def met(self, marks: tuple[np.ndarray, ...], mine: np.ndarray, lanes) -> tuple[int, int] | None:
+        """(lane, other block) where marks of blocks (n, grains) are of another one that nothing orders before."""
+        for other in marks:
+            bad = (other != 0) & (other != mine[:, None])
+            if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
+                return place_of(lanes, at[0]), at[1]
+        return None
+
     def race_of_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
         """(lane, other block) of a read of what another block wrote, and these reads noted."""
         for segment, lanes in self.split(address, nbytes):
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
-            for writer in (segment.writer[grains], segment.updater[grains]):
-                bad = (writer != 0) & (writer != mine[:, None])
-                if bad.any() and (at := self.order.first_unordered(bad, writer, mine)):
-                    return int(np.arange(len(address))[lanes][at[0]]), at[1]
+            if race := self.met((segment.writer[grains], segment.updater[grains]), mine, lanes):
+                return race
             reader = segment.reader[grains]
             segment.reader[grains] = np.where((reader == 0) | (reader == mine[:, None]), mine[:, None], MANY)
             again = segment.reader[grains]  # two blocks in this very access: the last one stands there
@@ -176,17 +184,15 @@ class GlobalMemory:
             other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
             bad = (bad & changes) | (clash & disagrees)
             if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
-                return int(np.arange(len(address))[lanes][at[0]]), at[1]
+                return place_of(lanes, at[0]), at[1]
         return None
 
     def race_of_update(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
         """(lane, other block) of an atomic on what another block wrote or read without one. Notes the atomic."""
         for segment, lanes in self.split(address, nbytes):
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
-            for other in (segment.writer[grains], segment.reader[grains]):
-                bad = (other != 0) & (other != mine[:, None])
-                if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
-                    return int(np.arange(len(address))[lanes][at[0]]), at[1]
+            if race := self.met((segment.writer[grains], segment.reader[grains]), mine, lanes):
+                return race
             segment.updater[grains] = np.broadcast_to(mine[:, None], grains.shape)
             segment.touch(address[lanes], False)
             segment.touch(address[lanes], True)

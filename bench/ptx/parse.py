@@ -106,7 +106,6 @@ class Function:
     variables: dict[str, Variable] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[tuple[int, str], int] = field(default_factory=dict)  # (scope, name) -> instruction number
-    threads: int = 0  # .reqntid
 
     @property
     def param_bytes(self) -> int:
@@ -239,9 +238,6 @@ class Parser:
         if declared:
             return
         function = Function(name, self.params(params or ""), self.params(returns or ""))
-        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+(?:\s*,\s*\d+)*)", head)
-        if threads:
-            function.threads = eval("*".join(threads.group(1).split(",")))  # digits and stars by the pattern
         self.body(function)
         (module.kernels if kind == "entry" else module.functions)[name] = function
 

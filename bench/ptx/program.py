@@ -42,7 +42,7 @@ class Slot(NamedTuple):
 
 class Program:
     def __init__(self, function: Function, module: Module, shared_bytes: int = 0):
-        self.function, self.name = function, function.name
+        self.function = function
         self.instructions = function.instructions
         self.slots: dict[Slot, int] = {}
         self.constants: dict[int, object] = {}
@@ -207,35 +207,21 @@ class Program:
 
 def assign(compute: Callable, operands: list[int], out: list[int | None], many: bool) -> Step:
     """slots[out] = compute(slots[operands]), where the mask holds."""
-    d = out[0]
     if many:
 
         def run(unit, mask):
             slots = unit.slots
-            values = compute(*(slots[i] for i in operands))
+            values = compute(*[slots[i] for i in operands])
             for where, value in zip(out, values, strict=False):
                 if where is not None:
                     put(slots[where], value, mask)
 
-    elif len(operands) == 1:
-        (a,) = operands
-
-        def run(unit, mask):
-            slots = unit.slots
-            put(slots[d], compute(slots[a]), mask)
-
-    elif len(operands) == 2:
-        a, b = operands
-
-        def run(unit, mask):
-            slots = unit.slots
-            put(slots[d], compute(slots[a], slots[b]), mask)
-
     else:
+        (result,) = out
 
         def run(unit, mask):
             slots = unit.slots
-            put(slots[d], compute(*[slots[i] for i in operands]), mask)
+            put(slots[result], compute(*[slots[i] for i in operands]), mask)
 
     return run
 

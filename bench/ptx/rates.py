@@ -61,7 +61,7 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     The instructions are those of PTX, of which the assembler makes fewer or more: moves, which it mostly erases, are
     left out.
     """
-    gpu = GPUS[LIKE.get(architecture, architecture)]
+    gpu = gpu_of(architecture)
     share = -(-blocks // gpu.sms) / max(blocks, 1)  # of all work, on the fullest SM
     clock = gpu.clock * 1e3  # clocks in a microsecond
     pipes = counts.by_pipe()
@@ -85,7 +85,11 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     return sorted(found, key=lambda bound: -bound.microseconds)
 
 
+def gpu_of(architecture: str) -> Gpu:
+    return GPUS[LIKE.get(architecture, architecture)]
+
+
 def tensor_rate(gpu: Gpu, parts: tuple[str, ...]) -> float:
-    """TFLOP/s for the type of A: the fourth last part of mma's name, the second last of wgmma's."""
+    """TFLOP/s for the type of A: the third last part of mma's name, the second last of wgmma's."""
     kind = parts[-3] if parts[0] == "mma" else parts[-2]
     return gpu.tensor.get(kind, gpu.tensor["f16"])

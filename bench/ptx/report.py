@@ -13,7 +13,7 @@ from rich.text import Text
 from .counts import PIPES, Counts, pipe
 from .driver import Launch
 from .parse import Location
-from .rates import GPUS, LIKE, bounds
+from .rates import bounds, gpu_of
 
 TRITON = "/triton/language/"  # the library's own functions, whatever environment compiled them
 AROUND = 2  # lines shown around a counted one
@@ -63,10 +63,6 @@ def barriers(counts: Counts) -> int:
 # ------------------------------------------------------------------------------------------------ terminal
 
 
-def make_console() -> Console:
-    return Console(width=None if Console().is_terminal else 200, highlight=False)
-
-
 def number(x: int) -> str:
     return f"{x:,}" if x else "."
 
@@ -85,7 +81,7 @@ def print_launch(console: Console, launch: Launch) -> None:
         table.add_row(name, value, note)
     console.print(table)
     limits = bounds(counts, launch.architecture, blocks)
-    gpu = GPUS[LIKE.get(launch.architecture, launch.architecture)]
+    gpu = gpu_of(launch.architecture)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.title = f"at least, on {gpu.name} (no latency, no caches)"
     for name, justify in (("limit", "left"), ("work", "right"), ("us", "right"), ("", "left")):
@@ -158,8 +154,9 @@ def print_lines(console: Console, launch: Launch) -> None:
     )
 
 
-SHORT = {"issued": "instr", "global_sectors": "sectors", "shared_wavefronts": "waves", "special": "spec",
-         **{name: name for name in ("tensor", "fma", "alu", "memory", "control", "move")}}  # fmt: skip
+SHORT = {name: name for name in PIPES} | {
+    "issued": "instr", "global_sectors": "sectors", "shared_wavefronts": "waves", "special": "spec",
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ page
 
@@ -194,7 +191,7 @@ def page(launches: list[Launch], command: str) -> str:
 def page_of_launch(launch: Launch) -> list[str]:
     counts, blocks = launch.counts, launch.blocks
     limits = bounds(counts, launch.architecture, blocks)
-    gpu = GPUS[LIKE.get(launch.architecture, launch.architecture)]
+    gpu = gpu_of(launch.architecture)
     rows = "".join(
         f"<tr><td class='name'>{html.escape(a).replace('  ', '&emsp;')}<td>{b}<td class='name'>{html.escape(c)}"
         for a, b, c in summary(counts)
@@ -210,8 +207,9 @@ def page_of_launch(launch: Launch) -> list[str]:
         f"<table><tr><th class='name'>at least, on {gpu.name}<th>work<th>us<th>{bars}</table></div>",
     ]
     total = max(counts.total("issued"), 1)
-    most = max((sums["issued"] for sums in by_line(counts).values()), default=1)
-    for file, lines in source_lines(launch).items():
+    files = source_lines(launch)
+    most = max((sums["issued"] for lines in files.values() for _, _, sums in lines if sums), default=1)
+    for file, lines in files.items():
         head = "".join(f"<th>{SHORT[name]}" for name in LINE_FIELDS)
         out.append(
             f"<h2>{html.escape(Path(file).name)}</h2><table class='source'>"

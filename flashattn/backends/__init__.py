@@ -76,10 +76,21 @@ def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...
     return _choose_once(forced, device_type, dtypes, wide)
 
 
-def decide_anew() -> None:
-    """Forget what was decided about this machine: for those who give Triton another driver."""
-    _choose_once.cache_clear()
+@contextlib.contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Within the block the triton backend takes CPU tensors: for who gives Triton a driver that launches on them."""
+    before = triton.takes_cpu
+    set_triton_on_cpu(True)
+    try:
+        yield
+    finally:
+        set_triton_on_cpu(before)
+
+
+def set_triton_on_cpu(takes: bool) -> None:
+    triton.takes_cpu = takes
     triton.unusable.cache_clear()
+    _choose_once.cache_clear()
 
 
 @functools.cache

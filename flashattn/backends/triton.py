@@ -47,28 +47,22 @@ else:
     triton = None
 
 
+takes_cpu = False  # whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so
+
+
 @functools.cache
 def unusable(device_type: str) -> str | None:
     if triton is None:
         return "the triton package is not installed"
     if triton.knobs.runtime.interpret:
         return None
-    if device_type == driver_device():  # a driver for CPU tensors, as bench.ptx has
+    if device_type == "cpu" and takes_cpu:
         return None
     if device_type != "cuda":  # PyTorch calls AMD's devices cuda too
         return f"it runs on GPUs, not on {device_type} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     return None
-
-
-def driver_device() -> str | None:
-    """The type of the tensors that Triton's active driver takes if it is not a GPU's, else None."""
-    try:
-        found = triton.runtime.driver.active.get_active_torch_device().type
-    except RuntimeError:  # no driver at all
-        return None
-    return None if found == "cuda" else found
 
 
 def on_its_device(verb):
