@@ -12,6 +12,16 @@ import flashattn
 from .config import Config
 
 
+def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: Cache | None = None, **more) -> Step:
+    """Of tokens (batch, seq), which follow those that a cache holds."""
+    if cache is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    else:
+        positions = cache.positions(tokens.shape[1])
+        lengths = None if lengths is None else lengths.cpu()  # once, and not in every layer
+    return Step(positions, causal, lengths, cache=cache, **more)
+
+
 @dataclass
 class Step:
     """One forward pass: which positions its tokens have, and which of them exist."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import flashattn
 
-from .cache import Cache, Step
+from .cache import Cache, Step, make_step
 from .config import Config
-from .layers import Linear, make_norm
+from .layers import Linear, embed, make_norm
 from .positions import sinusoids
 from .transformer import Stack
 
@@ -50,31 +50,23 @@ class EncoderDecoder(nn.Module):
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
 
-    def embed(self, tokens: Tensor, positions: Tensor, norm: nn.Module | None) -> Tensor:
-        x = self.token_embedding(tokens)
-        if self.config.embedding_scale != 1:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+    def embed(self, tokens: Tensor, step: Step, norm: nn.Module | None) -> Tensor:
+        x = embed(self.token_embedding, tokens, self.config.embedding_scale)
         if self.config.positions == "sinusoidal":
-            x = x + sinusoids(positions, self.config.width).to(x.dtype)
+            x = x + sinusoids(step.positions, self.config.width).to(x.dtype)
         return x if norm is None else norm(x)
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Memory:
         """tokens (batch, seq), padded on the right where `lengths` (batch,) says so."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        step = Step(positions, causal=False, lengths=lengths)
-        return Memory(self.encoder.run(self.embed(tokens, positions, self.encoder_embedding_norm), step), lengths)
+        step = make_step(tokens, False, lengths)
+        return Memory(self.encoder.run(self.embed(tokens, step, self.encoder_embedding_norm), step), lengths)
 
     def decode(
         self, tokens: Tensor, memory: Memory, lengths: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds."""
-        batch, seq = tokens.shape
-        if cache is None:
-            positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
-        else:
-            positions = cache.positions(seq)
-        step = Step(positions, True, lengths, cache=cache, memory=memory.hidden, memory_lengths=memory.lengths)
-        return self.decoder.run(self.embed(tokens, positions, self.decoder_embedding_norm), step)
+        step = make_step(tokens, True, lengths, cache, memory=memory.hidden, memory_lengths=memory.lengths)
+        return self.decoder.run(self.embed(tokens, step, self.decoder_embedding_norm), step)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache of the decoder for so many sequences of up to `capacity` tokens."""

@@ -30,6 +30,12 @@ def make_norm(config: Config, width: int | None = None) -> nn.Module:
     return norm(width or config.width, eps=config.norm_eps, weight_offset=config.norm_offset)
 
 
+def embed(embedding: nn.Embedding, tokens: Tensor, scale: float) -> Tensor:
+    """Times a scale that is rounded to the dtype first, as it was in training."""
+    x = embedding(tokens)
+    return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 import flashattn
 
-from .cache import Cache, Step
+from .cache import Cache, Step, make_step
 from .config import Config
 from .heads import HEADS
-from .layers import Block, Linear, make_norm
+from .layers import Block, Linear, embed, make_norm
 from .positions import RelativeBias, rotary_table
 
 
@@ -73,19 +73,12 @@ class Transformer(Stack):
         Sequences shorter than seq are padded on the right, with their `lengths` (batch,) given; what stands at the
         padding is undefined. With a cache, tokens follow those it holds.
         """
-        batch, seq = tokens.shape
+        seq = tokens.shape[1]
         held = 0 if cache is None else max(cache.lengths, default=0)
         if held + seq > self.config.context:
             raise ValueError(f"tokens must fit the context of {self.config.context}, got {held + seq}")
-        if cache is None:
-            positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
-        else:
-            positions = cache.positions(seq)
-            lengths = None if lengths is None else lengths.cpu()  # once, and not in every layer
-        step = Step(positions, self.config.causal, lengths, cache=cache)
-        x = self.token_embedding(tokens)
-        if self.config.embedding_scale != 1:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to the dtype, as it was trained
+        step = make_step(tokens, self.config.causal, lengths, cache)
+        x = embed(self.token_embedding, tokens, self.config.embedding_scale)
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
         elif cache is None:

@@ -24,6 +24,10 @@ SMALL_ENCODER = dict(
     vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=64,
 )  # fmt: skip
+SMALL_DECODER = dict(
+    vocab_size=101, hidden_size=48, intermediate_size=72, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64,
+)  # fmt: skip
 EXTRA = {"SequenceClassification": dict(num_labels=5), "TokenClassification": dict(num_labels=7)}
 TINY = {
     "llama": lambda: transformers.LlamaForCausalLM(
@@ -40,27 +44,23 @@ TINY = {
     ),
     "mistral": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, sliding_window=9,
+            **SMALL_DECODER, num_hidden_layers=2, sliding_window=9,
         )
     ),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=20, max_position_embeddings=64, tie_word_embeddings=True,
+            **SMALL_DECODER, num_hidden_layers=2, head_dim=20, tie_word_embeddings=True,
         )
     ),
     "qwen3_with_windows": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=20, max_position_embeddings=64, use_sliding_window=True, sliding_window=7,
+            **SMALL_DECODER, num_hidden_layers=3, head_dim=20, use_sliding_window=True, sliding_window=7,
             max_window_layers=1,
         )
     ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=20, max_position_embeddings=64, sliding_window=9, query_pre_attn_scalar=30,
+            **SMALL_DECODER, num_hidden_layers=3, head_dim=20, sliding_window=9, query_pre_attn_scalar=30,
             attn_implementation="eager",
         )
     ),

@@ -5,6 +5,8 @@ Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size" (2024)
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Config
 from . import llama
 from .llama import IGNORED, PREFIXES
@@ -21,8 +23,8 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
 
 def config(hf: dict) -> Config:
     types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
-    return llama.config(
-        hf,
+    return replace(
+        llama.config(hf),
         family="gemma2",
         windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
         activation=ACTIVATIONS[hf.get("hidden_activation", "gelu_pytorch_tanh")],

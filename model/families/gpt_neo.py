@@ -5,6 +5,8 @@ Black et al., "GPT-Neo: Large Scale Autoregressive Language Modeling with Mesh-T
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Config
 from . import gpt2
 from .gpt2 import PREFIXES
@@ -25,25 +27,8 @@ def config(hf: dict) -> Config:
     unknown = set(kinds) - {"global", "local"}
     if unknown:
         raise ValueError(f"attention_types must be global or local, got {min(unknown)!r}")
-    return Config(
-        family="gpt_neo",
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_layers"],
-        heads=hf["num_heads"],
-        kv_heads=hf["num_heads"],
-        head_dim=hf["hidden_size"] // hf["num_heads"],
-        hidden=hf.get("intermediate_size") or 4 * hf["hidden_size"],
-        context=hf["max_position_embeddings"],
-        causal=True,
-        norm="layer",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        norm_first=True,
-        activation=gpt2.ACTIVATIONS[hf.get("activation_function", "gelu_new")],
-        gated=False,
-        positions="learned",
-        qkv_bias=False,
-        windows=tuple(hf["window_size"] if kind == "local" else None for kind in kinds),
-        scale=1.0,
-        tied=hf.get("tie_word_embeddings", True),
-    )
+    names = dict(n_embd="hidden_size", n_layer="num_layers", n_head="num_heads", n_positions="max_position_embeddings")
+    own = {gpt2_name: hf[name] for gpt2_name, name in names.items()} | {"n_inner": hf.get("intermediate_size")}
+    values = gpt2.config(hf | own)
+    windows = tuple(hf["window_size"] if kind == "local" else None for kind in kinds)
+    return replace(values, family="gpt_neo", qkv_bias=False, windows=windows, scale=1.0)

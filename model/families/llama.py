@@ -25,8 +25,7 @@ PREFIXES = ("model.",)
 IGNORED = ("rotary_emb.*",)
 
 
-def config(hf: dict, **changes) -> Config:
-    """changes: what a family that is a Llama but for something has otherwise."""
+def config(hf: dict) -> Config:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -34,7 +33,7 @@ def config(hf: dict, **changes) -> Config:
     if hf.get("attention_bias") or hf.get("mlp_bias"):
         raise ValueError("attention_bias and mlp_bias must be false")
     heads = hf["num_attention_heads"]
-    values = dict(
+    return Config(
         family="llama",
         vocab_size=hf["vocab_size"],
         width=hf["hidden_size"],
@@ -55,7 +54,6 @@ def config(hf: dict, **changes) -> Config:
         bias=False,
         tied=hf.get("tie_word_embeddings", False),
     )
-    return Config(**values | changes)
 
 
 def sliding_windows(hf: dict) -> tuple[int | None, ...]:

@@ -5,6 +5,8 @@ Jiang et al., "Mistral 7B" (2023), arXiv:2310.06825.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Config
 from . import llama
 from .llama import IGNORED, NAMES, PREFIXES
@@ -13,4 +15,4 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
 
 
 def config(hf: dict) -> Config:
-    return llama.config(hf, family="mistral", windows=llama.sliding_windows(hf))
+    return replace(llama.config(hf), family="mistral", windows=llama.sliding_windows(hf))

@@ -5,6 +5,8 @@ Yang et al., "Qwen3 Technical Report" (2025), arXiv:2505.09388.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Config
 from . import llama
 from .llama import IGNORED, PREFIXES
@@ -19,4 +21,4 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
 
 def config(hf: dict) -> Config:
     windows = llama.sliding_windows(hf) if hf.get("use_sliding_window") else (None,)
-    return llama.config(hf, family="qwen3", qk_norm=True, windows=windows)
+    return replace(llama.config(hf), family="qwen3", qk_norm=True, windows=windows)

@@ -10,26 +10,33 @@ from torch import Tensor
 
 from ..config import Config
 
-NAMES = {"token_embedding.weight": "shared.weight", "head.weight": "lm_head.weight"}
-for side, feed_forward in (("encoder", 1), ("decoder", 2)):
-    layer = f"{side}.block.{{i}}.layer"
-    NAMES |= {
-        f"{side}.relative.weight": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        f"{side}.norm.weight": f"{side}.final_layer_norm.weight",
-        f"{side}.blocks.{{i}}.attention_norm": f"{layer}.0.layer_norm",
-        f"{side}.blocks.{{i}}.feed_forward_norm": f"{layer}.{feed_forward}.layer_norm",
-        f"{side}.blocks.{{i}}.feed_forward.gate": f"{layer}.{feed_forward}.DenseReluDense.wi_0",
-        f"{side}.blocks.{{i}}.feed_forward.up": f"{layer}.{feed_forward}.DenseReluDense.wi_1",
-        f"{side}.blocks.{{i}}.feed_forward.down": f"{layer}.{feed_forward}.DenseReluDense.wo",
+PROJECTIONS = {"q": "q", "k": "k", "v": "v", "out": "o"}
+
+
+def layer_names(feed_forward: int) -> dict[str, str]:
+    """Of one side's layers, whose feed-forward has this number."""
+    names = {f"attention.{ours}": f"layer.0.SelfAttention.{theirs}" for ours, theirs in PROJECTIONS.items()}
+    dense = f"layer.{feed_forward}.DenseReluDense"
+    return names | {
+        "attention_norm": "layer.0.layer_norm",
+        "feed_forward_norm": f"layer.{feed_forward}.layer_norm",
+        "feed_forward.gate": f"{dense}.wi_0",
+        "feed_forward.up": f"{dense}.wi_1",
+        "feed_forward.down": f"{dense}.wo",
     }
-    NAMES |= {
-        f"{side}.blocks.{{i}}.attention.{ours}": f"{layer}.0.SelfAttention.{theirs}" for ours, theirs in zip(
-            ("q", "k", "v", "out"), "qkvo", strict=True)
-    }  # fmt: skip
-NAMES["decoder.blocks.{i}.cross_attention_norm"] = "decoder.block.{i}.layer.1.layer_norm"
+
+
+CROSS = {f"cross_attention.{ours}": f"layer.1.EncDecAttention.{theirs}" for ours, theirs in PROJECTIONS.items()}
+LAYERS = {"encoder": layer_names(1), "decoder": layer_names(2) | CROSS | {"cross_attention_norm": "layer.1.layer_norm"}}
+NAMES = {"token_embedding.weight": "shared.weight", "head.weight": "lm_head.weight"}
+NAMES |= {f"{side}.norm.weight": f"{side}.final_layer_norm.weight" for side in LAYERS}
 NAMES |= {
-    f"decoder.blocks.{{i}}.cross_attention.{ours}": f"decoder.block.{{i}}.layer.1.EncDecAttention.{theirs}"
-    for ours, theirs in zip(("q", "k", "v", "out"), "qkvo", strict=True)
+    f"{side}.relative.weight": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in LAYERS
+}
+NAMES |= {
+    f"{side}.blocks.{{i}}.{ours}": f"{side}.block.{{i}}.{theirs}"
+    for side, names in LAYERS.items()
+    for ours, theirs in names.items()
 }
 PREFIXES = ()
 IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.*")
