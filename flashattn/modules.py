@@ -34,7 +34,8 @@ class _Norm(nn.Module):
 
 
 class LayerNorm(_Norm):
-    """`torch.nn.LayerNorm` over the last dimension, fused, with a residual and `prenorm` in the call.
+    """`torch.nn.LayerNorm` over the last dimension, fused, with residual, `prenorm` and `dropout_p` in the call (the
+    caller gives `dropout_p` in training only).
 
     With `heads`, x is (..., heads, width) and the parameters are (heads, width): each head has its own.
 
@@ -49,15 +50,15 @@ class LayerNorm(_Norm):
     ):  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, bias, heads, weight_offset, device, dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False):
+    def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
         return layer_norm(
-            x, self.weight, self.bias, self.eps, residual, prenorm=prenorm, weight_offset=self.weight_offset
+            x, self.weight, self.bias, self.eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset
         )
 
 
 class RMSNorm(_Norm):
-    """`torch.nn.RMSNorm` over the last dimension, fused, with a residual and `prenorm` in the call. As there, eps None
-    is the machine epsilon of x's dtype; `heads` as in `LayerNorm`.
+    """`torch.nn.RMSNorm` over the last dimension, fused, with residual, `prenorm` and `dropout_p` in the call. As there,
+    eps None is the machine epsilon of x's dtype; `heads` as in `LayerNorm`.
 
     >>> import torch, flashattn
     >>> flashattn.RMSNorm(64, eps=1e-6)(torch.randn(2, 5, 64)).shape
@@ -70,9 +71,9 @@ class RMSNorm(_Norm):
     ):  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, False, heads, weight_offset, device, dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False):
+    def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return rms_norm(x, self.weight, eps, residual, prenorm=prenorm, weight_offset=self.weight_offset)
+        return rms_norm(x, self.weight, eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset)
 
 
 class MultiheadAttention(nn.MultiheadAttention):

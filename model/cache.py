@@ -1,8 +1,6 @@
-"""Keys and values kept between generation steps, and what one step needs to know."""
+"""Keys and values kept between generation steps."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,30 +8,6 @@ from torch import Tensor
 import flashattn
 
 from .config import Config
-
-
-def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: Cache | None = None, **more) -> Step:
-    """Of tokens (batch, seq), which follow those that a cache holds."""
-    if cache is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    else:
-        positions = cache.positions(tokens.shape[1])
-        lengths = None if lengths is None else lengths.cpu()  # once, and not in every layer
-    return Step(positions, causal, lengths, cache=cache, **more)
-
-
-@dataclass
-class Step:
-    """One forward pass: which positions its tokens have, and which of them exist."""
-
-    positions: Tensor  # (batch, seq)
-    causal: bool
-    lengths: Tensor | None  # (batch,) int: how many of its tokens each sequence has
-    rotary: tuple[Tensor, Tensor] | None = None
-    cache: Cache | None = None
-    bias: Tensor | None = None  # of the scores, by relative positions
-    memory: Tensor | None = None  # (batch, seq, width) of an encoder that a decoder attends to
-    memory_lengths: Tensor | None = None
 
 
 class Cache:

@@ -30,6 +30,7 @@ class Config:
     qkv_bias: bool = True  # of those for q, k and v, where the others have one
     token_types: int = 0  # rows of the segment embedding; 0 for none
     embedding_norm: bool = False
+    dropout: float = 0.0  # in training: of embeddings, of what each sublayer puts out, of attention's weights
     head: bool = True  # a language-model head
     tied: bool = True  # the head is the token embedding
     windows: tuple[int | None, ...] = (None,)  # layer i sees windows[i % n] keys, its own among them; None: all
@@ -67,5 +68,7 @@ class Config:
             raise ValueError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.norm not in ("layer", "rms"):
             raise ValueError(f"norm must be 'layer' or 'rms', got {self.norm!r}")

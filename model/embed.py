@@ -14,17 +14,19 @@ from .transformer import Transformer
 
 @torch.inference_mode()
 def embed(model: Transformer, tokenizer: Tokenizer, sentences: Sequence[str]) -> Tensor:
-    """Unit vectors (sentences, width)."""
+    """Unit vectors (sentences, width), computed from packed sequences: nothing is padded."""
     if not sentences:
         raise ValueError("sentences must hold at least one, got none")
-    encoded = [tokenizer.encode(sentence) for sentence in sentences]
-    lengths = torch.tensor([len(e) for e in encoded], dtype=torch.int32)
-    if int(lengths.max()) > model.config.context:
-        raise ValueError(f"sentences must fit the context of {model.config.context} tokens, got {int(lengths.max())}")
-    tokens = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.long)
-    for row, e in zip(tokens, encoded, strict=True):
-        row[: len(e)] = torch.tensor(e)
-    hidden = model.encode(tokens, lengths)
-    exists = torch.arange(tokens.shape[1]) < lengths[:, None]
-    mean = torch.where(exists[..., None], hidden, 0).sum(1) / lengths[:, None]
-    return F.normalize(mean, dim=-1)
+    tokens, lengths = pack([tokenizer.encode(sentence) for sentence in sentences])
+    return F.normalize(mean_of_each(model.encode(tokens, lengths), lengths), dim=-1)
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens (total,) and lengths (batch,), as `Transformer.encode` takes them."""
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    return torch.tensor([token for tokens in sequences for token in tokens]), lengths
+
+
+def mean_of_each(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """(batch, width): the mean over each of the packed sequences (total, width)."""
+    return torch.segment_reduce(hidden, "mean", lengths=lengths)

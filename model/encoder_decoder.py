@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 import flashattn
 
-from .cache import Cache, Step, make_step
+from .cache import Cache
 from .config import Config
 from .layers import Linear, embed, make_norm
 from .positions import sinusoids
+from .step import Packed, Step, make_step
 from .transformer import Stack
 
 
 class Memory(NamedTuple):
-    """What an encoder made: (batch, seq, width), and how many of each sequence exist."""
+    """What an encoder made: (batch, seq, width), and how many of each sequence exist; (1, total, width) if packed."""
 
     hidden: Tensor
     lengths: Tensor | None
+    packed: Packed | None = None
 
 
 class EncoderDecoder(nn.Module):
@@ -51,22 +53,29 @@ class EncoderDecoder(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
 
     def embed(self, tokens: Tensor, step: Step, norm: nn.Module | None) -> Tensor:
+        tokens = tokens if step.packed is None else tokens[None]
         x = embed(self.token_embedding, tokens, self.config.embedding_scale)
         if self.config.positions == "sinusoidal":
             x = x + sinusoids(step.positions, self.config.width).to(x.dtype)
         return x if norm is None else norm(x)
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Memory:
-        """tokens (batch, seq), padded on the right where `lengths` (batch,) says so."""
+        """tokens (batch, seq), padded on the right where `lengths` (batch,) says so; or (total,): packed sequences."""
         step = make_step(tokens, False, lengths)
-        return Memory(self.encoder.run(self.embed(tokens, step, self.encoder_embedding_norm), step), lengths)
+        hidden = self.encoder.run(self.embed(tokens, step, self.encoder_embedding_norm), step)
+        return Memory(hidden, lengths, step.packed)
 
     def decode(
         self, tokens: Tensor, memory: Memory, lengths: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds."""
-        step = make_step(tokens, True, lengths, cache, memory=memory.hidden, memory_lengths=memory.lengths)
-        return self.decoder.run(self.embed(tokens, step, self.decoder_embedding_norm), step)
+        """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds. Packed tokens (total,)
+        need a packed memory, and give (total, width)."""
+        if (tokens.dim() == 1) != (memory.packed is not None):
+            raise ValueError("tokens and memory must be both packed or both padded")
+        of_memory = dict(memory=memory.hidden, memory_lengths=memory.lengths, memory_packed=memory.packed)
+        step = make_step(tokens, True, lengths, cache, **of_memory)
+        hidden = self.decoder.run(self.embed(tokens, step, self.decoder_embedding_norm), step)
+        return hidden if step.packed is None else hidden[0]
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache of the decoder for so many sequences of up to `capacity` tokens."""

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import flashattn
 
-from .cache import Step
 from .config import Config
 from .positions import rotate
+from .step import Packed, Step
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 
@@ -34,6 +34,23 @@ def embed(embedding: nn.Embedding, tokens: Tensor, scale: float) -> Tensor:
     """Times a scale that is rounded to the dtype first, as it was in training."""
     x = embedding(tokens)
     return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed | None,
+    packed_k: Packed | None,
+    kv_lengths: Tensor | None,
+    **options,
+) -> Tensor:
+    """`flashattn.attention` of padded sequences, or `attention_varlen` of packed ones; both (batch, heads, seq, dim)."""
+    if packed is None:
+        return flashattn.attention(q, k, v, kv_lengths=kv_lengths, **options)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    starts = (packed.starts, packed_k.starts, packed.longest, packed_k.longest)
+    return flashattn.attention_varlen(q, k, v, *starts, **options).transpose(0, 1)[None]
 
 
 class Attention(nn.Module):
@@ -58,13 +75,15 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = dict(window=config.window(layer), scale=config.scale, softcap=config.softcap, sinks=self.sinks)
         options["bias"] = step.bias
+        dropout_p = config.dropout if self.training else 0.0
         if step.cache is not None:  # which takes the new keys and rotates them
             layer_cache, rotary = step.cache.layers[layer], step.cache.rotary
             out = flashattn.decode(q, layer_cache, k, v, rotary, q_lengths=step.lengths, **options)
         else:
             if step.rotary is not None:
                 q, k = rotate(q, step.rotary), rotate(k, step.rotary)
-            out = flashattn.attention(q, k, v, causal=step.causal, kv_lengths=step.lengths, **options)
+            options |= dict(causal=step.causal, dropout_p=dropout_p)
+            out = attend(q, k, v, step.packed, step.packed, step.lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -79,7 +98,9 @@ class CrossAttention(Attention):
         k, v = kept or (heads(self.k(step.memory)), heads(self.v(step.memory)))
         if step.cache is not None:
             step.cache.memory[layer] = k, v
-        out = flashattn.attention(heads(self.q(x)), k, v, kv_lengths=step.memory_lengths, scale=self.config.scale)
+        dropout_p = self.config.dropout if self.training else 0.0
+        options = dict(scale=self.config.scale, dropout_p=dropout_p)
+        out = attend(heads(self.q(x)), k, v, step.packed, step.memory_packed, step.memory_lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -103,7 +124,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, crosses: bool = False):
         super().__init__()
-        self.norm_first = config.norm_first
+        self.norm_first, self.dropout = config.norm_first, config.dropout
         self.attention = Attention(config)
         self.attention_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
@@ -115,17 +136,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None, layer: int, step: Step) -> tuple[Tensor, Tensor | None]:
         """Pre-norm: x is what the last sublayer put out, still to be added to the residual stream; the next norm adds
-        it. Post-norm: x is the stream, and residual is None."""
+        it. Post-norm: x is the stream, and residual is None. The norms drop from what they add."""
+        p = self.dropout if self.training else 0.0
         if self.norm_first:
-            y, residual = self.attention_norm(x, residual, prenorm=True)
+            y, residual = self.attention_norm(x, residual, True, p)
             y = self.behind_attention(self.attention(y, layer, step))
             if self.cross_attention is not None:
-                y, residual = self.cross_attention_norm(y, residual, prenorm=True)
+                y, residual = self.cross_attention_norm(y, residual, True, p)
                 y = self.cross_attention(y, layer, step)
-            y, residual = self.feed_forward_norm(y, residual, prenorm=True)
+            y, residual = self.feed_forward_norm(y, residual, True, p)
             return self.behind_feed_forward(self.feed_forward(y)), residual
-        x = self.attention_norm(self.attention(x, layer, step), residual=x)
+        x = self.attention_norm(self.attention(x, layer, step), x, dropout_p=p)
         if self.cross_attention is not None:
-            x = self.cross_attention_norm(self.cross_attention(x, layer, step), residual=x)
-        x = self.feed_forward_norm(self.feed_forward(x), residual=x)
+            x = self.cross_attention_norm(self.cross_attention(x, layer, step), x, dropout_p=p)
+        x = self.feed_forward_norm(self.feed_forward(x), x, dropout_p=p)
         return x, None

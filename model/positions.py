@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
+from .step import Step
 
 
 def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -64,8 +65,12 @@ class RelativeBias(nn.Module):
         far = (exact + (ratio * (count - exact)).long()).clamp(max=count - 1)
         return first + torch.where(distance < exact, distance, far)
 
-    def forward(self, queries: Tensor, keys: int) -> Tensor:
-        """(batch or 1, heads, seq_q, keys) for queries at positions (batch, seq_q) and keys from 0 on."""
+    def forward(self, step: Step) -> Tensor:
+        """(batch or 1, heads, seq_q, keys) for the queries of a step and keys from 0 on."""
+        queries = step.positions
+        keys = step.longest(queries)
+        if step.packed is not None:
+            queries = torch.arange(keys, device=queries.device)[None]
         if (queries == queries[:1]).all():
             queries = queries[:1]
         offset = torch.arange(keys, device=queries.device) - queries[..., None]

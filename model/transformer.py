@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import flashattn
 
-from .cache import Cache, Step, make_step
+from .cache import Cache
 from .config import Config
 from .heads import HEADS
 from .layers import Block, Linear, embed, make_norm
 from .positions import RelativeBias, rotary_table
+from .step import Step, make_step
 
 
 class Stack(nn.Module):
@@ -28,12 +30,13 @@ class Stack(nn.Module):
     def run(self, x: Tensor, step: Step) -> Tensor:
         """Embeddings (batch, seq, width) to the last hidden states."""
         if self.relative is not None:
-            held = 0 if step.cache is None else max(step.cache.lengths, default=0)
-            step.bias = self.relative(step.positions, held + x.shape[1])
+            step.bias = self.relative(step)
         residual = None
+        if not self.config.norm_first:  # where norms stand in front, the first one drops from the embeddings
+            x = F.dropout(x, self.config.dropout, self.training)
         for layer in range(self.layers):
             x, residual = self.blocks[layer % len(self.blocks)](x, residual, layer, step)
-        return x if self.norm is None else self.norm(x, residual)
+        return x if self.norm is None else self.norm(x, residual, dropout_p=self.config.dropout * self.training)
 
 
 class Transformer(Stack):
@@ -71,13 +74,15 @@ class Transformer(Stack):
         """The last hidden states (batch, seq, width) of tokens (batch, seq).
 
         Sequences shorter than seq are padded on the right, with their `lengths` (batch,) given; what stands at the
-        padding is undefined. With a cache, tokens follow those it holds.
+        padding is undefined. With a cache, tokens follow those it holds. Tokens (total,) are sequences of these lengths
+        one behind the other, without padding; their hidden states are (total, width).
         """
-        seq = tokens.shape[1]
-        held = 0 if cache is None else max(cache.lengths, default=0)
-        if held + seq > self.config.context:
-            raise ValueError(f"tokens must fit the context of {self.config.context}, got {held + seq}")
         step = make_step(tokens, self.config.causal, lengths, cache)
+        longest = step.longest(tokens)
+        if longest > self.config.context:
+            raise ValueError(f"tokens must fit the context of {self.config.context}, got {longest}")
+        if step.packed is not None:
+            tokens, token_types = tokens[None], None if token_types is None else token_types[None]
         x = embed(self.token_embedding, tokens, self.config.embedding_scale)
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
@@ -89,7 +94,8 @@ class Transformer(Stack):
             x = self.embedding_norm(x)
         if self.embedding_projection is not None:
             x = self.embedding_projection(x)
-        return self.run(x, step)
+        x = self.run(x, step)
+        return x if step.packed is None else x[0]
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for so many sequences of up to `capacity` tokens."""
@@ -107,8 +113,11 @@ class Transformer(Stack):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
-        """Logits (batch, seq, vocab_size), or those of the config's task; hidden states where it has neither."""
+        """Logits (batch, seq, vocab_size), or those of the config's task; hidden states where it has neither. Of packed
+        tokens (total,), as in `encode`, without the dimension batch, but for the classes of texts (batch, labels)."""
         hidden = self.encode(tokens, lengths, token_types)
+        if self.config.task == "classify" and tokens.dim() == 1:
+            hidden = hidden[lengths.cumsum(0) - lengths][:, None]  # the first token of each
         if self.task_head is not None:
             return self.task_head(hidden, self.token_embedding.weight)
         return self.logits(hidden) if self.config.head else hidden

@@ -4,11 +4,11 @@ No GPT-2 weights are on the registries, so GPT-2 is tested on checkpoints that `
 weights; so are BERT with its heads and a Llama that is not tied. SmolLM2, MiniLM and an ALBERT are real.
 """
 
-import json
 import re
 
 import pytest
 import torch
+from checkpoints import SMALL_ENCODER, TINY, change_config, written
 from packages import needs_minilm, needs_rxnmapper, needs_smollm2
 
 import model
@@ -18,86 +18,6 @@ from model.families import gpt2
 from model.packages import locate
 
 transformers = pytest.importorskip("transformers")
-
-name_of = {"bert": "Bert", "albert": "Albert"}
-SMALL_ENCODER = dict(
-    vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64,
-)  # fmt: skip
-SMALL_DECODER = dict(
-    vocab_size=101, hidden_size=48, intermediate_size=72, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64,
-)  # fmt: skip
-EXTRA = {"SequenceClassification": dict(num_labels=5), "TokenClassification": dict(num_labels=7)}
-TINY = {
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=64, rope_theta=5000.0, tie_word_embeddings=False,
-        )
-    ),
-    "llama_tied_head_dim": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=20, max_position_embeddings=64, tie_word_embeddings=True,
-        )
-    ),
-    "mistral": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(
-            **SMALL_DECODER, num_hidden_layers=2, sliding_window=9,
-        )
-    ),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            **SMALL_DECODER, num_hidden_layers=2, head_dim=20, tie_word_embeddings=True,
-        )
-    ),
-    "qwen3_with_windows": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            **SMALL_DECODER, num_hidden_layers=3, head_dim=20, use_sliding_window=True, sliding_window=7,
-            max_window_layers=1,
-        )
-    ),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(
-            **SMALL_DECODER, num_hidden_layers=3, head_dim=20, sliding_window=9, query_pre_attn_scalar=30,
-            attn_implementation="eager",
-        )
-    ),
-    "gpt_neo": lambda: transformers.GPTNeoForCausalLM(
-        transformers.GPTNeoConfig(
-            vocab_size=101, hidden_size=48, num_layers=4, attention_types=[[["global", "local"], 2]], num_heads=4,
-            window_size=9, max_position_embeddings=64,
-        )
-    ),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=64)
-    ),
-    "bert": lambda: transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=64,
-        )
-    ),
-    **{
-        f"{family}_{task}": lambda family=family, task=task: getattr(transformers, f"{name_of[family]}For{task}")(
-            getattr(transformers, f"{name_of[family]}Config")(**SMALL_ENCODER, **EXTRA.get(task, {}))
-        )
-        for family in ("bert", "albert")
-        for task in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
-    },
-    "albert": lambda: transformers.AlbertModel(transformers.AlbertConfig(**SMALL_ENCODER, embedding_size=20)),
-}  # fmt: skip
-
-
-def written(name, path, **options):
-    """A tiny checkpoint with random weights, large enough that every bias and norm shows."""
-    theirs = TINY[name]().eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) * 0.3)
-    theirs.save_pretrained(path, **options)
-    return theirs
 
 
 def their_output(theirs, tokens, mask=None):
@@ -214,9 +134,9 @@ def test_loss_of_answers_equals_transformers(tmp_path):
 
 def test_labels_are_read(tmp_path):
     written("bert_TokenClassification", tmp_path)
-    damage_config(tmp_path, id2label={str(i): f"tag {i}" for i in range(7)})
+    change_config(tmp_path, id2label={str(i): f"tag {i}" for i in range(7)})
     assert model.load(tmp_path)[0].config.labels == tuple(f"tag {i}" for i in range(7))
-    damage_config(tmp_path, id2label={"1": "a", "2": "b"})
+    change_config(tmp_path, id2label={"1": "a", "2": "b"})
     with pytest.raises(CheckpointError, match="id2label must number the labels from 0 on"):
         model.load(tmp_path)
 
@@ -283,11 +203,6 @@ def damage_truncate(path):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def damage_config(path, **changes):
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
-
-
 def damage_pickle(path):
     (path / "model.safetensors").unlink()
     torch.save({"x": Evil()}, path / "pytorch_model.bin")
@@ -311,8 +226,8 @@ def change_tensors(path, change):
 DAMAGE = {
     "no_config": (lambda p: (p / "config.json").unlink(), "config.json: no such file"),
     "config_not_json": (lambda p: (p / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "unknown_family": (lambda p: damage_config(p, model_type="mamba"), "model_type must be one of llama, bert, gpt2"),
-    "rope_scaling": (lambda p: damage_config(p, rope_parameters={"rope_type": "yarn"}), "rope_type must be 'default'"),
+    "unknown_family": (lambda p: change_config(p, model_type="mamba"), "model_type must be one of llama, bert, gpt2"),
+    "rope_scaling": (lambda p: change_config(p, rope_parameters={"rope_type": "yarn"}), "rope_type must be 'default'"),
     "no_weights": (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (damage_truncate, "model.safetensors: truncated"),
     "truncated_bin": (damage_half_bin, "pytorch_model.bin"),
