@@ -57,8 +57,8 @@ class LayerNorm(_Norm):
 
 
 class RMSNorm(_Norm):
-    """`torch.nn.RMSNorm` over the last dimension, fused, with residual, `prenorm` and `dropout_p` in the call. As there,
-    eps None is the machine epsilon of x's dtype; `heads` as in `LayerNorm`.
+    """`torch.nn.RMSNorm` over the last dimension, with residual, `prenorm` and `dropout_p` in the call. As there, eps
+    None is the machine epsilon of x's dtype; `heads` as in `LayerNorm`.
 
     >>> import torch, flashattn
     >>> flashattn.RMSNorm(64, eps=1e-6)(torch.randn(2, 5, 64)).shape

@@ -4,6 +4,7 @@ from .checkpoints import load
 from .config import Config
 from .encoder_decoder import EncoderDecoder
 from .generate import generate
+from .saving import save
 from .transformer import Transformer
 
-__all__ = ["Config", "EncoderDecoder", "Transformer", "generate", "load"]
+__all__ = ["Config", "EncoderDecoder", "Transformer", "generate", "load", "save"]

@@ -68,8 +68,8 @@ class EncoderDecoder(nn.Module):
     def decode(
         self, tokens: Tensor, memory: Memory, lengths: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds. Packed tokens (total,)
-        need a packed memory, and give (total, width)."""
+        """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds. Packed tokens
+        (total,) need a packed memory, and give (total, width)."""
         if (tokens.dim() == 1) != (memory.packed is not None):
             raise ValueError("tokens and memory must be both packed or both padded")
         of_memory = dict(memory=memory.hidden, memory_lengths=memory.lengths, memory_packed=memory.packed)

@@ -45,7 +45,7 @@ def attend(
     kv_lengths: Tensor | None,
     **options,
 ) -> Tensor:
-    """`flashattn.attention` of padded sequences, or `attention_varlen` of packed ones; both (batch, heads, seq, dim)."""
+    """`attention` of padded sequences, `attention_varlen` of packed ones; all (batch, heads, seq, head_dim)."""
     if packed is None:
         return flashattn.attention(q, k, v, kv_lengths=kv_lengths, **options)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))

@@ -41,20 +41,37 @@ class Tokenizer:
         template = ImmutableSandboxedEnvironment().from_string(self.chat_template)
         return template.render(messages=[{"role": "user", "content": message}], add_generation_prompt=True)
 
+    def write(self, directory: Path) -> None:
+        """The files that `from_directory` and `transformers` read."""
+        self.backend.save(str(directory / "tokenizer.json"))
+        config = dict(
+            tokenizer_class="PreTrainedTokenizerFast", eos_token=None, chat_template=self.chat_template or None
+        )
+        if self.stop:
+            config["eos_token"] = self.backend.id_to_token(self.stop[0])
+            generation = json.dumps(dict(eos_token_id=self.stop), indent=2)
+            (directory / "generation_config.json").write_text(generation, encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
         """From tokenizer.json; None where there is none."""
-        file, config_file = path / "tokenizer.json", path / "tokenizer_config.json"
+        file = path / "tokenizer.json"
         if not file.exists():
             return None
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+
+        def read(name: str) -> dict:
+            return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
+
+        config = read("tokenizer_config.json")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises no narrower type
             raise ValueError(f"{file}: truncated or not a tokeniser: {error}") from None
         eos = config.get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
-        stop = [] if eos is None else [backend.token_to_id(eos)]
+        stop = read("generation_config.json").get("eos_token_id", [] if eos is None else backend.token_to_id(eos))
+        stop = stop if isinstance(stop, list) else [stop]
         return cls(backend, stop, config.get("chat_template") or "")
 
     @classmethod

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from ..config import Config
 from . import bert
-from .bert import prepare
+from .bert import prepare, restore
+from .fields import only
 
 LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
 NAMES = {
@@ -35,12 +36,14 @@ NAMES = {
 PREFIXES = ("albert.",)
 IGNORED = ("embeddings.position_ids", "predictions.decoder.*", "sop_classifier.*")
 
-__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "prepare"]
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "prepare", "restore", "to_hf"]
 
 
 def config(hf: dict) -> Config:
-    for name in ("num_hidden_groups", "inner_group_num"):
-        if hf.get(name, 1) != 1:
-            raise ValueError(f"{name} must be 1, got {hf[name]}")
-    values = bert.config({"hidden_act": "gelu_new"} | hf)
+    only(hf, num_hidden_groups=1, inner_group_num=1)
+    values = bert.config({"hidden_act": "gelu_new", "hidden_dropout_prob": 0.0} | hf)
     return replace(values, family="albert", shared_layers=True, embedding_width=hf["embedding_size"])
+
+
+def to_hf(config: Config) -> dict:
+    return bert.to_hf(config, "Albert") | dict(embedding_size=config.embedding_width, num_hidden_groups=1)

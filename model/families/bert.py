@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
+from .fields import name_of, one_of, only, read, write
 
 NAMES = {
     "token_embedding.weight": "embeddings.word_embeddings.weight",
@@ -52,9 +53,8 @@ def task_values(hf: dict) -> dict:
         raise ValueError(f"id2label must number the labels from 0 on, got {', '.join(map(str, labels))}")
     labels = tuple(labels[i] for i in sorted(labels, key=int))
     kind = hf.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")
-    if kind not in PROBLEMS:
-        raise ValueError(f"problem_type must be one of {', '.join(PROBLEMS)}, got {kind!r}")
-    return dict(task=task, labels=labels, problem=PROBLEMS[kind])
+    problem = one_of(dict(problem_type=kind), "problem_type", kind, PROBLEMS)
+    return dict(task=task, labels=labels, problem=problem)
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -65,30 +65,49 @@ def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if not name.startswith("pooler.")}
 
 
+def task_names(config: Config, name: str) -> dict:
+    """The reverse: what a config.json says of a head."""
+    task = name_of(config.task, TASKS) if config.task else "Model"
+    labels = dict(enumerate(config.labels))
+    numbers = {label: i for i, label in labels.items()}
+    problem = dict(problem_type=name_of(config.problem, PROBLEMS)) if config.task == "classify" else {}
+    return dict(architectures=[name + task]) | (dict(id2label=labels, label2id=numbers) if labels else {}) | problem
+
+
+FIELDS = dict(
+    vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+    kv_heads="num_attention_heads", hidden="intermediate_size", context="max_position_embeddings",
+    norm_eps="layer_norm_eps", token_types="type_vocab_size", dropout="hidden_dropout_prob",
+)  # fmt: skip
+DEFAULTS = dict(layer_norm_eps=1e-12, type_vocab_size=2, hidden_dropout_prob=0.1)
+
+
 def config(hf: dict) -> Config:
-    kind = hf.get("position_embedding_type", "absolute")
-    if kind != "absolute":
-        raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
-    heads = hf["num_attention_heads"]
+    only(hf, position_embedding_type="absolute")
+    hf = DEFAULTS | hf
     return Config(
         family="bert",
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hf["hidden_size"] // heads,
-        hidden=hf["intermediate_size"],
-        context=hf["max_position_embeddings"],
+        head_dim=hf["hidden_size"] // hf["num_attention_heads"],
         causal=False,
         norm="layer",
-        norm_eps=hf.get("layer_norm_eps", 1e-12),
         norm_first=False,
-        activation=ACTIVATIONS[hf.get("hidden_act", "gelu")],
+        activation=one_of(hf, "hidden_act", "gelu", ACTIVATIONS),
         gated=False,
         positions="learned",
-        token_types=hf.get("type_vocab_size", 2),
         embedding_norm=True,
         head=False,
+        **read(hf, FIELDS),
         **task_values(hf),
     )
+
+
+def to_hf(config: Config, name: str = "Bert") -> dict:
+    activation, p = name_of(config.activation, ACTIVATIONS), config.dropout
+    return write(config, FIELDS, "", hidden_act=activation, attention_probs_dropout_prob=p) | task_names(config, name)
+
+
+def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The reverse of `prepare`."""
+    if config.task != "answer":
+        return tensors
+    return {name.replace("classifier", "qa_outputs"): x for name, x in tensors.items()}

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import llama
+from .fields import name_of, one_of
 from .llama import IGNORED, PREFIXES
 
 NAMES = llama.NAMES | {
@@ -18,7 +19,7 @@ NAMES = llama.NAMES | {
 }
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
 
-__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
@@ -27,7 +28,7 @@ def config(hf: dict) -> Config:
         llama.config(hf),
         family="gemma2",
         windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
-        activation=ACTIVATIONS[hf.get("hidden_activation", "gelu_pytorch_tanh")],
+        activation=one_of(hf, "hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
         scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
         softcap=hf.get("attn_logit_softcapping", 50.0),
         logit_softcap=hf.get("final_logit_softcapping", 30.0),
@@ -36,3 +37,12 @@ def config(hf: dict) -> Config:
         norm_offset=1.0,
         tied=hf.get("tie_word_embeddings", True),
     )
+
+
+def to_hf(config: Config) -> dict:
+    activation = name_of(config.activation, ACTIVATIONS)
+    return llama.to_hf(
+        config, "Gemma2ForCausalLM", hidden_act=activation, hidden_activation=activation,
+        query_pre_attn_scalar=round(config.scale**-2), attn_logit_softcapping=config.softcap,
+        final_logit_softcapping=config.logit_softcap, **llama.layer_types(config),
+    )  # fmt: skip

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..config import Config
+from .fields import name_of, one_of, only, read, write
 
 NAMES = {
     "token_embedding.weight": "wte.weight",
@@ -31,29 +33,35 @@ IGNORED = ("h.*.attn.bias", "h.*.attn.masked_bias")  # causal masks
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
+FIELDS = dict(
+    vocab_size="vocab_size", width="n_embd", layers="n_layer", heads="n_head", kv_heads="n_head", hidden="n_inner",
+    context="n_positions", norm_eps="layer_norm_epsilon", dropout="resid_pdrop", tied="tie_word_embeddings",
+)  # fmt: skip
+DEFAULTS = dict(layer_norm_epsilon=1e-5, resid_pdrop=0.1, tie_word_embeddings=True)
+
+
 def config(hf: dict) -> Config:
-    for name, wanted in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if hf.get(name, wanted) != wanted:
-            raise ValueError(f"{name} must be {wanted}, got {hf[name]}")
+    only(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    hf = DEFAULTS | hf | {"n_inner": hf.get("n_inner") or 4 * hf["n_embd"]}
     return Config(
         family="gpt2",
-        vocab_size=hf["vocab_size"],
-        width=hf["n_embd"],
-        layers=hf["n_layer"],
-        heads=hf["n_head"],
-        kv_heads=hf["n_head"],
         head_dim=hf["n_embd"] // hf["n_head"],
-        hidden=hf.get("n_inner") or 4 * hf["n_embd"],
-        context=hf["n_positions"],
         causal=True,
         norm="layer",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         norm_first=True,
-        activation=ACTIVATIONS[hf.get("activation_function", "gelu_new")],
+        activation=one_of(hf, "activation_function", "gelu_new", ACTIVATIONS),
         gated=False,
         positions="learned",
-        tied=hf.get("tie_word_embeddings", True),
+        **read(hf, FIELDS),
     )
+
+
+def to_hf(config: Config) -> dict:
+    if config.windows != (None,):
+        raise ValueError("windows must be (None,) in a gpt2; its like with windows is a gpt_neo")
+    p = config.dropout
+    activation = name_of(config.activation, ACTIVATIONS)
+    return write(config, FIELDS, "GPT2LMHeadModel", activation_function=activation, embd_pdrop=p, attn_pdrop=p)
 
 
 # GPT-3: layers, width, heads, head_dim. Brown et al., "Language Models are Few-Shot Learners" (2020), table 2.1; the
@@ -74,7 +82,7 @@ def gpt3(size: str, band: int = 256) -> Config:
         raise ValueError(f"size must be one of {', '.join(GPT3)}, got {size!r}")
     layers, width, heads, head_dim = GPT3[size]
     hf = dict(vocab_size=50257, n_embd=width, n_layer=layers, n_head=heads, n_positions=2048)
-    return replace(config(hf), head_dim=head_dim, windows=(None, band))
+    return replace(config(hf), head_dim=head_dim, windows=(None, band), dropout=0.0)
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -89,3 +97,14 @@ def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
         else:
             result[name] = x
     return result
+
+
+def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The reverse of `prepare`."""
+    result = {name: x for name, x in tensors.items() if ".attn.q." not in name}
+    for name in tensors.keys() - result.keys():
+        joined = torch.cat([tensors[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"])
+        result[name.replace(".attn.q.", ".attn.c_attn.")] = joined
+    result = {name: x for name, x in result.items() if ".attn.k." not in name and ".attn.v." not in name}
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: x.t() if name.endswith(transposed) else x for name, x in result.items()}

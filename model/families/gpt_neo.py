@@ -17,9 +17,14 @@ NAMES = gpt2.NAMES | {
     "blocks.{i}.attention.v": "h.{i}.attn.attention.v_proj",
     "blocks.{i}.attention.out": "h.{i}.attn.attention.out_proj",
 }
+OWN_NAMES = dict(
+    n_embd="hidden_size", n_layer="num_layers", n_head="num_heads", n_positions="max_position_embeddings",
+    n_inner="intermediate_size", resid_pdrop="resid_dropout",
+    embd_pdrop="embed_dropout", attn_pdrop="attention_dropout",
+)  # fmt: skip
 IGNORED = ("h.*.attn.attention.bias", "h.*.attn.attention.masked_bias")  # causal masks
 
-__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
@@ -27,8 +32,15 @@ def config(hf: dict) -> Config:
     unknown = set(kinds) - {"global", "local"}
     if unknown:
         raise ValueError(f"attention_types must be global or local, got {min(unknown)!r}")
-    names = dict(n_embd="hidden_size", n_layer="num_layers", n_head="num_heads", n_positions="max_position_embeddings")
-    own = {gpt2_name: hf[name] for gpt2_name, name in names.items()} | {"n_inner": hf.get("intermediate_size")}
-    values = gpt2.config(hf | own)
+    own = {gpt2_name: hf[name] for gpt2_name, name in OWN_NAMES.items() if name in hf}
+    values = gpt2.config({"resid_pdrop": 0.0} | hf | own)
     windows = tuple(hf["window_size"] if kind == "local" else None for kind in kinds)
     return replace(values, family="gpt_neo", qkv_bias=False, windows=windows, scale=1.0)
+
+
+def to_hf(config: Config) -> dict:
+    hf = gpt2.to_hf(replace(config, windows=(None,))) | dict(architectures=["GPTNeoForCausalLM"], model_type="gpt_neo")
+    hf = {OWN_NAMES.get(name, name): value for name, value in hf.items()}
+    kinds = ["global" if config.window(i) is None else "local" for i in range(config.layers)]
+    window = next(filter(None, config.windows), 256)
+    return hf | dict(attention_types=[[kinds, 1]], attention_layers=kinds, window_size=window)

@@ -6,6 +6,7 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), a
 from __future__ import annotations
 
 from ..config import Config
+from .fields import only, read, write
 
 NAMES = {
     "token_embedding.weight": "embed_tokens.weight",
@@ -23,6 +24,11 @@ NAMES = {
 }
 PREFIXES = ("model.",)
 IGNORED = ("rotary_emb.*",)
+FIELDS = dict(
+    vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+    kv_heads="num_key_value_heads", head_dim="head_dim", hidden="intermediate_size", context="max_position_embeddings",
+    norm_eps="rms_norm_eps", activation="hidden_act", tied="tie_word_embeddings",
+)  # fmt: skip
 
 
 def config(hf: dict) -> Config:
@@ -30,30 +36,27 @@ def config(hf: dict) -> Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type must be 'default', got {kind!r}")
-    if hf.get("attention_bias") or hf.get("mlp_bias"):
-        raise ValueError("attention_bias and mlp_bias must be false")
+    only(hf, attention_bias=False, mlp_bias=False)
     heads = hf["num_attention_heads"]
+    hf = {"hidden_act": "silu", "tie_word_embeddings": False} | hf
+    hf["num_key_value_heads"] = hf.get("num_key_value_heads") or heads
+    hf["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // heads
     return Config(
         family="llama",
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        hidden=hf["intermediate_size"],
-        context=hf["max_position_embeddings"],
         causal=True,
         norm="rms",
-        norm_eps=hf["rms_norm_eps"],
         norm_first=True,
-        activation=hf.get("hidden_act", "silu"),
         gated=True,
         positions="rope",
         rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
         bias=False,
-        tied=hf.get("tie_word_embeddings", False),
+        **read(hf, FIELDS),
     )
+
+
+def to_hf(config: Config, architecture: str = "LlamaForCausalLM", **more) -> dict:
+    rope = dict(rope_type="default", rope_theta=config.rope_theta)
+    return write(config, FIELDS, architecture, rope_theta=config.rope_theta, rope_parameters=rope, **more)
 
 
 def sliding_windows(hf: dict) -> tuple[int | None, ...]:
@@ -63,3 +66,9 @@ def sliding_windows(hf: dict) -> tuple[int | None, ...]:
     if unknown:
         raise ValueError(f"layer_types must be sliding_attention or full_attention, got {min(unknown)!r}")
     return tuple(hf.get("sliding_window") if kind == "sliding_attention" else None for kind in types)
+
+
+def layer_types(config: Config) -> dict:
+    """The same from a config; all windows are as wide."""
+    kinds = ["full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.layers)]
+    return dict(sliding_window=next(filter(None, config.windows), None), layer_types=kinds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
+from .fields import name_of, one_of, only, read, write
 
 LAYER = {
     "attention.q": "self_attn.q_proj",
@@ -35,38 +36,44 @@ IGNORED = ("*.embed_positions.weight", "*.embed_tokens.weight")  # made anew; th
 ACTIVATIONS = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu"}
 
 
+FIELDS = dict(
+    vocab_size="vocab_size", width="d_model", layers="encoder_layers", heads="encoder_attention_heads",
+    kv_heads="encoder_attention_heads", hidden="encoder_ffn_dim", context="max_position_embeddings",
+    decoder_layers="decoder_layers", start_token="decoder_start_token_id", dropout="dropout",
+)  # fmt: skip
+
+
 def config(hf: dict) -> Config:
-    for name in ("share_encoder_decoder_embeddings", "tie_word_embeddings"):
-        if not hf.get(name, True):
-            raise ValueError(f"{name} must be true, got {hf[name]}")
-    for what in ("attention_heads", "ffn_dim"):
-        encoder, decoder = hf[f"encoder_{what}"], hf[f"decoder_{what}"]
-        if encoder != decoder:
-            raise ValueError(f"decoder_{what} must be the encoder's {encoder}, got {decoder}")
-    heads = hf["encoder_attention_heads"]
+    only(hf, share_encoder_decoder_embeddings=True, tie_word_embeddings=True)
+    only(hf, decoder_attention_heads=hf["encoder_attention_heads"], decoder_ffn_dim=hf["encoder_ffn_dim"])
     return Config(
         family="marian",
-        vocab_size=hf["vocab_size"],
-        width=hf["d_model"],
-        layers=hf["encoder_layers"],
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hf["d_model"] // heads,
-        hidden=hf["encoder_ffn_dim"],
-        context=hf["max_position_embeddings"],
+        head_dim=hf["d_model"] // hf["encoder_attention_heads"],
         causal=False,
         norm="layer",
         norm_eps=1e-5,
         norm_first=False,
-        activation=ACTIVATIONS[hf.get("activation_function", "gelu")],
+        activation=one_of(hf, "activation_function", "gelu", ACTIVATIONS),
         gated=False,
         positions="sinusoidal",
         embedding_scale=hf["d_model"] ** 0.5 if hf.get("scale_embedding") else 1.0,
-        decoder_layers=hf["decoder_layers"],
-        start_token=hf["decoder_start_token_id"],
         head_bias=True,
+        **read({"dropout": 0.1} | hf, FIELDS),
     )
+
+
+def to_hf(config: Config) -> dict:
+    return write(
+        config, FIELDS, "MarianMTModel", activation_function=name_of(config.activation, ACTIVATIONS),
+        decoder_attention_heads=config.heads, decoder_ffn_dim=config.hidden, attention_dropout=config.dropout,
+        scale_embedding=config.embedding_scale != 1, pad_token_id=config.start_token, is_encoder_decoder=True,
+    )  # fmt: skip
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {name: x.flatten() if name == "final_logits_bias" else x for name, x in tensors.items()}
+
+
+def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The reverse of `prepare`."""
+    return {name: x[None] if name == "final_logits_bias" else x for name, x in tensors.items()}

@@ -11,8 +11,15 @@ from ..config import Config
 from . import llama
 from .llama import IGNORED, NAMES, PREFIXES
 
-__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
     return replace(llama.config(hf), family="mistral", windows=llama.sliding_windows(hf))
+
+
+def to_hf(config: Config) -> dict:
+    windows = llama.layer_types(config)
+    if len(set(windows["layer_types"])) > 1:
+        raise ValueError(f"windows of a mistral must be one for all layers, got {config.windows}")
+    return llama.to_hf(config, "MistralForCausalLM", sliding_window=windows["sliding_window"])

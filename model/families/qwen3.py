@@ -16,9 +16,20 @@ NAMES = llama.NAMES | {
     "blocks.{i}.attention.k_norm": "layers.{i}.self_attn.k_norm",
 }
 
-__all__ = ["IGNORED", "NAMES", "PREFIXES", "config"]
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
     windows = llama.sliding_windows(hf) if hf.get("use_sliding_window") else (None,)
     return replace(llama.config(hf), family="qwen3", qk_norm=True, windows=windows)
+
+
+def to_hf(config: Config) -> dict:
+    windows = llama.layer_types(config)
+    return llama.to_hf(
+        config,
+        "Qwen3ForCausalLM",
+        use_sliding_window=windows["sliding_window"] is not None,
+        attention_bias=False,
+        **windows,
+    )

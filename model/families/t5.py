@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
+from .fields import name_of, one_of, read, write
 
 PROJECTIONS = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
@@ -43,40 +44,54 @@ IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "*.EncD
 FEED_FORWARD = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True), "gated-silu": ("silu", True)}
 
 
+FIELDS = dict(
+    vocab_size="vocab_size", width="d_model", layers="num_layers", heads="num_heads", kv_heads="num_heads",
+    head_dim="d_kv", hidden="d_ff", context="n_positions", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",
+    decoder_layers="num_decoder_layers", start_token="decoder_start_token_id", dropout="dropout_rate",
+    relative_buckets="relative_attention_num_buckets", relative_distance="relative_attention_max_distance",
+)  # fmt: skip
+DEFAULTS = dict(
+    n_positions=512, layer_norm_epsilon=1e-6, tie_word_embeddings=True, decoder_start_token_id=0, dropout_rate=0.1,
+    relative_attention_num_buckets=32, relative_attention_max_distance=128,
+)  # fmt: skip
+
+
 def config(hf: dict) -> Config:
-    kind = hf.get("feed_forward_proj", "relu")
-    if kind not in FEED_FORWARD:
-        raise ValueError(f"feed_forward_proj must be one of {', '.join(FEED_FORWARD)}, got {kind!r}")
-    activation, gated = FEED_FORWARD[kind]
-    tied = hf.get("tie_word_embeddings", True)
+    activation, gated = one_of(hf, "feed_forward_proj", "relu", FEED_FORWARD)
+    hf = DEFAULTS | hf
+    hf["num_decoder_layers"] = hf.get("num_decoder_layers") or hf["num_layers"]
+    scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
     return Config(
         family="t5",
-        vocab_size=hf["vocab_size"],
-        width=hf["d_model"],
-        layers=hf["num_layers"],
-        heads=hf["num_heads"],
-        kv_heads=hf["num_heads"],
-        head_dim=hf["d_kv"],
-        hidden=hf["d_ff"],
-        context=hf.get("n_positions", 512),
         causal=False,
         norm="rms",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-6),
         norm_first=True,
         activation=activation,
         gated=gated,
         positions="relative",
         bias=False,
         scale=1.0,
-        tied=tied,
-        decoder_layers=hf.get("num_decoder_layers") or hf["num_layers"],
-        start_token=hf.get("decoder_start_token_id", 0),
-        relative_buckets=hf.get("relative_attention_num_buckets", 32),
-        relative_distance=hf.get("relative_attention_max_distance", 128),
-        logit_scale=hf["d_model"] ** -0.5 if hf.get("scale_decoder_outputs", tied) else 1.0,
+        logit_scale=hf["d_model"] ** -0.5 if scaled else 1.0,
+        **read(hf, FIELDS),
     )
+
+
+def to_hf(config: Config) -> dict:
+    proj = name_of((config.activation, config.gated), FEED_FORWARD)
+    scaled = config.logit_scale != 1
+    return write(
+        config, FIELDS, "T5ForConditionalGeneration", feed_forward_proj=proj, scale_decoder_outputs=scaled,
+        is_encoder_decoder=True,
+    )  # fmt: skip
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Without a gate the one matrix up is called wi."""
     return {name.replace("DenseReluDense.wi.", "DenseReluDense.wi_1."): x for name, x in tensors.items()}
+
+
+def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The reverse of `prepare`."""
+    if config.gated:
+        return tensors
+    return {name.replace("DenseReluDense.wi_1.", "DenseReluDense.wi."): x for name, x in tensors.items()}

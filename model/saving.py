@@ -1,0 +1,92 @@
+"""Checkpoints written as Hugging Face directories, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Model, source_name
+from .families import FAMILIES
+from .tokenizer import Tokenizer
+
+HEADS = ("lm_head.", "cls.", "classifier.", "qa_outputs.", "predictions.", "final_logits_bias")  # outside of the prefix
+
+
+@contextlib.contextmanager
+def whole(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `directory` only when all of it is written and on the disk. Where
+    anything goes wrong, nothing is left; a process that is killed leaves a name that ends in .partial.
+
+    Raises:
+        FileExistsError: where `directory` is there.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory} must not be there yet")
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in [*partial.iterdir(), partial]:
+            sync(file)
+        os.rename(partial, directory)
+        sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """To the disk, before what comes next."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def save(model: Model, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write config.json, model.safetensors and the tokeniser into a new directory, for `load` and `transformers`.
+
+    Raises:
+        FileExistsError: where the directory is there.
+        ValueError: where the family cannot hold what the config says.
+    """
+    with whole(Path(directory)) as partial:
+        write(model, partial, tokenizer)
+
+
+def write(model: Model, directory: Path, tokenizer: Tokenizer | None = None) -> None:
+    from safetensors.torch import save_file
+
+    hf = FAMILIES[model.config.family].to_hf(model.config)
+    if tokenizer is not None:
+        tokenizer.write(directory)
+    (directory / "config.json").write_text(json.dumps(hf | {"dtype": dtype_of(model)}, indent=2), encoding="utf-8")
+    try:
+        save_file(named(model), directory / "model.safetensors", metadata={"format": "pt"})
+    except Exception as error:  # the package has an exception of its own for a full disk
+        raise OSError(f"{directory / 'model.safetensors'}: not written: {error}") from error
+
+
+def dtype_of(model: Model) -> str:
+    return str(model.token_embedding.weight.dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def named(model: Model) -> dict[str, Tensor]:
+    """The parameters under the names that `transformers` has for them."""
+    family = FAMILIES[model.config.family]
+    tensors = {source_name(name, family.NAMES): x for name, x in model.state_dict().items()}
+    if hasattr(family, "restore"):
+        tensors = family.restore(tensors, model.config)
+    bare = not (model.config.head or model.config.task)  # the inner model alone, whose names have no prefix
+    prefix = "" if bare or not family.PREFIXES else family.PREFIXES[0]
+    return {(name if name.startswith(HEADS) else prefix + name): x.contiguous() for name, x in tensors.items()}
