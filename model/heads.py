@@ -66,11 +66,12 @@ class Answer(nn.Module):
 HEADS = {"masked": Masked, "classify": Classify, "tag": Tag, "answer": Answer}
 
 
-def loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
-    """What the task is trained on; targets of -100 do not count.
+def loss(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """What a model is trained on; targets of -100 do not count.
 
-    masked, tag: targets (batch, seq). classify: (batch,) of labels; of "multi" (batch, labels) of 0 and 1; of
-    "regression" numbers of the logits' shape, or (batch,). answer: (batch, 2), where it starts and ends.
+    A language model, masked, tag: targets (batch, seq), or (total,) packed. classify: (batch,) of labels; of "multi"
+    (batch, labels) of 0 and 1; of "regression" numbers of the logits' shape, or (batch,). answer: (batch, 2), where it
+    starts and ends.
     """
     if config.task == "answer":
         starts, ends = logits.unbind(-1)
@@ -79,4 +80,4 @@ def loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets.to(logits))
     if config.task == "classify" and config.problem == "regression":
         return F.mse_loss(logits.reshape(targets.shape), targets.to(logits))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)

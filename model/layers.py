@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -102,6 +103,19 @@ class CrossAttention(Attention):
         options = dict(scale=self.config.scale, dropout_p=dropout_p)
         out = attend(heads(self.q(x)), k, v, step.packed, step.memory_packed, step.memory_lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, layers: int) -> None:
+    """Random weights to train from: normal, with variance 1 / width of what they multiply. What is added to the
+    residual stream is smaller by sqrt(2 * layers), so that it does not grow with depth ("GPT-2", section 2.3)."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        if isinstance(module, nn.Linear) and name.endswith((".out", ".down")):
+            module.weight /= math.sqrt(2 * layers)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
 
 
 class FeedForward(nn.Module):

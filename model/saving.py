@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .checkpoints import Model, source_name
+from .config import Config
 from .families import FAMILIES
 from .tokenizer import Tokenizer
 
@@ -60,33 +60,29 @@ def save(model: Model, directory: str | Path, tokenizer: Tokenizer | None = None
         ValueError: where the family cannot hold what the config says.
     """
     with whole(Path(directory)) as partial:
-        write(model, partial, tokenizer)
+        write(model.config, model.state_dict(), partial, tokenizer)
 
 
-def write(model: Model, directory: Path, tokenizer: Tokenizer | None = None) -> None:
+def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer: Tokenizer | None) -> None:
+    """The files of a checkpoint; weights: a model's state."""
     from safetensors.torch import save_file
 
-    hf = FAMILIES[model.config.family].to_hf(model.config)
+    hf = FAMILIES[config.family].to_hf(config) | {"dtype": str(weights["token_embedding.weight"].dtype).split(".")[1]}
     if tokenizer is not None:
         tokenizer.write(directory)
-    (directory / "config.json").write_text(json.dumps(hf | {"dtype": dtype_of(model)}, indent=2), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(hf, indent=2), encoding="utf-8")
     try:
-        save_file(named(model), directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(named(config, weights), directory / "model.safetensors", metadata={"format": "pt"})
     except Exception as error:  # the package has an exception of its own for a full disk
         raise OSError(f"{directory / 'model.safetensors'}: not written: {error}") from error
 
 
-def dtype_of(model: Model) -> str:
-    return str(model.token_embedding.weight.dtype).removeprefix("torch.")
-
-
-@torch.no_grad()
-def named(model: Model) -> dict[str, Tensor]:
-    """The parameters under the names that `transformers` has for them."""
-    family = FAMILIES[model.config.family]
-    tensors = {source_name(name, family.NAMES): x for name, x in model.state_dict().items()}
+def named(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names that `transformers` has for them."""
+    family = FAMILIES[config.family]
+    tensors = {source_name(name, family.NAMES): x for name, x in weights.items()}
     if hasattr(family, "restore"):
-        tensors = family.restore(tensors, model.config)
-    bare = not (model.config.head or model.config.task)  # the inner model alone, whose names have no prefix
+        tensors = family.restore(tensors, config)
+    bare = not (config.head or config.task)  # the inner model alone, whose names have no prefix
     prefix = "" if bare or not family.PREFIXES else family.PREFIXES[0]
     return {(name if name.startswith(HEADS) else prefix + name): x.contiguous() for name, x in tensors.items()}

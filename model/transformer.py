@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import flashattn
 
@@ -22,6 +25,7 @@ class Stack(nn.Module):
     def __init__(self, config: Config, layers: int, causal: bool, crosses: bool = False):
         super().__init__()
         self.config, self.layers = config, layers
+        self.recompute = False  # the blocks' activations in the backward pass, instead of keeping them
         count = 1 if config.shared_layers else layers
         self.blocks = nn.ModuleList(Block(config, crosses) for _ in range(count))
         self.norm = make_norm(config) if config.norm_first else None
@@ -35,7 +39,9 @@ class Stack(nn.Module):
         if not self.config.norm_first:  # where norms stand in front, the first one drops from the embeddings
             x = F.dropout(x, self.config.dropout, self.training)
         for layer in range(self.layers):
-            x, residual = self.blocks[layer % len(self.blocks)](x, residual, layer, step)
+            block = self.blocks[layer % len(self.blocks)]
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
+            x, residual = run(x, residual, layer, step)
         return x if self.norm is None else self.norm(x, residual, dropout_p=self.config.dropout * self.training)
 
 

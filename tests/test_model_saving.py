@@ -103,7 +103,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "named", lambda model: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(saving, "named", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         model.save(small(tmp_path), tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["written"]

@@ -1,0 +1,108 @@
+"""The directory of a training run: its checkpoints, its log (JSON lines), a plot of its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from . import saving
+from .checkpoints import CheckpointError, Model
+from .tokenizer import Tokenizer
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model too
+
+
+class Run:
+    """Checkpoints `step-000100`, each a Hugging Face directory with the optimizer's state in training.pt, the last
+    `keep` of them. Each appears at once and whole; older ones go only when it is there. log.jsonl and loss.png are
+    those of the last checkpoint."""
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.directory, self.keep = Path(directory), keep
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        found = self.directory.glob("step-*") if self.directory.exists() else []
+        return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+
+    def save(
+        self, step: int, model: Model, optimizer: torch.optim.Optimizer, log: list[dict], tokenizer: Tokenizer | None
+    ) -> None:
+        weights, state = get_state_dict(model, optimizer, options=WHOLE)
+        states = gathered(torch.get_rng_state())
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            return
+        with saving.whole(self.directory / f"step-{step:06d}") as partial:
+            saving.write(model.config, weights, partial, tokenizer)
+            kept = dict(step=step, weights=weights, optimizer=state, random=states, log=log)
+            torch.save(kept, partial / "training.pt")
+        for old in self.checkpoints[: -self.keep]:
+            shutil.rmtree(old)
+        lines = "".join(json.dumps(entry) + "\n" for entry in log)
+        partial = self.directory / "log.jsonl.partial"
+        partial.write_text(lines, encoding="utf-8")
+        os.replace(partial, self.directory / "log.jsonl")
+        plot(log, self.directory / "loss.png")
+
+    def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+        """Put the last checkpoint into model, optimizer and PyTorch's generator: its step, and the log up to it."""
+        if not self.checkpoints:
+            return 0, []
+        file = self.checkpoints[-1] / "training.pt"
+        try:
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+            set_state_dict(
+                model, optimizer, model_state_dict=kept["weights"], optim_state_dict=kept["optimizer"], options=WHOLE
+            )
+        except Exception as error:  # what unpickling and loading raise depends on the bytes
+            message = f"{file}: not a state of this model (without its directory the run goes on from the one before)"
+            raise CheckpointError(f"{message}: {str(error).splitlines()[0]}") from None
+        states = kept["random"]
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        if rank < len(states):  # one process more than before begins with a seed of its own
+            torch.set_rng_state(states[rank])
+        return kept["step"], kept["log"]
+
+
+def gathered(x: torch.Tensor) -> list[torch.Tensor]:
+    """Of every process."""
+    if not distributed.is_initialized():
+        return [x]
+    result = [None] * distributed.get_world_size()
+    distributed.all_gather_object(result, x)
+    return result
+
+
+def plot(log: list[dict], file: Path) -> None:
+    """The losses, and everything else that an evaluation gave, by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    names = sorted({name for entry in log if "loss" not in entry for name in entry} - {"step"})
+    figure, axes = pyplot.subplots(1 + len(names), 1, figsize=(7, 3 * (1 + len(names))), sharex=True, squeeze=False)
+    axes[0, 0].plot(*zip(*losses, strict=True), linewidth=0.6, color="tab:blue")
+    axes[0, 0].set(ylabel="training loss")
+    for axis, name in zip(axes[1:, 0], names, strict=True):
+        points = [(entry["step"], entry[name]) for entry in log if name in entry and "loss" not in entry]
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color="tab:orange")
+        axis.set(ylabel=name)
+    axes[-1, 0].set(xlabel="step")
+    for axis in axes[:, 0]:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file.with_suffix(".partial.png"), dpi=110)
+    pyplot.close(figure)
+    os.replace(file.with_suffix(".partial.png"), file)

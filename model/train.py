@@ -1,0 +1,233 @@
+"""Training: a loop that can be read from top to bottom.
+
+    run = Run("out")                                      # where checkpoints, log and plot go; None for nowhere
+    train(model, batch, Training(steps=1000), run)        # goes on from the last checkpoint, if there is one
+
+`batch(i)` gives the i-th batch, always the same one: a run that was killed goes on bit for bit as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from . import heads
+from .checkpoints import Model
+from .flops import model_flops, peak
+from .runs import Run
+from .tokenizer import Tokenizer
+from .transformer import Stack
+
+SCHEDULES = ("cosine", "inverse_sqrt", "constant")
+
+
+class Batch(NamedTuple):
+    """What the model is called with, and what its logits are held against (-100 does not count)."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """That the model reads: of an encoder-decoder, on both sides."""
+        return sum(self.inputs[name].numel() for name in ("tokens", "targets") if name in self.inputs)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings, checked."""
+
+    steps: int
+    learning_rate: float = 1e-3  # the highest
+    schedule: str = "cosine"  # one of SCHEDULES, behind a linear warm-up
+    warmup: int = 100  # steps
+    least: float = 0.1  # of the learning rate: what the cosine ends with
+    weight_decay: float = 0.1  # of matrices
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = 1.0  # largest norm of all gradients together
+    accumulate: int = 1  # batches for one step, whose targets all count the same
+    label_smoothing: float = 0.0
+    bfloat16: bool = False  # autocast: products in bfloat16, parameters in float32
+    recompute: bool = False  # activations of blocks in the backward pass, instead of keeping them
+    evaluate_every: int | None = None  # steps; always at the end, where there is an evaluation
+    save_every: int | None = None  # steps; always at the end, where there is a run
+    seed: int = 0  # of dropout
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0.
+
+        inverse_sqrt is that of Vaswani et al. (2017), section 5.3: linear up to `warmup`, then with step^-0.5. cosine:
+        Loshchilov and Hutter, "SGDR" (2017), arXiv:1608.03983.
+
+        >>> [round(Training(steps=8, learning_rate=1.0, warmup=2, least=0.0).rate(step), 2) for step in range(8)]
+        [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
+        """
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "inverse_sqrt":
+            return self.learning_rate * math.sqrt(max(1, self.warmup) / (step + 1))
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (self.least + (1 - self.least) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(
+    model: Model,
+    batch: Callable[[int], Batch],
+    settings: Training,
+    run: Run | None = None,
+    evaluate: Callable[[Model], dict[str, float]] | None = None,
+    tokenizer: Tokenizer | None = None,
+    mesh: DeviceMesh | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """Train in place. Returns the log: a dictionary for each step and each evaluation.
+
+    Args:
+        model: on its device, in float32; it may be sharded (model/parallel.py).
+        batch: the i-th batch, deterministic. Of n processes, process r takes batches r, r + n, ...
+        settings: see Training.
+        run: where to write, and to go on from; checkpoints there are directories that `model.load` reads.
+        evaluate: called with the model in evaluation mode; what it returns goes into the log.
+        tokenizer: saved along with the model.
+        mesh: of the processes that batches are divided among; None for all there are.
+        progress: a bar with loss, tokens per second and model FLOPs utilisation, where there is a terminal.
+
+    Raises:
+        FloatingPointError: where the loss is not finite; the last checkpoint is as it was.
+    """
+    processes = Processes.of(mesh)
+    rank, world = processes.rank, processes.size
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, settings)
+    peak_flops = peak(device, torch.bfloat16 if settings.bfloat16 else torch.float32)
+    torch.manual_seed(settings.seed + rank)
+    first, log = (0, []) if run is None else run.resume(model, optimizer)
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.recompute = settings.recompute
+    bar = tqdm(total=settings.steps, initial=first, desc="training", disable=None if progress and not rank else True)
+    model.train()
+    for step in range(first, settings.steps):
+        start = time.perf_counter()
+        numbers = [(step * settings.accumulate + i) * world + rank for i in range(settings.accumulate)]
+        batches = [to(batch(number), device) for number in numbers]
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(step)
+        loss = step_of(model, batches, settings, optimizer, processes)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss} at step {step}: try a lower learning rate, or clip gradients")
+        seconds = time.perf_counter() - start
+        tokens = sum(b.tokens for b in batches) * world
+        utilisation = world * sum(model_flops(model, b.inputs) for b in batches) / seconds / peak_flops
+        log.append(dict(step=step + 1, loss=loss, rate=settings.rate(step), tokens=tokens, seconds=seconds))
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s, MFU {utilisation:.0%}", refresh=False)
+        bar.update()
+        if evaluate is not None and due(step + 1, settings.evaluate_every, settings.steps):
+            log.append(dict(step=step + 1) | evaluated(model, evaluate))
+        if run is not None and due(step + 1, settings.save_every, settings.steps):
+            run.save(step + 1, model, optimizer, log, tokenizer)
+    bar.close()
+    model.eval()
+    return log
+
+
+def step_of(
+    model: Model, batches: list[Batch], settings: Training, optimizer: torch.optim.Optimizer, processes: Processes
+) -> float:
+    """One step of the optimizer. Each target of all batches and processes counts the same, however many a batch has."""
+    counts = torch.tensor([float((b.targets != -100).sum()) for b in batches])
+    total = processes.sum(counts.sum())
+    optimizer.zero_grad()
+    summed = torch.zeros(())
+    device = next(model.parameters()).device
+    for b, count in zip(batches, counts, strict=True):
+        with torch.autocast(device.type, torch.bfloat16) if settings.bfloat16 else nullcontext():
+            logits = model(**b.inputs)
+        loss = heads.loss(model.config, logits.float(), b.targets, settings.label_smoothing)
+        weight = (count / total).to(device)
+        (loss * weight * processes.size).backward()  # sharded gradients are means over the processes
+        summed += (loss.detach() * weight).cpu()
+    if settings.clip is not None:
+        clip_gradients(model, settings.clip)
+    optimizer.step()
+    return float(processes.sum(summed))
+
+
+def make_optimizer(model: Model, settings: Training) -> torch.optim.AdamW:
+    """Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101. Its fast paths take no
+    mixture of sharded and whole parameters, so these have groups of their own."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for p in model.parameters():
+        groups.setdefault((p.dim() >= 2, isinstance(p, DTensor)), []).append(p)
+    decays = {True: settings.weight_decay, False: 0.0}
+    options = [dict(params=params, weight_decay=decays[matrix]) for (matrix, _), params in groups.items()]
+    return torch.optim.AdamW(options, lr=settings.learning_rate, betas=settings.betas)
+
+
+def clip_gradients(model: Model, largest: float) -> None:
+    """Scale all gradients together to a norm of at most `largest`; PyTorch's own takes no mixture of sharded ones."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g) for g in gradients]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    scale = (largest / (norm + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(scale)
+
+
+def evaluated(model: Model, evaluate: Callable[[Model], dict[str, float]]) -> dict[str, float]:
+    model.eval()
+    with torch.no_grad():
+        result = evaluate(model)
+    model.train()
+    return result
+
+
+def due(done: int, every: int | None, last: int) -> bool:
+    return done == last or (every is not None and done % every == 0)
+
+
+class Processes(NamedTuple):
+    """Those that batches are divided among: this one's rank, how many there are."""
+
+    rank: int = 0
+    size: int = 1
+    group: distributed.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None) -> Processes:
+        if not distributed.is_initialized():
+            return cls()
+        group = distributed.group.WORLD if mesh is None else mesh.get_group()
+        return cls(distributed.get_rank(group), distributed.get_world_size(group), group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            distributed.all_reduce(x, group=self.group)
+        return x
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    return Batch({name: x.to(device) for name, x in batch.inputs.items()}, batch.targets.to(device))
