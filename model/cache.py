@@ -29,3 +29,14 @@ class Cache:
         """(batch, seq) of the next tokens."""
         device = self.layers[0].k.device
         return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq, device=device)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was. All rows are as long, and have the same encoder's output."""
+        for layer in self.layers:
+            length = max(layer.lengths)
+            layer.k[:, :, :length], layer.v[:, :, :length] = layer.k[rows, :, :length], layer.v[rows, :, :length]
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget what lies at and past these lengths."""
+        for layer in self.layers:
+            layer.truncate(lengths)

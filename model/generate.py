@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from .checkpoints import Model
+from .encoder_decoder import EncoderDecoder
 from .sampling import Sampling
-from .transformer import Transformer
 
 
 @torch.inference_mode()
 def generate(
-    model: Transformer,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -25,7 +27,8 @@ def generate(
     seed: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens; the prompts may differ in length.
+    """Continue each prompt by up to `max_new_tokens` tokens; prompts may differ in length. To an encoder-decoder the
+    prompts are its inputs, and what it says is new from the first token on.
 
     Args:
         prompts: token numbers, at least one each.
@@ -52,21 +55,12 @@ def generate(
         return results
     device = model.token_embedding.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
-    longest = int(lengths.max())
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt, device=device)
-    capacity = min(longest + max_new_tokens, model.config.context)
-    cache = model.new_cache(len(prompts), capacity)
-
-    hidden = model.encode(tokens, lengths, cache=cache)
-    hidden = hidden[torch.arange(len(prompts), device=device), lengths.long() - 1]  # of each prompt's last token
+    hidden, go_on = begin(model, *pad(prompts, device), max_new_tokens)
     seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(seen, prompts, strict=True):
-            row[list(prompt)] = True
+            row[list(prompt)] = not isinstance(model, EncoderDecoder)  # what stands in the input may be repeated
     running = [True] * len(prompts)
     for step in range(max_new_tokens):
         chosen = sampling.choose(model.logits(hidden).float(), seen, generator)
@@ -82,24 +76,56 @@ def generate(
                     on_token(i, token)
         if not any(running) or step == max_new_tokens - 1:
             break
-        hidden = model.encode(chosen[:, None], cache=cache)[:, -1]
+        hidden = go_on(chosen)
     return results
 
 
-def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def begin(model: Model, tokens: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The hidden states (batch, width) that the first of `count` new tokens is chosen from; and what takes the chosen
+    tokens (batch,) and gives those of the next."""
+    batch = len(tokens)
+    if isinstance(model, EncoderDecoder):
+        memory, cache = model.encode(tokens, lengths), model.new_cache(batch, count)
+        first = torch.full((batch,), model.config.start_token, device=tokens.device)
+
+        def go_on(chosen: Tensor) -> Tensor:
+            return model.decode(chosen[:, None], memory, cache=cache)[:, -1]
+
+        return go_on(first), go_on
+    cache = model.new_cache(batch, min(tokens.shape[1] + count, model.config.context))
+    hidden = model.encode(tokens, lengths, cache=cache)
+    hidden = hidden[torch.arange(batch, device=tokens.device), lengths.long() - 1]  # of each prompt's last token
+    return hidden, lambda chosen: model.encode(chosen[:, None], cache=cache)[:, -1]
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (batch, longest) and lengths (batch,)."""
+    lengths = torch.tensor([len(tokens) for tokens in sequences], dtype=torch.int32, device=device)
+    rows = [torch.tensor(tokens, device=device) for tokens in sequences]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+
+
+def check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     config = model.config
-    if not (config.causal and config.head):
-        raise ValueError(f"model must be a causal language model, got a {config.family}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    check_tokens("prompts", prompts, config.vocab_size)
+    if isinstance(model, EncoderDecoder):
+        return
+    if not (config.causal and config.head):
+        raise ValueError(f"model must be a causal language model or an encoder-decoder, got a {config.family}")
     for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompts[{i}] must have at least one token, got none")
         if len(prompt) + max_new_tokens > config.context:
             raise ValueError(
                 f"prompts[{i}] must fit the context of {config.context} together with max_new_tokens, "
                 f"got {len(prompt)} + {max_new_tokens} tokens"
             )
-        wrong = next((t for t in prompt if not 0 <= t < config.vocab_size), None)
+
+
+def check_tokens(name: str, sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for i, tokens in enumerate(sequences):
+        if not tokens:
+            raise ValueError(f"{name}[{i}] must have at least one token, got none")
+        wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
         if wrong is not None:
-            raise ValueError(f"prompts[{i}] must hold tokens below {config.vocab_size}, got {wrong}")
+            raise ValueError(f"{name}[{i}] must hold tokens below {vocab_size}, got {wrong}")

@@ -150,7 +150,7 @@ def test_an_encoder_does_not_generate():
     from dataclasses import replace
 
     encoder = Transformer(replace(CONFIGS["learned"], family="bert", causal=False, head=False))
-    with pytest.raises(ValueError, match="model must be a causal language model, got a bert"):
+    with pytest.raises(ValueError, match="model must be a causal language model or an encoder-decoder, got a bert"):
         generate(encoder, [[1]], 1)
     with pytest.raises(ValueError, match="tokens must fit the context of 40, got 41"):
         encoder(torch.zeros(1, 41, dtype=torch.long))

