@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import os
+import re
 import struct
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,3 +154,27 @@ def strings_of_r(data: bytes) -> list[str]:
         result.append(data[position + 8 : position + 8 + size].decode("utf-8"))
         position += 8 + size
     return result
+
+
+def verses() -> list[tuple[str, str]]:
+    """(English, Spanish) of each verse: King James 1769 and Reina-Valera 1909, which number verses alike."""
+    english, spanish = (list(sword_texts(name)) for name in ("bible-en", "bible-es"))
+    return [(a, b) for a, b in zip(english, spanish, strict=True) if a and b]
+
+
+def sword_texts(name: str) -> Iterator[str]:
+    """Every entry of a Bible in SWORD's zText format, empty ones too, without its markup. For each testament .bzs lists
+    the zlib blocks of .bzz (offset, size, size of the text), and .bzv where each entry lies (block, offset, size)."""
+    files = debian_files(name)
+    for testament in ("ot", "nt"):
+        parts = {m.name[-3:]: m for m in files.getmembers() if m.name.rsplit("/")[-1].startswith(f"{testament}.bz")}
+        blocks, entries, data = (files.extractfile(parts[end]).read() for end in ("bzs", "bzv", "bzz"))
+        texts = [zlib.decompress(data[at : at + size]) for at, size, _ in struct.iter_unpack("<III", blocks)]
+        for block, at, size in struct.iter_unpack("<IIH", entries):
+            yield plain(texts[block][at : at + size].decode("utf-8")) if size else ""
+
+
+def plain(osis: str) -> str:
+    """A verse without notes, headings and tags."""
+    text = re.sub(r"<(note|title)\b.*?</\1>|<[^>]*>|¶", " ", osis, flags=re.DOTALL)
+    return re.sub(r"\s+([.,;:?!])", r"\1", " ".join(html.unescape(text).split()))

@@ -21,9 +21,9 @@ DIGITS, LONGEST, BATCH = 20, 16, 64
 STOP, FIRST_DIGIT = 1, 2 + len(KINDS)  # tokens: 0 starts an output, 1 ends it, then one for each kind of task
 
 CONFIG = Config(
-    "t5", vocab_size=FIRST_DIGIT + DIGITS, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=256, context=64,
-    causal=False, norm="rms", norm_eps=1e-6, norm_first=True, activation="relu", gated=False, positions="relative",
-    bias=False, decoder_layers=2, relative_buckets=32, relative_distance=32, scale=32**-0.5, logit_scale=128**-0.5,
+    "marian", vocab_size=FIRST_DIGIT + DIGITS, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=256,
+    context=64, causal=False, norm="layer", norm_eps=1e-5, norm_first=False, activation="relu", gated=False,
+    positions="sinusoidal", decoder_layers=2, embedding_scale=128**0.5, head_bias=True,
 )  # fmt: skip
 
 
