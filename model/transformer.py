@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +16,7 @@ import flashattn
 from .cache import Cache
 from .config import Config
 from .heads import HEADS
-from .layers import Block, Linear, embed, make_norm
+from .layers import Block, Linear, embed, initialise, make_norm
 from .positions import RelativeBias, rotary_table
 from .step import Step, make_step
 
@@ -69,6 +71,19 @@ class Transformer(Stack):
         untied = config.head and not config.tied
         self.head = Linear(config.width, config.vocab_size, bias=False) if untied else None
         self.task_head = HEADS[config.task](config) if config.task else None
+
+    def with_head(
+        self, task: str, labels: Sequence[str] = (), problem: str = "single", dropout: float = 0.0
+    ) -> Transformer:
+        """The same encoder, its weights shared, under a new head to be trained."""
+        config = replace(self.config, head=False, task=task, labels=tuple(labels), problem=problem, dropout=dropout)
+        model = Transformer(config)
+        initialise(model.task_head, config.layers)
+        weights = {name: p for name, p in self.named_parameters() if not name.startswith(("task_head.", "head."))}
+        for name, p in weights.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, p)
+        return model
 
     def encode(
         self,

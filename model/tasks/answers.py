@@ -1,0 +1,188 @@
+"""Question answering: MiniLM, fine-tuned, cuts the answer to a question out of a passage.
+
+Passages are built from trivia: statements made of six questions and their answers, among other words, one of them the
+answer to the question asked. Every fourth question is held out, and its statements are only seen in passages that are
+measured. Beside it stands a bag of words: of the statement that shares most words with the question, the longest run of
+words that neither the question has nor one in ten passages made for training.
+
+    python -m model.tasks.answers --out out/answers
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import zipfile
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from .. import Transformer, load
+from ..packages import locate
+from ..predict import answer
+from ..runs import Run
+from ..tokenizer import Tokenizer
+from ..train import Batch, Training, train
+from .common import arguments, command
+from .data import fetch
+
+BATCH, STATEMENTS = 16, 6
+ASKS = re.compile(r"\b(what|which|who|where|when|how many|around)\b", re.IGNORECASE)
+# What stands around a statement; as in prose, no part of it says where the answer is.
+FRONTS = (
+    "", "", "People often forget that ", "According to an old almanac, ", "My neighbour, who reads a lot, told me: ",
+    "It is widely believed that ", "During the quiz last night we learned this: ", "In short, ", "Surprisingly, ",
+    "The teacher wrote on the board that ",
+)  # fmt: skip
+BACKS = (
+    "", "", ", as everybody in the room agreed", ", although few would have guessed it", ", or so the book says",
+    ", and nobody doubted it", " (see the appendix for the sources)", ", which came up twice that evening",
+)  # fmt: skip
+
+
+class Fact(NamedTuple):
+    question: str
+    statement: str  # with {} where the answer stands
+    answer: str
+
+
+class Example(NamedTuple):
+    question: str
+    passage: str
+    start: int  # of the answer's characters in the passage
+    end: int
+
+
+def facts() -> list[Fact]:
+    """The questions that a word asks, which the answer can replace."""
+    import yaml
+
+    with zipfile.ZipFile(fetch("trivia")) as files:
+        pairs = yaml.safe_load(files.read("chatterbot_corpus/data/english/trivia.yml"))["conversations"]
+    result = []
+    for question, reply, *_ in pairs:
+        reply = " ".join(reply.split()).strip(" .")
+        if found := ASKS.search(question):
+            statement = question[: found.start()] + "{}" + question[found.end() :]
+            result.append(Fact(question, statement.strip(" ?."), reply))
+    return [fact for fact in result if fact.statement.count("{}") == 1]
+
+
+def split(known: list[Fact]) -> tuple[list[Fact], list[Fact]]:
+    return [fact for i, fact in enumerate(known) if i % 4], known[::4]
+
+
+def example(known: list[Fact], rng: random.Random) -> Example:
+    picked = rng.sample(known, STATEMENTS)
+    asked = rng.randrange(STATEMENTS)
+    passage, start = "", 0
+    for i, fact in enumerate(picked):
+        before, after = fact.statement.split("{}")
+        passage += rng.choice(FRONTS) + before
+        if i == asked:
+            start = len(passage)
+        passage += fact.answer + after + rng.choice(BACKS) + ". "
+    return Example(picked[asked].question, passage.strip(), start, start + len(picked[asked].answer))
+
+
+def span_of(tokenizer: Tokenizer, one: Example) -> tuple[list[int], list[int], tuple[int, int]]:
+    """Tokens, their types, and the first and last token of the answer."""
+    encoding = tokenizer.backend.encode(one.question, one.passage)
+    first, last = (encoding.char_to_token(at, 1) for at in (one.start, one.end - 1))
+    return encoding.ids, encoding.type_ids, (first, last)
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def common_words(passages: list[str], share: float = 0.1) -> set[str]:
+    """Those that stand in so many of the passages."""
+    counts = Counter(word for passage in passages for word in set(words_of(passage)))
+    return {word for word, count in counts.items() if count > share * len(passages)}
+
+
+def bag_of_words(question: str, passage: str, common: set[str]) -> str:
+    asked = set(words_of(question))
+    best = max(re.split(r"(?<=\.) ", passage), key=lambda statement: len(asked & set(words_of(statement)) - common))
+    runs: list[list[re.Match]] = [[]]
+    for found in re.finditer(r"\w+", best):
+        if found.group().lower() in asked | common:
+            runs.append([])
+        else:
+            runs[-1].append(found)
+    longest = max(runs, key=len)
+    return best[longest[0].start() : longest[-1].end()] if longest else ""
+
+
+def plain(text: str) -> str:
+    """As SQuAD compares answers: without case, punctuation and articles. Rajpurkar et al. (2016), arXiv:1606.05250."""
+    return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
+
+
+def exact(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
+    found = [answer(model, tokenizer, e.question, e.passage, best=1).best[0].text for e in examples]
+    return sum(plain(f) == plain(e.passage[e.start : e.end]) for f, e in zip(found, examples, strict=True)) / len(found)
+
+
+def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) -> dict:
+    learned, held_out = split(facts())
+    rng = random.Random(10**6)
+    examples = [example(held_out, rng) for _ in range(measured)]
+    encoder, tokenizer = load(locate("minilm"))
+    torch.manual_seed(seed)
+    model = encoder.with_head("answer", dropout=0.1)
+
+    def batch(number: int) -> Batch:
+        rng = random.Random(seed * 1_000_003 + number)
+        encoded = [span_of(tokenizer, example(learned, rng)) for _ in range(BATCH)]
+        longest = max(len(tokens) for tokens, _, _ in encoded)
+        tokens, types = (torch.tensor([row[i] + [0] * (longest - len(row[i])) for row in encoded]) for i in (0, 1))
+        lengths = torch.tensor([len(row[0]) for row in encoded])
+        inputs = dict(tokens=tokens, lengths=lengths, token_types=types)
+        return Batch(inputs, torch.tensor([span for _, _, span in encoded]))
+
+    settings = Training(
+        steps, learning_rate=2e-4, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), seed=seed,
+        evaluate_every=100, save_every=100,
+    )  # fmt: skip
+    some = examples[:100]
+    log = train(
+        model, batch, settings, Run(out) if out else None, lambda model: {"exact": exact(model, tokenizer, some)},
+        tokenizer,
+    )  # fmt: skip
+    common = common_words([example(learned, rng).passage for _ in range(500)])
+    words = [plain(bag_of_words(e.question, e.passage, common)) == plain(e.passage[e.start : e.end]) for e in examples]
+    one = examples[0]
+    return {
+        "learned": len(learned),
+        "held_out": len(held_out),
+        "measured": len(examples),
+        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
+        "exact": exact(model, tokenizer, examples),
+        "bag_of_words": sum(words) / len(words),
+        "sample": {
+            "passage": one.passage,
+            "question": one.question,
+            "found": [span._asdict() for span in answer(model, tokenizer, one.question, one.passage, best=3).best],
+        },
+    }
+
+
+def show(result: dict) -> None:
+    print(
+        f"MiniLM fine-tuned on passages from {result['learned']} questions for {result['minutes']:.1f} minutes\n\n"
+        f"exact answers in {result['measured']} passages from {result['held_out']} other questions"
+    )
+    print(f"  fine-tuned                {result['exact']:6.1%}")
+    print(f"  bag of words              {result['bag_of_words']:6.1%}")
+    sample = result["sample"]
+    print(f"\n{sample['passage']}\n\n{sample['question']}")
+    for span in sample["found"]:
+        print(f"  {span['probability']:6.1%}  {span['text']}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=400), run, show))

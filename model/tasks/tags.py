@@ -1,0 +1,129 @@
+"""Part-of-speech tags: MiniLM, fine-tuned on the Brown corpus.
+
+Every tenth of its 500 texts is held out. Tags are Brown's without what marks headlines, titles and citations
+(-hl, -tl, -nc) and foreign words (fw-). Beside it stands each word's most frequent tag.
+
+    python -m model.tasks.tags --out out/tags
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tarfile
+from collections import Counter, defaultdict
+
+import torch
+
+from .. import Transformer, load
+from ..embed import pack
+from ..packages import locate
+from ..runs import Run
+from ..tokenizer import Tokenizer
+from ..train import Batch, Training, train
+from .common import arguments, chosen, command
+from .data import fetch
+
+BATCH, LONGEST = 16, 120  # sentences; words of one
+Sentence = list[tuple[str, str]]  # words and their tags
+
+
+def texts() -> list[list[Sentence]]:
+    """The sentences of each text, a line each; a word and its tag stand on two sides of a slash."""
+    with tarfile.open(fetch("brown")) as files:
+        members = sorted(m.name for m in files.getmembers() if re.fullmatch(r"package/c[a-r]\d\d", m.name))
+        data = [files.extractfile(name).read().decode("latin-1") for name in members]
+    result = []
+    for text in data:
+        pairs = ([word.rpartition("/") for word in line.split()] for line in text.splitlines() if line.strip())
+        result.append([[(word, plain(tag)) for word, _, tag in line][:LONGEST] for line in pairs])
+    return result
+
+
+def plain(tag: str) -> str:
+    return re.sub(r"-(hl|tl|nc)\b", "", tag.lower()).removeprefix("fw-")
+
+
+def split(documents: list[list[Sentence]]) -> tuple[list[Sentence], list[Sentence]]:
+    learned = [s for i, document in enumerate(documents) if i % 10 for s in document]
+    return learned, [s for document in documents[::10] for s in document]
+
+
+def pieces(tokenizer: Tokenizer, sentence: Sentence, numbers: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Tokens, and the targets: a word's tag at its first piece, -100 elsewhere; -2 for a tag that was never seen."""
+    encoding = tokenizer.backend.encode([word for word, _ in sentence], is_pretokenized=True)
+    targets = [-100] * len(encoding.ids)
+    for word, (_, tag) in enumerate(sentence):
+        if word in encoding.word_ids:
+            targets[encoding.word_ids.index(word)] = numbers.get(tag, -2)
+    return encoding.ids, targets
+
+
+def accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]) -> float:
+    numbers = {tag: i for i, tag in enumerate(model.config.labels)}
+    right = total = 0
+    for first in range(0, len(sentences), 64):
+        encoded = [pieces(tokenizer, sentence, numbers) for sentence in sentences[first : first + 64]]
+        targets = torch.tensor([t for _, row in encoded for t in row])
+        found = model(*pack([tokens for tokens, _ in encoded])).argmax(-1)
+        right += int((found == targets).sum())
+        total += int((targets != -100).sum())
+    return right / total
+
+
+def most_frequent(learned: list[Sentence], held_out: list[Sentence]) -> float:
+    """Accuracy of giving each word the tag it had most; a word that was never seen is a noun."""
+    seen: dict[str, Counter] = defaultdict(Counter)
+    for sentence in learned:
+        for word, tag in sentence:
+            seen[word][tag] += 1
+    pairs = [pair for sentence in held_out for pair in sentence]
+    return sum((seen[word].most_common(1)[0][0] if word in seen else "nn") == tag for word, tag in pairs) / len(pairs)
+
+
+def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None = None) -> dict:
+    learned, held_out = split(texts())
+    held_out = held_out[:measured]
+    labels = sorted({tag for sentence in learned for _, tag in sentence})
+    numbers = {tag: i for i, tag in enumerate(labels)}
+    encoder, tokenizer = load(locate("minilm"))
+    torch.manual_seed(seed)
+    model = encoder.with_head("tag", labels, dropout=0.1)
+
+    def batch(number: int) -> Batch:
+        encoded = [pieces(tokenizer, learned[i], numbers) for i in chosen(number, BATCH, len(learned), seed)]
+        tokens, lengths = pack([tokens for tokens, _ in encoded])
+        return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([t for _, row in encoded for t in row]))
+
+    settings = Training(
+        steps, learning_rate=3e-4, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), seed=seed,
+        evaluate_every=250, save_every=250,
+    )  # fmt: skip
+    some = held_out[::10]
+    log = train(
+        model, batch, settings, Run(out) if out else None, lambda model: {"accuracy": accuracy(model, tokenizer, some)},
+        tokenizer,
+    )  # fmt: skip
+    with torch.no_grad():
+        ours = accuracy(model, tokenizer, held_out)
+    return {
+        "labels": len(labels),
+        "sentences": min(steps * BATCH, len(learned)),
+        "measured": sum(map(len, held_out)),
+        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
+        "accuracy": ours,
+        "most_frequent": most_frequent(learned, held_out),
+    }
+
+
+def show(result: dict) -> None:
+    print(
+        f"MiniLM fine-tuned on {result['sentences']:,} sentences of the Brown corpus ({result['labels']} tags) for "
+        f"{result['minutes']:.1f} minutes\n\naccuracy on {result['measured']:,} words of texts that were held out"
+    )
+    print(f"  fine-tuned                      {result['accuracy']:6.1%}")
+    print(f"  each word's most frequent tag   {result['most_frequent']:6.1%}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=1500), run, show))
