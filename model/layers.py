@@ -84,6 +84,8 @@ class Attention(nn.Module):
             if step.rotary is not None:
                 q, k = rotate(q, step.rotary), rotate(k, step.rotary)
             options |= dict(causal=step.causal, dropout_p=dropout_p)
+            if step.observe is not None:
+                step.observe(layer, q, k, options)
             out = attend(q, k, v, step.packed, step.packed, step.lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,6 +45,7 @@ class Step:
     memory: Tensor | None = None  # (batch, seq, width) of an encoder that a decoder attends to
     memory_lengths: Tensor | None = None
     memory_packed: Packed | None = None
+    observe: Callable[[int, Tensor, Tensor, dict], None] | None = None  # model/interpret.py
 
     def longest(self, tokens: Tensor) -> int:
         """How far the sequences reach with these tokens."""

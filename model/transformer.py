@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -91,14 +91,16 @@ class Transformer(Stack):
         lengths: Tensor | None = None,
         token_types: Tensor | None = None,
         cache: Cache | None = None,
+        observe: Callable[[int, Tensor, Tensor, dict], None] | None = None,
     ) -> Tensor:
         """The last hidden states (batch, seq, width) of tokens (batch, seq).
 
         Sequences shorter than seq are padded on the right, with their `lengths` (batch,) given; what stands at the
         padding is undefined. With a cache, tokens follow those it holds. Tokens (total,) are sequences of these lengths
-        one behind the other, without padding; their hidden states are (total, width).
+        one behind the other, without padding; their hidden states are (total, width). observe: called in each layer
+        with its number, and with q, k and the options that attention gets.
         """
-        step = make_step(tokens, self.config.causal, lengths, cache)
+        step = make_step(tokens, self.config.causal, lengths, cache, observe=observe)
         longest = step.longest(tokens)
         if longest > self.config.context:
             raise ValueError(f"tokens must fit the context of {self.config.context}, got {longest}")

@@ -1,0 +1,47 @@
+"""What heads attend to: pictures of their weights and how spread they are, in memory linear in the sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import flashattn
+
+from .transformer import Transformer
+
+
+class Maps(NamedTuple):
+    weights: Tensor  # (layers, heads, rows, columns): what a group of queries gives to a group of keys; rows sum to 1
+    entropy: Tensor  # (layers, heads), in nats: the mean over the queries
+
+
+@torch.inference_mode()
+def attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> Maps:
+    """Of one sequence (seq,), at most `size` rows and columns: longer sequences are taken together in groups.
+
+    The weights come out of attention itself, whatever its options: with the value of key j the unit vector of its
+    group, the output of query i is the weight it gives to each group (seq, size). Nothing of size (seq, seq) is made.
+    """
+    if tokens.dim() != 1 or len(tokens) == 0:
+        raise ValueError(f"tokens must be (seq,), at least one, got shape {tuple(tokens.shape)}")
+    if not 1 <= size <= 256:
+        raise ValueError(f"size must be between 1 and 256, the largest head_dim, got {size}")
+    seq = len(tokens)
+    group = -(-seq // size)
+    of = torch.arange(seq) // group  # each token's group
+    count = int(of[-1]) + 1
+    units = torch.nn.functional.one_hot(of, count)
+    weights, entropies = [], []
+
+    def observe(layer: int, q: Tensor, k: Tensor, options: dict) -> None:
+        v = units.to(k.dtype).expand(*k.shape[:2], seq, count)
+        aux = flashattn.AuxRequest(entropy=True)
+        out, aux = flashattn.attention(q, k, v, return_aux=aux, **options)
+        rows = [part.mean(1) for part in out[0].float().split(group, dim=1)]
+        weights.append(torch.stack(rows, 1))
+        entropies.append(aux.entropy[0].mean(-1))
+
+    model.encode(tokens[None], observe=observe)
+    return Maps(torch.stack(weights), torch.stack(entropies))
