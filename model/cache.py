@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,11 @@ import flashattn
 from .config import Config
 
 
-class Cache:
-    """A `flashattn.KVCache` for each layer, and the rotary table they share. Sequences may differ in length: each is
-    written from its own end on."""
+class CacheView:
+    """What a step needs of a cache: what `flashattn.decode` appends to in each layer, and the rotary table."""
 
-    def __init__(self, config: Config, batch: int, capacity: int, like: Tensor, rotary: tuple[Tensor, Tensor] | None):
-        sizes = (batch, config.kv_heads, capacity, config.head_dim)
-        layers = config.decoder_layers or config.layers
-        self.layers = [flashattn.KVCache(*sizes, dtype=like.dtype, device=like.device) for _ in range(layers)]
-        self.rotary = None if rotary is None else flashattn.Rotary(*(x[0, 0] for x in rotary))
+    def __init__(self, layers: list, rotary: flashattn.Rotary | None):
+        self.layers, self.rotary = layers, rotary
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of an encoder's output
 
     @property
@@ -30,6 +28,16 @@ class Cache:
         device = self.layers[0].k.device
         return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq, device=device)
 
+
+class Cache(CacheView):
+    """A `flashattn.KVCache` for each layer. Sequences may differ in length: each is written from its own end on."""
+
+    def __init__(self, config: Config, batch: int, capacity: int, like: Tensor, rotary: flashattn.Rotary | None):
+        sizes = (batch, config.kv_heads, capacity, config.head_dim)
+        count = config.decoder_layers or config.layers
+        layers = [flashattn.KVCache(*sizes, dtype=like.dtype, device=like.device) for _ in range(count)]
+        super().__init__(layers, rotary)
+
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was. All rows are as long, and have the same encoder's output."""
         for layer in self.layers:
@@ -40,3 +48,42 @@ class Cache:
         """Forget what lies at and past these lengths."""
         for layer in self.layers:
             layer.truncate(lengths)
+
+
+class PagedCache:
+    """A `flashattn.PagedKVCache` for each layer, whose sequences have the same numbers, lengths and pages in all."""
+
+    def __init__(self, config: Config, pages: int, page_size: int, like: Tensor, rotary: flashattn.Rotary | None):
+        sizes = (pages, page_size, config.kv_heads, config.head_dim)
+        self.page_size, self.rotary = page_size, rotary
+        self.layers = [
+            flashattn.PagedKVCache(*sizes, dtype=like.dtype, device=like.device) for _ in range(config.layers)
+        ]
+
+    @property
+    def free_pages(self) -> int:
+        return self.layers[0].free_pages
+
+    def length(self, sequence: int) -> int:
+        return self.layers[0].length(sequence)
+
+    def pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def add(self) -> int:
+        return max([layer.add() for layer in self.layers])
+
+    def fork(self, sequence: int, length: int) -> int:
+        """A sequence that shares the first tokens of another."""
+        number = max([layer.fork(sequence) for layer in self.layers])
+        for layer in self.layers:
+            layer.truncate(number, length)
+        return number
+
+    def free(self, sequence: int) -> None:
+        for layer in self.layers:
+            layer.free(sequence)
+
+    def select(self, sequences: Sequence[int]) -> CacheView:
+        """These as the batch of a step."""
+        return CacheView([layer.select(sequences) for layer in self.layers], self.rotary)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cache import Cache
+    from .cache import CacheView
 
 
 class Packed(NamedTuple):
@@ -40,7 +40,7 @@ class Step:
     lengths: Tensor | None  # (batch,) int: how many of its tokens each sequence has
     packed: Packed | None = None  # then batch is 1, and lengths are those of the sequences packed
     rotary: tuple[Tensor, Tensor] | None = None
-    cache: Cache | None = None
+    cache: CacheView | None = None
     bias: Tensor | None = None  # of the scores, by relative positions
     memory: Tensor | None = None  # (batch, seq, width) of an encoder that a decoder attends to
     memory_lengths: Tensor | None = None
@@ -54,7 +54,7 @@ class Step:
         return tokens.shape[1] + (0 if self.cache is None else max(self.cache.lengths, default=0))
 
 
-def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: Cache | None = None, **more) -> Step:
+def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: CacheView | None = None, **more) -> Step:
     """Of tokens (batch, seq), which follow those that a cache holds, or of (total,): sequences of these lengths."""
     if tokens.dim() == 1:
         packed = check_packed(tokens, lengths, cache)
@@ -67,7 +67,7 @@ def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: Cache
     return Step(positions, causal, lengths, cache=cache, **more)
 
 
-def check_packed(tokens: Tensor, lengths: Tensor | None, cache: Cache | None) -> Packed:
+def check_packed(tokens: Tensor, lengths: Tensor | None, cache: CacheView | None) -> Packed:
     if lengths is None or cache is not None:
         raise ValueError("tokens of one dimension are packed sequences: they need lengths, and go without a cache")
     if int(lengths.sum()) != len(tokens):

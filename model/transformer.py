@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashattn
 
-from .cache import Cache
+from .cache import Cache, CacheView, PagedCache
 from .config import Config
 from .heads import HEADS
 from .layers import Block, Linear, embed, initialise, make_norm
@@ -90,7 +90,7 @@ class Transformer(Stack):
         tokens: Tensor,
         lengths: Tensor | None = None,
         token_types: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: CacheView | None = None,
         observe: Callable[[int, Tensor, Tensor, dict], None] | None = None,
     ) -> Tensor:
         """The last hidden states (batch, seq, width) of tokens (batch, seq).
@@ -122,10 +122,18 @@ class Transformer(Stack):
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for so many sequences of up to `capacity` tokens."""
-        rotary, like = None, self.token_embedding.weight
-        if self.position_embedding is None:
-            rotary = rotary_table(torch.arange(capacity, device=like.device)[None], self.config)
-        return Cache(self.config, batch, capacity, like, rotary)
+        return Cache(self.config, batch, capacity, self.token_embedding.weight, self.rotary(capacity))
+
+    def new_paged_cache(self, pages: int, page_size: int) -> PagedCache:
+        """An empty pool of pages, for sequences that come and go."""
+        return PagedCache(self.config, pages, page_size, self.token_embedding.weight, self.rotary(self.config.context))
+
+    def rotary(self, length: int) -> flashattn.Rotary | None:
+        """The table for so many positions."""
+        if self.config.positions != "rope":
+            return None
+        positions = torch.arange(length, device=self.token_embedding.weight.device)[None]
+        return flashattn.Rotary(*(x[0, 0] for x in rotary_table(positions, self.config)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) to (…, vocab_size)."""
