@@ -1,113 +1,101 @@
-"""The command line: python -m model generate|embed. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+"""The command line: python -m model COMMAND. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
-import time
-
-import torch
 
 import flashattn
 
-from .checkpoints import load
-from .embed import embed
-from .generate import generate
-from .packages import KNOWN, locate
-from .tokenizer import Tokenizer
-from .transformer import Transformer
+from . import commands
+from .packages import KNOWN
+
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def parser() -> argparse.ArgumentParser:
-    models = [name for name in KNOWN if not name.endswith("vocabulary")]
-    top = argparse.ArgumentParser(prog="python -m model", description="Real checkpoints on flashattn.")
-    commands = top.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--model", required=True, metavar="NAME", help=f"{', '.join(models)}, a Hugging Face directory or a .gguf file"
+    top = argparse.ArgumentParser(
+        prog="python -m model", description="Transformers on flashattn: real checkpoints, and training."
     )
-    shared.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    shared.add_argument("--backend", choices=["triton", "cpu", "reference"], help="force one; default: the best here")
-    shared.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add = top.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    models = ", ".join(name for name in KNOWN if not name.endswith("vocabulary"))
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--backend", choices=["triton", "cpu", "reference"], help="force one; default: the best here")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    loaded = argparse.ArgumentParser(add_help=False, parents=[output])
+    loaded.add_argument(
+        "--model", required=True, metavar="NAME", help=f"{models}, a Hugging Face directory or a .gguf file"
+    )
+    loaded.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
 
-    command = commands.add_parser(
-        "generate", parents=[shared], help="continue a text", description="Continue a text, token by token."
-    )
-    command.add_argument("--prompt", required=True, help="the text to continue")
-    command.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
-    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    command.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    command.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that reach probability P")
-    command.add_argument("--min-p", type=float, metavar="P", help="sample among tokens P times as likely as the first")
-    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that were there")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling, default 0")
-    command.add_argument("--no-check", action="store_true", help="do not repeat greedy runs on the reference backend")
-    command.set_defaults(run=run_generate)
+    def command(name: str, text: str, parent: argparse.ArgumentParser = loaded) -> argparse.ArgumentParser:
+        made = add(name, parents=[parent], help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(run=getattr(commands, f"run_{name}"))
+        return made
 
-    command = commands.add_parser(
-        "embed", parents=[shared], help="compare sentences", description="Sentence embeddings and their cosines."
+    generate = command("generate", "continue a text, token by token")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    generate.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that reach probability P")
+    generate.add_argument("--min-p", type=float, metavar="P", help="sample among tokens P times as likely as the first")
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that were there"
     )
-    command.add_argument("sentences", nargs="+", metavar="SENTENCE")
-    command.set_defaults(run=run_embed)
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling, default 0")
+    generate.add_argument(
+        "--draft", metavar="NAME", help="a smaller model that guesses; greedy, the same tokens sooner"
+    )
+    generate.add_argument("--no-check", action="store_true", help="do not repeat greedy runs on the reference backend")
+
+    embed = command("embed", "compare sentences: embeddings and their cosines")
+    embed.add_argument("sentences", nargs="+", metavar="SENTENCE")
+
+    classify = command("classify", "the class of each text, of a model with a head for it")
+    classify.add_argument("texts", nargs="+", metavar="TEXT")
+
+    tag = command("tag", "the labelled spans of a text: names, parts of speech")
+    tag.add_argument("text")
+
+    translate = command("translate", "what an encoder-decoder makes of each text, by beam search")
+    translate.add_argument("texts", nargs="+", metavar="TEXT")
+    translate.add_argument("--beams", type=int, default=4, metavar="N", help="hypotheses, default 4; 1 is greedy")
+    translate.add_argument("--length-penalty", type=float, default=1.0, metavar="P", help="default 1; 0: short outputs")
+    translate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+
+    answer = command("answer", "where in a passage the answer to a question stands")
+    answer.add_argument("--question", required=True)
+    answer.add_argument("--passage", required=True, help="the text, or - to read it from standard input")
+    answer.add_argument("--best", type=int, default=5, metavar="N", help="spans to show, default 5")
+
+    train = command("train", "train a language model on text files, from scratch or going on from a model", output)
+    train.add_argument("texts", nargs="+", metavar="FILE", help="text in UTF-8; the last twentieth of each is held out")
+    train.add_argument(
+        "--out", required=True, metavar="DIRECTORY", help="checkpoints, log.jsonl, loss.png; goes on there"
+    )
+    train.add_argument("--model", metavar="NAME", help="go on from this one; default: a small Llama from scratch")
+    train.add_argument("--vocab", type=int, default=2048, metavar="N", help="tokens of the small Llama, default 2048")
+    train.add_argument("--layers", type=int, default=4, metavar="N", help="of it, default 4")
+    train.add_argument("--width", type=int, default=256, metavar="N", help="of it, default 256")
+    train.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a piece of text, default 256")
+    train.add_argument("--batch", type=int, default=8, metavar="N", help="pieces in a batch, default 8")
+    train.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step, default 1")
+    train.add_argument("--steps", type=int, default=1000, metavar="N", help="default 1000")
+    train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest, default 0.001")
+    train.add_argument("--schedule", choices=["cosine", "inverse_sqrt", "constant"], default="cosine")
+    train.add_argument("--save-every", type=int, default=200, metavar="N", help="steps, default 200")
+    train.add_argument("--bfloat16", action="store_true", help="products in bfloat16 (autocast)")
+    train.add_argument("--recompute", action="store_true", help="activations in the backward pass: less memory")
+    train.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and batches, default 0")
+
+    convert = command("convert", "write any checkpoint as a Hugging Face directory")
+    convert.add_argument("directory", help="to write; must not be there yet")
+
+    command("inspect", "what a model is made of: its config, parameters, cache")
     return top
-
-
-def load_named(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
-    if tokenizer is None:
-        raise ValueError(f"{args.model}: no tokenizer.json")
-    return model, tokenizer
-
-
-def run_generate(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args)
-    text = tokenizer.chat(args.prompt) if args.chat else args.prompt
-    prompt = tokenizer.encode(text)
-    stream = tokenizer.stream()
-
-    def show(_: int, token: int) -> None:
-        if not args.json:
-            print(stream.add(token), end="", flush=True)
-
-    def run(on_token=None) -> list[int]:
-        return generate(
-            model, [prompt], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop_tokens=tokenizer.stop, seed=args.seed,
-            on_token=on_token,
-        )[0]  # fmt: skip
-
-    if not args.json:
-        print(args.prompt, end="", flush=True)
-    start = time.perf_counter()
-    tokens = run(show)
-    seconds = time.perf_counter() - start
-    result = {"tokens": tokens, "text": tokenizer.decode(tokens), "tokens_per_second": len(tokens) / seconds}
-    if not args.json:
-        print(f"\n\n{len(prompt)} + {len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s")
-    if args.temperature == 0 and not args.no_check:
-        with flashattn.use_backend("reference"):
-            result["equals_reference"] = run() == tokens
-        if not args.json:
-            print(f"greedy tokens equal the reference backend's: {'yes' if result['equals_reference'] else 'NO'}")
-    if args.json:
-        print(json.dumps(result))
-
-
-def run_embed(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args)
-    vectors = embed(model, tokenizer, args.sentences).float()
-    cosines = (vectors @ vectors.T).tolist()
-    if args.json:
-        print(json.dumps({"sentences": args.sentences, "cosines": cosines, "vectors": vectors.tolist()}))
-        return
-    for i, sentence in enumerate(args.sentences):
-        print(f"[{i}] {sentence}")
-    print("\ncosine  " + "  ".join(f"{f'[{i}]':>7}" for i in range(len(cosines))))
-    for i, row in enumerate(cosines):
-        print(f"{f'[{i}]':<6}  " + "  ".join(f"{c:7.4f}" for c in row))
 
 
 def main() -> int:
@@ -118,7 +106,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

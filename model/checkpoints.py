@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import gguf_file
+from . import gguf_file, onnx_file
 from .config import Config
 from .encoder_decoder import EncoderDecoder
 from .families import FAMILIES
@@ -82,10 +82,12 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     if index.exists():
         files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     else:
-        candidates = [directory / "model.safetensors", directory / "pytorch_model.bin"]
+        candidates = [directory / name for name in ("model.safetensors", "pytorch_model.bin", "onnx/model_q4.onnx")]
         files = [next((f for f in candidates if f.exists()), None)]
         if files[0] is None:
-            raise CheckpointError(f"{directory}: neither model.safetensors nor pytorch_model.bin is there")
+            raise CheckpointError(
+                f"{directory}: neither model.safetensors nor pytorch_model.bin nor onnx/model_q4.onnx is there"
+            )
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_file(file)
@@ -101,6 +103,8 @@ def read_file(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        if file.suffix == ".onnx":
+            return onnx_file.read(file)
         return torch.load(file, map_location="cpu", weights_only=True)  # never runs code from the file
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or not a checkpoint: {error}") from None

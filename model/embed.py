@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .data import pack
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -19,12 +20,6 @@ def embed(model: Transformer, tokenizer: Tokenizer, sentences: Sequence[str]) ->
         raise ValueError("sentences must hold at least one, got none")
     tokens, lengths = pack([tokenizer.encode(sentence) for sentence in sentences])
     return F.normalize(mean_of_each(model.encode(tokens, lengths), lengths), dim=-1)
-
-
-def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (total,) and lengths (batch,), as `Transformer.encode` takes them."""
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    return torch.tensor([token for tokens in sequences for token in tokens]), lengths
 
 
 def mean_of_each(hidden: Tensor, lengths: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .embed import pack
+from .data import pack
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 
 class Tokenizer:
@@ -93,6 +93,19 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(special)
         return cls(backend, [vocab[token] for token in stop if token in vocab], chat_template)
+
+    @classmethod
+    def train(cls, text: str, size: int, special: tuple[str, ...] = (), stop: str | None = None) -> Tokenizer:
+        """Byte-level BPE of a text's own, `size` tokens with the special ones in front."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+        )
+        backend.train_from_iterator(text.split("\n"), trainer)
+        return cls(backend, [] if stop is None else [backend.token_to_id(stop)])
 
     @classmethod
     def from_tiktoken(cls, path: Path, special: list[str]) -> Tokenizer:

@@ -1,16 +1,11 @@
-"""What the tasks share: their command line, batches out of examples, tables."""
+"""What the tasks share: their command line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
-
-from ..train import Batch
+from collections.abc import Callable
 
 
 def arguments(description: str, steps: int) -> argparse.ArgumentParser:
@@ -37,30 +32,3 @@ def command(parser: argparse.ArgumentParser, run: Callable[..., dict], show: Cal
         return 1
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
     return 0
-
-
-def generator(seed: int, number: int) -> torch.Generator:
-    """Random numbers that depend on these two alone."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-
-def chosen(number: int, size: int, of: int, seed: int) -> list[int]:
-    """The indices of the examples in a batch: every one of them once in each pass through all."""
-    passes, first = divmod(number * size, of)
-    order = torch.randperm(of, generator=generator(seed, passes)).tolist()
-    if first + size > of:
-        order += torch.randperm(of, generator=generator(seed, passes + 1)).tolist()
-    return order[first : first + size]
-
-
-def packed(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (total,) one sequence behind the other, and lengths (batch,)."""
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    return torch.tensor([token for tokens in sequences for token in tokens]), lengths
-
-
-def windows(stream: Tensor, number: int, size: int, length: int, seed: int) -> Batch:
-    """Pieces from anywhere of a long text; each token's target is the next."""
-    firsts = torch.randint(0, len(stream) - length, (size, 1), generator=generator(seed, number))
-    pieces = stream[firsts + torch.arange(length + 1)]
-    return Batch(dict(tokens=pieces[:, :-1]), pieces[:, 1:])

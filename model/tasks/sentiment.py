@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import Transformer, load
-from ..embed import embed, pack
+from ..data import chosen, pack
+from ..embed import embed
 from ..packages import locate
 from ..runs import Run
 from ..tokenizer import Tokenizer
 from ..train import Batch, Training, train
-from .common import arguments, chosen, command
+from .common import arguments, command
 from .data import fetch
 
 BATCH, LABELS = 32, ("bad", "good")

@@ -11,10 +11,11 @@ import time
 import torch
 
 from .. import Config, EncoderDecoder, generate
+from ..data import generator, pack
 from ..layers import initialise
 from ..runs import Run
 from ..train import Batch, Training, train
-from .common import arguments, command, generator, packed
+from .common import arguments, command
 
 KINDS = {"copy": list, "reverse": lambda x: x[::-1], "sort": sorted}
 DIGITS, LONGEST, BATCH = 20, 16, 64
@@ -27,10 +28,12 @@ CONFIG = Config(
 )  # fmt: skip
 
 
-def examples(number: int, size: int, seed: int, kind: str | None = None) -> tuple[list[list[int]], list[list[int]]]:
-    """Sources, each the kind of task and 1 to LONGEST numbers, and what shall come out."""
+def examples(
+    number: int, size: int, seed: int, longest: int, kind: str | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Sources, each the kind of task and 1 to `longest` numbers, and what shall come out."""
     random = generator(seed, number)
-    lengths = torch.randint(1, LONGEST + 1, (size,), generator=random).tolist()
+    lengths = torch.randint(1, longest + 1, (size,), generator=random).tolist()
     kinds = torch.randint(0, len(KINDS), (size,), generator=random).tolist()
     sources, outputs = [], []
     for length, i in zip(lengths, kinds, strict=True):
@@ -41,30 +44,30 @@ def examples(number: int, size: int, seed: int, kind: str | None = None) -> tupl
     return sources, outputs
 
 
-def batch(number: int, seed: int) -> Batch:
-    sources, outputs = examples(number, BATCH, seed)
-    tokens, lengths = packed(sources)
-    targets, target_lengths = packed([[CONFIG.start_token, *row] for row in outputs])
-    wanted, _ = packed([[*row, STOP] for row in outputs])
+def batch(number: int, seed: int, longest: int) -> Batch:
+    sources, outputs = examples(number, BATCH, seed, longest)
+    tokens, lengths = pack(sources)
+    targets, target_lengths = pack([[CONFIG.start_token, *row] for row in outputs])
+    wanted, _ = pack([[*row, STOP] for row in outputs])
     return Batch(dict(tokens=tokens, targets=targets, lengths=lengths, target_lengths=target_lengths), wanted)
 
 
-def exact(model: EncoderDecoder, kind: str, size: int = 500) -> float:
+def exact(model: EncoderDecoder, kind: str, longest: int, size: int = 500) -> float:
     """The share of new sequences whose whole output is right."""
-    sources, outputs = examples(0, size, seed=10**6, kind=kind)
-    found = generate(model, sources, LONGEST + 1, stop_tokens=[STOP])
+    sources, outputs = examples(0, size, 10**6, longest, kind)
+    found = generate(model, sources, longest + 1, stop_tokens=[STOP])
     return sum(a == b for a, b in zip(found, outputs, strict=True)) / size
 
 
-def run(steps: int, seed: int = 0, out: str | None = None) -> dict:
+def run(steps: int, seed: int = 0, out: str | None = None, longest: int = LONGEST) -> dict:
     torch.manual_seed(seed)
     model = EncoderDecoder(CONFIG)
     initialise(model, CONFIG.layers)
     settings = Training(steps, learning_rate=2e-3, warmup=100, weight_decay=0.0, save_every=500, seed=seed)
     start = time.perf_counter()
-    train(model, lambda i: batch(i, seed), settings, Run(out) if out else None)
+    train(model, lambda i: batch(i, seed, longest), settings, Run(out) if out else None)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "exact": {kind: exact(model, kind) for kind in KINDS}}
+    return {"seconds": seconds, "exact": {kind: exact(model, kind, longest) for kind in KINDS}}
 
 
 def show(result: dict) -> None:
@@ -76,4 +79,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=1500), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=3000), run, show))

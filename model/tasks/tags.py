@@ -16,12 +16,12 @@ from collections import Counter, defaultdict
 import torch
 
 from .. import Transformer, load
-from ..embed import pack
+from ..data import chosen, pack
 from ..packages import locate
 from ..runs import Run
 from ..tokenizer import Tokenizer
 from ..train import Batch, Training, train
-from .common import arguments, chosen, command
+from .common import arguments, command
 from .data import fetch
 
 BATCH, LONGEST = 16, 120  # sentences; words of one

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from .. import Config, EncoderDecoder, beam_search
+from ..data import chosen, pack
 from ..layers import initialise
 from ..runs import Run
 from ..tokenizer import Tokenizer
 from ..train import Batch, Training, train
-from .common import arguments, chosen, command, packed
+from .common import arguments, command
 from .data import verses
-from .text import make_tokenizer
 
 VOCAB, BATCH, LONGEST = 4000, 64, 120
 START, STOP = "<s>", "</s>"
@@ -54,9 +54,9 @@ def encoded(pairs: list[Pair], tokenizer: Tokenizer) -> list[tuple[list[int], li
 def batch(examples: list[tuple[list[int], list[int]]], number: int, seed: int) -> Batch:
     """Packed on both sides."""
     picked = [examples[i] for i in chosen(number, BATCH, len(examples), seed)]
-    tokens, lengths = packed([source for source, _ in picked])
-    targets, target_lengths = packed([[0, *target[:-1]] for _, target in picked])
-    wanted, _ = packed([target for _, target in picked])
+    tokens, lengths = pack([source for source, _ in picked])
+    targets, target_lengths = pack([[0, *target[:-1]] for _, target in picked])
+    wanted, _ = pack([target for _, target in picked])
     return Batch(dict(tokens=tokens, targets=targets, lengths=lengths, target_lengths=target_lengths), wanted)
 
 
@@ -119,7 +119,7 @@ def run(
 ) -> dict:
     learned, watched, held_out = split(verses())
     held_out = held_out[:measured]
-    tokenizer = make_tokenizer("\n".join(f"{a}\n{b}" for a, b in learned), VOCAB, special=(START, STOP), stop=STOP)
+    tokenizer = Tokenizer.train("\n".join(f"{a}\n{b}" for a, b in learned), VOCAB, special=(START, STOP), stop=STOP)
     examples = encoded(learned, tokenizer)
     torch.manual_seed(seed)
     model = EncoderDecoder(make_config(tokenizer.size, width, layers, dropout=0.1))

@@ -1,0 +1,238 @@
+"""What the commands of `python -m model` do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import flashattn
+
+from .beam import beam_search
+from .checkpoints import Model, load
+from .data import windows
+from .embed import embed
+from .encoder_decoder import EncoderDecoder
+from .flops import matrix_parameters
+from .generate import generate
+from .language import bits, small_llama
+from .packages import locate
+from .predict import answer, classify, tag
+from .runs import Run
+from .saving import save
+from .speculative import speculate
+from .tokenizer import Tokenizer
+from .train import Batch, Training, train
+from .transformer import Transformer
+
+HELD_OUT = 0.05  # of each file that `train` reads
+
+
+def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
+    model, tokenizer = load(locate(name), getattr(torch, dtype), progress=True)
+    if tokenizer is None:
+        raise ValueError(f"{name}: no tokenizer.json")
+    return model, tokenizer
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    draft = load_named(args.draft, args.dtype)[0] if args.draft else None
+    if draft is not None and args.temperature:
+        raise ValueError("--draft needs --temperature 0: guesses are checked against the most likely token")
+    prompt = tokenizer.encode(tokenizer.chat(args.prompt) if args.chat else args.prompt)
+    stream = tokenizer.stream()
+
+    def show(token: int) -> None:
+        if not args.json:
+            print(stream.add(token), end="", flush=True)
+
+    def plain(on_token=None) -> list[int]:
+        return generate(
+            model, [prompt], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop_tokens=tokenizer.stop, seed=args.seed,
+            on_token=None if on_token is None else lambda _, token: on_token(token),
+        )[0]  # fmt: skip
+
+    if not args.json:
+        print(args.prompt, end="", flush=True)
+    start = time.perf_counter()
+    more = {}
+    if draft is None:
+        tokens = plain(show)
+    else:
+        options = dict(stop_tokens=tokenizer.stop, on_token=show)
+        tokens, steps, accepted = speculate(model, draft, prompt, args.max_new_tokens, **options)
+        more = {"steps": steps, "accepted": accepted}
+    seconds = time.perf_counter() - start
+    result = {"tokens": tokens, "text": tokenizer.decode(tokens), "tokens_per_second": len(tokens) / seconds} | more
+    if not args.json:
+        print(f"\n\n{len(prompt)} + {len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s")
+        if more:
+            print(f"{more['steps']} steps of the model, {more['accepted']:.0%} of the draft's guesses were right")
+    if args.temperature == 0 and not args.no_check:
+        with flashattn.use_backend("reference"):
+            result["equals_reference"] = plain() == tokens
+        if not args.json:
+            print(f"greedy tokens equal the reference backend's: {'yes' if result['equals_reference'] else 'NO'}")
+    if args.json:
+        print(json.dumps(result))
+
+
+def run_embed(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    vectors = embed(model, tokenizer, args.sentences).float()
+    cosines = (vectors @ vectors.T).tolist()
+    if args.json:
+        print(json.dumps({"sentences": args.sentences, "cosines": cosines, "vectors": vectors.tolist()}))
+        return
+    for i, sentence in enumerate(args.sentences):
+        print(f"[{i}] {sentence}")
+    print("\ncosine  " + "  ".join(f"{f'[{i}]':>7}" for i in range(len(cosines))))
+    for i, row in enumerate(cosines):
+        print(f"{f'[{i}]':<6}  " + "  ".join(f"{c:7.4f}" for c in row))
+
+
+def run_classify(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    results = classify(model, tokenizer, args.texts)
+    if args.json:
+        print(json.dumps({"texts": args.texts, "labels": results}, ensure_ascii=False))
+        return
+    for text, labels in zip(args.texts, results, strict=True):
+        print(text)
+        for label, value in list(labels.items())[:5]:
+            print(f"  {value:7.4f}  {label}")
+
+
+def run_tag(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    entities = tag(model, tokenizer, args.text)
+    if args.json:
+        print(json.dumps({"text": args.text, "entities": [e._asdict() for e in entities]}, ensure_ascii=False))
+        return
+    widest = max((len(e.label) for e in entities), default=0)
+    for e in entities:
+        print(f"{e.label:<{widest}}  {e.probability:6.1%}  {e.text}")
+
+
+def run_translate(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    if not isinstance(model, EncoderDecoder):
+        raise ValueError(f"{args.model}: to translate takes an encoder-decoder, got a {model.config.family}")
+    ends = tokenizer.stop[:1]
+    sources = [tokenizer.encode(text) for text in args.texts]
+    sources = [tokens if tokens[-1:] == ends else tokens + ends for tokens in sources]
+    options = dict(beams=args.beams, length_penalty=args.length_penalty, stop_tokens=tokenizer.stop)
+    texts = [tokenizer.decode(tokens).strip() for tokens in beam_search(model, sources, args.max_new_tokens, **options)]
+    if args.json:
+        print(json.dumps({"texts": args.texts, "translations": texts}, ensure_ascii=False))
+    else:
+        print("\n".join(texts))
+
+
+def run_answer(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    passage = sys.stdin.read() if args.passage == "-" else args.passage
+    found = answer(model, tokenizer, args.question, passage, args.best)
+    if args.json:
+        best = [span._asdict() for span in found.best]
+        print(json.dumps({"best": best, "null_probability": found.null_probability}, ensure_ascii=False))
+        return
+    for span in found.best:
+        print(f"{span.probability:6.1%}  {span.text}")
+    print(f"{found.null_probability:6.1%}  (no answer)")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    texts = [Path(file).read_text(encoding="utf-8") for file in args.texts]
+    learned = "\n".join(text[: int(len(text) * (1 - HELD_OUT))] for text in texts)
+    held_out = "\n".join(text[int(len(text) * (1 - HELD_OUT)) :] for text in texts)
+    if args.model:
+        model, tokenizer = load_named(args.model, "float32")
+    else:
+        tokenizer = Tokenizer.train(learned, args.vocab)
+        model = small_llama(tokenizer.size, args.layers, args.width, args.context, args.seed)
+    if isinstance(model, EncoderDecoder) or not (model.config.causal and model.config.head):
+        raise ValueError(f"{args.model}: only a causal language model learns from text alone")
+    context = min(args.context, model.config.context)
+    tokens, held = (torch.tensor(tokenizer.encode(text)) for text in (learned, held_out))
+    size = len(held_out.encode())
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        return {"bits per byte": bits(model, held, context) / size}
+
+    settings = Training(
+        args.steps, args.learning_rate, args.schedule, warmup=min(100, args.steps // 10), accumulate=args.accumulate,
+        bfloat16=args.bfloat16, recompute=args.recompute, evaluate_every=args.save_every, save_every=args.save_every,
+        seed=args.seed,
+    )  # fmt: skip
+
+    def batch(number: int) -> Batch:
+        return windows(tokens, number, args.batch, context, args.seed)
+
+    log = train(model, batch, settings, Run(args.out), evaluate, tokenizer)
+    steps, evaluations = [e for e in log if "loss" in e], [e for e in log if "bits per byte" in e]
+    seconds = sum(entry["seconds"] for entry in steps)
+    result = {
+        "directory": str(Run(args.out).checkpoints[-1]),
+        "steps": args.steps,
+        "tokens": sum(entry["tokens"] for entry in steps),
+        "seconds": seconds,
+        "loss": steps[-1]["loss"],
+        "bits_per_byte": evaluations[-1]["bits per byte"],
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{result['tokens']:,} tokens in {seconds:.0f} s, {result['tokens'] / seconds:,.0f} tokens/s")
+    print(f"loss {result['loss']:.3f}; bits per byte of what was held out {result['bits_per_byte']:.3f}")
+    print(f"{result['directory']}; losses in {Path(args.out) / 'loss.png'}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
+    save(model, args.directory, tokenizer)
+    size = sum(file.stat().st_size for file in Path(args.directory).iterdir())
+    result = {"directory": args.directory, "family": model.config.family, "bytes": size}
+    print(json.dumps(result) if args.json else f"{args.directory}: a {model.config.family}, {size:,} bytes")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
+    config, weight = model.config, model.token_embedding.weight
+    layers = config.decoder_layers or config.layers
+    groups: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        parts = [part for part in name.split(".")[:-1] if not part.isdigit()] or [name]
+        groups[".".join(parts)] = groups.get(".".join(parts), 0) + p.numel()
+    result = {
+        "config": asdict(config),
+        "parameters": sum(groups.values()),
+        "of": groups,
+        "matrices": matrix_parameters(model),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "cache_bytes_per_token": 2 * layers * config.kv_heads * config.head_dim * weight.element_size(),
+        "tokens": None if tokenizer is None else tokenizer.size,
+        "stop_tokens": None if tokenizer is None else tokenizer.stop,
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    plain = type(config).__dataclass_fields__
+    for name, value in result["config"].items():
+        if value != plain[name].default:
+            shown = f"{len(value)} of them" if name == "labels" else value
+            print(f"{name:<18} {shown}")
+    print(f"\n{result['parameters']:,} parameters, {result['bytes']:,} bytes as {args.dtype}")
+    for name, count in groups.items():
+        print(f"  {name:<36} {count:>13,}")
+    if config.causal or config.decoder_layers:
+        print(f"cache: {result['cache_bytes_per_token']:,} bytes a token")
+    if tokenizer is not None:
+        print(f"tokeniser: {tokenizer.size:,} tokens, stops at {tokenizer.stop}")
