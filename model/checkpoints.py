@@ -14,6 +14,7 @@ from . import gguf_file, onnx_file
 from .config import Config
 from .encoder_decoder import EncoderDecoder
 from .families import FAMILIES
+from .packages import LACKING, locate
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -24,18 +25,22 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, cut off, or not one this library knows. Names the file."""
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = False) -> tuple[Model, Tokenizer]:
-    """The model and the tokeniser of a checkpoint, in evaluation mode on the CPU.
+def load(
+    path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = False
+) -> tuple[Model, Tokenizer | None]:
+    """The model and the tokeniser of a checkpoint (None where it has no tokenizer.json), in evaluation mode on the CPU.
 
     Args:
-        path: a directory with config.json and model.safetensors (or its shards, or pytorch_model.bin), or a .gguf file.
+        path: a known name (model/packages.py); a directory with config.json and model.safetensors (or its shards, or
+            pytorch_model.bin, or onnx/model_q4.onnx); or a .gguf file.
         dtype: of the weights. Quantised GGUF weights are dequantised to it.
         progress: show a progress line on standard error.
 
     Raises:
         CheckpointError: naming the file, the tensor and what was expected of it.
     """
-    path = Path(path)
+    lacking = LACKING.get(str(path), {})
+    path = locate(str(path))
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf":
@@ -44,7 +49,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = 
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a GGUF file of a Llama: {error}") from None
     elif path.is_dir():
-        hf, tensors, tokenizer = read_json(path / "config.json"), read_tensors(path), Tokenizer.from_directory(path)
+        hf = lacking | read_json(path / "config.json")
+        tensors, tokenizer = read_tensors(path), Tokenizer.from_directory(path)
     else:
         raise CheckpointError(f"{path}: a checkpoint is a directory with config.json, or a .gguf file")
     config = read_config(hf, path)

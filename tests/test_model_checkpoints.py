@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from checkpoints import SMALL_ENCODER, TINY, change_config, written
-from packages import needs_minilm, needs_rxnmapper, needs_smollm2
+from packages import needs_minilm, needs_rxnfp, needs_rxnmapper, needs_smollm2
 
 import model
 from model import heads
@@ -176,6 +176,30 @@ def test_a_real_albert_knows_masked_tokens():
             logits = ours(masked)
             torch.testing.assert_close(logits, theirs(masked).logits, rtol=1e-4, atol=1e-4)
         assert (logits[n, n + 1].argmax(-1) == tokens[1:-1]).float().mean() > 0.9
+
+
+RXNFP = {"rxnfp": "BertModel", "rxnfp-masked": "BertForMaskedLM", "rxnfp-classes": "BertForSequenceClassification"}
+
+
+@needs_rxnfp
+@pytest.mark.parametrize("name", RXNFP)
+def test_real_berts_of_reactions(name):
+    """Their config.json lacks what they are, or says another number of labels than it names; the logits are those of
+    transformers, and masked tokens are found again."""
+    path = locate(name)
+    ours, _ = model.load(name)
+    theirs = getattr(transformers, RXNFP[name]).from_pretrained(path, **({"num_labels": 50} if "cl" in name else {}))
+    vocabulary = {word: i for i, word in enumerate((path / "vocab.txt").read_text().splitlines())}
+    words = ["[CLS]", *SMILES.findall(REACTIONS[0]), "[SEP]"]
+    tokens = torch.tensor([[vocabulary[word] for word in words]])
+    tokens[0, 5] = vocabulary["[MASK]"]
+    with torch.no_grad():
+        found, expected = ours(tokens), their_output(theirs.eval(), tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if name == "rxnfp-classes":
+        assert len(ours.config.labels) == 50
+    if name == "rxnfp-masked":
+        assert found[0, 5].argmax() == vocabulary[words[5]]
 
 
 def test_shards_and_bin(tmp_path):

@@ -48,7 +48,10 @@ def task_values(hf: dict) -> dict:
     task = next((task for name, task in TASKS.items() if architecture.endswith(name)), None)
     if task not in ("classify", "tag"):
         return dict(task=task)
-    labels = hf.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}
+    count = hf.get("num_labels", 2)
+    labels = hf.get("id2label") or {}
+    if not labels or len(labels) != hf.get("num_labels", len(labels)):  # the number holds, as in transformers
+        labels = {i: f"LABEL_{i}" for i in range(count)}
     if sorted(int(i) for i in labels) != list(range(len(labels))):
         raise ValueError(f"id2label must number the labels from 0 on, got {', '.join(map(str, labels))}")
     labels = tuple(labels[i] for i in sorted(labels, key=int))

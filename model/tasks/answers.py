@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 
 from .. import Transformer, load
-from ..packages import locate
 from ..predict import answer
 from ..runs import Run
 from ..tokenizer import Tokenizer
@@ -131,7 +130,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
     learned, held_out = split(facts())
     rng = random.Random(10**6)
     examples = [example(held_out, rng) for _ in range(measured)]
-    encoder, tokenizer = load(locate("minilm"))
+    encoder, tokenizer = load("minilm")
     torch.manual_seed(seed)
     model = encoder.with_head("answer", dropout=0.1)
 

@@ -14,7 +14,6 @@ import torch
 
 from .. import load
 from ..interpret import Maps, attention_maps
-from ..packages import locate
 
 TEXT = "The keys to the cabinet that stood in the hall were not on the table, so she looked for them in her coat."
 
@@ -47,7 +46,7 @@ def draw(maps: Maps, words: list[str], file: Path) -> None:
 
 
 def run(model: str, text: str, out: str | None) -> dict:
-    loaded, tokenizer = load(locate(model))
+    loaded, tokenizer = load(model)
     tokens = tokenizer.encode(text)
     maps = attention_maps(loaded, torch.tensor(tokens))
     words = [tokenizer.backend.id_to_token(token) for token in tokens]

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from .. import Transformer, load
 from ..data import chosen, pack
 from ..embed import embed
-from ..packages import locate
 from ..runs import Run
 from ..tokenizer import Tokenizer
 from ..train import Batch, Training, train
@@ -77,7 +76,7 @@ def frozen(model: Transformer, tokenizer: Tokenizer, learned: Examples, held_out
 def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None = None) -> dict:
     learned, held_out = split(snippets())
     held_out = held_out[:measured]
-    encoder, tokenizer = load(locate("minilm"))
+    encoder, tokenizer = load("minilm")
     baseline = frozen(encoder, tokenizer, learned[: None if measured is None else 8 * measured], held_out)
     torch.manual_seed(seed)
     model = encoder.with_head("classify", LABELS, dropout=0.1)

@@ -17,7 +17,6 @@ import torch
 
 from .. import Transformer, load
 from ..data import chosen, pack
-from ..packages import locate
 from ..runs import Run
 from ..tokenizer import Tokenizer
 from ..train import Batch, Training, train
@@ -86,7 +85,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
     held_out = held_out[:measured]
     labels = sorted({tag for sentence in learned for _, tag in sentence})
     numbers = {tag: i for i, tag in enumerate(labels)}
-    encoder, tokenizer = load(locate("minilm"))
+    encoder, tokenizer = load("minilm")
     torch.manual_seed(seed)
     model = encoder.with_head("tag", labels, dropout=0.1)
 
