@@ -1,4 +1,4 @@
-"""The command line: python -m bench attention|cpu|features|ptx|compiled.
+"""The command line: python -m bench attention|cpu|features|models|ptx|compiled.
 
 Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .attention import Case
 from .measure import keep_memory_warm
 from .named_kernel import UsageError
 from .ptx import command as ptx_command
-from .report import print_table, write_json, write_plot
+from .report import machine, print_table, write_json, write_plot
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw ratio against length (png, svg, pdf)")
     add_cpu(commands)
     add_features(commands)
+    add_models(commands)
     ptx_command.add_parser(commands)
     add_compiled(commands)
     return top
@@ -79,6 +81,18 @@ def add_features(commands) -> None:
     command.add_argument("--shape", type=shape, default=(1, 8, 1024, 64), metavar="B,H,S,D", help="default 1,8,1024,64")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32 and bfloat16")
     command.add_argument("--seconds", type=float, default=0.5, help="time for each pair (default %(default)s)")
+
+
+def add_models(commands) -> None:
+    command = commands.add_parser(
+        "models",
+        help="whole models against transformers: generation, embeddings, training, continuous batching",
+        description="SmolLM2, MiniLM and a small GPT-2 against transformers on the same weights, in pairs in the same "
+        "run, with their results compared. Two minutes for all cases; words choose some: python -m bench models MiniLM",
+    )
+    command.add_argument("words", nargs="*", help="only cases whose name holds all of these")
+    command.add_argument("--seconds", type=float, default=8.0, help="time for each case (default %(default)s)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
 
 
 def add_compiled(commands) -> None:
@@ -117,6 +131,19 @@ def run_features(args) -> int:
         args.shape,
     )
     return 0 if all(c.correct for c in costs) else 1
+
+
+def run_models(args) -> int:
+    from . import models
+
+    if not any(all(word in case.name for word in args.words) for case in models.CASES):
+        print(f"error: no case holds {' and '.join(args.words)}", file=sys.stderr)
+        return 2
+    rows = models.print_rows(models.measure(args.words, args.seconds))
+    if args.json:
+        lines = [json.dumps(row._asdict() | {"times": row.times._asdict(), "machine": machine()}) for row in rows]
+        args.json.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0 if all(row.same for row in rows) else 1
 
 
 def run_cpu(args) -> int:
@@ -160,7 +187,7 @@ def run_attention(args) -> int:
 
 COMMANDS = {
     "attention": run_attention, "cpu": run_cpu, "features": run_features, "ptx": ptx_command.run,
-    "compiled": run_compiled,
+    "compiled": run_compiled, "models": run_models,
 }  # fmt: skip
 
 

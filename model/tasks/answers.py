@@ -184,4 +184,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=400), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=200), run, show))

@@ -118,4 +118,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=800), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=530), run, show))

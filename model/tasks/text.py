@@ -83,4 +83,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=2000), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=1500), run, show))

@@ -1,0 +1,195 @@
+"""Whole models against `transformers` with its default attention (SDPA), on the same weights, in one run."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+from torch.nn import functional as F
+
+import model
+from model.data import windows
+from model.embed import embed
+from model.families import gpt2
+from model.layers import initialise
+from model.serving import Request, Server
+from model.train import Processes, Training, make_optimizer, step_of
+
+from .measure import Pair, pair
+from .report import machine, make_console
+
+CPU = torch.device("cpu")
+# Words of mixed lengths for sentences; what they say does not matter to their time.
+TEXT = Path(__file__).parent.parent.joinpath("README.md")
+
+
+class Row(NamedTuple):
+    name: str
+    goal: float  # the least ratio asked for
+    times: Pair
+    speed: str
+    same: bool  # whether both gave the same result
+
+
+class Case(NamedTuple):
+    name: str
+    goal: float
+    prepare: Callable[[], tuple[Callable, Callable, Callable[[], bool], Callable[[float], str]]]
+
+
+def smollm2() -> tuple[model.Transformer, model.tokenizer.Tokenizer]:
+    return model.load("smollm2")
+
+
+def in_transformers(ours: model.Transformer, kind: str):
+    """The same weights there."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as directory:
+        model.save(ours, Path(directory) / "model")
+        return getattr(transformers, kind).from_pretrained(Path(directory) / "model", dtype=torch.float32).eval()
+
+
+def generation():
+    ours, tokenizer = smollm2()
+    theirs = in_transformers(ours, "LlamaForCausalLM")
+    prompt, count = tokenizer.encode("The three laws of motion are:"), 48
+
+    def our_tokens() -> list[int]:
+        return model.generate(ours, [prompt], count)[0]
+
+    def their_tokens() -> list[int]:
+        tokens = torch.tensor([prompt])
+        out = theirs.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return out[0, len(prompt) :].tolist()
+
+    same = lambda: our_tokens() == their_tokens()  # noqa: E731
+    return our_tokens, their_tokens, same, lambda seconds: f"{count / seconds:.1f} tokens/s"
+
+
+def sentences(lengths: list[int]) -> list[str]:
+    words, rng = TEXT.read_text(encoding="utf-8").split(), random.Random(0)
+    firsts = [rng.randrange(len(words) - n) for n in lengths]
+    return [" ".join(words[first : first + n]) for first, n in zip(firsts, lengths, strict=True)]
+
+
+def embedding(lengths: list[int]):
+    ours, tokenizer = model.load("minilm")
+    theirs = in_transformers(ours, "BertModel")
+    texts = sentences(lengths)
+    encoded = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+    exists = (torch.arange(tokens.shape[1]) < torch.tensor([len(e) for e in encoded])[:, None]).long()
+
+    @torch.inference_mode()
+    def their_vectors() -> torch.Tensor:
+        hidden = theirs(tokens, attention_mask=exists).last_hidden_state
+        mean = (hidden * exists[..., None]).sum(1) / exists.sum(1, keepdim=True)
+        return F.normalize(mean, dim=-1)
+
+    our_vectors = partial(embed, ours, tokenizer, texts)
+    same = lambda: torch.allclose(our_vectors(), their_vectors(), atol=1e-4)  # noqa: E731
+    return our_vectors, their_vectors, same, lambda seconds: f"{len(texts) / seconds:.0f} texts/s"
+
+
+def training():
+    """A GPT-2 of 4 layers, 256 wide: forward, backward, clipping, AdamW on 8 pieces of 256 tokens."""
+    hf = dict(vocab_size=4096, n_embd=256, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0)
+    ours = model.Transformer(gpt2.config(hf))
+    torch.manual_seed(0)
+    initialise(ours, 4)
+    theirs = in_transformers(ours, "GPT2LMHeadModel")
+    ours.train(), theirs.train()
+    settings = Training(steps=1)
+    optimizers = [make_optimizer(m, settings) for m in (ours, theirs)]
+    batch = windows(torch.randint(0, 4096, (5000,)), 0, 8, 256, seed=0)
+
+    def our_step() -> float:
+        return step_of(ours, [batch], settings, optimizers[0], Processes())
+
+    def their_step() -> float:
+        optimizers[1].zero_grad()
+        logits = theirs(batch.inputs["tokens"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), settings.clip)
+        optimizers[1].step()
+        return loss.item()
+
+    first = [our_step(), their_step()]
+    same = lambda: abs(first[0] - first[1]) < 1e-4  # noqa: E731
+    return our_step, their_step, same, lambda seconds: f"{batch.tokens / seconds:,.0f} tokens/s"
+
+
+def batching():
+    """32 requests of mixed lengths on SmolLM2, served together and one after another."""
+    ours, tokenizer = smollm2()
+    rng = random.Random(0)
+    prompts = [tokenizer.encode(text) for text in sentences([rng.randint(3, 40) for _ in range(32)])]
+    counts = [rng.randint(4, 24) for _ in prompts]
+
+    def together() -> list[list[int]]:
+        server = Server(ours, pages=400, page_size=16)
+        requests = [server.submit(Request(p, n)) for p, n in zip(prompts, counts, strict=True)]
+        server.run()
+        return [request.tokens for request in requests]
+
+    def one_by_one() -> list[list[int]]:
+        return [model.generate(ours, [p], n)[0] for p, n in zip(prompts, counts, strict=True)]
+
+    same = lambda: together() == one_by_one()  # noqa: E731
+    return together, one_by_one, same, lambda seconds: f"{sum(counts) / seconds:.1f} tokens/s"
+
+
+MIXED = [4, 6, 8, 8, 10, 10, 12, 14, 16, 20, 24, 30, 40, 60, 90, 150]
+CASES = [
+    Case("SmolLM2, 48 tokens greedy", 1.3, generation),
+    Case("MiniLM, 16 texts of 24 words", 1.3, partial(embedding, [24] * 16)),
+    Case("MiniLM, 16 texts of 4 to 150 words", 2.0, partial(embedding, MIXED)),
+    Case("training step of a small GPT-2", 1.2, training),
+    Case("32 requests together, to one by one", 3.0, batching),
+]
+
+
+def measure(words: list[str], seconds: float) -> Iterator[Row]:
+    for case in CASES:
+        if all(word in case.name for word in words):
+            ours, theirs, same, speed = case.prepare()
+            times = pair(ours, theirs, CPU, seconds, least=3)
+            yield Row(case.name, case.goal, times, speed(times.ours), same())
+
+
+def print_rows(rows: Iterator[Row]) -> list[Row]:
+    console = make_console()
+    console.print(
+        f"whole models on {machine()}\nfloat32; s: median; ratio: transformers' time / ours (of the last row: one"
+    )
+    console.print("by one / together), median of interleaved pairs; goal: the least ratio asked for")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("case", no_wrap=True)
+    for name in ("s", "theirs", "ratio", "quartiles", "goal", "speed", "same"):
+        table.add_column(name, justify="right", no_wrap=True)
+    done = []
+    with console.status("measuring") as status:
+        for row in rows:
+            done.append(row)
+            t = row.times
+            table.add_row(
+                row.name, f"{t.ours:.3f}", f"{t.theirs:.3f}", f"{t.ratio:.2f}x", f"{t.low:.2f}-{t.high:.2f}",
+                f"{row.goal}x", row.speed, "yes" if row.same else "WRONG",
+            )  # fmt: skip
+            status.update(f"measured {row.name}")
+    console.print(table)
+    return done

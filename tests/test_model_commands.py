@@ -1,0 +1,139 @@
+"""The commands of `python -m model`, in this process; test_command_line.py calls some as a person does."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from packages import needs_minilm, needs_rampart, needs_smollm2
+from test_model_predict import BERT, small_tokenizer
+
+import model
+from model.__main__ import main
+from model.layers import initialise
+from model.tasks import translation
+from model.tokenizer import Tokenizer
+
+POEM = (
+    "The owl and the pussycat went to sea in a beautiful pea green boat. They took some honey, and plenty of money.\n"
+)
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["model", *map(str, arguments)])
+    code = main()
+    out, errors = capsys.readouterr()
+    assert code == 0, errors
+    return json.loads(out) if "--json" in arguments else out
+
+
+def saved(directory, task, **options):
+    torch.manual_seed(0)
+    ours = model.Transformer(replace(BERT, vocab_size=11)).with_head(task, **options)
+    model.save(ours, directory, small_tokenizer())
+    return directory
+
+
+def test_classify(monkeypatch, capsys, tmp_path):
+    path = saved(tmp_path / "x", "classify", labels=("bad", "good"))
+    result = call(monkeypatch, capsys, "classify", "--model", path, "paris is large", "new york", "--json")
+    assert result["texts"] == ["paris is large", "new york"]
+    assert all(sum(labels.values()) == pytest.approx(1) for labels in result["labels"])
+    assert "good" in call(monkeypatch, capsys, "classify", "--model", path, "paris")
+
+
+@needs_rampart
+def test_tag(monkeypatch, capsys):
+    text = "Ask Anna Kowalski."
+    out = call(monkeypatch, capsys, "tag", "--model", "rampart", text)
+    assert [line.split()[0] for line in out.splitlines()] == ["GIVEN_NAME", "SURNAME"]
+    found = call(monkeypatch, capsys, "tag", "--model", "rampart", text, "--json")["entities"]
+    assert [(e["label"], text[e["start"] : e["end"]]) for e in found] == [
+        ("GIVEN_NAME", "Anna"),
+        ("SURNAME", "Kowalski"),
+    ]
+
+
+def test_answer(monkeypatch, capsys, tmp_path):
+    path = saved(tmp_path / "x", "answer")
+    arguments = ["answer", "--model", path, "--question", "paris is", "--passage", "new york is large", "--best", "2"]
+    result = call(monkeypatch, capsys, *arguments, "--json")
+    assert len(result["best"]) == 2
+    assert "(no answer)" in call(monkeypatch, capsys, *arguments)
+
+
+def test_translate(monkeypatch, capsys, tmp_path):
+    tokenizer = Tokenizer.train(POEM, 300, (translation.START, translation.STOP), translation.STOP)
+    ours = model.EncoderDecoder(translation.make_config(tokenizer.size, width=64, layers=1, dropout=0.1))
+    initialise(ours, 1)
+    model.save(ours.eval(), tmp_path / "x", tokenizer)
+    arguments = ["translate", "--model", tmp_path / "x", "The owl", "the sea", "--max-new-tokens", "5"]
+    result = call(monkeypatch, capsys, *arguments, "--json")
+    sources = [[*tokenizer.encode(text), *tokenizer.stop] for text in ("The owl", "the sea")]
+    found = model.beam_search(ours, sources, 5, stop_tokens=tokenizer.stop)
+    assert result["translations"] == [tokenizer.decode(tokens).strip() for tokens in found]
+    assert len(call(monkeypatch, capsys, *arguments, "--beams", "1").splitlines()) == 2
+
+
+def test_train_then_use(monkeypatch, capsys, tmp_path):
+    """A poem by heart, in two calls of which the second goes on; then it is generated, looked at and converted."""
+    (tmp_path / "poem.txt").write_text(POEM * 40, encoding="utf-8")
+    arguments = ["train", tmp_path / "poem.txt", "--out", tmp_path / "run", "--vocab", "300", "--layers", "1"]
+    arguments += ["--width", "64", "--context", "32", "--learning-rate", "0.01", "--save-every", "30", "--batch", "4"]
+    call(monkeypatch, capsys, *arguments, "--steps", "30", "--schedule", "constant")
+    result = call(monkeypatch, capsys, *arguments, "--steps", "60", "--schedule", "constant", "--json")
+    assert result["steps"] == 60
+    assert result["bits_per_byte"] < 0.5
+    path = result["directory"]
+    written = call(
+        monkeypatch,
+        capsys,
+        "generate",
+        "--model",
+        path,
+        "--prompt",
+        "The owl and the pussycat",
+        "--max-new-tokens",
+        "16",
+        "--json",
+    )
+    assert written["equals_reference"]
+    assert POEM.startswith("The owl and the pussycat" + written["text"][:20])
+    guessed = call(
+        monkeypatch, capsys, "generate", "--model", path, "--draft", path, "--prompt", "The owl and the pussycat",
+        "--max-new-tokens", "16", "--json",
+    )  # fmt: skip
+    assert guessed["tokens"] == written["tokens"]
+    assert guessed["steps"] < 16
+    looked = call(monkeypatch, capsys, "inspect", "--model", path, "--json")
+    assert looked["config"]["family"] == "llama"
+    assert looked["parameters"] == sum(looked["of"].values())
+    assert looked["cache_bytes_per_token"] == 2 * 1 * 64 * 4
+    assert "parameters" in call(monkeypatch, capsys, "inspect", "--model", path)
+    call(monkeypatch, capsys, "convert", "--model", path, tmp_path / "half", "--dtype", "bfloat16")
+    half, _ = model.load(tmp_path / "half", torch.bfloat16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(half.token_embedding.weight, model.load(path)[0].token_embedding.weight.bfloat16())
+
+
+@needs_minilm
+@needs_smollm2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify", "--model", "minilm", "x"], "model must have a head for the task 'classify', got one for None"),
+        (["translate", "--model", "minilm", "x"], "to translate takes an encoder-decoder, got a bert"),
+        (["train", "/nowhere.txt", "--out", "x"], "No such file or directory: '/nowhere.txt'"),
+        (["train", __file__, "--out", "x", "--width", "100"], "width must be a multiple of the heads' 64, got 100"),
+        (["train", __file__, "--out", "x", "--model", "minilm"], "only a causal language model learns from text alone"),
+        (["train", __file__, "--out", "x", "--context", "100000"], "more tokens than the context of 100000"),
+        (["convert", "--model", "minilm", "/tmp"], "/tmp must not be there yet"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model", *arguments])
+    assert main() == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
