@@ -23,8 +23,8 @@ from .. import Transformer, load
 from ..predict import answer
 from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, Training, train
-from .common import arguments, command
+from ..train import Batch, train
+from .common import arguments, command, fine_tuning
 from .data import fetch
 
 BATCH, STATEMENTS = 16, 6
@@ -143,10 +143,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
         inputs = dict(tokens=tokens, lengths=lengths, token_types=types)
         return Batch(inputs, torch.tensor([span for _, _, span in encoded]))
 
-    settings = Training(
-        steps, learning_rate=2e-4, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), seed=seed,
-        evaluate_every=100, save_every=100,
-    )  # fmt: skip
+    settings = fine_tuning(steps, 2e-4, every=100, seed=seed)
     some = examples[:100]
     log = train(
         model, batch, settings, Run(out) if out else None, lambda model: {"exact": exact(model, tokenizer, some)},
@@ -184,4 +181,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=200), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=400), run, show))

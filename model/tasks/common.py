@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Callable
 
+from ..train import Training
+
 
 def arguments(description: str, steps: int) -> argparse.ArgumentParser:
     """The options of every task."""
@@ -32,3 +34,11 @@ def command(parser: argparse.ArgumentParser, run: Callable[..., dict], show: Cal
         return 1
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
     return 0
+
+
+def fine_tuning(steps: int, learning_rate: float, every: int, seed: int) -> Training:
+    """As BERT is fine-tuned, evaluated and saved every so many steps. Devlin et al., "BERT" (2018), appendix A.3."""
+    return Training(
+        steps, learning_rate, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), evaluate_every=every,
+        save_every=every, seed=seed,
+    )  # fmt: skip

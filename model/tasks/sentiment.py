@@ -21,8 +21,8 @@ from ..data import chosen, pack
 from ..embed import embed
 from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, Training, train
-from .common import arguments, command
+from ..train import Batch, train
+from .common import arguments, command, fine_tuning
 from .data import fetch
 
 BATCH, LABELS = 32, ("bad", "good")
@@ -86,10 +86,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
         tokens, lengths = pack([tokenizer.encode(text) for text, _ in picked])
         return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([label for _, label in picked]))
 
-    settings = Training(
-        steps, learning_rate=1e-4, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), seed=seed,
-        evaluate_every=200, save_every=200,
-    )  # fmt: skip
+    settings = fine_tuning(steps, 1e-4, every=200, seed=seed)
     some = held_out[::4]
     log = train(
         model, batch, settings, Run(out) if out else None, lambda model: {"accuracy": accuracy(model, tokenizer, some)},

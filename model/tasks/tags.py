@@ -19,8 +19,8 @@ from .. import Transformer, load
 from ..data import chosen, pack
 from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, Training, train
-from .common import arguments, command
+from ..train import Batch, train
+from .common import arguments, command, fine_tuning
 from .data import fetch
 
 BATCH, LONGEST = 16, 120  # sentences; words of one
@@ -94,10 +94,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
         tokens, lengths = pack([tokens for tokens, _ in encoded])
         return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([t for _, row in encoded for t in row]))
 
-    settings = Training(
-        steps, learning_rate=3e-4, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), seed=seed,
-        evaluate_every=250, save_every=250,
-    )  # fmt: skip
+    settings = fine_tuning(steps, 3e-4, every=250, seed=seed)
     some = held_out[::10]
     log = train(
         model, batch, settings, Run(out) if out else None, lambda model: {"accuracy": accuracy(model, tokenizer, some)},
