@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--passage", required=True, help="the text, or - to read it from standard input")
     answer.add_argument("--best", type=int, default=5, metavar="N", help="spans to show, default 5")
 
+    transcribe = command("transcribe", "what is said in a WAV file")
+    transcribe.add_argument("file", help="16-bit WAV, any rate")
+
     train = command("train", "train a language model on text files, from scratch or going on from a model", output)
     train.add_argument("texts", nargs="+", metavar="FILE", help="text in UTF-8; the last twentieth of each is held out")
     train.add_argument(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import gguf_file, onnx_file
+from . import ctranslate2_file, gguf_file, onnx_file
 from .config import Config
 from .encoder_decoder import EncoderDecoder
 from .families import FAMILIES
@@ -32,7 +32,7 @@ def load(
 
     Args:
         path: a known name (model/packages.py); a directory with config.json and model.safetensors (or its shards, or
-            pytorch_model.bin, or onnx/model_q4.onnx); or a .gguf file.
+            pytorch_model.bin, or onnx/model_q4.onnx), or with a CTranslate2 model.bin; or a .gguf file.
         dtype: of the weights. Quantised GGUF weights are dequantised to it.
         progress: show a progress line on standard error.
 
@@ -48,6 +48,12 @@ def load(
             hf, tensors, tokenizer = gguf_file.read(path, progress)
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a GGUF file of a Llama: {error}") from None
+    elif (path / "model.bin").exists():
+        try:
+            hf, tensors = ctranslate2_file.read(path)
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"{path / 'model.bin'}: {error}") from None
+        tokenizer = Tokenizer.from_directory(path)
     elif path.is_dir():
         hf = lacking | read_json(path / "config.json")
         tensors, tokenizer = read_tensors(path), Tokenizer.from_directory(path)

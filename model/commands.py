@@ -25,6 +25,7 @@ from .predict import answer, classify, tag
 from .runs import Run
 from .saving import save
 from .speculative import speculate
+from .speech import RATE, read_wave, transcribe
 from .tokenizer import Tokenizer
 from .train import Batch, Training, train
 from .transformer import Transformer
@@ -146,6 +147,24 @@ def run_answer(args: argparse.Namespace) -> None:
     for span in found.best:
         print(f"{span.probability:6.1%}  {span.text}")
     print(f"{found.null_probability:6.1%}  (no answer)")
+
+
+def run_transcribe(args: argparse.Namespace) -> None:
+    model, tokenizer = load_named(args.model, args.dtype)
+    samples, stream = read_wave(args.file), tokenizer.stream()
+
+    def show(token: int) -> None:
+        piece = stream.add(token)
+        if not args.json:
+            print(piece if len(stream.tokens) > 1 else piece.lstrip(), end="", flush=True)
+
+    start = time.perf_counter()
+    text = transcribe(model, tokenizer, samples, show)
+    seconds, length = time.perf_counter() - start, len(samples) / RATE
+    if args.json:
+        print(json.dumps({"text": text, "seconds": seconds, "seconds_of_sound": length}, ensure_ascii=False))
+    else:
+        print(f"\n\n{length:.1f} s of sound in {seconds:.1f} s")
 
 
 def run_train(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ class Config:
     rope_theta: float = 10000.0
     bias: bool = True  # of the linear layers
     qkv_bias: bool = True  # of those for q, k and v, where the others have one
+    k_bias: bool = True  # of that for k, where q and v have one
     token_types: int = 0  # rows of the segment embedding; 0 for none
     embedding_norm: bool = False
     dropout: float = 0.0  # in training: of embeddings, of what each sublayer puts out, of attention's weights
@@ -52,6 +53,8 @@ class Config:
     relative_distance: int = 128
     logit_scale: float = 1.0
     head_bias: bool = False
+    mels: int = 0  # over 0: the encoder reads audio, so many bands of a spectrogram
+    audio_context: int = 0  # longest sequence of its encoder, two frames each
     problem: str = "single"  # of the task "classify": "single", "multi" (labels apart) or "regression"
 
     def window(self, layer: int) -> tuple[int, None] | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import flashattn
 
@@ -28,8 +29,30 @@ class Memory(NamedTuple):
     packed: Packed | None = None
 
 
+class Audio(nn.Module):
+    """A spectrogram (batch, mels, frames) to half as many embeddings (batch, frames / 2, width), with positions.
+
+    Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022), arXiv:2212.04356, section 2.2.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.conv1 = nn.Conv1d(config.mels, config.width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.width, config.width, kernel_size=3, stride=2, padding=1)
+        self.positions = nn.Embedding(config.audio_context, config.width)
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        frames = 2 * self.positions.num_embeddings
+        if spectrogram.dim() != 3 or spectrogram.shape[2] > frames:
+            raise ValueError(
+                f"spectrogram must be (batch, mels, at most {frames} frames), got shape {tuple(spectrogram.shape)}"
+            )
+        x = F.gelu(self.conv2(F.gelu(self.conv1(spectrogram)))).transpose(1, 2)
+        return x + self.positions.weight[: x.shape[1]]
+
+
 class EncoderDecoder(nn.Module):
-    """As its config says; both sides share the token embedding.
+    """As its config says; both sides share the token embedding, where the encoder reads tokens and not audio.
 
     >>> import torch
     >>> from model import Config, EncoderDecoder
@@ -49,6 +72,9 @@ class EncoderDecoder(nn.Module):
         self.decoder = Stack(config, config.decoder_layers, causal=True, crosses=True)
         self.encoder_embedding_norm = make_norm(config) if config.embedding_norm else None
         self.decoder_embedding_norm = make_norm(config) if config.embedding_norm else None
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
+        self.audio = Audio(config) if config.mels else None
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
 
@@ -57,10 +83,16 @@ class EncoderDecoder(nn.Module):
         x = embed(self.token_embedding, tokens, self.config.embedding_scale)
         if self.config.positions == "sinusoidal":
             x = x + sinusoids(step.positions, self.config.width).to(x.dtype)
+        elif self.position_embedding is not None:
+            x = x + self.position_embedding(step.positions)
         return x if norm is None else norm(x)
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Memory:
-        """tokens (batch, seq), padded on the right where `lengths` (batch,) says so; or (total,): packed sequences."""
+        """tokens (batch, seq), padded on the right where `lengths` (batch,) says so; or (total,): packed sequences. Of
+        a model that hears, a spectrogram (batch, mels, frames)."""
+        if self.audio is not None:
+            x = self.audio(tokens)
+            return Memory(self.encoder.run(x, make_step(x[..., 0], False, lengths)), lengths)
         step = make_step(tokens, False, lengths)
         hidden = self.encoder.run(self.embed(tokens, step, self.encoder_embedding_norm), step)
         return Memory(hidden, lengths, step.packed)

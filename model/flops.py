@@ -21,7 +21,10 @@ def model_flops(model: Model, inputs: dict[str, Tensor]) -> float:
     does not count; a causal half counts whole, as there."""
     config = model.config
     pair = 12 * config.heads * config.head_dim
-    tokens, longest = count(inputs["tokens"], inputs.get("lengths"))
+    sources = inputs["tokens"]
+    if config.mels:  # a spectrogram, two frames of which become one
+        sources = sources[:, 0, ::2]
+    tokens, longest = count(sources, inputs.get("lengths"))
     head = config.width * config.vocab_size
     if not isinstance(model, EncoderDecoder):
         blocks = matrix_parameters(model.blocks) * config.layers // len(model.blocks)

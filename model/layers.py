@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.config = config
         bias = config.bias and config.qkv_bias
         self.q = Linear(config.width, config.heads * config.head_dim, bias)
-        self.k = Linear(config.width, config.kv_heads * config.head_dim, bias)
+        self.k = Linear(config.width, config.kv_heads * config.head_dim, bias and config.k_bias)
         self.v = Linear(config.width, config.kv_heads * config.head_dim, bias)
         self.out = Linear(config.heads * config.head_dim, config.width, config.bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None

