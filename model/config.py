@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary positions stretched to a longer context. Peng et al., "YaRN" (2023), arXiv:2309.00071."""
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0  # dimensions that turn more often than this in the original context stay as they are
+    beta_slow: float = 1.0  # and those that turn less often are stretched whole
+    truncate: bool = True  # the bounds between them to whole dimensions
+    attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(factor) + 1
+
+
 POSITIONS = ("rope", "learned", "sinusoidal", "relative")
 
 
@@ -26,6 +39,7 @@ class Config:
     gated: bool  # feed-forward down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))
     positions: str  # one of POSITIONS
     rope_theta: float = 10000.0
+    yarn: Yarn | None = None
     bias: bool = True  # of the linear layers
     qkv_bias: bool = True  # of those for q, k and v, where the others have one
     k_bias: bool = True  # of that for k, where q and v have one
@@ -43,6 +57,10 @@ class Config:
     norm_offset: float = 0.0  # added to every norm's weight
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    experts: int = 0  # over 0: so many feed-forwards, of which each token goes through a few (model/experts.py)
+    active_experts: int = 0
+    gate_alpha: float = 1.702  # of their gates
+    gate_limit: float = 7.0
     shared_layers: bool = False  # one block, applied `layers` times
     embedding_width: int | None = None  # of the embeddings, with a projection to the width behind them
     task: str | None = None  # a key of heads.HEADS: what stands on an encoder instead of a language-model head

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from .checkpoints import Model
 from .encoder_decoder import EncoderDecoder
+from .experts import Experts
 
 
 def matrix_parameters(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """That a token is multiplied by."""
+    plain = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    experts = [m for m in module.modules() if isinstance(m, Experts)]
+    return plain + sum((m.gate_up.numel() + m.down.numel()) * m.active // len(m.down) for m in experts)
 
 
 def model_flops(model: Model, inputs: dict[str, Tensor]) -> float:

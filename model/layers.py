@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import flashattn
 
 from .config import Config
+from .experts import Experts
 from .positions import rotate
 from .step import Packed, Step
 
@@ -143,7 +144,7 @@ class Block(nn.Module):
         self.norm_first, self.dropout = config.norm_first, config.dropout
         self.attention = Attention(config)
         self.attention_norm = make_norm(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = Experts(config) if config.experts else FeedForward(config)
         self.feed_forward_norm = make_norm(config)
         self.cross_attention = CrossAttention(config) if crosses else None
         self.cross_attention_norm = make_norm(config) if crosses else None

@@ -42,9 +42,11 @@ def split(model: Model, mesh: DeviceMesh) -> None:
     arXiv:1909.08053.
 
     Raises:
-        ValueError: where the processes do not divide kv_heads or the feed-forward's width.
+        ValueError: where the processes do not divide kv_heads or the feed-forward's width, or where it has experts.
     """
     config, size = model.config, mesh.size()
+    if config.experts:
+        raise ValueError("experts must be 0: they are not split over processes")
     for name in ("kv_heads", "hidden"):
         if getattr(config, name) % size:
             raise ValueError(f"{name} must be divisible by the mesh's {size} processes, got {getattr(config, name)}")

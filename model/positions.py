@@ -16,9 +16,34 @@ def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
     """
-    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, :, None].float() * config.rope_theta ** (-i / config.head_dim)
-    return angles.cos(), angles.sin()
+    frequencies, amplitude = rotary_frequencies(config, positions.device)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+def rotary_frequencies(config: Config, device: torch.device) -> tuple[Tensor, float]:
+    """(head_dim / 2,), and what cosine and sine are multiplied by."""
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    plain = config.rope_theta ** (-i / config.head_dim)
+    yarn = config.yarn
+    if yarn is None:
+        return plain, 1.0
+
+    def dimension(turns: float) -> float:
+        """The one that turns so often in the original context."""
+        return (
+            config.head_dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / math.log(config.rope_theta) / 2
+        )
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    stretched = ((i / 2 - low) / max(high - low, 0.001)).clamp(0, 1)  # share of the stretched frequency
+    amplitude = yarn.attention_factor
+    if amplitude is None:
+        amplitude = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    return plain / yarn.factor * stretched + plain * (1 - stretched), amplitude
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

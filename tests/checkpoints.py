@@ -54,6 +54,22 @@ TINY = {
             attn_implementation="eager",
         )
     ),
+    "llama_yarn": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SMALL_DECODER, num_hidden_layers=2, rope_parameters=dict(
+                rope_type="yarn", rope_theta=300.0, factor=4.0, original_max_position_embeddings=16,
+            ),
+        )
+    ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **SMALL_DECODER, num_hidden_layers=3, head_dim=20, sliding_window=9, num_local_experts=5,
+            num_experts_per_tok=2, attn_implementation="eager", rope_parameters=dict(
+                rope_type="yarn", rope_theta=300.0, factor=4.0, beta_fast=8.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=16,
+            ),
+        )
+    ),
     "gpt_neo": lambda: transformers.GPTNeoForCausalLM(
         transformers.GPTNeoConfig(
             vocab_size=101, hidden_size=48, num_layers=4, attention_types=[[["global", "local"], 2]], num_heads=4,

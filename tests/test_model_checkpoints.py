@@ -51,7 +51,7 @@ def test_parity_when_padded(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gpt_neo", "bert", "mistral", "qwen3", "gemma2", "albert", "albert_MaskedLM"]
+    "name", ["llama", "gpt2", "gpt_neo", "gpt_oss", "bert", "mistral", "qwen3", "gemma2", "albert", "albert_MaskedLM"]
 )
 def test_gradients_equal_transformers(name, tmp_path):
     theirs = written(name, tmp_path)
@@ -81,7 +81,7 @@ def some(labels: int, share: float):
     return torch.randint(0, labels, (3, 11)).where(torch.rand(3, 11) < share, -100)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "llama_yarn", "gpt2", "gpt_neo", "gpt_oss", "mistral", "qwen3", "gemma2"])
 def test_a_cache_changes_nothing(name, tmp_path):
     """A prompt, then token by token, past the windows."""
     written(name, tmp_path)
@@ -251,7 +251,10 @@ DAMAGE = {
     "no_config": (lambda p: (p / "config.json").unlink(), "config.json: no such file"),
     "config_not_json": (lambda p: (p / "config.json").write_text("{"), "config.json: not valid JSON"),
     "unknown_family": (lambda p: change_config(p, model_type="mamba"), "model_type must be one of llama, bert, gpt2"),
-    "rope_scaling": (lambda p: change_config(p, rope_parameters={"rope_type": "yarn"}), "rope_type must be 'default'"),
+    "rope_scaling": (
+        lambda p: change_config(p, rope_parameters={"rope_type": "longrope"}),
+        "rope_type must be 'default'",
+    ),
     "no_weights": (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (damage_truncate, "model.safetensors: truncated"),
     "truncated_bin": (damage_half_bin, "pytorch_model.bin"),

@@ -7,9 +7,9 @@
 - `prepare(tensors, config)`, where needed: reshape what is stored differently, and `restore(tensors, config)`: back
 """
 
-from . import albert, bert, gemma2, gpt2, gpt_neo, llama, marian, mistral, qwen3, t5, whisper
+from . import albert, bert, gemma2, gpt2, gpt_neo, gpt_oss, llama, marian, mistral, qwen3, t5, whisper
 
 FAMILIES = {
     "llama": llama, "bert": bert, "gpt2": gpt2, "mistral": mistral, "qwen3": qwen3, "gemma2": gemma2, "albert": albert,
-    "gpt_neo": gpt_neo, "t5": t5, "marian": marian, "whisper": whisper,
+    "gpt_neo": gpt_neo, "gpt_oss": gpt_oss, "t5": t5, "marian": marian, "whisper": whisper,
 }  # fmt: skip

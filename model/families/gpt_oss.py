@@ -1,0 +1,47 @@
+"""gpt-oss: a Llama with attention sinks, every other layer with a window, and experts for its feed-forward.
+
+OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025), arXiv:2508.10925; sinks: Xiao et al. (2023), arXiv:2309.17453.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..config import Config
+from . import llama
+from .llama import IGNORED, PREFIXES
+
+NAMES = {name: theirs for name, theirs in llama.NAMES.items() if "feed_forward." not in name} | {
+    "blocks.{i}.attention.sinks": "layers.{i}.self_attn.sinks",
+    "blocks.{i}.feed_forward.router": "layers.{i}.mlp.router",
+    "blocks.{i}.feed_forward.gate_up": "layers.{i}.mlp.experts.gate_up_proj",
+    "blocks.{i}.feed_forward.gate_up_bias": "layers.{i}.mlp.experts.gate_up_proj_bias",
+    "blocks.{i}.feed_forward.down": "layers.{i}.mlp.experts.down_proj",
+    "blocks.{i}.feed_forward.down_bias": "layers.{i}.mlp.experts.down_proj_bias",
+}
+
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
+
+
+def config(hf: dict) -> Config:
+    types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
+    bias = hf.get("attention_bias", True)
+    return replace(
+        llama.config(hf | {"attention_bias": False}),
+        family="gpt_oss",
+        bias=bias,
+        sinks=True,
+        windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
+        experts=hf["num_local_experts"],
+        active_experts=hf.get("num_experts_per_tok", 4),
+        gate_alpha=hf.get("swiglu_alpha", 1.702),
+        gate_limit=hf.get("swiglu_limit", 7.0),
+    )
+
+
+def to_hf(config: Config) -> dict:
+    return llama.to_hf(
+        config, "GptOssForCausalLM", attention_bias=config.bias, num_local_experts=config.experts,
+        num_experts_per_tok=config.active_experts, swiglu_alpha=config.gate_alpha, swiglu_limit=config.gate_limit,
+        **llama.layer_types(config),
+    )  # fmt: skip
