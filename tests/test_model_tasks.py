@@ -69,8 +69,8 @@ def test_tags():
 @needs_minilm
 def test_answers():
     needs_data("trivia")()
-    result = answers.run(steps=60, measured=60)
-    assert result["exact"] > 0.5, result
+    result = answers.run(steps=45, measured=50)
+    assert result["exact"] > 0.4, result
     assert 0.7 < result["bag_of_words"] < 0.95
     found = result["sample"]["found"][0]
     assert result["sample"]["passage"][found["start"] : found["end"]] == found["text"]

@@ -63,7 +63,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, longest: int = LONGES
     torch.manual_seed(seed)
     model = EncoderDecoder(CONFIG)
     initialise(model, CONFIG.layers)
-    settings = Training(steps, learning_rate=2e-3, warmup=100, weight_decay=0.0, save_every=500, seed=seed)
+    settings = Training(steps, learning_rate=2e-3, warmup=100, least=0.0, weight_decay=0.0, save_every=500, seed=seed)
     start = time.perf_counter()
     train(model, lambda i: batch(i, seed, longest), settings, Run(out) if out else None)
     seconds = time.perf_counter() - start
@@ -79,4 +79,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=3000), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=5000), run, show))
