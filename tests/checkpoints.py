@@ -64,7 +64,7 @@ TINY = {
     "gpt_oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(
             **SMALL_DECODER, num_hidden_layers=3, head_dim=20, sliding_window=9, num_local_experts=5,
-            num_experts_per_tok=2, attn_implementation="eager", rope_parameters=dict(
+            num_experts_per_tok=2, swiglu_limit=0.7, attn_implementation="eager", rope_parameters=dict(
                 rope_type="yarn", rope_theta=300.0, factor=4.0, beta_fast=8.0, beta_slow=1.0, truncate=False,
                 original_max_position_embeddings=16,
             ),

@@ -88,6 +88,35 @@ def test_dropout_is_of_training_alone(name, tmp_path):
         replace(plain.config, dropout=1)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_where_is_dropped(name, tmp_path, monkeypatch):
+    """In each attention and each norm's addition; a norm that adds nothing drops nothing, but for the first of a GPT-2,
+    which drops from the embeddings."""
+    from dataclasses import replace
+
+    import flashattn
+
+    dropped = {"attention": [], "layer_norm": []}
+
+    def watch(where, function, position):
+        original = getattr(where, function)
+
+        def watched(*args, **options):
+            dropped[function].append(options.get("dropout_p", args[position] if len(args) > position else 0.0))
+            return original(*args, **options)
+
+        monkeypatch.setattr(where, function, watched)
+
+    written(name, tmp_path)
+    config = model.load(tmp_path)[0].config
+    ours = model.Transformer(replace(config, dropout=0.3))
+    watch(flashattn, "attention", 99)
+    watch(flashattn.modules, "layer_norm", 5)
+    ours(torch.randint(1, 101, (2, 9)))
+    assert dropped["attention"] == [0.3] * 3
+    assert dropped["layer_norm"] == ([0.3] * 7 if name == "gpt2" else [0.0] + [0.3] * 6)
+
+
 @needs_minilm
 def test_embeddings_are_those_of_padded_sentences():
     ours, tokenizer = model.load(locate("minilm"))

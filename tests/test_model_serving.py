@@ -56,7 +56,10 @@ def test_a_beginning_is_computed_once(tmp_path):
     server.run()
     assert (first.reused, second.reused, third.reused, other.reused) == (0, 20, 20, 0)
     assert free - server.cache.free_pages == 1 + 1 + 6  # each of the two that share took one page of its own
-    for request in (first, second, third, other):
+    fourth = server.submit(Request(beginning[:20], 3))  # all of it is there, and one token has to be computed
+    server.run()
+    assert fourth.reused == 16
+    for request in (first, second, third, other, fourth):
         assert request.tokens == alone(ours, request)
 
 
