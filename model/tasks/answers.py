@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+import textwrap
 import zipfile
 from collections import Counter
 from typing import NamedTuple
@@ -175,7 +176,7 @@ def show(result: dict) -> None:
     print(f"  fine-tuned                {result['exact']:6.1%}")
     print(f"  bag of words              {result['bag_of_words']:6.1%}")
     sample = result["sample"]
-    print(f"\n{sample['passage']}\n\n{sample['question']}")
+    print(f"\n{textwrap.fill(sample['passage'], 118)}\n\n{sample['question']}")
     for span in sample["found"]:
         print(f"  {span['probability']:6.1%}  {span['text']}")
 

@@ -9,6 +9,7 @@ Kneser-Ney smoothing, of bytes and of the same tokens, made from the same text.
 from __future__ import annotations
 
 import sys
+import textwrap
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def show(result: dict) -> None:
     print(f"  Llama                          {result['bits_per_byte']:.3f}")
     print(f"  5-grams of the same tokens     {result['five_grams_of_tokens']:.3f}")
     print(f"  5-grams of bytes               {result['five_grams_of_bytes']:.3f}")
-    print(f"\n{result['sample']}")
+    print("\n" + "\n".join(textwrap.fill(line, 118) for line in result["sample"].splitlines()))
 
 
 if __name__ == "__main__":
