@@ -44,10 +44,6 @@ class Case(NamedTuple):
     prepare: Callable[[], tuple[Callable, Callable, Callable[[], bool], Callable[[float], str]]]
 
 
-def smollm2() -> tuple[model.Transformer, model.tokenizer.Tokenizer]:
-    return model.load("smollm2")
-
-
 def in_transformers(ours: model.Transformer, kind: str):
     """The same weights there."""
     import transformers
@@ -60,7 +56,7 @@ def in_transformers(ours: model.Transformer, kind: str):
 
 
 def generation():
-    ours, tokenizer = smollm2()
+    ours, tokenizer = model.load("smollm2")
     theirs = in_transformers(ours, "LlamaForCausalLM")
     prompt, count = tokenizer.encode("The three laws of motion are:"), 48
 
@@ -135,7 +131,7 @@ def training():
 
 def batching():
     """32 requests of mixed lengths on SmolLM2, served together and one after another."""
-    ours, tokenizer = smollm2()
+    ours, tokenizer = model.load("smollm2")
     rng = random.Random(0)
     prompts = [tokenizer.encode(text) for text in sentences([rng.randint(3, 40) for _ in range(32)])]
     counts = [rng.randint(4, 24) for _ in prompts]

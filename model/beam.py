@@ -96,9 +96,10 @@ class Search:
                 parents.append(parent)
         self.running = running
         length = len(running[0][1]) if running else 0
-        if not running or length == self.longest or self.is_decided(length):
-            for score, tokens in running if not running or length == self.longest else ():
+        if length == self.longest:
+            for score, tokens in running:
                 self.end(score, tokens)
+        if not running or length == self.longest or self.is_decided(length):
             self.done = True
             return list(range(self.beams)), [0] * self.beams
         missing = self.beams - len(running)  # a vocabulary smaller than the beams

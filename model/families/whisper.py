@@ -5,9 +5,11 @@ Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (20
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Config
 from . import marian
-from .fields import name_of, one_of, only, read, write
+from .fields import only
 
 NAMES = {name: theirs for name, theirs in marian.NAMES.items() if ".blocks." in name} | {
     "token_embedding.weight": "decoder.embed_tokens.weight",
@@ -20,36 +22,26 @@ NAMES = {name: theirs for name, theirs in marian.NAMES.items() if ".blocks." in 
 }
 PREFIXES = ("model.",)
 IGNORED = ("proj_out.weight",)  # the token embedding again
-ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
-FIELDS = dict(
-    vocab_size="vocab_size", width="d_model", layers="encoder_layers", heads="encoder_attention_heads",
-    kv_heads="encoder_attention_heads", hidden="encoder_ffn_dim", context="max_target_positions",
-    decoder_layers="decoder_layers", start_token="decoder_start_token_id", dropout="dropout", mels="num_mel_bins",
-    audio_context="max_source_positions",
-)  # fmt: skip
 
 
 def config(hf: dict) -> Config:
-    only(hf, scale_embedding=False, tie_word_embeddings=True)
-    only(hf, decoder_attention_heads=hf["encoder_attention_heads"], decoder_ffn_dim=hf["encoder_ffn_dim"])
-    return Config(
+    only(hf, scale_embedding=False)
+    return replace(
+        marian.config({"dropout": 0.0} | hf | {"max_position_embeddings": hf["max_target_positions"]}),
         family="whisper",
-        head_dim=hf["d_model"] // hf["encoder_attention_heads"],
-        causal=False,
-        norm="layer",
-        norm_eps=1e-5,
         norm_first=True,
-        activation=one_of(hf, "activation_function", "gelu", ACTIVATIONS),
-        gated=False,
         positions="learned",
         k_bias=False,
-        **read({"dropout": 0.0, "num_mel_bins": 80} | hf, FIELDS),
+        head_bias=False,
+        mels=hf.get("num_mel_bins", 80),
+        audio_context=hf["max_source_positions"],
     )
 
 
 def to_hf(config: Config) -> dict:
-    return write(
-        config, FIELDS, "WhisperForConditionalGeneration", decoder_attention_heads=config.heads,
-        activation_function=name_of(config.activation, ACTIVATIONS), decoder_ffn_dim=config.hidden,
-        is_encoder_decoder=True, pad_token_id=0,
+    hf = marian.to_hf(config)
+    context = hf.pop("max_position_embeddings")
+    return hf | dict(
+        architectures=["WhisperForConditionalGeneration"], max_target_positions=context, num_mel_bins=config.mels,
+        max_source_positions=config.audio_context, pad_token_id=0,
     )  # fmt: skip
