@@ -22,10 +22,9 @@ import torch
 
 from .. import Transformer, load
 from ..predict import answer
-from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, train
-from .common import arguments, command, fine_tuning
+from ..train import Batch
+from .common import arguments, command, fine_tuning, learn, minutes
 from .data import fetch
 
 BATCH, STATEMENTS = 16, 6
@@ -146,10 +145,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
 
     settings = fine_tuning(steps, 2e-4, every=100, seed=seed)
     some = examples[:100]
-    log = train(
-        model, batch, settings, Run(out) if out else None, lambda model: {"exact": exact(model, tokenizer, some)},
-        tokenizer,
-    )  # fmt: skip
+    log = learn(model, batch, settings, out, lambda model: {"exact": exact(model, tokenizer, some)}, tokenizer)
     common = common_words([example(learned, rng).passage for _ in range(500)])
     words = [plain(bag_of_words(e.question, e.passage, common)) == plain(e.passage[e.start : e.end]) for e in examples]
     one = examples[0]
@@ -157,7 +153,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
         "learned": len(learned),
         "held_out": len(held_out),
         "measured": len(examples),
-        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
+        "minutes": minutes(log),
         "exact": exact(model, tokenizer, examples),
         "bag_of_words": sum(words) / len(words),
         "sample": {

@@ -7,7 +7,10 @@ import json
 import sys
 from collections.abc import Callable
 
-from ..train import Training
+from ..checkpoints import Model
+from ..runs import Run
+from ..tokenizer import Tokenizer
+from ..train import Batch, Training, train
 
 
 def arguments(description: str, steps: int) -> argparse.ArgumentParser:
@@ -34,6 +37,23 @@ def command(parser: argparse.ArgumentParser, run: Callable[..., dict], show: Cal
         return 1
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
     return 0
+
+
+def learn(
+    model: Model,
+    batch: Callable[[int], Batch],
+    settings: Training,
+    out: str | None,
+    evaluate: Callable[[Model], dict[str, float]] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[dict]:
+    """`train`, in a run where a directory is given."""
+    return train(model, batch, settings, Run(out) if out else None, evaluate, tokenizer)
+
+
+def minutes(log: list[dict]) -> float:
+    """That the steps of a log took, without evaluations."""
+    return sum(entry.get("seconds", 0) for entry in log) / 60
 
 
 def fine_tuning(steps: int, learning_rate: float, every: int, seed: int) -> Training:

@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from .. import Transformer, load
 from ..data import chosen, pack
 from ..embed import embed
-from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, train
-from .common import arguments, command, fine_tuning
+from ..train import Batch
+from .common import arguments, command, fine_tuning, learn, minutes
 from .data import fetch
 
 BATCH, LABELS = 32, ("bad", "good")
@@ -42,6 +41,7 @@ def split(examples: Examples) -> tuple[Examples, Examples]:
     return [e for i, e in enumerate(examples) if i % 5], examples[::5]
 
 
+@torch.no_grad()
 def accuracy(model: Transformer, tokenizer: Tokenizer, examples: Examples) -> float:
     right = 0
     for first in range(0, len(examples), 64):
@@ -88,17 +88,12 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
 
     settings = fine_tuning(steps, 1e-4, every=200, seed=seed)
     some = held_out[::4]
-    log = train(
-        model, batch, settings, Run(out) if out else None, lambda model: {"accuracy": accuracy(model, tokenizer, some)},
-        tokenizer,
-    )  # fmt: skip
-    with torch.no_grad():
-        ours = accuracy(model, tokenizer, held_out)
+    log = learn(model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer)
     return {
         "learned": len(learned),
         "measured": len(held_out),
-        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
-        "accuracy": ours,
+        "minutes": minutes(log),
+        "accuracy": accuracy(model, tokenizer, held_out),
         "accuracy_frozen": baseline,
         "majority": max(sum(label == i for _, label in held_out) for i in (0, 1)) / len(held_out),
     }

@@ -13,9 +13,8 @@ import torch
 from .. import Config, EncoderDecoder, generate
 from ..data import generator, pack
 from ..layers import initialise
-from ..runs import Run
-from ..train import Batch, Training, train
-from .common import arguments, command
+from ..train import Batch, Training
+from .common import arguments, command, learn
 
 KINDS = {"copy": list, "reverse": lambda x: x[::-1], "sort": sorted}
 DIGITS, LONGEST, BATCH = 20, 16, 64
@@ -65,7 +64,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, longest: int = LONGES
     initialise(model, CONFIG.layers)
     settings = Training(steps, learning_rate=2e-3, warmup=100, least=0.0, weight_decay=0.0, save_every=500, seed=seed)
     start = time.perf_counter()
-    train(model, lambda i: batch(i, seed, longest), settings, Run(out) if out else None)
+    learn(model, lambda i: batch(i, seed, longest), settings, out)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "exact": {kind: exact(model, kind, longest) for kind in KINDS}}
 

@@ -17,10 +17,9 @@ import torch
 
 from .. import Transformer, load
 from ..data import chosen, pack
-from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, train
-from .common import arguments, command, fine_tuning
+from ..train import Batch
+from .common import arguments, command, fine_tuning, learn, minutes
 from .data import fetch
 
 BATCH, LONGEST = 16, 120  # sentences; words of one
@@ -58,6 +57,7 @@ def pieces(tokenizer: Tokenizer, sentence: Sentence, numbers: dict[str, int]) ->
     return encoding.ids, targets
 
 
+@torch.no_grad()
 def accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]) -> float:
     numbers = {tag: i for i, tag in enumerate(model.config.labels)}
     right = total = 0
@@ -96,18 +96,13 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
 
     settings = fine_tuning(steps, 3e-4, every=250, seed=seed)
     some = held_out[::10]
-    log = train(
-        model, batch, settings, Run(out) if out else None, lambda model: {"accuracy": accuracy(model, tokenizer, some)},
-        tokenizer,
-    )  # fmt: skip
-    with torch.no_grad():
-        ours = accuracy(model, tokenizer, held_out)
+    log = learn(model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer)
     return {
         "labels": len(labels),
         "sentences": min(steps * BATCH, len(learned)),
         "measured": sum(map(len, held_out)),
-        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
-        "accuracy": ours,
+        "minutes": minutes(log),
+        "accuracy": accuracy(model, tokenizer, held_out),
         "most_frequent": most_frequent(learned, held_out),
     }
 

@@ -17,10 +17,9 @@ import torch
 from .. import generate
 from ..data import windows
 from ..language import bits, small_llama
-from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Training, train
-from .common import arguments, command
+from ..train import Batch, Training
+from .common import arguments, command, learn, minutes
 from .data import novels
 from .ngram import KneserNey
 
@@ -46,13 +45,17 @@ def run(steps: int, seed: int = 0, out: str | None = None, layers: int = 4, widt
     settings = Training(
         steps, learning_rate=2e-3, warmup=min(100, steps // 10), evaluate_every=500, save_every=500, seed=seed
     )
-    log = train(
+
+    def batch(number: int) -> Batch:
+        return windows(tokens, number, BATCH, CONTEXT, seed)
+
+    log = learn(
         model,
-        lambda i: windows(tokens, i, BATCH, CONTEXT, seed),
+        batch,
         settings,
-        Run(out) if out else None,
-        evaluate=lambda model: {"bits per byte": bits(model, some, CONTEXT) / size_of_some},
-        tokenizer=tokenizer,
+        out,
+        lambda model: {"bits per byte": bits(model, some, CONTEXT) / size_of_some},
+        tokenizer,
     )
     ours = bits(model, held, CONTEXT) / size
     model_of_bytes = KneserNey(np.frombuffer(learned.encode(), np.uint8).astype(np.int64), 256)
@@ -63,7 +66,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, layers: int = 4, widt
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": sum(entry.get("tokens", 0) for entry in log),
-        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
+        "minutes": minutes(log),
         "bits_per_byte": ours,
         "five_grams_of_tokens": float(-np.log2(of_tokens).sum()) / size,
         "five_grams_of_bytes": float(-np.log2(of_bytes).sum()) / size,

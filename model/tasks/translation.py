@@ -19,10 +19,9 @@ import torch
 from .. import Config, EncoderDecoder, beam_search
 from ..data import chosen, pack
 from ..layers import initialise
-from ..runs import Run
 from ..tokenizer import Tokenizer
-from ..train import Batch, Training, train
-from .common import arguments, command
+from ..train import Batch, Training
+from .common import arguments, command, learn, minutes
 from .data import verses
 
 VOCAB, BATCH, LONGEST = 4000, 64, 120
@@ -133,8 +132,7 @@ def run(
         some = watched[::8]
         return {"BLEU": bleu(translate(model, tokenizer, [a for a, _ in some], beams=1), [b for _, b in some])}
 
-    where = Run(out) if out else None
-    log = train(model, lambda i: batch(examples, i, seed), settings, where, evaluate, tokenizer)
+    log = learn(model, lambda i: batch(examples, i, seed), settings, out, evaluate, tokenizer)
     sources, expected = [a for a, _ in held_out], [b for _, b in held_out]
     found, known = translate(model, tokenizer, sources), dictionary(learned)
     by_word = [word_by_word(text, known) for text in sources]
@@ -143,7 +141,7 @@ def run(
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "pairs": len(learned),
-        "minutes": sum(entry.get("seconds", 0) for entry in log) / 60,
+        "minutes": minutes(log),
         "measured": len(held_out),
         "bleu": bleu(found, expected),
         "bleu_word_by_word": bleu(by_word, expected),
