@@ -18,23 +18,24 @@ from model import parallel, train
 from model.runs import Run
 from model.train import Training
 
-how, directory, steps, changes = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-torch.set_num_threads(1)
-ours = make(**changes)
-accumulate = 2
-if how != "one":
-    distributed.init_process_group("gloo")
-if how == "shard":  # each process takes every other batch
-    parallel.shard(ours)
-    accumulate = 1
-mesh = None
-if how == "split":
-    meshes = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
-    parallel.split(ours, meshes["tensor"])
-    mesh = meshes["data"]
-settings = Training(steps=steps, accumulate=accumulate, learning_rate=1e-2, warmup=2, schedule="constant")
-log = train.train(ours, batch, settings, Run(directory), mesh=mesh, progress=False)
-if how == "one" or distributed.get_rank() == 0:
-    print(json.dumps([entry["loss"] for entry in log]))
-if how != "one":
-    distributed.destroy_process_group()
+if __name__ == "__main__":  # doctest's collector imports every file
+    how, directory, steps, changes = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+    torch.set_num_threads(1)
+    ours = make(**changes)
+    accumulate = 2
+    if how != "one":
+        distributed.init_process_group("gloo")
+    if how == "shard":  # each process takes every other batch
+        parallel.shard(ours)
+        accumulate = 1
+    mesh = None
+    if how == "split":
+        meshes = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+        parallel.split(ours, meshes["tensor"])
+        mesh = meshes["data"]
+    settings = Training(steps=steps, accumulate=accumulate, learning_rate=1e-2, warmup=2, schedule="constant")
+    log = train.train(ours, batch, settings, Run(directory), mesh=mesh, progress=False)
+    if how == "one" or distributed.get_rank() == 0:
+        print(json.dumps([entry["loss"] for entry in log]))
+    if how != "one":
+        distributed.destroy_process_group()
