@@ -21,8 +21,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded
 
 class Run:
     """Checkpoints `step-000100`, each a Hugging Face directory with the optimizer's state in training.pt, the last
-    `keep` of them. Each appears at once and whole; older ones go only when it is there. log.jsonl and loss.png are
-    those of the last checkpoint."""
+    `keep` of them. Each appears at once and whole; older ones go only when it is there. log.jsonl grows by a line a step;
+    a run that goes on puts it back to its checkpoint. loss.png is that of the last checkpoint."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         if keep < 1:
@@ -48,16 +48,23 @@ class Run:
             torch.save(kept, partial / "training.pt")
         for old in self.checkpoints[: -self.keep]:
             shutil.rmtree(old)
-        lines = "".join(json.dumps(entry) + "\n" for entry in log)
-        partial = self.directory / "log.jsonl.partial"
-        partial.write_text(lines, encoding="utf-8")
-        os.replace(partial, self.directory / "log.jsonl")
         plot(log, self.directory / "loss.png")
+
+    def record(self, entries: list[dict], mode: str = "a") -> None:
+        """Add to log.jsonl; mode "w" begins it anew."""
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / "log.jsonl", mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
         """Put the last checkpoint into model, optimizer and PyTorch's generator: its step, and the log up to it."""
-        if not self.checkpoints:
-            return 0, []
+        step, log = self.restore(model, optimizer) if self.checkpoints else (0, [])
+        self.record(log, "w")
+        return step, log
+
+    def restore(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
         file = self.checkpoints[-1] / "training.pt"
         try:
             kept = torch.load(file, map_location="cpu", weights_only=True)

@@ -142,11 +142,14 @@ def train(
         seconds = time.perf_counter() - start
         tokens = sum(b.tokens for b in batches) * world
         utilisation = world * sum(model_flops(model, b.inputs) for b in batches) / seconds / peak_flops
-        log.append(dict(step=step + 1, loss=loss, rate=settings.rate(step), tokens=tokens, seconds=seconds))
+        new = [dict(step=step + 1, loss=loss, rate=settings.rate(step), tokens=tokens, seconds=seconds)]
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s, MFU {utilisation:.0%}", refresh=False)
         bar.update()
         if evaluate is not None and due(step + 1, settings.evaluate_every, settings.steps):
-            log.append(dict(step=step + 1) | evaluated(model, evaluate))
+            new.append(dict(step=step + 1) | evaluated(model, evaluate))
+        log += new
+        if run is not None:
+            run.record(new)
         if run is not None and due(step + 1, settings.save_every, settings.steps):
             run.save(step + 1, model, optimizer, log, tokenizer)
     bar.close()

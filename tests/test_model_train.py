@@ -156,6 +156,24 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path):
     assert equal(model.load(tmp_path / "step-000012")[0], whole)
 
 
+def test_the_log_grows_with_each_step(tmp_path):
+    """And loses what came after the checkpoint that a run goes on from."""
+
+    def until_seven(i):
+        if i == 7:
+            raise KeyboardInterrupt
+        return batch(i)
+
+    def steps():
+        return [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(make(), until_seven, Training(steps=9, save_every=5), Run(tmp_path), progress=False)
+    assert steps() == [*range(1, 8)]
+    train.train(make(), batch, Training(steps=9), Run(tmp_path), progress=False)
+    assert steps() == [*range(1, 10)]
+
+
 SCRIPT = """
 import sys; sys.path[:0] = {paths}
 from test_model_train import *
