@@ -137,7 +137,7 @@ static void decode(const Attention& all, int64_t batch, int64_t kv_head, int64_t
     // Values are fetched while the products run, the next keys while the values are summed.
     auto attend = [&](const auto& k, const auto& v, const auto& next_v, const auto& next_k) {
       for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-        products<Dot, DTYPE>(q + row * depth, depth, k, n, a.score.scale * LOG2E, s, BLOCK_N, next_v);
+        products<ROWS_AT_ONCE, Dot, DTYPE>(q + row * depth, depth, k, n, a.score.scale * LOG2E, s, BLOCK_N, next_v);
         float alpha[ROWS_AT_ONCE];
         for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
           int64_t query = (row + r) % seq_q;

@@ -5,7 +5,7 @@
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
-constexpr int64_t OUTPUTS = 32;  // columns of y, rows of W, that a tile owns
+constexpr int64_t OUTPUTS = 64;  // columns of y, rows of W, that a tile owns
 
 template <class Dot, Dtype DTYPE>
 static void linear(const Linear& l, int64_t begin, Scratch scratch) {
@@ -16,7 +16,6 @@ static void linear(const Linear& l, int64_t begin, Scratch scratch) {
   Matrix from = {(char*)l.x, DTYPE, l.in * element_size(DTYPE), l.in};
   Matrix to = {(char*)l.y, DTYPE, l.out * element_size(DTYPE), l.out};
   Matrix weight = {(char*)l.weight, DTYPE, l.stride * element_size(DTYPE), l.in};
-  Matrix next = {weight.row(begin + n), DTYPE, weight.stride, weight.dim};
   Matrix rows = whole_vectors(weight, {begin, begin + n}, copy);
   for (int64_t row = 0; row < l.rows; row += ROWS_AT_ONCE) {
     int64_t count = min(ROWS_AT_ONCE, l.rows - row);
@@ -24,7 +23,10 @@ static void linear(const Linear& l, int64_t begin, Scratch scratch) {
       int64_t r = i / depth;
       store(x + i, r < count ? elements_along<Dot>(from.row(row + r), from, i - r * depth) : vf{});
     }
-    products<Dot, DTYPE>(x, depth, rows, n, 1, y, OUTPUTS, next);
+    if (count == 1)
+      products<1, Dot, DTYPE>(x, depth, rows, n, 1, y, OUTPUTS, Nothing{});
+    else
+      products<ROWS_AT_ONCE, Dot, DTYPE>(x, depth, rows, n, 1, y, OUTPUTS, Nothing{});
     for (int64_t r = 0; r < count; r++) {
       for (int64_t j = 0; l.bias && j < n; j++) y[r * OUTPUTS + j] += l.bias[begin + j];
       store_floats(to.row(row + r) + begin * element_size(DTYPE), y + r * OUTPUTS, DTYPE, n);

@@ -2,13 +2,15 @@
 // numbers along the vector lanes. For decoding and for linear layers.
 #pragma once
 
+#include <type_traits>
+
 #include "tiles.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
-constexpr int64_t ROWS_AT_ONCE = 4;                 // rows that share a load
-constexpr int64_t KEYS_AT_ONCE = W / ROWS_AT_ONCE;  // so that the sums of their products are one vector
+constexpr int64_t ROWS_AT_ONCE = 4;  // rows that share a load
+constexpr int64_t PART = 64 * W;     // elements that are summed before their sum joins the others: rounds less
 
 // Lane i becomes the sum of v[i].
 template <int STEP = W / 2>
@@ -37,32 +39,42 @@ static inline Matrix whole_vectors(const Matrix& x, Range keys, float* scratch) 
   return tile;
 }
 
-// s[row][key] = scale * q[row] . k[key] of ROWS_AT_ONCE rows, which `q` holds as elements, and the n keys of a tile; s
-// has room for whole groups of keys. `ahead`: what is read next.
-template <class Dot, Dtype DTYPE, class Rows, class Ahead>
-static void products(const float* q, int64_t depth, const Rows& k, int64_t n, float scale, float* s, int64_t stride,
+struct Nothing {};  // is to be fetched
+
+// s[row][key] = scale * q[row] . k[key] of ROWS rows, which `q` holds as elements, and the n keys of a tile; s has room
+// for n rounded up to W. As many keys are read at once as make the sums of their products one vector, and they lie far
+// apart: the processor reads ahead in each page it sees walked through, so the more pages, the more it reads at once.
+// `ahead`: what is read next; Nothing where that reading ahead does, since fetches by name take the places of loads.
+template <int64_t ROWS, class Dot, Dtype DTYPE, class Keys, class Ahead>
+static void products(const float* q, int64_t depth, const Keys& k, int64_t n, float scale, float* s, int64_t stride,
                      const Ahead& ahead) {
-  for (int64_t j = 0; j < n; j += KEYS_AT_ONCE) {
-    const char *rows[KEYS_AT_ONCE], *next[KEYS_AT_ONCE];
-    UNROLL for (int64_t i = 0; i < KEYS_AT_ONCE; i++) {
-      rows[i] = k.row(min(j + i, n - 1));
-      next[i] = ahead.row(min(j + i, n - 1));
+  constexpr int64_t KEYS = W / ROWS;
+  constexpr bool FETCH = !std::is_same_v<Ahead, Nothing>;
+  int64_t apart = (n + KEYS - 1) / KEYS;
+  for (int64_t j = 0; j < apart; j++) {
+    const char *keys[KEYS], *next[KEYS];
+    UNROLL for (int64_t i = 0; i < KEYS; i++) {
+      keys[i] = k.row(min(j + i * apart, n - 1));
+      if constexpr (FETCH) next[i] = ahead.row(min(j + i * apart, n - 1));
     }
-    vf sums[W] = {};
-    for (int64_t c = 0; c < depth; c += W) {
-      vf x[ROWS_AT_ONCE];
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) x[r] = load<vf>(q + r * depth + c);
-      UNROLL for (int i = 0; i < KEYS_AT_ONCE; i++) {
-        __builtin_prefetch(next[i] + c * (Dot::DEPTH == 2 ? 4 : element_size(DTYPE)), 0, 2);
-        vf y = Dot::DEPTH == 2 ? load<vf>((const float*)rows[i] + c) : load_numbers<DTYPE>(rows[i], c);
-        UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++)
-          sums[r * KEYS_AT_ONCE + i] = Dot::multiply_add(x[r], y, sums[r * KEYS_AT_ONCE + i]);
+    vf total = {};
+    for (int64_t part = 0; part < depth; part += PART) {
+      vf sums[W] = {};
+      for (int64_t c = part; c < min(depth, part + PART); c += W) {
+        vf x[ROWS];
+        UNROLL for (int r = 0; r < ROWS; r++) x[r] = load<vf>(q + r * depth + c);
+        UNROLL for (int i = 0; i < KEYS; i++) {
+          if constexpr (FETCH) __builtin_prefetch(next[i] + c * (Dot::DEPTH == 2 ? 4 : element_size(DTYPE)), 0, 2);
+          vf y = Dot::DEPTH == 2 ? load<vf>((const float*)keys[i] + c) : load_numbers<DTYPE>(keys[i], c);
+          UNROLL for (int r = 0; r < ROWS; r++) sums[r * KEYS + i] = Dot::multiply_add(x[r], y, sums[r * KEYS + i]);
+        }
       }
+      total += sum_each(sums);
     }
     float all[W];
-    store(all, sum_each(sums) * scale);
-    for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
-      for (int64_t i = 0; i < KEYS_AT_ONCE; i++) s[r * stride + j + i] = all[r * KEYS_AT_ONCE + i];
+    store(all, total * scale);
+    for (int64_t r = 0; r < ROWS; r++)
+      for (int64_t i = 0; i < KEYS; i++) s[r * stride + j + i * apart] = all[r * KEYS + i];
   }
 }
 
