@@ -6,10 +6,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import flashattn
 
@@ -47,28 +50,32 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError("--draft needs --temperature 0: guesses are checked against the most likely token")
     prompt = tokenizer.encode(tokenizer.chat(args.prompt) if args.chat else args.prompt)
     stream = tokenizer.stream()
+    bar = partial(tqdm, total=args.max_new_tokens, unit="token", leave=False)
 
-    def show(token: int) -> None:
-        if not args.json:
-            print(stream.add(token), end="", flush=True)
-
-    def plain(on_token=None) -> list[int]:
+    def plain(on_token: Callable[[int], object]) -> list[int]:
         return generate(
             model, [prompt], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop_tokens=tokenizer.stop, seed=args.seed,
-            on_token=None if on_token is None else lambda _, token: on_token(token),
+            on_token=lambda _, token: on_token(token),
         )[0]  # fmt: skip
 
     if not args.json:
         print(args.prompt, end="", flush=True)
     start = time.perf_counter()
     more = {}
-    if draft is None:
-        tokens = plain(show)
-    else:
-        options = dict(stop_tokens=tokenizer.stop, on_token=show)
-        tokens, steps, accepted = speculate(model, draft, prompt, args.max_new_tokens, **options)
-        more = {"steps": steps, "accepted": accepted}
+    with bar(desc="generating", disable=None if args.json else True) as line:  # else the text itself appears
+
+        def show(token: int) -> None:
+            line.update()
+            if not args.json:
+                print(stream.add(token), end="", flush=True)
+
+        if draft is None:
+            tokens = plain(show)
+        else:
+            options = dict(stop_tokens=tokenizer.stop, on_token=show)
+            tokens, steps, accepted = speculate(model, draft, prompt, args.max_new_tokens, **options)
+            more = {"steps": steps, "accepted": accepted}
     seconds = time.perf_counter() - start
     result = {"tokens": tokens, "text": tokenizer.decode(tokens), "tokens_per_second": len(tokens) / seconds} | more
     if not args.json:
@@ -76,8 +83,8 @@ def run_generate(args: argparse.Namespace) -> None:
         if more:
             print(f"{more['steps']} steps of the model, {more['accepted']:.0%} of the draft's guesses were right")
     if args.temperature == 0 and not args.no_check:
-        with flashattn.use_backend("reference"):
-            result["equals_reference"] = plain() == tokens
+        with flashattn.use_backend("reference"), bar(desc="the same on the reference backend", disable=None) as line:
+            result["equals_reference"] = plain(lambda _: line.update()) == tokens
         if not args.json:
             print(f"greedy tokens equal the reference backend's: {'yes' if result['equals_reference'] else 'NO'}")
     if args.json:

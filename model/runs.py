@@ -21,8 +21,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded
 
 class Run:
     """Checkpoints `step-000100`, each a Hugging Face directory with the optimizer's state in training.pt, the last
-    `keep` of them. Each appears at once and whole; older ones go only when it is there. log.jsonl grows by a line a step;
-    a run that goes on puts it back to its checkpoint. loss.png is that of the last checkpoint."""
+    `keep` of them. Each appears at once and whole; older ones go only when it is there. log.jsonl grows by a line a
+    step; a run that goes on puts it back to its checkpoint. loss.png is that of the last checkpoint."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         if keep < 1:

@@ -1,6 +1,6 @@
 """What test_model_parallel.py runs under torchrun: a few steps, whose losses process 0 prints.
 
-python two_processes.py one|shard|split DIRECTORY STEPS CHANGES_OF_THE_CONFIG
+python several_processes.py one|shard|split|both DIRECTORY STEPS CHANGES_OF_THE_CONFIG
 """
 
 import json
@@ -25,14 +25,15 @@ if __name__ == "__main__":  # doctest's collector imports every file
     accumulate = 2
     if how != "one":
         distributed.init_process_group("gloo")
-    if how == "shard":  # each process takes every other batch
-        parallel.shard(ours)
-        accumulate = 1
     mesh = None
-    if how == "split":
-        meshes = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    if how in ("split", "both"):
+        size = distributed.get_world_size()
+        meshes = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
         parallel.split(ours, meshes["tensor"])
         mesh = meshes["data"]
+    if how in ("shard", "both"):  # each process, or pair, takes every other batch
+        parallel.shard(ours, mesh)
+        accumulate = 1
     settings = Training(steps=steps, accumulate=accumulate, learning_rate=1e-2, warmup=2, schedule="constant")
     log = train.train(ours, batch, settings, Run(directory), mesh=mesh, progress=False)
     if how == "one" or distributed.get_rank() == 0:
