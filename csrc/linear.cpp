@@ -7,12 +7,15 @@ namespace FLASHATTN_ISA {
 
 constexpr int64_t OUTPUTS = 64;  // columns of y, rows of W, that a tile owns
 
+// Numbers of a tile's rows of W that are padded to whole vectors.
+static int64_t copied(const Linear& l) { return l.in % (2 * W) ? OUTPUTS * round_up(l.in, 2 * W) : 0; }
+
 template <class Dot, Dtype DTYPE>
 static void linear(const Linear& l, int64_t begin, Scratch scratch) {
   int64_t depth = round_up(l.in, 2 * W) / Dot::DEPTH, n = min(OUTPUTS, l.out - begin);
   float* x = scratch.take(ROWS_AT_ONCE * depth);
   float* y = scratch.take(ROWS_AT_ONCE * OUTPUTS);
-  float* copy = scratch.take(OUTPUTS * round_up(l.in, 2 * W));
+  float* copy = scratch.take(copied(l));
   Matrix from = {(char*)l.x, DTYPE, l.in * element_size(DTYPE), l.in};
   Matrix to = {(char*)l.y, DTYPE, l.out * element_size(DTYPE), l.out};
   Matrix weight = {(char*)l.weight, DTYPE, l.stride * element_size(DTYPE), l.in};
@@ -37,7 +40,7 @@ static void linear(const Linear& l, int64_t begin, Scratch scratch) {
 int64_t linear_tiles(const Linear& l) { return (l.out + OUTPUTS - 1) / OUTPUTS; }
 
 size_t linear_scratch(const Linear& l) {
-  return (ROWS_AT_ONCE + OUTPUTS) * round_up(l.in, 2 * W) + ROWS_AT_ONCE * OUTPUTS + 3 * 16;
+  return ROWS_AT_ONCE * (round_up(l.in, 2 * W) + OUTPUTS) + copied(l) + 3 * 16;
 }
 
 void linear_tile(const Linear& l, int64_t tile, float* memory) {

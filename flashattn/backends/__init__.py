@@ -63,10 +63,10 @@ def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str
     return _choose(_forced, device.type, dtypes, wide)
 
 
-def serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+def serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a call on tensors like these goes to this backend. False where one is forced that cannot take it."""
     try:
-        return choose(device, dtype) == name
+        return _choose_once(_forced, device_type, (dtype,), False) == name
     except RuntimeError:
         return False
 
