@@ -36,7 +36,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_few_rows_on_the_engine(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    # Counted in microseconds: a step of generation asks it hundreds of times. What is cheap and often false goes first.
+    # Counted in microseconds: a step of generation asks it hundreds of times. What is cheap and often false goes first,
+    # but for what a compiler would make guards of.
+    if ops.is_watched():
+        return False
     count, shape = x.numel(), weight.shape
     if not x.is_cpu or len(shape) != 2 or not 0 < count <= FEW * shape[1] or x.shape[-1:] != shape[1:]:
         return False
@@ -46,7 +49,7 @@ def _is_few_rows_on_the_engine(x: Tensor, weight: Tensor, bias: Tensor | None) -
         return False
     if bias is not None and (bias.dtype != x.dtype or bias.shape != shape[:1]):
         return False
-    return not ops.is_watched() and ops.are_plain(x, weight, bias) and backends.serves("cpu", "cpu", x.dtype)
+    return ops.are_plain(x, weight, bias) and backends.serves("cpu", "cpu", x.dtype)
 
 
 def _needs_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
