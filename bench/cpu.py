@@ -300,11 +300,11 @@ def our_add_rms_norm(x, residual, weight, _):
 # ------------------------------------------------------------------------------------------------ linear layers
 
 
-def one_row(dtype: str, goal: float, width: int, outputs: int) -> Case:
-    """The product of a generation step."""
+def linear_rows(dtype: str, goal: float, rows: int, width: int, outputs: int) -> Case:
+    """The product of a generation step, of one sequence or several."""
 
     def prepare(d: torch.dtype) -> Calls:
-        x, weight = tensors(d, (1, width), (outputs, width))
+        x, weight = tensors(d, (rows, width), (outputs, width))
         return Calls(
             lambda: flashattn.linear(x, weight),
             lambda: linear(x, weight),
@@ -312,7 +312,7 @@ def one_row(dtype: str, goal: float, width: int, outputs: int) -> Case:
         )
 
     size = width * outputs * getattr(torch, dtype).itemsize
-    return Case(f"linear, 1 row, {width} to {outputs}", dtype, goal, size, "GB/s", prepare)
+    return Case(f"linear, {rows} x {width} to {outputs}", dtype, goal, size, "GB/s", prepare)
 
 
 # ------------------------------------------------------------------------------------------------ the list
@@ -355,8 +355,10 @@ CASES = [
     norm("add + rms_norm", "bfloat16", 5, our_add_rms_norm, their_add_rms_norm, 2, 4),
     norm_backward("layer_norm backward", "float32", 1.3, flashattn.layer_norm, their_layer_norm),
     norm_backward("layer_norm backward", "bfloat16", 2.2, flashattn.layer_norm, their_layer_norm),
-    one_row("float32", 1, 576, 49152),  # SmolLM2's head
-    one_row("bfloat16", 1, 576, 49152),
+    linear_rows("float32", 1, 1, 576, 49152),  # SmolLM2's head
+    linear_rows("bfloat16", 1, 1, 576, 49152),
+    linear_rows("float32", 1, 16, 576, 49152),
+    linear_rows("bfloat16", 1, 16, 576, 49152),
 ]
 
 

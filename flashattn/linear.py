@@ -8,15 +8,15 @@ from torch.nn import functional
 
 from . import backends, ops
 
-FEW = 4  # rows; more of them are PyTorch's
+FEW = 32  # rows; more of them are PyTorch's
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as `torch.nn.functional.linear`, which does it in all but one case.
 
-    A step of generation multiplies one row by every weight of a model, so it lasts as long as reading them does. On a
-    CPU PyTorch's product reads at a fraction of the memory's speed; there, where no gradient is needed, up to 4 rows go
-    through the native engine (`python -m bench cpu linear`).
+    A step of generation multiplies one row, or one of each sequence, by every weight of a model, so it lasts as long as
+    reading them does. On a CPU PyTorch's product packs weights anew in each call; there, where no gradient is needed,
+    up to 32 rows go through the native engine (`python -m bench cpu linear`).
 
     Args:
         x: (..., in); weight: (out, in); bias: (out,) or None; float32, bfloat16 or float16, all of one dtype.

@@ -20,7 +20,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
 
 
 class Linear(nn.Linear):
-    """nn.Linear, as fast as memory for the one row of a generation step on a CPU."""
+    """nn.Linear, as fast as memory for the few rows of a generation step on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return flashattn.linear(x, self.weight, self.bias)

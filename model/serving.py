@@ -93,8 +93,8 @@ class Server:
             new.append(self.admit(self.waiting.popleft()))
         old = list(self.running)
         self.running += new
-        if new:
-            self.forward(new, [request.prompt[request.reused :] for request in new])
+        for group in groups(new):
+            self.forward(group, [request.prompt[request.reused :] for request in group])
         if old:
             self.forward(old, [request.tokens[-1:] for request in old])
         self.running = [request for request in self.running if not request.done]
@@ -150,6 +150,20 @@ class Server:
             self.finished.remove(best)
             self.finished.append(best)
         return request
+
+
+def groups(requests: list[Request]) -> list[list[Request]]:
+    """Those with about as much to read, so that a quarter of a batch is padding at most."""
+    result: list[list[Request]] = []
+    for request in sorted(requests, key=unread):
+        if not result or unread(request) > unread(result[-1][0]) * 4 // 3:
+            result.append([])
+        result[-1].append(request)
+    return result
+
+
+def unread(request: Request) -> int:
+    return len(request.prompt) - request.reused
 
 
 def sampled(request: Request, logits: torch.Tensor) -> int:
