@@ -142,6 +142,7 @@ def run(
         "parameters": sum(p.numel() for p in model.parameters()),
         "pairs": len(learned),
         "minutes": minutes(log),
+        "curve": [(entry["step"], entry["BLEU"]) for entry in log if "BLEU" in entry],
         "measured": len(held_out),
         "bleu": bleu(found, expected),
         "bleu_word_by_word": bleu(by_word, expected),
@@ -152,8 +153,11 @@ def run(
 def show(result: dict) -> None:
     print(
         f"a Transformer of {result['parameters']:,} parameters, trained on {result['pairs']:,} verses for "
-        f"{result['minutes']:.0f} minutes\n\nBLEU of {result['measured']} verses that were held out"
+        f"{result['minutes']:.0f} minutes\n\nBLEU of greedy decoding, of other verses, while it learned"
     )
+    for step, value in result["curve"]:
+        print(f"  after {step:>5,} steps            {value:5.1f}")
+    print(f"\nBLEU of {result['measured']} verses that were held out")
     print(f"  Transformer, beam search     {result['bleu']:5.1f}")
     print(f"  word by word, IBM model 1    {result['bleu_word_by_word']:5.1f}")
     for sample in result["samples"]:
@@ -161,4 +165,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=4000), run, show))
+    sys.exit(command(arguments(__doc__.split("\n")[0], steps=3500), run, show))
