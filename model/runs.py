@@ -61,7 +61,8 @@ class Run:
     def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
         """Put the last checkpoint into model, optimizer and PyTorch's generator: its step, and the log up to it."""
         step, log = self.restore(model, optimizer) if self.checkpoints else (0, [])
-        self.record(log, "w")
+        if self.directory.exists():  # else nothing stands in it, and it appears with the first step
+            self.record(log, "w")
         return step, log
 
     def restore(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:

@@ -148,9 +148,10 @@ def train(
         if evaluate is not None and due(step + 1, settings.evaluate_every, settings.steps):
             new.append(dict(step=step + 1) | evaluated(model, evaluate))
         log += new
-        if run is not None:
-            run.record(new)
-        if run is not None and due(step + 1, settings.save_every, settings.steps):
+        if run is None:
+            continue
+        run.record(new)
+        if due(step + 1, settings.save_every, settings.steps):
             run.save(step + 1, model, optimizer, log, tokenizer)
     bar.close()
     model.eval()
