@@ -8,7 +8,7 @@ from checkpoints import written
 from packages import needs_smollm2
 
 import model
-from model import Request, Sampling, Server
+from model import Request, Sampling, Server, serving
 from model.packages import locate
 
 FAMILIES = ["gpt2", "llama", "qwen3", "gemma2", "mistral"]
@@ -61,6 +61,16 @@ def test_a_beginning_is_computed_once(tmp_path):
     assert fourth.reused == 16
     for request in (first, second, third, other, fourth):
         assert request.tokens == alone(ours, request)
+
+
+def test_prompts_are_read_with_those_about_as_long():
+    requests = some_requests(50)
+    requests[0].reused = len(requests[0].prompt) - 1  # one token is left to read
+    groups = serving.groups(requests)
+    assert sorted(id(r) for group in groups for r in group) == sorted(map(id, requests))
+    for group in groups:
+        lengths = [len(request.prompt) - request.reused for request in group]
+        assert sum(lengths) >= 3 / 4 * len(lengths) * max(lengths)
 
 
 def test_while_one_runs_another_shares(tmp_path):
