@@ -113,21 +113,42 @@ def test_as_flex_attention(mod, block_mask, backend):
     torch.testing.assert_close(lse, aux.lse, rtol=1e-5, atol=1e-5)
 
 
-def dense(mod, block_mask, q, k, v):
-    """Softmax of the whole matrix, in q's dtype."""
+def modified(mod, q, k):
+    """Every score, in q's dtype."""
     b, h = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1)
     i, j = torch.arange(SEQ_Q).view(-1, 1), torch.arange(SEQ_K)
-    group = HEADS // k.shape[1]
-    scores = q @ k.repeat_interleave(group, 1).mT * DIM**-0.5
-    scores = mod(scores, b, h, i, j).to(scores.dtype).broadcast_to(scores.shape)
-    if block_mask is not None:
-        keep = block_mask.mask_mod(b, h, i, j)
-        some = keep.any(-1, keepdim=True)
-        scores = scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0)
-    weights = scores.softmax(-1)
-    if block_mask is not None:
-        weights = torch.where(some, weights, 0)
-    return weights @ v.repeat_interleave(group, 1)
+    scores = q @ k.repeat_interleave(HEADS // k.shape[1], 1).mT * DIM**-0.5
+    return mod(scores, b, h, i, j).to(scores.dtype).broadcast_to(scores.shape)
+
+
+def weights_of(scores, block_mask):
+    if block_mask is None:
+        return scores.softmax(-1)
+    b, h = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1)
+    keep = block_mask.mask_mod(b, h, torch.arange(SEQ_Q).view(-1, 1), torch.arange(SEQ_K))
+    some = keep.any(-1, keepdim=True)
+    return torch.where(some, scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0).softmax(-1), 0)
+
+
+def dense(mod, block_mask, q, k, v):
+    """Softmax of the whole matrix, in q's dtype."""
+    return weights_of(modified(mod, q, k), block_mask) @ v.repeat_interleave(HEADS // k.shape[1], 1)
+
+
+def cancelled(mod, block_mask, q, k, v, tables, grad):
+    """How large the float32 terms are whose sums the gradients of `tables` are: ds = p (dp - delta), where dp and delta
+    may cancel (as in attention_truth.py), times what the score changes by with its entry of the table."""
+    scores = modified(mod, q.detach(), k.detach())
+    p = weights_of(scores.detach(), block_mask)
+    dp = grad.abs() @ v.detach().abs().repeat_interleave(HEADS // v.shape[1], 1).mT
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
+    terms = []
+    for table in tables:
+        of_each = torch.zeros_like(ds).requires_grad_()
+        (summed,) = torch.autograd.grad(scores, table, of_each, create_graph=True)
+        (change,) = torch.autograd.grad(summed.sum(), of_each, retain_graph=True)  # a score has one entry of a table
+        terms += torch.autograd.grad(scores, table, ds * change.sign(), retain_graph=True)
+    return terms
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,8 +179,9 @@ def test_gradients_against_float64(dtype, mod, block_mask, backend):
             else:
                 out = dense(made, block_mask, *x)
         results.append([out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))])
-    for n, (ours, by_torch, truth) in enumerate(zip(*results, strict=True)):
-        assert_as_exact_as_torch(ours, by_torch, truth, f"result {n}")
+    terms = [0.0] * 4 + cancelled(made, block_mask, *x, tables, grad.double())  # of the last of the three, in float64
+    for n, (ours, by_torch, truth, summed) in enumerate(zip(*results, terms, strict=True)):
+        assert_as_exact_as_torch(ours, by_torch, truth, f"result {n}", summed)
 
 
 @pytest.mark.parametrize("by_position", [True, False])
