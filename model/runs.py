@@ -46,8 +46,10 @@ class Run:
             saving.write(model.config, weights, partial, tokenizer)
             kept = dict(step=step, weights=weights, optimizer=state, random=states, log=log)
             torch.save(kept, partial / "training.pt")
-        for old in self.checkpoints[: -self.keep]:
-            shutil.rmtree(old)
+        for old in self.checkpoints[: -self.keep]:  # which, half-deleted by a kill, would still look like checkpoints
+            os.rename(old, old.with_name(f"{old.name}.partial"))
+        for left in self.directory.glob("step-*.partial"):
+            shutil.rmtree(left)
         plot(log, self.directory / "loss.png")
 
     def record(self, entries: list[dict], mode: str = "a") -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import model
-from model import heads, train
+from model import heads, runs, train
 from model.layers import initialise
 from model.runs import Run
 from model.train import Batch, Training
@@ -206,6 +206,24 @@ def test_killed_at_any_moment(tmp_path):
     train.train(whole, batch, settings, progress=False)
     train.train(again, batch, settings, Run(tmp_path / "run"), progress=False)
     assert equal(whole, again)
+
+
+def test_stopped_while_it_deletes(tmp_path, monkeypatch):
+    """What is left of an old checkpoint is none, and goes with the next."""
+
+    def stopped(path):
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else stopped(path))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(make(), batch, Training(steps=5, save_every=1), Run(tmp_path), progress=False)
+    assert [path.name for path in Run(tmp_path).checkpoints] == ["step-000002", "step-000003"]
+    for path in Run(tmp_path).checkpoints:
+        model.load(path)
+    train.train(make(), batch, Training(steps=5, save_every=1), Run(tmp_path), progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png", "step-000004", "step-000005"]
 
 
 def newest(run):
