@@ -113,19 +113,21 @@ def test_as_flex_attention(mod, block_mask, backend):
     torch.testing.assert_close(lse, aux.lse, rtol=1e-5, atol=1e-5)
 
 
+def places():
+    """b, h, i and j of every score, as a mod takes them."""
+    return [torch.arange(n).view(-1, *[1] * (3 - d)) for d, n in enumerate((BATCH, HEADS, SEQ_Q, SEQ_K))]
+
+
 def modified(mod, q, k):
     """Every score, in q's dtype."""
-    b, h = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1)
-    i, j = torch.arange(SEQ_Q).view(-1, 1), torch.arange(SEQ_K)
     scores = q @ k.repeat_interleave(HEADS // k.shape[1], 1).mT * DIM**-0.5
-    return mod(scores, b, h, i, j).to(scores.dtype).broadcast_to(scores.shape)
+    return mod(scores, *places()).to(scores.dtype).broadcast_to(scores.shape)
 
 
 def weights_of(scores, block_mask):
     if block_mask is None:
         return scores.softmax(-1)
-    b, h = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1)
-    keep = block_mask.mask_mod(b, h, torch.arange(SEQ_Q).view(-1, 1), torch.arange(SEQ_K))
+    keep = block_mask.mask_mod(*places())
     some = keep.any(-1, keepdim=True)
     return torch.where(some, scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0).softmax(-1), 0)
 
