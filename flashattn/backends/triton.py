@@ -92,7 +92,8 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 
 def heads_arg(x: Tensor) -> Heads:
-    return Heads(x, x.stride(0), x.stride(1), x.stride(2))
+    """A tensor as kernels take it. Nothing steps over a batch of one, which packed sequences are."""
+    return Heads(x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
 
 
 def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
@@ -101,14 +102,12 @@ def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
     return DropoutArgs(seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
 
 
-def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score, ragged: bool = False) -> tuple:
-    """The arguments all attention kernels share: (score, batches, heads, kv_heads, seq_q, seq_k)."""
+def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
+    """The arguments all attention kernels share: (score, batches, heads, kv_heads, seq_q, seq_k). The score's limits
+    count from each batch row's own diagonal, which kernels add."""
     batches, seq_q, seq_k = score.sizes(q, k)
-    ragged = ragged or score.cu_seqlens is not None  # each batch row has a diagonal of its own, which kernels add
-    diagonal = 0 if ragged else seq_k - seq_q
     args = ScoreArgs(
-        score.scale, *score.bounds(0, diagonal), score.q_lengths, score.kv_lengths,
-        None if score.slopes is None else diagonal, score.softcap,
+        score.scale, *score.bounds(0, 0), score.q_lengths, score.kv_lengths, score.softcap,
         score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
@@ -254,8 +253,7 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     splits = max(1, triton.cdiv(cached.longest, split))
     statistics = torch.empty(rows * splits, 2, dtype=torch.float32, device=q.device)
     partial = torch.empty(rows * splits, head_dim_v, dtype=torch.float32, device=q.device)
-    # The kernel counts limits from the diagonal of each row.
-    args, *_ = attention_args(q, k, v, score, ragged=True)
+    args, *_ = attention_args(q, k, v, score)
     meta = attention_meta("decode", q, v, score)
     programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](

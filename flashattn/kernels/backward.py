@@ -20,10 +20,10 @@ A third pass, `attention_backward_bias`, sums ds over what shares an element of 
 import triton
 import triton.language as tl
 
+from .compiler import kernel
 from .dropout import kept_weights
 from .scores import (
     SIZES,
-    aligned,
     block_state,
     cap,
     edge_start,
@@ -50,22 +50,22 @@ def load_lse(lse, queries, query_end):
 
 @triton.jit
 def score_gradients(
-    q, grad_out, lse, delta, k_tile, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+    q, grad_out, lse, delta, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """(ds, slope) of a tile (queries, keys): the gradient of the scores as softmax takes them, and the softcap's
     derivative."""
-    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision=score.precision) * (score.scale * LOG2E)
     queries = start_m + tl.arange(0, BLOCK_M)
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
     scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
-    scores, slope = shift(score, scores, slope, batch, head, queries[:, None], keys, query_end, key_end, state)
+    scores, slope = shift(score, seq, scores, slope, batch, head, queries[:, None], keys, state)
     p = tl.exp2(scores - lse[:, None])
     if EDGE:
-        p = tl.where(visible(score, queries[:, None], keys, query_end, key_end), p, 0.0)
-    v_tile = load_tile(v, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
-    dp = tl.dot(grad_out, tl.trans(v_tile), input_precision="ieee")
+        p = tl.where(visible(score, seq, queries[:, None], keys), p, 0.0)
+    v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+    dp = tl.dot(grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
         dp *= kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N)
     return p * (dp - delta[:, None]), slope
@@ -73,21 +73,21 @@ def score_gradients(
 
 @triton.jit
 def visit_keys(
-    acc, q, grad_out, lse, delta, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+    acc, q, grad_out, lse, delta, k, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of pass 1: acc += ds k."""
-    k_tile = load_tile(k, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
     ds, slope = score_gradients(
-        q, grad_out, lse, delta, k_tile, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+        q, grad_out, lse, delta, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
         HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE,
     )  # fmt: skip
     ds = gradient_through(score, ds, slope)
-    return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=score.precision)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def attention_backward_q(
     q, k, v, out, grad_out, lse, grad_lse, grad_q, delta, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -99,41 +99,38 @@ def attention_backward_q(
     """
     start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
     seq = sequence(score, batch, batches, seq_q, seq_k)
-    if score.cu_seqlens is not None:
-        score = aligned(score, seq.seq_k - seq.seq_q)
-    query_end, key_end = seq.query_end, seq.key_end
 
     k = one_head(k, batch, kv_head, seq.k_start)
     v = one_head(v, batch, kv_head, seq.k_start)
     queries = start_m + tl.arange(0, BLOCK_M)
     row = statistics_at(score, seq, batch, head, heads)
     do_tile = load_tile(
-        one_head(grad_out, batch, head, seq.q_start), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+        one_head(grad_out, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
     )
     out_tile = load_tile(
-        one_head(out, batch, head, seq.q_start), start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+        one_head(out, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
     )
     delta_row = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if grad_lse is not None:
-        delta_row -= tl.load(grad_lse + row + queries, mask=queries < query_end, other=0.0)
+        delta_row -= tl.load(grad_lse + row + queries, mask=queries < seq.query_end, other=0.0)
     tl.store(delta + row + queries, delta_row, mask=queries < seq.seq_q)
 
-    lse_row = load_lse(lse + row, queries, query_end)
-    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    lse_row = load_lse(lse + row, queries, seq.query_end)
+    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
+    tiles = key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
         if looks(score, batch, head, start_m, start_n):
             acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m, start_n, query_end,
-                key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
+                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, seq, batch, head, heads, start_m, start_n,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
             )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
         start_n = edge_start(tiles, index, BLOCK_N)
         if looks(score, batch, head, start_m, start_n):
             acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, batch, head, heads, start_m, start_n, query_end,
-                key_end, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, seq, batch, head, heads, start_m, start_n,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
             )  # fmt: skip
     store_tile(
         one_head(grad_q, batch, head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM, BLOCK_M, BLOCK_D
@@ -142,38 +139,38 @@ def attention_backward_q(
 
 @triton.jit
 def visit_queries(
-    grad_k, grad_v, k, v, q, grad_out, lse, delta, score, batch, head, heads, start_m, start_n, query_end, key_end,
+    grad_k, grad_v, k, v, q, grad_out, lse, delta, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of pass 2, transposed (keys down, queries across): grad_v += p^T do, grad_k += ds^T q."""
     queries = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(q, start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
-    scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * (score.scale * LOG2E)
+    q_tile = load_tile(q, start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
+    scores = tl.dot(k, tl.trans(q_tile), input_precision=score.precision) * (score.scale * LOG2E)
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
     scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
-    scores, slope = shift(score, scores, slope, batch, head, queries[None, :], keys, query_end, key_end, state)
-    p = tl.exp2(scores - load_lse(lse, queries, query_end)[None, :])
+    scores, slope = shift(score, seq, scores, slope, batch, head, queries[None, :], keys, state)
+    p = tl.exp2(scores - load_lse(lse, queries, seq.query_end)[None, :])
     if EDGE:
-        p = tl.where(visible(score, queries[None, :], keys, query_end, key_end), p, 0.0)
-    do_tile = load_tile(grad_out, start_m, query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
+        p = tl.where(visible(score, seq, queries[None, :], keys), p, 0.0)
+    do_tile = load_tile(grad_out, start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
     dropped = p
     if score.dropout is not None:
         kept = tl.trans(kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N))
         dropped = p * kept
-    grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grad_v, input_precision="ieee")
-    delta_row = tl.load(delta + queries, mask=queries < query_end, other=0.0)
-    dp = tl.dot(v, tl.trans(do_tile), input_precision="ieee")
+    grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grad_v, input_precision=score.precision)
+    delta_row = tl.load(delta + queries, mask=queries < seq.query_end, other=0.0)
+    dp = tl.dot(v, tl.trans(do_tile), input_precision=score.precision)
     if score.dropout is not None:
         dp *= kept
     ds = p * (dp - delta_row[None, :])
     ds = gradient_through(score, ds, slope)
-    grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grad_k, input_precision="ieee")
+    grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grad_k, input_precision=score.precision)
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def attention_backward_kv(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -190,15 +187,14 @@ def attention_backward_kv(
     batch = program // tiles_n // kv_heads
     group = heads // kv_heads
     seq = sequence(score, batch, batches, seq_q, seq_k)
-    if score.cu_seqlens is not None:
-        score = aligned(score, seq.seq_k - seq.seq_q)
-    query_end, key_end = seq.query_end, seq.key_end
 
-    k_tile = load_tile(one_head(k, batch, kv_head, seq.k_start), start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v_tile = load_tile(one_head(v, batch, kv_head, seq.k_start), start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+    k_tile = load_tile(one_head(k, batch, kv_head, seq.k_start), start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    v_tile = load_tile(
+        one_head(v, batch, kv_head, seq.k_start), start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True
+    )
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    tiles = query_tiles(score, start_n, query_end, key_end, BLOCK_M, BLOCK_N)
+    tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
     for head in range(kv_head * group, kv_head * group + group):
         q_head = one_head(q, batch, head, seq.q_start)
         do_head = one_head(grad_out, batch, head, seq.q_start)
@@ -206,22 +202,22 @@ def attention_backward_kv(
         for start_m in range(tiles.steady_begin, tiles.steady_end, BLOCK_M):
             if looks(score, batch, head, start_m, start_n):
                 acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
-                    heads, start_m, start_n, query_end, key_end,
+                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, seq, batch, head,
+                    heads, start_m, start_n,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
                 )  # fmt: skip
         for index in tl.range(0, tiles.edges, num_stages=1):
             start_m = edge_start(tiles, index, BLOCK_M)
             if looks(score, batch, head, start_m, start_n):
                 acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, batch, head,
-                    heads, start_m, start_n, query_end, key_end,
+                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, seq, batch, head,
+                    heads, start_m, start_n,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
                 )  # fmt: skip
 
     # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are dropped here, once, so that the
     # steady loop need not look at them.
-    exists = (start_n + tl.arange(0, BLOCK_N) < key_end)[:, None]
+    exists = (start_n + tl.arange(0, BLOCK_N) < seq.key_end)[:, None]
     acc_k = tl.where(exists, acc_k * score.scale, 0.0)
     acc_v = tl.where(exists, acc_v, 0.0)
     store_tile(one_head(grad_k, batch, kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -235,7 +231,7 @@ def shared(size, index, all_of_them, BLOCK: tl.constexpr):
     return begin, tl.where(size == 1, all_of_them, tl.minimum(begin + BLOCK, all_of_them))
 
 
-@triton.jit(do_not_specialize=[*SIZES, "size_batch", "size_head", "size_q", "size_k"])
+@kernel(do_not_specialize=[*SIZES, "size_batch", "size_head", "size_q", "size_k"])
 def attention_backward_bias(
     q, k, v, grad_out, lse, delta, grad_bias, score, batches, heads, kv_heads, seq_q, seq_k,
     size_batch, size_head, size_q, size_k,
@@ -262,37 +258,33 @@ def attention_backward_bias(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for batch in range(first_batch, last_batch):
         seq = sequence(score, batch, batches, seq_q, seq_k)
-        here = score
-        if score.cu_seqlens is not None:
-            here = aligned(score, seq.seq_k - seq.seq_q)
-        query_end, key_end = seq.query_end, seq.key_end
         for head in range(first_head, last_head):
             k_head = one_head(k, batch, head // (heads // kv_heads), seq.k_start)
             v_head = one_head(v, batch, head // (heads // kv_heads), seq.k_start)
-            row = statistics_at(here, seq, batch, head, heads)
-            for start_m in range(first_m, tl.minimum(last_m, query_end), BLOCK_M):
+            row = statistics_at(score, seq, batch, head, heads)
+            for start_m in range(first_m, tl.minimum(last_m, seq.query_end), BLOCK_M):
                 queries = start_m + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(
-                    one_head(q, batch, head, seq.q_start), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True
+                    one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True
                 )
                 do_tile = load_tile(
                     one_head(grad_out, batch, head, seq.q_start),
                     start_m,
-                    query_end,
+                    seq.query_end,
                     HEAD_DIM_V,
                     BLOCK_M,
                     BLOCK_DV,
                     True,
                 )
-                lse_row = load_lse(lse + row, queries, query_end)
-                delta_row = tl.load(delta + row + queries, mask=queries < query_end, other=0.0)
-                begin, end = visible_keys(here, start_m, query_end, key_end, BLOCK_M)
+                lse_row = load_lse(lse + row, queries, seq.query_end)
+                delta_row = tl.load(delta + row + queries, mask=queries < seq.query_end, other=0.0)
+                begin, end = visible_keys(score, seq, start_m, BLOCK_M)
                 begin = tl.maximum(first_n, begin // BLOCK_N * BLOCK_N)
                 for start_n in range(begin, tl.minimum(last_n, end), BLOCK_N):
-                    k_tile = load_tile(k_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+                    k_tile = load_tile(k_head, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
                     ds, _ = score_gradients(
-                        q_tile, do_tile, lse_row, delta_row, k_tile, v_head, here, batch, head, heads, start_m,
-                        start_n, query_end, key_end, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+                        q_tile, do_tile, lse_row, delta_row, k_tile, v_head, score, seq, batch, head, heads, start_m,
+                        start_n, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
                     )  # fmt: skip
                     acc += ds
     # Where queries or keys are broadcast, every row or column belongs to the first.

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import SIZES, aligned, cap, shift, visible, visible_keys
+from .compiler import kernel
+from .scores import SIZES, Sequence, cap, shift, visible, visible_keys
 from .softmax import LOG2E, join_sink, logsumexp, online_softmax
 from .tiles import tile_mask
 
@@ -46,7 +47,7 @@ def load_cached(
     """Rows start .. start + BLOCK_ROWS of a batch row's keys or values; 0 at and past `end`."""
     positions = start + tl.arange(0, BLOCK_ROWS)
     rows = cached_rows(x, pages, batch, head, positions, positions < end)
-    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS, True)
+    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS)
     return tl.load(rows[:, None] + tl.arange(0, BLOCK_COLS)[None, :], mask=mask, other=0.0)
 
 
@@ -57,7 +58,7 @@ def partial_at(batch, head, heads, query, seq_q, split, splits):
     return row * splits + split
 
 
-@triton.jit(do_not_specialize=[*SIZES, "splits"])
+@kernel(do_not_specialize=[*SIZES, "splits"])
 def attention_decode(
     q, k, v, pages, statistics, partial, score, heads, kv_heads, seq_q, splits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -79,7 +80,7 @@ def attention_decode(
     query_end = seq_q
     if score.q_lengths is not None:
         query_end = tl.load(score.q_lengths + batch)
-    score = aligned(score, key_end - query_end)
+    seq = Sequence(seq_q, key_end, query_end, key_end, 0, 0, key_end - query_end)
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < group * seq_q
@@ -94,18 +95,18 @@ def attention_decode(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    begin, end = visible_keys(score, 0, query_end, key_end, query_end)
+    begin, end = visible_keys(score, seq, 0, query_end)
     begin = tl.maximum(begin // BLOCK_N * BLOCK_N, split * SPLIT)
     for start_n in range(begin, tl.minimum(end, (split + 1) * SPLIT), BLOCK_N):
         k_tile = load_cached(k, pages, batch, kv_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=score.precision) * (score.scale * LOG2E)
         keys = start_n + tl.arange(0, BLOCK_N)[None, :]
         scores, slope = cap(score, scores)
-        scores, _ = shift(score, scores, slope, batch, head[:, None], query[:, None], keys, query_end, key_end, None)
-        scores = tl.where(visible(score, query[:, None], keys, query_end, key_end), scores, float("-inf"))
+        scores, _ = shift(score, seq, scores, slope, batch, head[:, None], query[:, None], keys, 2)
+        scores = tl.where(visible(score, seq, query[:, None], keys), scores, float("-inf"))
         p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, True)
         v_tile = load_cached(v, pages, batch, kv_head, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=score.precision)
 
     to = partial_at(batch, head, heads, query, seq_q, split, splits)
     tl.store(statistics + to * 2, m_i, mask=exists)
@@ -115,7 +116,7 @@ def attention_decode(
     tl.store(partial + to[:, None] * HEAD_DIM_V + cols_v[None, :], acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "splits"])
+@kernel(do_not_specialize=[*SIZES, "splits"])
 def attention_merge(
     statistics, partial, out, lse, sinks, heads, seq_q, splits, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr
 ):

@@ -6,10 +6,10 @@ Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partit
 import triton
 import triton.language as tl
 
+from .compiler import kernel
 from .dropout import kept_weights
 from .scores import (
     SIZES,
-    aligned,
     block_state,
     cap,
     edge_start,
@@ -26,32 +26,32 @@ from .tiles import load_tile, one_head, owned_queries, store_tile
 
 @triton.jit
 def attend(
-    acc, m_i, l_i, q, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+    acc, m_i, l_i, q, k, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One key tile: s = q k^T * scale, fold into the softmax, acc = alpha acc + p v."""
-    k_tile = load_tile(k, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * (score.scale * LOG2E)
+    k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision=score.precision) * (score.scale * LOG2E)
     queries = start_m + tl.arange(0, BLOCK_M)[:, None]
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
     scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
-    scores, _ = shift(score, scores, slope, batch, head, queries, keys, query_end, key_end, state)
+    scores, _ = shift(score, seq, scores, slope, batch, head, queries, keys, state)
     if EDGE:
-        scores = tl.where(visible(score, queries, keys, query_end, key_end), scores, float("-inf"))
+        scores = tl.where(visible(score, seq, queries, keys), scores, float("-inf"))
     # What gives -inf can leave a row of any tile without a key.
     MASKED: tl.constexpr = score.mask is not None or score.bias is not None
     EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
     p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, EMPTY)
     if score.dropout is not None:
         p *= kept_weights(score.dropout, batch * heads + head, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_N)
-    v_tile = load_tile(v, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+    v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=score.precision)
     return acc, m_i, l_i
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def attention_forward(
     q, k, v, out, lse, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -63,35 +63,32 @@ def attention_forward(
     """
     start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
     seq = sequence(score, batch, batches, seq_q, seq_k)
-    if score.cu_seqlens is not None:
-        score = aligned(score, seq.seq_k - seq.seq_q)
-    query_end, key_end = seq.query_end, seq.key_end
 
     k = one_head(k, batch, kv_head, seq.k_start)
     v = one_head(v, batch, kv_head, seq.k_start)
-    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
 
-    tiles = key_tiles(score, start_m, query_end, key_end, BLOCK_M, BLOCK_N)
+    tiles = key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N)
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
         if looks(score, batch, head, start_m, start_n):
             acc, m_i, l_i = attend(
-                acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+                acc, m_i, l_i, q_tile, k, v, score, seq, batch, head, heads, start_m, start_n,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
             )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
         start_n = edge_start(tiles, index, BLOCK_N)
         if looks(score, batch, head, start_m, start_n):
             acc, m_i, l_i = attend(
-                acc, m_i, l_i, q_tile, k, v, score, batch, head, heads, start_m, start_n, query_end, key_end,
+                acc, m_i, l_i, q_tile, k, v, score, seq, batch, head, heads, start_m, start_n,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
             )  # fmt: skip
 
     queries = start_m + tl.arange(0, BLOCK_M)
     if score.q_lengths is not None:
-        l_i = tl.where(queries < query_end, l_i, 0.0)
+        l_i = tl.where(queries < seq.query_end, l_i, 0.0)
     if score.sinks is not None:
         m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
         acc *= alpha[:, None]

@@ -238,7 +238,7 @@ def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
     mask = block_mask.mask
     states = block_mask.partial.to(torch.uint8) + 2 * block_mask.full.to(torch.uint8)
     function = jit("block_mask.mask_mod", mask.graph.graph, mask.captured)
-    return BlocksArgs(function, captured_args(mask.captured), plane_arg(states), block_mask.block_q, block_mask.block_k)
+    return BlocksArgs(captured_args(mask.captured), plane_arg(states), block_mask.block_q, block_mask.block_k, function)
 
 
 def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:

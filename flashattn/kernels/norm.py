@@ -20,6 +20,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .compiler import kernel
 from .dropout import dropout
 
 # Not specialised on: see scores.py. The width is, since its divisibility is what makes loads wide.
@@ -133,7 +134,7 @@ def write_chunk(
     store_rows(y, value, rows, cols, mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def norm_forward(
     x, residual, weight, bias, y, residual_out, mean, rstd, drop, row_count, width, heads, eps, weight_offset,
     CENTER: tl.constexpr, HIDDEN: tl.constexpr, SINGLE: tl.constexpr,
@@ -219,7 +220,7 @@ def store_gradients(
     store_rows(grad_x, grad, rows, cols, mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def norm_backward(
     grad_y, grad_residual_out, hidden, weight, mean, rstd, grad_x, grad_residual, weight_parts, bias_parts,
     drop, row_count, width, heads, weight_offset,
@@ -272,7 +273,7 @@ def norm_backward(
         store_parts(weight_parts, bias_parts, sum_weight, sum_bias, head, heads, 0, width, BLOCK_COLS)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def norm_backward_weights(
     grad_y, hidden, mean, rstd, weight_parts, bias_parts, row_count, width, heads,
     CENTER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .compiler import kernel
 from .decode import cached_rows
 
 
@@ -37,7 +38,7 @@ def rotated(row, x, cols, positions, mask, rotary, N: tl.constexpr, INTERLEAVED:
     return x.to(tl.float32) * cos + other * tl.where(first[None, :], -sin, sin)
 
 
-@triton.jit(do_not_specialize=["heads", "seq"])
+@kernel(do_not_specialize=["heads", "seq"])
 def rotate_and_store(
     x, to, pages, starts, counts, rotary, heads, seq,
     APPEND: tl.constexpr, N: tl.constexpr, INTERLEAVED: tl.constexpr,

@@ -53,20 +53,22 @@ class ModArgs(NamedTuple):
 class BlocksArgs(NamedTuple):
     """A block mask: 0 for a block without a pair that attends, 1 where mask_mod decides, 2 where all attend."""
 
-    mask_mod: tl.constexpr  # a function of (batch, head, query, key, captured)
     captured: tuple | None
     states: Plane  # of bytes, by blocks
     block_q: tl.tensor
     block_k: tl.tensor
+    mask_mod: tl.constexpr  # a function of (batch, head, query, key, captured)
 
 
 class ScoreArgs(NamedTuple):
+    """A constant comes last, as in BlocksArgs: behind a loop Triton 3.6 has forgotten constants inside nested tuples
+    that no constant of the tuple itself follows."""
+
     scale: tl.tensor  # float: multiplies q.k
-    first: tl.tensor | None  # int: query i sees keys i + first <= j; None = no such limit
-    last: tl.tensor | None  # int: and keys j <= i + last
+    first: tl.tensor | None  # int: query i sees keys i + diagonal + first <= j; None = no such limit
+    last: tl.tensor | None  # int: and keys j <= i + diagonal + last
     q_lengths: tl.tensor | None  # (batch,) int32: queries at or past it attend to nothing
     kv_lengths: tl.tensor | None  # (batch,) int32: keys at or past it are masked
-    diagonal: tl.tensor | None = None  # int: seq_k - seq_q; only where there are slopes
     softcap: tl.tensor | None = None  # float
     slopes: tl.tensor | None = None  # (batch or 1, heads) float32
     slopes_stride: tl.tensor | None = None  # from batch to batch
@@ -74,21 +76,24 @@ class ScoreArgs(NamedTuple):
     bias: Plane | None = None
     sinks: tl.tensor | None = None  # (heads,)
     dropout: DropoutArgs | None = None
-    cu_seqlens: tl.tensor | None = None  # (2, batch + 1) int32; first, last and diagonal are those of a sequence then
+    cu_seqlens: tl.tensor | None = None  # (2, batch + 1) int32, of packed q, k and v
     total_q: tl.tensor | None = None  # tokens in packed q
     score_mod: ModArgs | None = None
     blocks: BlocksArgs | None = None
+    precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32: without tensor cores, which have tf32
 
 
 class Sequence(NamedTuple):
-    """One batch row: its sizes, how much of it exists, and of packed tensors its first rows, else None."""
+    """One batch row: its sizes, how much of it exists, where it starts in packed tensors (0 in others), and the key
+    that query 0 is aligned with."""
 
     seq_q: tl.tensor
     seq_k: tl.tensor
     query_end: tl.tensor
     key_end: tl.tensor
-    q_start: tl.tensor | None
-    k_start: tl.tensor | None
+    q_start: tl.tensor
+    k_start: tl.tensor
+    diagonal: tl.tensor
 
 
 class Tiles(NamedTuple):
@@ -100,12 +105,12 @@ class Tiles(NamedTuple):
     edges: tl.tensor  # how many edge tiles
 
 
+# Triton 3.6 compiles no function that returns None, or a tuple that holds None.
 @triton.jit
 def sequence(score, batch, batches, seq_q, seq_k):
-    """The Sequence of this batch row. In a packed call `batches` is what cu_seqlens has, and the score's limits count
-    from the diagonal: `aligned` makes them those of this sequence."""
-    q_start: tl.constexpr = None
-    k_start: tl.constexpr = None
+    """The Sequence of this batch row. In a packed call `batches` is what cu_seqlens has."""
+    q_start = 0
+    k_start = 0
     if score.cu_seqlens is not None:
         q_start = tl.load(score.cu_seqlens + batch)
         k_start = tl.load(score.cu_seqlens + batches + 1 + batch)
@@ -117,23 +122,7 @@ def sequence(score, batch, batches, seq_q, seq_k):
         query_end = tl.minimum(query_end, tl.load(score.q_lengths + batch))
     if score.kv_lengths is not None:
         key_end = tl.minimum(key_end, tl.load(score.kv_lengths + batch))
-    return Sequence(seq_q, seq_k, query_end, key_end, q_start, k_start)
-
-
-@triton.jit
-def aligned(score, diagonal):
-    """The score with its limits counted from this diagonal."""
-    first = score.first
-    last = score.last
-    if first is not None:
-        first += diagonal
-    if last is not None:
-        last += diagonal
-    return ScoreArgs(
-        score.scale, first, last, score.q_lengths, score.kv_lengths, diagonal, score.softcap, score.slopes,
-        score.slopes_stride, score.mask, score.bias, score.sinks, score.dropout, score.cu_seqlens, score.total_q,
-        score.score_mod, score.blocks,
-    )  # fmt: skip
+    return Sequence(seq_q, seq_k, query_end, key_end, q_start, k_start, seq_k - seq_q)
 
 
 @triton.jit
@@ -158,46 +147,48 @@ def _split(begin, steady_begin, steady_end, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(score, start_m, query_end, key_end, BLOCK_M):
+def visible_keys(score, seq, start_m, BLOCK_M):
     """(begin, end) of the keys that queries start_m .. start_m + BLOCK_M look at."""
     begin = 0
-    end = key_end
+    end = seq.key_end
     if score.first is not None:
-        begin = tl.maximum(start_m + score.first, 0)  # the first key the first query sees
+        begin = tl.maximum(start_m + seq.diagonal + score.first, 0)  # the first key the first query sees
     if score.last is not None:
-        end = tl.minimum(end, start_m + BLOCK_M + score.last)  # past the last key the last query sees
+        end = tl.minimum(end, start_m + BLOCK_M + seq.diagonal + score.last)  # past the last key the last query sees
     if score.q_lengths is not None or score.cu_seqlens is not None:
-        end = tl.where(start_m < query_end, end, 0)
+        end = tl.where(start_m < seq.query_end, end, 0)
     return begin, end
 
 
 @triton.jit
-def key_tiles(score, start_m, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_tiles(score, seq, start_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The key tiles that queries start_m .. start_m + BLOCK_M look at."""
-    begin, end = visible_keys(score, start_m, query_end, key_end, BLOCK_M)
+    begin, end = visible_keys(score, seq, start_m, BLOCK_M)
+    aligned = start_m + seq.diagonal
     steady_begin = 0
-    steady_end = key_end
+    steady_end = seq.key_end
     if score.first is not None:
-        steady_begin = tl.maximum(start_m + BLOCK_M - 1 + score.first, 0)  # the first key the last query sees
+        steady_begin = tl.maximum(aligned + BLOCK_M - 1 + score.first, 0)  # the first key the last query sees
     if score.last is not None:
-        steady_end = tl.minimum(steady_end, start_m + 1 + score.last)  # past the last key the first one sees
+        steady_end = tl.minimum(steady_end, aligned + 1 + score.last)  # past the last key the first one sees
     return _split(begin, steady_begin, steady_end, end, BLOCK_N)
 
 
 @triton.jit
-def query_tiles(score, start_n, query_end, key_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_tiles(score, seq, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The query tiles that look at keys start_n .. start_n + BLOCK_N."""
+    aligned = start_n - seq.diagonal
     begin = 0
     steady_begin = 0
-    end = query_end
-    steady_end = query_end
+    end = seq.query_end
+    steady_end = seq.query_end
     if score.last is not None:
-        begin = tl.maximum(start_n - score.last, 0)  # the first query that sees the first key
-        steady_begin = tl.maximum(start_n + BLOCK_N - 1 - score.last, 0)  # and the last key
+        begin = tl.maximum(aligned - score.last, 0)  # the first query that sees the first key
+        steady_begin = tl.maximum(aligned + BLOCK_N - 1 - score.last, 0)  # and the last key
     if score.first is not None:
-        end = tl.minimum(end, start_n + BLOCK_N - score.first)  # past the last query that sees the last key
-        steady_end = tl.minimum(steady_end, start_n + 1 - score.first)  # and the first key
-    end = tl.where(start_n < key_end, end, 0)
+        end = tl.minimum(end, aligned + BLOCK_N - score.first)  # past the last query that sees the last key
+        steady_end = tl.minimum(steady_end, aligned + 1 - score.first)  # and the first key
+    end = tl.where(start_n < seq.key_end, end, 0)
     return _split(begin, steady_begin, steady_end, end, BLOCK_M)
 
 
@@ -209,14 +200,14 @@ def edge_start(tiles, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible(score, queries, keys, query_end, key_end):
+def visible(score, seq, queries, keys):
     """Which (query, key) pairs of an edge tile attend. `queries` and `keys` are positions of any two shapes that
     broadcast, so that one function serves tiles laid out (M, N) and (N, M)."""
-    keep = (keys < key_end) & (queries < query_end)
+    keep = (keys < seq.key_end) & (queries < seq.query_end)
     if score.first is not None:
-        keep = keep & (keys >= queries + score.first)
+        keep = keep & (keys >= queries + (seq.diagonal + score.first))
     if score.last is not None:
-        keep = keep & (keys <= queries + score.last)
+        keep = keep & (keys <= queries + (seq.diagonal + score.last))
     return keep
 
 
@@ -258,9 +249,9 @@ def plane_pointers(x, batch, head, queries, keys):
 
 @triton.jit
 def block_state(score, batch, head, start_m, start_n):
-    """What a block mask says of a tile, which lies in one of its blocks: 0, 1 or 2. None without a block mask."""
+    """What a block mask says of a tile, which lies in one of its blocks: 0, 1 or 2. 2 without a block mask."""
     if score.blocks is None:
-        return None
+        return 2
     else:
         i = start_m // score.blocks.block_q
         j = start_n // score.blocks.block_k
@@ -278,20 +269,20 @@ def looks(score, batch, head, start_m, start_n):
 
 
 @triton.jit
-def shift(score, scores, slope, batch, head, queries, keys, query_end, key_end, state):
+def shift(score, seq, scores, slope, batch, head, queries, keys, state):
     """(scores, slope): ALiBi, bias, score_mod and masks on capped base-2 scores, and their derivative by scale * q.k.
     `queries` and `keys` broadcast to their shape; `state`: the tile's `block_state`."""
     if score.slopes is not None:
         alibi = tl.load(score.slopes + batch * score.slopes_stride + head) * LOG2E
-        scores -= alibi * tl.abs(queries + score.diagonal - keys).to(tl.float32)
-    exists = (queries < query_end) & (keys < key_end)
+        scores -= alibi * tl.abs(queries + seq.diagonal - keys).to(tl.float32)
+    exists = (queries < seq.query_end) & (keys < seq.key_end)
     if score.bias is not None:
         bias = tl.load(plane_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
         scores += bias.to(tl.float32) * LOG2E
     if score.score_mod is not None:
         # A tile may go past the end of what exists: there positions stay, so that captured tensors are read inside.
-        i = tl.minimum(queries, query_end - 1)
-        j = tl.minimum(keys, key_end - 1)
+        i = tl.minimum(queries, seq.query_end - 1)
+        j = tl.minimum(keys, seq.key_end - 1)
         natural = scores * LN2
         # (A tuple that holds a function cannot be assigned to a name.)
         captured = score.score_mod.captured
@@ -301,8 +292,8 @@ def shift(score, scores, slope, batch, head, queries, keys, query_end, key_end, 
         keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
     if score.blocks is not None:
-        i = tl.minimum(queries, query_end - 1)
-        j = tl.minimum(keys, key_end - 1)
+        i = tl.minimum(queries, seq.query_end - 1)
+        j = tl.minimum(keys, seq.key_end - 1)
         keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (state == 2)
         scores = tl.where(keep, scores, float("-inf"))
     return scores, slope

@@ -42,13 +42,10 @@ def owned_queries(heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def one_head(x, batch, head, start):
-    """The (seq, head_dim) matrix of one batch and head, of packed tensors from row `start` on, which is None for
-    others. 64-bit: a tensor may pass 2**31 elements."""
-    if start is not None:
-        ptr = x.ptr + tl.cast(start, tl.int64) * x.stride_seq + tl.cast(head, tl.int64) * x.stride_head
-    else:
-        ptr = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
-    return Rows(ptr, x.stride_seq)
+    """The (seq, head_dim) matrix of one batch and head from row `start` on: where a packed sequence starts, or 0. The
+    batch stride of packed tensors is 0. 64-bit: a tensor may pass 2**31 elements."""
+    row = tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(start, tl.int64) * x.stride_seq
+    return Rows(x.ptr + row + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq)
 
 
 @triton.jit
@@ -59,19 +56,11 @@ def tile_pointers(x, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def tile_mask(
-    start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, CHECK_ROWS: tl.constexpr
-):
-    """Which elements of the tile exist; None where all do, so that no compare is compiled."""
-    if COLS == BLOCK_COLS:
-        if CHECK_ROWS:
-            mask = (start + tl.arange(0, BLOCK_ROWS) < end)[:, None]
-        else:
-            mask: tl.constexpr = None
-    else:
-        mask = (tl.arange(0, BLOCK_COLS) < COLS)[None, :]
-        if CHECK_ROWS:
-            mask = mask & (start + tl.arange(0, BLOCK_ROWS) < end)[:, None]
+def tile_mask(start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Which elements of the tile exist: rows before `end`, columns before COLS."""
+    mask = (start + tl.arange(0, BLOCK_ROWS) < end)[:, None]
+    if COLS != BLOCK_COLS:
+        mask = mask & (tl.arange(0, BLOCK_COLS) < COLS)[None, :]
     return mask
 
 
@@ -82,11 +71,12 @@ def load_tile(
     """Rows start .. start + BLOCK_ROWS of `x`. Rows at or past `end` (looked at only with CHECK_ROWS) and
     columns at or past COLS read as 0, whatever lies in memory there."""
     pointers = tile_pointers(x, start, BLOCK_ROWS, BLOCK_COLS)
-    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS, CHECK_ROWS)
-    if mask is None:
-        tile = tl.load(pointers)
+    if CHECK_ROWS:
+        tile = tl.load(pointers, mask=tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS), other=0.0)
+    elif COLS != BLOCK_COLS:
+        tile = tl.load(pointers, mask=(tl.arange(0, BLOCK_COLS) < COLS)[None, :], other=0.0)
     else:
-        tile = tl.load(pointers, mask=mask, other=0.0)
+        tile = tl.load(pointers)  # all of it exists: no compare is compiled
     return tile
 
 
@@ -94,5 +84,5 @@ def load_tile(
 def store_tile(x, value, start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Store a tile, rounded to the tensor's dtype, leaving rows at or past `end` untouched."""
     pointers = tile_pointers(x, start, BLOCK_ROWS, BLOCK_COLS)
-    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS, True)
+    mask = tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS)
     tl.store(pointers, value.to(x.ptr.dtype.element_ty), mask=mask)

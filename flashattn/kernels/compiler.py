@@ -1,0 +1,115 @@
+"""What the project's kernels ask of Triton's compiler, and the one fault of it that they work around.
+
+The fault: Triton before 3.7.1 puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core
+instruction (`wgmma`, `tcgen05.mma`) that reads what it copied, so that on Hopper and datacenter Blackwell the tensor
+cores may read shared memory before the copy is there: wrong results that change between runs (pytorch/pytorch#181248,
+triton-lang/triton#9610). One fence before the loop is all there is. Here one follows every wait, where Triton 3.7.1
+puts it (triton-lang/triton#10537): the loops stay pipelined. `tests/test_versions.py` proves on the PTX machine that
+the fault is there without the fences and gone with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import triton
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+# As triton.__version__ tells it; a nightly build of 3.7.0 says 3.7.0+git...
+LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None
+ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$", re.MULTILINE)
+_compiling = threading.Lock()  # Triton's hook is one for the process
+
+
+def fault(architecture: str) -> str | None:
+    """What is wrong with this Triton on an architecture and is worked around; None for nothing.
+
+    >>> fault("sm_80") is None
+    True
+    """
+    if not LACKS_FENCES or architecture not in ("sm_90", "sm_100", "sm_103", "sm_110"):
+        return None
+    return (
+        f"Triton {triton.__version__} leaves out memory fences on {architecture} (pytorch/pytorch#181248); flashattn's "
+        "kernels add their own, other Triton kernels may be wrong there: take triton>=3.7.1"
+    )
+
+
+class Kernel(JITFunction):
+    """A kernel that is launched the same way by every version of Triton."""
+
+    def run(self, *args, **options):
+        # Triton 3.10 contracts no multiply-adds unless it is asked to: the bits shall not depend on the version.
+        return super().run(*args, enable_fp_fusion=True, **options)
+
+    def create_binder(self):
+        binder = super().create_binder()
+        if LACKS_FENCES:
+            self.compile = with_fences(self.compile)
+        return binder
+
+
+def kernel(do_not_specialize: list[str]) -> Callable:
+    """A decorator for the functions that are launched: triton.jit with the options all of them share."""
+
+    def decorate(function):
+        if knobs.runtime.interpret:
+            return triton.jit(function, do_not_specialize=do_not_specialize)
+        return Kernel(function, do_not_specialize=do_not_specialize)
+
+    return decorate
+
+
+def with_fences(compile: Callable) -> Callable:
+    """Triton's compile with a fence behind every wait. The environment is part of the key that compiled kernels are
+    kept under, so that none without fences is found there."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    def compile_with_fences(source, target, options, _env_vars=None):
+        env_vars = get_cache_invalidating_env_vars() if _env_vars is None else _env_vars
+        with _compiling, stage_hook(fence_waits):
+            return compile(source, target=target, options=options, _env_vars=env_vars | {"FLASHATTN_FENCES": "1"})
+
+    return compile_with_fences
+
+
+@contextlib.contextmanager
+def stage_hook(hook: Callable) -> Iterator[None]:
+    before = knobs.runtime.add_stages_inspection_hook
+    knobs.runtime.add_stages_inspection_hook = hook
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = before
+
+
+def fence_waits(backend=None, stages: dict | None = None, *_) -> tuple[str, str] | None:
+    """Triton's hook: changes the stages of a compilation or, called without any, says what is to tell them apart."""
+    if backend is None:
+        return "flashattn-fences", "flashattn-fences"
+    make_ttgir = stages["ttgir"]
+    if backend.target.backend == "cuda" and backend.target.arch in range(90, 120):
+        stages["ttgir"] = lambda module, metadata: fenced(make_ttgir(module, metadata))
+    return None
+
+
+def fenced(module):
+    """A module of Triton's GPU dialect with a proxy fence behind every wait for copies."""
+    from triton._C.libtriton import ir
+
+    text, context = str(module), module.context
+    if not ASYNC_WAIT.search(text):
+        return module
+    text = ASYNC_WAIT.sub(r"\g<0>\n\g<1>ttng.fence_async_shared {bCluster = false}", text)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "fenced.ttgir"
+        file.write_text(text)
+        module = ir.parse_mlir_module(str(file), context)
+    module.context = context
+    return module
