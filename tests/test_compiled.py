@@ -230,11 +230,3 @@ def test_an_absent_piece_is_compiled_away():
     again = compile_attention("sm_90", 64)[0]
     assert without == again
     assert with_lengths != without
-
-
-def test_every_architecture_has_tiles():
-    for arch in configs.SHARED_MEMORY:
-        with compiled.compile_for(arch):
-            for direction in configs.ATTENTION:
-                for itemsize in (2, 4):
-                    assert configs.attention_tiles(direction, 256, itemsize).block_m >= 16

@@ -32,7 +32,7 @@ if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
 
     from ..kernels import backward as backward_kernels
-    from ..kernels import configs, generate
+    from ..kernels import compiler, configs, generate
     from ..kernels import decode as decode_kernels
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
@@ -47,6 +47,8 @@ else:
     triton = None
 
 
+# What is wrong with this Triton and is worked around, in a sentence; None for nothing.
+compiler_fault = compiler.FAULT if triton is not None and compiler.LACKS_FENCES else None
 takes_cpu = False  # whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so
 
 
@@ -117,12 +119,22 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
+def pairs(score: Score) -> configs.Pairs:
+    """What kernels load of each (query, key) pair."""
+    loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]
+    if score.score_mod is not None:
+        loads += generate.pair_loads(score.score_mod)
+    if score.block_mask is not None:
+        loads += generate.pair_loads(score.block_mask.mask)
+    return configs.Pairs(sum(loads), max(loads, default=0), score.dropout_p > 0)
+
+
 def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     """Tile sizes and launch options of one pass. Head dimensions are padded to a power of two inside the tiles. A tile
     lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    widest, modified = max(head_dim, head_dim_v), score.score_mod is not None
-    tiles = configs.attention_tiles(direction, widest, q.element_size(), modified)
+    cols = tuple(max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
+    tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), score.score_mod is not None)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
     if block_mask is not None:
@@ -134,8 +146,8 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     return dict(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
+        BLOCK_D=cols[0],
+        BLOCK_DV=cols[1],
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=tiles.warps,

@@ -27,18 +27,10 @@ ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$", re.MULTILINE)
 _compiling = threading.Lock()  # Triton's hook is one for the process
 
 
-def fault(architecture: str) -> str | None:
-    """What is wrong with this Triton on an architecture and is worked around; None for nothing.
-
-    >>> fault("sm_80") is None
-    True
-    """
-    if not LACKS_FENCES or architecture not in ("sm_90", "sm_100", "sm_103", "sm_110"):
-        return None
-    return (
-        f"Triton {triton.__version__} leaves out memory fences on {architecture} (pytorch/pytorch#181248); flashattn's "
-        "kernels add their own, other Triton kernels may be wrong there: take triton>=3.7.1"
-    )
+FAULT = (
+    f"Triton {triton.__version__} leaves out memory fences on sm_90 and sm_100 (pytorch/pytorch#181248): flashattn's "
+    "kernels add their own, other Triton kernels may give wrong results there. triton>=3.7.1 has them."
+)  # what to say of a Triton that LACKS_FENCES
 
 
 class Kernel(JITFunction):

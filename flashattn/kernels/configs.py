@@ -1,13 +1,14 @@
 """Tile sizes by architecture, as plain data.
 
 Attention: `ATTENTION[pass][architecture]` lists (largest head_dim, bytes per element, Tiles) from small to large; the
-first row that is large enough is taken. On sm_80 and sm_90 no row spills a register at head_dim 64 and 128, and every
-row fits in its architecture's shared memory: `tests/test_compiled.py` compiles them and counts. The rows were chosen by
-that count and not by timing: no GPU has run them yet.
+first row that is large enough is taken, and made smaller where a call's features do not fit in shared memory beside it.
+On sm_80 and sm_90 no row spills a register at head_dim 64 and 128: `tests/test_compiled.py` compiles them and counts.
+The rows were chosen by that count and not by timing: no GPU has run them yet.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -27,6 +28,7 @@ SHARED_MEMORY = {
     "sm_103": 232448, "sm_110": 232448, "sm_120": 101376, "sm_121": 101376,
     "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "gfx1100": 65536, "gfx1201": 65536,
 }  # fmt: skip
+SCRATCH = 512  # of reductions and the like
 
 # Architectures that share a table row. Those with 99 KiB go by the small table, unknown ones too.
 FAMILY = {
@@ -120,25 +122,86 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
 
 
-def attention_tiles(direction: str, head_dim: int, itemsize: int, modified: bool = False) -> Tiles:
-    """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode"); head_dim is the larger of q's and v's.
+def shared_memory(arch: str) -> int:
+    """Bytes a block may use; of an architecture that is not named, the least of its maker's."""
+    return SHARED_MEMORY.get(arch) or min(size for name, size in SHARED_MEMORY.items() if name[:2] == arch[:2])
 
-    modified: with a score_mod. What it captures would be staged in shared memory, for each stage a tile of scores in
-    float32, and its value needs registers: half the keys forward, and fewer stages. So no kernel passes its shared
-    memory, and at head_dim 64 none spills on sm_80 and sm_90 (with the plain tiles 1,127 spills and 245,760 bytes on
-    sm_90).
+
+class Pairs(NamedTuple):
+    """What a pass reads and makes of each (query, key) pair on top of the products, in bytes."""
+
+    loaded: int = 0  # bias, mask and what a score_mod captured: staged in shared memory with the tiles of the loop
+    widest: int = 0  # the largest of those
+    dropout: bool = False  # whose random numbers change their layout through shared memory
+
+
+def attention_tiles(
+    direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs, modified: bool = False
+) -> Tiles:
+    """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode") that fit the architecture's shared memory.
+
+    cols: the columns of a tile of q or k and of v: the head dimensions as powers of two.
+    modified: with a score_mod, whose value needs registers: half the keys forward, and fewer stages. So at head_dim 64
+    none spills on sm_80 and sm_90 (with the plain tiles 1,127 spills).
     """
-    arch = architecture()
+    return fitting_tiles(architecture(), direction, cols, itemsize, pairs, modified)
+
+
+@functools.cache
+def fitting_tiles(
+    arch: str, direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs, modified: bool
+) -> Tiles:
     if arch == "interpreter":
         return INTERPRETED
+    widest = max(cols)
     if direction == "decode":
-        return next(tiles for largest, size, tiles in DECODE if head_dim <= largest and itemsize == size)
-    tiles = plain_tiles(direction, head_dim, itemsize, FAMILY.get(arch, "small"))
-    if not modified:
-        return tiles
-    if direction == "forward":
-        return tiles._replace(block_n=max(16, tiles.block_n // 2), stages=2)
-    return tiles._replace(stages=1)
+        tiles = next(tiles for largest, size, tiles in DECODE if widest <= largest and itemsize == size)
+    else:
+        tiles = plain_tiles(direction, widest, itemsize, FAMILY.get(arch, "small"))
+    if modified and direction == "forward":
+        tiles = tiles._replace(block_n=max(16, tiles.block_n // 2), stages=2)
+    elif modified:
+        tiles = tiles._replace(stages=1)
+    limit = shared_memory(arch)
+    while shared_bytes(arch, direction, tiles, cols, itemsize, pairs) > limit and (less := smaller(direction, tiles)):
+        tiles = less
+    return tiles
+
+
+def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int], itemsize: int, pairs: Pairs) -> int:
+    """At most how much shared memory a pass is compiled to use. `tests/test_shared_memory.py` holds it against what
+    Triton makes of the kernels.
+
+    A loop has copies of what it visits and loads; what a program owns lies there once, where tensor cores or ldmatrix
+    read it. AMD's compiler keeps that, and what is loaded of each pair, in registers.
+    """
+    owned, visited = (tiles.block_n, tiles.block_m) if direction == "backward_kv" else (tiles.block_m, tiles.block_n)
+    owned_cols = cols[0] if direction in ("forward", "decode") else sum(cols)
+    staged = tiles.stages - 1
+    nvidia = arch.startswith("sm_")
+    reads_shared = nvidia and itemsize == 2 and int(arch.removeprefix("sm_")) in range(90, 120)  # wgmma, tcgen05.mma
+    copies = max(staged + reads_shared, 1)  # one is read while the next ones are on their way
+    rows = copies * visited * (sum(cols) * itemsize + 8) + nvidia * owned * owned_cols * itemsize
+    if nvidia and staged == 0:
+        rows += visited * max(cols) * itemsize  # what two products read lies there twice, once transposed
+    # What passes through shared memory to change its layout: random numbers, loads that are not staged, and weights and
+    # their gradients as operands, which wgmma takes from registers.
+    operands = 0 if arch == "sm_90" and itemsize == 2 else 2 * itemsize
+    scratch = max(4 * pairs.dropout, pairs.widest * (staged == 0), operands)
+    pair = nvidia * staged * pairs.loaded + scratch
+    return rows + tiles.block_m * tiles.block_n * pair + SCRATCH
+
+
+def smaller(direction: str, tiles: Tiles) -> Tiles | None:
+    """The next tiles to try where these do not fit: fewer stages, then less of what is visited, then of what is owned;
+    None for the smallest."""
+    if tiles.stages > 1:
+        return tiles._replace(stages=tiles.stages - 1)
+    sides = ("block_m", "block_n") if direction == "backward_kv" else ("block_n", "block_m")
+    for side in sides:
+        if getattr(tiles, side) > 16:
+            return tiles._replace(**{side: getattr(tiles, side) // 2})
+    return None
 
 
 def plain_tiles(direction: str, head_dim: int, itemsize: int, family: str) -> Tiles:

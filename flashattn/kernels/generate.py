@@ -200,6 +200,31 @@ def captured_number(node: fx.Node) -> int | None:
     return int(number) if node.op == "placeholder" and number.isdigit() else None
 
 
+def pair_loads(traced: Traced) -> list[int]:
+    """Bytes of each number that a callable loads anew for every (query, key) pair: by an index that depends on both."""
+    if traced.graph not in _pair_loads:
+        _pair_loads[traced.graph] = _find_pair_loads(traced)
+    return _pair_loads[traced.graph]
+
+
+_pair_loads: weakref.WeakKeyDictionary[fx.GraphModule, list[int]] = weakref.WeakKeyDictionary()
+
+
+def _find_pair_loads(traced: Traced) -> list[int]:
+    nodes = list(traced.graph.graph.nodes)
+    *before, query, key = (n for n in nodes if n.op == "placeholder" and captured_number(n) is None)
+    depends: dict[fx.Node, set[str]] = {query: {"query"}, key: {"key"}}
+    if len(before) == 3:  # the score, before batch and head
+        depends[before[0]] = {"query", "key"}
+    loads = []
+    for node in nodes:
+        depends.setdefault(node, set()).update(*(depends[n] for n in node.all_input_nodes))
+        if node.target is aten.index.Tensor and len(depends[node]) == 2:
+            which = captured_number(node.args[0])  # None is refused where the function is written
+            loads += [] if which is None else [traced.captured[which].element_size()]
+    return loads
+
+
 _functions: dict[str, triton.JITFunction] = {}
 
 

@@ -1,0 +1,98 @@
+"""What holds on every Triton that is named as supported: each kernel compiles, fits in shared memory and, on the PTX
+machine, gives right results without a race. `make matrix` runs this file once for each version (`matrix.py`). pytest
+does not find it by its name: `test_compiled.py` and `test_ptx_project.py` hold all of this and more for one version."""
+
+import pytest
+import test_attention
+import test_compat_flex
+import test_compiled
+import test_decode
+import test_norm
+import test_varlen
+import torch
+from attention_truth import Case
+
+import flashattn
+from bench import ptx
+from bench.ptx import Fault
+from flashattn.kernels import compiler, configs, forward
+
+BF16 = torch.bfloat16
+SIZES = dict(heads=2, kv_heads=1, seq_q=130, seq_k=300, head_dim=64, head_dim_v=64)
+CASES = [
+    Case("plain", **SIZES),
+    Case("lengths", **SIZES, causal=True, softcap=3.0, bias="hqk", sinks=True, kv_lengths=(290,), q_lengths=(120,)),
+    Case("window", **SIZES, window=(140, 60), mask="hqk", slopes="h", dropout_p=0.2, scale=0.2),
+]
+PACKED = Case("", heads=2, kv_heads=1, head_dim=64, head_dim_v=64, causal=True, slopes="bh")
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def gpu(request):
+    with ptx.device(request.param) as device:
+        yield device
+    for launch in device.launches:
+        assert launch.shared_bytes <= configs.SHARED_MEMORY[launch.architecture], launch.kernel
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_dense(gpu, case):
+    test_attention.check(case, BF16, "triton")
+
+
+def test_packed_sequences(gpu):
+    test_varlen.check(PACKED, (40, 0, 150), (40, 33, 190), BF16, "triton")
+
+
+def test_score_mod_and_block_mask(gpu):
+    test_compat_flex.test_gradients_against_float64(BF16, "relative_bias", "documents", "triton")
+
+
+def test_decoding(gpu):
+    (step,) = (s for s in test_decode.STEPS if s.name == "everything")
+    test_decode.check(step, BF16, "triton")
+    assert {launch.kernel for launch in gpu.launches} == {"rotate_and_store", "attention_decode", "attention_merge"}
+
+
+def test_norms(gpu):
+    test_norm.check(test_norm.Case("", (2, 9000), residual="same", dropout_p=0.1, prenorm=True), BF16, "triton")
+    test_norm.check(test_norm.Case("", (5, 3, 40), False, bias=False, per_head=True), BF16, "triton")
+
+
+def test_compile_attention_for_amd():
+    every = {name: value for options in test_compiled.FEATURES.values() for name, value in options.items()}
+    test_compiled.check(test_compiled.compile_attention("gfx942", 64, lengths=True, window=100, **every))
+
+
+def test_compile_callables_for_amd():
+    test_compiled.test_score_mod_and_block_mask("gfx942", "both")
+
+
+def test_compile_decoding_for_amd():
+    test_compiled.test_decoding("gfx942", "modified", BF16, True)
+
+
+def test_compile_norms_for_amd():
+    test_compiled.test_norms("gfx942", 40000)
+
+
+@pytest.mark.skipif(not compiler.LACKS_FENCES, reason="this Triton puts its own fences")
+def test_the_fault_is_there_without_fences(monkeypatch):
+    """Else the way round it could go, or proves nothing."""
+    monkeypatch.setattr(compiler, "LACKS_FENCES", False)
+    monkeypatch.setattr(forward, "attention_forward", compiler.kernel(forward.SIZES)(forward.attention_forward.fn))
+    q, k, v = (torch.randn(1, 1, seq, 64, dtype=BF16) for seq in (130, 300, 300))
+    with (
+        ptx.device("sm_90"),
+        flashattn.use_backend("triton"),
+        pytest.raises(Fault, match=r"written with no fence.proxy.async since"),
+    ):
+        flashattn.attention(q, k, v)
+
+
+def test_no_launch_warns(gpu, recwarn):
+    """Triton 3.9 warns where a launch does not say whether multiply-adds are fused."""
+    x = torch.randn(3, 77, dtype=BF16)
+    with flashattn.use_backend("triton"):
+        flashattn.rms_norm(x)
+    assert not recwarn.list

@@ -1,0 +1,96 @@
+"""python tests/matrix.py 3.6.0=FOLDER 3.9.0=FOLDER …: `every_triton.py` on each version of Triton, and a table of what
+passed. A folder is what `pip install --target FOLDER --no-deps triton==VERSION` filled. Exit code 1 if a test fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+COLUMNS = {"sm_80": "runs for sm_80", "sm_90": "runs for sm_90", "amd": "compiles for gfx942"}
+
+
+class Outcome(NamedTuple):
+    version: str
+    passed: Counter  # by column
+    total: Counter
+    fenced: bool  # whether the version leaves out fences and the kernels add them
+    failures: list[str]
+    seconds: float
+
+
+def run(version: str, folder: str) -> Outcome:
+    """Runs the tests in processes that find this version's folder before what is installed."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        search = os.pathsep.join(filter(None, [str(Path(folder).resolve()), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", str(HERE / "every_triton.py")]
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": search}, cwd=HERE.parent, capture_output=True, text=True
+        )
+        if not report.exists():
+            return Outcome(version, Counter(), Counter(), False, [done.stdout + done.stderr], 0.0)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    return outcome(version, cases, time.monotonic() - start)
+
+
+def outcome(version: str, cases: list[ElementTree.Element], seconds: float) -> Outcome:
+    passed, total, failures, fenced = Counter(), Counter(), [], False
+    for case in cases:
+        name = case.get("name")
+        bad = next((x for kind in ("failure", "error") for x in case.iter(kind)), None)
+        if bad is not None:
+            failures.append(f"{name}: {bad.get('message')}")
+        elif name == "test_the_fault_is_there_without_fences":
+            fenced = not list(case.iter("skipped"))
+        column = next((c for c in COLUMNS if c in name), None)
+        if column:
+            total[column] += 1
+            passed[column] += bad is None
+    return Outcome(version, passed, total, fenced, failures, seconds)
+
+
+def print_table(outcomes: list[Outcome]) -> None:
+    table = Table(title="Triton", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("version")
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    table.add_column("fences on sm_90")
+    table.add_column("seconds", justify="right")
+    for o in outcomes:
+        counts = [f"{o.passed[c]} of {o.total[c]}" for c in COLUMNS]
+        table.add_row(o.version, *counts, "added by flashattn" if o.fenced else "Triton's own", f"{o.seconds:.0f}")
+    console = Console(width=110, highlight=False)
+    console.print(table)
+    for o in outcomes:
+        for failure in o.failures:
+            console.print(f"{o.version}: {failure}", markup=False)
+
+
+def main(arguments: list[str]) -> int:
+    versions = [argument.partition("=")[::2] for argument in arguments]
+    if not versions or not all(folder for _, folder in versions):
+        print("usage: python tests/matrix.py VERSION=FOLDER …", file=sys.stderr)
+        return 2
+    outcomes = []
+    for version, folder in versions:
+        print(f"Triton {version}: every kernel compiled for three architectures, run on two …", flush=True)
+        outcomes.append(run(version, folder))
+    print_table(outcomes)
+    return 1 if any(o.failures or not o.total for o in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Every launch fits its architecture's shared memory, which Triton does not check before the card refuses it: by the
+arithmetic of `configs.shared_bytes` for all that a call can ask for, and that by what the compiler makes of some."""
+
+import itertools
+
+import pytest
+import torch
+from common import INTERPRETED
+
+pytest.importorskip("triton")
+
+from bench import compiled
+from flashattn.backends import triton as backend
+from flashattn.kernels import configs, generate
+from flashattn.kernels.configs import Pairs
+from flashattn.score import Score
+from flashattn.score_mod import trace
+
+COLS = [16, 32, 64, 128, 256]
+PASSES = [*configs.ATTENTION, "decode"]
+# Of a bias of any dtype, a mask, up to three captured tensors, each alone and together.
+LOADS = [sum(chosen) for n in range(6) for chosen in itertools.combinations((8, 1, 8, 8, 8), n)]
+LOADS += [sum(chosen) for n in range(3) for chosen in itertools.combinations((4, 1, 2), n)]
+
+
+@pytest.mark.parametrize("arch", [*configs.SHARED_MEMORY, "sm_999", "gfx1"])
+def test_every_call_fits(arch):
+    limit = configs.shared_memory(arch)
+    for direction, d, dv, itemsize, loaded, dropout, modified in itertools.product(
+        PASSES, COLS, COLS, (2, 4), sorted(set(LOADS)), (False, True), (False, True)
+    ):
+        pairs = Pairs(loaded, min(loaded, 8), dropout)
+        tiles = configs.fitting_tiles(arch, direction, (d, dv), itemsize, pairs, modified)
+        used = configs.shared_bytes(arch, direction, tiles, (d, dv), itemsize, pairs)
+        assert used <= limit, (direction, d, dv, itemsize, pairs, tiles)
+
+
+def test_what_is_loaded_makes_tiles_smaller_only_where_it_must():
+    """The case that failed on an H100: a float32 bias at head_dim 64."""
+    plain, biased = (configs.fitting_tiles("sm_90", "forward", (64, 64), 2, Pairs(n, n), False) for n in (0, 4))
+    assert plain == configs.plain_tiles("forward", 64, 2, "sm_90")
+    assert configs.shared_bytes("sm_90", "forward", plain, (64, 64), 2, Pairs(4, 4)) > configs.SHARED_MEMORY["sm_90"]
+    assert biased == plain._replace(stages=plain.stages - 1)
+
+
+def test_plain_rows_are_taken_as_they_are():
+    for arch, family in configs.FAMILY.items():
+        for direction, cols, itemsize in itertools.product(configs.ATTENTION, (64, 128, 256), (2, 4)):
+            row = configs.plain_tiles(direction, cols, itemsize, family)
+            assert configs.fitting_tiles(arch, direction, (cols, cols), itemsize, Pairs(), False) == row
+
+
+TABLE, ROWS = torch.ones(4, 1024, dtype=torch.float64), torch.ones(512)
+
+
+def test_loads_of_a_callable_are_counted_where_they_depend_on_both_positions():
+    counted = {
+        lambda s, b, h, i, j: s + TABLE[h, i - j + 512]: [8],
+        lambda s, b, h, i, j: s + ROWS[i] + ROWS[j]: [],
+        lambda s, b, h, i, j: s + ROWS[(s > 0).int()]: [4],
+        lambda s, b, h, i, j: s + TABLE[h, i] * ROWS[(i * j) % 512]: [4],
+    }
+    for mod, expected in counted.items():
+        assert generate.pair_loads(trace("score_mod", mod, 1)) == expected
+
+
+@pytest.fixture
+def without_assembler(monkeypatch):
+    """Shared memory is known before the assembler runs, which takes most of a compilation."""
+    from triton import knobs
+
+    def stop_before_the_assembler(backend=None, stages=None, *_):
+        if backend is None:
+            return "no assembler", "no assembler"
+        for stage in stages.keys() & {"ptx", "amdgcn"}:
+            stages[stage] = lambda module, metadata: metadata.setdefault("name", "kernel")
+        for stage in stages.keys() & {"cubin", "hsaco"}:
+            stages[stage] = lambda module, metadata: b""
+        return None
+
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", stop_before_the_assembler)
+    monkeypatch.setattr(compiled, "inspect", lambda kernel, architecture: kernel.metadata.shared)
+
+
+FEATURES = {
+    "plain": {},
+    "bias": dict(bias=torch.ones(1, 4, 512, 512)),
+    "bias of keys, mask": dict(bias=torch.ones(512).view(1, 1, 1, 512), mask=torch.ones(1, 1, 512, 512) > 0),
+    "bias, mask, dropout": dict(
+        bias=torch.ones(1, 4, 512, 512, dtype=torch.float64),
+        mask=torch.ones(1, 1, 512, 512) > 0,
+        dropout_p=0.1,
+        seed=torch.tensor(5),
+    ),
+    "score_mod": dict(score_mod=trace("score_mod", lambda s, b, h, i, j: s + TABLE[h, i - j + 512], 1)),
+}
+SAMPLES = [
+    ("sm_80", 64, torch.bfloat16, "bias, mask, dropout"), ("sm_80", 128, torch.bfloat16, "bias"),
+    ("sm_80", 256, torch.float32, "bias of keys, mask"), ("sm_90", 64, torch.bfloat16, "bias"),
+    ("sm_90", 64, torch.bfloat16, "bias, mask, dropout"), ("sm_90", 64, torch.bfloat16, "score_mod"),
+    ("sm_90", 128, torch.bfloat16, "bias of keys, mask"), ("sm_90", 256, torch.bfloat16, "bias, mask, dropout"),
+    ("sm_90", 128, torch.float32, "bias, mask, dropout"), ("sm_100", 64, torch.bfloat16, "plain"),
+    ("sm_100", 128, torch.bfloat16, "bias, mask, dropout"), ("sm_120", 128, torch.bfloat16, "bias, mask, dropout"),
+    ("sm_89", 256, torch.float32, "bias"), ("gfx942", 128, torch.bfloat16, "bias, mask, dropout"),
+    ("gfx942", 256, torch.float32, "bias of keys, mask"),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch, head_dim, dtype, feature", SAMPLES, ids=str)
+def test_the_compiler_uses_no_more(without_assembler, arch, head_dim, dtype, feature):
+    check(arch, head_dim, dtype, feature)
+
+
+def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
+    """Of each kernel what it was compiled to use is at most what the arithmetic says."""
+    torch.use_deterministic_algorithms(False)
+    q, k = torch.empty(2, 4, 512, head_dim, dtype=dtype), torch.empty(2, 2, 512, head_dim, dtype=dtype)
+    score = Score(0.125, None, 0, **FEATURES[feature])
+    with compiled.compile_for(arch) as used:
+        out, lse = backend.forward(q, k, k, score)
+        backend.backward(out, None, q, k, k, out, lse, score, score.bias is not None)
+    passes = ["forward", "backward_q", "backward_kv"] + ["backward_q"] * (score.bias is not None)
+    for direction, bytes_used in zip(passes, used, strict=True):
+        modified, pairs = score.score_mod is not None, backend.pairs(score)
+        cols = (head_dim, head_dim)
+        tiles = configs.fitting_tiles(arch, direction, cols, dtype.itemsize, pairs, modified)
+        assert bytes_used <= configs.shared_bytes(arch, direction, tiles, cols, dtype.itemsize, pairs), direction
