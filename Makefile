@@ -15,7 +15,7 @@ help:
 	@echo "make clean  remove all that was built or installed"
 
 setup: $(READY)
-$(READY): Makefile pyproject.toml setup.py requirements-dev.txt requirements-models.txt $(wildcard csrc/*)
+$(READY): Makefile pyproject.toml build_backend.py setup.py requirements-dev.txt requirements-models.txt $(wildcard csrc/*)
 	@echo "setting up $(VENV): a few minutes the first time"
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep -E '^(torch|numpy|setuptools|wheel)==' requirements-dev.txt)
@@ -55,4 +55,4 @@ sanitize: $(READY)
 		tests/test_attention.py tests/test_varlen.py tests/test_decode.py tests/test_norm.py tests/test_linear.py tests/test_engine.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info flashattn/*.so bench/out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info flashattn/*.so flashattn/no_engine.txt bench/out .pytest_cache .ruff_cache .hypothesis
