@@ -33,9 +33,10 @@ def find_torch() -> Path:
             "pip install torch, then pip install --no-build-isolation . (or python -m build --no-isolation)"
         )
     torch = Path(origin).parent
-    version = re.search(r"__version__ = '(\d+)\.(\d+)[^']*", torch.joinpath("version.py").read_text(encoding="utf-8"))
-    if (int(version[1]), int(version[2])) < (2, 10):
-        sys.exit(f"flashattn: the build needs PyTorch 2.10, found {version[0].split()[-1]}: pip install 'torch>=2.10'")
+    text = torch.joinpath("version.py").read_text(encoding="utf-8")
+    version, major, minor = re.search(r"__version__ = '((\d+)\.(\d+).*)'", text).groups()
+    if (int(major), int(minor)) < (2, 10):
+        sys.exit(f"flashattn: the build needs PyTorch 2.10, found {version}: pip install 'torch>=2.10'")
     return torch
 
 
