@@ -129,7 +129,11 @@ def test_a_script_beside_a_clone_finds_its_editable_install(clone, tmp_path):
     with zipfile.ZipFile(next(clone.parent.glob("built/*editable*.whl"))) as archive:
         archive.extractall(tmp_path)
     script = clone.parent / "with_editable.py"
-    script.write_text(f"import site; site.addsitedir({str(tmp_path)!r})\n{CALL}")
+    script.write_text(f"""
+import os, site, sys
+sys.path = [folder for folder in sys.path if not os.path.exists(f"{{folder}}/flashattn/__init__.py")]  # other installs
+site.addsitedir({str(tmp_path)!r})
+{CALL}""")
     done = run(sys.executable, script, cwd=clone.parent)
     assert done.stdout.startswith(f"{clone}/flashattn/__init__.py "), done.stderr
 
