@@ -130,9 +130,10 @@ def test_a_script_beside_a_clone_finds_its_editable_install(clone, tmp_path):
         archive.extractall(tmp_path)
     script = clone.parent / "with_editable.py"
     script.write_text(f"""
-import os, site, sys
-sys.path = [folder for folder in sys.path if not os.path.exists(f"{{folder}}/flashattn/__init__.py")]  # other installs
+import site, sys
+before = len(sys.path)
 site.addsitedir({str(tmp_path)!r})
+sys.path[1:] = sys.path[before:] + sys.path[1:before]  # ahead of another install
 {CALL}""")
     done = run(sys.executable, script, cwd=clone.parent)
     assert done.stdout.startswith(f"{clone}/flashattn/__init__.py "), done.stderr
