@@ -5,17 +5,18 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint bench sanitize clean
+.PHONY: help setup demo test lint bench sanitize torch-versions clean
 help:
 	@echo "make demo   set up, then generate, embed and measure on real models"
 	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
 	@echo "make lint   ruff, rules and format"
 	@echo "make bench  attention and the CPU engine against PyTorch, the long lists, with a plot in bench/out/"
 	@echo "make sanitize  the CPU engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make torch-versions  the engine built with the oldest PyTorch, run with the newest, and the other way round"
 	@echo "make clean  remove all that was built or installed"
 
 setup: $(READY)
-$(READY): Makefile pyproject.toml setup.py requirements-dev.txt requirements-models.txt $(wildcard csrc/*)
+$(READY): Makefile pyproject.toml build_backend.py setup.py requirements-dev.txt requirements-models.txt $(wildcard csrc/*)
 	@echo "setting up $(VENV): a few minutes the first time"
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep -E '^(torch|numpy|setuptools|wheel)==' requirements-dev.txt)
@@ -54,5 +55,22 @@ sanitize: $(READY)
 		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine or random) and not memory and not compilers" \
 		tests/test_attention.py tests/test_varlen.py tests/test_decode.py tests/test_norm.py tests/test_linear.py tests/test_engine.py || exit 1; done
 
+# From a source distribution: in build/ the engine of one PyTorch would count as built for the other.
+OLDEST_TORCH := 2.10.0
+NEWEST_TORCH := 2.14.1
+torch-versions: $(READY)
+	rm -rf build/torch
+	$(RUN) setup.py -q sdist --dist-dir build/torch
+	for torch in $(OLDEST_TORCH) $(NEWEST_TORCH); do \
+		python=build/torch/$$torch/bin/python && $(PYTHON) -m venv build/torch/$$torch && \
+		$$python -m pip install --quiet torch==$$torch numpy pytest hypothesis && \
+		$$python -m pip wheel --quiet --no-deps --wheel-dir build/torch/of-$$torch build/torch/*.tar.gz || exit 1; done
+	for built in $(OLDEST_TORCH) $(NEWEST_TORCH); do for torch in $(OLDEST_TORCH) $(NEWEST_TORCH); do \
+		echo "built with $$built, run with $$torch" && python=build/torch/$$torch/bin/python && \
+		$$python -m pip install --quiet --no-deps --force-reinstall build/torch/of-$$built/*.whl && \
+		PYTHONSAFEPATH=1 $$python -m pytest -p no:cacheprovider -k "(cpu and causal) or modules or multihead or compat" \
+		tests/test_attention.py tests/test_modules.py tests/test_multihead.py tests/test_compat_sdpa.py || exit 1; done; done
+	rm -rf build/torch
+
 clean:
-	rm -rf $(VENV) build *.egg-info flashattn/*.so bench/out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info flashattn/*.so flashattn/no_engine.txt bench/out .pytest_cache .ruff_cache .hypothesis

@@ -1,12 +1,18 @@
-"""Builds csrc/ into flashattn._C. Everything else about the package is in pyproject.toml."""
+"""Builds csrc/ into flashattn._C, where there is a compiler. Everything else about the package is in pyproject.toml."""
 
 import glob
 import os
 import platform
 import sys
+import sysconfig
+import tempfile
+from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+from build_backend import find_torch
 
 # The kernels are compiled once per instruction set, each into a namespace of its own, and chosen at load time.
 KERNELS = [
@@ -22,27 +28,19 @@ FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 has both w
 SANITIZE = os.environ.get("FLASHATTN_SANITIZE", "")  # for instance "address,undefined": see `make sanitize`
 if SANITIZE:
     FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1", "-g1"]
+LINK_FLAGS = [f"-fsanitize={SANITIZE}"] * bool(SANITIZE)
 
 
 class BuildEngine(build_ext):
-    def run(self):
-        # Without a compiler the package is installed all the same: the reference backend serves.
-        try:
-            super().run()
-        except Exception as error:
-            print(
-                f"flashattn: the CPU engine was not built, the reference backend will serve: {error}", file=sys.stderr
-            )
-
     def build_extension(self, ext):
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        ext.include_dirs, ext.library_dirs = include_paths(), library_paths()
+        torch = find_torch()
+        ext.include_dirs = [str(torch / "include"), str(torch / "include/torch/csrc/api/include")]
+        ext.library_dirs = [str(torch / "lib")]
         ext.libraries = ["torch_cpu"]
         ext.extra_compile_args = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         ext.extra_compile_args += ["-DFLASHATTN_X86"] * X86
         ext.extra_objects = [o for isa, flags in ISAS.items() for o in self.compile_kernels(isa, flags)]
-        ext.extra_link_args = [f"-fsanitize={SANITIZE}"] * bool(SANITIZE)
+        ext.extra_link_args = LINK_FLAGS
         super().build_extension(ext)
 
     def compile_kernels(self, isa, flags):
@@ -55,21 +53,57 @@ class BuildEngine(build_ext):
         )
 
 
+class BuildPackage(build_py):
+    """Without the engine: with a note of the reason in the package, which flashattn/backends/cpu.py shows."""
+
+    def run(self):
+        super().run()
+        note = Path("." if self.editable_mode else self.build_lib, "flashattn", "no_engine.txt")
+        note.unlink(missing_ok=True)
+        if NO_ENGINE:
+            note.write_text(NO_ENGINE, encoding="utf-8")
+            print(
+                f"flashattn: built without the CPU engine, the slower reference backend will serve: {NO_ENGINE}",
+                file=sys.stderr,
+            )
+
+
+def why_no_engine() -> str | None:
+    """Why this machine cannot build the smallest of extensions with the engine's flags; None where it can. Past that,
+    an engine that does not compile is an error."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"Python's headers were not found (no {sysconfig.get_path('include')}/Python.h; see python3-dev)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "smallest.cpp")
+        source.write_text("#include <Python.h>\n#include <optional>\n", encoding="utf-8")
+        flags = [*FLAGS, *(flag for flags in ISAS.values() for flag in flags)]
+        smallest = Extension("smallest", [str(source)], extra_compile_args=flags, extra_link_args=LINK_FLAGS)
+        command = build_ext(Distribution({"ext_modules": [smallest]}))
+        command.build_lib = command.build_temp = folder
+        try:
+            command.ensure_finalized()
+            command.run()
+        except Exception as error:
+            return f"no C++ compiler that works was found (GCC 11, Clang 12 or later): {error}"
+    return None
+
+
 def sources():
     return [*glob.glob("csrc/*"), "setup.py"]
 
 
+ENGINE = Extension(
+    "flashattn._C",
+    ["csrc/ops.cpp"],
+    define_macros=[("Py_LIMITED_API", "0x030a0000")],
+    py_limited_api=True,
+    language="c++",
+    depends=sources(),
+)
+NO_ENGINE = why_no_engine()
+
 setup(
-    ext_modules=[
-        Extension(
-            "flashattn._C",
-            ["csrc/ops.cpp"],
-            define_macros=[("Py_LIMITED_API", "0x030a0000")],
-            py_limited_api=True,
-            language="c++",
-            depends=sources(),
-        )
-    ],
-    cmdclass={"build_ext": BuildEngine},
+    ext_modules=[] if NO_ENGINE else [ENGINE],  # none: a wheel for any platform
+    cmdclass={"build_ext": BuildEngine, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

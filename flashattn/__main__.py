@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 
 import torch
 
 from . import __version__
-from .backends import BACKENDS, choose, cpu, why_not
+from .backends import BACKENDS, choose, cpu, triton, why_not
 
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -25,15 +24,11 @@ def cpu_features() -> str:
     return " ".join(f for f in FEATURES if f in flags) or "none of " + " ".join(FEATURES)
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def main() -> None:
-    print(f"flashattn {__version__}, torch {torch.__version__}, triton {version('triton')}")
+    compiler = (
+        "not installed" if triton.triton is None else triton.triton.__version__
+    )  # ROCm's package has another name
+    print(f"flashattn {__version__}, torch {torch.__version__}, triton {compiler}")
     print(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"CPU features: {cpu_features()}; {torch.get_num_threads()} threads")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -58,7 +58,7 @@ class LayerNorm(_Norm):
 
 class RMSNorm(_Norm):
     """`torch.nn.RMSNorm` over the last dimension, with residual, `prenorm` and `dropout_p` in the call. As there, eps
-    None is the machine epsilon of x's dtype; `heads` as in `LayerNorm`.
+    None is the machine epsilon of the dtype it computes in, float32's in 16 bits; `heads` as in `LayerNorm`.
 
     >>> import torch, flashattn
     >>> flashattn.RMSNorm(64, eps=1e-6)(torch.randn(2, 5, 64)).shape
@@ -72,7 +72,7 @@ class RMSNorm(_Norm):
         super().__init__(normalized_shape, eps, elementwise_affine, False, heads, weight_offset, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         return rms_norm(x, self.weight, eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset)
 
 

@@ -135,7 +135,7 @@ def test_import_of_the_package_patches_nothing():
 
 PROVIDER = """
 import sys, torch, flashattn, flashattn.compat.sdpa
-from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls, restore_flash_attention_impl
+from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
 from torch.nn.functional import scaled_dot_product_attention
 torch.manual_seed(0)
 q, k, v = (torch.randn(2, 4, 33, 16, requires_grad=True) for _ in range(3))
@@ -157,12 +157,13 @@ flashattn.backends.cpu.forward = lambda *x: calls.append(1) or forward(*x)
 during = call()
 assert len(calls) == 5, calls
 assert torch.equal(during[0], flashattn.attention(q, k, v, causal=True))
-restore_flash_attention_impl()
-after = call()
-assert len(calls) == 6, calls
-for a, b, c in zip(before, during, after):
+for a, b in zip(before, during):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert torch.equal(a, c)
+if hasattr(torch.nn.attention, "restore_flash_attention_impl"):  # PyTorch 2.10 has no way back
+    torch.nn.attention.restore_flash_attention_impl()
+    after = call()
+    assert len(calls) == 6, calls
+    assert all(map(torch.equal, before, after))
 """
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import DTYPES
 from torch import nn
 
 import flashattn
@@ -25,6 +26,14 @@ def test_rms_norm_is_a_drop_in(options):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 5, 63) * 1e-3  # small, so that eps shows
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_the_epsilon_of_rms_norm_is_that_of_the_installed_pytorch(dtype, eps):
+    """Rows so small that eps outweighs them: each place of y is x / sqrt(eps), and says which eps it was."""
+    x, settings = torch.full((1, 64), 2.0**-14, dtype=dtype), {"eps": eps, "dtype": dtype}
+    torch.testing.assert_close(flashattn.RMSNorm(64, **settings)(x), nn.RMSNorm(64, **settings)(x))
 
 
 def test_residual_and_prenorm():

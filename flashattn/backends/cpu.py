@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 TENSORS = Score._fields.index("score_mod")  # the fields before callables, which the engine reads
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
+
+def why_missing(error: ImportError) -> str:
+    """What stands in the way of the engine. "cannot import name" is what a missing file reads as; any other text says
+    why an existing one did not load."""
+    if "cannot import name" not in str(error):
+        return f"the extension flashattn._C does not load: {error}"
+    package = Path(__file__).parent.parent
+    note = package / "no_engine.txt"  # setup.py leaves it where it could not build the engine
+    if note.exists():
+        return f"flashattn was built without it: {note.read_text(encoding='utf-8')}"
+    return (
+        f"the extension flashattn._C is not in {package}: it was never built there "
+        "(pip install --no-build-isolation --editable . builds it in a clone)"
+    )
+
+
 try:
     from .. import _C  # noqa: F401  (registers the operators of csrc/ops.cpp)
 
@@ -31,12 +48,7 @@ try:
             f"got {os.environ['FLASHATTN_CPU_ISA']!r}"
         )
 except ImportError as error:
-    # "cannot import name" is what a missing file reads as; any other text says why an existing one did not load.
-    missing = (
-        "the extension flashattn._C was not built (it needs a C++ compiler when flashattn is installed)"
-        if "cannot import name" in str(error)
-        else f"the extension flashattn._C does not load: {error}"
-    )
+    missing = why_missing(error)
 
 
 def isa() -> str:

@@ -55,7 +55,7 @@ takes_cpu = False  # whether Triton has a driver that launches on CPU tensors: `
 @functools.cache
 def unusable(device_type: str) -> str | None:
     if triton is None:
-        return "the triton package is not installed"
+        return "the triton package is not installed (a PyTorch for GPUs brings it)"
     if triton.knobs.runtime.interpret:
         return None
     if device_type == "cpu" and takes_cpu:

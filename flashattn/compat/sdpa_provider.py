@@ -3,7 +3,8 @@
     torch.nn.attention.activate_flash_attention_impl("flashattn")
 
 `torch.nn.functional.scaled_dot_product_attention` runs on flashattn's kernels wherever PyTorch would choose flash
-attention, from C++ too, until `torch.nn.attention.restore_flash_attention_impl()`. Importing this module (which
+attention, from C++ too, until `torch.nn.attention.restore_flash_attention_impl()` (PyTorch 2.10 lacks it: there the
+process keeps flashattn). Importing this module (which
 `import flashattn.compat.sdpa` does) makes the name known and activates nothing.
 """
 
