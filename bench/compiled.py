@@ -12,7 +12,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -115,14 +115,17 @@ def driver(replacement: NoDriver) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compile_only(architecture: str, report: Callable[[object], None] = lambda compiled: None) -> Iterator[None]:
+    """Within the block every Triton launch compiles for `architecture`, is reported, and does not run."""
+    with driver(NoDriver(architecture)), tune.compile_only(report):
+        yield
+
+
+@contextlib.contextmanager
 def compile_for(architecture: str) -> Iterator[list[Kernel]]:
     """Within the block every Triton launch compiles for `architecture` and is reported in the list, but not run."""
     kernels: list[Kernel] = []
-
-    def note(kernel) -> None:
-        kernels.append(inspect(kernel, architecture))
-
-    with driver(NoDriver(architecture)), tune.compile_only(note):
+    with compile_only(architecture, lambda compiled: kernels.append(inspect(compiled, architecture))):
         yield kernels
 
 

@@ -62,6 +62,7 @@ ROWS = [
     *(Row(direction, head_dim) for head_dim in (128, 64, 256) for direction in configs.ATTENTION),
     *(Row("decode", head_dim) for head_dim in (128, 256)),
 ]
+REHEARSED = [Row("forward", 64), Row("backward_kv", 64), Row("decode", 128)]
 KERNELS = {
     "forward": "attention_forward", "backward_q": "attention_backward_q", "backward_kv": "attention_backward_kv",
     "decode": "attention_decode",
@@ -70,21 +71,29 @@ KERNELS = {
 
 def sizes(row: Row, rehearse: bool) -> tuple[Size, Size]:
     """(checked, timed). Timed: 16,384 tokens of hidden size 2,048; a token of each of 64 sequences of 4,096."""
+    if rehearse:
+        tokens = min(tiles_of(row)[:2]) + 2  # more than a tile
+        size = Size(1, 2, 1, 1 if row.direction == "decode" else tokens, tokens)
+        return size, size
     if row.direction == "decode":
-        checked, timed = Size(2, 8, 2, 1, 600), Size(64, 32, 8, 1, 4096)
-    else:
-        heads = 2048 // row.head_dim
-        checked, timed = Size(1, 4, 2, 300, 300), Size(4, heads, heads, 4096, 4096)
-    return (checked._replace(batch=1, heads=2, kv_heads=1),) * 2 if rehearse else (checked, timed)
+        return Size(2, 8, 2, 1, 600), Size(64, 32, 8, 1, 4096)
+    heads = 2048 // row.head_dim
+    return Size(1, 4, 2, 300, 300), Size(4, heads, heads, 4096, 4096)
 
 
 def rows(context) -> Iterator[dict]:
     """One for each row of the table, as far as the time goes."""
-    searched = [row for row in ROWS if row.head_dim == 64 or row.direction == "decode"] if context.rehearse else ROWS
-    candidates = {row: tune.neighbours(tiles_of(row))[: 2 if context.rehearse else None] for row in searched}
+    searched = REHEARSED if context.rehearse else ROWS
+    context.plan(len(searched))
+    candidates = {
+        row: [tiles_of(row), *tune.neighbours(tiles_of(row))][: 2 if context.rehearse else None] for row in searched
+    }
     with Compilers(1 if context.rehearse else os.cpu_count(), candidates) as compilers:
         for row in searched:
-            head = {"pass": row.direction, "head_dim": row.head_dim, "dtype": "bfloat16", "row": text(tiles_of(row))}
+            head = {
+                "case": f"{row.direction} at head_dim {row.head_dim}", "pass": row.direction, "head_dim": row.head_dim,
+                "dtype": "bfloat16", "row": text(tiles_of(row)),
+            }  # fmt: skip
             if context.remaining() < ROW_SECONDS:
                 yield head | {"skipped": "no time left"}
                 continue
@@ -106,16 +115,21 @@ def search_row(context, row: Row, compiled: list[Static]) -> dict:
     right = checker(row, checked)
     if reason := right(tiles_of(row)):
         return {"correct": False, "reason": f"the row itself: {reason}"}
-    fitting = [static for static in compiled if static.refused is None]
-    ranked = sorted(fitting, key=lambda static: float("inf") if static.slots is None else static.slots)
+    ranked = sorted((static for static in compiled if static.refused is None), key=promise)
     run = timed(backend, torch.bfloat16)
 
     def measure(found: list[Tiles]) -> dict[Tiles, tune.Times]:
         times = context.measure({text(tiles): with_tiles(row, tiles, run) for tiles in found})
         return {tiles: times[text(tiles)] for tiles in found}
 
-    found = tune.search(tiles_of(row), [static.tiles for static in ranked[:TIMED]], right, measure)
+    candidates = [static.tiles for static in ranked if static.tiles != tiles_of(row)][:TIMED]
+    found = tune.search(tiles_of(row), candidates, right, measure)
     return report(row, found, compiled)
+
+
+def promise(static: Static) -> tuple[bool, float]:
+    """Least first. A loop that is not pipelined issues least of all, and waits most: those come last."""
+    return static.tiles.stages == 1, float("inf") if static.slots is None else static.slots
 
 
 def report(row: Row, found: tune.Found, compiled: list[Static]) -> dict:
@@ -136,7 +150,7 @@ def summary(results: list[dict]) -> list[str]:
     searched = [r for r in results if "best" in r]
     lines = [f"{len(searched)} rows of configs.py searched, {sum(r['changes'] for r in searched)} would change"]
     for r in results:
-        name = f"{r['pass']} at head_dim {r['head_dim']}"
+        name = r["case"]
         if r.get("changes"):
             (before, *was), (after, *now) = r["seconds"][r["row"]], r["seconds"][r["best"]]
             lines.append(
@@ -246,7 +260,7 @@ class Compilers:
 def compile_candidate(architecture: str, row: Row, tiles: Tiles) -> Static:
     """Compile one pass with these tiles, and leave it in Triton's cache."""
     torch.set_num_threads(1)
-    run = calls(row, sizes(row, rehearse=True)[0], torch.device("cpu"))
+    run = calls(row, sizes(row, rehearse=False)[0], torch.device("cpu"))
     try:
         with compile_for(architecture) as kernels, tune.forced(row.direction, tiles):
             run(backend, torch.bfloat16)()
