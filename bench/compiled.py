@@ -12,7 +12,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -115,22 +115,29 @@ def driver(replacement: NoDriver) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compile_for(architecture: str) -> Iterator[list[Kernel]]:
-    """Within the block every Triton launch compiles for `architecture` and is reported in the list, but not run."""
-    kernels: list[Kernel] = []
+def compile_only(architecture: str, report: Callable[[object], None] = lambda compiled: None) -> Iterator[None]:
+    """Within the block every Triton launch compiles for `architecture`, is reported, and does not run."""
     launch = JITFunction.run
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
+    def warm_up(self, *args, grid, warmup, **kwargs):
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels.append(inspect(compiled, architecture))
+        report(compiled)
         return compiled
 
     with driver(NoDriver(architecture)):
-        JITFunction.run = compile_only
+        JITFunction.run = warm_up
         try:
-            yield kernels
+            yield
         finally:
             JITFunction.run = launch
+
+
+@contextlib.contextmanager
+def compile_for(architecture: str) -> Iterator[list[Kernel]]:
+    """Within the block every Triton launch compiles for `architecture` and is reported in the list, but not run."""
+    kernels: list[Kernel] = []
+    with compile_only(architecture, lambda compiled: kernels.append(inspect(compiled, architecture))):
+        yield kernels
 
 
 def inspect(compiled, architecture: str) -> Kernel:
