@@ -1,0 +1,70 @@
+"""The clocks: CUDA events and graphs on a GPU, a stand-in with the same few verbs for a rehearsal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+SPIN = 1_000_000  # clock cycles, about half a millisecond
+
+
+class GpuClock:
+    """Works on the current stream, which must not be the default one: that cannot be captured."""
+
+    batch_seconds = 2e-3  # of launches between two events, at least
+    rounds = (5, 15)
+    seconds = 0.1  # for the rounds of one variant, about
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Seconds that the GPU takes for what `run` launches. The GPU is kept busy while the first launches are
+        queued, so that the host's time is not in it."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SPIN)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], None]:
+        """What `run` launches as a CUDA graph; returns its replay."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            run()
+        return graph.replay
+
+    def host_time(self, run: Callable[[], object]) -> float:
+        """Seconds until `run` has launched everything, on a GPU that is idle before."""
+        self.wait()
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        self.wait()
+        return seconds
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+class RehearsalClock:
+    """Times mean nothing here: every launch runs, once, and takes what the CPU takes."""
+
+    batch_seconds = 0.0
+    rounds = (1, 1)
+    seconds = 0.0
+
+    def time(self, run: Callable[[], object]) -> float:
+        return self.host_time(run)
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], None]:
+        return run
+
+    def host_time(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        pass

@@ -1,0 +1,112 @@
+"""Part "host": what a call costs where the kernel is short. eager: microseconds of Python and of the driver until
+everything is queued; graph: of the GPU for the same call as one of many in a CUDA graph; replay: of the host for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import flashattn
+from flashattn.cache import KVCache
+
+from .compare import OURS, Comparison
+from .context import Call, Context, first_line
+from .peers import sdpa
+from .rules import Truth
+
+TORCH = "torch"
+
+
+class Case(NamedTuple):
+    name: str
+    seq: int  # tokens, or rows of a norm
+    head_dim: int  # or columns
+
+
+def cases(rehearse: bool) -> list[Case]:
+    names = ("attention", "attention, forward and backward", "layer_norm", "rms_norm", "decode")
+    sizes = (16, 64) if rehearse else (128, 64)
+    return [Case(name, *sizes) for name in names]
+
+
+def rows(context: Context) -> Iterator[dict]:
+    every = cases(context.rehearse)
+    context.plan(len(every))
+    for case in every:
+        for name, prepare in comparison(context, case).variants.items():
+            row = {"case": case.name, "variant": name}
+            try:
+                yield row | measure(context, prepare())
+            except Exception as error:
+                yield row | {"failed": first_line(error), "correct": name != OURS}
+
+
+def measure(context: Context, call: Call) -> dict:
+    eager = context.host_seconds(call)
+    row = {"eager_us": eager.median * 1e6, "eager_low": eager.low * 1e6, "eager_high": eager.high * 1e6}
+    try:
+        times, replay = context.measure_graph(call)
+    except RuntimeError as error:  # a call that cannot be captured
+        context.clock.wait()
+        return row | {"us": None, "replay_us": None, "by": f"not captured: {first_line(error)}"}
+    return row | {"us": times.median * 1e6, "replay_us": replay.median * 1e6, "by": "graph"}
+
+
+def comparison(context: Context, case: Case) -> Comparison:
+    """Not timed as the others are, but prepared and compiled beforehand like them."""
+    prepare = {
+        "attention": attention, "attention, forward and backward": attention_backward, "layer_norm": norm,
+        "rms_norm": norm, "decode": decode,
+    }[case.name]  # fmt: skip
+    return Comparison(case.name, {}, prepare(context, case), 0, lambda: Truth([], []), lambda results: results)
+
+
+def qkv(context: Context, case: Case) -> list[Tensor]:
+    return [context.randn(1, 8, case.seq, case.head_dim) for _ in range(3)]
+
+
+def attention(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
+    x = qkv(context, case)
+    attend = sdpa("flash", False, context.rehearse)
+    return {OURS: lambda: lambda: flashattn.attention(*x), TORCH: lambda: lambda: attend(*x)}
+
+
+def attention_backward(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
+    x = [t.requires_grad_() for t in qkv(context, case)]
+    grad = torch.ones_like(x[0])
+    attend = sdpa("flash", False, context.rehearse)
+    return {
+        OURS: lambda: lambda: torch.autograd.grad(flashattn.attention(*x), x, grad),
+        TORCH: lambda: lambda: torch.autograd.grad(attend(*x), x, grad),
+    }
+
+
+def norm(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
+    x, *parameters = (
+        context.randn(*shape) for shape in [(case.seq, 1024), *[(1024,)] * (2 if case.name == "layer_norm" else 1)]
+    )
+    ours, theirs = (getattr(module, case.name) for module in (flashattn, functional))
+    return {
+        OURS: lambda: lambda: ours(x, *parameters),
+        TORCH: lambda: lambda: theirs(x, (1024,), *parameters),
+    }
+
+
+def decode(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
+    """Append one token to a cache and attend to all."""
+    q, k, v = (context.randn(1, heads, 1, case.head_dim) for heads in (8, 2, 2))
+    cache = KVCache(1, 2, case.seq, case.head_dim, dtype=q.dtype, device=context.device)
+    before = [context.randn(1, heads, case.seq - 1, case.head_dim) for heads in (8, 2, 2)]
+    with flashattn.use_backend("reference"):
+        flashattn.decode(before[0], cache, *before[1:])
+
+    def call() -> Tensor:
+        out = flashattn.decode(q, cache, k, v)
+        cache.truncate([case.seq - 1])
+        return out
+
+    return {OURS: lambda: call}

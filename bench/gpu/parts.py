@@ -1,0 +1,45 @@
+"""The table of parts, in the order they run: most worth first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    name: str
+    share: float  # of the budget, beside the other chosen parts'; about the seconds it is expected to take on an H100
+    help: str
+    module: str = ""  # with `rows(context)`; this package's of the same name by default
+
+    @property
+    def path(self) -> str:
+        return self.module or f"{__package__}.{self.name}"
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("ceilings", 8, "what this card does at most: a large bf16 product, a large copy, an empty launch"),
+        Part("precompile", 35, "compiles what the chosen parts below launch, on all cores (always runs before them)"),
+        Part("check", 75, "what pytest -m gpu runs, on all cores; a row for each test"),
+        Part("attention", 50, "forward and backward in TFLOP/s, against SDPA's backends, FlexAttention, flash_attn"),
+        Part("decode", 18, "one new token against a cache, contiguous and in pages, in GB/s"),
+        Part("varlen", 10, "packed sequences of different lengths, forward and backward, in TFLOP/s"),
+        Part("norms", 24, "LayerNorm and RMSNorm, forward and backward, in GB/s, against PyTorch's and compiled ones"),
+        Part("features", 16, "what each feature of attention costs on top of the plain call"),
+        Part("host", 10, "microseconds a call takes before its kernel starts, eager and in a CUDA graph"),
+        Part("tune", 6, "neighbours of the tile sizes in configs.py, best first"),
+        Part("counters", 4, "what Nsight Compute counts beside what the PTX machine counts"),
+        Part("profile", 4, "a trace of one training step of a small Llama, and the kernels' share of it"),
+    )
+}
+# Parts whose launches are compiled beforehand: modules with `cases` and `comparison` (see compare.py).
+PRECOMPILED = ("attention", "decode", "varlen", "norms", "features", "host")
+
+
+def choose(only: list[str] | None) -> list[Part]:
+    """The parts to run, in the table's order; none named: all. What is compiled beforehand is compiled for them."""
+    names = set(only or PARTS)
+    if names & set(PRECOMPILED):
+        names.add("precompile")
+    return [part for name, part in PARTS.items() if name in names]
