@@ -27,6 +27,7 @@ from flashattn.score import Score
 from .. import ptx
 from ..ptx.counts import Counts
 from ..ptx.memory import SECTOR
+from .context import Context, first_line
 
 SHAPE = (1, 2, 256, 64)  # batch, heads, seq, head_dim
 ROWS, COLS = 64, 1024  # of the norm
@@ -90,7 +91,7 @@ QUANTITIES = [
 ]  # fmt: skip
 
 
-def rows(context) -> Iterator[dict]:
+def rows(context: Context) -> Iterator[dict]:
     """One for each kernel."""
     context.plan(len(LAUNCHES))
     for kernel in LAUNCHES:
@@ -98,7 +99,7 @@ def rows(context) -> Iterator[dict]:
         try:
             launch = on_ptx_machine(kernel, context.card.architecture)
         except Exception as error:  # a fault of the kernel, or an instruction that the machine lacks
-            yield row | {"failed": f"PTX machine: {type(error).__name__}: {error}"}
+            yield row | {"failed": f"PTX machine: {first_line(error)}"}
             continue
         row |= {"architecture": launch.architecture, "grid": list(launch.grid)}
         try:

@@ -21,13 +21,15 @@ from model.config import Config
 from model.train import Batch, Processes, Training, make_optimizer, step_of
 from model.transformer import Transformer
 
+from .context import Context
+
 FILE = "training-step.json.gz"
 LARGEST = 16 * 2**20  # bytes of the trace
 STEPS = 6  # without the profiler, the first of which warms up
 # Groups of kernels and what is in their names, the first that fits; in a rehearsal names of PyTorch's operators.
 GROUPS = {
-    "attention forward": ("attention_forward", "flashattn::attention"),
     "attention backward": ("attention_backward",),
+    "attention forward": ("attention_forward", "flashattn::attention"),
     "decode": ("attention_decode", "attention_merge"),
     "norms": ("norm_forward", "norm_backward", "flashattn::norm"),
     "rotary": ("rotate_and_store",),
@@ -45,7 +47,7 @@ class Event(NamedTuple):
     seconds: float
 
 
-def rows(context) -> Iterator[dict]:
+def rows(context: Context) -> Iterator[dict]:
     """One for the step, one for each group of kernels."""
     context.plan(2)
     config, tokens = sizes(context.rehearse)

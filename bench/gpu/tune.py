@@ -25,8 +25,9 @@ from flashattn.kernels.configs import Tiles
 from flashattn.score import Score
 
 from ..compiled import Kernel, compile_for
-from ..measure import max_error
 from ..sass import tensor_loops
+from .context import Context, first_line, poisoned, tensors_of
+from .rules import Truth, judge
 
 TIMED = 6  # candidates of a row, besides the row
 ROW_SECONDS = 4.0  # that a row takes to check and time: none is begun with less left
@@ -45,6 +46,10 @@ class Size(NamedTuple):
     kv_heads: int
     seq_q: int
     seq_k: int
+
+    def bytes(self, head_dim: int) -> int:
+        """Of q, k, v and out."""
+        return 4 * self.batch * head_dim * (self.heads * self.seq_q + self.kv_heads * self.seq_k)
 
 
 class Static(NamedTuple):
@@ -81,7 +86,7 @@ def sizes(row: Row, rehearse: bool) -> tuple[Size, Size]:
     return Size(1, 4, 2, 300, 300), Size(4, heads, heads, 4096, 4096)
 
 
-def rows(context) -> Iterator[dict]:
+def rows(context: Context) -> Iterator[dict]:
     """One for each row of the table, as far as the time goes."""
     searched = REHEARSED if context.rehearse else ROWS
     context.plan(len(searched))
@@ -109,17 +114,19 @@ def text(tiles: Tiles) -> str:
     return f"{tiles.block_m}x{tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages"
 
 
-def search_row(context, row: Row, compiled: list[Static]) -> dict:
+def search_row(context: Context, row: Row, compiled: list[Static]) -> dict:
     """Check and time the most promising of those that fit."""
-    checked, timed = (calls(row, size, context.device) for size in sizes(row, context.rehearse))
-    right = checker(row, checked)
+    small, large = sizes(row, context.rehearse)
+    right = checker(row, calls(row, small, context.device))
     if reason := right(tiles_of(row)):
         return {"correct": False, "reason": f"the row itself: {reason}"}
     ranked = sorted((static for static in compiled if static.refused is None), key=promise)
-    run = timed(backend, torch.bfloat16)
+    run = calls(row, large, context.device)(backend, torch.bfloat16)
 
     def measure(found: list[Tiles]) -> dict[Tiles, tune.Times]:
-        times = context.measure({text(tiles): with_tiles(row, tiles, run) for tiles in found})
+        times = context.measure(
+            {text(tiles): with_tiles(row, tiles, run) for tiles in found}, large.bytes(row.head_dim)
+        )
         return {tiles: times[text(tiles)] for tiles in found}
 
     candidates = [static.tiles for static in ranked if static.tiles != tiles_of(row)][:TIMED]
@@ -159,7 +166,7 @@ def summary(results: list[dict]) -> list[str]:
                 f"({now[0] * 1e6:.1f} to {now[1] * 1e6:.1f})"
             )
         elif "best" not in r:
-            lines.append(f"{name}: {r.get('skipped') or r.get('failed') or 'WRONG, ' + r['reason']}")
+            lines.append(f"{name}: {r.get('skipped') or r.get('failed') or r['reason']}")
     return lines
 
 
@@ -200,23 +207,18 @@ def with_tiles(row: Row, tiles: Tiles, run: Callable[[], tuple]) -> Callable[[],
 
 
 def checker(row: Row, make: Callable[..., Callable[[], tuple]]) -> Callable[[Tiles], str | None]:
-    """Says what is wrong with the result that tiles give, None if nothing: the error against float64 is at most twice
-    what the reference makes in bfloat16, and a unit in the last place."""
-    truth, theirs = (make(reference, dtype)() for dtype in (torch.float64, torch.bfloat16))
+    """Says what is wrong with the result that tiles give, by the error rule; None if nothing."""
+    truth = Truth(*(tensors_of(make(reference, dtype)()) for dtype in (torch.float64, torch.bfloat16)))
     run = make(backend, torch.bfloat16)
 
     def check(tiles: Tiles) -> str | None:
         try:
-            results = with_tiles(row, tiles, run)()
+            with poisoned():
+                results = tensors_of(with_tiles(row, tiles, run)())
         except Exception as error:  # of the compiler, the driver or the PTX machine
-            return f"{type(error).__name__}: {error}"
-        for x, y, t in zip(results, theirs, truth, strict=True):
-            if t is None:
-                continue
-            error, allowed = max_error(x, t), 2 * max_error(y, t) + torch.finfo(x.dtype).eps * t.abs().max().item()
-            if not error <= allowed:
-                return f"largest error {error:.1e}, allowed {allowed:.1e}"
-        return None
+            return first_line(error)
+        verdict = judge(results, truth)
+        return None if verdict.correct else f"WRONG: error {verdict.error:.1e}, allowed {verdict.allowed:.1e}"
 
     return check
 
@@ -265,11 +267,11 @@ def compile_candidate(architecture: str, row: Row, tiles: Tiles) -> Static:
         with compile_for(architecture) as kernels, tune.forced(row.direction, tiles):
             run(backend, torch.bfloat16)()
     except Exception as error:  # Triton raises what its passes raise
-        return Static(tiles, refused=f"does not compile: {type(error).__name__}: {error}")
-    return judge(tiles, next(kernel for kernel in kernels if kernel.name == KERNELS[row.direction]))
+        return Static(tiles, refused=f"does not compile: {first_line(error)}")
+    return inspect(tiles, next(kernel for kernel in kernels if kernel.name == KERNELS[row.direction]))
 
 
-def judge(tiles: Tiles, kernel: Kernel) -> Static:
+def inspect(tiles: Tiles, kernel: Kernel) -> Static:
     """A compiled candidate, with its best loop of tensor instructions: the steady one, that has no masks."""
     loops = tensor_loops(kernel.code) if kernel.architecture.startswith("sm_") else []
     local = sum(loop.mix.get("local", 0) for loop in loops) if loops else kernel.spills
