@@ -256,7 +256,7 @@ class Compilers:
             return {"failed": "the compiler crashed on a candidate"}
 
     def __exit__(self, *_) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
 
 def compile_candidate(architecture: str, row: Row, tiles: Tiles) -> Static:
