@@ -92,43 +92,34 @@ QUANTITIES = [
 
 
 def rows(context: Context) -> Iterator[dict]:
-    """One for each kernel."""
-    context.plan(len(LAUNCHES))
+    """One for each kernel and quantity; one for a kernel of which there is nothing to compare."""
+    context.plan(len(LAUNCHES) * len(QUANTITIES))
     for kernel in LAUNCHES:
-        row = {"case": kernel}
         try:
             launch = on_ptx_machine(kernel, context.card.architecture)
-        except Exception as error:  # a fault of the kernel, or an instruction that the machine lacks
-            yield row | {"failed": f"PTX machine: {first_line(error)}"}
-            continue
-        row |= {"architecture": launch.architecture, "grid": list(launch.grid)}
-        try:
             values = under_ncu(kernel, context.remaining())
         except NcuError as error:
-            values, row["ncu"] = {}, str(error)
-        yield row | {"quantities": {q.name: compare(q, values, launch.counts) for q in QUANTITIES}}
+            counted = {q.name: int(q.counted(launch.counts)) for q in QUANTITIES}
+            yield {"case": kernel, "skipped": str(error), "ptx": counted, "text": f"{kernel}: {error}"}
+        except Exception as error:  # a fault of the kernel, or an instruction that the machine lacks
+            reason = f"PTX machine: {first_line(error)}"
+            yield {"case": kernel, "failed": reason, "text": f"{kernel}: {reason}"}
+        else:
+            yield from (compare(kernel, q, values, launch) for q in QUANTITIES)
 
 
-def compare(quantity: Quantity, values: dict[str, float], counts: Counts) -> dict:
+def compare(kernel: str, quantity: Quantity, values: dict[str, float], launch: ptx.Launch) -> dict:
     found = [values[metric] for metric in quantity.metrics if metric in values]
-    ncu, machine = (int(sum(found)) if found else None), int(quantity.counted(counts))
-    return {"ncu": ncu, "ptx": machine, "ratio": ncu / machine if ncu is not None and machine else None}
-
-
-def summary(results: list[dict]) -> list[str]:
-    """A line for each kernel and quantity."""
-    lines = []
-    for r in results:
-        if "failed" in r:
-            lines.append(f"{r['case']}: {r['failed']}")
-            continue
-        lines.append(f"{r['case']}: Nsight Compute / PTX machine" + (f" ({r['ncu']})" if "ncu" in r else ""))
-        for q in QUANTITIES:
-            of = r["quantities"][q.name]
-            ncu, ratio = ("-" if of["ncu"] is None else f"{of['ncu']:,}"), of["ratio"]
-            ratio = "" if ratio is None else f"{ratio:.3f}"
-            lines.append(f"  {q.name:<20} {ncu:>10} / {of['ptx']:>10,} {ratio:>7}  {q.comparison}")
-    return lines
+    ncu, machine = (int(sum(found)) if found else None), int(quantity.counted(launch.counts))
+    ratio = ncu / machine if ncu is not None and machine else None
+    shown = "-" if ncu is None else f"{ncu:,}"
+    return {
+        "case": f"{kernel}, {quantity.name}", "kernel": kernel, "quantity": quantity.name, "ncu": ncu, "ptx": machine,
+        "ratio": ratio, "comparison": quantity.comparison, "architecture": launch.architecture,
+        "grid": list(launch.grid), "metrics": {metric: values.get(metric) for metric in quantity.metrics},
+        "text": f"{kernel:<22} {quantity.name:<20} {shown:>10} by ncu / {machine:>10,} = "
+        f"{'-' if ratio is None else f'{ratio:.3f}':<6} {quantity.comparison}",
+    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- launches

@@ -48,8 +48,8 @@ class Event(NamedTuple):
 
 
 def rows(context: Context) -> Iterator[dict]:
-    """One, for the step."""
-    context.plan(1)
+    """One for the step, one for its kernels."""
+    context.plan(2)
     config, tokens = sizes(context.rehearse)
     step = make_step(config, tokens, context.device)
     seconds = [timed(step, context.device) for _ in range(2 if context.rehearse else STEPS)][1:]
@@ -64,13 +64,16 @@ def rows(context: Context) -> Iterator[dict]:
     if size > LARGEST:
         trace.unlink()
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    yield {
+    result = {
         "case": "step", "layers": config.layers, "width": config.width, "batch": tokens[0], "seq": tokens[1],
         "ms": median * 1e3, "ms_low": low * 1e3, "ms_high": high * 1e3, "launches": len(events),
         "device_ms": sum(event.seconds for event in events) * 1e3, "cpu_ms": on_host * 1e3,
         "trace": FILE if size <= LARGEST else f"left out: {size:,} bytes", "of": "cpu" if context.rehearse else "gpu",
-        "groups": shares(events),
     }  # fmt: skip
+    yield result | {"text": line(result)}
+    groups = shares(events)
+    text = "shares (launches): " + ", ".join(f"{name} {x['share']:.1%} ({x['launches']})" for name, x in groups.items())
+    yield {"case": "kernels", "groups": groups, "text": text}
 
 
 def shares(events: list[Event]) -> dict[str, dict]:
@@ -90,18 +93,12 @@ def group_of(name: str) -> str:
     return next((group for group, parts in GROUPS.items() if any(part in lowered for part in parts)), "other")
 
 
-def summary(results: list[dict]) -> list[str]:
-    """The step in a line, its groups of kernels in another."""
-    lines = []
-    for r in results:
-        groups = [f"{name} {of['share']:.1%} ({of['launches']})" for name, of in r["groups"].items()]
-        lines += [
-            f"a training step of {r['layers']} layers of {r['width']}, {r['batch']} x {r['seq']} tokens: "
-            f"{r['ms']:.1f} ms ({r['ms_low']:.1f} to {r['ms_high']:.1f}); {r['of']} busy {r['device_ms']:.1f} ms, "
-            f"{r['launches']:,} launches, {r['cpu_ms']:.1f} ms of the CPU; trace: {r['trace']}",
-            "shares (launches): " + ", ".join(groups),
-        ]
-    return lines
+def line(r: dict) -> str:
+    return (
+        f"a training step of {r['layers']} layers of {r['width']}, {r['batch']} x {r['seq']} tokens: {r['ms']:.1f} ms "
+        f"({r['ms_low']:.1f} to {r['ms_high']:.1f}); {r['of']} busy {r['device_ms']:.1f} ms, {r['launches']:,} "
+        f"launches, {r['cpu_ms']:.1f} ms of the CPU; trace: {r['trace']}"
+    )
 
 
 # --------------------------------------------------------------------------------------------- the step

@@ -95,15 +95,18 @@ def rows(context: Context) -> Iterator[dict]:
     }
     with Compilers(1 if context.rehearse else os.cpu_count(), candidates) as compilers:
         for row in searched:
-            head = {
+            result = {
                 "case": f"{row.direction} at head_dim {row.head_dim}", "pass": row.direction, "head_dim": row.head_dim,
-                "dtype": "bfloat16", "row": text(tiles_of(row)),
+                "dtype": "bfloat16", "row": text(tiles_of(row)), **result_of(context, row, compilers),
             }  # fmt: skip
-            if context.remaining() < ROW_SECONDS:
-                yield head | {"skipped": "no time left"}
-                continue
-            compiled = compilers.wait(row, context.remaining() - ROW_SECONDS)
-            yield head | (compiled if isinstance(compiled, dict) else search_row(context, row, compiled))
+            yield result | {"text": line(result)}
+
+
+def result_of(context: Context, row: Row, compilers: Compilers) -> dict:
+    if context.remaining() < ROW_SECONDS:
+        return {"skipped": "no time left"}
+    compiled = compilers.wait(row, context.remaining() - ROW_SECONDS)
+    return compiled if isinstance(compiled, dict) else search_row(context, row, compiled)
 
 
 def tiles_of(row: Row) -> Tiles:
@@ -119,7 +122,7 @@ def search_row(context: Context, row: Row, compiled: list[Static]) -> dict:
     small, large = sizes(row, context.rehearse)
     right = checker(row, calls(row, small, context.device))
     if reason := right(tiles_of(row)):
-        return {"correct": False, "reason": f"the row itself: {reason}"}
+        return {"correct": False, "failed": f"the row itself: {reason}"}
     ranked = sorted((static for static in compiled if static.refused is None), key=promise)
     run = calls(row, large, context.device)(backend, torch.bfloat16)
 
@@ -152,22 +155,22 @@ def report(row: Row, found: tune.Found, compiled: list[Static]) -> dict:
     }  # fmt: skip
 
 
-def summary(results: list[dict]) -> list[str]:
-    """The rows that would change."""
-    searched = [r for r in results if "best" in r]
-    lines = [f"{len(searched)} rows of configs.py searched, {sum(r['changes'] for r in searched)} would change"]
-    for r in results:
-        name = r["case"]
-        if r.get("changes"):
-            (before, *was), (after, *now) = r["seconds"][r["row"]], r["seconds"][r["best"]]
-            lines.append(
-                f"{name}: {r['row']} -> {r['best']}: {r['gain']:.2f}x, {before * 1e6:.1f} us "
-                f"({was[0] * 1e6:.1f} to {was[1] * 1e6:.1f}) -> {after * 1e6:.1f} "
-                f"({now[0] * 1e6:.1f} to {now[1] * 1e6:.1f})"
-            )
-        elif "best" not in r:
-            lines.append(f"{name}: {r.get('skipped') or r.get('failed') or r['reason']}")
-    return lines
+def line(result: dict) -> str:
+    """What a reader of the summary wants to know."""
+    if "best" not in result:
+        return f"{result['case']}: {result.get('skipped') or result.get('failed')}"
+    counts = f"{len(result['seconds']) - 1} timed, {len(result['refused'])} refused"
+    if not result["changes"]:
+        return f"{result['case']}: {result['row']} stays ({counts})"
+    before, after = (microseconds(result["seconds"][result[name]]) for name in ("row", "best"))
+    return (
+        f"{result['case']}: {result['row']} -> {result['best']}: {result['gain']:.2f}x, {before} -> {after} ({counts})"
+    )
+
+
+def microseconds(seconds: list[float]) -> str:
+    median, low, high = (x * 1e6 for x in seconds)
+    return f"{median:.1f} us ({low:.1f} to {high:.1f})"
 
 
 # --------------------------------------------------------------------------------------------- calls
