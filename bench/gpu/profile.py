@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from model.config import Config
 from model.train import Batch, Processes, Training, make_optimizer, step_of
 from model.transformer import Transformer
 
-from .context import Context
+from .context import Context, summarise
 
 FILE = "training-step.json.gz"
 LARGEST = 16 * 2**20  # bytes of the trace
@@ -63,10 +62,10 @@ def rows(context: Context) -> Iterator[dict]:
     size = trace.stat().st_size
     if size > LARGEST:
         trace.unlink()
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    times = summarise(seconds, "host")
     result = {
         "case": "step", "layers": config.layers, "width": config.width, "batch": tokens[0], "seq": tokens[1],
-        "ms": median * 1e3, "ms_low": low * 1e3, "ms_high": high * 1e3, "launches": len(events),
+        "ms": times.median * 1e3, "ms_low": times.low * 1e3, "ms_high": times.high * 1e3, "launches": len(events),
         "device_ms": sum(event.seconds for event in events) * 1e3, "cpu_ms": on_host * 1e3,
         "trace": FILE if size <= LARGEST else f"left out: {size:,} bytes", "of": "cpu" if context.rehearse else "gpu",
     }  # fmt: skip

@@ -250,7 +250,9 @@ class Compilers:
     def wait(self, row: Row, seconds: float) -> list[Static] | dict:
         """What is compiled of a row's candidates by then, or why there is nothing."""
         jobs = self.jobs.pop(row)
-        done, _ = wait(jobs, seconds)
+        done, late = wait(jobs, seconds)
+        for job in late:
+            job.cancel()
         try:
             return [job.result() for job in jobs if job in done]
         except BrokenProcessPool:  # the compiler took its process down with it: the other rows get new ones
