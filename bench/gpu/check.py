@@ -1,5 +1,5 @@
-"""Part "check": what `pytest -m gpu` runs, in as many processes as there are cores, a row for each test. The kernels are
-compiled as the tests come to them, by all processes side by side into one cache on disk."""
+"""Part "check": what `pytest -m gpu` runs, in as many processes as there are cores, a row for each test. The
+kernels are compiled as the tests come to them, by all processes side by side into one cache on disk."""
 
 from __future__ import annotations
 

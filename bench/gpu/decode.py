@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 def cases(rehearse: bool) -> list[Case]:
     if rehearse:
-        return [Case(2, 70, page, 4, 2, 64) for page in (None, 16)]
+        return [Case(2, 70, page, 4, 2, 16) for page in (None, 16)]
     layouts = (None, 16, 256)
     every = [Case(batch, keys, page) for batch in (1, 8, 64) for keys in (1024, 4096, 16384, 65536) for page in layouts]
     every.sort(key=lambda case: case.batch * case.keys)

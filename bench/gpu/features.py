@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 def cases(rehearse: bool) -> list[Case]:
-    shape = (1, 2, 64, 64) if rehearse else (8, 16, 2048, 128)
+    shape = (1, 1, 64, 16) if rehearse else (8, 16, 2048, 128)
     every = [Case(feature, shape, backward) for backward in (False, True) for feature in FEATURES]
     if not rehearse:
         return every
