@@ -18,6 +18,7 @@ from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn
 from .context import Call, Context
 from .peers import sdpa
 from .rules import Truth
+from .tables import COMPARED, grid
 
 
 class Case(NamedTuple):
@@ -44,6 +45,14 @@ def cases(rehearse: bool) -> list[Case]:
 
 def rows(context: Context) -> Iterator[dict]:
     yield from compare_all(context, cases(context.rehearse), comparison)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    def label(row: dict) -> str:
+        layout = f"pages of {row['page']}" if row["page"] else "contiguous"
+        return f"batch {row['batch']}, {layout}{', warm' if row['warm'] else ''}"
+
+    return [f"GB/s by keys, {COMPARED}", *grid(rows, label, "keys")]
 
 
 def comparison(context: Context, case: Case) -> Comparison:

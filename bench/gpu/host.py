@@ -17,6 +17,7 @@ from .compare import OURS, Comparison
 from .context import Call, Context, first_line
 from .peers import sdpa
 from .rules import Truth
+from .tables import by_case
 
 TORCH = "torch"
 
@@ -44,6 +45,18 @@ def rows(context: Context) -> Iterator[dict]:
                 yield row | measure(context, prepare())
             except Exception as error:
                 yield row | {"failed": first_line(error), "correct": name != OURS}
+
+
+def summary(rows: list[dict]) -> list[str]:
+    lines = [f"{case:<32} " + "; ".join(map(figures, of)) for case, of in by_case(rows).items()]
+    return ["us until a call is queued; us of the GPU in a CUDA graph", *lines]
+
+
+def figures(row: dict) -> str:
+    if row.get("failed"):
+        return f"{row['variant']} failed"
+    graph = f"{row['us']:.1f} us in a graph" if row["us"] is not None else row["by"][:60]
+    return f"{row['variant']} {row['eager_us']:.1f} us, {graph}"
 
 
 def measure(context: Context, call: Call) -> dict:

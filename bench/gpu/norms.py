@@ -14,6 +14,7 @@ import flashattn
 
 from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
 from .context import Call, Context
+from .tables import COMPARED, grid
 
 CHECKED_ROWS = 64
 
@@ -48,6 +49,13 @@ def cases(rehearse: bool) -> list[Case]:
 
 def rows(context: Context) -> Iterator[dict]:
     yield from compare_all(context, cases(context.rehearse), comparison)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    def label(row: dict) -> str:
+        return f"{row['norm']} {row['pass']}{', compiled peer' if 'compiled' in row['case'] else ''}"
+
+    return [f"GB/s by columns, {COMPARED}", *grid(rows, label, "cols")]
 
 
 def norm_of(case: Case, module) -> Callable:

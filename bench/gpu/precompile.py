@@ -50,6 +50,13 @@ def rows(context: Context) -> Iterator[dict]:
             yield {"case": number} | row_of(jobs[number], future)
 
 
+def summary(rows: list[dict]) -> list[str]:
+    kernels = [row for row in rows if not row["peer"]]
+    seconds = sum(row.get("cpu_seconds", 0) for row in kernels)
+    failed = sum("failed" in row for row in rows)
+    return [f"{len(kernels)} kernels, {seconds:.0f} s of one core; {len(rows) - len(kernels)} peers; {failed} failed"]
+
+
 def row_of(job: Job, future) -> dict:
     is_peer = job.key is None
     row = {"for": job.part, "of_case": job.case, "kernel": job.kernel, "peer": is_peer}

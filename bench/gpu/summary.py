@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterable
+import importlib
 from pathlib import Path
 
 from . import results, rules
-from .compare import OURS
-from .parts import PARTS
+from .context import first_line
+from .parts import PARTS, Part
 from .supervisor import describe
 
 MAX_LINES = 95
@@ -30,22 +29,22 @@ def print_summary(out: Path) -> None:
 
 
 def summarise(lines: list[dict]) -> list[str]:
-    """At most MAX_LINES. A part shows its first cases, which are the most worth."""
+    """At most MAX_LINES. Of a table that is too long the last lines are left out: the first are worth most."""
     by_part = {name: [x for x in lines if x["kind"] == "row" and x["part"] == name] for name in PARTS}
-    fixed = [*head_lines(lines), "", *end_lines(lines), "", *wrong_lines(lines), *rules.TEXT.splitlines()]
-    shown = {name: TABLES[name](rows) for name, rows in by_part.items() if rows and name in TABLES}
-    room = MAX_LINES - len(fixed)
+    fixed = [*head_lines(lines), "", *end_lines(lines), "", *wrong_lines(lines), *rules.TEXT.splitlines(), ""]
+    shown = {name: table(PARTS[name], rows) for name, rows in by_part.items() if rows}
     tables = []
-    for name, table in shorten(shown, room).items():
-        left = len(shown[name]) - len(table)
-        tables += ["", f"{name}" + (f" ({left} more in {results.NAME})" if left else ""), *table]
+    for name, (title, *rest) in shorten(shown, MAX_LINES - len(fixed)).items():
+        left = len(shown[name]) - 1 - len(rest)
+        more = f" ({left} more lines in {results.NAME})" if left else ""
+        tables += [f"{name}: {title}{more}"[:200], *(f"  {line}".rstrip()[:200] for line in rest)]
     return [*fixed, *tables]
 
 
 def shorten(tables: dict[str, list[str]], room: int) -> dict[str, list[str]]:
     """The lines of each table that fit: the longest give way first."""
     lengths = {name: len(table) for name, table in tables.items()}
-    while lengths and sum(lengths.values()) + 2 * len(lengths) > room and max(lengths.values()) > 1:
+    while lengths and sum(lengths.values()) > room and max(lengths.values()) > 1:
         lengths[max(lengths, key=lengths.get)] -= 1
     return {name: table[: lengths[name]] for name, table in tables.items()}
 
@@ -83,8 +82,9 @@ def wrong_lines(lines: list[dict]) -> list[str]:
 
 
 def why(row: dict) -> str:
-    if row.get("failed") or row.get("message"):
-        return row.get("failed") or row["message"]
+    for name in ("failed", "message", "reason"):
+        if row.get(name):
+            return row[name]
     if row.get("same_bits") is False:
         return "the same inputs gave other bits after timing"
     if "error" in row:
@@ -92,105 +92,9 @@ def why(row: dict) -> str:
     return "wrong result"
 
 
-# ------------------------------------------------------------------------------------------------ tables
-
-
-def ceilings(rows: list[dict]) -> list[str]:
-    return [f"  {row['case']:<28} {figure(row)}" for row in rows]
-
-
-def figure(row: dict) -> str:
-    for unit, name in (("tflops", "TFLOP/s"), ("gbps", "GB/s")):
-        if row.get(unit):
-            return f"{row[unit]:,.0f} {name}"
-    eager = f", {row['eager_us']:.1f} us to launch" if row.get("eager_us") else ""
-    return f"{row['us']:.1f} us{eager}"
-
-
-def precompile(rows: list[dict]) -> list[str]:
-    kernels = [row for row in rows if not row["peer"]]
-    seconds = sum(row.get("cpu_seconds", 0) for row in kernels)
-    failed = sum("failed" in row for row in rows)
-    return [f"  {len(kernels)} kernels, {seconds:.0f} s of one core; {len(rows) - len(kernels)} peers; {failed} failed"]
-
-
-def check(rows: list[dict]) -> list[str]:
-    outcomes = Counter(row["outcome"] for row in rows)
-    return ["  " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())]
-
-
-def compared(rows: list[dict]) -> list[str]:
-    """A line for each case: ours, its share of the ceiling, then the others' times / ours."""
-    return [case_line(case, of) for case, of in by_case(rows).items()]
-
-
-def case_line(case: str, rows: list[dict]) -> str:
-    ours = next((row for row in rows if row.get("variant") == OURS), {})
-    skipped = [row["skipped"] for row in rows if row.get("skipped")]
-    others = "  ".join(against(row) for row in rows if row.get("variant") not in (OURS, None))
-    return f"  {case:<46} {speed(ours) if ours else skipped[0] if skipped else '-':<26} {others}"[:160]
-
-
-def speed(row: dict) -> str:
-    if row.get("failed"):
-        return "FAILED"
-    share = f" {row['share']:.0%}" if isinstance(row.get("share"), float) else ""
-    wrong = "" if row.get("correct", True) else " WRONG"
-    return f"{row['us']:,.0f} us {figure(row)}{share}{wrong}"
-
-
-def against(row: dict) -> str:
-    """ "flash 1.25x", ~1.02x where the spread is larger than the difference from 1."""
-    if row.get("failed"):
-        return f"{row['variant']} failed"
-    if "ratio" not in row:
-        return f"{row['variant']} {row['us']:.0f} us"
-    return f"{row['variant']} {'~' if row['unsure'] else ''}{row['ratio']:.2f}x"
-
-
-def features(rows: list[dict]) -> list[str]:
-    """Forward and backward of a feature in one line: its time / the plain call's."""
-    names = dict.fromkeys(row.get("feature", row["case"]) for row in rows)
-    return [f"  {name:<34} " + "  ".join(costs(rows, name)) for name in names]
-
-
-def costs(rows: list[dict], name: str) -> Iterable[str]:
-    for row in rows:
-        if row.get("feature", row["case"]) != name:
-            continue
-        if row.get("failed"):
-            yield "FAILED"
-        elif "ratio" in row:
-            yield f"{row['pass']} {'~' if row['unsure'] else ''}{1 / row['ratio']:.2f}x"
-        elif not row["correct"]:
-            yield "WRONG"
-
-
-def host(rows: list[dict]) -> list[str]:
-    return [f"  {case:<34} " + "; ".join(host_figures(row) for row in of) for case, of in by_case(rows).items()]
-
-
-def host_figures(row: dict) -> str:
-    if row.get("failed"):
-        return f"{row['variant']} failed"
-    graph = f"{row['us']:.1f} us in a graph" if row["us"] is not None else row["by"][:40]
-    return f"{row['variant']} {row['eager_us']:.1f} us, {graph}"
-
-
-def by_case(rows: list[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for row in rows:
-        found.setdefault(row["case"], []).append(row)
-    return found
-
-
-def texts(rows: list[dict]) -> list[str]:
-    """Of parts that bring their own line with each row."""
-    return [f"  {row.get('text') or row['case']}" for row in rows]
-
-
-TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
-    "ceilings": ceilings, "precompile": precompile, "check": check, "attention": compared, "decode": compared,
-    "varlen": compared, "norms": compared, "features": features, "host": host, "tune": texts, "counters": texts,
-    "profile": texts,
-}  # fmt: skip
+def table(part: Part, rows: list[dict]) -> list[str]:
+    """The lines that the part's module makes of its rows. It may be the one that failed."""
+    try:
+        return importlib.import_module(part.path).summary(rows) or ["nothing"]
+    except Exception as error:
+        return [f"no table: {first_line(error)}"]
