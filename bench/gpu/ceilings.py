@@ -25,6 +25,17 @@ def rows(context: Context) -> Iterator[dict]:
     yield launch(context, "empty torch operation", lambda: x.add_(0))
 
 
+def summary(rows: list[dict]) -> list[str]:
+    return [", ".join(f"{row['case']} {figure(row)}" for row in rows)]
+
+
+def figure(row: dict) -> str:
+    for unit, name in (("tflops", "TFLOP/s"), ("gbps", "GB/s")):
+        if unit in row:
+            return f"{row[unit]:,.0f} {name}"
+    return f"{row['us']:.1f} us in a graph, {row['eager_us']:.1f} us to launch"
+
+
 def product(context: Context, size: int) -> dict:
     a, b = context.randn(size, size), context.randn(size, size)
     times = context.measure({"torch": lambda: a @ b}, 3 * 2 * size**2)["torch"]

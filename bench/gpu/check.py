@@ -1,5 +1,5 @@
-"""Part "check": what `pytest -m gpu` runs, in as many processes as there are cores, a row for each test. The kernels are
-compiled as the tests come to them, by all processes side by side into one cache on disk."""
+"""Part "check": what `pytest -m gpu` runs, in as many processes as there are cores, a row for each test. The
+kernels are compiled as the tests come to them, by all processes side by side into one cache on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 from .card import ROOT
@@ -32,6 +33,11 @@ def rows(context: Context) -> Iterator[dict]:
     code = process.wait()
     if code not in (0, 1):  # 1: tests failed, which their rows say
         raise RuntimeError(f"pytest ended with code {code}; its output is in log.txt")
+
+
+def summary(rows: list[dict]) -> list[str]:
+    outcomes = Counter(row["outcome"] for row in rows)
+    return [", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())]
 
 
 def command(context: Context, file: int) -> list[str]:

@@ -16,6 +16,7 @@ class GpuClock:
     batch_seconds = 2e-3  # of launches between two events, at least
     rounds = (5, 15)
     seconds = 0.1  # for the rounds of one variant, about
+    host_calls = 100  # a GPU's queue takes some 1,000 launches before the host has to wait
 
     def time(self, run: Callable[[], object]) -> float:
         """Seconds that the GPU takes for what `run` launches. The GPU is kept busy while the first launches are
@@ -27,6 +28,11 @@ class GpuClock:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def estimate(self, call: Callable[[], object]) -> float:
+        """Seconds of one call, after a warm-up."""
+        self.time(call)
+        return self.time(lambda: [call() for _ in range(3)]) / 3
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         """What `run` launches as a CUDA graph; returns its replay."""
@@ -49,14 +55,18 @@ class GpuClock:
 
 
 class RehearsalClock:
-    """Times mean nothing here: every launch runs, once, and takes what the CPU takes."""
+    """Times mean nothing here: launches run as seldom as they can, and take what the CPU takes."""
 
     batch_seconds = 0.0
     rounds = (1, 1)
     seconds = 0.0
+    host_calls = 1
 
     def time(self, run: Callable[[], object]) -> float:
         return self.host_time(run)
+
+    def estimate(self, call: Callable[[], object]) -> float:
+        return 1e-6  # so short that it is captured
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         return run

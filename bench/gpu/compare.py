@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flashattn
 
-from .context import Call, Context, DoesNotFit, Times, first_line, poisoned, tensors_of
+from .context import Call, Context, DoesNotFitError, Times, first_line, poisoned, tensors_of
 from .rules import Truth, Verdict, judge
 
 OURS = "flashattn"
@@ -43,7 +43,7 @@ def compare_all(context: Context, cases: list, comparison: Callable[[Context, ob
     for case in cases:
         try:
             yield from compare(context, comparison(context, case))
-        except (DoesNotFit, torch.OutOfMemoryError) as error:
+        except (DoesNotFitError, torch.OutOfMemoryError) as error:
             yield {"case": str(case), "skipped": first_line(error)}
         except Exception as error:
             yield {"case": str(case), "variant": OURS, "failed": first_line(error), "correct": False}

@@ -22,12 +22,11 @@ from .clock import GpuClock, RehearsalClock
 GRAPH_BELOW = 100e-6  # seconds of a launch
 MAX_COPIES = 64  # of small inputs: more would only measure the allocator
 MAX_LAUNCHES = 400  # of a batch
-HOST_CALLS = 100  # a GPU's queue takes some 1,000 launches before the host has to wait
 
 Call = Callable[[], object]
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFitError(RuntimeError):
     """A case is too large for the card's memory."""
 
 
@@ -39,9 +38,7 @@ class Times(NamedTuple):
     high: float
     runs: int  # rounds, each a batch of calls
     by: str  # "graph" or "events"
-    samples: tuple[
-        float, ...
-    ]  # of each round, in order: rounds of variants that were measured together belong together
+    samples: tuple[float, ...]  # of each round, in order: the rounds of variants measured together correspond
 
 
 class Batch(NamedTuple):
@@ -88,12 +85,12 @@ class Context:
         return torch.randn(shape, device=self.device, dtype=torch.float32 if self.rehearse else dtype).to(dtype)
 
     def need(self, size: int) -> None:
-        """Raise DoesNotFit unless so many bytes, and a tenth more, are free on the card."""
+        """Raise DoesNotFitError unless so many bytes, and a tenth more, are free on the card."""
         if self.device.type == "cpu":
             return
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if 1.1 * size > free:
-            raise DoesNotFit(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} are free")
+            raise DoesNotFitError(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} are free")
 
     def copies(self, bytes_touched: int) -> int:
         """How many copies of the inputs, taken in turn, exceed three times the L2."""
@@ -140,15 +137,14 @@ class Context:
 
     def host_seconds(self, call: Call) -> Times:
         """Seconds of the host for one call, the queue never full and the GPU not waited for."""
-        for _ in range(1 if self.rehearse else 10):
+        calls = self.clock.host_calls
+        for _ in range(calls // 10):  # a warm-up
             call()
-        calls = 1 if self.rehearse else HOST_CALLS
         return self._rounds(lambda: self.clock.host_time(lambda: [call() for _ in range(calls)]) / calls, "host")
 
     def measure_graph(self, call: Call) -> tuple[Times, Times]:
         """Seconds of one call in a CUDA graph of many: of the GPU, and of the host that replays it."""
-        calls = 1 if self.rehearse else HOST_CALLS
-        call()
+        calls = self.clock.host_calls
         replay = self.clock.capture(lambda: [call() for _ in range(calls)])
         replay()
         gpu = self._rounds(lambda: self.clock.time(replay) / calls, "graph")
@@ -158,9 +154,7 @@ class Context:
         return summarise([seconds() for _ in range(self.clock.rounds[1])], by)
 
     def _batch(self, call: Call, passes: int) -> Batch:
-        seconds = self.clock.time(call)
-        if not self.rehearse:
-            seconds = self.clock.time(lambda: [call() for _ in range(3)]) / 3  # the first was a warm-up
+        seconds = self.clock.estimate(call)
         launches = max(passes, min(MAX_LAUNCHES, int(self.clock.batch_seconds / seconds) + 1))
         last: list = [None]
 
@@ -168,7 +162,7 @@ class Context:
             for _ in range(launches):
                 last[0] = call()
 
-        if seconds >= GRAPH_BELOW and not self.rehearse:
+        if seconds >= GRAPH_BELOW:
             return Batch(run, launches, seconds, "events", last)
         try:
             return Batch(self.clock.capture(run), launches, seconds, "graph", last)

@@ -18,6 +18,7 @@ from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn
 from .context import Call, Context
 from .peers import sdpa
 from .rules import Truth
+from .tables import COMPARED, grid
 
 
 class Case(NamedTuple):
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
 def cases(rehearse: bool) -> list[Case]:
     if rehearse:
-        return [Case(2, 70, page, 4, 2, 64) for page in (None, 16)]
+        return [Case(2, 70, page, 4, 2, 16) for page in (None, 16)]
     layouts = (None, 16, 256)
     every = [Case(batch, keys, page) for batch in (1, 8, 64) for keys in (1024, 4096, 16384, 65536) for page in layouts]
     every.sort(key=lambda case: case.batch * case.keys)
@@ -44,6 +45,14 @@ def cases(rehearse: bool) -> list[Case]:
 
 def rows(context: Context) -> Iterator[dict]:
     yield from compare_all(context, cases(context.rehearse), comparison)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    def label(row: dict) -> str:
+        layout = f"pages of {row['page']}" if row["page"] else "contiguous"
+        return f"batch {row['batch']}, {layout}{', warm' if row['warm'] else ''}"
+
+    return [f"GB/s by keys, {COMPARED}", *grid(rows, label, "keys")]
 
 
 def comparison(context: Context, case: Case) -> Comparison:

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 def cases(rehearse: bool) -> list[Case]:
-    shape = (1, 2, 64, 64) if rehearse else (8, 16, 2048, 128)
+    shape = (1, 1, 64, 16) if rehearse else (8, 16, 2048, 128)
     every = [Case(feature, shape, backward) for backward in (False, True) for feature in FEATURES]
     if not rehearse:
         return every
@@ -35,6 +35,25 @@ def cases(rehearse: bool) -> list[Case]:
 
 def rows(context: Context) -> Iterator[dict]:
     yield from compare_all(context, cases(context.rehearse), comparison)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Forward and backward of a feature: its time / the plain call's. Two features a line."""
+    names = list(dict.fromkeys(row.get("feature", row["case"]) for row in rows))
+    cells = [f"{name:<32} {'  '.join(costs(rows, name)):<34}" for name in names]
+    return ["time / the plain call's", *("  ".join(cells[i : i + 2]) for i in range(0, len(cells), 2))]
+
+
+def costs(rows: list[dict], name: str) -> Iterator[str]:
+    for row in rows:
+        if row.get("feature", row["case"]) != name:
+            continue
+        if row.get("failed"):
+            yield "FAILED"
+        elif not row["correct"]:
+            yield "WRONG"
+        elif "ratio" in row:
+            yield f"{row['pass']} {'~' if row['unsure'] else ''}{1 / row['ratio']:.2f}x"
 
 
 def comparison(context: Context, case: Case) -> Comparison:

@@ -1,5 +1,5 @@
-"""Part "host": what a call costs where the kernel is short. eager: microseconds of Python and of the driver until
-everything is queued; graph: of the GPU for the same call as one of many in a CUDA graph; replay: of the host for each."""
+"""Part "host": what a call costs where the kernel is short, in microseconds. eager_us: of Python and the driver until
+everything is queued; us: of the GPU for one of many such calls in a CUDA graph; replay_us: of the host for the same."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .compare import OURS, Comparison
 from .context import Call, Context, first_line
 from .peers import sdpa
 from .rules import Truth
+from .tables import by_case
 
 TORCH = "torch"
 
@@ -28,9 +29,10 @@ class Case(NamedTuple):
 
 
 def cases(rehearse: bool) -> list[Case]:
+    if rehearse:
+        return [Case("rms_norm", 5, 100), Case("decode", 16, 16)]
     names = ("attention", "attention, forward and backward", "layer_norm", "rms_norm", "decode")
-    sizes = (16, 64) if rehearse else (128, 64)
-    return [Case(name, *sizes) for name in names]
+    return [Case(name, 128, 1024 if name.endswith("norm") else 64) for name in names]
 
 
 def rows(context: Context) -> Iterator[dict]:
@@ -43,6 +45,18 @@ def rows(context: Context) -> Iterator[dict]:
                 yield row | measure(context, prepare())
             except Exception as error:
                 yield row | {"failed": first_line(error), "correct": name != OURS}
+
+
+def summary(rows: list[dict]) -> list[str]:
+    lines = [f"{case:<32} " + "; ".join(map(figures, of)) for case, of in by_case(rows).items()]
+    return ["us until a call is queued; us of the GPU in a CUDA graph", *lines]
+
+
+def figures(row: dict) -> str:
+    if row.get("failed"):
+        return f"{row['variant']} failed"
+    graph = f"{row['us']:.1f} us in a graph" if row["us"] is not None else row["by"][:60]
+    return f"{row['variant']} {row['eager_us']:.1f} us, {graph}"
 
 
 def measure(context: Context, call: Call) -> dict:
@@ -87,12 +101,13 @@ def attention_backward(context: Context, case: Case) -> dict[str, Callable[[], C
 
 def norm(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
     x, *parameters = (
-        context.randn(*shape) for shape in [(case.seq, 1024), *[(1024,)] * (2 if case.name == "layer_norm" else 1)]
+        context.randn(*shape)
+        for shape in [(case.seq, case.head_dim), *[(case.head_dim,)] * (2 if case.name == "layer_norm" else 1)]
     )
     ours, theirs = (getattr(module, case.name) for module in (flashattn, functional))
     return {
         OURS: lambda: lambda: ours(x, *parameters),
-        TORCH: lambda: lambda: theirs(x, (1024,), *parameters),
+        TORCH: lambda: lambda: theirs(x, (case.head_dim,), *parameters),
     }
 
 

@@ -14,12 +14,13 @@ import flashattn
 
 from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
 from .context import Call, Context
+from .tables import COMPARED, grid
 
 CHECKED_ROWS = 64
 
 
 class Case(NamedTuple):
-    kind: str  # "layer_norm" or "rms_norm"
+    norm: str  # "layer_norm" or "rms_norm"
     rows: int
     cols: int
     backward: bool
@@ -32,8 +33,7 @@ ELEMENTS = 2**26
 def cases(rehearse: bool) -> list[Case]:
     if rehearse:
         return [
-            Case("layer_norm", 5, 1000, False, "torch"), Case("layer_norm", 5, 1000, True, "torch"),
-            Case("rms_norm", 5, 1000, True, "compiled"),
+            Case("layer_norm", 5, 100, True, "torch"), Case("rms_norm", 5, 100, False, "compiled"),
         ]  # fmt: skip
     kinds, passes = ("rms_norm", "layer_norm"), (False, True)
     eager = [
@@ -51,18 +51,25 @@ def rows(context: Context) -> Iterator[dict]:
     yield from compare_all(context, cases(context.rehearse), comparison)
 
 
+def summary(rows: list[dict]) -> list[str]:
+    def label(row: dict) -> str:
+        return f"{row['norm']} {row['pass']}{', compiled peer' if 'compiled' in row['case'] else ''}"
+
+    return [f"GB/s by columns, {COMPARED}", *grid(rows, label, "cols")]
+
+
 def norm_of(case: Case, module) -> Callable:
     """module.layer_norm or rms_norm as a function of x and its parameters: flashattn's, or torch.nn.functional's."""
     if module is flashattn:
-        return getattr(flashattn, case.kind)
-    if case.kind == "layer_norm":
+        return getattr(flashattn, case.norm)
+    if case.norm == "layer_norm":
         return lambda x, weight, bias: functional.layer_norm(x, (case.cols,), weight, bias, 1e-5)
     return lambda x, weight: functional.rms_norm(x, (case.cols,), weight, 1e-6)
 
 
 def comparison(context: Context, case: Case) -> Comparison:
     x, grad = (context.randn(case.rows, case.cols) for _ in range(2))
-    parameters = [context.randn(case.cols) for _ in range(2 if case.kind == "layer_norm" else 1)]
+    parameters = [context.randn(case.cols) for _ in range(2 if case.norm == "layer_norm" else 1)]
     inputs = [t.requires_grad_(case.backward) for t in (x, *parameters)]
     touched = bytes_of([x]) * (3 if case.backward else 2)
     sets = copies_of(context, [grad, *inputs], touched)
@@ -77,7 +84,7 @@ def comparison(context: Context, case: Case) -> Comparison:
     settings = {"pass": "backward" if case.backward else "forward", **case._asdict(), "dtype": "bfloat16"}
     settings.pop("backward"), settings.pop("peer")
     return Comparison(
-        f"{case.kind} {settings['pass']} {case.rows} x {case.cols}" + ", compiled peer" * (case.peer == "compiled"),
+        f"{case.norm} {settings['pass']} {case.rows} x {case.cols}" + ", compiled peer" * (case.peer == "compiled"),
         settings, {OURS: lambda: prepare(norm_of(case, flashattn)), case.peer: theirs}, touched,
         truth=lambda: truth_of(case, grad, inputs), part_of=part_of, bytes=touched,
         compiled=("compiled",) if case.peer == "compiled" else (),

@@ -1,4 +1,9 @@
-"""The table of parts, in the order they run: most worth first."""
+"""The table of parts, in the order they run: most worth first.
+
+A part is a module with `rows(context)`, a generator of dicts for results.jsonl, and `summary(rows)`, its lines in the
+table at the end. In a row `case` names what was measured, and `correct` False makes the run fail. What also has
+`cases(rehearse)` and `comparison(context, case)` (compare.py) is compiled beforehand.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,7 @@ PARTS = {
         Part("profile", 4, "a trace of one training step of a small Llama, and the kernels' share of it"),
     )
 }
-# Parts whose launches are compiled beforehand: modules with `cases` and `comparison` (see compare.py).
+# Parts whose launches are compiled beforehand.
 PRECOMPILED = ("attention", "decode", "varlen", "norms", "features", "host")
 
 

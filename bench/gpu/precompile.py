@@ -44,23 +44,28 @@ def rows(context: Context) -> Iterator[dict]:
     context.plan(len(jobs))
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(min(cores, max(1, len(jobs))), multiprocessing.get_context("fork")) as pool:
-        running = {pool.submit(run_job, context.settings, job): job for job in jobs}
+        running = {pool.submit(run_job, context.settings, job): number for number, job in enumerate(jobs)}
         for future in as_completed(running):
-            yield row_of(running[future], future)
+            number = running[future]
+            yield {"case": number} | row_of(jobs[number], future)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    kernels = [row for row in rows if not row["peer"]]
+    seconds = sum(row.get("cpu_seconds", 0) for row in kernels)
+    failed = sum("failed" in row for row in rows)
+    return [f"{len(kernels)} kernels, {seconds:.0f} s of one core; {len(rows) - len(kernels)} peers; {failed} failed"]
 
 
 def row_of(job: Job, future) -> dict:
-    row = {
-        "case": f"{job.part} {job.case} {job.kernel}",
-        "for": job.part,
-        "kernel": job.kernel,
-        "peer": job.key is None,
-    }
+    is_peer = job.key is None
+    row = {"for": job.part, "of_case": job.case, "kernel": job.kernel, "peer": is_peer}
     try:
-        return row | {"seconds": future.result()}
+        seconds, of_processor = future.result()
+        return row | {"seconds": seconds, "cpu_seconds": of_processor}
     except Exception as error:
         # A peer may fail, and says so again in its own part.
-        return row | {"failed": first_line(error), "correct": job.key is None}
+        return row | {"failed": first_line(error), "correct": is_peer}
 
 
 def list_jobs(context: Context) -> list[Job]:
@@ -112,11 +117,11 @@ def compiling(architecture: str, wanted: Callable[[str, str], bool]) -> Iterator
             JITFunction._do_compile = compile_it
 
 
-def run_job(settings: Settings, job: Job) -> float:
-    """Seconds it took."""
+def run_job(settings: Settings, job: Job) -> tuple[float, float]:
+    """(seconds it took, seconds of the processor: this process and the assembler it starts)."""
     module = importlib.import_module(PARTS[job.part].path)
     case = module.cases(settings.rehearse)[job.case]
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), sum(os.times()[:4])
     if job.key is not None:
         run_case(settings, module, case, lambda _, key: key == job.key)
     else:
@@ -124,4 +129,4 @@ def run_job(settings: Settings, job: Job) -> float:
         with ready(context):
             module.comparison(context, case).variants[job.kernel]()()
             context.clock.wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(os.times()[:4]) - processor

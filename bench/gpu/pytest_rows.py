@@ -10,6 +10,8 @@ import os
 
 import pytest
 
+from .kernel_hashes import fix_hashes
+
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--rows", type=int, help="file descriptor that gets a line for each test")
@@ -63,6 +65,7 @@ def short(report) -> str:
 
 
 def pytest_configure(config) -> None:
+    fix_hashes()  # in each worker, so that none compiles what another has compiled
     file = config.getoption("--rows")
     if file is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Rows(file))

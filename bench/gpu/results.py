@@ -1,7 +1,7 @@
 """results.jsonl of a run: one JSON object a line, each on disk as soon as it is known.
 
-kind: "head" (once a part: versions, card, clocks), "plan" (how many cases a part has), "row" (a measurement), "end" (how
-a part ended: done, stopped or failed). `part` says whose it is.
+kind: "head" (once a part: versions, card, clocks), "plan" (how many cases a part has), "row" (a measurement),
+"compiled" (what the disk cache lacked), "error", "end" (how a part ended: done, stopped or failed). `part` says whose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NAME = "results.jsonl"
 
 def append(out: Path, kind: str, part: str, values: dict) -> None:
     """One write of one line: of a process that is killed, whole lines stay."""
-    line = json.dumps({"kind": kind, "part": part} | clean(values), default=str) + "\n"
+    line = json.dumps({"kind": kind, "part": part, **clean(values)}, default=str) + "\n"
     file = os.open(out / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(file, line.encode())
