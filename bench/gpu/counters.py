@@ -93,17 +93,16 @@ QUANTITIES = [
 
 def rows(context: Context) -> Iterator[dict]:
     """One for each kernel and quantity; one for a kernel of which there is nothing to compare."""
-    context.plan(len(LAUNCHES) * len(QUANTITIES))
+    context.plan(len(LAUNCHES))
     for kernel in LAUNCHES:
         try:
             launch = on_ptx_machine(kernel, context.card.architecture)
             values = under_ncu(kernel, context.remaining())
         except NcuError as error:
             counted = {q.name: int(q.counted(launch.counts)) for q in QUANTITIES}
-            yield {"case": kernel, "skipped": str(error), "ptx": counted, "text": f"{kernel}: {error}"}
+            yield {"case": kernel, "skipped": str(error), "ptx": counted}
         except Exception as error:  # a fault of the kernel, or an instruction that the machine lacks
-            reason = f"PTX machine: {first_line(error)}"
-            yield {"case": kernel, "failed": reason, "text": f"{kernel}: {reason}"}
+            yield {"case": kernel, "failed": f"PTX machine: {first_line(error)}"}
         else:
             yield from (compare(kernel, q, values, launch) for q in QUANTITIES)
 
@@ -112,14 +111,22 @@ def compare(kernel: str, quantity: Quantity, values: dict[str, float], launch: p
     found = [values[metric] for metric in quantity.metrics if metric in values]
     ncu, machine = (int(sum(found)) if found else None), int(quantity.counted(launch.counts))
     ratio = ncu / machine if ncu is not None and machine else None
-    shown = "-" if ncu is None else f"{ncu:,}"
     return {
-        "case": f"{kernel}, {quantity.name}", "kernel": kernel, "quantity": quantity.name, "ncu": ncu, "ptx": machine,
+        "case": kernel, "quantity": quantity.name, "ncu": ncu, "ptx": machine,
         "ratio": ratio, "comparison": quantity.comparison, "architecture": launch.architecture,
         "grid": list(launch.grid), "metrics": {metric: values.get(metric) for metric in quantity.metrics},
-        "text": f"{kernel:<22} {quantity.name:<20} {shown:>10} by ncu / {machine:>10,} = "
-        f"{'-' if ratio is None else f'{ratio:.3f}':<6} {quantity.comparison}",
     }  # fmt: skip
+
+
+def summary(results: list[dict]) -> list[str]:
+    return ["Nsight Compute / PTX machine, the same launch", *(line(result) for result in results)]
+
+
+def line(r: dict) -> str:
+    if "quantity" not in r:
+        return f"{r['case']}: {r.get('skipped') or r.get('failed')}"
+    ncu, ratio = "-" if r["ncu"] is None else f"{r['ncu']:,}", "" if r["ratio"] is None else f"{r['ratio']:.3f}"
+    return f"{r['case']:<22} {r['quantity']:<20} {ncu:>10} / {r['ptx']:>10,} {ratio:>7}  {r['comparison']}"
 
 
 # --------------------------------------------------------------------------------------------- launches

@@ -63,16 +63,13 @@ def rows(context: Context) -> Iterator[dict]:
     if size > LARGEST:
         trace.unlink()
     times = summarise(seconds, "host")
-    result = {
+    yield {
         "case": "step", "layers": config.layers, "width": config.width, "batch": tokens[0], "seq": tokens[1],
         "ms": times.median * 1e3, "ms_low": times.low * 1e3, "ms_high": times.high * 1e3, "launches": len(events),
         "device_ms": sum(event.seconds for event in events) * 1e3, "cpu_ms": on_host * 1e3,
         "trace": FILE if size <= LARGEST else f"left out: {size:,} bytes", "of": "cpu" if context.rehearse else "gpu",
     }  # fmt: skip
-    yield result | {"text": line(result)}
-    groups = shares(events)
-    text = "shares (launches): " + ", ".join(f"{name} {x['share']:.1%} ({x['launches']})" for name, x in groups.items())
-    yield {"case": "kernels", "groups": groups, "text": text}
+    yield {"case": "kernels", "groups": shares(events)}
 
 
 def shares(events: list[Event]) -> dict[str, dict]:
@@ -92,7 +89,15 @@ def group_of(name: str) -> str:
     return next((group for group, parts in GROUPS.items() if any(part in lowered for part in parts)), "other")
 
 
+def summary(results: list[dict]) -> list[str]:
+    """The step, and its groups of kernels; or what there is of it."""
+    return [line(result) for result in results]
+
+
 def line(r: dict) -> str:
+    if r["case"] == "kernels":
+        groups = (f"{name} {of['share']:.1%} ({of['launches']})" for name, of in r["groups"].items())
+        return "shares (launches): " + ", ".join(groups)
     return (
         f"a training step of {r['layers']} layers of {r['width']}, {r['batch']} x {r['seq']} tokens: {r['ms']:.1f} ms "
         f"({r['ms_low']:.1f} to {r['ms_high']:.1f}); {r['of']} busy {r['device_ms']:.1f} ms, {r['launches']:,} "

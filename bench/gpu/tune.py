@@ -27,6 +27,7 @@ from flashattn.score import Score
 from ..compiled import Kernel, compile_for
 from ..sass import tensor_loops
 from .context import Context, first_line, poisoned, tensors_of
+from .kernel_hashes import fix_hashes
 from .rules import Truth, judge
 
 TIMED = 6  # candidates of a row, besides the row
@@ -83,7 +84,7 @@ def sizes(row: Row, rehearse: bool) -> tuple[Size, Size]:
     if row.direction == "decode":
         return Size(2, 8, 2, 1, 600), Size(64, 32, 8, 1, 4096)
     heads = 2048 // row.head_dim
-    return Size(1, 4, 2, 300, 300), Size(4, heads, heads, 4096, 4096)
+    return Size(2, 4, 2, 300, 300), Size(4, heads, heads, 4096, 4096)
 
 
 def rows(context: Context) -> Iterator[dict]:
@@ -95,11 +96,10 @@ def rows(context: Context) -> Iterator[dict]:
     }
     with Compilers(1 if context.rehearse else os.cpu_count(), candidates) as compilers:
         for row in searched:
-            result = {
+            yield {
                 "case": f"{row.direction} at head_dim {row.head_dim}", "pass": row.direction, "head_dim": row.head_dim,
                 "dtype": "bfloat16", "row": text(tiles_of(row)), **result_of(context, row, compilers),
             }  # fmt: skip
-            yield result | {"text": line(result)}
 
 
 def result_of(context: Context, row: Row, compilers: Compilers) -> dict:
@@ -126,15 +126,22 @@ def search_row(context: Context, row: Row, compiled: list[Static]) -> dict:
     ranked = sorted((static for static in compiled if static.refused is None), key=promise)
     run = calls(row, large, context.device)(backend, torch.bfloat16)
 
-    def measure(found: list[Tiles]) -> dict[Tiles, tune.Times]:
-        times = context.measure(
-            {text(tiles): with_tiles(row, tiles, run) for tiles in found}, large.bytes(row.head_dim)
-        )
-        return {tiles: times[text(tiles)] for tiles in found}
-
     candidates = [static.tiles for static in ranked if static.tiles != tiles_of(row)][:TIMED]
+    changed: set[str] = set()  # what gave another result after the timing
+
+    def measure(found: list[Tiles]) -> dict[Tiles, tune.Times]:
+        named = {text(tiles): with_tiles(row, tiles, run) for tiles in found}
+        expected = named[text(tiles_of(row))]()
+
+        def check(name: str, results: tuple) -> None:
+            if not tune.is_same(results, expected):
+                changed.add(name)
+
+        times = context.measure(named, large.bytes(row.head_dim), after=check)
+        return {tiles: times[text(tiles)] for tiles in found if text(tiles) not in changed or tiles == tiles_of(row)}
+
     found = tune.search(tiles_of(row), candidates, right, measure)
-    return report(row, found, compiled)
+    return report(row, found, compiled, changed)
 
 
 def promise(static: Static) -> tuple[bool, float]:
@@ -142,12 +149,13 @@ def promise(static: Static) -> tuple[bool, float]:
     return static.tiles.stages == 1, float("inf") if static.slots is None else static.slots
 
 
-def report(row: Row, found: tune.Found, compiled: list[Static]) -> dict:
+def report(row: Row, found: tune.Found, compiled: list[Static], changed: set[str]) -> dict:
     """A result as JSON takes it. gain: the row's median over the best one's."""
     before, after = found.times[tiles_of(row)], found.times[found.best]
     refused = {text(static.tiles): static.refused for static in compiled if static.refused}
+    refused |= dict.fromkeys(changed, "another result after the timing")
     return {
-        "correct": True, "best": text(found.best), "changes": found.best != tiles_of(row),
+        "correct": text(tiles_of(row)) not in changed, "best": text(found.best), "changes": found.best != tiles_of(row),
         "gain": before.median / after.median,
         "seconds": {text(tiles): [x.median, x.low, x.high] for tiles, x in found.times.items()},
         "slots": {text(static.tiles): static.slots for static in compiled if not static.refused},
@@ -155,8 +163,16 @@ def report(row: Row, found: tune.Found, compiled: list[Static]) -> dict:
     }  # fmt: skip
 
 
+def summary(results: list[dict]) -> list[str]:
+    """The rows that would change come first."""
+    searched = sum("best" in result for result in results)
+    changed = sum(result.get("changes", False) for result in results)
+    ordered = sorted(results, key=lambda result: not result.get("changes", False))
+    title = f"{searched} rows of configs.py searched, {changed} would change; median (quartiles)"
+    return [title, *(line(result) for result in ordered)]
+
+
 def line(result: dict) -> str:
-    """What a reader of the summary wants to know."""
     if "best" not in result:
         return f"{result['case']}: {result.get('skipped') or result.get('failed')}"
     counts = f"{len(result['seconds']) - 1} timed, {len(result['refused'])} refused"
@@ -267,6 +283,7 @@ class Compilers:
 def compile_candidate(architecture: str, row: Row, tiles: Tiles) -> Static:
     """Compile one pass with these tiles, and leave it in Triton's cache."""
     torch.set_num_threads(1)
+    fix_hashes()
     run = calls(row, sizes(row, rehearse=False)[0], torch.device("cpu"))
     try:
         with compile_for(architecture) as kernels, tune.forced(row.direction, tiles):
