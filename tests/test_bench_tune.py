@@ -27,7 +27,10 @@ ROW = Tiles(64, 64, 8, 2)
 TABLE = {tiles for by_family in configs.ATTENTION.values() for rows in by_family.values() for *_, tiles in rows}
 
 
-@pytest.mark.parametrize("row", sorted(TABLE | {tiles for *_, tiles in configs.DECODE}), ids=str)
+LIMITS = {Tiles(16, 256, 4, 1), Tiles(256, 16, 8, 4)}
+
+
+@pytest.mark.parametrize("row", sorted(TABLE | LIMITS | {tiles for *_, tiles in configs.DECODE}), ids=str)
 def test_neighbours(row):
     found = tune.neighbours(row)
     changes = [sum(a != b for a, b in zip(tiles, row, strict=True)) for tiles in found]

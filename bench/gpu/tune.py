@@ -125,7 +125,6 @@ def search_row(context: Context, row: Row, compiled: list[Static]) -> dict:
         return {"correct": False, "failed": f"the row itself: {reason}"}
     ranked = sorted((static for static in compiled if static.refused is None), key=promise)
     run = calls(row, large, context.device)(backend, torch.bfloat16)
-
     candidates = [static.tiles for static in ranked if static.tiles != tiles_of(row)][:TIMED]
     changed: set[str] = set()  # what gave another result after the timing
 
