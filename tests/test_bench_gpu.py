@@ -210,7 +210,7 @@ def test_the_tests_of_the_gpu_become_rows(tmp_path, monkeypatch):
     assert "these differ" in rows["test_wrong"]["message"]
     assert "no such thing" in rows["test_broken"]["message"]
     assert rows["test_left_out"]["message"].endswith("no second device")
-    assert [name for name, row in rows.items() if not row["correct"]] == ["test_wrong", "test_broken"]
+    assert {name for name, row in rows.items() if not row["correct"]} == {"test_wrong", "test_broken"}
     assert results.read(tmp_path, "plan", "check")[0]["cases"] == 4
 
 
@@ -315,8 +315,10 @@ def test_state_of_the_card(tmp_path, monkeypatch):
     assert set(card.state(REHEARSAL._replace(name="NVIDIA H100")).values()) == {None}
 
 
-def test_summary_of_a_full_run_fits(tmp_path):
+def test_summary_of_a_full_run_fits(tmp_path, monkeypatch):
     """Every case at its true shapes, with made-up figures."""
+    # Tensors of many gigabytes are made: the memory of what is never written is never taken.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     for part, module in MEASURED.items():
         context = context_in(tmp_path, part, rehearse=False, compiling=True)
         for case in module.cases(False):
@@ -332,8 +334,8 @@ def test_summary_of_a_full_run_fits(tmp_path):
         results.append(tmp_path, "end", name, end)
     lines = summary.summarise(results.read(tmp_path))
     assert len(lines) < 100
-    assert max(map(len, lines)) <= 200
-    assert sum("flash" in line or "cudnn" in line for line in lines) > 20
+    assert max(map(len, lines)) <= summary.WIDTH
+    assert not [line for line in lines if "more lines" in line]
 
 
 def test_summary_says_what_is_wrong(tmp_path):

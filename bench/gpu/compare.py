@@ -46,6 +46,7 @@ def compare_all(context: Context, cases: list, comparison: Callable[[Context, ob
         except (DoesNotFitError, torch.OutOfMemoryError) as error:
             yield {"case": str(case), "skipped": first_line(error)}
         except Exception as error:
+            context.clock.wait()  # raises, and ends the part, where the error was the GPU's: nothing runs after it
             yield {"case": str(case), "variant": OURS, "failed": first_line(error), "correct": False}
 
 
@@ -63,6 +64,7 @@ def compare(context: Context, comparison: Comparison) -> Iterator[dict]:
                 outputs[name] = [x.clone() for x in checked_part(comparison, calls[name]())]
             before[name] = judge(outputs[name], truths[name])
         except Exception as error:
+            context.clock.wait()
             calls.pop(name, None)
             yield common | {"variant": name, "failed": first_line(error), "correct": name not in comparison.ours}
     after: dict[str, tuple[Verdict, bool]] = {}

@@ -11,7 +11,7 @@ from .context import first_line
 from .parts import PARTS, Part
 from .supervisor import describe
 
-MAX_LINES = 95
+MAX_LINES, WIDTH = 95, 210
 NAME = "summary.txt"
 
 
@@ -37,7 +37,7 @@ def summarise(lines: list[dict]) -> list[str]:
     for name, (title, *rest) in shorten(shown, MAX_LINES - len(fixed)).items():
         left = len(shown[name]) - 1 - len(rest)
         more = f" ({left} more lines in {results.NAME})" if left else ""
-        tables += [f"{name}: {title}{more}"[:200], *(f"  {line}".rstrip()[:200] for line in rest)]
+        tables += [f"{name}: {title}{more}"[:WIDTH], *(f"  {line}".rstrip()[:WIDTH] for line in rest)]
     return [*fixed, *tables]
 
 
