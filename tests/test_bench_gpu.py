@@ -121,7 +121,7 @@ def test_rows_of_a_rehearsal(rehearsal, part):
 def test_nothing_is_compiled_while_it_is_measured(rehearsal):
     """What is compiled beforehand, in other processes, is what is launched: Triton finds it in its cache on disk."""
     _, out = rehearsal
-    late = {line["part"]: line["kernels"] for line in results.read(out, "compiled")}
+    late = {line["part"]: line["compiled"] for line in results.read(out, "tail")}
     assert late.keys() == {"ceilings", *MEASURED, "host"}
     assert [name for name, _ in late.pop("ceilings")] == ["empty"]
     assert not any(late.values())
@@ -237,8 +237,7 @@ def test_wrong_results_are_found(tmp_path):
     spike = torch.ones(100)
     spike[7] = 1.015  # inside the mean, outside of what one element may be off
     for wrong in (off, spike, torch.full((100,), torch.nan)):
-        rows = compared(tmp_path, flashattn=lambda wrong=wrong: lambda: wrong.clone(), theirs=lambda: torch.ones_like)
-        assert not rows[OURS]["correct"]
+        assert not compared(tmp_path, flashattn=lambda wrong=wrong: lambda: wrong.clone())[OURS]["correct"]
     assert compared(tmp_path, flashattn=lambda: lambda: torch.full((100,), 1.0015))[OURS]["correct"]
 
 
@@ -267,6 +266,8 @@ def test_others_that_raise_are_rows(tmp_path):
     assert rows["other"]["failed"] == "RuntimeError: not supported"
     assert rows["other"]["correct"]
     assert rows[OURS]["correct"]
+    rows = compared(tmp_path, flashattn=lambda: lambda: torch.ones(100), other=lambda: lambda: torch.zeros(100))
+    assert (rows["other"]["in_bounds"], rows["other"]["correct"]) == (False, True)
     rows = compared(tmp_path, flashattn=raises, other=lambda: lambda: torch.ones(100))
     assert not rows[OURS]["correct"]
     assert rows["other"]["us"] > 0

@@ -3,7 +3,7 @@
 Each case of a part runs on empty CPU tensors of its true shapes, twice: once to list its kernels, and then, in as many
 processes as there are cores, to compile one that no other has compiled. What decides on a kernel (its source, the
 types, alignment and divisibility of its arguments, its options, the architecture) is the same as on the GPU, so the
-launches there find it in the cache; how many did not is in the "compiled" line of each part. Peers that torch.compile
+launches there find it in the cache; how many did not is in the "tail" line of each part. Peers that torch.compile
 has to compile are called once, on the GPU, for the sake of PyTorch's cache.
 """
 

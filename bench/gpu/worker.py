@@ -44,7 +44,7 @@ def write_rows(path: str, settings: Settings) -> None:
     misses = watch_compilations()
     with ready(context):
         write_all(module, context)
-    results.append(settings.out, "compiled", settings.part, {"kernels": misses})
+    results.append(settings.out, "tail", settings.part, {"compiled": misses, **card.state(settings.card)})
 
 
 def write_all(module, context: Context) -> None:
