@@ -121,7 +121,7 @@ def test_rows_of_a_rehearsal(rehearsal, part):
 def test_nothing_is_compiled_while_it_is_measured(rehearsal):
     """What is compiled beforehand, in other processes, is what is launched: Triton finds it in its cache on disk."""
     _, out = rehearsal
-    late = {line["part"]: line["kernels"] for line in results.read(out, "compiled")}
+    late = {line["part"]: line["compiled"] for line in results.read(out, "tail")}
     assert late.keys() == {"ceilings", *MEASURED, "host"}
     assert [name for name, _ in late.pop("ceilings")] == ["empty"]
     assert not any(late.values())
@@ -210,7 +210,7 @@ def test_the_tests_of_the_gpu_become_rows(tmp_path, monkeypatch):
     assert "these differ" in rows["test_wrong"]["message"]
     assert "no such thing" in rows["test_broken"]["message"]
     assert rows["test_left_out"]["message"].endswith("no second device")
-    assert [name for name, row in rows.items() if not row["correct"]] == ["test_wrong", "test_broken"]
+    assert {name for name, row in rows.items() if not row["correct"]} == {"test_wrong", "test_broken"}
     assert results.read(tmp_path, "plan", "check")[0]["cases"] == 4
 
 
@@ -237,8 +237,7 @@ def test_wrong_results_are_found(tmp_path):
     spike = torch.ones(100)
     spike[7] = 1.015  # inside the mean, outside of what one element may be off
     for wrong in (off, spike, torch.full((100,), torch.nan)):
-        rows = compared(tmp_path, flashattn=lambda wrong=wrong: lambda: wrong.clone(), theirs=lambda: torch.ones_like)
-        assert not rows[OURS]["correct"]
+        assert not compared(tmp_path, flashattn=lambda wrong=wrong: lambda: wrong.clone())[OURS]["correct"]
     assert compared(tmp_path, flashattn=lambda: lambda: torch.full((100,), 1.0015))[OURS]["correct"]
 
 
@@ -267,6 +266,8 @@ def test_others_that_raise_are_rows(tmp_path):
     assert rows["other"]["failed"] == "RuntimeError: not supported"
     assert rows["other"]["correct"]
     assert rows[OURS]["correct"]
+    rows = compared(tmp_path, flashattn=lambda: lambda: torch.ones(100), other=lambda: lambda: torch.zeros(100))
+    assert (rows["other"]["in_bounds"], rows["other"]["correct"]) == (False, True)
     rows = compared(tmp_path, flashattn=raises, other=lambda: lambda: torch.ones(100))
     assert not rows[OURS]["correct"]
     assert rows["other"]["us"] > 0
@@ -315,8 +316,10 @@ def test_state_of_the_card(tmp_path, monkeypatch):
     assert set(card.state(REHEARSAL._replace(name="NVIDIA H100")).values()) == {None}
 
 
-def test_summary_of_a_full_run_fits(tmp_path):
+def test_summary_of_a_full_run_fits(tmp_path, monkeypatch):
     """Every case at its true shapes, with made-up figures."""
+    # Tensors of many gigabytes are made: the memory of what is never written is never taken.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     for part, module in MEASURED.items():
         context = context_in(tmp_path, part, rehearse=False, compiling=True)
         for case in module.cases(False):
@@ -332,8 +335,8 @@ def test_summary_of_a_full_run_fits(tmp_path):
         results.append(tmp_path, "end", name, end)
     lines = summary.summarise(results.read(tmp_path))
     assert len(lines) < 100
-    assert max(map(len, lines)) <= 200
-    assert sum("flash" in line or "cudnn" in line for line in lines) > 20
+    assert max(map(len, lines)) <= summary.WIDTH
+    assert not [line for line in lines if "more lines" in line]
 
 
 def test_summary_says_what_is_wrong(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
 
-from .context import Context
+from .card import state
+from .context import Call, Context
 
 
 @triton.jit
@@ -26,7 +28,9 @@ def rows(context: Context) -> Iterator[dict]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    return [", ".join(f"{row['case']} {figure(row)}" for row in rows)]
+    first = rows[0]
+    load = f"{first['sm_clock_mhz']} MHz, {first['power_draw_w']} W, throttle {first['throttle']}"
+    return [", ".join(f"{row['case']} {figure(row)}" for row in rows) + f"; under load {load}"]
 
 
 def figure(row: dict) -> str:
@@ -43,7 +47,18 @@ def product(context: Context, size: int) -> dict:
     return {
         "case": f"product {size}^3 bfloat16", "us": times.median * 1e6, "tflops": flops / times.median / 1e12,
         "tflops_low": flops / times.high / 1e12, "tflops_high": flops / times.low / 1e12, "runs": times.runs,
+        **state_under_load(context, lambda: a @ b),
     }  # fmt: skip
+
+
+def state_under_load(context: Context, call: Call) -> dict:
+    """Clocks, power and throttle reason while the GPU works."""
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(state, context.card)
+        while not found.done():
+            call()
+            context.clock.wait()
+    return found.result()
 
 
 def copy(context: Context, elements: int) -> dict:

@@ -11,7 +11,7 @@ from ..named_kernel import UsageError
 from . import rules
 from .parts import PARTS, choose
 
-BUDGET = 240.0
+BUDGET, REHEARSAL_BUDGET = 240.0, 1800.0
 DESCRIPTION = """\
 Measures and checks everything on the GPU of this machine, within a budget, in parts. Each part runs in a process of its
 own: one that fails, hangs or runs out of time costs no other. Each row is written to results.jsonl at once, so that
@@ -32,7 +32,8 @@ def add_parser(commands) -> None:
         epilog=f"parts, in the order they run:\n{parts}\n\nrules:\n{rules.TEXT}\n\nexit codes: 0 all is right, 1 a row "
         "is WRONG or a part failed, 2 no GPU or wrong usage",
     )  # fmt: skip
-    command.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default %(default)s")
+    budgets = f"default {BUDGET:.0f}, of a rehearsal {REHEARSAL_BUDGET:.0f}"
+    command.add_argument("--budget", type=float, metavar="SECONDS", help=budgets)
     command.add_argument("--only", action="extend", nargs="+", choices=PARTS, metavar="PART", help="only these parts")
     command.add_argument("--out", type=Path, metavar="DIRECTORY", help="default bench/out/gpu-CARD-DATE-TIME")
     command.add_argument("--rehearse", action="store_true", help="without a GPU: every part, at the smallest sizes")
@@ -44,8 +45,9 @@ def run(args) -> int:
     from .summary import is_right, print_summary
     from .supervisor import Run, run_all
 
-    if args.budget <= 0:
-        raise UsageError(f"--budget takes seconds above 0, got {args.budget}")
+    budget = args.budget if args.budget is not None else REHEARSAL_BUDGET if args.rehearse else BUDGET
+    if budget <= 0:
+        raise UsageError(f"--budget takes seconds above 0, got {budget}")
     card = REHEARSAL if args.rehearse else find_card()
     if card is None:
         raise UsageError("bench gpu needs a GPU, and PyTorch finds none here; --rehearse runs it on the CPU")
@@ -54,7 +56,7 @@ def run(args) -> int:
     if (out / "results.jsonl").exists():
         raise UsageError(f"--out takes a directory without results, {out} has some")
     print(f"{card.name}: results go to {out}")
-    this = Run(choose(args.only), args.budget, out, card, args.rehearse)
+    this = Run(choose(args.only), budget, out, card, args.rehearse)
     try:
         run_all(this)
     finally:

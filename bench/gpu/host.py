@@ -15,7 +15,6 @@ from flashattn.cache import KVCache
 
 from .compare import OURS, Comparison
 from .context import Call, Context, first_line
-from .peers import sdpa
 from .rules import Truth
 from .tables import by_case
 
@@ -85,17 +84,17 @@ def qkv(context: Context, case: Case) -> list[Tensor]:
 
 def attention(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
     x = qkv(context, case)
-    attend = sdpa("flash", False, context.rehearse)
-    return {OURS: lambda: lambda: flashattn.attention(*x), TORCH: lambda: lambda: attend(*x)}
+    theirs = functional.scaled_dot_product_attention
+    return {OURS: lambda: lambda: flashattn.attention(*x), TORCH: lambda: lambda: theirs(*x)}
 
 
 def attention_backward(context: Context, case: Case) -> dict[str, Callable[[], Call]]:
     x = [t.requires_grad_() for t in qkv(context, case)]
     grad = torch.ones_like(x[0])
-    attend = sdpa("flash", False, context.rehearse)
+    theirs = functional.scaled_dot_product_attention
     return {
         OURS: lambda: lambda: torch.autograd.grad(flashattn.attention(*x), x, grad),
-        TORCH: lambda: lambda: torch.autograd.grad(attend(*x), x, grad),
+        TORCH: lambda: lambda: torch.autograd.grad(theirs(*x), x, grad),
     }
 
 

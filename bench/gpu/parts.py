@@ -24,18 +24,18 @@ class Part(NamedTuple):
 PARTS = {
     part.name: part
     for part in (
-        Part("ceilings", 8, "what this card does at most: a large bf16 product, a large copy, an empty launch"),
-        Part("precompile", 35, "compiles what the chosen parts below launch, on all cores (always runs before them)"),
-        Part("check", 75, "what pytest -m gpu runs, on all cores; a row for each test"),
-        Part("attention", 50, "forward and backward in TFLOP/s, against SDPA's backends, FlexAttention, flash_attn"),
-        Part("decode", 18, "one new token against a cache, contiguous and in pages, in GB/s"),
-        Part("varlen", 10, "packed sequences of different lengths, forward and backward, in TFLOP/s"),
-        Part("norms", 24, "LayerNorm and RMSNorm, forward and backward, in GB/s, against PyTorch's and compiled ones"),
-        Part("features", 16, "what each feature of attention costs on top of the plain call"),
-        Part("host", 10, "microseconds a call takes before its kernel starts, eager and in a CUDA graph"),
-        Part("tune", 6, "neighbours of the tile sizes in configs.py, best first"),
-        Part("counters", 4, "what Nsight Compute counts beside what the PTX machine counts"),
-        Part("profile", 4, "a trace of one training step of a small Llama, and the kernels' share of it"),
+        Part("ceilings", 6, "what this card does at most: a large bf16 product, a large copy, an empty launch"),
+        Part("precompile", 26, "compiles what the chosen parts below launch, on all cores (always runs before them)"),
+        Part("check", 105, "what pytest -m gpu runs, on all cores; a row for each test"),
+        Part("attention", 46, "forward and backward in TFLOP/s, against SDPA's backends, FlexAttention, flash_attn"),
+        Part("decode", 13, "one new token against a cache, contiguous and in pages, in GB/s"),
+        Part("varlen", 5, "packed sequences of different lengths, forward and backward, in TFLOP/s"),
+        Part("norms", 15, "LayerNorm and RMSNorm, forward and backward, in GB/s, against PyTorch's and compiled ones"),
+        Part("features", 14, "what each feature of attention costs on top of the plain call"),
+        Part("host", 5, "microseconds a call takes before its kernel starts, eager and in a CUDA graph"),
+        Part("tune", 4, "neighbours of the tile sizes in configs.py, best first"),
+        Part("counters", 3, "what Nsight Compute counts beside what the PTX machine counts"),
+        Part("profile", 3, "a trace of one training step of a small Llama, and the kernels' share of it"),
     )
 }
 # Parts whose launches are compiled beforehand.

@@ -3,7 +3,7 @@
 Each case of a part runs on empty CPU tensors of its true shapes, twice: once to list its kernels, and then, in as many
 processes as there are cores, to compile one that no other has compiled. What decides on a kernel (its source, the
 types, alignment and divisibility of its arguments, its options, the architecture) is the same as on the GPU, so the
-launches there find it in the cache; how many did not is in the "compiled" line of each part. Peers that torch.compile
+launches there find it in the cache; how many did not is in the "tail" line of each part. Peers that torch.compile
 has to compile are called once, on the GPU, for the sake of PyTorch's cache.
 """
 
@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
 import torch
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
 import flashattn
@@ -109,12 +110,18 @@ def compiling(architecture: str, wanted: Callable[[str, str], bool]) -> Iterator
     def compile_if_wanted(self, key, *args):
         return compile_it(self, key, *args) if wanted(self.__name__, f"{self.__name__} {key}") else None
 
-    with compiled.compile_only(architecture), flashattn.use_backend("triton"):
+    with compiled.compile_only(architecture, build_launcher), flashattn.use_backend("triton"):
         JITFunction._do_compile = compile_if_wanted
         try:
             yield
         finally:
             JITFunction._do_compile = compile_it
+
+
+def build_launcher(kernel) -> None:
+    """Triton before 3.7 has the C compiler make a launcher for each signature when a kernel is first launched."""
+    if kernel is not None and hasattr(nvidia, "make_launcher") and torch.version.cuda is not None:
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def run_job(settings: Settings, job: Job) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """results.jsonl of a run: one JSON object a line, each on disk as soon as it is known.
 
 kind: "head" (once a part: versions, card, clocks), "plan" (how many cases a part has), "row" (a measurement),
-"compiled" (what the disk cache lacked), "error", "end" (how a part ended: done, stopped or failed). `part` says whose.
+"tail" (kernels that the disk cache lacked, clocks), "error", "end" (how a part ended: done, stopped or failed).
 """
 
 from __future__ import annotations

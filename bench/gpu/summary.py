@@ -11,7 +11,7 @@ from .context import first_line
 from .parts import PARTS, Part
 from .supervisor import describe
 
-MAX_LINES = 95
+MAX_LINES, WIDTH = 95, 210
 NAME = "summary.txt"
 
 
@@ -37,7 +37,7 @@ def summarise(lines: list[dict]) -> list[str]:
     for name, (title, *rest) in shorten(shown, MAX_LINES - len(fixed)).items():
         left = len(shown[name]) - 1 - len(rest)
         more = f" ({left} more lines in {results.NAME})" if left else ""
-        tables += [f"{name}: {title}{more}"[:200], *(f"  {line}".rstrip()[:200] for line in rest)]
+        tables += [f"{name}: {title}{more}"[:WIDTH], *(f"  {line}".rstrip()[:WIDTH] for line in rest)]
     return [*fixed, *tables]
 
 
@@ -54,19 +54,20 @@ def head_lines(lines: list[dict]) -> list[str]:
     if not heads:
         return ["no part has begun"]
     h = heads[0]
-    clocks = [f"{x['sm_clock_mhz']:.0f}" for x in heads if isinstance(x.get("sm_clock_mhz"), float)]
-    reasons = sorted({x["throttle"] for x in heads if x.get("throttle")})
+    tails = [x for x in lines if x["kind"] == "tail"]
+    clocks = [f"{x['sm_clock_mhz']:.0f}" for x in tails if isinstance(x.get("sm_clock_mhz"), float)]
+    reasons = sorted({x["throttle"] for x in tails if x.get("throttle")})
     return [
         f"{h['name']} ({h['architecture']}, {h['multiprocessors']} multiprocessors, L2 {h['l2_bytes'] / 1e6:.0f} MB), "
         f"driver {h['driver']}, power limit {h['power_limit_w']} W; {h['date']}",
         f"torch {h['torch']}, triton {h['triton']}, flashattn {h['flashattn']} {h['commit']}"
-        f"{' with changes' if h['dirty'] else ''}, CUDA {h['cuda']}; SM clock at the start of each part "
+        f"{' with changes' if h['dirty'] else ''}, CUDA {h['cuda']}; SM clock at the end of each part "
         f"{' '.join(clocks) or '-'} MHz, throttle {'; '.join(reasons) or '-'}",
     ]
 
 
 def end_lines(lines: list[dict]) -> list[str]:
-    late = {x["part"]: len(x["kernels"]) for x in lines if x["kind"] == "compiled"}
+    late = {x["part"]: len(x["compiled"]) for x in lines if x["kind"] == "tail"}
     return [
         describe(x) + (f"; {late[x['part']]} kernels compiled meanwhile" if late.get(x["part"]) else "")
         for x in lines

@@ -15,6 +15,9 @@ from .card import Card
 from .context import Settings
 from .parts import Part
 
+# Imported once, in the process that those of the parts are forked from; the latter for peers that are compiled.
+PRELOADED = ["bench.gpu.worker", "torch._dynamo", "torch._inductor.compile_fx"]
+
 
 class Run(NamedTuple):
     """What all parts of a run have in common."""
@@ -29,8 +32,10 @@ class Run(NamedTuple):
 def run_all(run: Run, say: Callable[[str], None] = print) -> None:
     """A part gets its share of the time that is left, beside those to come: what one leaves over goes to the next."""
     start = time.perf_counter()
+    # Processes of PyTorch's own, as many as cores in each that compiles, would take longer to start than to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["bench.gpu.worker"])  # imported once, and no part waits for it
+    processes.set_forkserver_preload(PRELOADED[: 1 if run.rehearse else None])
     for place, part in enumerate(run.parts):
         left = run.budget - (time.perf_counter() - start)
         seconds = left * part.share / sum(p.share for p in run.parts[place:])

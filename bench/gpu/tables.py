@@ -16,7 +16,7 @@ def grid(rows: list[dict], label: Callable[[dict], str], column: str) -> list[st
         if column in row:
             lines.setdefault(label(row), {}).setdefault(row[column], []).append(row)
     cells = {name: "  ".join(f"{value}: {cell(of)}" for value, of in sorted(of.items())) for name, of in lines.items()}
-    return [f"{name:<32} {text}" for name, text in cells.items()] + failures(rows, column)
+    return [f"{name:<30} {text}" for name, text in cells.items()] + failures(rows, column)
 
 
 def failures(rows: list[dict], column: str) -> list[str]:
@@ -36,9 +36,12 @@ def cell(rows: list[dict]) -> str:
     return f"{ours.get('tflops') or ours.get('gbps', 0):,.0f}{share}{wrong}{fastest}"
 
 
+SHORT = {"efficient": "eff"}
+
+
 def against(row: dict) -> str:
     """ "flash 1.25x", ~1.02x where the spread is larger than the difference from 1."""
-    return f"{row['variant']} {'~' if row['unsure'] else ''}{row['ratio']:.2f}x"
+    return f"{SHORT.get(row['variant'], row['variant'])} {'~' if row['unsure'] else ''}{row['ratio']:.2f}x"
 
 
 def by_case(rows: list[dict]) -> dict[str, list[dict]]:
