@@ -1,4 +1,4 @@
-"""The command line: python -m bench attention|cpu|features|models|ptx|compiled.
+"""The command line: python -m bench attention|cpu|features|models|ptx|compiled|gpu.
 
 Exit codes: 0 all results correct, 1 one is wrong, 2 wrong usage.
 """
@@ -17,6 +17,7 @@ import flashattn
 
 from . import attention, compiled_report
 from .attention import Case
+from .gpu import command as gpu_command
 from .measure import keep_memory_warm
 from .named_kernel import UsageError
 from .ptx import command as ptx_command
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_models(commands)
     ptx_command.add_parser(commands)
     add_compiled(commands)
+    gpu_command.add_parser(commands)
     return top
 
 
@@ -169,13 +171,22 @@ def run_cpu(args) -> int:
     return 0 if all(r.correct for r in results) else 1
 
 
+def find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        raise UsageError(f"--device takes a device that is here, got {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def run_attention(args) -> int:
     if args.shape:
         cases = [Case(*args.shape, args.dtype, args.causal, args.backward)]
     else:
         cases = attention.QUICK if args.quick else attention.FULL
     seconds = args.seconds if args.seconds is not None else 0.5 if args.quick else 2.0
-    device = torch.device(args.device)
+    device = find_device(args.device)
     with flashattn.use_backend(args.backend) if args.backend else contextlib.nullcontext():
         results = print_table(attention.run(case, device, seconds) for case in cases)
     if args.json:
@@ -187,7 +198,7 @@ def run_attention(args) -> int:
 
 COMMANDS = {
     "attention": run_attention, "cpu": run_cpu, "features": run_features, "ptx": ptx_command.run,
-    "compiled": run_compiled, "models": run_models,
+    "compiled": run_compiled, "models": run_models, "gpu": gpu_command.run,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -20,9 +20,9 @@ from typing import ClassVar, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 import flashattn.backends
+from flashattn.kernels import tune
 
 WAVE_64 = ("gfx90a", "gfx942", "gfx950")  # AMD architectures with 64 threads in a wavefront; the others have 32
 # Names of the matrix instructions in SASS and in AMD assembly.
@@ -115,22 +115,18 @@ def driver(replacement: NoDriver) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compile_only(architecture: str, report: Callable[[object], None] = lambda compiled: None) -> Iterator[None]:
+    """Within the block every Triton launch compiles for `architecture`, is reported, and does not run."""
+    with driver(NoDriver(architecture)), tune.compile_only(report):
+        yield
+
+
+@contextlib.contextmanager
 def compile_for(architecture: str) -> Iterator[list[Kernel]]:
     """Within the block every Triton launch compiles for `architecture` and is reported in the list, but not run."""
     kernels: list[Kernel] = []
-    launch = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels.append(inspect(compiled, architecture))
-        return compiled
-
-    with driver(NoDriver(architecture)):
-        JITFunction.run = compile_only
-        try:
-            yield kernels
-        finally:
-            JITFunction.run = launch
+    with compile_only(architecture, lambda compiled: kernels.append(inspect(compiled, architecture))):
+        yield kernels
 
 
 def inspect(compiled, architecture: str) -> Kernel:

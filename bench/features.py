@@ -35,10 +35,18 @@ FEATURES: dict[str, Callable[[tuple[int, ...], torch.dtype], dict]] = {
     "sinks, with their gradient": lambda s, d: dict(sinks=torch.randn(s[1]).to(d).requires_grad_()),
     "dropout_p": lambda s, d: dict(dropout_p=0.1, seed=1),
     "block_mask, none left out": lambda s, d: dict(
-        block_mask=create_block_mask(lambda b, h, i, j: i - j < s[2], None, None, s[2], s[2], "cpu")
+        block_mask=create_block_mask(
+            lambda b, h, i, j: i - j < s[2], None, None, s[2], s[2], torch.get_default_device()
+        )
     ),
     "score_mod": lambda s, d: dict(score_mod=lambda score, b, h, i, j: score - (i - j).abs() * 0.01),
 }
+
+
+def options_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> dict:
+    """The arguments of a feature, their tensors on `device`."""
+    with device:
+        return FEATURES[name](shape, dtype)
 
 
 class Cost(NamedTuple):
@@ -94,7 +102,7 @@ def plain_error(shape: tuple[int, ...], dtype: torch.dtype) -> float:
 
 def measure(name: str, dtype: torch.dtype, shape: tuple[int, ...], seconds: float) -> Cost:
     q, k, v, grad = tensors(shape, dtype)
-    options = FEATURES[name](shape, dtype)
+    options = options_of(name, shape, dtype)
     with_feature, plain = step(q, k, v, grad, options), step(q, k, v, grad, {})
     # Each pair's ratio is that of the plain call to the one with the feature.
     times: list[Pair] = [pair(a, b, CPU, seconds) for a, b in zip(with_feature, plain, strict=True)]

@@ -32,7 +32,7 @@ if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
 
     from ..kernels import backward as backward_kernels
-    from ..kernels import compiler, configs, generate
+    from ..kernels import compiler, configs, generate, tune
     from ..kernels import decode as decode_kernels
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
@@ -75,7 +75,7 @@ def on_its_device(verb):
         if not x.is_cuda:
             return verb(x, *args)
         with torch.cuda.device(x.device):
-            return verb(x, *args)
+            return tune.call(verb, x, *args)
 
     return guarded
 
@@ -135,6 +135,7 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     cols = tuple(max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
     tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), score.score_mod is not None)
+    tiles = tune.tiles_for(direction, q, v, score, tiles)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
     if block_mask is not None:

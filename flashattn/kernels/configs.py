@@ -135,8 +135,11 @@ class Pairs(NamedTuple):
     dropout: bool = False  # whose random numbers change their layout through shared memory
 
 
+PLAIN = Pairs()
+
+
 def attention_tiles(
-    direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs, modified: bool = False
+    direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs = PLAIN, modified: bool = False
 ) -> Tiles:
     """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode") that fit the architecture's shared memory.
 

@@ -1,0 +1,136 @@
+"""Part "attention": forward and backward alone, at the shapes of Shah et al., "FlashAttention-3" (2024): 16,384 tokens
+and a hidden size of 2,048 in all; and batch 1 with 64 query and 8 key heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import flashattn
+
+from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
+from .context import Call, Context
+from .peers import attention_peers, flex
+from .rules import attention_flops
+from .tables import COMPARED, attention_mask, grid
+
+
+class Case(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    seq: int
+    head_dim: int
+    causal: bool
+    backward: bool
+    flex: bool = False  # against FlexAttention, which is compiled for each shape, and no other
+
+
+TOKENS, HIDDEN = 16384, 2048
+
+
+def cases(rehearse: bool) -> list[Case]:
+    """Long sequences and the usual head_dim first: the end of the list is what a short budget loses."""
+    if rehearse:
+        return [
+            Case(1, 1, 1, 130, 16, True, False),
+            Case(1, 2, 1, 70, 16, True, True),
+            Case(1, 1, 1, 128, 16, False, False, flex=True),
+        ]
+    passes = [(causal, backward) for backward in (False, True) for causal in (True, False)]
+
+    def paper(seq: int, head_dim: int, causal: bool, backward: bool, flex: bool = False) -> Case:
+        heads = HIDDEN // head_dim
+        return Case(TOKENS // seq, heads, heads, seq, head_dim, causal, backward, flex)
+
+    first = [paper(seq, dim, *p) for seq in (4096, 16384) for dim in (128, 64) for p in passes]
+    grouped = [Case(1, 64, 8, seq, 128, True, backward) for seq in (4096, 8192) for backward in (False, True)]
+    rest = [paper(seq, dim, *p) for seq in (8192, 2048, 1024, 512) for dim in (128, 64) for p in passes]
+    wide = [paper(seq, 256, *p) for seq in (4096, 16384, 8192, 2048, 1024, 512) for p in passes]
+    compiled = [paper(4096, 128, *p, flex=True) for p in passes]
+    return first + grouped + wide[:8] + rest + wide[8:] + compiled
+
+
+def rows(context: Context) -> Iterator[dict]:
+    yield from compare_all(context, cases(context.rehearse), comparison)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    compiled = {row["case"] for row in rows if row.get("variant") == "flex"}
+    usual = grid([row for row in rows if row["case"] not in compiled], label, "seq")
+    by_dim = grid([row for row in rows if row["case"] in compiled], attention_mask, "head_dim")
+    return [f"TFLOP/s by seq, {COMPARED}; last by head_dim, 4,096 tokens, against FlexAttention", *usual, *by_dim]
+
+
+def label(row: dict) -> str:
+    grouped = "" if row["heads"] == row["kv_heads"] else f", {row['heads']}/{row['kv_heads']} heads"
+    return f"{attention_mask(row)} {row['head_dim']}{grouped}"
+
+
+def comparison(context: Context, case: Case) -> Comparison:
+    inputs = make_inputs(context, case)
+    touched = bytes_of(inputs)
+    sets = copies_of(context, inputs, touched)
+    make = prepare_backward if case.backward else prepare_forward
+    peers = {"flex": lambda: flex(case.causal, case.seq, context.device, context.rehearse)}
+    if not case.flex:
+        peers = attention_peers(case.causal, context.rehearse)
+    variants: dict[str, Callable[[], Call]] = {
+        name: lambda attend=attend: make(attend(), sets)
+        for name, attend in {OURS: lambda: lambda *x: flashattn.attention(*x, causal=case.causal), **peers}.items()
+    }
+    group = case.heads // case.kv_heads
+
+    def part_of(results: list[Tensor]) -> list[Tensor]:
+        """Of batch row 0 the first key/value head and the query heads that share it."""
+        return [x[:1, : (1 if i in (1, 2) else group)] for i, x in enumerate(results)]
+
+    def truth():
+        q, k, v, grad = (x[:1, : (1 if i in (1, 2) else group)] for i, x in enumerate(inputs))
+
+        def call(q, k, v, grad):
+            out = flashattn.attention(q, k, v, causal=case.causal)
+            return torch.autograd.grad(out, (q, k, v), grad) if case.backward else [out]
+
+        return reference_truth(call, [*(x.detach().requires_grad_() for x in (q, k, v)), grad])
+
+    settings = {"pass": "backward" if case.backward else "forward", **case._asdict(), "dtype": "bfloat16"}
+    settings.pop("backward"), settings.pop("flex")
+    flops = attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
+    return Comparison(
+        name_of(case), settings, variants, touched, truth, part_of, flops=flops,
+        compiled=("flex",) if case.flex else (),
+    )  # fmt: skip
+
+
+def name_of(case: Case) -> str:
+    kind = f"{'backward' if case.backward else 'forward'} {'causal' if case.causal else 'full'}"
+    heads = f"{case.heads}" if case.heads == case.kv_heads else f"{case.heads}/{case.kv_heads}"
+    return f"{kind} {case.batch} x {heads} x {case.seq} x {case.head_dim}" + (", compiled peer" if case.flex else "")
+
+
+def make_inputs(context: Context, case: Case) -> list[Tensor]:
+    """q, k, v and the gradient of out."""
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    inputs = [context.randn(case.batch, n, case.seq, case.head_dim) for n in heads]
+    return [x.requires_grad_(case.backward) for x in inputs[:3]] + inputs[3:]
+
+
+def prepare_forward(attend: Callable, sets: list[list[Tensor]]) -> Call:
+    def call_of(q, k, v, _) -> Call:
+        return lambda: attend(q, k, v)
+
+    return in_turn([call_of(*x) for x in sets])
+
+
+def prepare_backward(attend: Callable, sets: list[list[Tensor]]) -> Call:
+    """The backward pass alone; its forward runs here, once."""
+
+    def call_of(q, k, v, grad) -> Call:
+        out = attend(q, k, v)
+        return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+    return in_turn([call_of(*x) for x in sets])

@@ -1,0 +1,121 @@
+"""What runs here: the card, its state, the versions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+import flashattn
+
+ROOT = Path(__file__).parents[2]
+
+
+class Card(NamedTuple):
+    name: str
+    architecture: str  # "sm_90", "gfx942"
+    multiprocessors: int
+    l2_bytes: int
+    memory_bytes: int
+    uuid: str | None
+
+
+# What a rehearsal pretends to have. Without an L2 one copy of the inputs is enough.
+REHEARSAL = Card("rehearsal", "sm_90", 132, 0, 0, None)
+
+
+def find_card() -> Card | None:
+    """The current GPU; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip is None:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    else:
+        architecture = properties.gcnArchName.split(":")[0]
+    uuid = getattr(properties, "uuid", None)
+    return Card(
+        properties.name, architecture, properties.multi_processor_count, properties.L2_cache_size,
+        properties.total_memory, None if uuid is None else f"GPU-{uuid}",
+    )  # fmt: skip
+
+
+def head(card: Card) -> dict:
+    """What must be known of a run to believe its figures. What cannot be found out is None."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "pid": os.getpid(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "flashattn": flashattn.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **card._asdict(),
+        **state(card),
+    }
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# Name here to nvidia-smi's.
+FIELDS = {
+    "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit", "power_draw_w": "power.draw", "temperature_c": "temperature.gpu",
+    "throttle": "clocks_throttle_reasons.active", "memory_mib": "memory.total",
+}  # fmt: skip
+# Bits of the throttle reason (NVML, nvmlClocksThrottleReasons).
+THROTTLE = {
+    0x1: "idle", 0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
+    0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake", 0x100: "display clocks",
+}  # fmt: skip
+
+
+def state(card: Card) -> dict[str, float | str | None]:
+    """Clocks, power, temperature now, by nvidia-smi. A field that one version does not know spoils a query of several,
+    so they are then asked for one by one."""
+    if card == REHEARSAL or torch.version.cuda is None:
+        return dict.fromkeys(FIELDS)
+    found = query(list(FIELDS.values()), card) or [(query([field], card) or [None])[0] for field in FIELDS.values()]
+    values = {name: number(text) for name, text in zip(FIELDS, found, strict=True)}
+    return values | {"throttle": throttle_reasons(values["throttle"])}
+
+
+def query(fields: list[str], card: Card) -> list[str] | None:
+    chosen = ["-i", card.uuid] if card.uuid else []
+    command = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = done.stdout.strip().splitlines()[0].split(", ") if done.returncode == 0 and done.stdout.strip() else []
+    return values if len(values) == len(fields) else None
+
+
+def number(text: str | None) -> float | str | None:
+    """nvidia-smi writes [N/A] and the like for what a card does not tell."""
+    if text is None or text.startswith("["):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def throttle_reasons(value: float | str | None) -> str | None:
+    """0x0000000000000004 as "power cap"."""
+    if not isinstance(value, str) or not value.startswith("0x"):
+        return None
+    bits = int(value, 16)
+    return ", ".join(name for bit, name in THROTTLE.items() if bits & bit) or "none"

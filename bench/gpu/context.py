@@ -1,0 +1,219 @@
+"""What a part gets to work with: the device, the time that is left, data, and the measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import flashattn
+
+from . import results
+from .card import Card
+from .clock import GpuClock, RehearsalClock
+
+GRAPH_BELOW = 100e-6  # seconds of a launch
+MAX_COPIES = 64  # of small inputs: more would only measure the allocator
+MAX_LAUNCHES = 400  # of a batch
+
+Call = Callable[[], object]
+
+
+class DoesNotFitError(RuntimeError):
+    """A case is too large for the card's memory."""
+
+
+class Times(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    low: float  # quartiles
+    high: float
+    runs: int  # rounds, each a batch of calls
+    by: str  # "graph" or "events"
+    samples: tuple[float, ...]  # of each round, in order: the rounds of variants measured together correspond
+
+
+class Batch(NamedTuple):
+    """A call as often as one measurement takes it."""
+
+    run: Callable[[], None]
+    launches: int
+    seconds: float  # of one call, about
+    by: str
+    last: list  # what the last call returned
+
+
+class Settings(NamedTuple):
+    """What the parent tells the process of a part."""
+
+    part: str
+    chosen: tuple[str, ...]  # names of all parts of this run
+    out: Path
+    card: Card
+    rehearse: bool
+    seconds: float
+
+
+class Context:
+    def __init__(self, settings: Settings, compiling: bool = False):
+        """compiling: nothing is launched, tensors are empty and lie on the CPU."""
+        self.settings, self.compiling = settings, compiling
+        self.rehearse, self.card, self.out = settings.rehearse, settings.card, settings.out
+        self.device = torch.device("cpu" if self.rehearse or compiling else "cuda")
+        self.clock = RehearsalClock() if self.rehearse else GpuClock()
+        self._deadline = time.perf_counter() + settings.seconds
+
+    def remaining(self) -> float:
+        """Seconds left of this part's budget; past it the parent ends the process."""
+        return self._deadline - time.perf_counter()
+
+    def plan(self, cases: int) -> None:
+        """Say how many cases the part has, for the line "stopped after N of M"."""
+        results.append(self.out, "plan", self.settings.part, {"cases": cases})
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        if self.compiling:
+            return torch.empty(shape, dtype=dtype)
+        return torch.randn(shape, device=self.device, dtype=torch.float32 if self.rehearse else dtype).to(dtype)
+
+    def need(self, size: int) -> None:
+        """Raise DoesNotFitError unless so many bytes, and a tenth more, are free on the card."""
+        if self.device.type == "cpu":
+            return
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if 1.1 * size > free:
+            raise DoesNotFitError(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} are free")
+
+    def copies(self, bytes_touched: int) -> int:
+        """How many copies of the inputs, taken in turn, exceed three times the L2."""
+        return max(1, min(MAX_COPIES, -(-3 * self.card.l2_bytes // max(1, bytes_touched))))
+
+    @functools.cached_property
+    def ceilings(self) -> dict[str, float]:
+        """TFLOP/s and GB/s that this run measured so far, by "tflops" and "gbps"."""
+        rows = results.read(self.out, "row", "ceilings")
+        return {unit: row[unit] for row in rows for unit in ("tflops", "gbps") if row.get(unit)}
+
+    def measure(
+        self,
+        calls: dict[str, Call],
+        bytes_touched: int = 0,
+        *,
+        warm: bool = False,
+        after: Callable[[str, object], None] | None = None,
+    ) -> dict[str, Times]:
+        """Time calls without arguments, taking turns. A call that touches less than three times the L2 should take
+        copies of its inputs in turn (`copies` says how many), so that each batch passes over all of them; warm: not.
+
+        after: gets each name and what its last call returned, once the timing is over, into memory that was filled
+        with NaN where a graph wrote it.
+        """
+        passes = 1 if warm else self.copies(bytes_touched)
+        batches = {name: self._batch(call, passes) for name, call in calls.items()}
+        samples: dict[str, list[float]] = {name: [] for name in batches}
+        names = list(batches)
+        once = sum(batch.launches * batch.seconds for batch in batches.values())
+        least, most = self.clock.rounds
+        for turn in range(max(least, min(most, int(self.clock.seconds * len(names) / once)))):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(self.clock.time(batches[name].run) / batches[name].launches)
+        if after is not None:
+            for name, batch in batches.items():
+                if batch.by == "graph":
+                    fill_with_nan(batch.last[0])
+                    batch.run()
+                    self.clock.wait()
+                after(name, batch.last[0])
+        return {name: summarise(samples[name], batch.by) for name, batch in batches.items()}
+
+    def host_seconds(self, call: Call) -> Times:
+        """Seconds of the host for one call, the queue never full and the GPU not waited for."""
+        calls = self.clock.host_calls
+        for _ in range(calls // 10):  # a warm-up
+            call()
+        return self._rounds(lambda: self.clock.host_time(lambda: [call() for _ in range(calls)]) / calls, "host")
+
+    def measure_graph(self, call: Call) -> tuple[Times, Times]:
+        """Seconds of one call in a CUDA graph of many: of the GPU, and of the host that replays it."""
+        calls = self.clock.host_calls
+        replay = self.clock.capture(lambda: [call() for _ in range(calls)])
+        replay()
+        gpu = self._rounds(lambda: self.clock.time(replay) / calls, "graph")
+        return gpu, self._rounds(lambda: self.clock.host_time(replay) / calls, "host")
+
+    def _rounds(self, seconds: Callable[[], float], by: str) -> Times:
+        return summarise([seconds() for _ in range(self.clock.rounds[1])], by)
+
+    def _batch(self, call: Call, passes: int) -> Batch:
+        seconds = self.clock.estimate(call)
+        launches = max(passes, min(MAX_LAUNCHES, int(self.clock.batch_seconds / seconds) + 1))
+        last: list = [None]
+
+        def run() -> None:
+            for _ in range(launches):
+                last[0] = call()
+
+        if seconds >= GRAPH_BELOW:
+            return Batch(run, launches, seconds, "events", last)
+        try:
+            return Batch(self.clock.capture(run), launches, seconds, "graph", last)
+        except RuntimeError as error:  # what cannot be captured is launched one by one, and says so
+            self.clock.wait()
+            return Batch(run, launches, seconds, f"events, not captured: {first_line(error)}", last)
+
+
+def summarise(samples: list[float], by: str) -> Times:
+    ordered = sorted(samples)
+    quarter = len(ordered) // 4
+    return Times(
+        statistics.median(ordered), ordered[quarter], ordered[-1 - quarter], len(ordered), by, tuple(samples)
+    )  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def tensors_of(outputs) -> list[Tensor]:
+    """What a call returned, a tensor or several."""
+    return [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
+
+
+def fill_with_nan(outputs) -> None:
+    for x in tensors_of(outputs):
+        x.detach().fill_(float("nan"))
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the block memory that is not initialised is filled with NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def ready(context: Context) -> Iterator[None]:
+    """Within the block flashattn's calls go to Triton: on the GPU, on a stream that can be captured; in a rehearsal on
+    the PTX machine."""
+    with contextlib.ExitStack() as stack:
+        if context.rehearse:
+            from .. import ptx
+
+            stack.enter_context(ptx.device(context.card.architecture))
+        else:
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        stack.enter_context(flashattn.use_backend("triton"))
+        yield

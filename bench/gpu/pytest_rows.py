@@ -1,0 +1,71 @@
+"""A pytest plugin: writes the outcome of each test as a line of JSON, as it comes, to a pipe or a file.
+
+python -m pytest -p bench.gpu.pytest_rows --rows FILE_DESCRIPTOR ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from .kernel_hashes import fix_hashes
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--rows", type=int, help="file descriptor that gets a line for each test")
+    parser.addoption("--every", type=int, default=1, help="run each n-th of the collected tests")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Runs after `-m` and `-k` have chosen, in each xdist worker alike."""
+    step = config.getoption("--every")
+    if step > 1:
+        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
+        items[:] = items[::step]
+
+
+class Rows:
+    """Of the process that has the results of all workers."""
+
+    def __init__(self, file: int):
+        self.file = file
+        self.seconds: dict[str, float] = {}
+
+    def write(self, **values) -> None:
+        os.write(self.file, (json.dumps(values) + "\n").encode())
+
+    def pytest_xdist_node_collection_finished(self, node, ids) -> None:
+        self.write(collected=len(ids))
+
+    def pytest_collection_finish(self, session) -> None:
+        self.write(collected=len(session.items))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """A test has up to three reports; it is told of once, at its first failure or skip, else at its call's end."""
+        seconds = self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.when == "call" or not report.passed:
+            message = None if report.passed else short(report)
+            self.write(nodeid=report.nodeid, outcome=report.outcome, seconds=round(seconds, 3), message=message)
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.write(nodeid=report.nodeid, outcome="failed", seconds=0.0, message=short(report))
+
+
+def short(report) -> str:
+    """The line that pytest marks with E, or the reason of a skip."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])[:300]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = (crash.message if crash else str(report.longrepr)).strip().splitlines()
+    return (text[0] if text else "")[:300]
+
+
+def pytest_configure(config) -> None:
+    fix_hashes()  # in each worker, so that none compiles what another has compiled
+    file = config.getoption("--rows")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Rows(file))

@@ -1,0 +1,260 @@
+"""The search for tiles: the neighbours of a row of `configs.py` that fit and do not spill, timed against the row.
+
+Under FLASHATTN_AUTOTUNE=1 the first call of a kind on a GPU searches, for each of its passes, on its own tensors, and
+the process remembers what it chose; nothing is written to disk. A kind is a pass, the dtype, the head dimensions and
+the features (`kind_of`), not the lengths: make that first call at lengths that matter. It takes a minute or two for
+each pass, most of it compiling. Bits depend on the tiles, so they may differ from those of a process that chose others.
+While a CUDA graph is captured, in Triton's interpreter and on the PTX machine nothing is searched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from ..score import Score
+from .configs import Tiles
+
+ENABLED = os.environ.get("FLASHATTN_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret
+SMALLEST, LARGEST = 16, 256  # of a side of a tile
+WARPS = (4, 8)
+STAGES = (1, 2, 3, 4)
+ROUNDS, CALLS = 9, 4  # of a candidate: rounds in which all take their turns, calls of a turn
+HELD_BACK = 2_000_000  # clocks the GPU waits, so that a turn's calls are all queued when the first one starts
+SAME = 8  # units in the last place by which elements of two right results may differ
+SUMMED = 2.0**-20  # the unit where that of the dtype is finer: sums of thousands of terms in float32 keep 20 bits
+
+
+class Times(NamedTuple):
+    """Seconds of a call."""
+
+    median: float
+    low: float  # quartiles
+    high: float
+
+
+class Found(NamedTuple):
+    """What a search found."""
+
+    best: Tiles
+    times: dict[Tiles, Times]  # of all that were timed, the row first
+    refused: dict[Tiles, str]  # why others were not
+
+
+# --------------------------------------------------------------------------------------------- candidates
+
+
+def neighbours(row: Tiles) -> list[Tiles]:
+    """Tiles that differ from `row` in one or two of: block_m or block_n halved or doubled, other warps, other stages.
+    Those that differ least come first.
+
+    >>> [tiles[:2] for tiles in neighbours(Tiles(16, 256, 4, 1)) if tiles[2:] == (4, 1)]
+    [(16, 128), (32, 256), (32, 128)]
+    """
+    around = [
+        Tiles(m, n, warps, stages)
+        for m in (row.block_m, row.block_m // 2, row.block_m * 2)
+        for n in (row.block_n, row.block_n // 2, row.block_n * 2)
+        for warps in (row.warps, *WARPS)
+        for stages in STAGES
+        if min(m, n) >= SMALLEST and max(m, n) <= LARGEST
+    ]
+    changes = {tiles: sum(a != b for a, b in zip(tiles, row, strict=True)) for tiles in around}
+    return sorted((tiles for tiles, n in changes.items() if 1 <= n <= 2), key=changes.get)
+
+
+@contextlib.contextmanager
+def compile_only(note: Callable[[CompiledKernel], object]) -> Iterator[None]:
+    """Within the block every Triton launch of this thread compiles and is noted, but not run."""
+    launch, thread = JITFunction.run, threading.get_ident()
+
+    def compile_kernel(self, *args, grid, warmup, **kwargs):
+        if threading.get_ident() != thread:
+            return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        note(kernel)
+        return kernel
+
+    JITFunction.run = compile_kernel
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
+
+
+def compiled(call: Callable[[], object]) -> list[CompiledKernel]:
+    """The kernels that a call launches."""
+    kernels: list[CompiledKernel] = []
+    with compile_only(kernels.append):
+        call()
+    return kernels
+
+
+def why_not(kernel: CompiledKernel) -> str | None:
+    """Why a compiled kernel is not worth a launch, None if it is. To load it, which launches nothing, is what makes
+    Triton hold its metadata against the card's limits, and the driver say what it spills."""
+    try:
+        kernel._init_handles()
+    except OutOfResources as error:
+        return f"{error.required:,} of {error.name}, of which there are {error.limit:,}"
+    return f"{kernel.n_spills} registers spilled" if kernel.n_spills else None
+
+
+# --------------------------------------------------------------------------------------------- search
+
+
+def search(
+    row: Tiles,
+    candidates: Iterable[Tiles],
+    refusal: Callable[[Tiles], str | None],
+    measure: Callable[[list[Tiles]], dict[Tiles, Times]],
+) -> Found:
+    """Times the row and those candidates that nothing is said against. Best is the one with the least median, if even
+    its upper quartile is below the row's lower one; else the row."""
+    reasons = {tiles: refusal(tiles) for tiles in candidates}
+    times = measure([row, *(tiles for tiles, reason in reasons.items() if reason is None)])
+    best = min(times, key=lambda tiles: times[tiles].median)
+    if times[best].high >= times[row].low:
+        best = row
+    return Found(best, times, {tiles: reason for tiles, reason in reasons.items() if reason is not None})
+
+
+_forced: ContextVar[dict[str, Tiles]] = ContextVar("forced", default={})  # noqa: B039  (nothing changes it in place)
+
+
+@contextlib.contextmanager
+def forced(direction: str, tiles: Tiles) -> Iterator[None]:
+    """Within the block, in this thread, launches of this pass take these tiles."""
+    token = _forced.set({**_forced.get(), direction: tiles})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def search_call(call: Callable[[], tuple[Tensor | None, ...]], direction: str, row: Tiles, expected: tuple) -> Found:
+    """The best tiles of one pass of a call, whose results with the row are `expected`."""
+
+    def with_tiles(tiles: Tiles) -> Callable[[], object]:
+        def run():
+            with forced(direction, tiles):
+                return call()
+
+        return run
+
+    known = {kernel.hash for kernel in compiled(with_tiles(row))}
+
+    def refusal(tiles: Tiles) -> str | None:
+        run = with_tiles(tiles)
+        try:
+            kernels = {kernel.hash: kernel for kernel in compiled(run)}
+            new = [kernel for hash, kernel in kernels.items() if hash not in known]
+            known.update(kernels)
+            reasons = [why_not(kernel) for kernel in new] or ["compiles to a kernel that was there already"]
+            return next(filter(None, reasons), None) or (None if is_same(run(), expected) else "another result")
+        except Exception as error:  # Triton raises what its passes raise; a search must not fail the call
+            return f"{type(error).__name__}: {error}"
+
+    return search(row, neighbours(row), refusal, lambda found: measure({tiles: with_tiles(tiles) for tiles in found}))
+
+
+def is_same(results: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> bool:
+    """Whether two results differ only by rounding, in every element: of itself and of the tensor's root mean square,
+    since a tile left out or read too early is off by as much. Infinities stand in the same places; no NaN is right."""
+    return all(y is None or are_close(x, y) for x, y in zip(results, expected, strict=True))
+
+
+def are_close(x: Tensor, y: Tensor) -> bool:
+    finite = y.nan_to_num(posinf=0.0, neginf=0.0)
+    root_mean_square = torch.linalg.vector_norm(finite, dtype=torch.float32) / max(1, y.numel()) ** 0.5
+    allowed = SAME * max(torch.finfo(y.dtype).eps, SUMMED) * (finite.abs() + root_mean_square.to(y.dtype))
+    return bool(((x == y) | ((x - y).abs() <= allowed)).all())
+
+
+def measure(calls: dict[Tiles, Callable[[], object]]) -> dict[Tiles, Times]:
+    """Calls on the current GPU in turn, by CUDA events."""
+    turns: dict[Tiles, list] = {tiles: [] for tiles in calls}
+    for _ in range(ROUNDS):
+        for tiles, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HELD_BACK)
+            start.record()
+            for _ in range(CALLS):
+                call()
+            end.record()
+            turns[tiles].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        tiles: quartiles([start.elapsed_time(end) / CALLS / 1e3 for start, end in events])
+        for tiles, events in turns.items()
+    }
+
+
+def quartiles(seconds: list[float]) -> Times:
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Times(median, low, high)
+
+
+# --------------------------------------------------------------------------------------------- what calls take
+
+_chosen: dict[tuple, Tiles] = {}  # by kind
+_unknown: ContextVar[dict[tuple, Tiles] | None] = ContextVar("unknown", default=None)  # kinds that a call met
+_searching = threading.Lock()  # one search at a time: others would share the GPU with it
+
+
+def tiles_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Tiles) -> Tiles:
+    """The tiles of a pass: those a search forces or chose, else the row of the table."""
+    tiles = _forced.get().get(direction)
+    if tiles is not None:
+        return tiles
+    if not ENABLED:
+        return row
+    kind, unknown = kind_of(direction, q, v, score), _unknown.get()
+    if unknown is not None and kind not in _chosen:
+        unknown[kind] = row
+    return _chosen.get(kind, row)
+
+
+def kind_of(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
+    """What calls must have in common to share tiles: all that the kernel is compiled for, so that what fits for one
+    fits for all."""
+    *fields, score_mod, block_mask = score
+    blocks = block_mask and (block_mask.mask.graph, block_mask.block_q, block_mask.block_k)
+    features = tuple(structure(x) for x in (*fields, *(score_mod.captured if score_mod else ())))
+    mod = score_mod and score_mod.graph
+    return direction, q.device, q.dtype, q.shape[-1], v.shape[-1], score.dropout_p > 0, features, mod, blocks
+
+
+def structure(x) -> tuple | bool:
+    """Of a tensor its dtype and where it broadcasts; of a number whether it is there."""
+    return (x.dtype, *(size == 1 for size in x.shape)) if isinstance(x, Tensor) else x is not None
+
+
+def call(verb: Callable, *args):
+    """verb(*args) on the current GPU, behind a search for each of its passes whose kind is new."""
+    if not ENABLED or _unknown.get() is not None or torch.cuda.is_current_stream_capturing():
+        return verb(*args)
+    unknown: dict[tuple, Tiles] = {}
+    token = _unknown.set(unknown)
+    try:
+        results = verb(*args)
+        with _searching:
+            for kind, row in unknown.items():
+                _chosen[kind] = row  # stands where memory does not suffice for a search
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    _chosen[kind] = search_call(lambda: verb(*args), kind[0], row, results).best
+    finally:
+        _unknown.reset(token)
+    return verb(*args) if unknown else results
