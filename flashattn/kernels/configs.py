@@ -190,7 +190,7 @@ def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int],
     # What passes through shared memory to change its layout: random numbers, loads that are not staged, and weights and
     # their gradients as operands, which wgmma takes from registers.
     operands = 0 if arch == "sm_90" and itemsize == 2 else 2 * itemsize
-    scratch = max(4 * pairs.dropout, pairs.widest * (staged == 0), operands)
+    scratch = operands + max(4 * pairs.dropout, pairs.widest * (staged == 0))
     pair = nvidia * staged * pairs.loaded + scratch
     return rows + tiles.block_m * tiles.block_n * pair + SCRATCH
 
