@@ -1,5 +1,5 @@
-"""What the tests in test_gpu.py run on: a GPU, or its rehearsal, in which the PTX machine takes Triton's launches on CPU
-tensors. Only what the two do differently is here."""
+"""What the tests in test_gpu.py run on: a GPU, or its rehearsal, in which the PTX machine takes Triton's launches on
+CPU tensors. Only what the two do differently is here."""
 
 import contextlib
 import mmap
@@ -18,6 +18,7 @@ class Gpu:
 
     rehearsed = False
     runs = 20  # that must give the same bits
+    replays = 2  # of a graph, each on other data
 
     def __init__(self):
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -83,6 +84,7 @@ class Rehearsal:
 
     rehearsed = True
     runs = 2
+    replays = 1
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.device = torch.device("cpu")
@@ -125,8 +127,7 @@ class Rehearsal:
 
     def memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Of the system's memory only what is touched."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)
 
     def peak(self, function: Callable[[], object]) -> int:
         pytest.skip("needs a GPU: the memory that its allocator counts")

@@ -1,10 +1,10 @@
 """Every kernel on a GPU: the case tables of the other backends on CUDA tensors, forward and backward, under the same
 error rule; and what only a GPU has: streams, graphs, several devices, memory, and as many bits as runs.
 
-`pytest tests/test_gpu.py -m gpu -n 16` on a GPU; with `--rehearse-gpu sm_90` the PTX machine takes the launches.
+`pytest tests/test_gpu.py -n 16 --dist worksteal` on a GPU: nearly all of its time goes to compiling. With
+`--rehearse-gpu sm_90` the PTX machine takes the launches.
 """
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,8 +18,8 @@ import test_multihead
 import test_norm
 import test_varlen
 import torch
-from attention_truth import Case, gradients_for, make_inputs, ours, run
 from common import DTYPES, assert_as_exact_as_torch
+from gpu_calls import TO_CAPTURE, normed, packed, tensors, trained
 from gpu_machine import Gpu, Rehearsal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -214,33 +214,6 @@ def test_modules_as_in_torch(gpu):
 # ------------------------------------------------------------------------------------------------ what only a GPU has
 
 
-def tensors(device, *sizes: int, dtype=torch.bfloat16, requires_grad=False) -> list[torch.Tensor]:
-    """q, k and v of (batch, heads, seq, head_dim), of half the heads but one."""
-    batch, heads, seq, dim = sizes
-    shapes = [(batch, n, seq, dim) for n in (heads, max(1, heads // 2), max(1, heads // 2))]
-    return [torch.randn(*s, device=device).to(dtype).requires_grad_(requires_grad) for s in shapes]
-
-
-def trained(q, k, v, **options) -> list[torch.Tensor]:
-    """out and the gradients of q, k and v."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = flashattn.attention(q, k, v, causal=True, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), out.detach())]
-
-
-def normed(x, weight) -> list[torch.Tensor]:
-    """y and h of a LayerNorm of x + x, and the gradients."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y, h = flashattn.layer_norm(x, weight, residual=x * 1, prenorm=True)
-    return [y.detach(), h.detach(), *torch.autograd.grad(y.float().square().sum() + h.float().sum(), (x, weight))]
-
-
-def packed(q, k, v, starts, longest: int) -> list[torch.Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = flashattn.attention_varlen(q, k, v, starts, starts, longest, longest, causal=True)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), out.detach())]
-
-
 def assert_same(results, expected) -> None:
     for x, y in zip(results, expected, strict=True):
         assert torch.equal(x, y)
@@ -336,8 +309,8 @@ def test_nothing_waits_for_the_gpu(gpu):
 
 def test_same_bits_in_every_run(gpu):
     """Each kernel, many programs at once: a race shows as bits that change."""
-    seq = 130 if gpu.rehearsed else 1111
-    q, k, v = tensors(gpu.device, 1 if gpu.rehearsed else 2, 2 if gpu.rehearsed else 8, seq, 64)
+    batch, heads, seq = (1, 2, 130) if gpu.rehearsed else (2, 8, 1111)
+    q, k, v = tensors(gpu.device, batch, heads, seq, 64)
     wide = tensors(gpu.device, 1, 2, seq, 128, dtype=torch.float16)
     starts = torch.tensor([0, 40, 41, seq], dtype=torch.int32, device=gpu.device)
     bias = torch.randn(1, q.shape[1], 1, seq, device=gpu.device, dtype=q.dtype, requires_grad=True)
@@ -361,62 +334,6 @@ def test_same_bits_in_every_run(gpu):
 # ------------------------------------------------------------------------------------------------ CUDA graphs
 
 
-def attention_to_capture(device):
-    inputs = tensors(device, 2, 4, 63, 64)
-    slopes = torch.rand(4, device=device)
-    lengths = torch.tensor([63, 40], device=device)
-    return inputs, lambda: trained(*inputs, alibi_slopes=slopes, kv_lengths=lengths, dropout_p=0.2, seed=5)
-
-
-def packed_to_capture(device):
-    """The lengths are data too: a replay reads them anew."""
-    inputs = [x[0].transpose(0, 1).contiguous() for x in tensors(device, 1, 4, 111, 64)]
-    starts = torch.tensor([0, 70, 111], dtype=torch.int32, device=device)
-    middle = starts[1:2]
-    return [*inputs, middle], lambda: packed(*inputs, starts, 111)
-
-
-def norms_to_capture(device):
-    inputs = [torch.randn(40, 3, 64, device=device), torch.randn(64, device=device)]
-    return inputs, lambda: normed(*inputs)
-
-
-def decoding_to_capture(device):
-    """By flash_attn's call, whose lengths lie on the GPU; two splits of the keys when the capacity is full."""
-    q, k, v = (torch.randn(2, 1, heads, 64, device=device).bfloat16() for heads in (4, 2, 2))
-    caches = torch.randn(2, 2, 600, 2, 64, device=device).bfloat16()
-    lengths = torch.tensor([500, 7], dtype=torch.int32, device=device)
-    angles = torch.rand(600, 16, device=device) * 6
-
-    def step():
-        here = caches.clone()
-        out = flash_attn.flash_attn_with_kvcache(
-            q, *here, k, v, angles.cos(), angles.sin(), cache_seqlens=lengths, causal=True
-        )
-        return [out, here]
-
-    return [q, k, v, caches, lengths], step
-
-
-def callables_to_capture(device):
-    inputs = tensors(device, 1, 4, 70, 32)
-    table, document = torch.randn(4, 200, device=device), torch.arange(70, device=device) // 30
-    mask = test_compat_flex.theirs.create_block_mask(
-        lambda b, h, i, j: document[i] == document[j], None, None, 70, 70, device, 32
-    )
-
-    def mod(score, b, h, i, j):
-        return score + table[h, i - j + 70]
-
-    return [*inputs, table], lambda: trained(*inputs, score_mod=mod, block_mask=mask)
-
-
-TO_CAPTURE = {
-    "attention": attention_to_capture, "packed": packed_to_capture, "norms": norms_to_capture,
-    "decoding": decoding_to_capture, "callables": callables_to_capture,
-}  # fmt: skip
-
-
 def renew(x: torch.Tensor, most: int) -> None:
     """Other numbers in the same memory."""
     x.copy_(torch.randint(1, most, x.shape)) if x.dtype == torch.int32 else x.copy_(torch.randn(x.shape))
@@ -428,7 +345,7 @@ def test_graphs(gpu, name):
     torch.use_deterministic_algorithms(name != "callables")
     inputs, function = TO_CAPTURE[name](gpu.device)
     results, replay = gpu.capture(function)
-    for most in (100, 30):
+    for most in (100, 30)[: gpu.replays]:
         for x in inputs:
             renew(x, most)
         expected = [x.clone() for x in function()]
@@ -454,7 +371,7 @@ def test_what_cannot_be_captured_is_said(gpu):
         "cache": lambda: flashattn.decode(q, cache, k, v),
         "score_mod": lambda: flashattn.attention(q, k, v, score_mod=lambda score, b, h, i, j: score * 0.123),
         "block_table": lambda: flash_attn.flash_attn_varlen_func(
-            flat[0], *flat[1:], starts, starts, 20, 20, block_table=torch.zeros(1, 3, dtype=torch.int32)
+            flat[0], q, q, starts, starts, 20, 20, block_table=torch.zeros(1, 3, dtype=torch.int32)
         ),
     }
     if not gpu.rehearsed:  # what lies on the CPU, or is read back from a GPU
