@@ -77,8 +77,8 @@ def attention(
 
     On a GPU nothing waits for it, and a CUDA graph can capture it, forward and backward, after a first call, which
     compiles: with tensors that are all on the GPU, lengths too. In a replay an int for a seed drops the same weights
-    again, None others. A block_mask has no gradients of captured tensors there; without the triton backend (float64, a
-    head_dim over 256) neither a block_mask nor packed sequences can be captured. What cannot is a ValueError.
+    again, None others. Gradients of what a score_mod captured cannot be captured, nor without the triton backend
+    (float64, a head_dim over 256) callables and packed sequences: a ValueError says so.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.

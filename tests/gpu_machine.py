@@ -3,6 +3,7 @@ CPU tensors. Only what the two do differently is here."""
 
 import contextlib
 import mmap
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -61,12 +62,18 @@ class Gpu:
         return results, graph.replay
 
     def memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, so poisoned."""
+        """Uninitialised, so poisoned. Tests beside this one may have to give theirs back first."""
         need = elements * dtype.itemsize
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        if free < need + 2**30:
-            pytest.skip(f"needs {need >> 30} GiB of GPU memory, {free >> 30} are free")
-        return torch.empty(elements, dtype=dtype, device=self.device)
+        for _ in range(30):
+            free, whole = torch.cuda.mem_get_info()
+            if free > need + 2**31:
+                return torch.empty(elements, dtype=dtype, device=self.device)
+            time.sleep(1)
+        pytest.skip(f"needs {need >> 30} GiB of GPU memory, {free >> 30} of {whole >> 30} are free")
+
+    def give_memory_back(self) -> None:
+        if torch.cuda.memory_reserved() > 2**30:
+            torch.cuda.empty_cache()
 
     def peak(self, function: Callable[[], object]) -> int:
         """Bytes that the function allocates at most at a time."""

@@ -7,6 +7,7 @@ from test_compat_flex import create_block_mask
 
 import flashattn
 from flashattn import arguments, backends, checks
+from flashattn.auxiliary import auxiliary
 from flashattn.backends import triton
 from flashattn.compat import flash_attn
 from flashattn.score import Score
@@ -75,8 +76,12 @@ def test_a_derivative_is_traced_whatever_the_default_device(default_device):
     generate = pytest.importorskip("flashattn.kernels.generate")
     table = torch.randn(4, 100)
     default_device()
-    traced = flashattn.score_mod.trace("score_mod", lambda score, b, h, i, j: score * table[h, j], 1)
-    assert "captured_0" in str(generate.derivative(traced.graph, traced.captured))
+    traced = flashattn.score_mod.trace(
+        "score_mod", lambda score, b, h, i, j: torch.where(i >= j, score * table[h, j], -1.0), 1
+    )
+    derivative = str(generate.derivative(traced.graph, traced.captured))
+    assert "captured_0" in derivative
+    assert "meta" not in str(traced.graph.graph) + derivative
 
 
 def test_numbers_that_a_callable_captured_go_to_q():
@@ -132,6 +137,7 @@ REFUSED = {
         FLAT, CACHES[0], CACHES[1], STARTS, STARTS, 5, 5, block_table=torch.zeros(1, 1, dtype=torch.int32)
     ),
     "block_mask": nothing_masked,
+    "return_aux": lambda: auxiliary(flashattn.AuxRequest(entropy=True), Q, K, Q[..., 0], Score(1.0, block_mask=())),
 }
 
 
@@ -140,7 +146,7 @@ def test_what_cannot_be_captured_is_said(name, monkeypatch):
     """By name, where CUDA would break off the capture without one."""
     with flashattn.use_backend("reference"):
         if name == "block_mask":
-            REFUSED[name]()  # traced; what remains is the reference, which reads back which keys are looked at
+            REFUSED[name]()  # traced
         monkeypatch.setattr(checks, "is_capturing", lambda: True)
         with pytest.raises(ValueError, match=f"^{name} cannot be captured in a CUDA graph: "):
             REFUSED[name]()

@@ -246,7 +246,10 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
 def append(
     x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
 ) -> None:
-    rotate_and_store(x, cache, page_table, starts, counts, rotary, append=True)
+    to = last_dim_contiguous(cache)  # another than the cache only where that is of the caller's own making
+    rotate_and_store(x, to, page_table, starts, counts, rotary, append=True)
+    if to is not cache:
+        cache.copy_(to)
 
 
 @on_its_device

@@ -238,7 +238,7 @@ def flash_attn_with_kvcache(
     (batch, heads, seq_q, head_dim), new = q.shape, 0 if k is None else k.shape[2]
     _check_sizes(q, k_cache, v_cache, k, v)
     pages, page_size = k_cache.shape[0], k_cache.shape[2]
-    table, capacity = block_table, page_size
+    table, capacity = None if block_table is None else block_table.contiguous(), page_size
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx must be None with block_table")
