@@ -135,6 +135,3 @@ class Rehearsal:
     def memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Of the system's memory only what is touched."""
         return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)
-
-    def peak(self, function: Callable[[], object]) -> int:
-        pytest.skip("needs a GPU: the memory that its allocator counts")

@@ -487,9 +487,12 @@ def linear_in(seq: int, device) -> dict:
 
 def test_memory_is_linear(gpu):
     """One matrix of the scores of 8,192 tokens would be 512 MiB."""
-    small, large = (linear_in(seq, gpu.device) for seq in (4096, 8192))
+    small, large = (linear_in(seq, gpu.device) for seq in ((17, 34) if gpu.rehearsed else (4096, 8192)))
     for name in small:
         small[name](), large[name]()  # compiles
+    if gpu.rehearsed:
+        pytest.skip("needs a GPU: its allocator counts the memory")
+    for name in small:
         some, more = gpu.peak(small[name]), gpu.peak(large[name])
         assert more <= 2.1 * some + 2**20, f"{name}: {some >> 20} MiB for 4,096 tokens, {more >> 20} for 8,192"
         assert more < 128 << 20, f"{name}: {more >> 20} MiB for 8,192 tokens"
