@@ -27,11 +27,9 @@ def modified(score: Score, whole: tuple[int, ...], device, mask, alibi_slopes, s
 def with_callables(score: Score, mod, block_mask, whole: tuple[int, ...], device: torch.device) -> Score:
     """The score with its traced callables; `whole`: (batch, heads, seq_q, seq_k)."""
     if mod is not None:
-        mod = score_mod.trace("score_mod", mod, 1)
-        score_mod.check_captured("score_mod", mod, device)
+        mod = score_mod.move_numbers("score_mod", score_mod.trace("score_mod", mod, 1), device)
     if block_mask is not None:
         block_mask = score_mod.read_block_mask(block_mask, *whole, device)
-        score_mod.check_captured("block_mask.mask_mod", block_mask.mask, device)
     return score._replace(score_mod=mod, block_mask=block_mask)
 
 
@@ -46,9 +44,9 @@ def longest_of(side: str, cu_seqlens, max_seqlen: int | None, x: Tensor) -> int:
     checks.same_device(name, cu_seqlens, "q", x)
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
         raise TypeError(f"max_seqlen_{side} must be an int or None, got {type(max_seqlen).__name__}")
-    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and max_seqlen is not None):
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and (max_seqlen is not None or checks.is_capturing())):
         if max_seqlen is None:
-            raise ValueError(f"max_seqlen_{side} must be given under torch.compile, got None")
+            raise ValueError(f"max_seqlen_{side} must be given under torch.compile and in a CUDA graph, got None")
         return max_seqlen
     starts, total = cu_seqlens.tolist(), x.shape[2]
     steps = [b - a for a, b in itertools.pairwise(starts)]
@@ -122,11 +120,14 @@ def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device
         raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"{name} must be (batch,) = ({batch},), got shape {tuple(lengths.shape)}")
+    if lengths.device != device and not torch.compiler.is_compiling():
+        checks.refuse_capture(name, f"it must be on {device}, as what a replay reads anew is; got {lengths.device}")
     if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > seq:
             raise ValueError(f"{name} must be between 0 and the sequence length {seq}, got {low if low < 0 else high}")
-    return lengths.to(device=device, dtype=torch.int32).contiguous()
+    # To a GPU, and only to it, without a wait: the copy out of pageable memory is done with it when it returns.
+    return lengths.to(device=device, dtype=torch.int32, non_blocking=device.type == "cuda").contiguous()
 
 
 def check_softcap(softcap) -> float:
@@ -196,11 +197,11 @@ def check_page_table(name: str, table, batch: int, device: torch.device) -> int:
     return table.shape[1]
 
 
-def check_pages(name: str, table: Tensor, pages: int, page_size: int, lengths: list[int]) -> None:
+def check_pages(name: str, table: Tensor, pages: int, page_size: int, lengths: Tensor) -> None:
     """That each row's first pages, which its length needs, lie in the cache. On a GPU they are not read back."""
     if table.is_cuda:
         return
-    for row, length in zip(table.tolist(), lengths, strict=True):
+    for row, length in zip(table.tolist(), lengths.tolist(), strict=True):
         for page in row[: -(-length // page_size)]:
             if not 0 <= page < pages:
                 raise ValueError(f"{name} must point at pages 0 to {pages - 1} of the cache, got {page}")

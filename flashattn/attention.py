@@ -75,6 +75,11 @@ def attention(
     Strides are honoured: a transposed or sliced view is not copied (a last dimension that is not contiguous is, once).
     Lengths on the CPU are checked against the sequence; on a GPU they are clamped, to save a synchronisation.
 
+    On a GPU nothing waits for it, and a CUDA graph can capture it, forward and backward, after a first call, which
+    compiles: with tensors that are all on the GPU, lengths too. In a replay an int for a seed drops the same weights
+    again, None others. Gradients of what a score_mod captured cannot be captured, nor without the triton backend
+    (float64, a head_dim over 256) callables and packed sequences: a ValueError says so.
+
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.
 
@@ -149,7 +154,8 @@ def attention_varlen(
         k: (total_k, kv_heads, head_dim), likewise by cu_seqlens_k.
         v: (total_k, kv_heads, head_dim_v).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, from 0, never falling. A sequence may be empty.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None finds it (on a GPU that waits for it).
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None finds it (on a GPU that waits for it;
+            in a CUDA graph it must be given).
         mask, bias: broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), by positions inside a sequence.
         dropout_p, seed: a weight is dropped where `attention` on a padded batch drops it.
 
@@ -216,6 +222,9 @@ def _nested(q, k, v, q_lengths, kv_lengths, return_lse, **options):
     for name, x in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
         if x is not None:
             raise ValueError(f"{name} must be None where q is nested, which has lengths of its own")
+    checks.refuse_capture(
+        "q", "where its lengths are is read back; attention_varlen takes max_seqlen_q and max_seqlen_k"
+    )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     starts_q, starts_k = q.offsets(), k.offsets()
     out = attention_varlen(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .backends.reference import existing, keys_of, masked_scores, query_blocks, softmax_weights
 from .score import Score
 
@@ -49,6 +50,8 @@ def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Sco
     """What is asked for of a call that gave lse; weights are those before dropout."""
     if not any(request[1:]):
         return AuxOutput(lse if request.lse else None)
+    if score.score_mod is not None or score.block_mask is not None:
+        checks.refuse_capture("return_aux", "with a score_mod or a block_mask it copies from the CPU")
     shape = (*q.shape[:3], k.shape[2])
     batch, heads, seq_q, seq_k = shape
     q, k = existing(q, score.q_lengths), existing(k, score.kv_lengths).repeat_interleave(heads // k.shape[1], dim=1)

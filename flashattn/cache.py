@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import int32_on
+
 
 class Cached(NamedTuple):
     """What a backend reads of a cache: for each batch row, keys and values 0 .. lengths[b]."""
@@ -212,8 +214,8 @@ class PagedKVCache:
             self._lengths[sequence] = length
         tables = [self._pages[s] for s in sequences]
         width = max([1, *map(len, tables)])
-        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in tables], dtype=torch.int32)
-        return _cached(self.k, self.v, table.view(len(tables), width).to(self.k.device), before, after)
+        table = int32_on(self.k.device, [pages + [0] * (width - len(pages)) for pages in tables])
+        return _cached(self.k, self.v, table.view(len(tables), width), before, after)
 
     def _copy_last_page(self, sequence: int) -> None:
         shared, own = self._pages[sequence][-1], self._take()
@@ -258,5 +260,5 @@ def _check_length(length: int, present: int) -> None:
 
 
 def _cached(k: Tensor, v: Tensor, page_table: Tensor | None, before: list[int], after: list[int]) -> Cached:
-    starts, lengths = (torch.tensor(x, dtype=torch.int32).to(k.device) for x in (before, after))
+    starts, lengths = int32_on(k.device, (before, after)).unbind()
     return Cached(k, v, page_table, starts, lengths, max(after, default=0))

@@ -1,6 +1,9 @@
-"""Argument checks that attention and the norms share. Each names the argument, what it got and what it takes."""
+"""Argument checks that attention and the norms share. Each names the argument, what it got and what it takes. And what
+a GPU asks of Python: numbers reach it without a wait, and nothing is read back while a CUDA graph is captured."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +43,23 @@ def probability(name: str, p) -> float:
     if not 0 <= p < 1:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
     return float(p)
+
+
+def is_capturing() -> bool:
+    """Whether launches go into a CUDA graph now: then nothing can be read back, nor copied from the CPU's memory."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(name: str, why: str) -> None:
+    """Say so, where CUDA would break off the capture without a name."""
+    if is_capturing():
+        raise ValueError(f"{name} cannot be captured in a CUDA graph: {why}")
+
+
+def int32_on(device: torch.device, numbers: Sequence) -> Tensor:
+    """Python's numbers as a tensor on the device. A GPU gets them out of pinned memory, so that nobody waits for it."""
+    on_cpu = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    return on_cpu.to(device, non_blocking=True)
 
 
 def seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -48,7 +48,8 @@ def decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step of generation: append new keys and values to the cache, in place, and attend to all of it.
 
-    The first call, of whole prompts, is a step like any other. It is inference only: no dropout, no gradients.
+    The first call, of whole prompts, is a step like any other. It is inference only: no dropout, no gradients. On a GPU
+    nothing waits for it, but for a q_lengths that lies there.
 
     Args:
         q: (batch, heads, seq_q, head_dim), in the cache's dtype and on its device.
@@ -70,7 +71,9 @@ def decode(
         to another seq_q may be computed in another order.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is written; a cache without room is one of them.
+        TypeError, ValueError: naming the argument, before anything is written; a cache without room is one of them, and
+            one in the capture of a CUDA graph: its lengths are Python's numbers, which a replay would not move on.
+            `flashattn.compat.flash_attn.flash_attn_with_kvcache` can be captured.
 
     >>> import torch, flashattn
     >>> cache = flashattn.KVCache(batch=1, kv_heads=2, capacity=64, head_dim=32)
@@ -84,6 +87,7 @@ def decode(
         cache = cache.select(cache.sequences)
     if not isinstance(cache, (KVCache, Selection)):
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    checks.refuse_capture("cache", "a replay would not move its lengths on; flash_attn_with_kvcache can be captured")
     _check_inputs(q, cache, k, v, dropout_p)
     batch, heads, seq_q, head_dim = q.shape
     lengths = cache.lengths
@@ -99,7 +103,7 @@ def decode(
         head_dim**-0.5 if scale is None else arguments.check_scale(scale),
         left,
         0 if causal else right,
-        None if q_lengths is None else torch.tensor(counts, dtype=torch.int32).to(q.device),
+        None if q_lengths is None else checks.int32_on(q.device, counts),
     )
     whole = (batch, heads, seq_q, max(after, default=0))
     score = arguments.modified(score, whole, q.device, mask, alibi_slopes, softcap, 0.0, None)

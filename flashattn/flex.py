@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checks, ops
 from .backends import BACKENDS, reference
 from .score import Score
 
@@ -22,6 +22,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in q, k, v, bias, sinks and what the score_mod captured."""
     captured = () if score.score_mod is None else score.score_mod.captured
+    if backend != "triton" or (torch.is_grad_enabled() and any(x.requires_grad for x in captured)):
+        name = "block_mask" if score.score_mod is None else "score_mod"
+        checks.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
     return Flex.apply(q, k, v, bias, sinks, score, backend, *captured)
 
 

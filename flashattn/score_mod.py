@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from . import checks
+
 # Besides those that PyTorch tags as pointwise.
 aten = torch.ops.aten
 ALLOWED = {
@@ -46,7 +48,7 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     key = (key, scores)
     if key not in _traces:
         while len(_traces) >= MAX_TRACES:
-            _traces.pop(next(iter(_traces)))
+            _traces.pop(next(iter(_traces)), None)  # None: another thread took it away
         _traces[key] = _trace(name, function, scores)
     return _traces[key]
 
@@ -55,7 +57,8 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # table[head] without .item()
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    examples = [torch.zeros(())] * scores + [torch.zeros((), dtype=torch.int32) for _ in range(4)]
+    checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
+    examples = example_scalars(scores)
     try:
         with TransformGetItemToIndex():
             module = make_fx(function)(*examples)
@@ -69,6 +72,13 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
         if node.op == "call_function":
             _check_operation(name, node.target)
     return Traced(fx.GraphModule({}, module.graph), captured)
+
+
+def example_scalars(scores: int) -> list[Tensor]:
+    """What a callable is traced with: scores and four positions. On the CPU, where each may meet a tensor of any device
+    in an operation, and whatever the default device is."""
+    score, position = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.int32))
+    return [score] * scores + [position.clone() for _ in range(4)]
 
 
 def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
@@ -97,10 +107,18 @@ def _check_operation(name: str, operation) -> None:
         raise TypeError(f"{name} must work on one score at a time (arithmetic, torch.where, indexing), got {operation}")
 
 
-def check_captured(name: str, traced: Traced, device: torch.device) -> None:
+def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
+    """With all that it captured on q's device. A tensor of one number may be elsewhere, as in PyTorch's own operations
+    (torch.tensor(0.5) is on the CPU), and its gradient goes back there; a kernel can only read what is on its GPU."""
     for x in traced.captured:
-        if x.device != device and x.dim() > 0:
+        if x.device == device:
+            continue
+        if x.dim() > 0:
             raise ValueError(f"{name} must capture tensors on q's device {device}, got one on {x.device}")
+        checks.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
+    if all(x.device == device for x in traced.captured):
+        return traced
+    return traced._replace(captured=tuple(x.to(device) for x in traced.captured))
 
 
 def closure_key(function: Callable) -> tuple | None:
@@ -182,7 +200,9 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
     full = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None:
         full = _dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
-    return BlockMask(trace("block_mask.mask_mod", block_mask.mask_mod, 0), partial, full, block_q, block_k)
+    name = "block_mask.mask_mod"
+    mask = move_numbers(name, trace(name, block_mask.mask_mod, 0), device)
+    return BlockMask(mask, partial, full, block_q, block_k)
 
 
 def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:

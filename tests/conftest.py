@@ -9,17 +9,30 @@ from common import INTERPRETED
 import flashattn
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rehearse-gpu", metavar="ARCH", choices=["sm_80", "sm_90"],
+        help="run the tests marked gpu without one: sm_80 or sm_90, whose launches the PTX machine takes",
+    )  # fmt: skip
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs a GPU, or TRITON_INTERPRET=1 in a process of its own")
+    config.addinivalue_line("markers", "gpu: needs a GPU, or --rehearse-gpu sm_90")
 
 
-def pytest_collection_modifyitems(items):
-    """A Triton kernel runs on a GPU or, in a process started so, in the interpreter."""
-    usable = INTERPRETED or torch.cuda.is_available()
-    skip = pytest.mark.skip(reason="run by `make test` a second time with TRITON_INTERPRET=1")
+def pytest_collection_modifyitems(config, items):
+    """A Triton kernel runs on a GPU, in a process started so in the interpreter, or on the PTX machine."""
+    has_gpu = torch.cuda.is_available()
+    skips = {}
+    if not (INTERPRETED or has_gpu):
+        skips["interpreter"] = pytest.mark.skip(reason="run by `make test` a second time with TRITON_INTERPRET=1")
+    if INTERPRETED or not (has_gpu or config.getoption("--rehearse-gpu")):
+        skips["gpu"] = pytest.mark.skip(reason="needs a GPU (--rehearse-gpu sm_90 runs it without one, slowly)")
     for item in items:
-        if item.get_closest_marker("interpreter") and not usable:
-            item.add_marker(skip)
+        for marker, skip in skips.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
 
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU

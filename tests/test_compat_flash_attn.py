@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from common import BACKENDS, device_of
 
 import flashattn
 from flashattn.compat import flash_attn
@@ -158,6 +159,25 @@ def test_with_kvcache(lies, name):
         q, *caches, **(options | {"cache_seqlens": torch.tensor(lengths).int() + seq}), **theirs
     )
     assert torch.equal(again, out)  # what was written is there
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_kvcache_of_any_strides(backend):
+    """Caches whose last dimension is not contiguous, and a part of a page table: written and read as others are."""
+    device = device_of(backend)
+    q, k, v = (torch.randn(2, 3, heads, 16).to(device) for heads in (4, 2, 2))
+    caches = torch.randn(2, 6, 8, 2, 16).to(device)
+    table = torch.arange(6, dtype=torch.int32, device=device).view(2, 3)
+    strided = caches.mT.contiguous().mT, torch.cat([table, table - 9], 1).view(2, 2, 3).mT.contiguous()[..., 0]
+    lengths = torch.tensor([10, 4], dtype=torch.int32, device=device)
+    results = []
+    for (keys, values), own in ((caches, table), strided):
+        with flashattn.use_backend(backend):
+            out = flash_attn.flash_attn_with_kvcache(
+                q, keys, values, k, v, cache_seqlens=lengths, block_table=own, causal=True
+            )
+        results.append([out, keys, values])
+    assert all(map(torch.equal, *results))
 
 
 def in_table(pages, table, wanted):

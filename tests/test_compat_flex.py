@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from common import BACKENDS, INTERPRETED, assert_as_exact_as_torch, randn, skip_if_wrong_there
+from common import BACKENDS, INTERPRETED, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
 from torch.nn.attention import flex_attention as theirs
 
 import flashattn
@@ -22,6 +22,18 @@ def eager(monkeypatch):
     """FlexAttention's own mathematics, not a compiled kernel."""
     monkeypatch.setattr(theirs, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+    """All tensors of a test lie where its backend takes them."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with device_of(parameters.get("backend", "cpu")):
+        yield
+
+
+def create_block_mask(mask_mod, batch, heads, seq_q, seq_k, block_size=128):
+    return theirs.create_block_mask(mask_mod, batch, heads, seq_q, seq_k, torch.get_default_device(), block_size)
 
 
 def captured(*shape, dtype=torch.float32):
@@ -58,27 +70,23 @@ SCORE_MODS = {
 
 def documents():
     document = torch.randint(0, 3, (BATCH, max(SEQ_Q, SEQ_K))).sort(-1).values
-    return theirs.create_block_mask(
-        lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j), BATCH, None, SEQ_Q, SEQ_K, "cpu", 32
+    return create_block_mask(
+        lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j), BATCH, None, SEQ_Q, SEQ_K, 32
     )
 
 
 def by_head():
     width = torch.tensor([5, 20, 80, 1000])
-    return theirs.create_block_mask(
-        lambda b, h, i, j: (i - j).abs() <= width[h], None, HEADS, SEQ_Q, SEQ_K, "cpu", (32, 16)
-    )
+    return create_block_mask(lambda b, h, i, j: (i - j).abs() <= width[h], None, HEADS, SEQ_Q, SEQ_K, (32, 16))
 
 
 BLOCK_MASKS = {
-    "causal": lambda: theirs.create_block_mask(lambda b, h, i, j: i >= j, None, None, SEQ_Q, SEQ_K, "cpu"),
-    "window": lambda: theirs.create_block_mask(
-        lambda b, h, i, j: (i >= j) & (i - j < 40), None, None, SEQ_Q, SEQ_K, "cpu", 16
-    ),
+    "causal": lambda: create_block_mask(lambda b, h, i, j: i >= j, None, None, SEQ_Q, SEQ_K),
+    "window": lambda: create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 40), None, None, SEQ_Q, SEQ_K, 16),
     "documents": documents,
     "by_head": by_head,
-    "nothing_in_some_rows": lambda: theirs.create_block_mask(
-        lambda b, h, i, j: (i >= SEQ_Q // 2) & (j < SEQ_K // 4), None, None, SEQ_Q, SEQ_K, "cpu", 32
+    "nothing_in_some_rows": lambda: create_block_mask(
+        lambda b, h, i, j: (i >= SEQ_Q // 2) & (j < SEQ_K // 4), None, None, SEQ_Q, SEQ_K, 32
     ),
 }
 
@@ -198,13 +206,12 @@ def test_with_every_other_feature(backend, by_position):
     )  # fmt: skip
     if by_position:
         options |= dict(alibi_slopes=torch.rand(HEADS), dropout_p=0.2, seed=5)
-    window = theirs.create_block_mask(
+    window = create_block_mask(
         lambda b, h, i, j: (j <= i + SEQ_K - SEQ_Q + 9) & (j >= i + SEQ_K - SEQ_Q - 50),
         None,
         None,
         SEQ_Q,
         SEQ_K,
-        "cpu",
         32,
     )
     results = []
@@ -401,9 +408,7 @@ def test_block_mask_of_several_parts_on_the_engine():
     seq_q, seq_k = 600, 700
     q, k, v = (randn(2, heads, seq, 16, dtype=torch.float32) for heads, seq in ((4, seq_q), (2, seq_k), (2, seq_k)))
     width = torch.tensor([30, 200, 400, 600])
-    block_mask = theirs.create_block_mask(
-        lambda b, h, i, j: (i - j).abs() <= width[h], None, 4, seq_q, seq_k, "cpu", 32
-    )
+    block_mask = create_block_mask(lambda b, h, i, j: (i - j).abs() <= width[h], None, 4, seq_q, seq_k, 32)
     bias, sinks = randn(4, seq_q, 1, dtype=torch.float32), randn(4, dtype=torch.float32)
     inputs = [x.requires_grad_() for x in (q, k, v, bias, sinks)]
     lengths = dict(kv_lengths=torch.tensor([700, 333]), q_lengths=torch.tensor([333, 600]))

@@ -1,8 +1,8 @@
 """The backends, and the one table that chooses among them.
 
 A backend is a module of the same few verbs: `forward`, `backward`, `norm_forward`, `norm_backward`, and two that say
-what it cannot do, each a reason or None: `unusable(device_type)`, which depends on the machine, and
-`refuses(dtype, wide)`, which depends on the call.
+what it cannot do, each a reason or None: `unusable(device)`, which depends on the machine, and `refuses(dtype, wide)`,
+which depends on the call.
 """
 
 from __future__ import annotations
@@ -50,30 +50,30 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def why_not(name: str, device_type: str, *dtypes: torch.dtype, wide: bool = False) -> str | None:
+def why_not(name: str, device: torch.device | str, *dtypes: torch.dtype, wide: bool = False) -> str | None:
     """Why this backend does not take a call, None if it does. `wide`: a head_dim over MAX_HEAD_DIM."""
     backend = BACKENDS[name]
     reasons = (backend.refuses(dtype, wide) for dtype in dtypes)
-    return backend.unusable(device_type) or next((reason for reason in reasons if reason), None)
+    return backend.unusable(torch.device(device)) or next((reason for reason in reasons if reason), None)
 
 
 def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
     """The name of the backend that takes a call on tensors of these dtypes."""
     wide = True if head_dim > MAX_HEAD_DIM else False  # noqa: SIM210  (a symbolic head_dim is decided by a guard)
-    return _choose(_forced, device.type, dtypes, wide)
+    return _choose(_forced, device, dtypes, wide)
 
 
-def serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
+def serves(name: str, device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether a call on tensors like these goes to this backend. False where one is forced that cannot take it."""
     try:
-        return _choose_once(_forced, device_type, (dtype,), False) == name
+        return _choose_once(_forced, torch.device(device), (dtype,), False) == name
     except RuntimeError:
         return False
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
-def _choose(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
-    return _choose_once(forced, device_type, dtypes, wide)
+def _choose(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
+    return _choose_once(forced, device, dtypes, wide)
 
 
 @contextlib.contextmanager
@@ -98,12 +98,12 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-@functools.cache
-def _choose_once(forced: str | None, device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
-    reasons = {name: why_not(name, device_type, *dtypes, wide=wide) for name in BACKENDS}
+@functools.cache  # by device and not by its type: the GPUs of a machine may differ
+def _choose_once(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
+    reasons = {name: why_not(name, device, *dtypes, wide=wide) for name in BACKENDS}
     if forced is None:
         chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
-        if chosen == "reference" and device_type == "cpu" and cpu.missing is not None:
+        if chosen == "reference" and device.type == "cpu" and cpu.missing is not None:
             warn_once(f"flashattn: the native CPU engine is not there, the slower reference serves: {cpu.missing}")
         return chosen
     if reasons[forced] is not None:

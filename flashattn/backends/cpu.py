@@ -61,11 +61,11 @@ def isas() -> list[str]:
     return [] if missing is not None else [name for name in ISAS if ops.supports.default(name)]
 
 
-def unusable(device_type: str) -> str | None:
+def unusable(device: torch.device) -> str | None:
     if missing is not None:
         return missing
-    if device_type != "cpu":
-        return f"it runs on the CPU, not on {device_type}"
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
     return None
 
 
@@ -118,7 +118,7 @@ def engine_backward(
 
 
 def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ops.rotate_and_store.default(x, out, None, starts, counts, *rotary, False)
     return out
 

@@ -41,7 +41,11 @@ def parts(score: Score, batch: int, heads: int, seq_q: int, seq_k: int) -> Itera
 
 
 def part_of(score: Score, batch: int, heads: int, seq_q: int, seq_k: int, rows: slice, keys: slice) -> Score:
-    i, j = torch.arange(rows.start, rows.stop).view(-1, 1), torch.arange(keys.start, keys.stop)
+    device = score.block_mask.partial.device
+    i, j = (
+        torch.arange(rows.start, rows.stop, device=device)[:, None],
+        torch.arange(keys.start, keys.stop, device=device),
+    )
     mask = score.block_mask.visible(*positions(batch, heads, i, j))
     mask = mask.expand(*mask.shape[:2], i.shape[0], j.shape[0])
     if score.mask is not None:
@@ -70,8 +74,7 @@ def shifted(lengths: Tensor | None, part: slice) -> Tensor | None:
 def forward(run, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     """`run`: the engine's forward, of a Score without callables."""
     batch, heads, seq_q, _ = q.shape
-    out = torch.empty(batch, heads, seq_q, v.shape[3], dtype=q.dtype)
-    lse = torch.empty(batch, heads, seq_q)
+    out, lse = q.new_empty(batch, heads, seq_q, v.shape[3]), q.new_empty(batch, heads, seq_q, dtype=torch.float32)
     for rows, keys, part in parts(score, batch, heads, seq_q, k.shape[2]):
         if keys.start == keys.stop:
             out[:, :, rows], lse[:, :, rows] = 0, -math.inf
@@ -90,8 +93,8 @@ def backward(
     bias = score.bias
     if bias is not None:
         score = score._replace(bias=bias.float())
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape) for x in (q, k, v))
-    grad_bias = torch.zeros(bias.shape) if with_grad_bias else None
+    grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+    grad_bias = q.new_zeros(bias.shape) if with_grad_bias else None
     batch, heads, seq_q, _ = q.shape
     for rows, keys, part in parts(score, batch, heads, seq_q, k.shape[2]):
         if keys.start == keys.stop:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..norm_settings import Norm
 from ..score import Score
 from .common import dropout_threshold, new_lse, result_like
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 MAX_SCORES = 1 << 24  # at a time
 
 
-def unusable(device_type: str) -> str | None:
+def unusable(device: torch.device) -> str | None:
     return None
 
 
@@ -73,6 +74,7 @@ class Sequence(NamedTuple):
 
 def sequences(score: Score) -> Iterator[Sequence]:
     """Each of packed sequences with the Score it has on its own."""
+    checks.refuse_capture("cu_seqlens", "without the triton backend it is read back")
     starts_q, starts_k = score.cu_seqlens.tolist()
     ranges = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
     for batch, (queries, keys) in enumerate(ranges):
@@ -208,7 +210,7 @@ def kept_weights(score: Score, shape: tuple[int, ...], first_batch: int, rows: s
     (batch, heads, seq_q, seq_k), device = shape, keys.positions.device
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) + first_batch * heads
     i, quarter = torch.arange(seq_q, device=device)[rows].view(-1, 1), torch.arange((seq_k + 3) // 4, device=device)
-    words = torch.stack(philox(int(score.seed), quarter, i, head, rounds=7), -1).flatten(-2)[..., :seq_k]
+    words = torch.stack(philox(score.seed.view(()), quarter, i, head, rounds=7), -1).flatten(-2)[..., :seq_k]
     return (keys.of(words) >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
 
 
@@ -338,6 +340,7 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     """Each row alone: its queries and its keys, whose diagonal is the bottom right as ever."""
     out = result_like(q, cached.v.shape[3], True)
     lse = torch.full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q), device=q.device)
+    checks.refuse_capture("cache_seqlens", "without the triton backend it is read back")
     lengths = score.kv_lengths.tolist()
     counts = [q.shape[2]] * len(lengths) if score.q_lengths is None else score.q_lengths.tolist()
     for batch, (count, length) in enumerate(zip(counts, lengths, strict=True)):
@@ -365,7 +368,7 @@ def add_bias_gradient(total: Tensor, ds: Tensor, keys: Keys) -> None:
     total.add_(ds) if keys.chosen is None or total.shape[3] == 1 else total.index_add_(3, keys.chosen, ds)
 
 
-def philox(seed: int, *counter: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: int | Tensor, *counter: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of Philox-4x32 under key `seed` at a counter of up to four words, the others 0: int64 in [0, 2**32).
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
@@ -392,7 +395,7 @@ def dropout(x: Tensor, norm: Norm) -> Tensor:
         return x
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     cols = torch.arange(x.shape[1], device=x.device)[None, :]
-    keep = philox(int(norm.seed), cols, rows)[0] >> 1 >= dropout_threshold(norm.dropout_p)
+    keep = philox(norm.seed.view(()), cols, rows)[0] >> 1 >= dropout_threshold(norm.dropout_p)
     return torch.where(keep, x / (1 - norm.dropout_p), 0)
 
 

@@ -53,16 +53,16 @@ takes_cpu = False  # whether Triton has a driver that launches on CPU tensors: `
 
 
 @functools.cache
-def unusable(device_type: str) -> str | None:
+def unusable(device: torch.device) -> str | None:
     if triton is None:
         return "the triton package is not installed (a PyTorch for GPUs brings it)"
     if triton.knobs.runtime.interpret:
         return None
-    if device_type == "cpu" and takes_cpu:
+    if device.type == "cpu" and takes_cpu:
         return None
-    if device_type != "cuda":  # PyTorch calls AMD's devices cuda too
-        return f"it runs on GPUs, not on {device_type} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+    if device.type != "cuda":  # PyTorch calls AMD's devices cuda too
+        return f"it runs on GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     return None
 
@@ -91,6 +91,15 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ attention
+
+
+MAX_ROW_STRIDE = 2**23  # elements: 256 rows, as many as a tile has, are less than 2**31 from each other
+
+
+def readable(x: Tensor) -> Tensor:
+    """x (batch, heads, seq, dim) itself if the kernels can walk along it, else one copy: its last dimension must be
+    contiguous, and a tile's offsets are 32-bit."""
+    return last_dim_contiguous(x) if x.stride(2) <= MAX_ROW_STRIDE or x.shape[2] == 1 else x.contiguous()
 
 
 def heads_arg(x: Tensor) -> Heads:
@@ -158,7 +167,7 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
 
 @on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    q, k, v = readable(q), readable(k), readable(v)
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
@@ -176,7 +185,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
     with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (readable(x) for x in (q, k, v, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
@@ -249,7 +258,10 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
 def append(
     x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
 ) -> None:
-    rotate_and_store(x, cache, page_table, starts, counts, rotary, append=True)
+    to = last_dim_contiguous(cache)  # another than the cache only where that is of the caller's own making
+    rotate_and_store(x, to, page_table, starts, counts, rotary, append=True)
+    if to is not cache:
+        cache.copy_(to)
 
 
 @on_its_device
@@ -290,6 +302,14 @@ def row_arg(x: Tensor | None) -> RowView | None:
     return RowView(x, x.shape[1], x.shape[2], *x.stride()[:3])
 
 
+def norm_parameter_heads(*parameters: Tensor | None) -> int:
+    """Heads that have parameters of their own: one dimension of the grid, which ends at 65,535."""
+    heads = norm_heads(*parameters)
+    if heads > 65535:
+        raise ValueError(f"weight and bias must be of at most 65,535 heads on the triton backend, got {heads}")
+    return heads
+
+
 def norm_meta(width: int, norm: Norm) -> dict:
     block_cols = min(triton.next_power_of_2(width), configs.NORM_COLS)
     block_rows = max(1, configs.NORM_ELEMENTS // block_cols)
@@ -317,7 +337,7 @@ def norm_forward(
     hidden = torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None
     mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
     rstd = torch.empty(row_count, dtype=torch.float32, device=device)
-    heads, meta = norm_heads(weight, bias), norm_meta(width, norm)
+    heads, meta = norm_parameter_heads(weight, bias), norm_meta(width, norm)
     if row_count:
         grid = (triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), heads)
         norm_kernels.norm_forward[grid](
@@ -344,7 +364,7 @@ def norm_backward(
     width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
     grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
-    heads, meta = norm_heads(weight, bias), norm_meta(width, norm)
+    heads, meta = norm_parameter_heads(weight, bias), norm_meta(width, norm)
     programs = min(triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), max(1, configs.NORM_PROGRAMS // heads))
     parts = [
         None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)

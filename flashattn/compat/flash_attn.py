@@ -205,7 +205,9 @@ def flash_attn_with_kvcache(
         k, v: (batch, seq_new, kv_heads, head_dim), or None.
         rotary_cos, rotary_sin: (positions, n), n at most head_dim / 2. k is rotated by its positions; q likewise where
             causal or in a window, else all of it by position cache_seqlens.
-        cache_seqlens: (batch,) int32 or one int: tokens that the cache has; None: all of capacity.
+        cache_seqlens: (batch,) int32 or one int: tokens that the cache has; None: all of capacity. A tensor on a GPU is
+            read back, but for the capture of a CUDA graph: then it is clamped, a replay reads it anew, and rotary_cos
+            has a row for each position of capacity.
         cache_batch_idx: (batch,) int32: which row of the cache belongs to a row of q.
         cache_leftpad: (batch,) int32: where the tokens of a row of the cache begin.
         block_table: (batch, n) int32.
@@ -236,7 +238,7 @@ def flash_attn_with_kvcache(
     (batch, heads, seq_q, head_dim), new = q.shape, 0 if k is None else k.shape[2]
     _check_sizes(q, k_cache, v_cache, k, v)
     pages, page_size = k_cache.shape[0], k_cache.shape[2]
-    table, capacity = block_table, page_size
+    table, capacity = None if block_table is None else block_table.contiguous(), page_size
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx must be None with block_table")
@@ -246,16 +248,13 @@ def flash_attn_with_kvcache(
         table = cache_batch_idx[:, None].contiguous()
     elif pages != batch:
         raise ValueError(f"k_cache must have q's batch {batch}, got {pages}")
-    before = _cache_lengths(cache_seqlens, batch, capacity)
-    after = [n + new for n in before]
-    if max(after, default=0) > capacity:
-        raise ValueError(f"k_cache must have room for {max(after)} tokens, got {capacity}")
+    starts, longest = _cache_lengths(cache_seqlens, batch, capacity, new, q.device)
+    if longest > capacity:
+        raise ValueError(f"k_cache must have room for {longest} tokens, got {capacity}")
+    lengths = starts + new
     if table is not None:
-        arguments.check_pages(
-            "block_table" if block_table is not None else "cache_batch_idx", table, pages, page_size, after
-        )
-    longest = max(after, default=0)
-    starts, lengths = (torch.tensor(x, dtype=torch.int32).to(q.device) for x in (before, after))
+        name = "block_table" if block_table is not None else "cache_batch_idx"
+        arguments.check_pages(name, table, pages, page_size, lengths)
     rotary = None
     if rotary_cos is not None:
         if k is None:
@@ -291,12 +290,23 @@ def _rotated_by_one(q: Tensor, starts: Tensor, rotary: Rotary, backend: str) -> 
     return each.view(batch, seq_q, heads, head_dim).transpose(1, 2)
 
 
-def _cache_lengths(cache_seqlens, batch: int, capacity: int) -> list[int]:
+def _cache_lengths(
+    cache_seqlens: int | Tensor | None, batch: int, capacity: int, new: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """(tokens that each row of the cache has, (batch,) int32; how many the longest has with the new ones)."""
     if cache_seqlens is None:
-        return [capacity] * batch
+        cache_seqlens = capacity
     if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32)
-    return arguments.check_lengths("cache_seqlens", cache_seqlens, batch, capacity, torch.device("cpu")).tolist()
+        if not 0 <= cache_seqlens <= capacity:
+            raise ValueError(f"cache_seqlens must be between 0 and the capacity {capacity}, got {cache_seqlens}")
+        return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device), cache_seqlens + new
+    starts = arguments.check_lengths("cache_seqlens", cache_seqlens, batch, capacity, device)
+    if checks.is_capturing():
+        return starts.clamp(0, max(0, capacity - new)), max(capacity, new)
+    lengths = cache_seqlens.tolist()
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"cache_seqlens must be between 0 and the capacity {capacity}, got {min(lengths)}")
+    return starts, max(lengths, default=0) + new
 
 
 def _check_sizes(q, k_cache, v_cache, k, v) -> None:
@@ -321,11 +331,11 @@ def _gathered(k: Tensor, v: Tensor, cu_seqlens: Tensor, block_table: Tensor) -> 
     """Pages (pages, page_size, kv_heads, head_dim) as packed rows."""
     _check_four("k", k), _check_four("v", v)
     checks.tensor("cu_seqlens_k", cu_seqlens)
+    checks.refuse_capture("block_table", "how many tokens it gathers is read back; flash_attn_with_kvcache can be")
     batch, page_size = cu_seqlens.numel() - 1, k.shape[1]
     arguments.check_page_table("block_table", block_table, batch, k.device)
     lengths = cu_seqlens.diff()
-    if not lengths.is_cuda:
-        arguments.check_pages("block_table", block_table, k.shape[0], page_size, lengths.tolist())
+    arguments.check_pages("block_table", block_table, k.shape[0], page_size, lengths)
     row = torch.repeat_interleave(lengths)
     position = torch.arange(row.numel(), device=k.device) - cu_seqlens[row]
     page = block_table[row, position // page_size].long()

@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attention import attention, attention_varlen
 
 NAME = "flashattn"
@@ -78,8 +79,11 @@ def attention_mask(
 
 
 def is_padded(mask: Tensor | None) -> bool:
-    """Whether some token of a (batch, seq) mask is masked. A compiled graph cannot ask, and takes it to be so."""
-    return mask is not None and (torch.compiler.is_compiling() or not bool(mask.all()))
+    """Whether some token of a (batch, seq) mask is masked. A compiled graph and a CUDA graph cannot ask, and take it to
+    be so; on a GPU to ask is to wait for it, once in a forward pass."""
+    if mask is None or torch.compiler.is_compiling() or checks.is_capturing():
+        return mask is not None
+    return not bool(mask.all())
 
 
 def attention_forward(

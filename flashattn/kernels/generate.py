@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
+from ..score_mod import example_scalars
 from .scores import BlocksArgs, ModArgs, plane_arg, tanh
 
 if TYPE_CHECKING:
@@ -283,8 +284,9 @@ def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
         return gradient
 
     names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    examples = [torch.zeros(())] + [torch.zeros((), dtype=torch.int32) for _ in range(4)]
-    examples += [x.detach().cpu() for x in captured]
+    examples = example_scalars(1)
+    # Of what was captured only shape and dtype count: nothing is copied from a GPU.
+    examples += [torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape) for x in captured]
     traced = make_fx(slope)(*examples)
     decompositions = core_aten_decompositions()
     traced = make_fx(torch.func.functionalize(traced), decomposition_table=decompositions)(*examples)
