@@ -30,7 +30,7 @@ def rows(context: Context) -> Iterator[dict]:
 def summary(rows: list[dict]) -> list[str]:
     first = rows[0]
     load = f"{first['sm_clock_mhz']} MHz, {first['power_draw_w']} W, throttle {first['throttle']}"
-    return [", ".join(f"{row['case']} {figure(row)}" for row in rows) + f"; under load {load}"]
+    return [f"under load {load}", *(f"{row['case']:<28} {figure(row)}" for row in rows)]
 
 
 def figure(row: dict) -> str:

@@ -14,7 +14,7 @@ from .card import ROOT
 from .context import Context
 
 TESTS = "tests/test_gpu.py"
-REHEARSED = 100  # a rehearsal runs each so-many-th test
+REHEARSED = 150  # a rehearsal runs each so-many-th test
 
 
 def rows(context: Context) -> Iterator[dict]:
