@@ -5,10 +5,17 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint bench sanitize torch-versions clean
+# Every version of Triton the kernels are held against: the oldest and the newest in `make test`, all in `make matrix`.
+TRITONS := 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
+OLDEST_AND_NEWEST := $(firstword $(TRITONS)) $(lastword $(TRITONS))
+matrix_of = $(RUN) tests/matrix.py $(foreach version,$(1),$(version)=$(VENV)/triton/$(version))
+folders_of = $(addprefix $(VENV)/triton/,$(1))
+
+.PHONY: help setup demo test matrix lint bench sanitize torch-versions clean
 help:
 	@echo "make demo   set up, then generate, embed and measure on real models"
 	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
+	@echo "make matrix every kernel on every supported version of Triton, $(firstword $(TRITONS)) to $(lastword $(TRITONS))"
 	@echo "make lint   ruff, rules and format"
 	@echo "make bench  attention and the CPU engine against PyTorch, the long lists, with a plot in bench/out/"
 	@echo "make sanitize  the CPU engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -33,9 +40,19 @@ demo: $(READY)
 	$(RUN) -m bench attention --quick
 
 # Twice: Triton reads TRITON_INTERPRET when it is imported, so its interpreter needs a process of its own.
-test: $(READY)
+# Without ARGS also what other versions of Triton make of the kernels.
+test: $(READY) $(if $(ARGS),,$(call folders_of,$(OLDEST_AND_NEWEST)))
 	$(RUN) -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m interpreter $(ARGS)
+	$(if $(ARGS),,$(call matrix_of,$(OLDEST_AND_NEWEST)))
+
+matrix: $(READY) $(call folders_of,$(TRITONS))
+	$(call matrix_of,$(TRITONS))
+
+$(VENV)/triton/%: | $(READY)
+	rm -rf $@ $@.part
+	$(PIP) --no-deps --target $@.part triton==$*
+	mv $@.part $@
 
 lint: $(READY)
 	$(RUN) -m ruff check .

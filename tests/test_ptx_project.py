@@ -141,3 +141,15 @@ def test_same_bits_every_run(gpu):
             for out in (flashattn.attention(q, k, v, causal=True) for _ in range(2))
         )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_lanes_that_hold_the_same_sum_hold_the_same_bits(gpu, width):
+    """One element a thread: its bare product, contracted into the addition of another lane's, gave each lane last bits
+    of its own, and chance which of them were stored."""
+    x, weight = torch.randn(40, width, requires_grad=True), torch.randn(width, requires_grad=True)
+    q, v = torch.randn(1, 1, 40, 2 * width, requires_grad=True), torch.randn(1, 1, 40, 3 * width, requires_grad=True)
+    with flashattn.use_backend("triton"):
+        torch.autograd.grad(flashattn.layer_norm(x, weight).square().sum(), (x, weight))
+        torch.autograd.grad(flashattn.rms_norm(x, weight).square().sum(), (x, weight))
+        torch.autograd.grad(flashattn.attention(q, q, v).square().sum(), (q, v))

@@ -38,7 +38,7 @@ from .scores import (
     visible_keys,
 )
 from .softmax import LOG2E
-from .tiles import load_tile, one_head, owned_queries, store_tile
+from .tiles import load_tile, one_head, owned_queries, rounded_product, store_tile
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def attention_backward_q(
     out_tile = load_tile(
         one_head(out, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
     )
-    delta_row = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    delta_row = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
     if grad_lse is not None:
         delta_row -= tl.load(grad_lse + row + queries, mask=queries < seq.query_end, other=0.0)
     tl.store(delta + row + queries, delta_row, mask=queries < seq.seq_q)

@@ -18,7 +18,7 @@ import triton.language as tl
 from .compiler import kernel
 from .scores import SIZES, Sequence, cap, shift, visible, visible_keys
 from .softmax import LOG2E, join_sink, logsumexp, online_softmax
-from .tiles import tile_mask
+from .tiles import one_head, tile_mask
 
 
 class PageTable(NamedTuple):
@@ -144,6 +144,6 @@ def attention_merge(
         m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(sinks + head))
         acc *= alpha
     result = tl.where(l_i == 0.0, 0.0, acc / l_i)
-    to = out.ptr + tl.cast(batch, tl.int64) * out.stride_batch + head * out.stride_head + query * out.stride_seq
+    to = one_head(out, batch, head, query).ptr
     tl.store(to + cols, result.to(out.ptr.dtype.element_ty), mask=cols < HEAD_DIM_V)
     tl.store(lse + program, logsumexp(m_i, l_i))

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .compiler import kernel
 from .dropout import dropout
+from .tiles import rounded_product
 
 # Not specialised on: see scores.py. The width is, since its divisibility is what makes loads wide.
 SIZES = ["row_count", "heads"]
@@ -99,9 +100,9 @@ def statistics(hidden, mask, count, width, mean, squares, CENTER: tl.constexpr):
         shift = chunk_mean - mean
         share = chunk / (count + chunk)
         mean += shift * share
-        squares += tl.sum(deviation * deviation, 1) + shift * shift * (count * share)
+        squares += tl.sum(rounded_product(deviation, deviation), 1) + shift * shift * (count * share)
     else:
-        squares += tl.sum(hidden * hidden, 1)
+        squares += tl.sum(rounded_product(hidden, hidden), 1)
     return mean, squares
 
 
@@ -246,9 +247,9 @@ def norm_backward(
             )  # fmt: skip
             store_gradients(
                 grad_x, grad_residual, grad_residual_out, drop, g, xhat, tl.sum(g, 1) / width,
-                tl.sum(g * xhat, 1) / width, row_rstd, rows, row_mask, 0, width, CENTER, BLOCK_COLS,
+                tl.sum(rounded_product(g, xhat), 1) / width, row_rstd, rows, row_mask, 0, width, CENTER, BLOCK_COLS,
             )  # fmt: skip
-            sum_weight += tl.sum(grad * xhat, 0)
+            sum_weight += tl.sum(rounded_product(grad, xhat), 0)
             sum_bias += tl.sum(grad, 0)
         else:
             sum_g = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -259,7 +260,7 @@ def norm_backward(
                     CENTER, BLOCK_COLS,
                 )  # fmt: skip
                 sum_g += tl.sum(g, 1)
-                sum_gx += tl.sum(g * xhat, 1)
+                sum_gx += tl.sum(rounded_product(g, xhat), 1)
             for start in range(0, width, BLOCK_COLS):
                 grad, xhat, g = load_gradients(
                     hidden, grad_y, row_mean, row_rstd, weight, weight_offset, head, rows, row_mask, start, width,
@@ -294,7 +295,7 @@ def norm_backward_weights(
         grad, xhat, _ = load_gradients(
             hidden, grad_y, row_mean, row_rstd, None, 0.0, head, rows, row_mask, start, width, CENTER, BLOCK_COLS
         )
-        sum_weight += tl.sum(grad * xhat, 0)
+        sum_weight += tl.sum(rounded_product(grad, xhat), 0)
         sum_bias += tl.sum(grad, 0)
     store_parts(weight_parts, bias_parts, sum_weight, sum_bias, head, heads, start, width, BLOCK_COLS)
 

@@ -253,10 +253,9 @@ def block_state(score, batch, head, start_m, start_n):
     if score.blocks is None:
         return 2
     else:
-        i = start_m // score.blocks.block_q
-        j = start_n // score.blocks.block_k
-        states = plane_base(score.blocks.states, batch, head)
-        return tl.load(states + i * score.blocks.states.stride_q + j * score.blocks.states.stride_k).to(tl.int32)
+        i = tl.cast(start_m // score.blocks.block_q, tl.int64)
+        j = tl.cast(start_n // score.blocks.block_k, tl.int64)
+        return tl.load(plane_pointers(score.blocks.states, batch, head, i, j)).to(tl.int32)
 
 
 @triton.jit
@@ -266,6 +265,13 @@ def looks(score, batch, head, start_m, start_n):
         return True
     else:
         return block_state(score, batch, head, start_m, start_n) > 0
+
+
+@triton.jit
+def signed_infinity(keep):
+    """+inf where a byte is not 0, else -inf; by its bits, since Triton 3.9 compiles no compare with a loaded tile for
+    AMD's GPUs where its result must change layout."""
+    return (((keep.to(tl.uint32) + 0x7FFFFFFF) & 0x80000000) ^ 0xFF800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -290,7 +296,7 @@ def shift(score, seq, scores, slope, batch, head, queries, keys, state):
         scores = score.score_mod.value(natural, batch, head, i, j, captured) * LOG2E + tl.zeros_like(natural)
     if score.mask is not None:
         keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
-        scores = tl.where(keep != 0, scores, float("-inf"))
+        scores = tl.minimum(scores, signed_infinity(keep))
     if score.blocks is not None:
         i = tl.minimum(queries, seq.query_end - 1)
         j = tl.minimum(keys, seq.key_end - 1)

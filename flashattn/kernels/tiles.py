@@ -27,6 +27,13 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded by itself. A bare product in a sum may be contracted into the addition of what another lane has;
+    then lanes that hold the same sum hold different last bits of it, and which of them is stored is chance."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def owned_queries(heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
     """(first query, head, kv_head, batch) of this program, in a grid of (query tiles * heads * batch,).
 
