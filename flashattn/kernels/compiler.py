@@ -4,7 +4,7 @@ The fault: Triton before 3.7.1 puts no `fence.proxy.async` between a pipelined l
 instruction (`wgmma`, `tcgen05.mma`) that reads what it copied, so that on Hopper and datacenter Blackwell the tensor
 cores may read shared memory before the copy is there: wrong results that change between runs (pytorch/pytorch#181248,
 triton-lang/triton#9610). One fence before the loop is all there is. Here one follows every wait, where Triton 3.7.1
-puts it (triton-lang/triton#10537): the loops stay pipelined. `tests/test_versions.py` proves on the PTX machine that
+puts it (triton-lang/triton#10537): the loops stay pipelined. `tests/every_triton.py` proves on the PTX machine that
 the fault is there without the fences and gone with them.
 """
 
@@ -26,11 +26,10 @@ LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$", re.MULTILINE)
 _compiling = threading.Lock()  # Triton's hook is one for the process
 
-
-FAULT = (
+FAULT = (  # what to say of a Triton that lacks them
     f"Triton {triton.__version__} leaves out memory fences on sm_90 and sm_100 (pytorch/pytorch#181248): flashattn's "
     "kernels add their own, other Triton kernels may give wrong results there. triton>=3.7.1 has them."
-)  # what to say of a Triton that LACKS_FENCES
+)
 
 
 class Kernel(JITFunction):
