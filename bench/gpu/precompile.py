@@ -95,7 +95,7 @@ def list_jobs(context: Context) -> list[Job]:
 def run_case(settings: Settings, module, case, wanted: Callable[[str, str], bool]) -> tuple[str, ...]:
     """Run a case's own calls without launching; compiles those kernels whose (name, key) are wanted. Returns the names
     of its peers that have to be compiled."""
-    with compiling(settings.card.architecture, wanted):
+    with compiling(settings, wanted):
         comparison = module.comparison(Context(settings, compiling=True), case)
         for name in comparison.ours:
             comparison.variants[name]()()
@@ -103,19 +103,24 @@ def run_case(settings: Settings, module, case, wanted: Callable[[str, str], bool
 
 
 @contextlib.contextmanager
-def compiling(architecture: str, wanted: Callable[[str, str], bool]) -> Iterator[None]:
+def compiling(settings: Settings, wanted: Callable[[str, str], bool]) -> Iterator[None]:
     """Within the block nothing is launched, and of what would be compiled only what is wanted is."""
+    report = ignore if settings.rehearse else build_launcher  # a launcher needs the driver's library to be linked
     compile_it = JITFunction._do_compile
 
     def compile_if_wanted(self, key, *args):
         return compile_it(self, key, *args) if wanted(self.__name__, f"{self.__name__} {key}") else None
 
-    with compiled.compile_only(architecture, build_launcher), flashattn.use_backend("triton"):
+    with compiled.compile_only(settings.card.architecture, report), flashattn.use_backend("triton"):
         JITFunction._do_compile = compile_if_wanted
         try:
             yield
         finally:
             JITFunction._do_compile = compile_it
+
+
+def ignore(kernel) -> None:
+    pass
 
 
 def build_launcher(kernel) -> None:
