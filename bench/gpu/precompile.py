@@ -40,15 +40,19 @@ class Job(NamedTuple):
 
 
 def rows(context: Context) -> Iterator[dict]:
-    torch.set_num_threads(1)  # before any operation: a pool of threads would not survive the fork below
-    jobs = list_jobs(context)
+    torch.set_num_threads(1)  # before any operation: a pool of threads would not survive the forks below
+    with forked(1) as pool:  # not here: autograd refuses to run in the fork of a process where it has run
+        jobs = pool.submit(list_jobs, context.settings).result()
     context.plan(len(jobs))
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(min(cores, max(1, len(jobs))), multiprocessing.get_context("fork")) as pool:
+    with forked(min(len(os.sched_getaffinity(0)), max(1, len(jobs)))) as pool:
         running = {pool.submit(run_job, context.settings, job): number for number, job in enumerate(jobs)}
         for future in as_completed(running):
             number = running[future]
             yield {"case": number} | row_of(jobs[number], future)
+
+
+def forked(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -69,22 +73,22 @@ def row_of(job: Job, future) -> dict:
         return row | {"failed": first_line(error), "correct": is_peer}
 
 
-def list_jobs(context: Context) -> list[Job]:
+def list_jobs(settings: Settings) -> list[Job]:
     """Peers first: they take longest."""
     kernels: dict[str, Job] = {}
     peers = []
     for part in PRECOMPILED:
-        if part not in context.settings.chosen:
+        if part not in settings.chosen:
             continue
         module = importlib.import_module(PARTS[part].path)
-        for number, case in enumerate(module.cases(context.rehearse)):
+        for number, case in enumerate(module.cases(settings.rehearse)):
 
             def note(kernel: str, key: str, part=part, number=number) -> bool:
                 kernels.setdefault(key, Job(part, number, kernel, key))
                 return False
 
             try:
-                names = run_case(context.settings, module, case, note)
+                names = run_case(settings, module, case, note)
             except Exception:  # the part itself will say so
                 traceback.print_exc()
                 continue

@@ -15,8 +15,9 @@ from .card import Card
 from .context import Settings
 from .parts import Part
 
-# Imported once, in the process that those of the parts are forked from; the latter for peers that are compiled.
-PRELOADED = ["bench.gpu.worker", "torch._dynamo", "torch._inductor.compile_fx"]
+# Imported once, in the process that those of the parts are forked from. None may ask for the GPU there, as
+# torch._inductor does: CUDA does not work in the fork of a process that has asked.
+PRELOADED = ["bench.gpu.worker", "torch._dynamo"]
 
 
 class Run(NamedTuple):

@@ -102,9 +102,7 @@ class CapturedArg(NamedTuple):
     strides: tuple
 
 
-def captured_args(tensors: tuple[Tensor, ...]) -> tuple | None:
-    if not tensors:
-        return None
+def captured_args(tensors: tuple[Tensor, ...]) -> tuple[CapturedArg, ...]:
     return tuple(
         CapturedArg(x.view(torch.uint8) if x.dtype == torch.bool else x, tuple(x.shape), tuple(x.stride()))
         for x in tensors
