@@ -41,8 +41,8 @@ def main() -> None:
         if name == "cpu" and usable:
             note += f", instruction set {cpu.isa()}"
         print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
-    if BACKENDS["triton"].compiler_fault is not None:
-        print(f"\n{BACKENDS['triton'].compiler_fault}")
+    for fault in BACKENDS["triton"].compiler_faults():
+        print(f"\n{fault}")
     forced = os.environ.get("FLASHATTN_BACKEND")
     try:
         chosen = choose(device, torch.float32)

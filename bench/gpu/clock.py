@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-SPIN = 1_000_000  # clock cycles, about half a millisecond
+SPIN = 0.5e-3  # seconds that the GPU is kept busy, at least
+CLOCK = 2e9  # its cycles in a second, about
 
 
 class GpuClock:
@@ -18,21 +19,22 @@ class GpuClock:
     seconds = 0.05  # for the rounds of one variant, about
     host_calls = 100  # a GPU's queue takes some 1,000 launches before the host has to wait
 
-    def time(self, run: Callable[[], object]) -> float:
-        """Seconds that the GPU takes for what `run` launches. The GPU is kept busy while the first launches are
-        queued, so that the host's time is not in it."""
+    def time(self, run: Callable[[], object], host_seconds: float = 0.0) -> float:
+        """Seconds that the GPU takes for what `run` launches. It is kept busy while the host takes its `host_seconds`
+        to queue that, so that these are not in it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SPIN)
+        torch.cuda._sleep(int(max(SPIN, 1.5 * host_seconds) * CLOCK))
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def estimate(self, call: Callable[[], object]) -> float:
-        """Seconds of one call, after a warm-up."""
+    def estimate(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of one call of the GPU, and of the host until it is queued, after a warm-up."""
         self.time(call)
-        return self.time(lambda: [call() for _ in range(3)]) / 3
+        host = self.host_time(lambda: [call() for _ in range(3)])
+        return self.time(lambda: [call() for _ in range(3)], host) / 3, host / 3
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         """What `run` launches as a CUDA graph; returns its replay."""
@@ -62,11 +64,11 @@ class RehearsalClock:
     seconds = 0.0
     host_calls = 1
 
-    def time(self, run: Callable[[], object]) -> float:
+    def time(self, run: Callable[[], object], host_seconds: float = 0.0) -> float:
         return self.host_time(run)
 
-    def estimate(self, call: Callable[[], object]) -> float:
-        return 1e-6  # so short that it is captured
+    def estimate(self, call: Callable[[], object]) -> tuple[float, float]:
+        return 1e-6, 0.0  # so short that it is captured
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         return run

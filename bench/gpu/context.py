@@ -19,7 +19,7 @@ from . import results
 from .card import Card
 from .clock import GpuClock, RehearsalClock
 
-GRAPH_BELOW = 100e-6  # seconds of a launch
+GRAPH_BELOW = 100e-6  # seconds of a call on the GPU
 MAX_COPIES = 64  # of small inputs: more would only measure the allocator
 MAX_LAUNCHES = 400  # of a batch
 
@@ -47,6 +47,7 @@ class Batch(NamedTuple):
     run: Callable[[], None]
     launches: int
     seconds: float  # of one call, about
+    host_seconds: float  # that the host takes to queue them all, where the GPU would have to wait for it
     by: str
     last: list  # what the last call returned
 
@@ -125,7 +126,8 @@ class Context:
         for turn in range(max(least, min(most, int(self.clock.seconds * len(names) / once)))):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(self.clock.time(batches[name].run) / batches[name].launches)
+                batch = batches[name]
+                samples[name].append(self.clock.time(batch.run, batch.host_seconds) / batch.launches)
         if after is not None:
             for name, batch in batches.items():
                 if batch.by == "graph":
@@ -154,7 +156,7 @@ class Context:
         return summarise([seconds() for _ in range(self.clock.rounds[1])], by)
 
     def _batch(self, call: Call, passes: int) -> Batch:
-        seconds = self.clock.estimate(call)
+        seconds, host_seconds = self.clock.estimate(call)
         launches = max(passes, min(MAX_LAUNCHES, int(self.clock.batch_seconds / seconds) + 1))
         last: list = [None]
 
@@ -162,13 +164,15 @@ class Context:
             for _ in range(launches):
                 last[0] = call()
 
-        if seconds >= GRAPH_BELOW:
-            return Batch(run, launches, seconds, "events", last)
+        one_by_one = Batch(run, launches, seconds, 0.0, "events", last)
+        if seconds >= max(GRAPH_BELOW, host_seconds):
+            return one_by_one
         try:
-            return Batch(self.clock.capture(run), launches, seconds, "graph", last)
-        except RuntimeError as error:  # what cannot be captured is launched one by one, and says so
+            return Batch(self.clock.capture(run), launches, seconds, 0.0, "graph", last)
+        except (RuntimeError, ValueError) as error:  # what cannot be captured is launched one by one, and says so
             self.clock.wait()
-            return Batch(run, launches, seconds, f"events, not captured: {first_line(error)}", last)
+            by = f"events, not captured: {first_line(error)}"
+            return one_by_one._replace(host_seconds=launches * host_seconds, by=by)
 
 
 def summarise(samples: list[float], by: str) -> Times:

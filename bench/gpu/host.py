@@ -63,7 +63,7 @@ def measure(context: Context, call: Call) -> dict:
     row = {"eager_us": eager.median * 1e6, "eager_low": eager.low * 1e6, "eager_high": eager.high * 1e6}
     try:
         times, replay = context.measure_graph(call)
-    except RuntimeError as error:  # a call that cannot be captured
+    except (RuntimeError, ValueError) as error:  # a call that cannot be captured
         context.clock.wait()
         return row | {"us": None, "replay_us": None, "by": f"not captured: {first_line(error)}"}
     return row | {"us": times.median * 1e6, "replay_us": replay.median * 1e6, "by": "graph"}

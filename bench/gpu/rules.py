@@ -12,12 +12,13 @@ FLOP: attention forward 4 x batch x heads x pairs x head_dim, pairs = seq_q x se
   sequences: summed over sequences); backward 2.5 x forward, whatever is recomputed. A matrix product: 2 x M x N x K.
 bytes: what a call must read and write once. decode: keys and values up to each length, q, out. Norms: forward x and y,
   backward grad_y, x and grad_x; parameters are left out. A copy: read and written.
-time: CUDA events around batches of launches; calls below 100 us as a CUDA graph of the batch. Variants of a case take
-  turns; median and quartiles of the rounds. Inputs are copies in turn that exceed three times the L2, but for rows that
-  say warm. Ratio: the other's time / ours, round by round; ~ where its quartiles are further apart than it is from 1.
+time: CUDA events around batches of launches; calls below 100 us, and those that the host takes longer to queue than the
+  GPU to run, as a CUDA graph of the batch. Variants of a case take turns; median and quartiles of the rounds. Inputs
+  are copies in turn that exceed three times the L2, but for rows that say warm. Ratio: the other's time / ours, round
+  by round; ~ where its quartiles are further apart than it is from 1.
 data: random, normal, the same in each copy; never zeros. share: of the ceiling measured in this run.
 error: root mean square against float64 on batch row 0 and its first key/value head (norms: the first rows; features:
-  everything), before timing into memory filled with NaN and again after timing. Wrong: more than twice the error of
+  all heads), before timing into memory filled with NaN and again after timing. Wrong: more than twice the error of
   PyTorch's operations (the reference backend) in the same dtype plus one unit in the last place; or a single element
   off by ten times their largest error; or other bits after timing than before."""
 

@@ -47,7 +47,8 @@ def write_rows(path: str, settings: Settings) -> None:
 
 def write_all(module, context: Context) -> None:
     for row in module.rows(context):
-        results.append(context.out, "row", context.settings.part, row)
+        at = round(context.settings.seconds - context.remaining(), 2)  # seconds since the part began
+        results.append(context.out, "row", context.settings.part, row | {"at": at})
 
 
 def watch_compilations() -> list[tuple[str, float]]:

@@ -47,9 +47,12 @@ else:
     triton = None
 
 
-# What is wrong with this Triton and is worked around, in a sentence; None for nothing.
-compiler_fault = compiler.FAULT if triton is not None and compiler.LACKS_FENCES else None
 takes_cpu = False  # whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so
+
+
+def compiler_faults() -> list[str]:
+    """What is wrong with this Triton and is worked around, in a sentence each."""
+    return [] if triton is None else compiler.faults()
 
 
 @functools.cache
@@ -139,10 +142,9 @@ def pairs(score: Score) -> configs.Pairs:
 
 
 def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
-    """Tile sizes and launch options of one pass. Head dimensions are padded to a power of two inside the tiles. A tile
-    lies in one block of a block mask."""
+    """Tile sizes and launch options of one pass. A tile lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    cols = tuple(max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
+    cols = configs.attention_cols(head_dim, head_dim_v)
     tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), score.score_mod is not None)
     tiles = tune.tiles_for(direction, q, v, score, tiles)
     block_mask = score.block_mask

@@ -1,16 +1,24 @@
-"""What the project's kernels ask of Triton's compiler, and the one fault of it that they work around.
+"""What the project's kernels ask of Triton's compiler, and the two faults of it that they work around.
 
-The fault: Triton before 3.7.1 puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core
+The first: Triton before 3.7.1 puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core
 instruction (`wgmma`, `tcgen05.mma`) that reads what it copied, so that on Hopper and datacenter Blackwell the tensor
 cores may read shared memory before the copy is there: wrong results that change between runs (pytorch/pytorch#181248,
 triton-lang/triton#9610). One fence before the loop is all there is. Here one follows every wait, where Triton 3.7.1
 puts it (triton-lang/triton#10537): the loops stay pipelined. `tests/every_triton.py` proves on the PTX machine that
 the fault is there without the fences and gone with them.
+
+The second is the assembler's: ptxas before 12.9, which Triton brings before 3.8, loses the address in the descriptor by
+which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and lies where k has
+lain before: wrong results, or an illegal access. An H100 showed it and the machine code explains it: the address is
+that of k's descriptor, and the copy of its register is left out. So there `configs.attention_cols` widens v.
+`bench/descriptors.py` finds such a descriptor in machine code; `tests/test_compiled.py` holds all kernels against that,
+and shows the fault where nothing is widened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import tempfile
 import threading
@@ -26,10 +34,33 @@ LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$", re.MULTILINE)
 _compiling = threading.Lock()  # Triton's hook is one for the process
 
-FAULT = (  # what to say of a Triton that lacks them
-    f"Triton {triton.__version__} leaves out memory fences on sm_90 and sm_100 (pytorch/pytorch#181248): flashattn's "
-    "kernels add their own, other Triton kernels may give wrong results there. triton>=3.7.1 has them."
-)
+
+
+@functools.cache
+def loses_descriptors() -> bool:
+    """Whether the ptxas that Triton calls has the second fault."""
+    try:
+        version = knobs.nvidia.ptxas.version
+    except RuntimeError:  # there is none, as in a Triton for AMD's GPUs alone
+        return False
+    return tuple(int(number) for number in version.split(".")) < (12, 9)
+
+
+def faults() -> list[str]:
+    """What is wrong with this compiler and is worked around, in a sentence each."""
+    found = []
+    if LACKS_FENCES:
+        found.append(
+            f"Triton {triton.__version__} leaves out memory fences on sm_90 and sm_100 (pytorch/pytorch#181248): "
+            "flashattn's kernels add their own, other Triton kernels may give wrong results there. triton>=3.7.1 has "
+            "them."
+        )
+    if loses_descriptors():
+        found.append(
+            f"Its assembler, ptxas {knobs.nvidia.ptxas.version}, loses addresses on sm_90 where head_dim_v is below 64 "
+            "and below head_dim: flashattn's kernels avoid it. triton>=3.8 brings one that does not."
+        )
+    return found
 
 
 class Kernel(JITFunction):

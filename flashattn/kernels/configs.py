@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import triton
 
+from .compiler import loses_descriptors
+
 
 class Tiles(NamedTuple):
     block_m: int  # queries
@@ -138,12 +140,21 @@ class Pairs(NamedTuple):
 PLAIN = Pairs()
 
 
+def attention_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The columns of a tile of q or k and of v: the head dimensions as powers of two, 16 at least; more of v where the
+    assembler would get narrow ones wrong (`compiler.py`)."""
+    cols, cols_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
+    if architecture() == "sm_90" and loses_descriptors():
+        cols_v = max(cols_v, min(cols, 64))
+    return cols, cols_v
+
+
 def attention_tiles(
     direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs = PLAIN, modified: bool = False
 ) -> Tiles:
     """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode") that fit the architecture's shared memory.
 
-    cols: the columns of a tile of q or k and of v: the head dimensions as powers of two.
+    cols: the columns of a tile of q or k and of v, from `attention_cols`.
     modified: with a score_mod, whose value needs registers: half the keys forward, and fewer stages. So at head_dim 64
     none spills on sm_80 and sm_90 (with the plain tiles 1,127 spills).
     """
