@@ -1,5 +1,6 @@
 """Part "check": what `pytest -m gpu` runs, in as many processes as there are cores, a row for each test. The
-kernels are compiled as the tests come to them, by all processes side by side into one cache on disk."""
+kernels are compiled as the tests come to them, by all processes side by side into one cache on disk; the tests that
+take longest begin first."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ REHEARSED = 150  # a rehearsal runs each so-many-th test
 
 def rows(context: Context) -> Iterator[dict]:
     read, write = os.pipe()
-    process = subprocess.Popen(command(context, write), cwd=ROOT, pass_fds=[write], stdin=subprocess.DEVNULL)
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # each would be imported by every process
+    process = subprocess.Popen(command(context, write), cwd=ROOT, pass_fds=[write], stdin=subprocess.DEVNULL, env=alone)
     os.close(write)
     planned = False
     with os.fdopen(read, encoding="utf-8") as lines:
@@ -43,8 +45,8 @@ def summary(rows: list[dict]) -> list[str]:
 def command(context: Context, file: int) -> list[str]:
     cores = len(os.sched_getaffinity(0))
     found = [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-n", str(cores), "--dist", "worksteal", "-p",
-        "bench.gpu.pytest_rows", "-p", "no:cacheprovider", "--rows", str(file), TESTS,
+        sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-m", "gpu", "-n", str(cores), "--dist", "load",
+        "--maxschedchunk", "1", "-p", "bench.gpu.pytest_rows", "-p", "no:cacheprovider", "--rows", str(file), TESTS,
     ]  # fmt: skip
     if context.rehearse:
         found += ["--rehearse-gpu", context.card.architecture, "--every", str(REHEARSED)]

@@ -35,7 +35,6 @@ ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$", re.MULTILINE)
 _compiling = threading.Lock()  # Triton's hook is one for the process
 
 
-
 @functools.cache
 def loses_descriptors() -> bool:
     """Whether the ptxas that Triton calls has the second fault."""
