@@ -16,6 +16,7 @@ import flashattn
 from bench import ptx
 from bench.ptx import Fault
 from flashattn.kernels import compiler, configs, forward
+from flashattn.score_mod import trace
 
 BF16 = torch.bfloat16
 SIZES = dict(head_dim=32, head_dim_v=32)
@@ -47,6 +48,17 @@ def test_packed_sequences(gpu):
 
 def test_score_mod_and_block_mask(gpu):
     test_compat_flex.test_gradients_against_float64(BF16, "relative_bias", "documents", "triton")
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_compile_a_score_mod_that_captures_nothing(architecture):
+    score_mod = trace("score_mod", lambda score, b, h, i, j: score * 0.5, 1)
+    test_compiled.check(test_compiled.compile_attention(architecture, 32, score_mod=score_mod))
+
+
+def test_compile_narrow_values():
+    """Where the assembler of older versions loses the address of v."""
+    test_compiled.check(test_compiled.compile_attention("sm_90", 64, head_dim_v=16))
 
 
 def test_decoding(gpu):

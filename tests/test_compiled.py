@@ -8,10 +8,11 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 compiled = pytest.importorskip("bench.compiled")
 
+from bench.descriptors import lost_descriptors  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
 from flashattn.cache import Cached  # noqa: E402
 from flashattn.decode import Rotary  # noqa: E402
-from flashattn.kernels import configs  # noqa: E402
+from flashattn.kernels import compiler, configs  # noqa: E402
 from flashattn.norm_settings import Norm  # noqa: E402
 from flashattn.score import Score  # noqa: E402
 from flashattn.score_mod import read_block_mask, trace  # noqa: E402
@@ -44,6 +45,8 @@ def check(kernels, tensor_cores=True, spills=True):
         assert 0 < kernel.shared_bytes <= configs.SHARED_MEMORY[kernel.architecture], kernel
         if tensor_cores:
             assert kernel.tensor_instructions > 0, kernel
+        if kernel.architecture == "sm_90":
+            assert not lost_descriptors(kernel.code), kernel
         if not spills:
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 
@@ -68,6 +71,19 @@ def test_sizes_of_one(shape, lengths):
         out, lse = backend.forward(q, k, k, Score(0.125, None, None, some, some))
         backend.backward(out, None, q, k, k, out, lse, Score(0.125, None, None, some, some), False)
     check(kernels)
+
+
+@pytest.mark.parametrize("features", [{}, dict(dropout_p=0.1, seed=torch.tensor(5))], ids=["plain", "dropout"])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 16), (24, 9), (128, 32)])
+def test_narrow_values(head_dim, head_dim_v, features):
+    check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
+
+
+def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
+    """Else the way round it could go, or `lost_descriptors` finds nothing."""
+    monkeypatch.setattr(configs, "loses_descriptors", lambda: False)
+    forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16)[0]
+    assert bool(lost_descriptors(forward.code)) == compiler.loses_descriptors()
 
 
 def test_a_length_compiles_nothing_new():

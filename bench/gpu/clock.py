@@ -16,7 +16,7 @@ class GpuClock:
 
     batch_seconds = 2e-3  # of launches between two events, at least
     rounds = (5, 15)
-    seconds = 0.05  # for the rounds of one variant, about
+    seconds = 0.03  # for the rounds of one variant, about
     host_calls = 100  # a GPU's queue takes some 1,000 launches before the host has to wait
 
     def time(self, run: Callable[[], object], host_seconds: float = 0.0) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..named_kernel import UsageError
 from . import rules
 from .parts import PARTS, choose
+from .results import read, read_file
 
 BUDGET, REHEARSAL_BUDGET = 240.0, 1800.0
 DESCRIPTION = """\
@@ -21,6 +22,7 @@ wrote. Without a GPU, --rehearse runs the same code on a CPU at the smallest siz
   python -m bench gpu                          everything, four minutes on an H100
   python -m bench gpu --only attention --only norms --budget 90
   python -m bench gpu --rehearse               on any machine
+  python -m bench gpu --summary FILE           the table of a results.jsonl, as in bench/results/
 """
 
 
@@ -36,15 +38,20 @@ def add_parser(commands) -> None:
     command.add_argument("--budget", type=float, metavar="SECONDS", help=budgets)
     command.add_argument("--only", action="extend", nargs="+", choices=PARTS, metavar="PART", help="only these parts")
     command.add_argument("--out", type=Path, metavar="DIRECTORY", help="default bench/out/gpu-CARD-DATE-TIME")
+    command.add_argument("--summary", type=Path, metavar="FILE", help="only print the table of results that are there")
     command.add_argument("--rehearse", action="store_true", help="without a GPU: every part, at the smallest sizes")
 
 
 def run(args) -> int:
     """0: all is right; 1: a row is wrong or a part failed."""
     from .card import REHEARSAL, find_card
-    from .summary import is_right, print_summary
+    from .summary import is_right, print_summary, summarise
     from .supervisor import Run, run_all
 
+    if args.summary is not None:
+        lines = read_results(args.summary)
+        print("\n".join(summarise(lines)))
+        return 0 if is_right(lines) else 1
     budget = args.budget if args.budget is not None else REHEARSAL_BUDGET if args.rehearse else BUDGET
     if budget <= 0:
         raise UsageError(f"--budget takes seconds above 0, got {budget}")
@@ -61,7 +68,14 @@ def run(args) -> int:
         run_all(this)
     finally:
         print_summary(out)
-    return 0 if is_right(out) else 1
+    return 0 if is_right(read(out)) else 1
+
+
+def read_results(file: Path) -> list[dict]:
+    try:
+        return read_file(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--summary takes a results.jsonl, and {file} cannot be read as one: {error}") from None
 
 
 def default_directory(card: str) -> Path:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 class Part(NamedTuple):
     name: str
-    # Of the budget, beside the other chosen parts'; about the seconds it takes on an H200. The last three get what is left.
+    # Of the budget, beside the other chosen parts': about the seconds it takes on an H200. The last three get the rest.
     share: float
     help: str
     module: str = ""  # with `rows(context)`; this package's of the same name by default

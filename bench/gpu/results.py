@@ -35,6 +35,9 @@ def clean(value):
 
 def read(out: Path, kind: str | None = None, part: str | None = None) -> list[dict]:
     file = out / NAME
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    found = [json.loads(line) for line in lines]
+    found = read_file(file) if file.exists() else []
     return [x for x in found if kind in (None, x["kind"]) and part in (None, x["part"])]
+
+
+def read_file(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -166,14 +166,15 @@ def summary(results: list[dict]) -> list[str]:
     """The rows that would change come first."""
     searched = sum("best" in result for result in results)
     changed = sum(result.get("changes", False) for result in results)
-    ordered = sorted(results, key=lambda result: not result.get("changes", False))
+    late = sum("skipped" in result for result in results)
+    ordered = sorted((r for r in results if "skipped" not in r), key=lambda result: not result.get("changes", False))
     title = f"{searched} rows of configs.py searched, {changed} would change; median (quartiles)"
-    return [title, *(line(result) for result in ordered)]
+    return [title, *(line(result) for result in ordered), *([f"{late} rows: no time left"] if late else [])]
 
 
 def line(result: dict) -> str:
     if "best" not in result:
-        return f"{result['case']}: {result.get('skipped') or result.get('failed')}"
+        return f"{result['case']}: {result.get('failed')}"
     counts = f"{len(result['seconds']) - 1} timed, {len(result['refused'])} refused"
     if not result["changes"]:
         return f"{result['case']}: {result['row']} stays ({counts})"
