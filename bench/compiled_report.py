@@ -143,7 +143,7 @@ def run(what: list[str], architectures: list[str], json_file: Path | None) -> in
             )
         calls = project_launches(what or ["attention", "norm", "decode"])
     kernels = compile_all(calls, architectures, console)
-    console.print(f"compiled by Triton {triton.__version__} for {', '.join(architectures)}; no GPU has run them")
+    console.print(f"compiled by Triton {triton.__version__} for {', '.join(architectures)}; nothing was run")
     fits = print_kernels(console, kernels)
     print_loops(console, kernels)
     if json_file:

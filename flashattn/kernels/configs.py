@@ -3,7 +3,7 @@
 Attention: `ATTENTION[pass][architecture]` lists (largest head_dim, bytes per element, Tiles) from small to large; the
 first row that is large enough is taken, and made smaller where a call's features do not fit in shared memory beside it.
 On sm_80 and sm_90 no row spills a register at head_dim 64 and 128: `tests/test_compiled.py` compiles them and counts.
-The rows were chosen by that count and not by timing: no GPU has run them yet.
+The rows were chosen by that count and not by timing: `python -m bench gpu --only tune` times their neighbours.
 """
 
 from __future__ import annotations
