@@ -33,6 +33,26 @@ def pytest_collection_modifyitems(config, items):
         for marker, skip in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    if INTERPRETED:
+        left_out = other_dtypes(items)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def other_dtypes(items) -> set:
+    """The interpreter is slow, and the kernels are the same text for each dtype: it runs a case in one of those that it
+    computes rightly, the dtypes in turn. These are the case's others."""
+    cases: dict[tuple, list] = {}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if isinstance(parameters.get("dtype"), torch.dtype):
+            others = tuple((name, str(value)) for name, value in parameters.items() if name != "dtype")
+            cases.setdefault((item.function, others), []).append(item)
+    left_out: set = set()
+    for number, of_case in enumerate(cases.values()):
+        right = [item for item in of_case if item.callspec.params["dtype"] != torch.bfloat16] or of_case
+        left_out |= set(of_case) - {right[number % len(right)]}
+    return left_out
 
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
