@@ -1,8 +1,8 @@
 """Whether the descriptors by which Hopper's tensor cores read shared memory hold an address of it, in machine code.
 
-ptxas before 12.9 leaves out the copy of a register that two descriptors share: what is then read lies anywhere. Such
-code computes right results from its PTX, so only the machine code shows it. Here the registers that derive from the
-base of shared memory are followed along every path.
+ptxas before 12.9 leaves out the copy of a register that two descriptors share, and the tensor cores read from an
+arbitrary address. The PTX is right; only the machine code shows the fault. Here the registers that derive from the base
+of shared memory are followed along every path.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ LABEL = re.compile(r"^\s*(\.L_x?_?\w+):")
 TARGET = re.compile(r"`\((\.L_x?_?\w+)\)")
 REGISTER = re.compile(r"\b(U?R)(\d+)")
 BASE = ("ULEA", "LEA")  # with a shift of 24: the rank in the cluster and 0x400, where shared memory begins
-OPAQUE = ("LDG", "LDC", "ULDC", "LDS", "S2", "CS2")  # what they load derives from nothing
-NO_RESULT = ("ST", "RED", "BAR", "BRA", "EXIT", "HGMMA", "LDGSTS", "DEPBAR", "LDGDEPBAR", "WARP", "MEMBAR", "FENCE",
+OPAQUE = ("LDG", "LDC", "ULDC", "LDS", "S2", "CS2", "HMMA", "HGMMA")  # their results derive from nothing
+NO_RESULT = ("ST", "RED", "BAR", "BRA", "EXIT", "LDGSTS", "DEPBAR", "LDGDEPBAR", "WARP", "MEMBAR", "FENCE",
              "UTMA", "SYNCS")  # fmt: skip
 
 Registers = frozenset[str]
@@ -87,16 +87,24 @@ def derived_registers(code: list[Instruction]) -> list[Registers | None]:
 
 
 def step(x: Instruction, registers: Registers) -> Registers:
-    """The registers that derive from the base behind an instruction."""
+    """The registers that derive from the base after an instruction."""
     at = next((i for i, operand in enumerate(x.operands[:2]) if REGISTER.match(operand)), None)
     if at is None or x.name.startswith(NO_RESULT):
         return registers
     kind, number = REGISTER.match(x.operands[at]).groups()
-    width = 4 if ".128" in x.name else 2 if ".64" in x.name or ".WIDE" in x.name else 1
-    written = frozenset(f"{kind}{int(number) + i}" for i in range(width))
+    written = frozenset(f"{kind}{int(number) + i}" for i in range(width(x.name)))
     if not derives(x, at, registers):
         return registers - written
     return registers if x.predicated else registers | written  # a predicated one may keep what was there
+
+
+def width(name: str) -> int:
+    """How many registers an instruction writes, at most."""
+    if accumulators := re.match(r"HGMMA\.64x(\d+)x", name):
+        return int(accumulators.group(1)) // 2
+    if name.startswith("HMMA") or ".128" in name or ".M88.4" in name:
+        return 4
+    return 2 if any(part in name for part in (".64", ".WIDE", ".M88.2")) else 1
 
 
 def derives(x: Instruction, at: int, registers: Registers) -> bool:

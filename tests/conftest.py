@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def other_dtypes(items) -> set:
-    """The interpreter is slow, and the kernels are the same text for each dtype: it runs a case in one of those that it
-    computes rightly, the dtypes in turn. These are the case's others."""
+    """The tests that the interpreter leaves out: it is slow, and a kernel's text is the same for every dtype, so each
+    case runs in one dtype, alternating among those that the interpreter computes correctly."""
     cases: dict[tuple, list] = {}
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -50,7 +49,8 @@ def bench(*arguments, **environment):
 
 
 def context_in(out, part="attention", rehearse=True, compiling=False) -> Context:
-    return Context(Settings(part, PRECOMPILED, out, REHEARSAL, rehearse, 1000.0), compiling)
+    now = time.monotonic()
+    return Context(Settings(part, PRECOMPILED, out, REHEARSAL, rehearse, now, now + 1000.0), compiling)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -152,7 +152,6 @@ import sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from bench.gpu.card import REHEARSAL
-from bench.gpu.clock import RehearsalClock
 from bench.gpu.parts import Part
 from bench.gpu.supervisor import Run, run_all
 parts = [Part(name, float(share), "", "gpu_parts") for name, share in (x.split("=") for x in sys.argv[3:])]
@@ -170,11 +169,11 @@ def test_a_part_that_fails_costs_no_other(tmp_path):
     assert {name: end["outcome"] for name, end in ends.items()} == {
         "raises": "failed", "crashes": "failed", "good": "done"
     }  # fmt: skip
-    assert ends["raises"]["error"] == "in two lines"
+    assert ends["raises"]["error"] == "ValueError: a part that raises"
     assert ends["crashes"]["error"] == "killed by SIGSEGV"
     assert {name: end["rows"] for name, end in ends.items()} == {"raises": 2, "crashes": 1, "good": 2}
     assert not summary.is_right(results.read(tmp_path))
-    assert "in two lines" in "\n".join(summary.summarise(results.read(tmp_path)))
+    assert "a part that raises" in "\n".join(summary.summarise(results.read(tmp_path)))
 
 
 def is_gone(group: int) -> bool:
@@ -243,7 +242,6 @@ def test_the_tests_of_the_gpu_become_rows(tmp_path, monkeypatch):
     assert results.read(tmp_path, "plan", "check")[0]["cases"] == 4
 
 
-@pytest.mark.skipif(not (ROOT / check.TESTS).exists(), reason="there are no such tests yet")
 def test_rehearsal_of_check(tmp_path):
     done = bench("gpu", "--rehearse", "--only", "check", "--out", str(tmp_path), "--budget", "900")
     assert done.returncode == 0, done.stdout
@@ -333,9 +331,9 @@ def test_measure_takes_turns(tmp_path):
     ],
 )
 def test_calls_that_the_host_would_slow_are_captured(tmp_path, gpu_seconds, host_seconds, captured, by):
-    class Clock(RehearsalClock):
-        kept_busy: ClassVar[list] = []
+    kept_busy = []
 
+    class Clock(RehearsalClock):
         def estimate(self, call):
             return gpu_seconds, host_seconds
 
@@ -345,15 +343,14 @@ def test_calls_that_the_host_would_slow_are_captured(tmp_path, gpu_seconds, host
             return run
 
         def time(self, run, host_seconds=0.0):
-            self.kept_busy.append(host_seconds)
+            kept_busy.append(host_seconds)
             return super().time(run)
 
     context = context_in(tmp_path)
     context.clock = Clock()
     times = context.measure({"call": lambda: torch.ones(1)})["call"]
     assert times.by == by
-    launches = 1
-    assert Clock.kept_busy[-1] == (launches * host_seconds if captured is None else 0.0)
+    assert kept_busy[-1] == (0.0 if captured else host_seconds)
 
 
 def test_the_process_that_parts_are_forked_from_asks_for_no_gpu():
@@ -429,21 +426,28 @@ def test_summary_says_what_is_wrong(tmp_path):
     assert not summary.is_right(results.read(tmp_path))
 
 
-def test_results_that_are_there_are_shown(capsys):
-    """Those that the project keeps, failures included."""
-    files = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
-    for file in files:
-        assert command.run(command_line(f"--summary={file}")) in (0, 1)
-        shown = capsys.readouterr().out
-        assert shown.startswith("NVIDIA H")
-        assert len(shown.splitlines()) < 100
-        assert all(line in shown for line in ("TFLOP/s by seq", "GB/s by keys")) or "check: " in shown
-    assert files
+KEPT = {  # what the project keeps: the exit code, and a line of the table
+    "h100-2026-11-26.jsonl": (1, "check: 62 failed, 206 passed, 2 skipped"),
+    "h200-2026-11-26-1.jsonl": (1, "  product 8192^3 bfloat16      810 TFLOP/s"),
+    "h200-2026-11-26-2.jsonl": (0, "check: 266 passed, 2 skipped"),
+    "h200-2026-11-26-3.jsonl": (1, "  product 8192^3 bfloat16      789 TFLOP/s"),
+}
 
 
-def test_a_file_without_results_is_one_line(tmp_path):
-    with pytest.raises(UsageError, match="--summary takes a results"):
-        command.run(command_line(f"--summary={tmp_path}"))
+@pytest.mark.parametrize("name", KEPT)
+def test_results_that_are_there_are_shown(name, capsys):
+    code, line = KEPT[name]
+    assert command.run(command_line(f"--summary={ROOT / 'bench' / 'results' / name}")) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert line in lines
+    assert len(lines) < 100
+
+
+def test_wrong_use_of_summary_is_one_line(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"kind": "row"}\n')
+    for wrong in ([str(tmp_path)], [str(tmp_path / "other.jsonl")], [str(tmp_path / "other.jsonl"), "--rehearse"]):
+        with pytest.raises(UsageError, match="--summary"):
+            command.run(command_line("--summary", *wrong))
 
 
 def command_line(*arguments: str) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -227,7 +228,8 @@ def test_the_most_promising_candidates_come_first():
 
 def rehearsal(module, tmp_path) -> Context:
     torch.use_deterministic_algorithms(False)
-    return Context(Settings(module.__name__.split(".")[-1], (), tmp_path, REHEARSAL, True, 300.0))
+    now = time.monotonic()
+    return Context(Settings(module.__name__.split(".")[-1], (), tmp_path, REHEARSAL, True, now, now + 300.0))
 
 
 def rehearsed(module, tmp_path) -> list[dict]:

@@ -97,8 +97,8 @@ def comparison(context: Context, case: Case) -> Comparison:
 
         return reference_truth(call, [*(x.detach().requires_grad_() for x in (q, k, v)), grad])
 
-    settings = {"pass": "backward" if case.backward else "forward", **case._asdict(), "dtype": "bfloat16"}
-    settings.pop("backward"), settings.pop("flex")
+    shape = {name: value for name, value in case._asdict().items() if name not in ("backward", "flex")}
+    settings = {"pass": "backward" if case.backward else "forward", **shape, "dtype": "bfloat16"}
     flops = attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
     return Comparison(
         name_of(case), settings, variants, touched, truth, part_of, flops=flops,

@@ -16,6 +16,11 @@ import flashattn
 ROOT = Path(__file__).parents[2]
 
 
+def cores() -> int:
+    """Of the processor, those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 class Card(NamedTuple):
     name: str
     architecture: str  # "sm_90", "gfx942"
@@ -55,7 +60,7 @@ def head(card: Card) -> dict:
         "flashattn": flashattn.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "commit": git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if (changes := git("status", "--porcelain", "--untracked-files=no")) is None else changes != "",
         **card._asdict(),
         **state(card),
     }
@@ -72,7 +77,7 @@ def git(*arguments: str) -> str | None:
 # Name here to nvidia-smi's.
 FIELDS = {
     "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
-    "power_limit_w": "power.limit", "power_draw_w": "power.draw", "temperature_c": "temperature.gpu",
+    "power_limit_w": "power.limit", "power_draw_w": "power.draw.instant", "temperature_c": "temperature.gpu",
     "throttle": "clocks_throttle_reasons.active", "memory_mib": "memory.total",
 }  # fmt: skip
 # Bits of the throttle reason (NVML, nvmlClocksThrottleReasons).
@@ -87,7 +92,10 @@ def state(card: Card) -> dict[str, float | str | None]:
     so they are then asked for one by one."""
     if card == REHEARSAL or torch.version.cuda is None:
         return dict.fromkeys(FIELDS)
-    found = query(list(FIELDS.values()), card) or [(query([field], card) or [None])[0] for field in FIELDS.values()]
+    try:
+        found = query(list(FIELDS.values()), card) or [(query([field], card) or [None])[0] for field in FIELDS.values()]
+    except (OSError, subprocess.TimeoutExpired):  # it is not there, or hangs
+        return dict.fromkeys(FIELDS)
     values = {name: number(text) for name, text in zip(FIELDS, found, strict=True)}
     return values | {"throttle": throttle_reasons(values["throttle"])}
 
@@ -95,10 +103,7 @@ def state(card: Card) -> dict[str, float | str | None]:
 def query(fields: list[str], card: Card) -> list[str] | None:
     chosen = ["-i", card.uuid] if card.uuid else []
     command = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     values = done.stdout.strip().splitlines()[0].split(", ") if done.returncode == 0 and done.stdout.strip() else []
     return values if len(values) == len(fields) else None
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
-from .card import ROOT
+from .card import ROOT, cores
 from .context import Context
 
 TESTS = "tests/test_gpu.py"
@@ -43,9 +43,8 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def command(context: Context, file: int) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
     found = [
-        sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-m", "gpu", "-n", str(cores), "--dist", "load",
+        sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-m", "gpu", "-n", str(cores()), "--dist", "load",
         "--maxschedchunk", "1", "-p", "bench.gpu.pytest_rows", "-p", "no:cacheprovider", "--rows", str(file), TESTS,
     ]  # fmt: skip
     if context.rehearse:

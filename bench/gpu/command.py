@@ -19,7 +19,7 @@ own: one that fails, hangs or runs out of time costs no other. Each row is writt
 whatever ends the run leaves what was measured; summary.txt is the table printed at the end, log.txt what the parts
 wrote. Without a GPU, --rehearse runs the same code on a CPU at the smallest sizes, its kernels on a machine for PTX.
 
-  python -m bench gpu                          everything, four minutes on an H100
+  python -m bench gpu                          everything, four minutes
   python -m bench gpu --only attention --only norms --budget 90
   python -m bench gpu --rehearse               on any machine
   python -m bench gpu --summary FILE           the table of a results.jsonl, as in bench/results/
@@ -45,12 +45,14 @@ def add_parser(commands) -> None:
 def run(args) -> int:
     """0: all is right; 1: a row is wrong or a part failed."""
     from .card import REHEARSAL, find_card
-    from .summary import is_right, print_summary, summarise
+    from .summary import is_right, show, summarise, write_summary
     from .supervisor import Run, run_all
 
     if args.summary is not None:
+        if args.only or args.out or args.budget or args.rehearse:
+            raise UsageError("--summary runs nothing, and goes with no other option")
         lines = read_results(args.summary)
-        print("\n".join(summarise(lines)))
+        show(summarise(lines))
         return 0 if is_right(lines) else 1
     budget = args.budget if args.budget is not None else REHEARSAL_BUDGET if args.rehearse else BUDGET
     if budget <= 0:
@@ -67,15 +69,18 @@ def run(args) -> int:
     try:
         run_all(this)
     finally:
-        print_summary(out)
+        write_summary(out)
     return 0 if is_right(read(out)) else 1
 
 
 def read_results(file: Path) -> list[dict]:
     try:
-        return read_file(file)
+        lines = read_file(file)
     except (OSError, ValueError) as error:
         raise UsageError(f"--summary takes a results.jsonl, and {file} cannot be read as one: {error}") from None
+    if not all(isinstance(line, dict) and line.keys() >= {"kind", "part"} for line in lines):
+        raise UsageError(f"--summary takes a results.jsonl, and {file} has lines without kind and part")
+    return lines
 
 
 def default_directory(card: str) -> Path:

@@ -63,6 +63,9 @@ def compare(context: Context, comparison: Comparison) -> Iterator[dict]:
             with poisoned() if name in comparison.ours else contextlib.nullcontext():
                 outputs[name] = [x.clone() for x in checked_part(comparison, calls[name]())]
             before[name] = judge(outputs[name], truths[name])
+        except torch.OutOfMemoryError as error:
+            calls.pop(name, None)
+            yield common | {"variant": name, "skipped": first_line(error)}
         except Exception as error:
             context.clock.wait()
             calls.pop(name, None)
@@ -110,7 +113,7 @@ def ratio_of(theirs: Times, ours: Times) -> dict:
 
 def checks(verdicts: list[Verdict], same: bool, is_ours: bool) -> dict:
     """The worse of the verdicts before and after timing. The same inputs must give the same bits: if not there is a
-    race. Others are held against the rule too, but make nothing wrong."""
+    race. Others are checked by the rule too, but make nothing wrong."""
     worse = max(verdicts, key=lambda v: (not v.correct, v.error))
     return {
         "error": worse.error, "allowed": worse.allowed, "in_bounds": worse.correct, "same_bits": same,

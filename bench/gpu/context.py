@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     run: Callable[[], None]
     launches: int
     seconds: float  # of one call, about
-    host_seconds: float  # that the host takes to queue them all, where the GPU would have to wait for it
+    host_seconds: float  # that the host takes to queue them all
     by: str
     last: list  # what the last call returned
 
@@ -60,7 +60,8 @@ class Settings(NamedTuple):
     out: Path
     card: Card
     rehearse: bool
-    seconds: float
+    begin: float  # of time.monotonic(), the same in all processes
+    deadline: float
 
 
 class Context:
@@ -70,11 +71,10 @@ class Context:
         self.rehearse, self.card, self.out = settings.rehearse, settings.card, settings.out
         self.device = torch.device("cpu" if self.rehearse or compiling else "cuda")
         self.clock = RehearsalClock() if self.rehearse else GpuClock()
-        self._deadline = time.perf_counter() + settings.seconds
 
     def remaining(self) -> float:
         """Seconds left of this part's budget; past it the parent ends the process."""
-        return self._deadline - time.perf_counter()
+        return self.settings.deadline - time.monotonic()
 
     def plan(self, cases: int) -> None:
         """Say how many cases the part has, for the line "stopped after N of M"."""
@@ -121,7 +121,7 @@ class Context:
         batches = {name: self._batch(call, passes) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in batches}
         names = list(batches)
-        once = sum(batch.launches * batch.seconds for batch in batches.values())
+        once = sum(batch.launches * batch.seconds + 1.5 * batch.host_seconds for batch in batches.values())
         least, most = self.clock.rounds
         for turn in range(max(least, min(most, int(self.clock.seconds * len(names) / once)))):
             first = turn % len(names)
@@ -164,15 +164,14 @@ class Context:
             for _ in range(launches):
                 last[0] = call()
 
-        one_by_one = Batch(run, launches, seconds, 0.0, "events", last)
+        one_by_one = Batch(run, launches, seconds, launches * host_seconds, "events", last)
         if seconds >= max(GRAPH_BELOW, host_seconds):
             return one_by_one
         try:
             return Batch(self.clock.capture(run), launches, seconds, 0.0, "graph", last)
-        except (RuntimeError, ValueError) as error:  # what cannot be captured is launched one by one, and says so
+        except Exception as error:  # what cannot be captured is launched one by one, and says so
             self.clock.wait()
-            by = f"events, not captured: {first_line(error)}"
-            return one_by_one._replace(host_seconds=launches * host_seconds, by=by)
+            return one_by_one._replace(by=f"events, not captured: {first_line(error)}")
 
 
 def summarise(samples: list[float], by: str) -> Times:

@@ -30,6 +30,7 @@ from ..ptx.counts import Counts
 from ..ptx.memory import SECTOR
 from .context import Context, first_line
 
+MARGIN = 2.0  # seconds before the part's end at which ncu is given up
 SHAPE = (1, 2, 256, 64)  # batch, heads, seq, head_dim
 ROWS, COLS = 64, 1024  # of the norm
 
@@ -95,7 +96,7 @@ def rows(context: Context) -> Iterator[dict]:
     """One for each kernel and quantity; one for a kernel of which there is nothing to compare."""
     context.plan(len(LAUNCHES))
     with ThreadPoolExecutor(len(LAUNCHES)) as pool:  # ncu profiles one at a time; their starts take longest
-        counting = {kernel: pool.submit(under_ncu, kernel, context.remaining()) for kernel in LAUNCHES}
+        counting = {kernel: pool.submit(under_ncu, kernel, context.remaining() - MARGIN) for kernel in LAUNCHES}
         for kernel in LAUNCHES:
             yield from rows_of(context, kernel, counting[kernel])
 

@@ -50,7 +50,7 @@ def costs(rows: list[dict], name: str) -> Iterator[str]:
             continue
         if row.get("failed"):
             yield "FAILED"
-        elif not row["correct"]:
+        elif not row.get("correct", True):
             yield "WRONG"
         elif "ratio" in row:
             yield f"{row['pass']} {'~' if row['unsure'] else ''}{1 / row['ratio']:.2f}x"

@@ -80,8 +80,10 @@ def comparison(context: Context, case: Case) -> Comparison:
         norm = norm_of(case, functional)
         return prepare(torch.compile(norm, dynamic=False) if case.peer == "compiled" and not context.rehearse else norm)
 
-    settings = {"pass": "backward" if case.backward else "forward", **case._asdict(), "dtype": "bfloat16"}
-    settings.pop("backward"), settings.pop("peer")
+    settings = {
+        "pass": "backward" if case.backward else "forward", "norm": case.norm, "rows": case.rows, "cols": case.cols,
+        "dtype": "bfloat16",
+    }  # fmt: skip
     return Comparison(
         f"{case.norm} {settings['pass']} {case.rows} x {case.cols}" + ", compiled peer" * (case.peer == "compiled"),
         settings, {OURS: lambda: prepare(norm_of(case, flashattn)), case.peer: theirs}, touched,

@@ -25,15 +25,15 @@ class Part(NamedTuple):
 PARTS = {
     part.name: part
     for part in (
-        Part("ceilings", 11, "what this card does at most: a large bf16 product, a large copy, an empty launch"),
+        Part("ceilings", 6, "what this card does at most: a large bf16 product, a large copy, an empty launch"),
         Part("precompile", 20, "compiles what the chosen parts below launch, on all cores (always runs before them)"),
-        Part("check", 108, "what pytest -m gpu runs, on all cores; a row for each test"),
-        Part("attention", 60, "forward and backward in TFLOP/s, against SDPA's backends, FlexAttention, flash_attn"),
-        Part("decode", 10, "one new token against a cache, contiguous and in pages, in GB/s"),
+        Part("check", 105, "what pytest -m gpu runs, on all cores; a row for each test"),
+        Part("attention", 72, "forward and backward in TFLOP/s, against SDPA's backends, FlexAttention, flash_attn"),
+        Part("decode", 9, "one new token against a cache, contiguous and in pages, in GB/s"),
         Part("varlen", 3, "packed sequences of different lengths, forward and backward, in TFLOP/s"),
-        Part("norms", 8, "LayerNorm and RMSNorm, forward and backward, in GB/s, against PyTorch's and compiled ones"),
-        Part("features", 13, "what each feature of attention costs on top of the plain call"),
-        Part("host", 6, "microseconds a call takes before its kernel starts, eager and in a CUDA graph"),
+        Part("norms", 9, "LayerNorm and RMSNorm, forward and backward, in GB/s, against PyTorch's and compiled ones"),
+        Part("features", 19, "what each feature of attention costs on top of the plain call"),
+        Part("host", 7, "microseconds a call takes before its kernel starts, eager and in a CUDA graph"),
         Part("tune", 4, "neighbours of the tile sizes in configs.py, best first"),
         Part("counters", 2, "what Nsight Compute counts beside what the PTX machine counts"),
         Part("profile", 1, "a trace of one training step of a small Llama, and the kernels' share of it"),

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 import flashattn
 
 from .. import compiled
+from .card import cores
 from .context import Context, Settings, first_line, ready
 from .parts import PARTS, PRECOMPILED
 
@@ -44,7 +45,7 @@ def rows(context: Context) -> Iterator[dict]:
     with forked(1) as pool:  # not here: autograd refuses to run in the fork of a process where it has run
         jobs = pool.submit(list_jobs, context.settings).result()
     context.plan(len(jobs))
-    with forked(min(len(os.sched_getaffinity(0)), max(1, len(jobs)))) as pool:
+    with forked(min(cores(), max(1, len(jobs)))) as pool:
         running = {pool.submit(run_job, context.settings, job): number for number, job in enumerate(jobs)}
         for future in as_completed(running):
             number = running[future]
@@ -69,8 +70,7 @@ def row_of(job: Job, future) -> dict:
         seconds, of_processor = future.result()
         return row | {"seconds": seconds, "cpu_seconds": of_processor}
     except Exception as error:
-        # A peer may fail, and says so again in its own part.
-        return row | {"failed": first_line(error), "correct": is_peer}
+        return row | {"failed": first_line(error)}  # the part that launches it says so again
 
 
 def list_jobs(settings: Settings) -> list[Job]:

@@ -12,8 +12,10 @@ import pytest
 
 from .kernel_hashes import fix_hashes
 
-# In the names of the tests that took more than 12 s on an H200, nearly all of it to compile.
-LONG = ("pairs", "everything", "every_feature", "features_decode", "same_bits", "linear", "planes", "head_dim_200")
+# In the names of most tests that took more than 12 s on an H200, nearly all of it to compile. Begun last they would
+# keep one core busy and leave the others idle.
+LONG = ("pairs", "everything", "every_feature", "features_decode", "same_bits", "linear", "planes", "head_dim_200",
+        "threads_that", "the_pages")  # fmt: skip
 
 
 def pytest_addoption(parser) -> None:

@@ -20,11 +20,16 @@ def is_right(lines: list[dict]) -> bool:
     return all(line.get("correct", True) and line.get("outcome") != "failed" for line in lines)
 
 
-def print_summary(out: Path) -> None:
-    text = "\n".join(summarise(results.read(out)))
-    (out / NAME).write_text(text + "\n", encoding="utf-8")
+def write_summary(out: Path) -> None:
+    """To the screen and to a file beside the results."""
+    lines = summarise(results.read(out))
+    (out / NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(lines)
+
+
+def show(lines: list[str]) -> None:
     with contextlib.suppress(BrokenPipeError):
-        print(text)
+        print("\n".join(lines))
 
 
 def summarise(lines: list[dict]) -> list[str]:
@@ -76,8 +81,14 @@ def end_lines(lines: list[dict]) -> list[str]:
 
 def wrong_lines(lines: list[dict]) -> list[str]:
     """What is wrong comes before any figure."""
-    wrong = [x for x in lines if x["kind"] == "row" and not x.get("correct", True)]
-    found = [f"WRONG: {x['part']}: {x.get('case')}, {why(x)}"[:160] for x in wrong]
+    alike: dict[tuple[str, str], list[dict]] = {}
+    for x in lines:
+        if x["kind"] == "row" and not x.get("correct", True):
+            alike.setdefault((x["part"], why(x)), []).append(x)
+    found = []
+    for (part, reason), rows in alike.items():
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        found.append(f"WRONG: {part}: {rows[0].get('case')}{more}, {reason}"[:160])
     return [*found[:12], *([f"and {len(found) - 12} more"] if len(found) > 12 else []), *([""] if found else [])]
 
 

@@ -37,6 +37,7 @@ def run_all(run: Run, say: Callable[[str], None] = print) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED[: 1 if run.rehearse else None])
+    import_once(processes)
     for place, part in enumerate(run.parts):
         left = run.budget - (time.perf_counter() - start)
         seconds = left * part.share / sum(p.share for p in run.parts[place:])
@@ -47,23 +48,31 @@ def run_all(run: Run, say: Callable[[str], None] = print) -> None:
         say(describe(results.read(run.out, "end", part.name)[-1]))
 
 
+def import_once(processes) -> None:
+    """Start the process that those of the parts are forked from, and wait until it has imported what they share."""
+    first = processes.Process(target=int)
+    first.start()
+    first.join()
+
+
 def run_part(processes, run: Run, part: Part, seconds: float) -> None:
     from .worker import work
 
-    settings = Settings(part.name, tuple(p.name for p in run.parts), run.out, run.card, run.rehearse, seconds)
+    start = time.monotonic()
+    names = tuple(p.name for p in run.parts)
+    settings = Settings(part.name, names, run.out, run.card, run.rehearse, start, start + seconds)
     process = processes.Process(target=work, args=(part.path, settings))
-    start = time.perf_counter()
     process.start()
     try:
-        process.join(seconds)
+        process.join(max(0.0, settings.deadline - time.monotonic()))
         stopped = process.exitcode is None
     except KeyboardInterrupt:
-        finish(run, part, time.perf_counter() - start, "stopped", "interrupted")
+        finish(run, part, time.monotonic() - start, "stopped", "interrupted")
         raise
     finally:
         end_group(process)
     outcome = "stopped" if stopped else "done" if process.exitcode == 0 else "failed"
-    finish(run, part, time.perf_counter() - start, outcome, None if outcome != "failed" else reason(run, part, process))
+    finish(run, part, time.monotonic() - start, outcome, None if outcome != "failed" else reason(run, part, process))
 
 
 def end_group(process) -> None:

@@ -29,6 +29,8 @@ def cell(rows: list[dict]) -> str:
     ours = next((row for row in rows if row.get("variant") == OURS), None)
     if ours is None or ours.get("failed"):
         return "FAILED"
+    if ours.get("skipped"):
+        return "skipped"
     share = f" {ours['share']:.0%}" if isinstance(ours.get("share"), float) else ""
     wrong = "" if ours.get("correct", True) else " WRONG"
     others = [row for row in rows if "ratio" in row]

@@ -8,7 +8,6 @@ other instructions for the tensor work; the first few are checked against float6
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -26,11 +25,13 @@ from flashattn.score import Score
 
 from ..compiled import Kernel, compile_for
 from ..sass import tensor_loops
+from .card import cores
 from .context import Context, first_line, poisoned, tensors_of
 from .kernel_hashes import fix_hashes
 from .rules import Truth, judge
 
 TIMED = 6  # candidates of a row, besides the row
+NO_TIME = "no time left"
 ROW_SECONDS = 4.0  # that a row takes to check and time: none is begun with less left
 
 
@@ -91,22 +92,29 @@ def rows(context: Context) -> Iterator[dict]:
     """One for each row of the table, as far as the time goes."""
     searched = REHEARSED if context.rehearse else ROWS
     context.plan(len(searched))
+    if context.remaining() < ROW_SECONDS:
+        yield from ({"case": name_of(row), "skipped": NO_TIME} for row in searched)
+        return
     candidates = {
         row: [tiles_of(row), *tune.neighbours(tiles_of(row))][: 2 if context.rehearse else None] for row in searched
     }
-    with Compilers(1 if context.rehearse else os.cpu_count(), candidates) as compilers:
+    with Compilers(1 if context.rehearse else cores(), candidates) as compilers:
         for row in searched:
             yield {
-                "case": f"{row.direction} at head_dim {row.head_dim}", "pass": row.direction, "head_dim": row.head_dim,
+                "case": name_of(row), "pass": row.direction, "head_dim": row.head_dim,
                 "dtype": "bfloat16", "row": text(tiles_of(row)), **result_of(context, row, compilers),
             }  # fmt: skip
 
 
 def result_of(context: Context, row: Row, compilers: Compilers) -> dict:
     if context.remaining() < ROW_SECONDS:
-        return {"skipped": "no time left"}
+        return {"skipped": NO_TIME}
     compiled = compilers.wait(row, context.remaining() - ROW_SECONDS)
     return compiled if isinstance(compiled, dict) else search_row(context, row, compiled)
+
+
+def name_of(row: Row) -> str:
+    return f"{row.direction} at head_dim {row.head_dim}"
 
 
 def tiles_of(row: Row) -> Tiles:

@@ -16,6 +16,7 @@ import flashattn
 from .attention import prepare_backward, prepare_forward
 from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, reference_truth
 from .context import Context
+from .peers import installed
 from .rules import attention_flops
 from .tables import COMPARED, attention_mask, grid
 
@@ -71,7 +72,7 @@ def comparison(context: Context, case: Case) -> Comparison:
 
         return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=case.causal)
 
-    calls = {OURS: ours, "varlen_attn": torchs} | ({"flash_attn": flash_attn} if has_flash_attn() else {})
+    calls = {OURS: ours, "varlen_attn": torchs} | ({"flash_attn": flash_attn} if "flash_attn" in installed() else {})
     variants = {name: lambda attend=attend: make(attend, sets) for name, attend in calls.items()}
     settings = {
         "pass": "backward" if case.backward else "forward", "sequences": len(case.lengths), "tokens": total,
@@ -83,12 +84,6 @@ def comparison(context: Context, case: Case) -> Comparison:
         touched, lambda: truth_of(case, inputs), lambda results: [first_and_last(case, x) for x in results],
         flops=attention_flops(case.heads, case.head_dim, pairs, case.causal, case.backward),
     )  # fmt: skip
-
-
-def has_flash_attn() -> bool:
-    from .peers import installed
-
-    return "flash_attn" in installed()
 
 
 def first_and_last(case: Case, x: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 
 import torch
 
 from . import card, results
-from .context import Context, Settings, ready
+from .context import Context, Settings, first_line, ready
 from .kernel_hashes import fix_hashes
 
 GPU_FREE = ("precompile", "check")  # their own processes use the GPU; a context here would only cost time
@@ -26,7 +27,7 @@ def work(path: str, settings: Settings) -> None:
         write_rows(path, settings)
     except BaseException as error:
         traceback.print_exc()
-        results.append(settings.out, "error", settings.part, {"error": last_line(error)})
+        results.append(settings.out, "error", settings.part, {"error": first_line(error)})
         sys.exit(1)
 
 
@@ -47,7 +48,7 @@ def write_rows(path: str, settings: Settings) -> None:
 
 def write_all(module, context: Context) -> None:
     for row in module.rows(context):
-        at = round(context.settings.seconds - context.remaining(), 2)  # seconds since the part began
+        at = round(time.monotonic() - context.settings.begin, 2)  # seconds since the part began
         results.append(context.out, "row", context.settings.part, row | {"at": at})
 
 
@@ -63,7 +64,3 @@ def watch_compilations() -> list[tuple[str, float]]:
 
     triton.knobs.compilation.listener = note
     return misses
-
-
-def last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip().splitlines()[-1][:300]
