@@ -19,8 +19,9 @@ time: CUDA events around batches of launches; calls below 100 us, and those that
 data: random, normal, the same in each copy; never zeros. share: of the ceiling measured in this run.
 error: root mean square against float64 on batch row 0 and its first key/value head (norms: the first rows; features:
   all heads, without the gradients of their own tensors), before timing into memory filled with NaN and again after
-  timing. Wrong: more than twice the error of PyTorch's operations (the reference backend) in the same dtype plus one unit
-  in the last place; or a single element off by ten times their largest error; or other bits after timing than before."""
+  timing. Wrong: more than twice the error of PyTorch's operations (the reference backend) in the same dtype plus one
+  unit in the last place; or a single element off by ten times their largest error; or other bits after timing than
+  before."""
 
 
 def attention_flops(heads: int, head_dim: int, pairs: float, causal: bool, backward: bool) -> float:

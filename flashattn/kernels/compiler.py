@@ -11,8 +11,8 @@ The second is the assembler's: ptxas before 12.9, which Triton brings before 3.8
 which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and lies where k has
 lain before: wrong results, or an illegal access. An H100 showed it and the machine code explains it: the address is
 that of k's descriptor, and the copy of its register is left out. So there `configs.attention_cols` widens v.
-`bench/descriptors.py` finds such a descriptor in machine code; `tests/test_compiled.py` checks every kernel with it, and
-shows the fault where nothing is widened.
+`bench/descriptors.py` finds such a descriptor in machine code; `tests/test_compiled.py` checks every kernel with it,
+and shows the fault where nothing is widened.
 """
 
 from __future__ import annotations
