@@ -56,14 +56,14 @@ def test_score_mod_and_block_mask(gpu):
     test_compat_flex.test_gradients_against_float64(BF16, "relative_bias", "documents", "triton")
 
 
-def test_compile_callables_that_capture_nothing():
+def test_compile_callables_that_capture_nothing_for_sm_90():
     score_mod = trace("score_mod", lambda score, b, h, i, j: score * 0.5, 1)
     causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, 512, 512, "cpu")
     block_mask = read_block_mask(causal, 2, 4, 512, 512, torch.device("cpu"))
     test_compiled.check(test_compiled.compile_attention("sm_90", 32, score_mod=score_mod, block_mask=block_mask))
 
 
-def test_compile_narrow_values():
+def test_compile_narrow_values_for_sm_90():
     """Where the assembler of older versions loses the address of v."""
     test_compiled.check(test_compiled.compile_attention("sm_90", 64, head_dim_v=16))
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-COLUMNS = {"sm_80": "runs for sm_80", "sm_90": "runs for sm_90", "amd": "compiles for gfx942"}
+COLUMNS = {"sm_80": "right on sm_80", "sm_90": "right on sm_90", "amd": "compiles for gfx942"}
 
 
 class Outcome(NamedTuple):
