@@ -1,6 +1,7 @@
-"""What holds on every Triton that is named as supported: each kernel compiles, fits in shared memory and, on the PTX
-machine, gives right results without a race. `make matrix` runs this file once for each version (`matrix.py`). pytest
-does not find it by its name: `test_compiled.py` and `test_ptx_project.py` hold all of this and more for one version."""
+"""What holds on every Triton that is named as supported: each kernel compiles for sm_80, sm_90 and gfx942, fits in
+shared memory and, on the PTX machine, gives right results without a race: all for sm_90, the plain ones for sm_80.
+`make matrix` runs this file once for each version (`matrix.py`). pytest does not find it by its name:
+`test_compiled.py` and `test_ptx_project.py` hold all of this and more for one version."""
 
 import pytest
 import test_attention
@@ -28,7 +29,11 @@ LENGTHS = Case(
     "lengths", heads=2, kv_heads=1, seq_q=40, seq_k=170, **SIZES, causal=True, softcap=3.0, bias="qk", sinks=True,
     kv_lengths=(165,), q_lengths=(30,),
 )  # fmt: skip
-PACKED = Case("packed", heads=1, kv_heads=1, **SIZES, mask="qk", slopes="h", dropout_p=0.2, scale=0.2)
+PACKED = Case("packed", heads=1, kv_heads=1, **SIZES, window=(309, 9), mask="qk", slopes="h", dropout_p=0.2, scale=0.2)
+
+
+ONLY_COMPILED = pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
+ON_SM_90 = pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
@@ -43,15 +48,17 @@ def test_dense(gpu):
     test_attention.check(PLAIN._replace(seq_k=KEYS[gpu.architecture]), BF16, "triton")
 
 
+@ON_SM_90
 def test_lengths_and_features(gpu):
     test_attention.check(LENGTHS, BF16, "triton")
 
 
+@ON_SM_90
 def test_packed_sequences(gpu):
-    keys = KEYS[gpu.architecture]
-    test_varlen.check(PACKED._replace(window=(keys, 9)), (20, 9), (keys + 30, 20), BF16, "triton")
+    test_varlen.check(PACKED, (20, 9), (330, 20), BF16, "triton")
 
 
+@ON_SM_90
 def test_score_mod_and_block_mask(gpu):
     test_compat_flex.test_gradients_against_float64(BF16, "relative_bias", "documents", "triton")
 
@@ -74,26 +81,36 @@ def test_decoding(gpu):
     assert {launch.kernel for launch in gpu.launches} == {"rotate_and_store", "attention_decode", "attention_merge"}
 
 
+@ON_SM_90
 def test_norms(gpu):
     test_norm.check(test_norm.Case("", (2, 9000), residual="same", dropout_p=0.1, prenorm=True), BF16, "triton")
     test_norm.check(test_norm.Case("", (5, 3, 40), False, bias=False, per_head=True), BF16, "triton")
 
 
-def test_compile_attention_for_amd():
+@ONLY_COMPILED
+def test_compile_attention(architecture):
     every = {name: value for options in test_compiled.FEATURES.values() for name, value in options.items()}
-    test_compiled.check(test_compiled.compile_attention("gfx942", 32, lengths=True, window=100, **every))
+    kernels = test_compiled.compile_attention(architecture, 32, lengths=True, window=100, **every)
+    test_compiled.check(kernels)
 
 
-def test_compile_callables_for_amd():
-    test_compiled.test_score_mod_and_block_mask("gfx942", "both")
+@ONLY_COMPILED
+def test_compile_callables(architecture):
+    test_compiled.test_score_mod_and_block_mask(architecture, "both")
 
 
-def test_compile_decoding_for_amd():
-    test_compiled.test_decoding("gfx942", "modified", BF16, True)
+def test_compile_packed_sequences_for_sm_80():
+    test_compiled.test_packed_sequences("sm_80", 128)
 
 
-def test_compile_norms_for_amd():
-    test_compiled.test_norms("gfx942", 40000)
+@ONLY_COMPILED
+def test_compile_norms(architecture):
+    test_compiled.test_norms(architecture, 40000)
+
+
+@pytest.mark.parametrize("architecture", ["gfx942"])
+def test_compile_decoding(architecture):
+    test_compiled.test_decoding(architecture, "modified", BF16, True)
 
 
 @pytest.mark.skipif(not compiler.LACKS_FENCES, reason="this Triton puts its own fences")

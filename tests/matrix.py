@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-COLUMNS = {"sm_80": "right on sm_80", "sm_90": "right on sm_90", "amd": "compiles for gfx942"}
+COLUMNS = {"sm_80": "passed for sm_80", "sm_90": "passed for sm_90", "gfx942": "compiled for gfx942"}
 
 
 class Outcome(NamedTuple):
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
         return 2
     outcomes = []
     for version, folder in versions:
-        print(f"Triton {version}: every kernel compiled for three architectures, run on two …", flush=True)
+        print(f"Triton {version}: every kernel compiled for three architectures, run for two …", flush=True)
         outcomes.append(run(version, folder))
     print_table(outcomes)
     return 1 if any(o.failures or not o.total for o in outcomes) else 0
