@@ -86,6 +86,14 @@ def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
     assert bool(lost_descriptors(forward.code)) == compiler.loses_descriptors()
 
 
+def test_faults_of_the_compiler_are_told(monkeypatch):
+    for fences, descriptors in ((True, True), (True, False), (False, True), (False, False)):
+        monkeypatch.setattr(compiler, "LACKS_FENCES", fences)
+        monkeypatch.setattr(compiler, "loses_descriptors", lambda lost=descriptors: lost)
+        told = " ".join(compiler.faults())
+        assert ("memory fences" in told, "loses addresses" in told) == (fences, descriptors)
+
+
 def test_a_length_compiles_nothing_new():
     torch.use_deterministic_algorithms(False)
     cached = []
