@@ -57,8 +57,8 @@ def faults() -> list[str]:
     if loses_descriptors():
         found.append(
             f"Triton {triton.__version__} calls ptxas {knobs.nvidia.ptxas.version}, which loses addresses on sm_90 "
-            "where head_dim_v is below 64 and below head_dim: flashattn's kernels avoid it. triton>=3.8 brings one that "
-            "does not."
+            "where head_dim_v is below 64 and below head_dim: flashattn's kernels avoid it. triton>=3.8 brings a newer "
+            "one."
         )
     return found
 
