@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from .sass import LABEL, TARGET
+
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
-LABEL = re.compile(r"^\s*(\.L_x?_?\w+):")
-TARGET = re.compile(r"`\((\.L_x?_?\w+)\)")
 REGISTER = re.compile(r"\b(U?R)(\d+)")
 BASE = ("ULEA", "LEA")  # with a shift of 24: the rank in the cluster and 0x400, where shared memory begins
 OPAQUE = ("LDG", "LDC", "ULDC", "LDS", "S2", "CS2", "HMMA", "HGMMA")  # their results derive from nothing

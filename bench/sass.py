@@ -7,6 +7,7 @@ from collections import Counter
 from typing import NamedTuple
 
 LABEL = re.compile(r"^\s*(\.L_x?_?\w+):", re.M)
+TARGET = re.compile(r"`\((\.L_x?_?\w+)\)")  # of a branch
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 TENSOR = re.compile(r"(HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|DMMA|UTC\w*MMA)")
 # What an instruction is for, by how its name begins; what is in no list is arithmetic of other kinds.
@@ -69,7 +70,7 @@ def tensor_loops(sass: str) -> list[Loop]:
             code.append((int(match.group(1), 16), match.group(2), match.group(3)))
     spans = []
     for end, (_, name, rest) in enumerate(code):
-        target = re.search(r"`\((\.L_x?_?\w+)\)", rest)
+        target = TARGET.search(rest)
         if name.startswith("BRA") and target and labels.get(target.group(1), end + 1) <= end:
             spans.append((labels[target.group(1)], end))
     loops = []

@@ -177,7 +177,7 @@ def summary(results: list[dict]) -> list[str]:
     late = sum("skipped" in result for result in results)
     ordered = sorted((r for r in results if "skipped" not in r), key=lambda result: not result.get("changes", False))
     title = f"{searched} rows of configs.py searched, {changed} would change; median (quartiles)"
-    return [title, *(line(result) for result in ordered), *([f"{late} rows: no time left"] if late else [])]
+    return [title, *(line(result) for result in ordered), *([f"{late} rows: {NO_TIME}"] if late else [])]
 
 
 def line(result: dict) -> str:

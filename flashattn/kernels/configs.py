@@ -144,8 +144,10 @@ def attention_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     """The columns of a tile of q or k and of v: the head dimensions as powers of two, 16 at least; more of v where the
     assembler would get narrow ones wrong (`compiler.py`)."""
     cols, cols_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
-    if architecture() == "sm_90" and loses_descriptors():
-        cols_v = max(cols_v, min(cols, 64))
+    wider = max(cols_v, min(cols, 64))
+    # The width first: only a call with narrow ones asks the driver, which costs the host time.
+    if wider > cols_v and architecture() == "sm_90" and loses_descriptors():
+        return cols, wider
     return cols, cols_v
 
 
