@@ -37,6 +37,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
     from ..kernels import rotary as rotary_kernels
+    from ..kernels.backward import Statistics
     from ..kernels.decode import PageTable
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
@@ -126,9 +127,21 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
         None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),
-        generate.blocks_arg(score.block_mask),
+        generate.blocks_arg(score.block_mask), tl.constexpr(stays_raw(score)),
     )  # fmt: skip
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
+
+
+def statistics_arg(lse: Tensor) -> Statistics:
+    """Room for what a backward's first pass leaves of each query."""
+    rows, seq = lse.shape[:-1].numel(), triton.cdiv(lse.shape[-1], 4) * 4
+    return Statistics(*torch.empty(2, rows, seq, dtype=torch.float32, device=lse.device), seq)
+
+
+def stays_raw(score: Score) -> bool:
+    """Whether base-2 scores are q.k times a positive factor, with which the maximum of a row commutes."""
+    changed = (score.softcap, score.slopes, score.bias, score.score_mod)
+    return score.scale > 0 and all(x is None for x in changed)
 
 
 def pairs(score: Score) -> configs.Pairs:
@@ -192,20 +205,20 @@ def backward(
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
-    delta = torch.empty_like(lse)
+    statistics = statistics_arg(lse)
     args = attention_args(q, k, v, score)
     meta = attention_meta("backward_q", q, v, score)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         backward_kernels.attention_backward_q[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
-            heads_arg(grad_q), delta, *args, **meta,
+            heads_arg(grad_q), statistics, *args, **meta,
         )  # fmt: skip
     meta = attention_meta("backward_kv", q, v, score)
     programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
     if programs:
         backward_kernels.attention_backward_kv[(programs,)](
-            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, heads_arg(grad_k),
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, heads_arg(grad_k),
             heads_arg(grad_v), *args, **meta,
         )  # fmt: skip
     if not with_grad_bias:
@@ -216,7 +229,7 @@ def backward(
     programs = triton.cdiv(size_k, meta["BLOCK_N"]) * triton.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
     if programs:
         backward_kernels.attention_backward_bias[(programs,)](
-            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), lse, delta, grad_bias, *args,
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, grad_bias, *args,
             *grad_bias.shape, **meta,
         )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)

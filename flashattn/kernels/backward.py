@@ -1,6 +1,6 @@
 """Attention backward, recomputing the weights from lse. Two passes, so that nothing is atomic:
 
-1. `attention_backward_q`: a program owns BLOCK_M queries, visits the keys, writes grad_q and delta.
+1. `attention_backward_q`: a program owns BLOCK_M queries, visits the keys, writes grad_q and the query's statistics.
 2. `attention_backward_kv`: a program owns BLOCK_N keys of one key/value head, visits the queries of every head in
    the group, writes grad_k and grad_v.
 
@@ -16,6 +16,8 @@ multiplies ds by its derivative on its way to grad_q and grad_k.
 
 A third pass, `attention_backward_bias`, sums ds over what shares an element of the bias.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -41,11 +43,41 @@ from .softmax import LOG2E
 from .tiles import load_tile, one_head, owned_queries, rounded_product, store_tile
 
 
+class Statistics(NamedTuple):
+    """What pass 1 leaves the others of each query, float32, (batch * heads, stride), packed (heads, stride): its lse in
+    base 2, +inf where it attends to nothing, so that exp2(s - lse) is 0, and its delta. The stride is a multiple of 16
+    bytes, as bulk copies take."""
+
+    lse: tl.tensor
+    delta: tl.tensor
+    stride: tl.tensor
+
+
 @triton.jit
-def load_lse(lse, queries, query_end):
-    """Base-2 lse. +inf for a row that attends to nothing or does not exist, so that exp2(s - lse) is 0 for it."""
-    value = tl.load(lse + queries, mask=queries < query_end, other=float("-inf"))
-    return tl.where(value == float("-inf"), float("inf"), value * LOG2E)
+def base_2(lse):
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def of_head(score, rows, seq, batch, head, heads):
+    """The statistics of one head's queries."""
+    if score.cu_seqlens is not None:
+        at = tl.cast(head, tl.int64) * rows.stride + seq.q_start
+    else:
+        at = tl.cast(batch * heads + head, tl.int64) * rows.stride
+    return Statistics(rows.lse + at, rows.delta + at, rows.stride)
+
+
+@triton.jit
+def load_statistics(rows, queries, query_end, CHECK_ROWS: tl.constexpr):
+    """(lse, delta) of queries; of those at or past `query_end` (looked at only with CHECK_ROWS), +inf and 0."""
+    if CHECK_ROWS:
+        lse = tl.load(rows.lse + queries, mask=queries < query_end, other=float("inf"))
+        delta = tl.load(rows.delta + queries, mask=queries < query_end, other=0.0)
+    else:
+        lse = tl.load(rows.lse + queries)
+        delta = tl.load(rows.delta + queries)
+    return lse, delta
 
 
 @triton.jit
@@ -89,11 +121,11 @@ def visit_keys(
 
 @kernel(do_not_specialize=SIZES)
 def attention_backward_q(
-    q, k, v, out, grad_out, lse, grad_lse, grad_q, delta, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, grad_out, lse, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1: grad_q, and delta for pass 2.
+    """Pass 1: grad_q, and the statistics of the queries for the other passes.
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
@@ -110,12 +142,15 @@ def attention_backward_q(
     out_tile = load_tile(
         one_head(out, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
     )
+    exists = queries < seq.query_end
     delta_row = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
     if grad_lse is not None:
-        delta_row -= tl.load(grad_lse + row + queries, mask=queries < seq.query_end, other=0.0)
-    tl.store(delta + row + queries, delta_row, mask=queries < seq.seq_q)
+        delta_row -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
+    lse_row = base_2(tl.load(lse + row + queries, mask=exists, other=float("-inf")))
+    rows = of_head(score, rows, seq, batch, head, heads)
+    tl.store(rows.lse + queries, lse_row, mask=queries < seq.seq_q)
+    tl.store(rows.delta + queries, delta_row, mask=queries < seq.seq_q)
 
-    lse_row = load_lse(lse + row, queries, seq.query_end)
     q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tiles = key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N)
@@ -139,7 +174,7 @@ def attention_backward_q(
 
 @triton.jit
 def visit_queries(
-    grad_k, grad_v, k, v, q, grad_out, lse, delta, score, seq, batch, head, heads, start_m, start_n,
+    grad_k, grad_v, k, v, q, grad_out, rows, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +186,8 @@ def visit_queries(
     scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
     scores, slope = shift(score, seq, scores, slope, batch, head, queries[None, :], keys, state)
-    p = tl.exp2(scores - load_lse(lse, queries, seq.query_end)[None, :])
+    lse, delta = load_statistics(rows, queries, seq.query_end, EDGE)
+    p = tl.exp2(scores - lse[None, :])
     if EDGE:
         p = tl.where(visible(score, seq, queries[None, :], keys), p, 0.0)
     do_tile = load_tile(grad_out, start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
@@ -160,11 +196,10 @@ def visit_queries(
         kept = tl.trans(kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N))
         dropped = p * kept
     grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grad_v, input_precision=score.precision)
-    delta_row = tl.load(delta + queries, mask=queries < seq.query_end, other=0.0)
     dp = tl.dot(v, tl.trans(do_tile), input_precision=score.precision)
     if score.dropout is not None:
         dp *= kept
-    ds = p * (dp - delta_row[None, :])
+    ds = p * (dp - delta[None, :])
     ds = gradient_through(score, ds, slope)
     grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grad_k, input_precision=score.precision)
     return grad_k, grad_v
@@ -172,7 +207,7 @@ def visit_queries(
 
 @kernel(do_not_specialize=SIZES)
 def attention_backward_kv(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, grad_out, rows, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -198,20 +233,20 @@ def attention_backward_kv(
     for head in range(kv_head * group, kv_head * group + group):
         q_head = one_head(q, batch, head, seq.q_start)
         do_head = one_head(grad_out, batch, head, seq.q_start)
-        row = statistics_at(score, seq, batch, head, heads)
+        rows_head = of_head(score, rows, seq, batch, head, heads)
         for start_m in range(tiles.steady_begin, tiles.steady_end, BLOCK_M):
             if looks(score, batch, head, start_m, start_n):
                 acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, seq, batch, head,
-                    heads, start_m, start_n,
+                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, rows_head, score, seq, batch, head, heads, start_m,
+                    start_n,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
                 )  # fmt: skip
         for index in tl.range(0, tiles.edges, num_stages=1):
             start_m = edge_start(tiles, index, BLOCK_M)
             if looks(score, batch, head, start_m, start_n):
                 acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, lse + row, delta + row, score, seq, batch, head,
-                    heads, start_m, start_n,
+                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, rows_head, score, seq, batch, head, heads, start_m,
+                    start_n,
                     HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
                 )  # fmt: skip
 
@@ -233,7 +268,7 @@ def shared(size, index, all_of_them, BLOCK: tl.constexpr):
 
 @kernel(do_not_specialize=[*SIZES, "size_batch", "size_head", "size_q", "size_k"])
 def attention_backward_bias(
-    q, k, v, grad_out, lse, delta, grad_bias, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, grad_out, rows, grad_bias, score, batches, heads, kv_heads, seq_q, seq_k,
     size_batch, size_head, size_q, size_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -261,7 +296,7 @@ def attention_backward_bias(
         for head in range(first_head, last_head):
             k_head = one_head(k, batch, head // (heads // kv_heads), seq.k_start)
             v_head = one_head(v, batch, head // (heads // kv_heads), seq.k_start)
-            row = statistics_at(score, seq, batch, head, heads)
+            rows_head = of_head(score, rows, seq, batch, head, heads)
             for start_m in range(first_m, tl.minimum(last_m, seq.query_end), BLOCK_M):
                 queries = start_m + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(
@@ -276,15 +311,14 @@ def attention_backward_bias(
                     BLOCK_DV,
                     True,
                 )
-                lse_row = load_lse(lse + row, queries, seq.query_end)
-                delta_row = tl.load(delta + row + queries, mask=queries < seq.query_end, other=0.0)
+                lse, delta = load_statistics(rows_head, queries, seq.query_end, True)
                 begin, end = visible_keys(score, seq, start_m, BLOCK_M)
                 begin = tl.maximum(first_n, begin // BLOCK_N * BLOCK_N)
                 for start_n in range(begin, tl.minimum(last_n, end), BLOCK_N):
                     k_tile = load_tile(k_head, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
                     ds, _ = score_gradients(
-                        q_tile, do_tile, lse_row, delta_row, k_tile, v_head, score, seq, batch, head, heads, start_m,
-                        start_n, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
+                        q_tile, do_tile, lse, delta, k_tile, v_head, score, seq, batch, head, heads, start_m, start_n,
+                        HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
                     )  # fmt: skip
                     acc += ds
     # Where queries or keys are broadcast, every row or column belongs to the first.

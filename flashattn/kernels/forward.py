@@ -15,12 +15,13 @@ from .scores import (
     edge_start,
     key_tiles,
     looks,
+    scaled,
     sequence,
     shift,
     statistics_at,
     visible,
 )
-from .softmax import LOG2E, join_sink, logsumexp, online_softmax
+from .softmax import join_sink, logsumexp, online_softmax
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
 
@@ -32,7 +33,7 @@ def attend(
 ):  # fmt: skip
     """One key tile: s = q k^T * scale, fold into the softmax, acc = alpha acc + p v."""
     k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=score.precision) * (score.scale * LOG2E)
+    scores, factor = scaled(score, tl.dot(q, tl.trans(k_tile), input_precision=score.precision))
     queries = start_m + tl.arange(0, BLOCK_M)[:, None]
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
     scores, slope = cap(score, scores)
@@ -43,7 +44,7 @@ def attend(
     # What gives -inf can leave a row of any tile without a key.
     MASKED: tl.constexpr = score.mask is not None or score.bias is not None
     EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
-    p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i, EMPTY)
+    p, alpha, m_i, l_i = online_softmax(scores, factor, m_i, l_i, EMPTY)
     if score.dropout is not None:
         p *= kept_weights(score.dropout, batch * heads + head, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_N)
     v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)

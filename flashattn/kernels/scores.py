@@ -80,6 +80,7 @@ class ScoreArgs(NamedTuple):
     total_q: tl.tensor | None = None  # tokens in packed q
     score_mod: ModArgs | None = None
     blocks: BlocksArgs | None = None
+    raw: tl.constexpr = tl.constexpr(False)  # q.k stays unscaled until the softmax, whose exponents take the scale in
     precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32: without tensor cores, which have tf32
 
 
@@ -225,6 +226,17 @@ def tanh(x):
 
 
 @triton.jit
+def scaled(score, products):
+    """(scores, factor) of q.k: base-2 scores are scores * factor. Where nothing but a positive scale and masks change
+    scores, they stay the products and the exponent's multiply-add takes the factor in: one multiply a score less."""
+    factor = score.scale * LOG2E
+    if not score.raw:
+        products = products * factor
+        factor = 1.0
+    return products, factor
+
+
+@triton.jit
 def cap(score, scores):
     """(capped scores, derivative) of base-2 scores. Without a softcap the scores and 1."""
     slope = 1.0
@@ -292,8 +304,8 @@ def shift(score, seq, scores, slope, batch, head, queries, keys, state):
         natural = scores * LN2
         # (A tuple that holds a function cannot be assigned to a name.)
         captured = score.score_mod.captured
-        slope = slope * score.score_mod.slope(natural, batch, head, i, j, captured) + tl.zeros_like(natural)
-        scores = score.score_mod.value(natural, batch, head, i, j, captured) * LOG2E + tl.zeros_like(natural)
+        slope, _ = tl.broadcast(slope * score.score_mod.slope(natural, batch, head, i, j, captured), natural)
+        scores, _ = tl.broadcast(score.score_mod.value(natural, batch, head, i, j, captured) * LOG2E, natural)
     if score.mask is not None:
         keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.minimum(scores, signed_infinity(keep))

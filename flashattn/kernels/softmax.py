@@ -1,4 +1,4 @@
-"""The online softmax, in base 2: one exp2 instruction a score, no multiply in front of it."""
+"""The online softmax, in base 2: one multiply-add and one exp2 a score."""
 
 import triton
 import triton.language as tl
@@ -8,22 +8,22 @@ LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
 
 
 @triton.jit
-def online_softmax(scores, m_i, l_i, EDGE: tl.constexpr):
-    """Fold one tile of base-2 scores into the running maximum m_i and sum l_i of each row.
+def online_softmax(scores, factor, m_i, l_i, EMPTY: tl.constexpr):
+    """Fold one tile of scores, times `factor` base-2 scores, into the running maximum m_i and sum l_i of each row.
 
-        m' = max(m, rowmax(s));  p = 2^(s - m');  l' = 2^(m - m') l + rowsum(p)
+        m' = max(m, factor rowmax(s));  p = 2^(factor s - m');  l' = 2^(m - m') l + rowsum(p)
 
-    Returns (p, alpha, m', l'), where alpha = 2^(m - m') rescales what was accumulated before.
+    Returns (p, alpha, m', l'), where alpha = 2^(m - m') rescales what was accumulated before. EMPTY: a row may have
+    seen no key yet. The factor is positive, and rounding keeps order, so m' is the largest of the rounded products.
     Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), arXiv:1805.02867.
     """
-    m_new = tl.maximum(m_i, tl.max(scores, 1))
-    if EDGE:
-        # A row that has seen no key yet has m = -inf; against 0 its weights come out 0, not NaN.
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        shift = m_new
-    p = tl.exp2(scores - shift[:, None])
-    alpha = tl.exp2(m_i - shift)
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * factor)
+    base = m_new
+    if EMPTY:
+        # A row that has seen no key has m = -inf; against 0 its weights come out 0, not NaN.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(scores * factor - base[:, None])
+    alpha = tl.exp2(m_i - base)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
