@@ -181,6 +181,42 @@ def test_shared_memory_never_written():
     caught("out of bounds", "ld.shared.b32 %r10, [%r7+4096];", "of 4096 bytes of shared memory")
 
 
+def test_bytes_that_the_compiler_does_not_look_at():
+    """Four words are loaded where three were written; the pragma says which bytes matter."""
+    text = """
+        shl.b32 %r20, %r1, 4; add.s32 %r21, %r5, %r20;
+        st.shared.v2.b32 [%r21], {%r1, %r1}; st.shared.b32 [%r21+8], %r1;
+        PRAGMA ld.shared.v4.b32 {%r22, %r23, %r24, %r25}, [%r21];
+        st.global.b32 [%rd4], %r24;
+    """
+    used = '.pragma "used_bytes_mask {}";'
+    assert torch.equal(run(text.replace("PRAGMA", used.format("0xfff"))), torch.arange(128, dtype=torch.int32))
+    run(text.replace("PRAGMA", used.format("0xf0f")))
+    caught("uninitialised", text.replace("PRAGMA", used.format("0x1000")), "nothing has written")
+    caught("uninitialised", text.replace("PRAGMA", ""))
+    caught("uninitialised", text.replace("PRAGMA", used.format("0xfff") + "ld.shared.b32 %r26, [%r21];"))
+
+
+def test_branch_by_index():
+    """Lanes of one warp go to different targets; of a name that two scopes declare the inner one counts."""
+    text = """
+        and.b32 %r20, %r1, MASK; mov.b32 %r21, 7;
+        TABLE: .branchtargets OUT; {
+        TABLE: .branchtargets ZERO, ONE,
+            OUT;
+        @PREDICATE brx.idx %r20, TABLE; }
+        bra OUT;
+        ZERO: mov.b32 %r21, 10; bra OUT;
+        ONE: mov.b32 %r21, 11;
+        OUT: st.global.b32 [%rd4], %r21;
+    """.replace("@PREDICATE", "setp.lt.u32 %p1, %r1, 64; @%p1")
+    out = run(text.replace("MASK", "1"))
+    assert out.tolist() == [10, 11] * 32 + [7] * 64
+    caught("out of bounds", text.replace("MASK", "3"), "index 3 of a table of 3 branch targets")
+    with pytest.raises(ptx.Fault, match="no label TABLE"):
+        run("brx.idx %r1, TABLE;")
+
+
 ASYNC = """
     cp.async.ca.shared.global [%r7], [%rd5], 4;
     cp.async.commit_group;

@@ -23,7 +23,7 @@ MEMORY = (
     "movmatrix",
 )  # fmt: skip
 CONTROL = (
-    "bra", "ret", "exit", "bar", "barrier", "call", "trap", "fence", "membar", "griddepcontrol", "elect", "vote",
+    "bra", "brx", "ret", "exit", "bar", "barrier", "call", "trap", "fence", "membar", "griddepcontrol", "elect", "vote",
     "match", "activemask", "nanosleep", "setmaxnreg",
 )  # fmt: skip
 

@@ -121,6 +121,8 @@ class Device(NoDriver, GPUDriver):
         element = {8: 9, 9: 10, 10: 8}.get(element, element)
         return np.frombuffer(encode_map(base, element, sizes, strides, box, swizzle, fill), np.uint8)
 
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # its name in Triton 3.6
+
     def allocate(self, size: int, align: int) -> torch.Tensor:
         """Workspace that a kernel asks for."""
         memory = torch.zeros(size + align, dtype=torch.uint8)

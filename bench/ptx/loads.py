@@ -109,7 +109,7 @@ def shared_load(unit, pc, instruction, lanes, address, width: int, count: int) -
     shared, block, nbytes = unit.wave.shared, unit.block[lanes], width * count
     shared_place(unit, instruction, lanes, address, nbytes, nbytes)
     unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
-    if problem := shared.check_read(block, address, nbytes, unit.thread[lanes]):
+    if problem := shared.check_read(block, address, nbytes, unit.thread[lanes], used=instruction.used):
         raise unit.refuse(problem, instruction, lanes)
     return shared.load(block, address, width, count)
 

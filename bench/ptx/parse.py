@@ -10,7 +10,7 @@ import bisect
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .faults import Fault
@@ -71,7 +71,8 @@ class Instruction:
     line: int  # of the PTX text, from 1
     text: str
     location: Location | None
-    target: int | None = None  # a branch's instruction number
+    targets: tuple[int, ...] = ()  # instruction numbers that a branch goes to
+    used: int | None = None  # of a load, one bit a byte: those the compiler looks at; None: all
     scope: tuple[int, ...] = ()  # while labels are resolved
 
     @property
@@ -106,6 +107,7 @@ class Function:
     variables: dict[str, Variable] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[tuple[int, str], int] = field(default_factory=dict)  # (scope, name) -> instruction number
+    tables: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # (scope, name) -> labels, for brx.idx
 
     @property
     def param_bytes(self) -> int:
@@ -123,6 +125,8 @@ class Module:
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+[^\n]*?(?://\s*(.*))?$", re.M)
 LABEL = re.compile(r"([\w$.]+)\s*:(?!:)")
+TABLE = re.compile(r"([\w$.]+)\s*:\s*\.branchtargets\b([^;]*);")
+USED = re.compile(r'\.pragma\s+"used_bytes_mask (0x[0-9a-fA-F]+)"')
 HEADER = re.compile(r"(?:\.visible\s+|\.weak\s+|\.extern\s+)*\.(entry|func)\b")
 VARIABLE = re.compile(
     r"(?:\.visible\s+|\.extern\s+|\.weak\s+)*\.(global|shared|const|local)\s+(?:\.align\s+(\d+)\s+)?"
@@ -160,6 +164,7 @@ class Parser:
         self.newlines = [m.start() for m in re.finditer("\n", self.text)]
         self.at = 0
         self.next_scope = 0
+        self.used: int | None = None  # of the instruction that comes next
 
     # -------------------------------------------------------------------------------------------- text
 
@@ -265,6 +270,9 @@ class Parser:
                 location = self.location() or location
             elif start == ".":
                 self.declaration(self.upto(";"), function, scopes)
+            elif table := TABLE.match(self.text, self.at):
+                function.tables[scopes[-1][0], table.group(1)] = [x.strip() for x in table.group(2).split(",")]
+                self.at = table.end()
             elif label := LABEL.match(self.text, self.at):
                 function.labels[scopes[-1][0], label.group(1)] = len(function.instructions)
                 self.at = label.end()
@@ -304,6 +312,8 @@ class Parser:
         elif VARIABLE.match(text):
             variable = self.variable(text)
             function.variables[variable.name] = variable
+        elif match := USED.match(text):
+            self.used = int(match.group(1), 16)
         elif not DIRECTIVE.match(text):
             raise self.error(f"cannot read {text!r}")
 
@@ -321,6 +331,7 @@ class Parser:
             op, tuple(op.split(".")), operands, guard, bool(negated), line, " ".join(text.split()), location
         )
         instruction.scope = tuple(scope for scope, _ in reversed(scopes))
+        instruction.used, self.used = self.used, None
         return instruction
 
     def operand(self, text: str, register) -> Operand:
@@ -424,11 +435,13 @@ def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
         kernel.variables[variable.name] = variable
     body = []
     for old in function.instructions:
-        new = Instruction(
-            old.op, old.parts, tuple(rename(x, names) for x in old.operands),
-            None if old.guard is None else rename(old.guard, names), old.negated, old.line, old.text,
-            call.location, scope=tuple(f"{s}{suffix}" for s in old.scope),
-        )  # fmt: skip
+        new = replace(
+            old,
+            operands=tuple(rename(x, names) for x in old.operands),
+            guard=None if old.guard is None else rename(old.guard, names),
+            location=call.location,
+            scope=tuple(f"{s}{suffix}" for s in old.scope),
+        )
         if old.parts[0] == "ret":
             new.op, new.parts, new.operands = "bra.uni", ("bra", "uni"), (Symbol(f"$after{suffix}"),)
             new.scope = (f"after{suffix}",)
@@ -437,19 +450,28 @@ def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
     kernel.labels = {key: n + grown * (n > at) for key, n in kernel.labels.items()}
     kernel.labels |= {(f"{s}{suffix}", name): n + at for (s, name), n in function.labels.items()}
     kernel.labels[f"after{suffix}", f"$after{suffix}"] = at + len(body)
+    kernel.tables |= {(f"{s}{suffix}", name): labels for (s, name), labels in function.tables.items()}
     kernel.instructions[at : at + 1] = body
 
 
 def resolve(kernel: Function) -> None:
     """Branch targets by number, and each register with its type."""
     for instruction in kernel.instructions:
+        names = []
         if instruction.parts[0] == "bra":
-            name = instruction.operands[0].name
-            found = [kernel.labels[s, name] for s in instruction.scope if (s, name) in kernel.labels]
-            if not found:
-                raise Fault("unsupported", f"no label {name}", instruction)
-            instruction.target = found[0]
+            names = [instruction.operands[0].name]
+        elif instruction.parts[0] == "brx":
+            names = in_scope(kernel.tables, instruction.operands[1].name, instruction)
+        instruction.targets = tuple(in_scope(kernel.labels, name, instruction) for name in names)
         instruction.operands = tuple(typed(x, kernel.registers) for x in instruction.operands)
+
+
+def in_scope(declared: dict, name: str, instruction: Instruction):
+    """What a name stands for at an instruction: the innermost scope that declares it."""
+    for scope in instruction.scope:
+        if (scope, name) in declared:
+            return declared[scope, name]
+    raise Fault("unsupported", f"no label {name}", instruction)
 
 
 def typed(operand: Operand, registers: dict[str, str]) -> Operand:

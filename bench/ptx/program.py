@@ -51,7 +51,7 @@ class Program:
         self.place_variables({**module.variables, **function.variables}, shared_bytes)
         self.grains()
         self.uses = [names_of(i) for i in self.instructions]
-        self.targets = {i.target for i in self.instructions if i.target is not None}
+        self.targets = {target for i in self.instructions for target in i.targets}
         self.controls: dict[int, Control] = {}
         self.steps: list[Step | None] = []
         for number, instruction in enumerate(self.instructions):

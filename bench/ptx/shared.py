@@ -120,9 +120,15 @@ class SharedMemory:
         late[np.arange(len(warp)), :, warp] = False
         return late.any(-1)
 
-    def check_read(self, block, address, nbytes, thread, agent: bool = False) -> Problem | None:
-        """Before a read: nothing pending there, something written there, and all of it seen. Notes the read."""
+    def check_read(
+        self, block, address, nbytes, thread, agent: bool = False, used: int | None = None
+    ) -> Problem | None:
+        """Before a read: nothing pending there, something written there, and all of it seen. Notes the read. used: one
+        bit for each byte that is looked at; None: all."""
         grains = self.grains(block, address, nbytes)
+        if used is not None:
+            whole = (1 << self.grain) - 1
+            grains = grains[:, [used >> i * self.grain & whole != 0 for i in range(grains.shape[1])]]
         pending = self.copying[grains].any(1)
         if pending.any():
             return Problem(

@@ -23,7 +23,7 @@ def held(program: Program, instruction: Instruction):
 
 @builds("bra", control=True)
 def branch(program: Program, instruction: Instruction) -> Control:
-    taken_of, target = held(program, instruction), instruction.target
+    taken_of, (target,) = held(program, instruction), instruction.targets
 
     def run(unit, pc, mask):
         taken = taken_of(unit, mask)
@@ -33,6 +33,27 @@ def branch(program: Program, instruction: Instruction) -> Control:
             unit.wave.counts.divergent[pc] += int(split.sum())
         unit.push(target, taken)
         unit.push(pc + 1, rest)
+
+    return run
+
+
+@builds("brx", control=True)
+def branch_by_index(program: Program, instruction: Instruction) -> Control:
+    """brx.idx index, table: each lane goes where its index says."""
+    taken_of, targets = held(program, instruction), instruction.targets
+    index = program.read(instruction.operands[0], np.uint32)
+
+    def run(unit, pc, mask):
+        taken = taken_of(unit, mask)
+        where = np.broadcast_to(unit.slots[index], unit.count)
+        outside = taken & (where >= len(targets))
+        if outside.any():
+            lane = int(np.argmax(outside))
+            message = f"index {where[lane]} of a table of {len(targets)} branch targets"
+            raise unit.fault("out of bounds", message, instruction, lane)
+        for number, target in enumerate(targets):
+            unit.push(target, taken & (where == number))
+        unit.push(pc + 1, mask & ~taken)
 
     return run
 
