@@ -44,6 +44,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, plane_arg
     from ..kernels.tiles import Heads
+    from . import triton_hopper
 else:
     triton = None
 
@@ -186,6 +187,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
+    roles = triton_hopper.roles("forward", q, k, v, score)
+    if roles is not None:
+        triton_hopper.forward(q, k, v, heads_arg(out), lse, attention_args(q, k, v, score), roles)
+        return out, lse
     meta = attention_meta("forward", q, v, score)
     programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
@@ -207,20 +212,30 @@ def backward(
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
     statistics = statistics_arg(lse)
     args = attention_args(q, k, v, score)
-    meta = attention_meta("backward_q", q, v, score)
-    programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
-    if programs:
-        backward_kernels.attention_backward_q[(programs,)](
-            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
-            heads_arg(grad_q), statistics, *args, **meta,
-        )  # fmt: skip
-    meta = attention_meta("backward_kv", q, v, score)
-    programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
-    if programs:
-        backward_kernels.attention_backward_kv[(programs,)](
-            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, heads_arg(grad_k),
-            heads_arg(grad_v), *args, **meta,
-        )  # fmt: skip
+    roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
+    if roles is not None:
+        triton_hopper.backward_q(
+            q, k, v, heads_arg(out), grad_out, lse, grad_lse, heads_arg(grad_q), statistics, args, roles
+        )
+    else:
+        meta = attention_meta("backward_q", q, v, score)
+        programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+        if programs:
+            backward_kernels.attention_backward_q[(programs,)](
+                heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
+                heads_arg(grad_q), statistics, *args, **meta,
+            )  # fmt: skip
+    roles = triton_hopper.roles("backward_kv", q, k, v, score, grad_out)
+    if roles is not None:
+        triton_hopper.backward_kv(q, k, v, grad_out, lse, statistics, heads_arg(grad_k), heads_arg(grad_v), args, roles)
+    else:
+        meta = attention_meta("backward_kv", q, v, score)
+        programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
+        if programs:
+            backward_kernels.attention_backward_kv[(programs,)](
+                heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, heads_arg(grad_k),
+                heads_arg(grad_v), *args, **meta,
+            )  # fmt: skip
     if not with_grad_bias:
         return grad_q, grad_k, grad_v, None
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)

@@ -81,21 +81,29 @@ def load_statistics(rows, queries, query_end, CHECK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def weights(products, lse, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
+    """(p, slope) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse`, `queries` and
+    `keys` broadcast to its shape; `state`: its `block_state`."""
+    scores, slope = cap(score, products * (score.scale * LOG2E))
+    scores, slope = shift(score, seq, scores, slope, batch, head, queries, keys, state)
+    p = tl.exp2(scores - lse)
+    if EDGE:
+        p = tl.where(visible(score, seq, queries, keys), p, 0.0)
+    return p, slope
+
+
+@triton.jit
 def score_gradients(
     q, grad_out, lse, delta, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """(ds, slope) of a tile (queries, keys): the gradient of the scores as softmax takes them, and the softcap's
     derivative."""
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=score.precision) * (score.scale * LOG2E)
+    products = tl.dot(q, tl.trans(k_tile), input_precision=score.precision)
     queries = start_m + tl.arange(0, BLOCK_M)
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-    scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
-    scores, slope = shift(score, seq, scores, slope, batch, head, queries[:, None], keys, state)
-    p = tl.exp2(scores - lse[:, None])
-    if EDGE:
-        p = tl.where(visible(score, seq, queries[:, None], keys), p, 0.0)
+    p, slope = weights(products, lse[:, None], score, seq, batch, head, queries[:, None], keys, state, EDGE)
     v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
     dp = tl.dot(grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
@@ -129,7 +137,7 @@ def attention_backward_q(
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
-    start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
+    start_m, head, kv_head, batch = owned_queries(tl.program_id(0), heads, kv_heads, seq_q, BLOCK_M)
     seq = sequence(score, batch, batches, seq_q, seq_k)
 
     k = one_head(k, batch, kv_head, seq.k_start)
@@ -181,15 +189,11 @@ def visit_queries(
     """One query tile of pass 2, transposed (keys down, queries across): grad_v += p^T do, grad_k += ds^T q."""
     queries = start_m + tl.arange(0, BLOCK_M)
     q_tile = load_tile(q, start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
-    scores = tl.dot(k, tl.trans(q_tile), input_precision=score.precision) * (score.scale * LOG2E)
+    products = tl.dot(k, tl.trans(q_tile), input_precision=score.precision)
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
-    scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
-    scores, slope = shift(score, seq, scores, slope, batch, head, queries[None, :], keys, state)
     lse, delta = load_statistics(rows, queries, seq.query_end, EDGE)
-    p = tl.exp2(scores - lse[None, :])
-    if EDGE:
-        p = tl.where(visible(score, seq, queries[None, :], keys), p, 0.0)
+    p, slope = weights(products, lse[None, :], score, seq, batch, head, queries[None, :], keys, state, EDGE)
     do_tile = load_tile(grad_out, start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
     dropped = p
     if score.dropout is not None:

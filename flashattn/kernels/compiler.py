@@ -27,6 +27,8 @@ from pathlib import Path
 
 import triton
 from triton import knobs
+from triton.experimental import gluon
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 # As triton.__version__ tells it; a nightly build of 3.7.0 says 3.7.0+git...
@@ -77,6 +79,13 @@ class Kernel(JITFunction):
         return binder
 
 
+class GluonKernel(GluonJITFunction):
+    """The same of a kernel in Gluon, whose author sets the fences."""
+
+    def run(self, *args, **options):
+        return super().run(*args, enable_fp_fusion=True, **options)
+
+
 def kernel(do_not_specialize: list[str]) -> Callable:
     """A decorator for the functions that are launched: triton.jit with the options all of them share."""
 
@@ -84,6 +93,17 @@ def kernel(do_not_specialize: list[str]) -> Callable:
         if knobs.runtime.interpret:
             return triton.jit(function, do_not_specialize=do_not_specialize)
         return Kernel(function, do_not_specialize=do_not_specialize)
+
+    return decorate
+
+
+def gluon_kernel(do_not_specialize: list[str]) -> Callable:
+    """The same for functions in Gluon, which Triton's interpreter does not run."""
+
+    def decorate(function):
+        if knobs.runtime.interpret:
+            return gluon.jit(function, do_not_specialize=do_not_specialize)
+        return GluonKernel(function, do_not_specialize=do_not_specialize)
 
     return decorate
 

@@ -101,6 +101,41 @@ ATTENTION = {
         ],
     },
 }
+
+
+class Roles(NamedTuple):
+    """How a pass on Hopper shares its work out (`hopper.py`)."""
+
+    consumers: int  # groups of four warps, of 64 rows each
+    block: int  # rows of a tile that they visit
+    stages: int  # tiles of a ring
+    registers: int  # of a consumer's thread
+    pingpong: bool  # consumers take turns to issue products
+    persistent: bool  # a program takes works in turn
+
+    @property
+    def owned(self) -> int:
+        """Rows that a program owns."""
+        return 64 * self.consumers
+
+
+# By the larger head_dim, up to; chosen by counting, not by timing. More in HOPPER_CANDIDATES.
+HOPPER = {
+    "forward": {
+        64: Roles(2, 128, 2, 240, True, False),
+        128: Roles(2, 128, 2, 240, True, False),
+        256: Roles(2, 64, 2, 240, True, False),
+    },
+    "backward_q": {
+        64: Roles(2, 128, 2, 240, False, False),
+        128: Roles(2, 64, 2, 240, False, False),
+        256: Roles(2, 32, 2, 240, False, False),
+    },
+    "backward_kv": {
+        64: Roles(2, 64, 2, 240, False, False),
+        128: Roles(2, 64, 2, 240, False, False),
+    },
+}
 # A decoding pass: programs are many and short, and memory is the limit. SPLIT is part of the result's bits.
 DECODE = [(128, 2, Tiles(16, 64, 4, 2)), (256, 2, Tiles(16, 32, 4, 2)), (256, 4, Tiles(16, 16, 4, 2))]
 SPLIT = 512  # keys of a program, up to
@@ -182,6 +217,10 @@ def fitting_tiles(
     while shared_bytes(arch, direction, tiles, cols, itemsize, pairs) > limit and (less := smaller(direction, tiles)):
         tiles = less
     return tiles
+
+
+def hopper_roles(direction: str, head_dim: int) -> Roles | None:
+    return next((row for largest, row in HOPPER.get(direction, {}).items() if head_dim <= largest), None)
 
 
 def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int], itemsize: int, pairs: Pairs) -> int:

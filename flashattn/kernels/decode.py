@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from .compiler import kernel
-from .scores import SIZES, Sequence, cap, scaled, shift, visible, visible_keys
-from .softmax import join_sink, logsumexp, online_softmax
+from .forward import fold
+from .scores import SIZES, Sequence, visible_keys
+from .softmax import join_sink, logsumexp
 from .tiles import one_head, tile_mask
 
 
@@ -99,12 +100,11 @@ def attention_decode(
     begin = tl.maximum(begin // BLOCK_N * BLOCK_N, split * SPLIT)
     for start_n in range(begin, tl.minimum(end, (split + 1) * SPLIT), BLOCK_N):
         k_tile = load_cached(k, pages, batch, kv_head, start_n, key_end, HEAD_DIM, BLOCK_N, BLOCK_D)
-        scores, factor = scaled(score, tl.dot(q_tile, tl.trans(k_tile), input_precision=score.precision))
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=score.precision)
         keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-        scores, slope = cap(score, scores)
-        scores, _ = shift(score, seq, scores, slope, batch, head[:, None], query[:, None], keys, 2)
-        scores = tl.where(visible(score, seq, query[:, None], keys), scores, float("-inf"))
-        p, alpha, m_i, l_i = online_softmax(scores, factor, m_i, l_i, True)
+        p, alpha, m_i, l_i = fold(
+            products, m_i, l_i, score, seq, batch, head[:, None], query[:, None], keys, 2, EDGE=True
+        )
         v_tile = load_cached(v, pages, batch, kv_head, start_n, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=score.precision)
 

@@ -27,11 +27,22 @@ def dropout(value, args, rows, cols):
 
 
 @triton.jit
-def kept_weights(args, head, queries, start_n, BLOCK_N: tl.constexpr):
-    """What to multiply the weights (queries, BLOCK_N keys) of a head by: 0 or the scale. The four words of Philox, of
-    7 rounds, at (key // 4, query, head, 0) serve four keys; `head` counts batch * heads + head."""
-    quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-    quarters, rows = tl.broadcast(quarters, queries[:, None])
-    a, b, c, d = tl.philox(tl.load(args.seed), quarters, rows, head, 0, n_rounds=7)
-    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+def random_words(args, head, queries, quarters):
+    """Four words for the weights of four keys each: the words of Philox, of 7 rounds, at (key // 4, query, head, 0).
+    `queries` and `quarters` broadcast; `head` counts batch * heads + head."""
+    quarters, rows = tl.broadcast(quarters, queries)
+    return tl.philox(tl.load(args.seed), quarters, rows, head, 0, n_rounds=7)
+
+
+@triton.jit
+def kept(args, bits):
+    """What to multiply a weight by: 0 or the scale."""
     return tl.where((bits >> 1).to(tl.int32, bitcast=True) >= args.threshold, args.scale, 0.0)
+
+
+@triton.jit
+def kept_weights(args, head, queries, start_n, BLOCK_N: tl.constexpr):
+    """What to multiply the weights (queries, BLOCK_N keys) of a head by."""
+    quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    a, b, c, d = random_words(args, head, queries[:, None], quarters)
+    return kept(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))

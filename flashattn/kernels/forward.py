@@ -26,6 +26,21 @@ from .tiles import load_tile, one_head, owned_queries, store_tile
 
 
 @triton.jit
+def fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
+    """(weights, alpha, m_i, l_i): a tile of q k^T folded into the softmax. `queries` and `keys` broadcast to its shape;
+    `state`: its `block_state`."""
+    scores, factor = scaled(score, products)
+    scores, slope = cap(score, scores)
+    scores, _ = shift(score, seq, scores, slope, batch, head, queries, keys, state)
+    if EDGE:
+        scores = tl.where(visible(score, seq, queries, keys), scores, float("-inf"))
+    # What gives -inf can leave a row of any tile without a key.
+    MASKED: tl.constexpr = score.mask is not None or score.bias is not None
+    EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
+    return online_softmax(scores, factor, m_i, l_i, EMPTY)
+
+
+@triton.jit
 def attend(
     acc, m_i, l_i, q, k, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -33,18 +48,11 @@ def attend(
 ):  # fmt: skip
     """One key tile: s = q k^T * scale, fold into the softmax, acc = alpha acc + p v."""
     k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
-    scores, factor = scaled(score, tl.dot(q, tl.trans(k_tile), input_precision=score.precision))
+    products = tl.dot(q, tl.trans(k_tile), input_precision=score.precision)
     queries = start_m + tl.arange(0, BLOCK_M)[:, None]
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-    scores, slope = cap(score, scores)
     state = block_state(score, batch, head, start_m, start_n)
-    scores, _ = shift(score, seq, scores, slope, batch, head, queries, keys, state)
-    if EDGE:
-        scores = tl.where(visible(score, seq, queries, keys), scores, float("-inf"))
-    # What gives -inf can leave a row of any tile without a key.
-    MASKED: tl.constexpr = score.mask is not None or score.bias is not None
-    EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
-    p, alpha, m_i, l_i = online_softmax(scores, factor, m_i, l_i, EMPTY)
+    p, alpha, m_i, l_i = fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE)
     if score.dropout is not None:
         p *= kept_weights(score.dropout, batch * heads + head, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_N)
     v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
@@ -62,7 +70,7 @@ def attention_forward(
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
-    start_m, head, kv_head, batch = owned_queries(heads, kv_heads, seq_q, BLOCK_M)
+    start_m, head, kv_head, batch = owned_queries(tl.program_id(0), heads, kv_heads, seq_q, BLOCK_M)
     seq = sequence(score, batch, batches, seq_q, seq_k)
 
     k = one_head(k, batch, kv_head, seq.k_start)

@@ -34,14 +34,13 @@ def rounded_product(a, b):
 
 
 @triton.jit
-def owned_queries(heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
-    """(first query, head, kv_head, batch) of this program, in a grid of (query tiles * heads * batch,).
+def owned_queries(program, heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
+    """(first query, head, kv_head, batch) of a program, in a grid of (query tiles * heads * batch,).
 
     The tiles of a head follow each other, the last first: under a causal mask those have the most keys. One dimension,
     since the other two of a grid end at 65,535.
     """
     tiles = tl.cdiv(seq_q, BLOCK_M)
-    program = tl.program_id(0)
     start_m = (tiles - 1 - program % tiles) * BLOCK_M
     head = program // tiles % heads
     return start_m, head, head // (heads // kv_heads), program // tiles // heads

@@ -1,0 +1,111 @@
+"""The Triton backend on Hopper (sm_90): which calls the kernels in roles take (`kernels/hopper.py`) and how."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..kernels import configs, hopper_backward, hopper_forward
+from ..kernels.backward import Statistics
+from ..kernels.configs import Roles
+from ..kernels.tiles import Heads
+from ..score import Score
+
+ENABLED = os.environ.get("FLASHATTN_HOPPER") != "0"  # 0: the plain kernels, to compare or where these are at fault
+
+
+def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:
+    """How a pass shares its work out; None where the plain kernel is to do it. `others`: what else it copies."""
+    if not ENABLED or q.element_size() != 2 or configs.architecture() != "sm_90":
+        return None
+    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]))
+    if row is None or not all(copyable(x) for x in (q, k, v, *others)):
+        return None
+    blocks = score.block_mask
+    sides = (row.block, row.owned) if direction == "backward_kv" else (row.owned, row.block)
+    if blocks is not None and (blocks.block_q % sides[0] or blocks.block_k % sides[1]):
+        return None  # a tile must lie in one block
+    return row
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether bulk copies can read x (batch, heads, seq, dim): it starts at a multiple of 16 bytes, and rows, heads and
+    batch rows follow at multiples of 16 bytes."""
+    pieces = 16 // x.element_size()
+    steps = [stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step and step % pieces == 0 for step in steps)
+
+
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """x (batch, heads, seq, dim) as bulk copies read it: tiles of so many rows of a head, with as many columns as a
+    product takes; what lies outside reads as 0."""
+    cols = columns(x)
+    # Nothing steps over a dimension of one, but the stride must be valid.
+    strides = [stride if size > 1 else cols for size, stride in zip(x.shape, x.stride(), strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], layout)
+
+
+def columns(x: Tensor) -> int:
+    """Of a tile: those of one swizzled row, 128 bytes, at least."""
+    return max(64, triton.next_power_of_2(x.shape[-1]))
+
+
+def numbers_descriptor(x: Tensor, columns: int, count: int) -> TensorDescriptor:
+    """Rows of numbers (rows, stride), of which `columns` are there, as bulk copies read `count` of one."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=2)
+    return TensorDescriptor(x, [x.shape[0], columns], list(x.stride()), [1, count], layout)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tuple, row: Roles) -> None:
+    """Fills out and lse; `args` are those that all attention kernels share."""
+    _, batches, heads, _, seq_q, _ = args
+    works = triton.cdiv(seq_q, row.owned) * heads * batches
+    programs = min(works, multiprocessors(q.device)) if row.persistent else works
+    if programs:
+        hopper_forward.attention_forward_hopper[(programs,)](
+            descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, *args,
+            HEAD_DIM_V=v.shape[-1], PINGPONG=row.pingpong, PERSISTENT=row.persistent, **meta(row),
+        )  # fmt: skip
+
+
+def backward_q(
+    q: Tensor, k: Tensor, v: Tensor, out: Heads, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, grad_q: Heads,
+    statistics: Statistics, args: tuple, row: Roles,
+) -> None:  # fmt: skip
+    """Fills grad_q and the statistics."""
+    _, batches, heads, _, seq_q, _ = args
+    programs = triton.cdiv(seq_q, row.owned) * heads * batches
+    if programs:
+        hopper_backward.attention_backward_q_hopper[(programs,)](
+            descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
+            grad_lse, grad_q, statistics, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
+        )  # fmt: skip
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, statistics: Statistics, grad_k: Heads,
+    grad_v: Heads, args: tuple, row: Roles,
+) -> None:  # fmt: skip
+    """Fills grad_k and grad_v from the statistics."""
+    _, batches, _, kv_heads, _, seq_k = args
+    programs = triton.cdiv(seq_k, row.owned) * kv_heads * batches
+    if programs:
+        numbers = (numbers_descriptor(x, lse.shape[-1], row.block) for x in statistics[:2])
+        hopper_backward.attention_backward_kv_hopper[(programs,)](
+            descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block), *numbers,
+            grad_k, grad_v, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
+        )  # fmt: skip
+
+
+def meta(row: Roles) -> dict:
+    return dict(STAGES=row.stages, CONSUMERS=row.consumers, REGISTERS=row.registers, num_warps=4)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

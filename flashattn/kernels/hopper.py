@@ -1,0 +1,236 @@
+"""What the kernels for Hopper (sm_90) share: rings of tiles in shared memory, which one warp fills by bulk copies (TMA)
+and groups of four warps read with `wgmma`.
+
+A program has roles, each a function that some of its warps run: the *producer*, one warp with few registers, and
+*consumers*, of 64 rows each. A ring's slot has two barriers. `full`: the producer's copy has arrived; `empty`: every
+consumer's product that read the slot is done. Tile number i of a ring lies in slot i % SLOTS and is the
+(i // SLOTS)-th there, whose parity the barriers wait for.
+
+Written in Gluon, which leaves layouts and waits to the author; the pieces of `scores.py` are plain Triton and serve
+both. Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024),
+arXiv:2407.08608.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+
+from .dropout import kept, random_words
+from .scores import Sequence, Tiles, edge_start, key_tiles, looks, sequence
+from .tiles import owned_queries
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, and for each slot a barrier that says it is full and one that says it may be refilled."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Sizes(NamedTuple):
+    """Of a call: in a packed one, batches of cu_seqlens, and seq_q and seq_k of the longest sequence."""
+
+    batches: gl.tensor
+    heads: gl.tensor
+    kv_heads: gl.tensor
+    seq_q: gl.tensor
+    seq_k: gl.tensor
+
+
+class Work(NamedTuple):
+    """BLOCK_M queries of one head, and the key tiles they look at."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    kv_head: gl.tensor
+    heads: gl.tensor
+    start_m: gl.tensor
+    tiles: Tiles
+    seq: Sequence
+
+
+@gluon.jit
+def query_work(program, score, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The work of this number."""
+    start_m, head, kv_head, batch = owned_queries(program, sizes.heads, sizes.kv_heads, sizes.seq_q, BLOCK_M)
+    seq = sequence(score, batch, sizes.batches, sizes.seq_q, sizes.seq_k)
+    return Work(batch, head, kv_head, sizes.heads, start_m, key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N), seq)
+
+
+# ------------------------------------------------------------------------------------------------ rings
+
+
+@gluon.jit
+def new_barrier(count):
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=count)
+    return barrier
+
+
+@gluon.jit
+def new_ring(descriptor, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
+    tiles = gl.allocate_shared_memory(descriptor.dtype, [SLOTS] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], LAYOUT)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], LAYOUT)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=READERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def fill(ring, number, descriptor, batch, head, row):
+    """The producer's part: tile `number` of a ring is these rows. What lies past the tensor's end reads as 0."""
+    SLOTS: gl.constexpr = ring.tiles.shape[0]
+    slot = number % SLOTS
+    mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
+    mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, [batch, head, row, 0], ring.full.index(slot), ring.tiles.index(slot))
+
+
+@gluon.jit
+def fill_ragged(ring, number, descriptor, batch, head, row, exist, landing, landed):
+    """`fill`, where rows at or past the `exist`-th lie in the tensor but not in the sequence: what is there may be NaN,
+    and 0 times NaN is NaN. They are set to 0 before the consumers see the tile. Returns `landed`, how often the barrier
+    `landing` was used."""
+    SLOTS: gl.constexpr = ring.tiles.shape[0]
+    ROWS: gl.constexpr = ring.tiles.shape[3]
+    if exist >= ROWS:
+        fill(ring, number, descriptor, batch, head, row)
+    else:
+        slot = number % SLOTS
+        mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
+        mbarrier.expect(landing, descriptor.block_type.nbytes)
+        tma.async_copy_global_to_shared(descriptor, [batch, head, row, 0], landing, ring.tiles.index(slot))
+        mbarrier.wait(landing, landed & 1)
+        clear_rows(matrix(ring, number), exist)
+        fence_async_shared()
+        mbarrier.arrive(ring.full.index(slot), count=1)
+        landed += 1
+    return landed
+
+
+@gluon.jit
+def clear_rows(tile, exist):
+    """Sets the rows of a tile from number `exist` on to 0; by one warp, eight rows at a time: few registers."""
+    COLS: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // min(COLS, 256), min(COLS, 256) // 8], [1, 1], [1, 0])
+    for start in gl.static_range(0, tile.shape[0], 8):
+        if start + 8 > exist:
+            part = tile.slice(start, 8)
+            rows = start + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
+            part.store(gl.where((rows < exist)[:, None], part.load(LAYOUT), 0.0))
+
+
+@gluon.jit
+def matrix(ring, number):
+    """Tile `number` of a ring, (rows, columns)."""
+    tile = ring.tiles.index(number % ring.tiles.shape[0])
+    return tile.reshape([tile.shape[2], tile.shape[3]])
+
+
+@gluon.jit
+def wait_full(ring, number):
+    SLOTS: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.full.index(number % SLOTS), number // SLOTS & 1)
+
+
+@gluon.jit
+def release(ring, number):
+    """A consumer has read tile `number`: a product that did is done, not only issued."""
+    mbarrier.arrive(ring.empty.index(number % ring.tiles.shape[0]), count=1)
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+@gluon.constexpr_function
+def product_layout(cols):
+    """Where a consumer's four warps have a (64, cols) product of wgmma: 16 rows each."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
+
+
+@gluon.jit
+def multiply(a, b):
+    """a b^T of two tiles in shared memory, (64, k) and (n, k), issued."""
+    COLS: gl.constexpr = b.shape[0]
+    zero = gl.zeros([64, COLS], gl.float32, product_layout(COLS))
+    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+# ------------------------------------------------------------------------------------------------ walks
+
+
+@gluon.jit
+def tile_start(tiles, index, BLOCK: gl.constexpr):
+    """Where tile number `index` of a walk starts: first the edge tiles, then the steady ones."""
+    steady = tiles.steady_begin + (index - tiles.edges) * BLOCK
+    return gl.where(index < tiles.edges, edge_start(tiles, index, BLOCK), steady)
+
+
+@gluon.jit
+def tile_count(tiles, BLOCK: gl.constexpr):
+    """At least one: where there is none, one that is masked as a whole."""
+    return gl.maximum(tiles.edges + (tiles.steady_end - tiles.steady_begin) // BLOCK, 1)
+
+
+@gluon.jit
+def first_tile(score, work, count, BLOCK_N: gl.constexpr):
+    """The number of the first key tile that the block mask lets attend; 0 where there is none."""
+    first = 0
+    if score.blocks is not None:
+        while first < count and not looks(
+            score, work.batch, work.head, work.start_m, tile_start(work.tiles, first, BLOCK_N)
+        ):
+            first += 1
+        first = gl.where(first == count, 0, first)
+    return first
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@gluon.constexpr_function
+def wide_layout(cols):
+    """A layout of (64, cols) in which four warps read and write 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // cols, cols // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def store_rows(x, value, start, end, COLS: gl.constexpr):
+    """Rows start .. start + 64 of a (seq, head_dim) matrix, rounded to its dtype, by 16 bytes a thread; rows at or past
+    `end` stay untouched."""
+    BLOCK_COLS: gl.constexpr = value.shape[1]
+    LAYOUT: gl.constexpr = wide_layout(BLOCK_COLS)
+    rows = (start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)))[:, None]
+    cols = gl.arange(0, BLOCK_COLS, gl.SliceLayout(0, LAYOUT))[None, :]
+    mask = rows < end
+    if COLS != BLOCK_COLS:
+        mask = mask & (cols < COLS)
+    pointers = x.ptr + rows.to(gl.int64) * x.stride + cols
+    gl.store(pointers, gl.convert_layout(value.to(x.ptr.dtype.element_ty), LAYOUT), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+@gluon.constexpr_function
+def quarters_layout(rows, cols):
+    """A layout of (rows, cols // 4) in which a warp has the rows that it has of a product (rows, cols)."""
+    registers = [[8, 0]] + [[0, bit] for bit in (4, 8, 16, 32) if bit < cols // 4] + [[64, 0]] * (rows == 128)
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, cols // 4])
+
+
+@gluon.jit
+def kept_weights(args, head, start_m, start_n, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """`dropout.kept_weights` of ROWS queries and COLS keys."""
+    LAYOUT: gl.constexpr = quarters_layout(ROWS, COLS)
+    queries = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    quarters = start_n // 4 + gl.arange(0, COLS // 4, gl.SliceLayout(0, LAYOUT))
+    a, b, c, d = random_words(args, head, queries[:, None], quarters[None, :])
+    return kept(args, gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS, COLS]))

@@ -1,0 +1,417 @@
+"""Attention backward for Hopper: the two passes of `backward.py` in roles (`hopper.py`), with the same mathematics.
+
+1. `attention_backward_q_hopper`: a consumer owns 64 queries; S = Q K^T and dP = dO V^T of a key tile are issued
+   together, and the exponentials run beside the second.
+2. `attention_backward_kv_hopper`: a consumer owns 64 keys, and tiles are transposed: S^T = K Q^T, dP^T = V dO^T. The
+   queries of every head in the group pass by, and their lse and delta with them, by bulk copies too.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .backward import base_2, of_head, weights
+from .compiler import gluon_kernel
+from .hopper import (
+    Ring,
+    Sizes,
+    fill,
+    fill_ragged,
+    kept_weights,
+    matrix,
+    multiply,
+    new_barrier,
+    new_ring,
+    product_layout,
+    query_work,
+    release,
+    store_rows,
+    tile_count,
+    tile_start,
+    wait_full,
+    wide_layout,
+)
+from .scores import SIZES, Sequence, Tiles, block_state, gradient_through, looks, query_tiles, sequence, statistics_at
+from .tiles import one_head, rounded_product
+
+# ------------------------------------------------------------------------------------------------ pass 1: grad_q
+
+
+class KeyRings(NamedTuple):
+    q: Ring  # a tile for each consumer
+    do: Ring
+    k: Ring
+    v: Ring
+
+
+@gluon.jit
+def load_keys(q, k, v, do, rings, landing, score, work):
+    """The producer: Q and dO of each consumer, then K and V tiles in turn."""
+    CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
+    seq = work.seq
+    for i in gl.static_range(CONSUMERS):
+        row = seq.q_start + work.start_m + i * 64
+        fill(rings.q, i, q, work.batch, work.head, row)
+        fill(rings.do, i, do, work.batch, work.head, row)
+    loaded = gl.to_tensor(0)
+    landed = gl.to_tensor(0)
+    for index in range(tile_count(work.tiles, BLOCK_N)):
+        start_n = tile_start(work.tiles, index, BLOCK_N)
+        if looks(score, work.batch, work.head, work.start_m, start_n):
+            row = seq.k_start + start_n
+            if RAGGED:
+                exist = seq.key_end - start_n
+                landed = fill_ragged(rings.k, loaded, k, work.batch, work.kv_head, row, exist, landing, landed)
+                landed = fill_ragged(rings.v, loaded, v, work.batch, work.kv_head, row, exist, landing, landed)
+            else:
+                fill(rings.k, loaded, k, work.batch, work.kv_head, row)
+                fill(rings.v, loaded, v, work.batch, work.kv_head, row)
+            loaded += 1
+
+
+@gluon.jit
+def visit_keys(acc, q_tile, do_tile, lse, delta, rings, number, index, score, work, start_m, EDGE: gl.constexpr):
+    """Key tile `index`, the ring's tile `number`: acc += ds k."""
+    LAYOUT: gl.constexpr = product_layout(rings.k.tiles.shape[3])
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    k_tile = matrix(rings.k, number)
+    wait_full(rings.k, number)
+    s = multiply(q_tile, k_tile)
+    wait_full(rings.v, number)
+    dp = multiply(do_tile, matrix(rings.v, number))
+    start_n = tile_start(work.tiles, index, BLOCK_N)
+    queries = start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    keys = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+    state = block_state(score, work.batch, work.head, work.start_m, start_n)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p, slope = weights(
+        s, lse[:, None], score, work.seq, work.batch, work.head, queries[:, None], keys[None, :], state, EDGE
+    )
+    wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays behind the exponentials
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    release(rings.v, number)
+    if score.dropout is not None:
+        keep = kept_weights(score.dropout, work.batch * work.heads + work.head, start_m, start_n, 64, BLOCK_N)
+        dp *= gl.convert_layout(keep, LAYOUT)
+    ds = gradient_through(score, p * (dp - delta[:, None]), slope)
+    ds = gl.convert_layout(ds.to(k_tile.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    acc = warpgroup_mma(ds, k_tile, acc, is_async=True)
+    acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
+    release(rings.k, number)
+    return acc
+
+
+@gluon.jit
+def load_out(out, start_m, end, COLS: gl.constexpr, BLOCK_COLS: gl.constexpr):
+    """64 rows of out; 0 at and past `end`."""
+    LAYOUT: gl.constexpr = wide_layout(BLOCK_COLS)
+    rows = (start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)))[:, None]
+    cols = gl.arange(0, BLOCK_COLS, gl.SliceLayout(0, LAYOUT))[None, :]
+    pointers = out.ptr + rows.to(gl.int64) * out.stride + cols
+    return gl.load(pointers, mask=(rows < end) & (cols < COLS), other=0.0)
+
+
+@gluon.jit
+def sum_keys(
+    rings, out, lse, grad_lse, grad_q, rows, score, work,
+    ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+):  # fmt: skip
+    """Consumer ME: 64 queries against all key tiles."""
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    BLOCK_D: gl.constexpr = rings.k.tiles.shape[4]
+    BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
+    ROW: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
+    seq = work.seq
+    start_m = work.start_m + ME * 64
+    queries = start_m + gl.arange(0, 64, ROW)
+    exists = queries < seq.query_end
+    out_tile = load_out(one_head(out, work.batch, work.head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_DV)
+    q_tile = matrix(rings.q, ME)
+    do_tile = matrix(rings.do, ME)
+    wait_full(rings.q, ME)
+    wait_full(rings.do, ME)
+    grad_out = do_tile.load(wide_layout(BLOCK_DV)).to(gl.float32)
+    delta = gl.convert_layout(gl.sum(rounded_product(grad_out, out_tile.to(gl.float32)), 1), ROW)
+    row = statistics_at(score, seq, work.batch, work.head, work.heads)
+    if grad_lse is not None:
+        delta -= gl.load(grad_lse + row + queries, mask=exists, other=0.0)
+    lse_row = base_2(gl.load(lse + row + queries, mask=exists, other=float("-inf")))
+    rows = of_head(score, rows, seq, work.batch, work.head, work.heads)
+    gl.store(rows.lse + queries, lse_row, mask=queries < seq.seq_q)
+    gl.store(rows.delta + queries, gl.where(exists, delta, 0.0), mask=queries < seq.seq_q)
+
+    acc = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    count = tile_count(work.tiles, BLOCK_N)
+    edges = gl.minimum(gl.maximum(work.tiles.edges, 1), count)
+    number = gl.to_tensor(0)
+    for index in range(edges):
+        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+            acc = visit_keys(
+                acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE=True
+            )
+            number += 1
+    for index in range(edges, count):
+        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+            acc = visit_keys(
+                acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE=False
+            )
+            number += 1
+    store_rows(one_head(grad_q, work.batch, work.head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM)
+
+
+@gluon_kernel(do_not_specialize=SIZES)
+def attention_backward_q_hopper(
+    q, k, v, out, do, lse, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `attention_backward_q`; q, k, v and do (grad_out) are tensor descriptors, of tiles of 64 queries and of
+    BLOCK_N keys.
+
+    Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns CONSUMERS * 64 queries.
+    """
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
+    work = query_work(gl.program_id(0), score, sizes, CONSUMERS * 64, k.block_type.shape[2])
+    rings = KeyRings(
+        new_ring(q, CONSUMERS, 1), new_ring(do, CONSUMERS, 1),
+        new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS),
+    )  # fmt: skip
+    landing = new_barrier(1)
+    fence_async_shared()
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (load_keys, (q, k, v, do, rings, landing, score, work)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
+                (load_keys, (q, k, v, do, rings, landing, score, work)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
+
+
+# ------------------------------------------------------------------------------------ pass 2: grad_k and grad_v
+
+
+class QueryRings(NamedTuple):
+    k: Ring  # a tile for each consumer
+    v: Ring
+    q: Ring
+    do: Ring
+    lse: Ring
+    delta: Ring
+
+
+class Keys(NamedTuple):
+    """Keys of one key/value head, and the query tiles that look at them."""
+
+    batch: gl.tensor
+    kv_head: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    start_n: gl.tensor
+    tiles: Tiles
+    seq: Sequence
+
+
+@gluon.jit
+def fill_numbers(ring, number, descriptor, row, column):
+    """`fill` of a ring whose tiles are a piece of a row of numbers."""
+    SLOTS: gl.constexpr = ring.tiles.shape[0]
+    slot = number % SLOTS
+    mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
+    mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, [row, column], ring.full.index(slot), ring.tiles.index(slot))
+
+
+@gluon.jit
+def numbers(ring, number, LAYOUT: gl.constexpr):
+    """What `fill_numbers` brought."""
+    return ring.tiles.index(number % ring.tiles.shape[0]).reshape([ring.tiles.shape[2]]).load(LAYOUT)
+
+
+@gluon.jit
+def load_queries(k, v, q, do, lse, delta, rings, landing, score, keys):
+    """The producer: K and V of each consumer, then the query tiles of each head of the group."""
+    CONSUMERS: gl.constexpr = rings.k.tiles.shape[0]
+    BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
+    RAGGED: gl.constexpr = score.q_lengths is not None or score.cu_seqlens is not None
+    seq = keys.seq
+    for i in gl.static_range(CONSUMERS):
+        row = seq.k_start + keys.start_n + i * 64
+        fill(rings.k, i, k, keys.batch, keys.kv_head, row)
+        fill(rings.v, i, v, keys.batch, keys.kv_head, row)
+    count = tile_count(keys.tiles, BLOCK_M)
+    loaded = gl.to_tensor(0)
+    landed = gl.to_tensor(0)
+    for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
+        line = keys.batch * keys.heads + head
+        if score.cu_seqlens is not None:
+            line = head
+        for index in range(count):
+            start_m = tile_start(keys.tiles, index, BLOCK_M)
+            if looks(score, keys.batch, head, start_m, keys.start_n):
+                row = seq.q_start + start_m
+                exist = seq.query_end - start_m
+                if RAGGED:
+                    landed = fill_ragged(rings.q, loaded, q, keys.batch, head, row, exist, landing, landed)
+                else:
+                    fill(rings.q, loaded, q, keys.batch, head, row)
+                fill_numbers(rings.lse, loaded, lse, line, row)
+                if RAGGED:
+                    landed = fill_ragged(rings.do, loaded, do, keys.batch, head, row, exist, landing, landed)
+                else:
+                    fill(rings.do, loaded, do, keys.batch, head, row)
+                fill_numbers(rings.delta, loaded, delta, line, row)
+                loaded += 1
+
+
+@gluon.jit
+def visit_queries(acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE: gl.constexpr):
+    """Query tile `index` of a head, the ring's tile `number`: acc_v += p^T do, acc_k += ds^T q."""
+    BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
+    LAYOUT: gl.constexpr = product_layout(BLOCK_M)
+    COLS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    seq = keys.seq
+    q_tile = matrix(rings.q, number)
+    do_tile = matrix(rings.do, number)
+    wait_full(rings.q, number)
+    s = multiply(k_tile, q_tile)
+    wait_full(rings.do, number)
+    dp = multiply(v_tile, do_tile)
+    start_m = tile_start(keys.tiles, index, BLOCK_M)
+    queries = start_m + gl.arange(0, BLOCK_M, COLS)
+    where = start_n + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    state = block_state(score, keys.batch, head, start_m, keys.start_n)
+    wait_full(rings.lse, number)
+    lse = numbers(rings.lse, number, COLS)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p, slope = weights(s, lse[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE)
+    wait_full(rings.delta, number)
+    delta = numbers(rings.delta, number, COLS)
+    if EDGE:
+        delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or nothing's
+    fence_async_shared()
+    release(rings.lse, number)
+    release(rings.delta, number)
+    DTYPE: gl.constexpr = q_tile.dtype
+    dropped = p
+    if score.dropout is not None:
+        keep = kept_weights(score.dropout, keys.batch * keys.heads + head, start_m, start_n, BLOCK_M, 64)
+        keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)
+        dropped = p * keep
+    pt = gl.convert_layout(dropped.to(DTYPE), gl.DotOperandLayout(0, acc_v.type.layout, 2))
+    acc_v = warpgroup_mma(pt, do_tile, acc_v, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    if score.dropout is not None:
+        dp *= keep
+    ds = gradient_through(score, p * (dp - delta[None, :]), slope)
+    ds = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, acc_k.type.layout, 2))
+    acc_k = warpgroup_mma(ds, q_tile, acc_k, is_async=True)
+    acc_v, pt = warpgroup_mma_wait(1, deps=(acc_v, pt))
+    release(rings.do, number)
+    acc_k, ds = warpgroup_mma_wait(0, deps=(acc_k, ds))
+    release(rings.q, number)
+    return acc_k, acc_v
+
+
+@gluon.jit
+def sum_queries(rings, grad_k, grad_v, score, keys, ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
+    """Consumer ME: 64 keys against the query tiles of every head in the group."""
+    BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
+    BLOCK_D: gl.constexpr = rings.k.tiles.shape[4]
+    BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
+    acc_k = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    acc_v = gl.zeros([64, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+    seq = keys.seq
+    start_n = keys.start_n + ME * 64
+    k_tile = matrix(rings.k, ME)
+    v_tile = matrix(rings.v, ME)
+    wait_full(rings.k, ME)
+    wait_full(rings.v, ME)
+    count = tile_count(keys.tiles, BLOCK_M)
+    edges = gl.minimum(gl.maximum(keys.tiles.edges, 1), count)
+    number = gl.to_tensor(0)
+    for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
+        for index in range(edges):
+            if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
+                acc_k, acc_v = visit_queries(
+                    acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE=True
+                )
+                number += 1
+        for index in range(edges, count):
+            if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
+                acc_k, acc_v = visit_queries(
+                    acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE=False
+                )
+                number += 1
+    # Rows of keys past the end hold what their weights made of memory that is not theirs.
+    acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
+    acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)
+    store_rows(one_head(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
+    store_rows(one_head(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
+
+
+@gluon.jit
+def row_exists(tile, start, end):
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
+    return (start + gl.arange(0, 64, LAYOUT) < end)[:, None]
+
+
+@gluon_kernel(do_not_specialize=SIZES)
+def attention_backward_kv_hopper(
+    q, k, v, do, lse, delta, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `attention_backward_kv`; q, k, v, do (grad_out), lse and delta are tensor descriptors, of tiles of BLOCK_M
+    queries and of 64 keys.
+
+    Grid: (key tiles * kv_heads * batch,), the longest causal tiles first. A program owns CONSUMERS * 64 keys.
+    """
+    BLOCK_M: gl.constexpr = q.block_type.shape[2]
+    BLOCK_N: gl.constexpr = CONSUMERS * 64
+    tiles_n = gl.cdiv(seq_k, BLOCK_N)
+    program = gl.program_id(0)
+    start_n = program % tiles_n * BLOCK_N
+    kv_head = program // tiles_n % kv_heads
+    batch = program // tiles_n // kv_heads
+    seq = sequence(score, batch, batches, seq_q, seq_k)
+    tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
+    keys = Keys(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)
+    rings = QueryRings(
+        new_ring(k, CONSUMERS, 1), new_ring(v, CONSUMERS, 1), new_ring(q, STAGES, CONSUMERS),
+        new_ring(do, STAGES, CONSUMERS), new_ring(lse, STAGES, CONSUMERS), new_ring(delta, STAGES, CONSUMERS),
+    )  # fmt: skip
+    landing = new_barrier(1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (sum_queries, (rings, grad_k, grad_v, score, keys, 0, HEAD_DIM, HEAD_DIM_V)),
+            (sum_queries, (rings, grad_k, grad_v, score, keys, 1, HEAD_DIM, HEAD_DIM_V)),
+            (load_queries, (k, v, q, do, lse, delta, rings, landing, score, keys)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )

@@ -1,0 +1,290 @@
+"""Attention forward for Hopper: `attention_forward` in roles (`hopper.py`).
+
+A consumer issues S(j) = Q K(j)^T, then O += P(j - 1) V(j - 1), and computes the softmax of S(j) beside that product.
+With PINGPONG the consumers take turns to issue, so that one's products run beside another's exponentials.
+Shah et al., "FlashAttention-3" (2024), arXiv:2407.08608, Algorithms 1 and 2.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .compiler import gluon_kernel
+from .forward import fold
+from .hopper import (
+    Ring,
+    Sizes,
+    fill,
+    fill_ragged,
+    first_tile,
+    kept_weights,
+    matrix,
+    multiply,
+    new_barrier,
+    new_ring,
+    product_layout,
+    query_work,
+    release,
+    store_rows,
+    tile_count,
+    tile_start,
+    wait_full,
+)
+from .scores import SIZES, block_state, looks, statistics_at
+from .softmax import join_sink, logsumexp
+from .tiles import one_head
+
+
+class Rings(NamedTuple):
+    q: Ring  # a tile for each consumer
+    k: Ring
+    v: Ring
+
+
+# ------------------------------------------------------------------------------------------------ the producer
+
+
+@gluon.jit
+def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
+    """Q of each consumer, then K and V tiles in turn. `done` works and `loaded` key tiles came before."""
+    CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    seq = work.seq
+    for i in gl.static_range(CONSUMERS):
+        fill(rings.q, done * CONSUMERS + i, q, work.batch, work.head, seq.q_start + work.start_m + i * 64)
+    count = tile_count(work.tiles, BLOCK_N)
+    first = first_tile(score, work, count, BLOCK_N)
+    for index in range(first, count):
+        start_n = tile_start(work.tiles, index, BLOCK_N)
+        if index == first or looks(score, work.batch, work.head, work.start_m, start_n):
+            row = seq.k_start + start_n
+            fill(rings.k, loaded, k, work.batch, work.kv_head, row)
+            if score.kv_lengths is not None or score.cu_seqlens is not None:
+                exist = seq.key_end - start_n
+                landed = fill_ragged(rings.v, loaded, v, work.batch, work.kv_head, row, exist, landing, landed)
+            else:
+                fill(rings.v, loaded, v, work.batch, work.kv_head, row)
+            loaded += 1
+    return loaded, landed
+
+
+@gluon.jit
+def produce(q, k, v, rings, landing, score, sizes, works, PERSISTENT: gl.constexpr):
+    BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    if PERSISTENT:
+        done = 0
+        loaded = 0
+        landed = 0
+        for program in range(gl.program_id(0), works, gl.num_programs(0)):
+            work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
+            loaded, landed = load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed)
+            done += 1  # noqa: SIM113
+    else:
+        work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
+        none = gl.to_tensor(0)
+        load_tiles(q, k, v, rings, landing, score, work, none, none, none)
+
+
+# ------------------------------------------------------------------------------------------------ a consumer
+
+
+@gluon.jit
+def softmax(products, m_i, l_i, score, work, start_m, start_n, EDGE: gl.constexpr):
+    """(weights, alpha, m_i, l_i) of one key tile from q k^T."""
+    LAYOUT: gl.constexpr = products.type.layout
+    queries = start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    keys = start_n + gl.arange(0, products.shape[1], gl.SliceLayout(0, LAYOUT))
+    state = block_state(score, work.batch, work.head, work.start_m, start_n)
+    return fold(
+        products, m_i, l_i, score, work.seq, work.batch, work.head, queries[:, None], keys[None, :], state, EDGE
+    )
+
+
+@gluon.jit
+def dropped(weights, score, work, start_m, start_n):
+    """The weights as they meet V."""
+    if score.dropout is not None:
+        head = work.batch * work.heads + work.head
+        keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])
+        weights *= gl.convert_layout(keep, weights.type.layout)
+    return weights
+
+
+@gluon.jit
+def accumulate(acc, weights, alpha, v_tile):
+    """(acc, p): acc = alpha acc + p v is issued. p lies in registers and must stay there until that product is done."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    p = gl.convert_layout(weights.to(v_tile.dtype), gl.DotOperandLayout(0, LAYOUT, 2))
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT))[:, None]
+    return warpgroup_mma(p, v_tile, acc, is_async=True), p
+
+
+@gluon.jit
+def step(
+    acc, weights, alpha, m_i, l_i, number, turn, index, q_tile, rings, turns, score, work, start_m,
+    ME: gl.constexpr, PINGPONG: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """Key tile `index`, the ring's tile `number`: S = q k^T, then acc += p v of the tile before, and beside that
+    product the softmax of S. The weights travel from turn to turn as float32: rounded ones would be taken apart and
+    put together again at each."""
+    CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
+    wait_full(rings.k, number)
+    if PINGPONG:
+        mbarrier.wait(turns[ME], turn & 1)
+    s = multiply(q_tile, matrix(rings.k, number))
+    acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
+    if PINGPONG:
+        mbarrier.arrive(turns[(ME + 1) % CONSUMERS], count=1)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    release(rings.k, number)
+    start_n = tile_start(work.tiles, index, s.shape[1])
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, start_m, start_n, EDGE)
+    weights = dropped(weights, score, work, start_m, start_n)
+    # The next V tile is waited for here: what waits ends a block of code, so that the assembler cannot move the wait
+    # for the product up, in front of the exponentials that it is to run beside.
+    wait_full(rings.v, number)
+    acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
+    release(rings.v, number - 1)
+    return acc, weights, alpha, m_i, l_i
+
+
+@gluon.jit
+def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+           PINGPONG: gl.constexpr):  # fmt: skip
+    """Consumer ME's 64 queries of a work against all its key tiles. `done` works and `read` key tiles came before."""
+    CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
+    S: gl.constexpr = product_layout(BLOCK_N)
+    OUT: gl.constexpr = product_layout(BLOCK_DV)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    seq = work.seq
+    start_m = work.start_m + ME * 64
+    count = tile_count(work.tiles, BLOCK_N)
+    first = first_tile(score, work, count, BLOCK_N)
+    acc = gl.zeros([64, BLOCK_DV], gl.float32, OUT)
+    m_i = gl.full([64], float("-inf"), gl.float32, ROW)
+    l_i = gl.zeros([64], gl.float32, ROW)
+
+    q_tile = matrix(rings.q, ME)
+    wait_full(rings.q, done * CONSUMERS + ME)
+    wait_full(rings.k, read)
+    s = multiply(q_tile, matrix(rings.k, read))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    release(rings.k, read)
+    start_n = tile_start(work.tiles, first, BLOCK_N)
+    if score.blocks is not None:  # a tile that nothing looks at, where there is no other
+        s = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), s, float("-inf"))
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, start_m, start_n, EDGE=True)
+    weights = dropped(weights, score, work, start_m, start_n)
+    wait_full(rings.v, read)
+
+    number = read + 1
+    turn = read - done  # of a work's key tiles all but the first take turns
+    edges = gl.minimum(gl.maximum(work.tiles.edges, first + 1), count)
+    for index in range(first + 1, edges):
+        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+            acc, weights, alpha, m_i, l_i = step(
+                acc, weights, alpha, m_i, l_i, number, turn, index, q_tile, rings, turns, score, work, start_m,
+                ME, PINGPONG, EDGE=True,
+            )  # fmt: skip
+            number += 1
+            turn += 1
+    for index in range(edges, count):
+        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+            acc, weights, alpha, m_i, l_i = step(
+                acc, weights, alpha, m_i, l_i, number, turn, index, q_tile, rings, turns, score, work, start_m,
+                ME, PINGPONG, EDGE=False,
+            )  # fmt: skip
+            number += 1
+            turn += 1
+    acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
+    release(rings.q, ME)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    release(rings.v, number - 1)
+
+    queries = start_m + gl.arange(0, 64, ROW)
+    if score.q_lengths is not None:
+        l_i = gl.where(queries < seq.query_end, l_i, 0.0)
+    if score.sinks is not None:
+        m_i, l_i, alpha = join_sink(m_i, l_i, gl.load(score.sinks + work.head))
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+    total = gl.convert_layout(l_i, gl.SliceLayout(1, OUT))[:, None]
+    result = gl.where(total == 0.0, 0.0, acc / total)
+    store_rows(one_head(out, work.batch, work.head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V)
+    lse += statistics_at(score, seq, work.batch, work.head, work.heads)
+    gl.store(lse + queries, logsumexp(m_i, l_i), mask=queries < seq.seq_q)
+    return number
+
+
+@gluon.jit
+def consume(
+    rings, turns, out, lse, score, sizes, works,
+    ME: gl.constexpr, HEAD_DIM_V: gl.constexpr, PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
+    BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    if PERSISTENT:
+        done = 0
+        read = 0
+        for program in range(gl.program_id(0), works, gl.num_programs(0)):
+            work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
+            read = attend(rings, turns, out, lse, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
+            done += 1  # noqa: SIM113
+    else:
+        work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
+        none = gl.to_tensor(0)
+        attend(rings, turns, out, lse, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
+
+
+# ------------------------------------------------------------------------------------------------ the kernel
+
+
+@gluon_kernel(do_not_specialize=SIZES)
+def attention_forward_hopper(
+    q, k, v, out, lse, score, batches, heads, kv_heads, seq_q, seq_k,
+    HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """As `attention_forward`; q, k and v are tensor descriptors, of tiles of 64 queries and of BLOCK_N keys.
+
+    Grid: (query tiles * heads * batch,), the longest causal tiles first, a work being CONSUMERS * 64 queries of one
+    head; fewer programs if PERSISTENT, each of which takes works in turn.
+    """
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
+    works = gl.cdiv(seq_q, CONSUMERS * 64) * heads * batches
+    rings = Rings(new_ring(q, CONSUMERS, 1), new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS))
+    turns = (new_barrier(1), new_barrier(1), new_barrier(1))  # each by itself: together they cost address arithmetic
+    landing = new_barrier(1)
+    fence_async_shared()
+    if PINGPONG:
+        mbarrier.arrive(turns[0], count=1)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (rings, turns, out, lse, score, sizes, works, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, works, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (rings, turns, out, lse, score, sizes, works, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, works, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, works, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
