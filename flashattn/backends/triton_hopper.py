@@ -56,10 +56,10 @@ def columns(x: Tensor) -> int:
     return max(64, triton.next_power_of_2(x.shape[-1]))
 
 
-def numbers_descriptor(x: Tensor, columns: int, count: int) -> TensorDescriptor:
-    """Rows of numbers (rows, stride), of which `columns` are there, as bulk copies read `count` of one."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * x.element_size(), rank=2)
-    return TensorDescriptor(x, [x.shape[0], columns], list(x.stride()), [1, count], layout)
+def statistics_descriptor(rows: Tensor, seq: int, count: int) -> TensorDescriptor:
+    """lse and delta (2, batch * heads, stride) of `seq` queries as bulk copies read them: both of `count` queries."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor(rows, [2, rows.shape[1], seq], list(rows.stride()), [2, 1, count], layout)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tuple, row: Roles) -> None:
@@ -76,30 +76,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tupl
 
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Heads, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, grad_q: Heads,
-    statistics: Statistics, args: tuple, row: Roles,
+    rows: Statistics, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
-    """Fills grad_q and the statistics."""
+    """Fills grad_q and the queries' statistics."""
     _, batches, heads, _, seq_q, _ = args
     programs = triton.cdiv(seq_q, row.owned) * heads * batches
     if programs:
         hopper_backward.attention_backward_q_hopper[(programs,)](
             descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
-            grad_lse, grad_q, statistics, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
+            grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
         )  # fmt: skip
 
 
 def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, statistics: Statistics, grad_k: Heads,
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, rows: Tensor, seq: int, grad_k: Heads,
     grad_v: Heads, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
-    """Fills grad_k and grad_v from the statistics."""
+    """Fills grad_k and grad_v. `rows`: the statistics of `seq` queries a head, (2, batch * heads, stride)."""
     _, batches, _, kv_heads, _, seq_k = args
     programs = triton.cdiv(seq_k, row.owned) * kv_heads * batches
     if programs:
-        numbers = (numbers_descriptor(x, lse.shape[-1], row.block) for x in statistics[:2])
         hopper_backward.attention_backward_kv_hopper[(programs,)](
-            descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block), *numbers,
-            grad_k, grad_v, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
+            descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
+            statistics_descriptor(rows, seq, row.block), grad_k, grad_v, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
         )  # fmt: skip
 
 

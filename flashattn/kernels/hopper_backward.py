@@ -219,8 +219,7 @@ class QueryRings(NamedTuple):
     v: Ring
     q: Ring
     do: Ring
-    lse: Ring
-    delta: Ring
+    rows: Ring  # of Statistics: lse, then delta
 
 
 class Keys(NamedTuple):
@@ -236,23 +235,25 @@ class Keys(NamedTuple):
 
 
 @gluon.jit
-def fill_numbers(ring, number, descriptor, row, column):
-    """`fill` of a ring whose tiles are a piece of a row of numbers."""
+def fill_statistics(ring, number, descriptor, line, column):
+    """`fill` of a ring whose tiles are lse and delta of some queries."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]
     slot = number % SLOTS
     mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
     mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [row, column], ring.full.index(slot), ring.tiles.index(slot))
+    tma.async_copy_global_to_shared(descriptor, [0, line, column], ring.full.index(slot), ring.tiles.index(slot))
 
 
 @gluon.jit
-def numbers(ring, number, LAYOUT: gl.constexpr):
-    """What `fill_numbers` brought."""
-    return ring.tiles.index(number % ring.tiles.shape[0]).reshape([ring.tiles.shape[2]]).load(LAYOUT)
+def statistic(ring, number, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+    """One of what `fill_statistics` brought: 0 lse, 1 delta."""
+    COUNT: gl.constexpr = ring.tiles.shape[3]
+    both = ring.tiles.index(number % ring.tiles.shape[0]).reshape([2 * COUNT])
+    return both.slice(WHICH * COUNT, COUNT).load(LAYOUT)
 
 
 @gluon.jit
-def load_queries(k, v, q, do, lse, delta, rings, landing, score, keys):
+def load_queries(k, v, q, do, rows, rings, landing, score, keys):
     """The producer: K and V of each consumer, then the query tiles of each head of the group."""
     CONSUMERS: gl.constexpr = rings.k.tiles.shape[0]
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
@@ -278,12 +279,11 @@ def load_queries(k, v, q, do, lse, delta, rings, landing, score, keys):
                     landed = fill_ragged(rings.q, loaded, q, keys.batch, head, row, exist, landing, landed)
                 else:
                     fill(rings.q, loaded, q, keys.batch, head, row)
-                fill_numbers(rings.lse, loaded, lse, line, row)
+                fill_statistics(rings.rows, loaded, rows, line, row)
                 if RAGGED:
                     landed = fill_ragged(rings.do, loaded, do, keys.batch, head, row, exist, landing, landed)
                 else:
                     fill(rings.do, loaded, do, keys.batch, head, row)
-                fill_numbers(rings.delta, loaded, delta, line, row)
                 loaded += 1
 
 
@@ -304,17 +304,10 @@ def visit_queries(acc_k, acc_v, k_tile, v_tile, rings, number, index, head, scor
     queries = start_m + gl.arange(0, BLOCK_M, COLS)
     where = start_n + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     state = block_state(score, keys.batch, head, start_m, keys.start_n)
-    wait_full(rings.lse, number)
-    lse = numbers(rings.lse, number, COLS)
+    wait_full(rings.rows, number)
+    lse = statistic(rings.rows, number, 0, COLS)
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = weights(s, lse[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE)
-    wait_full(rings.delta, number)
-    delta = numbers(rings.delta, number, COLS)
-    if EDGE:
-        delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or nothing's
-    fence_async_shared()
-    release(rings.lse, number)
-    release(rings.delta, number)
     DTYPE: gl.constexpr = q_tile.dtype
     dropped = p
     if score.dropout is not None:
@@ -323,7 +316,12 @@ def visit_queries(acc_k, acc_v, k_tile, v_tile, rings, number, index, head, scor
         dropped = p * keep
     pt = gl.convert_layout(dropped.to(DTYPE), gl.DotOperandLayout(0, acc_v.type.layout, 2))
     acc_v = warpgroup_mma(pt, do_tile, acc_v, is_async=True)
+    wait_full(rings.do, number)  # ends a block of code: the wait for dP stays behind the exponentials
     dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = statistic(rings.rows, number, 1, COLS)
+    release(rings.rows, number)
+    if EDGE:
+        delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or nothing's
     if score.dropout is not None:
         dp *= keep
     ds = gradient_through(score, p * (dp - delta[None, :]), slope)
@@ -381,12 +379,12 @@ def row_exists(tile, start, end):
 
 @gluon_kernel(do_not_specialize=SIZES)
 def attention_backward_kv_hopper(
-    q, k, v, do, lse, delta, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, do, rows, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attention_backward_kv`; q, k, v, do (grad_out), lse and delta are tensor descriptors, of tiles of BLOCK_M
-    queries and of 64 keys.
+    """As `attention_backward_kv`; q, k, v, do (grad_out) and rows (Statistics) are tensor descriptors, of tiles of
+    BLOCK_M queries and of 64 keys.
 
     Grid: (key tiles * kv_heads * batch,), the longest causal tiles first. A program owns CONSUMERS * 64 keys.
     """
@@ -402,7 +400,7 @@ def attention_backward_kv_hopper(
     keys = Keys(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)
     rings = QueryRings(
         new_ring(k, CONSUMERS, 1), new_ring(v, CONSUMERS, 1), new_ring(q, STAGES, CONSUMERS),
-        new_ring(do, STAGES, CONSUMERS), new_ring(lse, STAGES, CONSUMERS), new_ring(delta, STAGES, CONSUMERS),
+        new_ring(do, STAGES, CONSUMERS), new_ring(rows, STAGES, CONSUMERS),
     )  # fmt: skip
     landing = new_barrier(1)
     fence_async_shared()
@@ -410,7 +408,7 @@ def attention_backward_kv_hopper(
         [
             (sum_queries, (rings, grad_k, grad_v, score, keys, 0, HEAD_DIM, HEAD_DIM_V)),
             (sum_queries, (rings, grad_k, grad_v, score, keys, 1, HEAD_DIM, HEAD_DIM_V)),
-            (load_queries, (k, v, q, do, lse, delta, rings, landing, score, keys)),
+            (load_queries, (k, v, q, do, rows, rings, landing, score, keys)),
         ],
         [4, 1],
         [REGISTERS, 24],
