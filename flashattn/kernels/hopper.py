@@ -117,13 +117,19 @@ def fill_ragged(ring, number, descriptor, batch, head, row, exist, landing, land
 @gluon.jit
 def clear_rows(tile, exist):
     """Sets the rows of a tile from number `exist` on to 0; by one warp, eight rows at a time: few registers."""
-    COLS: gl.constexpr = tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // min(COLS, 256), min(COLS, 256) // 8], [1, 1], [1, 0])
-    for start in gl.static_range(0, tile.shape[0], 8):
+    ROWS: gl.constexpr = tile.shape[0]
+    LAYOUT: gl.constexpr = warp_layout(tile.shape[1])
+    for start in gl.static_range(0, ROWS, 8):
         if start + 8 > exist:
             part = tile.slice(start, 8)
             rows = start + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
             part.store(gl.where((rows < exist)[:, None], part.load(LAYOUT), 0.0))
+
+
+@gluon.constexpr_function
+def warp_layout(cols):
+    """A layout of (rows, cols) for one warp, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // cols, cols // 8], [1, 1], [1, 0])
 
 
 @gluon.jit
