@@ -1,11 +1,12 @@
 """What the project's kernels ask of Triton's compiler, and the two faults of it that they work around.
 
-The first: Triton before 3.7.1 puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core
-instruction (`wgmma`, `tcgen05.mma`) that reads what it copied, so that on Hopper and datacenter Blackwell the tensor
-cores may read shared memory before the copy is there: wrong results that change between runs (pytorch/pytorch#181248,
-triton-lang/triton#9610). One fence before the loop is all there is. Here one follows every wait, where Triton 3.7.1
-puts it (triton-lang/triton#10537): the loops stay pipelined. `tests/every_triton.py` proves on the PTX machine that
-the fault is there without the fences and gone with them.
+The first: Triton puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core instruction
+(`wgmma`, `tcgen05.mma`) that reads what it copied, before 3.7.1 never (pytorch/pytorch#181248, triton-lang/triton#9610,
+#10537) and since then not where a loop waits for its second copy behind its first product, as with a bias of 16-byte
+pieces. On Hopper and datacenter Blackwell the tensor cores may then read shared memory before the copy is there: wrong
+results that change between runs. Here a fence follows each wait that has none before the next product: the loops stay
+pipelined. `tests/every_triton.py` proves on the PTX machine that the fault is there without the fences and gone with
+them.
 
 The second is the assembler's: ptxas before 12.9, which Triton brings before 3.8, loses the address in the descriptor by
 which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and lies where k has
@@ -32,8 +33,12 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 # As triton.__version__ tells it; a nightly build of 3.7.0 says 3.7.0+git...
-LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None
-ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$", re.MULTILINE)
+LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None  # all of them
+ADDS_FENCES = True
+ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$")
+FENCE = "ttng.fence_async_shared"
+# What ends the code in which a fence behind a wait is looked for: a product that reads the copy, and the end of a block.
+PRODUCT = re.compile(r"ttng\.(warp_group_dot|tc_gen5_mma)\b|\bscf\.yield\b|^ *}")
 _compiling = threading.Lock()  # Triton's hook is one for the process
 
 
@@ -74,7 +79,7 @@ class Kernel(JITFunction):
 
     def create_binder(self):
         binder = super().create_binder()
-        if LACKS_FENCES:
+        if ADDS_FENCES:
             self.compile = with_fences(self.compile)
         return binder
 
@@ -116,7 +121,7 @@ def with_fences(compile: Callable) -> Callable:
     def compile_with_fences(source, target, options, _env_vars=None):
         env_vars = get_cache_invalidating_env_vars() if _env_vars is None else _env_vars
         with _compiling, stage_hook(fence_waits):
-            return compile(source, target=target, options=options, _env_vars=env_vars | {"FLASHATTN_FENCES": "1"})
+            return compile(source, target=target, options=options, _env_vars=env_vars | {"FLASHATTN_FENCES": "2"})
 
     return compile_with_fences
 
@@ -134,7 +139,7 @@ def stage_hook(hook: Callable) -> Iterator[None]:
 def fence_waits(backend=None, stages: dict | None = None, *_) -> tuple[str, str] | None:
     """Triton's hook: changes the stages of a compilation or, called without any, says what is to tell them apart."""
     if backend is None:
-        return "flashattn-fences", "flashattn-fences"
+        return "flashattn-fences-2", "flashattn-fences-2"
     make_ttgir = stages["ttgir"]
     if backend.target.backend == "cuda" and backend.target.arch in range(90, 120):
         stages["ttgir"] = lambda module, metadata: fenced(make_ttgir(module, metadata))
@@ -145,13 +150,26 @@ def fenced(module):
     """A module of Triton's GPU dialect with a proxy fence behind every wait for copies."""
     from triton._C.libtriton import ir
 
-    text, context = str(module), module.context
-    if not ASYNC_WAIT.search(text):
+    before, context = str(module), module.context
+    text = with_fence_behind_waits(before)
+    if text == before:
         return module
-    text = ASYNC_WAIT.sub(r"\g<0>\n\g<1>ttng.fence_async_shared {bCluster = false}", text)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "fenced.ttgir"
         file.write_text(text)
         module = ir.parse_mlir_module(str(file), context)
     module.context = context
     return module
+
+
+def with_fence_behind_waits(text: str) -> str:
+    """The text of a module with a fence behind each wait that has none before what may be the next product."""
+    lines = text.split("\n")
+    fenced = []
+    for number, line in enumerate(lines):
+        fenced.append(line)
+        if wait := ASYNC_WAIT.match(line):
+            behind = next((x for x in lines[number + 1 :] if FENCE in x or PRODUCT.search(x)), "")
+            if FENCE not in behind:
+                fenced.append(f"{wait.group(1)}{FENCE} {{bCluster = false}}")
+    return "\n".join(fenced)
