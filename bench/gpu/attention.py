@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import flashattn
+from flashattn.backends import triton_hopper
+from flashattn.kernels import configs
 
-from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
+from .compare import OURS, PLAIN, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
 from .context import Call, Context
 from .peers import attention_peers, flex
 from .rules import attention_flops
@@ -78,10 +80,15 @@ def comparison(context: Context, case: Case) -> Comparison:
     peers = {"flex": lambda: flex(case.causal, case.seq, context.device, context.rehearse)}
     if not case.flex:
         peers = attention_peers(case.causal, context.rehearse)
+
+    def ours(*x: Tensor) -> Tensor:
+        return flashattn.attention(*x, causal=case.causal)
+
     variants: dict[str, Callable[[], Call]] = {
-        name: lambda attend=attend: make(attend(), sets)
-        for name, attend in {OURS: lambda: lambda *x: flashattn.attention(*x, causal=case.causal), **peers}.items()
+        name: lambda attend=attend: make(attend(), sets) for name, attend in {OURS: lambda: ours, **peers}.items()
     }
+    if configs.architecture() == "sm_90" and not case.flex:
+        variants[PLAIN] = lambda: plainly(make, ours, sets)
     group = case.heads // case.kv_heads
 
     def part_of(results: list[Tensor]) -> list[Tensor]:
@@ -102,7 +109,7 @@ def comparison(context: Context, case: Case) -> Comparison:
     flops = attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
     return Comparison(
         name_of(case), settings, variants, touched, truth, part_of, flops=flops,
-        compiled=("flex",) if case.flex else (),
+        ours=(OURS, PLAIN), compiled=("flex",) if case.flex else (),
     )  # fmt: skip
 
 
@@ -117,6 +124,18 @@ def make_inputs(context: Context, case: Case) -> list[Tensor]:
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     inputs = [context.randn(case.batch, n, case.seq, case.head_dim) for n in heads]
     return [x.requires_grad_(case.backward) for x in inputs[:3]] + inputs[3:]
+
+
+def plainly(make: Callable, attend: Callable, sets: list[list[Tensor]]) -> Call:
+    """A call by the plain kernels, its preparation too."""
+    with triton_hopper.plain_kernels():
+        call = make(attend, sets)
+
+    def run():
+        with triton_hopper.plain_kernels():
+            return call()
+
+    return run
 
 
 def prepare_forward(attend: Callable, sets: list[list[Tensor]]) -> Call:

@@ -18,6 +18,7 @@ from .context import Call, Context, DoesNotFitError, Times, first_line, poisoned
 from .rules import Truth, Verdict, judge
 
 OURS = "flashattn"
+PLAIN = "plain"  # ours without the kernels in roles, on the cards that have those
 
 
 class Comparison(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .compare import OURS
+from .compare import OURS, PLAIN
 
 COMPARED = "share of the ceiling, fastest other's time / ours"
 
@@ -25,7 +25,8 @@ def failures(rows: list[dict], column: str) -> list[str]:
 
 
 def cell(rows: list[dict]) -> str:
-    """Ours, its share of the ceiling, and the fastest of the others: "412 52% cudnn 1.02x"."""
+    """Ours, its share of the ceiling, the fastest of the others, and our plain kernels where there are others:
+    "612 78% cudnn 1.02x plain 1.40x"."""
     ours = next((row for row in rows if row.get("variant") == OURS), None)
     if ours is None or ours.get("failed"):
         return "FAILED"
@@ -33,8 +34,9 @@ def cell(rows: list[dict]) -> str:
         return "skipped"
     share = f" {ours['share']:.0%}" if isinstance(ours.get("share"), float) else ""
     wrong = "" if ours.get("correct", True) else " WRONG"
-    others = [row for row in rows if "ratio" in row]
+    others = [row for row in rows if "ratio" in row and row["variant"] != PLAIN]
     fastest = f" {against(min(others, key=lambda row: row['ratio']))}" if others else ""
+    fastest += "".join(f" {against(row)}" for row in rows if "ratio" in row and row["variant"] == PLAIN)
     return f"{ours.get('tflops') or ours.get('gbps', 0):,.0f}{share}{wrong}{fastest}"
 
 

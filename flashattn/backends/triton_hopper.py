@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -17,6 +19,17 @@ from ..kernels.tiles import Heads
 from ..score import Score
 
 ENABLED = os.environ.get("FLASHATTN_HOPPER") != "0"  # 0: the plain kernels, to compare or where these are at fault
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Within the block, in every thread, the plain kernels do what these would: to compare them."""
+    global ENABLED
+    before, ENABLED = ENABLED, False
+    try:
+        yield
+    finally:
+        ENABLED = before
 
 
 def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:

@@ -2,8 +2,9 @@
 
 Attention: `ATTENTION[pass][architecture]` lists (largest head_dim, bytes per element, Tiles) from small to large; the
 first row that is large enough is taken, and made smaller where a call's features do not fit in shared memory beside it.
-On sm_80 and sm_90 no row spills a register at head_dim 64 and 128: `tests/test_compiled.py` compiles them and counts.
-The rows were chosen by that count and not by timing: `python -m bench gpu --only tune` times their neighbours.
+A row is the one with the fewest issue slots for its tensor FLOPs among those whose steady loop keeps out of local
+memory (on sm_80 and sm_90, at head_dim 64 and 128; `tests/test_machine_code.py`). The rows were chosen by that count
+and not by timing: `python -m bench gpu --only tune` times their neighbours.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ FAMILY = {
 ATTENTION = {
     "forward": {
         "sm_80": [
-            (64, 2, Tiles(128, 64, 8, 3)),
-            (128, 2, Tiles(128, 32, 8, 2)),
+            (64, 2, Tiles(128, 128, 8, 2)),
+            (128, 2, Tiles(128, 64, 8, 2)),
             (256, 2, Tiles(64, 32, 8, 2)),
             (64, 4, Tiles(32, 32, 8, 2)),
             (128, 4, Tiles(16, 16, 8, 2)),
@@ -62,8 +63,8 @@ ATTENTION = {
     },
     "backward_q": {
         "sm_80": [
-            (64, 2, Tiles(128, 64, 8, 3)),
-            (128, 2, Tiles(64, 32, 4, 2)),
+            (64, 2, Tiles(128, 32, 4, 2)),
+            (128, 2, Tiles(128, 64, 8, 2)),
             (256, 2, Tiles(64, 32, 8, 1)),
             (64, 4, Tiles(32, 32, 8, 2)),
             (256, 4, Tiles(16, 16, 8, 2)),
@@ -82,15 +83,15 @@ ATTENTION = {
     },
     "backward_kv": {
         "sm_80": [
-            (64, 2, Tiles(32, 64, 8, 2)),
-            (128, 2, Tiles(32, 64, 8, 2)),
+            (64, 2, Tiles(32, 128, 4, 2)),
+            (128, 2, Tiles(32, 128, 8, 2)),
             (256, 2, Tiles(16, 64, 8, 1)),
             (64, 4, Tiles(32, 32, 8, 2)),
             (256, 4, Tiles(16, 16, 8, 2)),
         ],
         "sm_90": [
-            (64, 2, Tiles(32, 128, 8, 3)),
-            (128, 2, Tiles(16, 128, 8, 3)),
+            (64, 2, Tiles(64, 128, 8, 3)),
+            (128, 2, Tiles(32, 128, 8, 3)),
             (256, 2, Tiles(16, 64, 8, 1)),
         ],
         "small": [(256, 2, Tiles(16, 32, 8, 1))],
