@@ -11,6 +11,7 @@ from .mbarriers import Barrier, barrier_at
 from .memory import SECTOR
 from .parse import Instruction
 from .program import Program, Step, builds
+from .shared import AsyncRead
 from .tensor_maps import TensorMap, map_at
 
 
@@ -114,8 +115,8 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
     if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], agent=True):
         raise unit.refuse(problem, instruction, [lane])
     grains = np.unique(shared.grains(block, box.shared, tensor.itemsize))
-    shared.reading[grains] += 1
-    unit.wave.stores.append((unit, lane, grains))
+    read = AsyncRead(pc, int(unit.block[lane]), unit.warp[lane : lane + 1], grains)
+    unit.wave.stores.append((unit, lane, shared.start_reading(read)))
     data = shared.load(block, box.shared, 1, tensor.itemsize)[box.inside]
     if len(data) == 0:
         return
@@ -131,9 +132,9 @@ def finish_reads(unit, mask) -> None:
     """cp.async.bulk.wait_group: the stores of these lanes have read their source, those of open groups too."""
     left = []
     for record in unit.wave.stores:
-        owner, lane, grains = record
+        owner, lane, read = record
         if owner is unit and (mask is None or mask[lane]):
-            unit.wave.shared.reading[grains] -= 1
+            unit.wave.shared.done_reading(read, np.array([True]))
         else:
             left.append(record)
     unit.wave.stores = left

@@ -4,23 +4,40 @@ Every warp has a vector clock (FastTrack, Flanagan and Freund, 2009): clocks[blo
 this warp has seen. A barrier makes all of a block seen by all of it. Each grain of memory remembers who wrote it last
 and when, and when each warp read it last: an access that has not seen what it meets is a race. One more row of the
 clocks stands for the engine that performs bulk copies.
+
+A wgmma and a bulk copy to global memory read after they are issued. Nothing may be written there until each warp that
+takes part has waited for it; that wait is when the warp has read. Who was told before it that the place is free was told
+too early.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from .memory import UNSIGNED
 
-THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a stamp: who wrote, and whether by an atomic
+THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a write's stamp: who wrote, and whether by an atomic
+ASYNC = 1  # the lowest bit of a read's stamp: an asynchronous instruction read, see `reader`
 
 
 class Problem(NamedTuple):
     kind: str
     message: str
     at: int  # which of the lanes
+    other: int | None = None  # the number of the instruction it clashes with, where that is known
+
+
+@dataclass(eq=False)
+class AsyncRead:
+    """What an asynchronous instruction of some warps, or of one, reads."""
+
+    number: int  # of the instruction
+    block: int
+    warps: np.ndarray  # that have not waited for it
+    grains: np.ndarray
 
 
 class SharedMemory:
@@ -31,9 +48,13 @@ class SharedMemory:
         self.views = {width: self.data.view(dtype) for width, dtype in UNSIGNED.items()}
         grains = len(self.data) // grain
         self.written = np.zeros(grains, np.int64)  # clock << 16 | atomic | thread, 0: never
-        self.read = np.zeros((grains, warps + 1), np.int32)  # clock of each warp's last read
+        self.read = np.zeros((grains, warps + 1), np.int32)  # each warp's last: clock << 1 | ASYNC, 0: never
         self.copying = np.zeros(grains, bool)  # an asynchronous copy is on its way here
-        self.reading = np.zeros(grains, np.int16)  # asynchronous reads that have not been waited for
+        self.reader = np.zeros(
+            (grains, warps + 1), np.int32
+        )  # the number of the instruction of each warp's last ASYNC read
+        self.reading = np.zeros(grains, np.int16)  # how many of `pending` read here
+        self.pending: set[AsyncRead] = set()
         self.clocks = np.zeros((blocks, warps + 1, warps + 1), np.int32)
         self.clocks[:, np.arange(warps + 1), np.arange(warps + 1)] = 1
         self.shown = np.zeros_like(self.clocks)  # what a fence.proxy.async has shown to wgmma and bulk copies
@@ -112,13 +133,13 @@ class SharedMemory:
         return ((stamps >> 16) > self.shown[block[:, None], warp, writer]) & (writer < self.warps)
 
     def unseen_reads(self, grains: np.ndarray, block: np.ndarray, warp: np.ndarray) -> np.ndarray:
-        """Which of these grains another warp has read that this one has not met since: (n, grains)."""
-        reads = self.read[grains]  # (n, grains, warps + 1)
-        if (reads <= self.floor[block][:, None, None]).all():
-            return np.zeros(grains.shape, bool)
-        late = reads > self.clocks[block, warp][:, None, :]
+        """Which warps have read these grains and not been met by this one since: (n, grains, warps + 1)."""
+        clock = self.read[grains] >> 1
+        if (clock <= self.floor[block][:, None, None]).all():
+            return np.zeros(clock.shape, bool)
+        late = clock > self.clocks[block, warp][:, None, :]
         late[np.arange(len(warp)), :, warp] = False
-        return late.any(-1)
+        return late
 
     def check_read(
         self, block, address, nbytes, thread, agent: bool = False, used: int | None = None
@@ -150,9 +171,27 @@ class SharedMemory:
         if racing.any():
             at, g = np.argwhere(racing)[0]
             return Problem("race", self.pair("reads", "wrote", address[at], int(stamps[at, g]) & THREAD), int(at))
-        warp = thread >> 5
-        self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None]
+        if not agent:
+            warp = thread >> 5
+            self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None] << 1
         return None
+
+    def start_reading(self, read: AsyncRead) -> AsyncRead:
+        self.reading[read.grains] += 1
+        self.pending.add(read)
+        return read
+
+    def done_reading(self, read: AsyncRead, waited: np.ndarray) -> bool:
+        """Those of its warps that `waited` marks have waited for it. Whether all have by now."""
+        warps, read.warps = read.warps[waited], read.warps[~waited]
+        where = read.grains[:, None], warps
+        self.read[where] = self.clocks[read.block, warps, warps] << 1 | ASYNC
+        self.reader[where] = read.number
+        over = len(read.warps) == 0
+        if over:
+            self.reading[read.grains] -= 1
+            self.pending.remove(read)
+        return over
 
     def check_write(self, block, address, values, thread, asynchronous: bool = False) -> Problem | None:
         """Before a write; writing the bytes that are there is no race. Notes the write."""
@@ -165,10 +204,12 @@ class SharedMemory:
         busy = (self.reading[grains] > 0).any(1)
         if busy.any():
             at = int(np.argmax(busy))
-            return Problem("race", "overwrites what a wgmma or a bulk copy still reads: it has not been waited for", at)
+            read = next(read for read in self.pending if np.isin(grains[at], read.grains).any())
+            message = f"writes shared address {address[at]}, which an instruction of warp {read.warps[0]} still reads"
+            return Problem("race", f"{message}: nothing has waited for it", at, read.number)
         stamps = self.written[grains]
         warp = thread >> 5
-        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp)
+        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp).any(-1)
         mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
         clash = self.written[grains] != mine[:, None]  # two lanes of this very instruction
@@ -178,9 +219,24 @@ class SharedMemory:
         if bad.any():
             at = int(np.argmax(bad))
             wrote = self.unseen(stamps[[at]], block[[at]], thread[[at]])[0]
-            other = int(stamps[at, np.argmax(wrote)]) & THREAD if wrote.any() else None
-            return Problem("race", self.pair("writes", "wrote", address[at], other), at)
+            if wrote.any():
+                other = int(stamps[at, np.argmax(wrote)]) & THREAD
+                return Problem("race", self.pair("writes", "wrote", address[at], other), at)
+            return self.race_with_read(grains[at], int(address[at]), block[at], warp[at], at)
         return None
+
+    def race_with_read(self, grains: np.ndarray, address: int, block: int, warp: int, at: int) -> Problem:
+        """What a write meets that is no race with a write."""
+        late = np.argwhere(self.unseen_reads(grains[None], np.array([block]), np.array([warp]))[0])
+        if len(late) == 0:  # two lanes of this very instruction
+            return Problem("race", self.pair("writes", "wrote", address, None), at)
+        grain, reader = late[0]
+        does = f"writes shared address {address}, which warp {reader}"
+        place = grains[grain], reader
+        if not self.read[place] & ASYNC:
+            return Problem("race", f"{does} reads with no barrier between", at)
+        message = f"{does} may still read: what allowed the write came before that warp's wait for the read"
+        return Problem("race", message, at, int(self.reader[place]))
 
     def check_atomic(self, block, address, nbytes, thread) -> Problem | None:
         """Atomics do not race with each other: only what was there before them must be seen. Notes them as writes."""

@@ -16,6 +16,7 @@ import numpy as np
 from . import floats
 from .parse import Group, Immediate, Instruction, Register
 from .program import Program, Step, builds, put
+from .shared import AsyncRead
 
 WORDS = {
     "f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32, "f64": np.uint64, "e4m3": np.uint8, "e5m2": np.uint8,
@@ -158,13 +159,13 @@ def mma(program: Program, instruction: Instruction) -> Step | None:
 
 @dataclass
 class Product:
-    """One wgmma of some lanes: its result registers, the shared memory it reads, and each lane's group."""
+    """One wgmma of some lanes: its result registers, what it reads of shared memory, and each lane's group."""
 
     registers: frozenset[str]
     inputs: frozenset[str]  # registers of A: they may be read, not written
     lanes: np.ndarray  # mask
     group: np.ndarray
-    grains: list[tuple[int, np.ndarray]]  # (a lane of the warp group, what its operands take of shared memory)
+    reads: list[AsyncRead]
 
 
 class Operand:
@@ -239,12 +240,12 @@ def wgmma_product(program: Program, instruction: Instruction) -> Step:
     def run(unit, mask):
         groups = warp_groups(unit, mask, instruction)
         warps = (groups[:, None] * 4 + np.arange(4)).ravel()
-        records: list[tuple[int, np.ndarray]] = []
-        y = shared_matrix(unit, pc, instruction, groups, right, descriptors[1], WORDS[b_kind], b_kind, records)
+        reads: list[AsyncRead] = []
+        y = shared_matrix(unit, pc, instruction, groups, right, descriptors[1], WORDS[b_kind], b_kind, reads)
         if in_registers:
             x = register_a.matrix(unit, warps, WORDS[a_kind], a_kind).reshape(len(groups), 64, shape.k)
         else:
-            x = shared_matrix(unit, pc, instruction, groups, left, descriptors[0], WORDS[a_kind], a_kind, records)
+            x = shared_matrix(unit, pc, instruction, groups, left, descriptors[0], WORDS[a_kind], a_kind, reads)
         total = scale_a * scale_b * (x @ y.swapaxes(1, 2)).reshape(len(warps), 16, shape.n)
         if keeps is not None:
             keep = np.broadcast_to(unit.slots[keeps], unit.count)[warps * 32]
@@ -254,7 +255,7 @@ def wgmma_product(program: Program, instruction: Instruction) -> Step:
             total = np.where(keep[:, None, None], total + result.sums(unit, warps), total)
         result.store(unit, warps, finish(total, d_kind, False))
         active = np.ones(unit.count, bool) if mask is None else mask
-        unit.products.append(Product(registers, inputs, active.copy(), unit.committed.copy(), records))
+        unit.products.append(Product(registers, inputs, active.copy(), unit.committed.copy(), reads))
         unit.wave.counts.flops[pc] += flops * len(groups)
 
     return run
@@ -272,7 +273,7 @@ def warp_groups(unit, mask, instruction: Instruction) -> np.ndarray:
     return np.flatnonzero(rows.any(1))
 
 
-def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, kind, records) -> np.ndarray:
+def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, kind, reads) -> np.ndarray:
     """(groups, rows, columns) as float64: the warp group's first lane stands for its reads."""
     lanes = groups * 128
     descriptors = np.broadcast_to(unit.slots[slot], unit.count)[lanes]
@@ -286,10 +287,10 @@ def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, 
         raise unit.refuse(problem, instruction, owner)
     if problem := shared.check_read(unit.block[owner], where, 16, unit.thread[owner], agent=True):
         raise unit.refuse(problem, instruction, owner)
-    for lane, row in zip(lanes, pieces, strict=True):
+    for lane, row in zip(lanes.tolist(), pieces, strict=True):
         grains = np.unique(shared.grains(np.full(len(row), unit.block[lane]), row, 16))
-        shared.reading[grains] += 1
-        records.append((int(lane), grains))
+        warps = unit.warp[lane : lane + 128 : 32]
+        reads.append(shared.start_reading(AsyncRead(pc, int(unit.block[lane]), warps, grains)))
     itemsize = np.dtype(dtype).itemsize
     view = shared.data.view(dtype)
     bits = view[(block[:, None, None] * shared.stride + offsets) // itemsize]
@@ -306,19 +307,17 @@ def commit(unit, mask) -> None:
 def wait(unit, mask, allowed: int) -> None:
     """All but the last `allowed` groups are done: their registers may be read, their operands overwritten."""
     active = np.ones(unit.count, bool) if mask is None else mask
-    left = []
     for product in unit.products:
         done = product.lanes & active & (product.group < unit.committed - allowed)
-        grains = []
-        for lane, places in product.grains:
-            if done[lane]:
-                unit.wave.shared.reading[places] -= 1
-            else:
-                grains.append((lane, places))
-        product.lanes, product.grains = product.lanes & ~done, grains
-        if product.lanes.any():
-            left.append(product)
-    unit.products = left
+        if not done.any():
+            continue
+        waited = done[::32].reshape(-1, len(unit.warps))  # (blocks, warps)
+        product.reads = [
+            read for read in product.reads
+            if not unit.wave.shared.done_reading(read, waited[read.block, read.warps - unit.warps.start])
+        ]  # fmt: skip
+        product.lanes = product.lanes & ~done
+    unit.products = [product for product in unit.products if product.lanes.any()]
 
 
 def pending_use(unit, instruction: Instruction, names: frozenset[str], mask) -> None:

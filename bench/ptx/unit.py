@@ -133,8 +133,12 @@ class Unit:
     def refuse(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
         """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
         lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
-        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory")
+        other = None if problem.other is None else self.program.instructions[problem.other]
+        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory", other)
 
-    def fault(self, kind: str, message: str, instruction: Instruction, lane: int, tensor: str | None = None) -> Fault:
+    def fault(
+        self, kind: str, message: str, instruction: Instruction, lane: int,
+        tensor: str | None = None, other: Instruction | None = None,
+    ) -> Fault:  # fmt: skip
         block = tuple(int(x) for x in self.wave.coordinates[self.block[lane]])
-        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor)
+        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor, other)
