@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 M, N, D = gl.constexpr(64), gl.constexpr(64), gl.constexpr(64)  # queries of a consumer, keys of a tile, head dimension
 CONSUMERS = gl.constexpr(2)
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.7
 LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # of 64 by 64 sums in a warp group
 
 
@@ -53,7 +54,7 @@ def fill(ring, index, descriptor, row, SLOTS: gl.constexpr, FAULT: gl.constexpr)
     if FAULT != "no wait for empty":
         mbarrier.wait(ring.empty.index(slot), index // SLOTS & 1 ^ 1)
     mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [row, 0], ring.full.index(slot), ring.tiles.index(slot))
+    async_load(descriptor, [row, 0], ring.full.index(slot), ring.tiles.index(slot))
 
 
 @gluon.jit
