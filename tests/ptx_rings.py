@@ -1,5 +1,6 @@
-"""Attention without its exponentials, (s - max(s)) v of each tile with s = q k^T, as a warp-specialised kernel for Hopper: a producer warp fills rings of
-tiles by TMA, two consumer warp groups multiply them in turns. FAULT plants a fault of such kernels in it."""
+"""Attention without its exponentials, the sum over key tiles of (s - max(s)) v with s = q k^T, as a warp-specialised
+kernel for Hopper: a producer warp fills rings of tiles by TMA, two consumer warp groups multiply them in turns. FAULT
+plants a fault of such kernels in it."""
 
 from typing import NamedTuple
 

@@ -11,7 +11,6 @@ from .mbarriers import Barrier, barrier_at
 from .memory import SECTOR
 from .parse import Instruction
 from .program import Program, Step, builds
-from .shared import AsyncRead
 from .tensor_maps import TensorMap, map_at
 
 
@@ -115,8 +114,8 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
     if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], agent=True):
         raise unit.refuse(problem, instruction, [lane])
     grains = np.unique(shared.grains(block, box.shared, tensor.itemsize))
-    read = AsyncRead(pc, int(unit.block[lane]), unit.warp[lane : lane + 1], grains)
-    unit.wave.stores.append((unit, lane, shared.start_reading(read)))
+    shared.start_storing(grains)
+    unit.wave.stores.append((unit, lane, grains))
     data = shared.load(block, box.shared, 1, tensor.itemsize)[box.inside]
     if len(data) == 0:
         return
@@ -132,9 +131,9 @@ def finish_reads(unit, mask) -> None:
     """cp.async.bulk.wait_group: the stores of these lanes have read their source, those of open groups too."""
     left = []
     for record in unit.wave.stores:
-        owner, lane, read = record
+        owner, lane, grains = record
         if owner is unit and (mask is None or mask[lane]):
-            unit.wave.shared.done_reading(read, np.array([True]))
+            unit.wave.shared.done_storing(grains, unit.block[lane], unit.warp[lane])
         else:
             left.append(record)
     unit.wave.stores = left

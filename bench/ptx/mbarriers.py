@@ -74,6 +74,10 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
         put(unit.slots[out], True, free)
         return free
 
+    def missing(unit, lane) -> str:
+        barrier = unit.wave.mbarriers[int(unit.block[lane]), int(in_space("shared", address_of(unit))[lane])]
+        return f"{barrier.pending} of {barrier.expected} arrivals and {barrier.bytes} bytes are missing"
+
     def run(unit, pc, mask):
         coming = coming_of(unit, mask)
         unit.push(pc + 1, mask & ~coming)
@@ -82,7 +86,7 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
         free = over(unit, coming)
         unit.push(pc + 1, free)
         if (coming & ~free).any():
-            unit.parked.append(Parked(pc, coming & ~free, ready=over))
+            unit.parked.append(Parked(pc, coming & ~free, ready=over, missing=missing))
 
     return run
 
@@ -124,7 +128,7 @@ def initialise(unit, instruction, lane, address, count) -> None:
     if problem := shared.check_write(unit.block[one], np.array([address]), data, unit.thread[one]):
         raise unit.refuse(problem, instruction, [lane])
     shared.store(unit.block[one], np.array([address]), data)
-    nothing = np.zeros(shared.warps + 1, np.int32)
+    nothing = np.zeros(shared.clocks.shape[-1], np.int32)
     unit.wave.mbarriers[int(unit.block[lane]), address] = Barrier(count, count, nothing, nothing)
 
 

@@ -5,14 +5,13 @@ this warp has seen. A barrier makes all of a block seen by all of it. Each grain
 and when, and when each warp read it last: an access that has not seen what it meets is a race. One more row of the
 clocks stands for the engine that performs bulk copies.
 
-A wgmma and a bulk copy to global memory read after they are issued. Nothing may be written there until each warp that
-takes part has waited for it; that wait is when the warp has read. Who was told before it that the place is free was told
-too early.
+One more column for each warp group stands for its wgmmas, which may read long after they are issued: its time is the
+number of groups that are committed, and a warp sees it at wgmma.wait_group. A write to what a wgmma reads must come
+after a wait for it; who is told before that wait that the place is free is told too early.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,6 @@ import numpy as np
 from .memory import UNSIGNED
 
 THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a write's stamp: who wrote, and whether by an atomic
-ASYNC = 1  # the lowest bit of a read's stamp: an asynchronous instruction read, see `reader`
 
 
 class Problem(NamedTuple):
@@ -30,45 +28,36 @@ class Problem(NamedTuple):
     other: int | None = None  # the number of the instruction it clashes with, where that is known
 
 
-@dataclass(eq=False)
-class AsyncRead:
-    """What an asynchronous instruction of some warps, or of one, reads."""
-
-    number: int  # of the instruction
-    block: int
-    warps: np.ndarray  # that have not waited for it
-    grains: np.ndarray
-
-
 class SharedMemory:
-    def __init__(self, blocks: int, size: int, warps: int, grain: int):
+    def __init__(self, blocks: int, size: int, warps: int, grain: int, groups: int = 0):
+        """groups: how many warp groups of a block there are whose wgmmas are to be followed."""
         self.size, self.grain, self.warps = size, grain, warps
+        self.rows, columns = warps + 1, warps + 1 + groups
         self.stride = -(-max(size, 1) // 128) * 128
         self.data = np.zeros(blocks * self.stride, np.uint8)
         self.views = {width: self.data.view(dtype) for width, dtype in UNSIGNED.items()}
         grains = len(self.data) // grain
         self.written = np.zeros(grains, np.int64)  # clock << 16 | atomic | thread, 0: never
-        self.read = np.zeros((grains, warps + 1), np.int32)  # each warp's last: clock << 1 | ASYNC, 0: never
+        self.read = np.zeros((grains, columns), np.int32)  # when each warp, and each group's wgmmas, read last
+        self.reader = np.zeros((grains, groups), np.int32)  # the number of that wgmma among the instructions
         self.copying = np.zeros(grains, bool)  # an asynchronous copy is on its way here
-        self.reader = np.zeros(
-            (grains, warps + 1), np.int32
-        )  # the number of the instruction of each warp's last ASYNC read
-        self.reading = np.zeros(grains, np.int16)  # how many of `pending` read here
-        self.pending: set[AsyncRead] = set()
-        self.clocks = np.zeros((blocks, warps + 1, warps + 1), np.int32)
-        self.clocks[:, np.arange(warps + 1), np.arange(warps + 1)] = 1
+        self.storing = np.zeros(grains, np.int16)  # bulk copies from here that have not been waited for
+        self.clocks = np.zeros((blocks, self.rows, columns), np.int32)
+        self.clocks[:, np.arange(self.rows), np.arange(self.rows)] = 1
         self.shown = np.zeros_like(self.clocks)  # what a fence.proxy.async has shown to wgmma and bulk copies
-        self.floor = np.zeros(blocks, np.int32)  # what every warp of the block has seen of every other
+        self.floor = np.zeros((blocks, columns), np.int32)  # what every warp of the block has seen of each
 
     # -------------------------------------------------------------------------------------------- time
 
     def barrier(self, blocks: np.ndarray) -> None:
         """All warps of these blocks have met."""
-        now = self.clocks[blocks].max(axis=(1, 2))
-        self.clocks[blocks] = now[:, None, None]
-        every = np.arange(self.warps + 1)
+        rows = self.rows
+        now = self.clocks[blocks, :, :rows].max(axis=(1, 2))
+        self.floor[blocks, :rows] = now[:, None]
+        self.floor[blocks, rows:] = self.clocks[blocks, :, rows:].max(axis=1)
+        self.clocks[blocks] = self.floor[blocks, None]
+        every = np.arange(rows)
         self.clocks[blocks[:, None], every, every] = now[:, None] + 1
-        self.floor[blocks] = now
         self.shown[blocks] = self.shown[blocks].max(axis=1, keepdims=True)
 
     def meet(self, block: int, warps: np.ndarray) -> None:
@@ -118,7 +107,7 @@ class SharedMemory:
     def unseen(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
         """Which writes (clock << 16 | thread) these threads have not seen: (n, grains)."""
         clock = stamps >> 16
-        if (clock <= self.floor[block][:, None]).all():
+        if (clock <= self.floor[block, 0][:, None]).all():
             return np.zeros(stamps.shape, bool)
         writer = stamps & THREAD
         warp = (thread >> 5)[:, None]
@@ -133,11 +122,11 @@ class SharedMemory:
         return ((stamps >> 16) > self.shown[block[:, None], warp, writer]) & (writer < self.warps)
 
     def unseen_reads(self, grains: np.ndarray, block: np.ndarray, warp: np.ndarray) -> np.ndarray:
-        """Which warps have read these grains and not been met by this one since: (n, grains, warps + 1)."""
-        clock = self.read[grains] >> 1
-        if (clock <= self.floor[block][:, None, None]).all():
-            return np.zeros(clock.shape, bool)
-        late = clock > self.clocks[block, warp][:, None, :]
+        """Whose reads of these grains this warp has not seen: (n, grains, columns of the clocks)."""
+        reads = self.read[grains]
+        if (reads <= self.floor[block][:, None]).all():
+            return np.zeros(reads.shape, bool)
+        late = reads > self.clocks[block, warp][:, None]
         late[np.arange(len(warp)), :, warp] = False
         return late
 
@@ -173,25 +162,27 @@ class SharedMemory:
             return Problem("race", self.pair("reads", "wrote", address[at], int(stamps[at, g]) & THREAD), int(at))
         if not agent:
             warp = thread >> 5
-            self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None] << 1
+            self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None]
         return None
 
-    def start_reading(self, read: AsyncRead) -> AsyncRead:
-        self.reading[read.grains] += 1
-        self.pending.add(read)
-        return read
+    def product_reads(self, grains: np.ndarray, warp: int, committed: np.ndarray, number: int) -> None:
+        """Wgmma `number`, of the group of this warp, reads grains (n, …) in n blocks until it is waited for."""
+        self.read[grains, self.rows + warp // 4] = committed[:, None] + 1
+        self.reader[grains, warp // 4] = number
 
-    def done_reading(self, read: AsyncRead, waited: np.ndarray) -> bool:
-        """Those of its warps that `waited` marks have waited for it. Whether all have by now."""
-        warps, read.warps = read.warps[waited], read.warps[~waited]
-        where = read.grains[:, None], warps
-        self.read[where] = self.clocks[read.block, warps, warps] << 1 | ASYNC
-        self.reader[where] = read.number
-        over = len(read.warps) == 0
-        if over:
-            self.reading[read.grains] -= 1
-            self.pending.remove(read)
-        return over
+    def products_done(self, block: np.ndarray, warp: np.ndarray, count: np.ndarray) -> None:
+        """These warps know that the first `count` groups of their wgmmas are done."""
+        where = block, warp, self.rows + warp // 4
+        self.clocks[where] = np.maximum(self.clocks[where], count)
+
+    def start_storing(self, grains: np.ndarray) -> None:
+        """A bulk copy reads here from now on."""
+        self.storing[grains] += 1
+
+    def done_storing(self, grains: np.ndarray, block: int, warp: int) -> None:
+        """A warp has waited for its bulk copy: that is when it has read."""
+        self.storing[grains] -= 1
+        self.read[grains, warp] = self.clocks[block, warp, warp]
 
     def check_write(self, block, address, values, thread, asynchronous: bool = False) -> Problem | None:
         """Before a write; writing the bytes that are there is no race. Notes the write."""
@@ -201,12 +192,11 @@ class SharedMemory:
         if pending.any():
             at = int(np.argmax(pending))
             return Problem("pending copy", "writes where an asynchronous copy has not been waited for", at)
-        busy = (self.reading[grains] > 0).any(1)
+        busy = (self.storing[grains] > 0).any(1)
         if busy.any():
             at = int(np.argmax(busy))
-            read = next(read for read in self.pending if np.isin(grains[at], read.grains).any())
-            message = f"writes shared address {address[at]}, which an instruction of warp {read.warps[0]} still reads"
-            return Problem("race", f"{message}: nothing has waited for it", at, read.number)
+            message = f"writes shared address {address[at]}, which a bulk copy still reads: it has not been waited for"
+            return Problem("race", message, at)
         stamps = self.written[grains]
         warp = thread >> 5
         racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp).any(-1)
@@ -226,17 +216,18 @@ class SharedMemory:
         return None
 
     def race_with_read(self, grains: np.ndarray, address: int, block: int, warp: int, at: int) -> Problem:
-        """What a write meets that is no race with a write."""
+        """What a write meets that is no race with a write of before."""
         late = np.argwhere(self.unseen_reads(grains[None], np.array([block]), np.array([warp]))[0])
         if len(late) == 0:  # two lanes of this very instruction
             return Problem("race", self.pair("writes", "wrote", address, None), at)
         grain, reader = late[0]
-        does = f"writes shared address {address}, which warp {reader}"
-        place = grains[grain], reader
-        if not self.read[place] & ASYNC:
-            return Problem("race", f"{does} reads with no barrier between", at)
-        message = f"{does} may still read: what allowed the write came before that warp's wait for the read"
-        return Problem("race", message, at, int(self.reader[place]))
+        does = f"writes shared address {address}, which"
+        if reader < self.rows:
+            return Problem("race", f"{does} warp {reader} reads with no barrier between", at)
+        group = int(reader) - self.rows
+        who = f"a wgmma of warps {4 * group} to {4 * group + 3}"
+        message = f"{does} {who} may still read: nothing orders the write behind the wgmma.wait_group for it"
+        return Problem("race", message, at, int(self.reader[grains[grain], group]))
 
     def check_atomic(self, block, address, nbytes, thread) -> Problem | None:
         """Atomics do not race with each other: only what was there before them must be seen. Notes them as writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ class Parked(NamedTuple):
     barrier: np.ndarray | None = None
     threads: np.ndarray | None = None
     together: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
-    ready: object = None  # for an mbarrier: a function of the unit and mask, the lanes that may go on
+    ready: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
+    missing: Callable | None = None  # and of the unit and a lane, in words what it waits for
 
 
 class Unit:
