@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 M, N, D = gl.constexpr(64), gl.constexpr(64), gl.constexpr(64)  # queries of a consumer, keys of a tile, head dimension
 CONSUMERS = gl.constexpr(2)
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.7
+SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # of 64 by 64 sums in a warp group
 
 
@@ -148,20 +149,44 @@ def products(q, k, v, out, tiles, SLOTS: gl.constexpr, AHEAD: gl.constexpr, FAUL
     )  # fmt: skip
 
 
+@gluon.jit
+def products_made(q, k, v, out, queries, keys, SLOTS: gl.constexpr):
+    """The same, the descriptors made in the kernel."""
+    q = tma.make_tensor_descriptor(q, [queries, D], [D, 1], [M, D], SHARED)
+    k = tma.make_tensor_descriptor(k, [keys, D], [D, 1], [N, D], SHARED)
+    v = tma.make_tensor_descriptor(v, [keys, D], [D, 1], [N, D], SHARED)
+    products(q, k, v, out, gl.cdiv(keys, N), SLOTS, 1, "")
+
+
 def descriptor(x: torch.Tensor) -> TensorDescriptor:
-    block = [64, 64]
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.float16))
+    return TensorDescriptor.from_tensor(x, [64, 64], SHARED.value)
+
+
+def matrices(queries: int, keys: int):
+    """(q, k, v, the right result): of small whole numbers, so that float16 and the sums are exact."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randint(-1, 2, (n, D.value)).half() for n in (queries, keys, keys))
+    scores = torch.zeros(queries, -(-keys // N.value) * N.value, dtype=torch.float64)
+    scores[:, :keys] = q.double() @ k.double().T
+    scores = scores.view(queries, -1, N.value)
+    weights = (scores - scores.amax(-1, keepdim=True)).view(queries, -1)
+    return q, k, v, weights[:, :keys] @ v.double()
 
 
 def run(tiles: int, slots: int = 2, ahead: int = 1, fault: str = "", programs: int = 1):
-    """(the compiled kernel, its result, the right one): of small whole numbers, so that both are exact."""
-    torch.manual_seed(0)
-    rows, keys = programs * CONSUMERS.value * M.value, tiles * N.value
-    q, k, v = (torch.randint(-1, 2, (n, D.value)).half() for n in (rows, keys, keys))
-    out = torch.full((rows, D.value), float("nan"))
+    """(the compiled kernel, its result, the right one)."""
+    q, k, v, right = matrices(programs * CONSUMERS.value * M.value, tiles * N.value)
+    out = torch.full(q.shape, float("nan"))
     compiled = products[(programs,)](
         descriptor(q), descriptor(k), descriptor(v), out, tiles, SLOTS=slots, AHEAD=ahead, FAULT=fault, num_warps=4
     )
-    scores = (q.double() @ k.double().T).view(rows, tiles, N.value)
-    weights = scores - scores.amax(-1, keepdim=True)
-    return compiled, out.double(), weights.view(rows, keys) @ v.double()
+    return compiled, out.double(), right
+
+
+def run_made(queries: int, keys: int):
+    """(the result of `products_made`, the right one), the tensors ending inside their last tile."""
+    q, k, v, right = matrices(queries, keys)
+    programs = -(-queries // (CONSUMERS.value * M.value))
+    out = torch.full((programs * CONSUMERS.value * M.value, D.value), float("nan"))
+    products_made[(programs,)](q, k, v, out, queries, keys, SLOTS=2, num_warps=4)
+    return out[:queries].double(), right

@@ -44,6 +44,13 @@ def test_ring(order):
     assert torch.equal(out, right)
 
 
+def test_descriptors_made_in_the_kernel():
+    """Rows past the end of a tensor are zeros."""
+    with ptx.device("sm_90"):
+        out, right = rings.run_made(queries=200, keys=150)
+    assert torch.equal(out, right)
+
+
 # The fault, what kind it is found as, what the message says, and what stands in a Python line that it names.
 FAULTS = [
     ("no wait for K", "pending copy", "has not delivered", "warpgroup_mma(q_tile, k_tile"),
