@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 LABEL = re.compile(r"^\s*(\.L_x?_?\w+):", re.M)
 TARGET = re.compile(r"`\((\.L_x?_?\w+)\)")  # of a branch
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 TENSOR = re.compile(r"(HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|DMMA|UTC\w*MMA)")
 # What an instruction is for, by how its name begins; what is in no list is arithmetic of other kinds.
 KINDS = {
@@ -24,6 +24,13 @@ KINDS = {
                 "UIMAD", "UISETP", "USEL", "UMOV", "R2UR", "MOV", "SEL", "S2R", "S2UR", "IABS", "UPRMT", "CS2R"),
     "float": ("FSEL", "FMNMX", "FSETP", "F2F", "F2FP", "I2F", "F2I", "FCHK", "HSET", "HMNMX"),
 }  # fmt: skip
+
+
+class Instruction(NamedTuple):
+    address: int
+    guarded: bool
+    name: str
+    rest: str
 
 
 class Loop(NamedTuple):
@@ -62,27 +69,47 @@ def kind(name: str) -> str:
 
 def tensor_loops(sass: str) -> list[Loop]:
     """The innermost loops that hold tensor instructions, in order."""
-    code, labels = [], {}
-    for line in sass.splitlines():
-        if match := LABEL.match(line):
-            labels[match.group(1)] = len(code)
-        elif match := INSTRUCTION.search(line):
-            code.append((int(match.group(1), 16), match.group(2), match.group(3)))
-    spans = []
-    for end, (_, name, rest) in enumerate(code):
-        target = TARGET.search(rest)
-        if name.startswith("BRA") and target and labels.get(target.group(1), end + 1) <= end:
-            spans.append((labels[target.group(1)], end))
+    code, labels = read(sass)
+    spans = loop_spans(code, labels)
     loops = []
-    for start, end in sorted(set(spans)):
-        names = [name for _, name, _ in code[start : end + 1]]
+    for start, end in spans:
+        names = [x.name for x in code[start : end + 1]]
         tensor = [name for name in names if TENSOR.match(name)]
         inner = [s for s in spans if s != (start, end) and start <= s[0] and s[1] <= end]
-        held = any(TENSOR.match(name) for s in inner for _, name, _ in code[s[0] : s[1] + 1])
+        held = any(TENSOR.match(x.name) for s in inner for x in code[s[0] : s[1] + 1])
         if not tensor or held:
             continue
         flops = [tensor_flops(name) for name in tensor]
         total = None if None in flops else sum(flops)
         mix = dict(Counter(kind(name) for name in names).most_common())
-        loops.append(Loop(code[start][0], len(names), mix, len(tensor), total))
+        loops.append(Loop(code[start].address, len(names), mix, len(tensor), total))
     return loops
+
+
+def read(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions, and the number of the one that follows each label."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if match := LABEL.match(line):
+            labels[match.group(1)] = len(code)
+        elif match := INSTRUCTION.search(line):
+            address, guard, name, rest = match.groups()
+            code.append(Instruction(int(address, 16), guard is not None, name, rest))
+    return code, labels
+
+
+def loop_spans(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """(first, last) instruction of each loop: from the target of a branch that goes back to the branch.
+
+    Two kinds of branch go back and make no loop. Waits for an mbarrier are moved behind the end of the code and return
+    from there, past an EXIT. And warps that have ended their role go back to where they are given the next one, by an
+    indirect branch."""
+    ends = {n for n, x in enumerate(code) if x.name.startswith("BRX") or (x.name.startswith("EXIT") and not x.guarded)}
+    spans = set()
+    for end, branch in enumerate(code):
+        target = TARGET.search(branch.rest)
+        start = labels.get(target.group(1), end + 1) if branch.name.startswith("BRA") and target else end + 1
+        if start <= end and not ends.intersection(range(start, end)):
+            spans.add((start, end))
+    return sorted(spans)

@@ -114,7 +114,7 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
     if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], agent=True):
         raise unit.refuse(problem, instruction, [lane])
     grains = np.unique(shared.grains(block, box.shared, tensor.itemsize))
-    shared.reading[grains] += 1
+    shared.start_storing(grains)
     unit.wave.stores.append((unit, lane, grains))
     data = shared.load(block, box.shared, 1, tensor.itemsize)[box.inside]
     if len(data) == 0:
@@ -133,7 +133,7 @@ def finish_reads(unit, mask) -> None:
     for record in unit.wave.stores:
         owner, lane, grains = record
         if owner is unit and (mask is None or mask[lane]):
-            unit.wave.shared.reading[grains] -= 1
+            unit.wave.shared.done_storing(grains, unit.block[lane], unit.warp[lane])
         else:
             left.append(record)
     unit.wave.stores = left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,8 @@ from .rates import bounds
 from .tensor_maps import encode_map
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+# From Triton 3.8 on it takes a third argument, which it does not use.
+UNUSED = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters) - 2)
 
 
 class Launch(NamedTuple):
@@ -175,7 +178,7 @@ class Launcher:
                     visit(f"{name}.{field}", k, v)
             elif kind.startswith("tensordesc"):
                 tensors.append((name, value.base))
-                values.extend(nvidia.make_tensordesc_arg(value, next(descriptors, None)))
+                values.extend(nvidia.make_tensordesc_arg(value, next(descriptors, None), *UNUSED))
             elif kind != "constexpr":
                 tensors.append((name, value))
                 values.append(value)

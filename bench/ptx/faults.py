@@ -23,13 +23,20 @@ class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
         block: tuple[int, int, int] | None = None,
         thread: int | None = None,
         tensor: str | None = None,
+        other: Instruction | None = None,  # what it clashes with
     ):
-        self.kind, self.message, self.instruction = kind, message, instruction
+        self.kind, self.message, self.instruction, self.other = kind, message, instruction, other
         self.block, self.thread, self.tensor = block, thread, tensor
         lines = [f"{kind}: {message}"]
         if block is not None:
             lines.append(f"  block {block}" + ("" if thread is None else f", thread {thread}"))
         if instruction is not None:
-            lines.append(f"  {instruction.location or 'no Python line'}")
-            lines.append(f"  PTX line {instruction.line}: {instruction.text}")
+            lines += place(instruction)
+        if other is not None:
+            lines += ["  The other instruction:", *place(other)]
         super().__init__("\n".join(lines))
+
+
+def place(instruction: Instruction) -> list[str]:
+    python = instruction.location or "no Python line"
+    return [f"  {python}", f"  PTX line {instruction.line}: {instruction.text}"]

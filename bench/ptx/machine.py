@@ -35,7 +35,8 @@ class Wave:
         x, y = grid[0], grid[1]
         self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
         self.warps = threads // 32
-        self.shared = SharedMemory(len(numbers), program.shared_bytes, self.warps, program.shared_grain)
+        groups = -(-self.warps // 4) if program.careful else 0
+        self.shared = SharedMemory(len(numbers), program.shared_bytes, self.warps, program.shared_grain, groups)
         self.mbarriers: dict[tuple[int, int], Barrier] = {}
         self.stores: list = []  # bulk stores whose source has not been waited for
         self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
@@ -219,10 +220,20 @@ def deadlock(program: Program, wave: Wave, units: list[Unit]) -> Fault:
     lane = int(np.argmax(parked.mask))
     block = unit.block[lane]
     if parked.ready is not None:
-        return unit.fault(
-            "barrier", "waits for an mbarrier that nothing completes", program.instructions[parked.pc], lane
-        )
+        message = f"waits for an mbarrier that nothing completes: {parked.missing(unit, lane)}"
+        places = waiting_places(program, units, block)
+        return unit.fault("barrier", "\n  ".join([message, *places]), program.instructions[parked.pc], lane)
     waiting = sum(int((p.mask & (u.block == block)).sum()) for u in units for p in u.parked)
     missing = wave.warps * 32 - waiting
     message = f"{waiting} threads of the block wait here, and {missing} never come: they have left, or wait elsewhere"
     return unit.fault("barrier", message, program.instructions[parked.pc], lane)
+
+
+def waiting_places(program: Program, units: list[Unit], block: int) -> list[str]:
+    """Where the warps of a block wait, one line for each place."""
+    places: dict[str, set[int]] = {}
+    for unit in units:
+        for parked in unit.parked:
+            there = unit.warp[parked.mask & (unit.block == block)].tolist()
+            places.setdefault(str(program.instructions[parked.pc].location), set()).update(there)
+    return [f"warps {sorted(there)} wait at {place}" for place, there in places.items() if there]

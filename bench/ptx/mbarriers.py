@@ -20,7 +20,8 @@ class Barrier:
 
     expected: int
     pending: int
-    clocks: np.ndarray  # what those who arrived have seen
+    clocks: np.ndarray  # what those who arrived in the phases that are over have seen
+    arriving: np.ndarray  # those of this phase
     bytes: int = 0
     phase: int = 0
     deliveries: list = field(default_factory=list)
@@ -28,6 +29,7 @@ class Barrier:
     def settle(self) -> None:
         if self.pending == 0 and self.bytes == 0:
             self.pending, self.phase = self.expected, self.phase ^ 1
+            self.clocks = np.maximum(self.clocks, self.arriving)
 
 
 def barrier_at(unit, instruction: Instruction, lane: int, address: int) -> Barrier:
@@ -72,6 +74,10 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
         put(unit.slots[out], True, free)
         return free
 
+    def missing(unit, lane) -> str:
+        barrier = unit.wave.mbarriers[int(unit.block[lane]), int(in_space("shared", address_of(unit))[lane])]
+        return f"{barrier.pending} of {barrier.expected} arrivals and {barrier.bytes} bytes are missing"
+
     def run(unit, pc, mask):
         coming = coming_of(unit, mask)
         unit.push(pc + 1, mask & ~coming)
@@ -80,7 +86,7 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
         free = over(unit, coming)
         unit.push(pc + 1, free)
         if (coming & ~free).any():
-            unit.parked.append(Parked(pc, coming & ~free, ready=over))
+            unit.parked.append(Parked(pc, coming & ~free, ready=over, missing=missing))
 
     return run
 
@@ -122,7 +128,8 @@ def initialise(unit, instruction, lane, address, count) -> None:
     if problem := shared.check_write(unit.block[one], np.array([address]), data, unit.thread[one]):
         raise unit.refuse(problem, instruction, [lane])
     shared.store(unit.block[one], np.array([address]), data)
-    unit.wave.mbarriers[int(unit.block[lane]), address] = Barrier(count, count, np.zeros(shared.warps + 1, np.int32))
+    nothing = np.zeros(shared.clocks.shape[-1], np.int32)
+    unit.wave.mbarriers[int(unit.block[lane]), address] = Barrier(count, count, nothing, nothing)
 
 
 def invalidate(unit, instruction, lane, address, value) -> None:
@@ -133,7 +140,7 @@ def invalidate(unit, instruction, lane, address, value) -> None:
 def arrive(unit, instruction, lane, address, value) -> None:
     barrier = barrier_at(unit, instruction, lane, address)
     block, warp, shared = int(unit.block[lane]), int(unit.warp[lane]), unit.wave.shared
-    barrier.clocks = np.maximum(barrier.clocks, shared.clocks[block, warp])
+    barrier.arriving = np.maximum(barrier.arriving, shared.clocks[block, warp])
     shared.tick(block, warp)
     if "expect_tx" in instruction.parts:
         barrier.bytes += value
@@ -165,7 +172,7 @@ def deliver(unit, barrier: Barrier, block: int) -> None:
         shared.mark(blocks, where, data.shape[1], np.full(len(where), agent * 32))
         barrier.bytes -= data.size
     if barrier.deliveries:
-        barrier.clocks[agent] = shared.clocks[block, agent, agent]
+        barrier.arriving = np.maximum(barrier.arriving, shared.clocks[block, agent])
         shared.clocks[block, agent, agent] += 1
         barrier.deliveries = []
         barrier.settle()

@@ -161,7 +161,7 @@ class Program:
             return self.addresses[symbol.name]
         for param in self.function.params:
             if param.name == symbol.name:
-                return PARAM_WINDOW + param.offset
+                return param.offset
         raise Fault("unknown instruction", f"no variable {symbol.name}")
 
     def address(self, operand: Address) -> Callable:
@@ -328,7 +328,7 @@ def move(program: Program, instruction: Instruction) -> Step:
 @builds("cvta")
 def convert_address(program: Program, instruction: Instruction) -> Step:
     """Between a space's own addresses and generic ones. Global ones are generic already."""
-    window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
+    window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
     space = next(p for p in instruction.parts[1:] if p != "to").split("::")[0]
     distance = window.get(space, 0) * (-1 if "to" in instruction.parts else 1)
     step = np.uint64(distance % (1 << 64))

@@ -4,6 +4,10 @@ Every warp has a vector clock (FastTrack, Flanagan and Freund, 2009): clocks[blo
 this warp has seen. A barrier makes all of a block seen by all of it. Each grain of memory remembers who wrote it last
 and when, and when each warp read it last: an access that has not seen what it meets is a race. One more row of the
 clocks stands for the engine that performs bulk copies.
+
+One more column for each warp group stands for its wgmmas, which may read long after they are issued: its time is the
+number of groups that are committed, and a warp sees it at wgmma.wait_group. A write to what a wgmma reads must come
+after a wait for it; who is told before that wait that the place is free is told too early.
 """
 
 from __future__ import annotations
@@ -14,40 +18,46 @@ import numpy as np
 
 from .memory import UNSIGNED
 
-THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a stamp: who wrote, and whether by an atomic
+THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a write's stamp: who wrote, and whether by an atomic
 
 
 class Problem(NamedTuple):
     kind: str
     message: str
     at: int  # which of the lanes
+    other: int | None = None  # the number of the instruction it clashes with, where that is known
 
 
 class SharedMemory:
-    def __init__(self, blocks: int, size: int, warps: int, grain: int):
+    def __init__(self, blocks: int, size: int, warps: int, grain: int, groups: int = 0):
+        """groups: how many warp groups of a block there are whose wgmmas are to be followed."""
         self.size, self.grain, self.warps = size, grain, warps
+        self.rows, columns = warps + 1, warps + 1 + groups
         self.stride = -(-max(size, 1) // 128) * 128
         self.data = np.zeros(blocks * self.stride, np.uint8)
         self.views = {width: self.data.view(dtype) for width, dtype in UNSIGNED.items()}
         grains = len(self.data) // grain
         self.written = np.zeros(grains, np.int64)  # clock << 16 | atomic | thread, 0: never
-        self.read = np.zeros((grains, warps + 1), np.int32)  # clock of each warp's last read
+        self.read = np.zeros((grains, columns), np.int32)  # when each warp, and each group's wgmmas, read last
+        self.reader = np.zeros((grains, groups), np.int32)  # the number of that wgmma among the instructions
         self.copying = np.zeros(grains, bool)  # an asynchronous copy is on its way here
-        self.reading = np.zeros(grains, np.int16)  # asynchronous reads that have not been waited for
-        self.clocks = np.zeros((blocks, warps + 1, warps + 1), np.int32)
-        self.clocks[:, np.arange(warps + 1), np.arange(warps + 1)] = 1
+        self.storing = np.zeros(grains, np.int16)  # bulk copies from here that have not been waited for
+        self.clocks = np.zeros((blocks, self.rows, columns), np.int32)
+        self.clocks[:, np.arange(self.rows), np.arange(self.rows)] = 1
         self.shown = np.zeros_like(self.clocks)  # what a fence.proxy.async has shown to wgmma and bulk copies
-        self.floor = np.zeros(blocks, np.int32)  # what every warp of the block has seen of every other
+        self.floor = np.zeros((blocks, columns), np.int32)  # what every warp of the block has seen of each
 
     # -------------------------------------------------------------------------------------------- time
 
     def barrier(self, blocks: np.ndarray) -> None:
         """All warps of these blocks have met."""
-        now = self.clocks[blocks].max(axis=(1, 2))
-        self.clocks[blocks] = now[:, None, None]
-        every = np.arange(self.warps + 1)
+        rows = self.rows
+        now = self.clocks[blocks, :, :rows].max(axis=(1, 2))
+        self.floor[blocks, :rows] = now[:, None]
+        self.floor[blocks, rows:] = self.clocks[blocks, :, rows:].max(axis=1)
+        self.clocks[blocks] = self.floor[blocks, None]
+        every = np.arange(rows)
         self.clocks[blocks[:, None], every, every] = now[:, None] + 1
-        self.floor[blocks] = now
         self.shown[blocks] = self.shown[blocks].max(axis=1, keepdims=True)
 
     def meet(self, block: int, warps: np.ndarray) -> None:
@@ -97,7 +107,7 @@ class SharedMemory:
     def unseen(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
         """Which writes (clock << 16 | thread) these threads have not seen: (n, grains)."""
         clock = stamps >> 16
-        if (clock <= self.floor[block][:, None]).all():
+        if (clock <= self.floor[block, 0][:, None]).all():
             return np.zeros(stamps.shape, bool)
         writer = stamps & THREAD
         warp = (thread >> 5)[:, None]
@@ -112,13 +122,13 @@ class SharedMemory:
         return ((stamps >> 16) > self.shown[block[:, None], warp, writer]) & (writer < self.warps)
 
     def unseen_reads(self, grains: np.ndarray, block: np.ndarray, warp: np.ndarray) -> np.ndarray:
-        """Which of these grains another warp has read that this one has not met since: (n, grains)."""
-        reads = self.read[grains]  # (n, grains, warps + 1)
-        if (reads <= self.floor[block][:, None, None]).all():
-            return np.zeros(grains.shape, bool)
-        late = reads > self.clocks[block, warp][:, None, :]
+        """Whose reads of these grains this warp has not seen: (n, grains, columns of the clocks)."""
+        reads = self.read[grains]
+        if (reads <= self.floor[block][:, None]).all():
+            return np.zeros(reads.shape, bool)
+        late = reads > self.clocks[block, warp][:, None]
         late[np.arange(len(warp)), :, warp] = False
-        return late.any(-1)
+        return late
 
     def check_read(
         self, block, address, nbytes, thread, agent: bool = False, used: int | None = None
@@ -150,9 +160,29 @@ class SharedMemory:
         if racing.any():
             at, g = np.argwhere(racing)[0]
             return Problem("race", self.pair("reads", "wrote", address[at], int(stamps[at, g]) & THREAD), int(at))
-        warp = thread >> 5
-        self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None]
+        if not agent:
+            warp = thread >> 5
+            self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None]
         return None
+
+    def product_reads(self, grains: np.ndarray, warp: int, committed: np.ndarray, number: int) -> None:
+        """Wgmma `number`, of the group of this warp, reads grains (n, …) in n blocks until it is waited for."""
+        self.read[grains, self.rows + warp // 4] = committed[:, None] + 1
+        self.reader[grains, warp // 4] = number
+
+    def products_done(self, block: np.ndarray, warp: np.ndarray, count: np.ndarray) -> None:
+        """These warps know that the first `count` groups of their wgmmas are done."""
+        where = block, warp, self.rows + warp // 4
+        self.clocks[where] = np.maximum(self.clocks[where], count)
+
+    def start_storing(self, grains: np.ndarray) -> None:
+        """A bulk copy reads here from now on."""
+        self.storing[grains] += 1
+
+    def done_storing(self, grains: np.ndarray, block: int, warp: int) -> None:
+        """A warp has waited for its bulk copy: that is when it has read."""
+        self.storing[grains] -= 1
+        self.read[grains, warp] = self.clocks[block, warp, warp]
 
     def check_write(self, block, address, values, thread, asynchronous: bool = False) -> Problem | None:
         """Before a write; writing the bytes that are there is no race. Notes the write."""
@@ -162,13 +192,14 @@ class SharedMemory:
         if pending.any():
             at = int(np.argmax(pending))
             return Problem("pending copy", "writes where an asynchronous copy has not been waited for", at)
-        busy = (self.reading[grains] > 0).any(1)
+        busy = (self.storing[grains] > 0).any(1)
         if busy.any():
             at = int(np.argmax(busy))
-            return Problem("race", "overwrites what a wgmma or a bulk copy still reads: it has not been waited for", at)
+            message = f"writes shared address {address[at]}, which a bulk copy still reads: it has not been waited for"
+            return Problem("race", message, at)
         stamps = self.written[grains]
         warp = thread >> 5
-        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp)
+        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp).any(-1)
         mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
         clash = self.written[grains] != mine[:, None]  # two lanes of this very instruction
@@ -178,9 +209,25 @@ class SharedMemory:
         if bad.any():
             at = int(np.argmax(bad))
             wrote = self.unseen(stamps[[at]], block[[at]], thread[[at]])[0]
-            other = int(stamps[at, np.argmax(wrote)]) & THREAD if wrote.any() else None
-            return Problem("race", self.pair("writes", "wrote", address[at], other), at)
+            if wrote.any():
+                other = int(stamps[at, np.argmax(wrote)]) & THREAD
+                return Problem("race", self.pair("writes", "wrote", address[at], other), at)
+            return self.race_with_read(grains[at], int(address[at]), block[at], warp[at], at)
         return None
+
+    def race_with_read(self, grains: np.ndarray, address: int, block: int, warp: int, at: int) -> Problem:
+        """What a write meets that is no race with a write of before."""
+        late = np.argwhere(self.unseen_reads(grains[None], np.array([block]), np.array([warp]))[0])
+        if len(late) == 0:  # two lanes of this very instruction
+            return Problem("race", self.pair("writes", "wrote", address, None), at)
+        grain, reader = late[0]
+        does = f"writes shared address {address}, which"
+        if reader < self.rows:
+            return Problem("race", f"{does} warp {reader} reads with no barrier between", at)
+        group = int(reader) - self.rows
+        who = f"a wgmma of warps {4 * group} to {4 * group + 3}"
+        message = f"{does} {who} may still read: nothing orders the write behind the wgmma.wait_group for it"
+        return Problem("race", message, at, int(self.reader[grains[grain], group]))
 
     def check_atomic(self, block, address, nbytes, thread) -> Problem | None:
         """Atomics do not race with each other: only what was there before them must be seen. Notes them as writes."""

@@ -158,13 +158,12 @@ def mma(program: Program, instruction: Instruction) -> Step | None:
 
 @dataclass
 class Product:
-    """One wgmma of some lanes: its result registers, the shared memory it reads, and each lane's group."""
+    """One wgmma of some lanes: the registers it works on, and each lane's group."""
 
-    registers: frozenset[str]
+    registers: frozenset[str]  # of the result
     inputs: frozenset[str]  # registers of A: they may be read, not written
     lanes: np.ndarray  # mask
     group: np.ndarray
-    grains: list[tuple[int, np.ndarray]]  # (a lane of the warp group, what its operands take of shared memory)
 
 
 class Operand:
@@ -182,6 +181,14 @@ class Operand:
         self.itemsize, self.transposed = itemsize, transposed
         r, c = np.indices((rows, columns))
         self.long, self.short = (r, c) if transposed else (c, r)  # along a line of memory, across lines
+        self.places: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def place(self, descriptor: int) -> tuple[np.ndarray, np.ndarray]:
+        """(`offsets`, the addresses of the 16-byte pieces that they touch); kept, for loops come to the same few."""
+        if descriptor not in self.places:
+            offsets = self.offsets(descriptor)
+            self.places[descriptor] = offsets, np.unique(offsets // 16 * 16)
+        return self.places[descriptor]
 
     def offsets(self, descriptor: int) -> np.ndarray:
         """Byte address of each element, (rows, columns)."""
@@ -239,12 +246,11 @@ def wgmma_product(program: Program, instruction: Instruction) -> Step:
     def run(unit, mask):
         groups = warp_groups(unit, mask, instruction)
         warps = (groups[:, None] * 4 + np.arange(4)).ravel()
-        records: list[tuple[int, np.ndarray]] = []
-        y = shared_matrix(unit, pc, instruction, groups, right, descriptors[1], WORDS[b_kind], b_kind, records)
+        y = shared_matrix(unit, pc, instruction, groups, right, descriptors[1], WORDS[b_kind], b_kind)
         if in_registers:
             x = register_a.matrix(unit, warps, WORDS[a_kind], a_kind).reshape(len(groups), 64, shape.k)
         else:
-            x = shared_matrix(unit, pc, instruction, groups, left, descriptors[0], WORDS[a_kind], a_kind, records)
+            x = shared_matrix(unit, pc, instruction, groups, left, descriptors[0], WORDS[a_kind], a_kind)
         total = scale_a * scale_b * (x @ y.swapaxes(1, 2)).reshape(len(warps), 16, shape.n)
         if keeps is not None:
             keep = np.broadcast_to(unit.slots[keeps], unit.count)[warps * 32]
@@ -254,7 +260,7 @@ def wgmma_product(program: Program, instruction: Instruction) -> Step:
             total = np.where(keep[:, None, None], total + result.sums(unit, warps), total)
         result.store(unit, warps, finish(total, d_kind, False))
         active = np.ones(unit.count, bool) if mask is None else mask
-        unit.products.append(Product(registers, inputs, active.copy(), unit.committed.copy(), records))
+        unit.products.append(Product(registers, inputs, active.copy(), unit.committed.copy()))
         unit.wave.counts.flops[pc] += flops * len(groups)
 
     return run
@@ -272,24 +278,21 @@ def warp_groups(unit, mask, instruction: Instruction) -> np.ndarray:
     return np.flatnonzero(rows.any(1))
 
 
-def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, kind, records) -> np.ndarray:
+def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, kind) -> np.ndarray:
     """(groups, rows, columns) as float64: the warp group's first lane stands for its reads."""
     lanes = groups * 128
     descriptors = np.broadcast_to(unit.slots[slot], unit.count)[lanes]
     distinct, which = np.unique(descriptors, return_inverse=True)
-    offsets = np.stack([operand.offsets(int(x)) for x in distinct])[which]
+    placed = [operand.place(int(x)) for x in distinct]
+    offsets, pieces = (np.stack(each)[which] for each in zip(*placed, strict=True))
     shared, block = unit.wave.shared, unit.block[lanes]
-    first = offsets.reshape(len(groups), -1)
-    pieces = np.stack([np.unique(row // 16 * 16) for row in first])  # 16 bytes each
     where, owner = pieces.ravel(), np.repeat(lanes, pieces.shape[1])
     if problem := shared.place(where, 16, 16):
         raise unit.refuse(problem, instruction, owner)
     if problem := shared.check_read(unit.block[owner], where, 16, unit.thread[owner], agent=True):
         raise unit.refuse(problem, instruction, owner)
-    for lane, row in zip(lanes, pieces, strict=True):
-        grains = np.unique(shared.grains(np.full(len(row), unit.block[lane]), row, 16))
-        shared.reading[grains] += 1
-        records.append((int(lane), grains))
+    grains = shared.grains(unit.block[owner], where, 16).reshape(len(groups), -1)
+    shared.product_reads(grains, unit.warps.start, unit.committed[lanes], pc)
     itemsize = np.dtype(dtype).itemsize
     view = shared.data.view(dtype)
     bits = view[(block[:, None, None] * shared.stride + offsets) // itemsize]
@@ -306,19 +309,11 @@ def commit(unit, mask) -> None:
 def wait(unit, mask, allowed: int) -> None:
     """All but the last `allowed` groups are done: their registers may be read, their operands overwritten."""
     active = np.ones(unit.count, bool) if mask is None else mask
-    left = []
     for product in unit.products:
-        done = product.lanes & active & (product.group < unit.committed - allowed)
-        grains = []
-        for lane, places in product.grains:
-            if done[lane]:
-                unit.wave.shared.reading[places] -= 1
-            else:
-                grains.append((lane, places))
-        product.lanes, product.grains = product.lanes & ~done, grains
-        if product.lanes.any():
-            left.append(product)
-    unit.products = left
+        product.lanes = product.lanes & ~(active & (product.group < unit.committed - allowed))
+    unit.products = [product for product in unit.products if product.lanes.any()]
+    rows = np.flatnonzero(active.reshape(-1, 32).any(1)) * 32
+    unit.wave.shared.products_done(unit.block[rows], unit.warp[rows], unit.committed[rows] - allowed)
 
 
 def pending_use(unit, instruction: Instruction, names: frozenset[str], mask) -> None:

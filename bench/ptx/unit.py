@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ class Parked(NamedTuple):
     barrier: np.ndarray | None = None
     threads: np.ndarray | None = None
     together: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
-    ready: object = None  # for an mbarrier: a function of the unit and mask, the lanes that may go on
+    ready: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
+    missing: Callable | None = None  # and of the unit and a lane, in words what it waits for
 
 
 class Unit:
@@ -133,8 +135,12 @@ class Unit:
     def refuse(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
         """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
         lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
-        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory")
+        other = None if problem.other is None else self.program.instructions[problem.other]
+        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory", other)
 
-    def fault(self, kind: str, message: str, instruction: Instruction, lane: int, tensor: str | None = None) -> Fault:
+    def fault(
+        self, kind: str, message: str, instruction: Instruction, lane: int,
+        tensor: str | None = None, other: Instruction | None = None,
+    ) -> Fault:  # fmt: skip
         block = tuple(int(x) for x in self.wave.coordinates[self.block[lane]])
-        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor)
+        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor, other)
