@@ -113,9 +113,16 @@ def add_compiled(commands) -> None:
         "--arch", action="append", choices=compiled_report.ARCHITECTURES, help="only these; may be repeated"
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object a line")
+    command.add_argument(
+        "--limits", action="store_true", help="only the steady loops of attention against the limits set for them"
+    )
 
 
 def run_compiled(args) -> int:
+    if args.limits:
+        from . import limits
+
+        return limits.run()
     return compiled_report.run(args.what, args.arch or compiled_report.ARCHITECTURES, args.json)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 LABEL = re.compile(r"^\s*(\.L_x?_?\w+):", re.M)
 TARGET = re.compile(r"`\((\.L_x?_?\w+)\)")  # of a branch
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+REGISTER = re.compile(r"\bR(\d+)\b")
 TENSOR = re.compile(r"(HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|DMMA|UTC\w*MMA)")
 # What an instruction is for, by how its name begins; what is in no list is arithmetic of other kinds.
 KINDS = {
@@ -84,6 +85,27 @@ def tensor_loops(sass: str) -> list[Loop]:
         mix = dict(Counter(kind(name) for name in names).most_common())
         loops.append(Loop(code[start].address, len(names), mix, len(tensor), total))
     return loops
+
+
+def steady_loops(loops: list[Loop]) -> list[Loop]:
+    """The loops over whole tiles: of each two that follow each other, in each role, the other is over tiles with an
+    edge, and has more to do for its FLOPs."""
+    pairs = [loops[n : n + 2] for n in range(0, len(loops), 2)]
+    return [min(pair, key=lambda loop: loop.overhead or loop.instructions) for pair in pairs]
+
+
+def roles(sass: str) -> list[list[Instruction]]:
+    """The code of a warp-specialised kernel, cut where warps give up registers or ask for more."""
+    parts: list[list[Instruction]] = [[]]
+    for x in read(sass)[0]:
+        if x.name.startswith("USETMAXREG"):
+            parts.append([])
+        parts[-1].append(x)
+    return parts
+
+
+def highest_register(code: list[Instruction]) -> int:
+    return max((int(number) for x in code for number in REGISTER.findall(x.rest)), default=-1)
 
 
 def read(sass: str) -> tuple[list[Instruction], dict[str, int]]:

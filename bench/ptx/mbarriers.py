@@ -20,7 +20,7 @@ class Barrier:
 
     expected: int
     pending: int
-    clocks: np.ndarray  # what those who arrived in the phases that are over have seen
+    clocks: np.ndarray  # what those who arrived in the phases that are over have seen, and what of it fences showed
     arriving: np.ndarray  # those of this phase
     bytes: int = 0
     phase: int = 0
@@ -128,7 +128,7 @@ def initialise(unit, instruction, lane, address, count) -> None:
     if problem := shared.check_write(unit.block[one], np.array([address]), data, unit.thread[one]):
         raise unit.refuse(problem, instruction, [lane])
     shared.store(unit.block[one], np.array([address]), data)
-    nothing = np.zeros(shared.clocks.shape[-1], np.int32)
+    nothing = np.zeros((2, shared.clocks.shape[-1]), np.int32)
     unit.wave.mbarriers[int(unit.block[lane]), address] = Barrier(count, count, nothing, nothing)
 
 
@@ -140,7 +140,7 @@ def invalidate(unit, instruction, lane, address, value) -> None:
 def arrive(unit, instruction, lane, address, value) -> None:
     barrier = barrier_at(unit, instruction, lane, address)
     block, warp, shared = int(unit.block[lane]), int(unit.warp[lane]), unit.wave.shared
-    barrier.arriving = np.maximum(barrier.arriving, shared.clocks[block, warp])
+    barrier.arriving = np.maximum(barrier.arriving, shared.knowledge(block, warp))
     shared.tick(block, warp)
     if "expect_tx" in instruction.parts:
         barrier.bytes += value
@@ -172,7 +172,7 @@ def deliver(unit, barrier: Barrier, block: int) -> None:
         shared.mark(blocks, where, data.shape[1], np.full(len(where), agent * 32))
         barrier.bytes -= data.size
     if barrier.deliveries:
-        barrier.arriving = np.maximum(barrier.arriving, shared.clocks[block, agent])
+        barrier.arriving = np.maximum(barrier.arriving, shared.knowledge(block, agent))
         shared.clocks[block, agent, agent] += 1
         barrier.deliveries = []
         barrier.settle()

@@ -75,9 +75,14 @@ class SharedMemory:
         """The lanes of these warps have met."""
         self.clocks[block, warp, warp] += 1
 
-    def learn(self, block: int, warp: np.ndarray | int, clocks: np.ndarray) -> None:
-        """A warp sees all that `clocks` has seen."""
-        self.clocks[block, warp] = np.maximum(self.clocks[block, warp], clocks)
+    def knowledge(self, block: int, warp: int) -> np.ndarray:
+        """What a warp has seen, and what of it fences have shown: what an mbarrier hands on."""
+        return np.stack((self.clocks[block, warp], self.shown[block, warp]))
+
+    def learn(self, block: int, warp: np.ndarray | int, knowledge: np.ndarray) -> None:
+        """A warp knows all of that."""
+        for known, more in zip((self.clocks, self.shown), knowledge, strict=True):
+            known[block, warp] = np.maximum(known[block, warp], more)
 
     # -------------------------------------------------------------------------------------------- places
 

@@ -1,0 +1,131 @@
+"""What the assembler made of the attention kernels, held to what they were written for: no local memory in the loop over
+whole tiles, few instructions that do not multiply, exponentials beside products, registers by role."""
+
+import pytest
+import torch
+from common import INTERPRETED
+from mutants import plant
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bench import limits, sass
+from bench.compiled import Kernel, compile_for
+from bench.descriptors import lost_descriptors
+from flashattn.backends import triton as backend
+from flashattn.backends import triton_hopper
+from flashattn.kernels import configs, hopper_backward, hopper_forward
+from flashattn.score import Score
+
+CONSUMER, PRODUCER = 240, 24  # registers of a thread
+SIZES = {(x.architecture, x.head_dim) for x in limits.LIMITS}
+
+
+@pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda x: f"{x.direction}-{x.architecture}-{x.head_dim}")
+def test_limits(limit):
+    measured = limits.measure(limit)
+    assert measured.slots <= limit.at_most * limits.TOLERANCE
+    assert measured.local == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture, head_dim", sorted(SIZES))
+def test_a_causal_mask_costs_the_steady_loop_nothing(architecture, head_dim, dtype):
+    for direction, kernel in limits.kernels(architecture, head_dim, causal=True, dtype=dtype).items():
+        if (direction, architecture, head_dim) in {x[:3] for x in limits.LIMITS}:
+            full = sass.steady_loops(sass.tensor_loops(limits.kernels(architecture, head_dim)[direction].code))
+            causal = sass.steady_loops(sass.tensor_loops(kernel.code))
+            assert max(x.overhead for x in causal) <= max(x.overhead for x in full) * limits.TOLERANCE
+            assert all("local" not in x.mix for x in causal)
+
+
+def in_roles(head_dim: int) -> dict[str, Kernel]:
+    found = limits.kernels("sm_90", head_dim)
+    return {name: kernel for name, kernel in found.items() if kernel.name.endswith("_hopper")}
+
+
+def steady_code(kernel: Kernel) -> list[list[sass.Instruction]]:
+    """The instructions of each loop over whole tiles."""
+    code = sass.read(kernel.code)[0]
+    starts = {x.address: number for number, x in enumerate(code)}
+    loops = sass.steady_loops(sass.tensor_loops(kernel.code))
+    return [code[starts[loop.start] :][: loop.instructions] for loop in loops]
+
+
+def faults_of(kernel: Kernel) -> set[str]:
+    """What is wrong with the loops over whole tiles."""
+    found = set()
+    for loop in steady_code(kernel):
+        names = [x.name for x in loop]
+        waits = [n for n, x in enumerate(loop) if x.name.startswith("WARPGROUP.DEPBAR")]
+        exponentials = [n for n, name in enumerate(names) if name.startswith("MUFU.EX2")]
+        if waits[1] < exponentials[-1]:
+            found.add("the wait for the second product stands in front of exponentials")
+        if any(name.startswith("PRMT") for name in names):
+            found.add("weights are taken apart and put together")
+        if any(name.startswith(("LDL", "STL")) for name in names):
+            found.add("local memory")
+    return found
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_loops_in_roles(head_dim):
+    kernels = in_roles(head_dim)
+    assert len(kernels) == (3 if head_dim <= 128 else 2)
+    for kernel in kernels.values():
+        assert len(steady_code(kernel)) == 2  # a loop of each consumer
+        assert faults_of(kernel) == set()
+        assert not lost_descriptors(kernel.code)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_registers_by_role(head_dim):
+    for kernel in in_roles(head_dim).values():
+        parts = sass.roles(kernel.code)
+        consumers = [x for x in parts if any(i.name.startswith("HGMMA") for i in x)]
+        producers = [x for x in parts if any(i.name.startswith("UTMALDG") for i in x)]
+        assert len(consumers) == 2
+        assert len(producers) == 1
+        assert max(map(sass.highest_register, consumers)) < CONSUMER
+        assert sass.highest_register(producers[0]) < PRODUCER
+
+
+PLANTED = {
+    "the wait for the second product stands in front of exponentials": (
+        "    wait_full(rings.v, number)\n    acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))\n",
+        "    acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))\n    wait_full(rings.v, number)\n",
+    ),
+}
+
+
+def compiled_forward(head_dim: int) -> Kernel:
+    q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
+    with compile_for("sm_90") as kernels:
+        backend.forward(q, q, q, Score(head_dim**-0.5))
+    return kernels[0]
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_found(fault, monkeypatch, tmp_path):
+    monkeypatch.setattr(triton_hopper, "hopper_forward", plant(hopper_forward, tmp_path, PLANTED[fault]))
+    assert fault in faults_of(compiled_forward(128))
+
+
+def test_a_spill_is_found(monkeypatch):
+    """Two consumers of 64 queries with 128 registers a thread cannot hold their accumulators."""
+    row = configs.HOPPER["forward"][128]._replace(registers=128)
+    monkeypatch.setitem(configs.HOPPER["forward"], 128, row)
+    assert "local memory" in faults_of(compiled_forward(128))
+
+
+def test_backward_waits_are_found(monkeypatch, tmp_path):
+    change = (
+        "    wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays behind the "
+        "exponentials\n",
+        "",
+    )
+    monkeypatch.setattr(triton_hopper, "hopper_backward", plant(hopper_backward, tmp_path, change))
+    q = torch.empty(1, 4, 1024, 128, dtype=torch.bfloat16)
+    with compile_for("sm_90") as kernels:
+        backend.backward(q, None, q, q, q, q, torch.empty(1, 4, 1024), Score(0.1), False)
+    assert "the wait for the second product stands in front of exponentials" in faults_of(kernels[0])
