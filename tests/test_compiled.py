@@ -267,6 +267,17 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
         assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 
 
+@pytest.mark.parametrize("architecture", ["sm_89", "gfx942"])
+def test_the_widest_copies_of_rows_fit(architecture):
+    """Backward, three tensors of float32 are copied while others are worked on."""
+    torch.use_deterministic_algorithms(False)
+    x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
+    mean = rstd = torch.empty(2)
+    with compiled.compile_for(architecture) as kernels:
+        backend.norm_backward(x, x, x, weight, weight, mean, rstd, x.dtype, x.dtype, Norm(True, 1e-5))
+    assert kernels[0].shared_bytes <= configs.SHARED_MEMORY[architecture]
+
+
 def test_an_absent_piece_is_compiled_away():
     """Lengths that are not given cost nothing: the kernel is the one without them."""
     without, with_lengths = (compile_attention("sm_90", 64, lengths=x)[0] for x in (False, True))
