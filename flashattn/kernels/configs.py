@@ -144,7 +144,7 @@ def norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = F
     """The tile of one pass ("forward", "backward") over rows of `width` columns.
 
     mixed: h has another dtype than x. It then changes its layout on the way, which takes registers, as dropout does:
-    at 32,768 columns the one spills 23 of them on sm_90, the other 765.
+    at 32,768 columns the one makes 23 instructions spill on sm_90, the other 765.
     """
     limit = NORM_COLS[direction]
     if direction == "forward":

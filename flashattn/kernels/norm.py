@@ -234,7 +234,8 @@ def norm_backward(
 
     Grid: (programs, heads, chunks of columns). A program visits every programs-th tile of BLOCK_ROWS rows of its head,
     in order, and owns its chunk of row (program, head) of weight_parts and bias_parts (programs, heads, width): no
-    atomics. mean_g, mean_gx: of `norm_backward_means`, where a row is not SINGLE.
+    atomics. mean_g, mean_gx: of `norm_backward_means`, where a row is not SINGLE. With STAGES of 2 the next
+    tile's loads are asynchronous copies, so that memory is busy while a row is summed.
     """
     head = tl.program_id(1)
     cols = tl.program_id(2) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -283,6 +284,7 @@ def norm_backward(
 
 @triton.jit
 def sum_parts(parts, gradient, programs, size, cols, BLOCK_PARTS: tl.constexpr):
+    """gradient[cols], the sum over the programs of parts (programs, size)."""
     total = tl.zeros((BLOCK_PARTS, cols.shape[0]), tl.float32)
     for start in range(0, programs, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
@@ -296,7 +298,7 @@ def norm_backward_parameters(
     weight_parts, bias_parts, grad_weight, grad_bias, programs, size,
     BLOCK_PARTS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of weight and bias, the sums of the parts (programs, size) of `norm_backward` in their order.
+    """The gradients of weight and bias, the sums of the parts (programs, size) of `norm_backward` in a fixed order.
     size: heads * width. Grid: (chunks of columns,)."""
     cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     if weight_parts is not None:
