@@ -240,12 +240,42 @@ def test_norms(architecture, width):
         weight = torch.empty(4, width, dtype=torch.bfloat16)
         y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
         backend.norm_backward(y, None, x, weight, None, rstd, rstd, x.dtype, None, rms)
-    expected = ["norm_forward", "norm_backward"] + ["norm_backward_weights"] * (width > configs.NORM_COLS)
+    means = ["norm_backward_means"] * (width > configs.NORM_COLS["backward"])
+    expected = ["norm_forward", *means, "norm_backward", "norm_backward_parameters"]
     assert [kernel.name for kernel in kernels] == expected * 2
     for kernel in kernels:
         assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
         if architecture in ("sm_80", "sm_90"):
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
+    torch.use_deterministic_algorithms(False)
+    norm = Norm(center, 1e-5)
+    with compiled.compile_for(architecture) as kernels:
+        x, weight = (torch.empty(*shape, configs.NORM_COLS["forward"], dtype=dtype) for shape in ((2,), ()))
+        backend.norm_forward(x, x, weight, weight if center else None, dtype, True, norm)
+        x, weight = (torch.empty(*shape, configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
+        mean = rstd = torch.empty(2)
+        backend.norm_backward(x, None, x, weight, weight if center else None, mean, rstd, dtype, None, norm)
+    assert [kernel.name for kernel in kernels] == ["norm_forward", "norm_backward", "norm_backward_parameters"]
+    for kernel in kernels:
+        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
+        assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "gfx942"])
+def test_the_widest_copies_of_rows_fit(architecture):
+    """Backward, three tensors of float32 are copied while others are worked on."""
+    torch.use_deterministic_algorithms(False)
+    x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
+    mean = rstd = torch.empty(2)
+    with compiled.compile_for(architecture) as kernels:
+        backend.norm_backward(x, x, x, weight, weight, mean, rstd, x.dtype, x.dtype, Norm(True, 1e-5))
+    assert kernels[0].shared_bytes <= configs.SHARED_MEMORY[architecture]
 
 
 def test_an_absent_piece_is_compiled_away():

@@ -163,7 +163,7 @@ def small_blocks(monkeypatch):
         from flashattn.kernels import configs
     except ImportError:
         return
-    monkeypatch.setattr(configs, "NORM_COLS", 1024)
+    monkeypatch.setattr(configs, "NORM_COLS", {"forward": 1024, "backward": 1024})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

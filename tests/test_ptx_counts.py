@@ -80,6 +80,18 @@ def test_vector_copy_of_triton():
     assert (counts.read_bytes, counts.written_bytes) == (8192, 8192)
 
 
+def test_traffic_of_each_tensor():
+    """Each of 4 blocks reads the same 128 numbers of x and writes its own of out."""
+    x, out = aligned(128), aligned(512)
+    body = """
+        mul.wide.u32 %rd3, %r1, 4; add.s64 %rd4, %rd2, %rd3; ld.global.b32 %r11, [%rd4];
+        mul.wide.u32 %rd5, %r4, 4; add.s64 %rd6, %rd1, %rd5; st.global.b32 [%rd6], %r11;
+    """
+    traffic = {t.name: t for t in run(body, out, x, blocks=4).tensors}
+    assert traffic["argument 0"] == ("argument 0", 2048, 2048, 2048)
+    assert traffic["argument 1"] == ("argument 1", 512, 4 * 512, 512)
+
+
 TRANSPOSE = """
     shr.u32 %r10, %r1, 5; and.b32 %r11, %r1, 31;
     mul.wide.u32 %rd3, %r1, 4; add.s64 %rd4, %rd2, %rd3; ld.global.b32 %r12, [%rd4];

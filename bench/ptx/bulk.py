@@ -101,6 +101,8 @@ def read_box(unit, pc, instruction, lanes, address, itemsize) -> np.ndarray:
 
 def count_box(unit, pc, address, itemsize) -> None:
     counts = unit.wave.counts
+    if not counts.global_requests[pc]:
+        counts.first_address[pc] = address[0]
     counts.global_requests[pc] += 1
     counts.global_sectors[pc] += len(np.unique(address // np.uint64(SECTOR)))
     counts.global_bytes[pc] += len(address) * itemsize

@@ -17,6 +17,7 @@ from ..named_kernel import UsageError
 from ..report import make_console
 from . import report
 from .driver import ARCHITECTURES, device
+from .norm_bytes import norm_bytes
 
 SHAPES = {"attention": (1, 2, 256, 64), "norm": (64, 1024), "decode": (2, 4, 300, 64)}
 DIMENSIONS = {"attention": "BATCH,HEADS,SEQ,HEAD_DIM", "norm": "ROWS,COLS", "decode": "BATCH,HEADS,CACHED,HEAD_DIM"}
@@ -115,6 +116,9 @@ def run(args) -> int:
     launched = f"{len(gpu.launches)} launch{'es' if len(gpu.launches) > 1 else ''}"
     console.print(f"{work.text if work else args.what}: {launched} in {seconds:.1f} s\n")
     gpu.show(args.lines)
+    if args.what == "norm":
+        for name, found in norm_bytes(gpu.launches).items():
+            console.print(f"{name}: {found.text}")
     correct = print_errors(console, work, results) if work else True
     if args.json:
         args.json.write_text(

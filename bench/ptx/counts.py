@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .memory import SECTOR
+from .memory import SECTOR, Traffic
 from .parse import Instruction
 
 # The pipes of a multiprocessor; "move" is none: register moves, which the assembler mostly erases.
@@ -61,10 +61,14 @@ class Counts:
         self.instructions = instructions
         for field in self.FIELDS:
             setattr(self, field, np.zeros(len(instructions), np.int64))
+        self.first_address = np.zeros(len(instructions), np.uint64)  # in global memory
         self.read_bytes = self.written_bytes = 0  # each sector once
+        self.tensors: list[Traffic] = []
 
     def global_access(self, pc: int, warp: np.ndarray, address: np.ndarray, nbytes: int) -> None:
         """One access of each lane, all within aligned sectors."""
+        if not self.global_requests[pc]:
+            self.first_address[pc] = address[0]
         sectors = address.astype(np.int64) // SECTOR
         self.global_requests[pc] += distinct(warp)
         self.global_sectors[pc] += distinct(warp.astype(np.int64) << 44 | sectors & ((1 << 44) - 1))

@@ -72,6 +72,7 @@ def execute(
             wave = Wave(program, grid, numbers, threads, values, memory, counts)
             run_wave(program, wave, max_instructions)
     counts.read_bytes, counts.written_bytes = memory.unique_bytes()
+    counts.tensors = memory.traffic(counts)
     return counts
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .counts import Counts
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SECTOR = 32  # bytes: the unit of a GPU's memory traffic
@@ -25,6 +28,15 @@ class Named(NamedTuple):
     start: int
     end: int
     text: str  # "float32[4, 64]"
+
+
+class Traffic(NamedTuple):
+    """What a launch moved of one tensor, in bytes of whole sectors."""
+
+    name: str
+    size: int  # of the tensor
+    asked: int  # by the warps, each time they asked: what moves where nothing is cached
+    once: int  # each sector that was read, and each that was written
 
 
 def named(name: str, tensor) -> Named | None:
@@ -201,6 +213,27 @@ class GlobalMemory:
     def unique_bytes(self) -> tuple[int, int]:
         """(read, written): the sectors touched at least once, in bytes."""
         return tuple(SECTOR * sum(int(getattr(s, kind).sum()) for s in self.segments) for kind in ("read", "written"))
+
+    def traffic(self, counts: Counts) -> list[Traffic]:
+        """Of each tensor that was touched. An instruction counts for the tensor of its first access."""
+        tensors = sorted(self.tensors, key=lambda t: t.start)
+        starts = np.array([t.start for t in tensors], np.uint64)
+        asked = np.zeros(len(tensors), np.int64)
+        accesses = counts.global_requests > 0
+        number = np.searchsorted(starts, counts.first_address[accesses], side="right") - 1
+        np.add.at(asked, number, SECTOR * counts.global_sectors[accesses])
+        return [
+            Traffic(t.name, t.end - t.start, int(bytes_asked), self.touched_bytes(t))
+            for t, bytes_asked in zip(tensors, asked, strict=True)
+            if bytes_asked
+        ]
+
+    def touched_bytes(self, tensor: Named) -> int:
+        segment = next(s for s in self.segments if s.start <= tensor.start < s.end)
+        there = slice(
+            *(address // SECTOR - segment.first_sector for address in (tensor.start, tensor.end + SECTOR - 1))
+        )
+        return SECTOR * int(segment.read[there].sum() + segment.written[there].sum())
 
 
 class Order:

@@ -48,6 +48,7 @@ def figures(launch: Launch) -> dict[str, object]:
         "threads": launch.threads, "shared_bytes": launch.shared_bytes,
         **{field: counts.total(field) for field in Counts.FIELDS}, "barriers": barriers(counts),
         "read_bytes": counts.read_bytes, "written_bytes": counts.written_bytes,
+        "tensors": [tensor._asdict() for tensor in counts.tensors],
         "pipes": counts.by_pipe(), "opcodes": counts.by_opcode(),
         "bounds_us": {b.name: b.microseconds for b in limits}, "bound": limits[0].name,
         "lines": {f"{Path(file).name}:{line}": sums for (file, line), sums in by_line(counts).items()},
@@ -80,6 +81,7 @@ def print_launch(console: Console, launch: Launch) -> None:
     for name, value, note in summary(counts):
         table.add_row(name, value, note)
     console.print(table)
+    print_tensors(console, counts)
     limits = bounds(counts, launch.architecture, blocks)
     gpu = gpu_of(launch.architecture)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
@@ -89,6 +91,16 @@ def print_launch(console: Console, launch: Launch) -> None:
     for bound in limits:
         bar = "#" * round(30 * bound.microseconds / max(limits[0].microseconds, 1e-12))
         table.add_row(bound.name, bound.work, f"{bound.microseconds:.3f}", bar)
+    console.print(table)
+
+
+def print_tensors(console: Console, counts: Counts) -> None:
+    """How often each tensor is moved: more than once where it is read again, and where many programs read it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("tensor", "bytes", "asked for", "at least once", "asked for / bytes"):
+        table.add_column(name, justify="left" if name == "tensor" else "right", no_wrap=True)
+    for t in counts.tensors:
+        table.add_row(t.name, f"{t.size:,}", f"{t.asked:,}", f"{t.once:,}", f"{t.asked / t.size:.2f}")
     console.print(table)
 
 

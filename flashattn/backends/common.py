@@ -1,4 +1,4 @@
-"""What the Python of the backends shares: how tensors of any strides are looked at, dropout, and the norm's small sums.
+"""What the Python of the backends shares: how tensors of any strides are looked at, dropout, and the norm's heads.
 The CPU engine does the same in `csrc/ops.cpp`."""
 
 from __future__ import annotations
@@ -68,8 +68,3 @@ def norm_heads(*parameters: Tensor | None) -> int:
 def dropout_threshold(dropout_p: float) -> int:
     """An element is dropped where its 31 random bits are below this."""
     return min(int(dropout_p * 2**31), 2**31 - 1)
-
-
-def sum_parts(parts: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    """The gradient of a parameter from (parts, heads, width) partial sums, added in a fixed order."""
-    return None if parameter is None else parts.sum(0).view(parameter.shape).to(parameter.dtype)

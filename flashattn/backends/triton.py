@@ -20,7 +20,6 @@ from .common import (
     norm_heads,
     result_like,
     rows,
-    sum_parts,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -344,16 +343,14 @@ def norm_parameter_heads(*parameters: Tensor | None) -> int:
     return heads
 
 
-def norm_meta(width: int, norm: Norm) -> dict:
-    block_cols = min(triton.next_power_of_2(width), configs.NORM_COLS)
-    block_rows = max(1, configs.NORM_ELEMENTS // block_cols)
-    return dict(
-        CENTER=norm.center,
-        SINGLE=width <= block_cols,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=min(16, max(1, block_rows * block_cols // 512)),
-    )
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; of CPU tensors, which Triton's interpreter takes, few: each program then visits several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def tile_meta(tile: configs.NormTile, norm: Norm) -> dict:
+    return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps)
 
 
 @on_its_device
@@ -371,13 +368,13 @@ def norm_forward(
     hidden = torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None
     mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
     rstd = torch.empty(row_count, dtype=torch.float32, device=device)
-    heads, meta = norm_parameter_heads(weight, bias), norm_meta(width, norm)
+    heads = norm_parameter_heads(weight, bias)
+    tile = configs.norm_tile("forward", width, hidden_dtype != x.dtype, norm.dropout_p > 0)
     if row_count:
-        grid = (triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), heads)
-        norm_kernels.norm_forward[grid](
+        norm_kernels.norm_forward[(triton.cdiv(row_count // heads, tile.rows), heads)](
             row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
             mean, rstd, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
-            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), **meta,
+            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single, **tile_meta(tile, norm),
         )  # fmt: skip
     return y, hidden, mean, rstd
 
@@ -398,22 +395,40 @@ def norm_backward(
     width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
     grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
-    heads, meta = norm_parameter_heads(weight, bias), norm_meta(width, norm)
-    programs = min(triton.cdiv(row_count // heads, meta["BLOCK_ROWS"]), max(1, configs.NORM_PROGRAMS // heads))
+    heads = norm_parameter_heads(weight, bias)
+    hidden_arg, grad_arg, weight_arg = row_arg(hidden), row_arg(grad_y), contiguous(weight)
+    mean = mean if norm.center else None
+    means, tile = (None, None), configs.norm_tile("backward", width)
+    if row_count and not tile.single:
+        means = None if mean is None else torch.empty_like(mean), torch.empty_like(rstd)
+        one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
+        norm_kernels.norm_backward_means[(row_count // heads, heads)](
+            grad_arg, hidden_arg, weight_arg, mean, rstd, *means, row_count, width, heads, norm.weight_offset,
+            **tile_meta(one_row, norm),
+        )  # fmt: skip
+    chunks = triton.cdiv(width, tile.cols)
+    programs = configs.norm_programs(multiprocessors(device), tile, heads * chunks)
+    programs = min(programs, triton.cdiv(row_count // heads, tile.rows))
     parts = [
         None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)
         for p in (weight, bias)
     ]
     if row_count:
-        hidden_arg, grad_arg, mean = row_arg(hidden), row_arg(grad_y), mean if norm.center else None
-        norm_kernels.norm_backward[(programs, heads)](
-            grad_arg, row_arg(grad_hidden), hidden_arg, contiguous(weight), mean, rstd, row_arg(grad_x),
+        norm_kernels.norm_backward[(programs, heads, chunks)](
+            grad_arg, row_arg(grad_hidden), hidden_arg, weight_arg, mean, rstd, *means, row_arg(grad_x),
             row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
-            norm.weight_offset, **meta,
+            norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **tile_meta(tile, norm),
         )  # fmt: skip
-        if not meta.pop("SINGLE") and (weight is not None or bias is not None):
-            chunks = triton.cdiv(width, meta["BLOCK_COLS"])
-            norm_kernels.norm_backward_weights[(programs, heads, chunks)](
-                grad_arg, hidden_arg, mean, rstd, *parts, row_count, width, heads, **meta
-            )
-    return grad_x, grad_residual, sum_parts(parts[0], weight), sum_parts(parts[1], bias)
+    return grad_x, grad_residual, *sum_parts(parts, (weight, bias))
+
+
+def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
+    """The gradients of weight and bias from their (programs, heads, width) partial sums, added in a fixed order."""
+    gradients = [None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    present = next((part for part in parts if part is not None), None)
+    if present is not None:
+        programs, heads, width = present.shape
+        norm_kernels.norm_backward_parameters[(triton.cdiv(heads * width, 32),)](
+            *parts, *gradients, programs, heads * width, BLOCK_PARTS=64, BLOCK_COLS=32, num_warps=4
+        )
+    return gradients

@@ -147,9 +147,20 @@ ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
 FALLBACK = {"sm_100": "sm_90", "sm_90": "sm_80", "small": "sm_80", "amd": "small"}
 INTERPRETED = Tiles(32, 16, 4, 1)  # small, so that short sequences cross tile boundaries too
 
-NORM_COLS = 8192  # the widest row that is kept in registers
-NORM_ELEMENTS = 2048  # elements in a tile of narrow rows
-NORM_PROGRAMS = 256  # programs of a backward pass, each with a row of partial weight gradients
+# Norms, by pass: the widest row that is kept in registers, and the elements in a tile of narrower rows. The backward
+# pass takes wider rows by chunks of NORM_CHUNK columns: the fewer columns a program has, the fewer its partial sums.
+NORM_COLS = {"forward": 32768, "backward": 8192}
+NORM_ELEMENTS = {"forward": 2048, "backward": 4096}
+NORM_CHUNK = 1024
+NORM_RESIDENT = 8192  # elements of backward tiles whose registers a multiprocessor has: at most 128 for 16 elements
+NORM_STAGES = 2  # of the backward pass: while it works on a tile, it copies the next one to shared memory
+
+
+class NormTile(NamedTuple):
+    rows: int
+    cols: int
+    warps: int
+    single: bool  # whether the columns are all of a row
 
 
 def architecture() -> str:
@@ -163,6 +174,36 @@ def architecture() -> str:
 def shared_memory(arch: str) -> int:
     """Bytes a block may use; of an architecture that is not named, the least of its maker's."""
     return SHARED_MEMORY.get(arch) or min(size for name, size in SHARED_MEMORY.items() if name[:2] == arch[:2])
+
+
+def norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = False) -> NormTile:
+    """The tile of one pass ("forward", "backward") over rows of `width` columns.
+
+    mixed: h has another dtype than x. It then changes its layout on the way, which takes registers, as dropout does:
+    at 32,768 columns the one makes 23 instructions spill on sm_90, the other 765.
+    """
+    limit = NORM_COLS[direction]
+    if direction == "forward":
+        limit //= 4 if dropout else 2 if mixed else 1
+    single = width <= limit
+    if not single and direction == "backward":
+        limit = NORM_CHUNK
+    cols = min(triton.next_power_of_2(width), limit)
+    rows = max(1, NORM_ELEMENTS[direction] // cols)
+    elements = rows * cols
+    return NormTile(rows, cols, most_warps() if elements > 8192 else max(1, elements // 512), single)
+
+
+def most_warps() -> int:
+    """Of a block, which has 1,024 threads at most: AMD's data center GPUs have 64 in a warp."""
+    return 32 if triton.knobs.runtime.interpret else 1024 // triton.runtime.driver.active.get_current_target().warp_size
+
+
+def norm_programs(multiprocessors: int, tile: NormTile, columns: int) -> int:
+    """How many programs share out the rows of each of `columns` (heads, chunks of columns): as many as run at a time.
+    Each writes a row of partial sums, 4 bytes a column for each parameter, which are read once more."""
+    resident = max(1, NORM_RESIDENT // (tile.rows * tile.cols))
+    return max(1, multiprocessors * resident // columns)
 
 
 class Pairs(NamedTuple):

@@ -11,8 +11,17 @@ Ba et al., "Layer Normalization" (2016), arXiv:1607.06450; Zhang and Sennrich, "
 Normalization" (2019), arXiv:1910.07467.
 
 A weight may be per head: row r then uses weight[r % heads]. The programs of one head visit its rows only, so that a
-program reads one weight row and sums one weight gradient. A row of at most BLOCK_COLS is SINGLE: read once and kept
-in registers. A wider one is read in chunks, several times.
+program reads one weight row and sums one weight gradient.
+
+What is read how often (`bench/ptx/norm_bytes.py` counts it): a row of at most configs.NORM_COLS is SINGLE, read once
+and kept in registers. Those end it. 32 warps have 64 each, of which 32,768 columns take 32 forward. Backward a column
+takes four or five, for two sums over rows, xhat, g and the weight, and 8,192 columns fill the 128 of 16 warps. A wider
+row is read in chunks: forward all but the last one twice; backward grad_y and hidden twice, once for their means and
+once for what depends on those. A cluster of programs would hold such a row; Triton sums across one from 3.8 on only.
+
+Backward, as many programs as run at a time share out the rows, by the multiprocessors of the card, and each writes a
+row of partial sums of the parameters' gradients. They are added in a fixed order: the same bits every run, on a card of
+as many multiprocessors.
 """
 
 from typing import NamedTuple
@@ -74,18 +83,15 @@ def load_hidden(x, residual, drop, rows, cols, mask, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def scaled(value, weight, weight_offset, head, width, cols):
-    """value * (weight[head] + weight_offset), or value where there is no weight."""
-    if weight is not None:
-        row = tl.load(weight + head * width + cols, mask=cols < width, other=0.0).to(tl.float32)
-        value = value * (row + weight_offset)[None, :]
-    return value
+def load_parameter(parameter, head, width, cols):
+    """One row of a weight or bias, as float32."""
+    return tl.load(parameter + head * width + cols, mask=cols < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def normalized(hidden, mean, rstd, mask, CENTER: tl.constexpr):
+def normalized(hidden, mean, rstd, CENTER: tl.constexpr):
     if CENTER:
-        hidden = tl.where(mask, hidden - mean[:, None], 0.0)
+        hidden -= mean[:, None]
     return hidden * rstd[:, None]
 
 
@@ -129,9 +135,11 @@ def write_chunk(
     """One chunk of y = xhat * (weight + weight_offset) + bias."""
     cols = start + tl.arange(0, BLOCK_COLS)
     mask = row_mask[:, None] & (cols < width)[None, :]
-    value = scaled(normalized(hidden, mean, rstd, mask, CENTER), weight, weight_offset, head, width, cols)
+    value = normalized(hidden, mean, rstd, CENTER)
+    if weight is not None:
+        value *= load_parameter(weight, head, width, cols)[None, :] + weight_offset
     if bias is not None:
-        value += tl.load(bias + head * width + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+        value += load_parameter(bias, head, width, cols)[None, :]
     store_rows(y, value, rows, cols, mask)
 
 
@@ -141,33 +149,35 @@ def norm_forward(
     CENTER: tl.constexpr, HIDDEN: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """y, and where asked residual_out = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head."""
+    """y, and where asked residual_out = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head.
+
+    The last chunk of columns stays in registers; the others, of a row that is not SINGLE, are read again.
+    """
     head = tl.program_id(1)
     rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
     row_mask = rows < row_count
     row_mean = tl.zeros((BLOCK_ROWS,), tl.float32)
     squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if SINGLE:
-        hidden, row_mean, squares = read_chunk(
-            x, residual, residual_out, drop, rows, row_mask, 0, width, row_mean, squares,
-            CENTER, HIDDEN, BLOCK_COLS,
-        )  # fmt: skip
-        row_rstd = 1.0 / tl.sqrt(squares / width + eps)
-        write_chunk(
-            y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, 0, width,
-            CENTER, BLOCK_COLS,
-        )  # fmt: skip
-    else:
-        for start in range(0, width, BLOCK_COLS):
+    last = 0
+    if not SINGLE:
+        last = (width - 1) // BLOCK_COLS * BLOCK_COLS
+        for start in range(0, last, BLOCK_COLS):
             _, row_mean, squares = read_chunk(
                 x, residual, residual_out, drop, rows, row_mask, start, width, row_mean, squares,
                 CENTER, HIDDEN, BLOCK_COLS,
             )  # fmt: skip
-        row_rstd = 1.0 / tl.sqrt(squares / width + eps)
-        for start in range(0, width, BLOCK_COLS):
+    hidden, row_mean, squares = read_chunk(
+        x, residual, residual_out, drop, rows, row_mask, last, width, row_mean, squares, CENTER, HIDDEN, BLOCK_COLS
+    )
+    row_rstd = 1.0 / tl.sqrt(squares / width + eps)
+    write_chunk(
+        y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, last, width,
+        CENTER, BLOCK_COLS,
+    )  # fmt: skip
+    if not SINGLE:
+        for start in range(0, last, BLOCK_COLS):
             cols = start + tl.arange(0, BLOCK_COLS)
-            mask = row_mask[:, None] & (cols < width)[None, :]
-            hidden = load_hidden(x, residual, drop, rows, cols, mask, HIDDEN)
+            hidden = load_hidden(x, residual, drop, rows, cols, row_mask[:, None] & (cols < width)[None, :], HIDDEN)
             write_chunk(
                 y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, start, width,
                 CENTER, BLOCK_COLS,
@@ -187,125 +197,111 @@ def load_statistics(mean, rstd, rows, row_mask, CENTER: tl.constexpr):
     return row_mean, row_rstd
 
 
-@triton.jit
-def load_gradients(
-    hidden, grad_y, mean, rstd, weight, weight_offset, head, rows, row_mask, start, width,
-    CENTER: tl.constexpr, BLOCK_COLS: tl.constexpr,
+@kernel(do_not_specialize=SIZES)
+def norm_backward_means(
+    grad_y, hidden, weight, mean, rstd, mean_g, mean_gx, row_count, width, heads, weight_offset,
+    CENTER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of (grad_y, xhat, g)."""
-    cols = start + tl.arange(0, BLOCK_COLS)
-    mask = row_mask[:, None] & (cols < width)[None, :]
-    grad = load_rows(grad_y, rows, cols, mask)
-    xhat = normalized(load_rows(hidden, rows, cols, mask), mean, rstd, mask, CENTER)
-    return grad, xhat, scaled(grad, weight, weight_offset, head, width, cols)
-
-
-@triton.jit
-def store_gradients(
-    grad_x, grad_residual, grad_residual_out, drop, g, xhat, mean_g, mean_gx, rstd, rows, row_mask, start, width,
-    CENTER: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """One chunk of grad_h, and of grad_x, which differs from it by the dropout."""
-    cols = start + tl.arange(0, BLOCK_COLS)
-    mask = row_mask[:, None] & (cols < width)[None, :]
-    grad = g - xhat * mean_gx[:, None]
+    """mean(g) and mean(g * xhat) of rows that are not SINGLE. Grid: as `norm_forward`."""
+    head = tl.program_id(1)
+    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
+    row_mask = rows < row_count
+    row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
+    sum_g = tl.zeros((BLOCK_ROWS,), tl.float32)
+    sum_gx = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for start in range(0, width, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = row_mask[:, None] & (cols < width)[None, :]
+        xhat = normalized(load_rows(hidden, rows, cols, mask), row_mean, row_rstd, CENTER)
+        g = load_rows(grad_y, rows, cols, mask)
+        if weight is not None:
+            g *= load_parameter(weight, head, width, cols)[None, :] + weight_offset
+        sum_g += tl.sum(g, 1)
+        sum_gx += tl.sum(rounded_product(g, xhat), 1)
     if CENTER:
-        grad -= mean_g[:, None]
-    grad *= rstd[:, None]
-    if grad_residual_out is not None:
-        grad += load_rows(grad_residual_out, rows, cols, mask)
-    if grad_residual is not None:
-        store_rows(grad_residual, grad, rows, cols, mask)
-    if drop is not None:
-        grad = dropout(grad, drop, rows[:, None], cols[None, :])
-    store_rows(grad_x, grad, rows, cols, mask)
+        tl.store(mean_g + rows, sum_g / width, mask=row_mask)
+    tl.store(mean_gx + rows, sum_gx / width, mask=row_mask)
 
 
 @kernel(do_not_specialize=SIZES)
 def norm_backward(
-    grad_y, grad_residual_out, hidden, weight, mean, rstd, grad_x, grad_residual, weight_parts, bias_parts,
-    drop, row_count, width, heads, weight_offset,
+    grad_y, grad_residual_out, hidden, weight, mean, rstd, mean_g, mean_gx, grad_x, grad_residual, weight_parts,
+    bias_parts, drop, row_count, width, heads, weight_offset,
     CENTER: tl.constexpr, SINGLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_x and grad_residual; in a SINGLE row also this program's share of the weight and bias gradients.
+    """grad_x and grad_residual, and this program's share of the weight and bias gradients.
 
-    Grid: (programs, heads). A program visits every programs-th tile of BLOCK_ROWS rows of its head, in order, and
-    owns row (program, head) of weight_parts and bias_parts (programs, heads, width): no atomics.
+    Grid: (programs, heads, chunks of columns). A program visits every programs-th tile of BLOCK_ROWS rows of its head,
+    in order, and owns its chunk of row (program, head) of weight_parts and bias_parts (programs, heads, width): no
+    atomics. mean_g, mean_gx: of `norm_backward_means`, where a row is not SINGLE. With STAGES of 2 the next
+    tile's loads are asynchronous copies, so that memory is busy while a row is summed.
     """
     head = tl.program_id(1)
-    sum_weight = tl.zeros((BLOCK_COLS,), tl.float32)
-    sum_bias = tl.zeros((BLOCK_COLS,), tl.float32)
+    cols = tl.program_id(2) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    if weight is not None:
+        factor = load_parameter(weight, head, width, cols)[None, :] + weight_offset
+    sum_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    sum_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     tiles = tl.cdiv(tl.cdiv(row_count - head, heads), BLOCK_ROWS)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
         row_mask = rows < row_count
+        mask = row_mask[:, None] & (cols < width)[None, :]
         row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
+        xhat = normalized(load_rows(hidden, rows, cols, mask), row_mean, row_rstd, CENTER)
+        g = load_rows(grad_y, rows, cols, mask)
+        if weight_parts is not None:
+            sum_weight += rounded_product(g, xhat)
+        if bias_parts is not None:
+            sum_bias += g
+        if weight is not None:
+            g *= factor
         if SINGLE:
-            grad, xhat, g = load_gradients(
-                hidden, grad_y, row_mean, row_rstd, weight, weight_offset, head, rows, row_mask, 0, width,
-                CENTER, BLOCK_COLS,
-            )  # fmt: skip
-            store_gradients(
-                grad_x, grad_residual, grad_residual_out, drop, g, xhat, tl.sum(g, 1) / width,
-                tl.sum(rounded_product(g, xhat), 1) / width, row_rstd, rows, row_mask, 0, width, CENTER, BLOCK_COLS,
-            )  # fmt: skip
-            sum_weight += tl.sum(rounded_product(grad, xhat), 0)
-            sum_bias += tl.sum(grad, 0)
+            row_mean_gx = tl.sum(rounded_product(g, xhat), 1) / width
         else:
-            sum_g = tl.zeros((BLOCK_ROWS,), tl.float32)
-            sum_gx = tl.zeros((BLOCK_ROWS,), tl.float32)
-            for start in range(0, width, BLOCK_COLS):
-                grad, xhat, g = load_gradients(
-                    hidden, grad_y, row_mean, row_rstd, weight, weight_offset, head, rows, row_mask, start, width,
-                    CENTER, BLOCK_COLS,
-                )  # fmt: skip
-                sum_g += tl.sum(g, 1)
-                sum_gx += tl.sum(rounded_product(g, xhat), 1)
-            for start in range(0, width, BLOCK_COLS):
-                grad, xhat, g = load_gradients(
-                    hidden, grad_y, row_mean, row_rstd, weight, weight_offset, head, rows, row_mask, start, width,
-                    CENTER, BLOCK_COLS,
-                )  # fmt: skip
-                store_gradients(
-                    grad_x, grad_residual, grad_residual_out, drop, g, xhat, sum_g / width, sum_gx / width,
-                    row_rstd, rows, row_mask, start, width, CENTER, BLOCK_COLS,
-                )  # fmt: skip
-    if SINGLE:
-        store_parts(weight_parts, bias_parts, sum_weight, sum_bias, head, heads, 0, width, BLOCK_COLS)
-
-
-@kernel(do_not_specialize=SIZES)
-def norm_backward_weights(
-    grad_y, hidden, mean, rstd, weight_parts, bias_parts, row_count, width, heads,
-    CENTER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """The weight and bias gradients of rows that are not SINGLE, one chunk of columns a program.
-
-    Grid: (programs, heads, chunks of columns). Rows are shared out as in `norm_backward`.
-    """
-    head = tl.program_id(1)
-    start = tl.program_id(2) * BLOCK_COLS
-    sum_weight = tl.zeros((BLOCK_COLS,), tl.float32)
-    sum_bias = tl.zeros((BLOCK_COLS,), tl.float32)
-    tiles = tl.cdiv(tl.cdiv(row_count - head, heads), BLOCK_ROWS)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
-        row_mask = rows < row_count
-        row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
-        grad, xhat, _ = load_gradients(
-            hidden, grad_y, row_mean, row_rstd, None, 0.0, head, rows, row_mask, start, width, CENTER, BLOCK_COLS
-        )
-        sum_weight += tl.sum(rounded_product(grad, xhat), 0)
-        sum_bias += tl.sum(grad, 0)
-    store_parts(weight_parts, bias_parts, sum_weight, sum_bias, head, heads, start, width, BLOCK_COLS)
+            row_mean_gx = tl.load(mean_gx + rows, mask=row_mask, other=0.0)
+        grad = g - xhat * row_mean_gx[:, None]
+        if CENTER:
+            if SINGLE:
+                grad -= (tl.sum(g, 1) / width)[:, None]
+            else:
+                grad -= tl.load(mean_g + rows, mask=row_mask, other=0.0)[:, None]
+        grad *= row_rstd[:, None]
+        if grad_residual_out is not None:
+            grad += load_rows(grad_residual_out, rows, cols, mask)
+        if grad_residual is not None:
+            store_rows(grad_residual, grad, rows, cols, mask)
+        if drop is not None:
+            grad = dropout(grad, drop, rows[:, None], cols[None, :])
+        store_rows(grad_x, grad, rows, cols, mask)
+    offsets = (tl.program_id(0) * heads + head).to(tl.int64) * width + cols
+    if weight_parts is not None:
+        tl.store(weight_parts + offsets, tl.sum(sum_weight, 0), mask=cols < width)
+    if bias_parts is not None:
+        tl.store(bias_parts + offsets, tl.sum(sum_bias, 0), mask=cols < width)
 
 
 @triton.jit
-def store_parts(weight_parts, bias_parts, sum_weight, sum_bias, head, heads, start, width, BLOCK_COLS: tl.constexpr):
-    """This program's share of the parameter gradients."""
-    cols = start + tl.arange(0, BLOCK_COLS)
-    offsets = (tl.program_id(0) * heads + head).to(tl.int64) * width + cols
+def sum_parts(parts, gradient, programs, size, cols, BLOCK_PARTS: tl.constexpr):
+    """gradient[cols], the sum over the programs of parts (programs, size)."""
+    total = tl.zeros((BLOCK_PARTS, cols.shape[0]), tl.float32)
+    for start in range(0, programs, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        mask = (part < programs)[:, None] & (cols < size)[None, :]
+        total += tl.load(parts + part.to(tl.int64)[:, None] * size + cols[None, :], mask=mask, other=0.0)
+    tl.store(gradient + cols, tl.sum(total, 0).to(gradient.dtype.element_ty), mask=cols < size)
+
+
+@kernel(do_not_specialize=["programs", "size"])
+def norm_backward_parameters(
+    weight_parts, bias_parts, grad_weight, grad_bias, programs, size,
+    BLOCK_PARTS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of weight and bias, the sums of the parts (programs, size) of `norm_backward` in a fixed order.
+    size: heads * width. Grid: (chunks of columns,)."""
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     if weight_parts is not None:
-        tl.store(weight_parts + offsets, sum_weight, mask=cols < width)
+        sum_parts(weight_parts, grad_weight, programs, size, cols, BLOCK_PARTS)
     if bias_parts is not None:
-        tl.store(bias_parts + offsets, sum_bias, mask=cols < width)
+        sum_parts(bias_parts, grad_bias, programs, size, cols, BLOCK_PARTS)
