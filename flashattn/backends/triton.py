@@ -276,20 +276,21 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     rows = batch * heads * seq_q
     if not rows:
         return out, lse
-    split = configs.SPLIT if seq_q <= configs.SPLIT_QUERIES else 2**30
-    splits = max(1, triton.cdiv(cached.longest, split))
-    statistics = torch.empty(rows * splits, 2, dtype=torch.float32, device=q.device)
-    partial = torch.empty(rows * splits, head_dim_v, dtype=torch.float32, device=q.device)
+    limit = configs.SPLITS if seq_q <= configs.SPLIT_QUERIES else 1
+    splits = decode_kernels.most_splits(cached.longest, limit)
+    statistics = torch.empty(rows, 2, splits, dtype=torch.float32, device=q.device)
+    partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
     meta = attention_meta("decode", q, v, score)
     programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
         heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k), statistics, partial, args, heads,
-        kv_heads, seq_q, splits, **meta, SPLIT=split,
+        kv_heads, seq_q, splits, **meta, SPLITS=limit,
     )  # fmt: skip
-    decode_kernels.attention_merge[(rows,)](
-        statistics, partial, heads_arg(out), lse, contiguous(score.sinks), heads, seq_q, splits,
-        HEAD_DIM_V=head_dim_v, BLOCK_DV=meta["BLOCK_DV"], num_warps=1,
+    block_rows = configs.SPLITS // limit
+    decode_kernels.attention_merge[(triton.cdiv(rows, block_rows),)](
+        statistics, partial, heads_arg(out), lse, args, heads, seq_q, rows, splits,
+        HEAD_DIM_V=head_dim_v, BLOCK_DV=meta["BLOCK_DV"], BLOCK_ROWS=block_rows, SPLITS=limit, num_warps=4,
     )  # fmt: skip
     return out, lse
 

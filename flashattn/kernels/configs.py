@@ -101,9 +101,10 @@ ATTENTION = {
         ],
     },
 }
-# A decoding pass: programs are many and short, and memory is the limit. SPLIT is part of the result's bits.
+# A decoding pass: programs are many and short, and memory is the limit. SPLITS is part of the result's bits, as
+# SPLIT_KEYS in decode.py is.
 DECODE = [(128, 2, Tiles(16, 64, 4, 2)), (256, 2, Tiles(16, 32, 4, 2)), (256, 4, Tiles(16, 16, 4, 2))]
-SPLIT = 512  # keys of a program, up to
+SPLITS = 32  # of a row's keys, at most: a tile of the merge
 SPLIT_QUERIES = 16  # queries; of more, one program takes all keys, so that the workspace stays linear
 ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
 
