@@ -282,6 +282,8 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
     meta = attention_meta("decode", q, v, score)
+    if cached.page_table is not None:
+        meta["num_stages"] = configs.paged_stages(meta["num_stages"])
     programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
         heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k), statistics, partial, args, heads,
