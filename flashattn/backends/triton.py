@@ -37,7 +37,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
     from ..kernels import rotary as rotary_kernels
-    from ..kernels.decode import PageTable
+    from ..kernels.decode import pages_arg
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
     from ..kernels.rotary import RotaryArgs
@@ -225,10 +225,6 @@ def backward(
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def pages_arg(page_table: Tensor | None, cache: Tensor) -> PageTable | None:
-    return None if page_table is None else PageTable(page_table, page_table.stride(0), cache.shape[2])
-
-
 @on_its_device
 def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
     return rotate_and_store(x, None, None, None, starts, counts, rotary)
@@ -263,7 +259,7 @@ def rotate_and_store(
         return turned
     caches = None, None, None
     if cached is not None:
-        caches = heads_arg(cached.k), heads_arg(cached.v), pages_arg(cached.page_table, cached.k)
+        caches = heads_arg(cached.k), heads_arg(cached.v), pages_arg(cached.page_table, cached.k.shape[2])
     args = None
     if rotary is not None:
         cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
@@ -288,7 +284,7 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     if not rows:
         return out, lse
     limit = configs.SPLITS if seq_q <= configs.SPLIT_QUERIES else 1
-    splits = decode_kernels.most_splits(cached.longest, limit)
+    splits = decode_kernels.most_splits(cached.longest, seq_q, limit)
     statistics = torch.empty(rows, 2, splits, dtype=torch.float32, device=q.device)
     partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
@@ -297,8 +293,8 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
         meta["num_stages"] = configs.paged_stages(meta["num_stages"])
     programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
-        heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k), statistics, partial, args, heads,
-        kv_heads, seq_q, splits, **meta, SPLITS=limit,
+        heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k.shape[2]), statistics, partial, args,
+        heads, kv_heads, seq_q, splits, **meta, SPLITS=limit,
     )  # fmt: skip
     block_rows = configs.SPLITS // limit
     decode_kernels.attention_merge[(triton.cdiv(rows, block_rows),)](

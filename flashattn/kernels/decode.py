@@ -5,8 +5,8 @@ query heads that share it, and the keys of a sequence are split among programs:
    of one of the head's query heads; it writes the softmax's maximum and sum and the unnormalised output.
 2. `attention_merge`: puts the splits of a row together, exactly, by their maxima and sums.
 
-A sequence chooses its splits by the keys that its own queries see (`splits_of`): SPLIT_KEYS each, or for more than
-SPLITS of them the next multiple of SPLIT_KEYS with which SPLITS suffice. So 4,096 keys of 8 heads are 256 programs,
+A sequence chooses its splits by the keys that its own queries see (`splits_of`): SPLIT_KEYS for each new token, or the
+next multiple of that with which SPLITS of them suffice. So one new token against 4,096 keys of 8 heads is 256 programs,
 which fill a GPU, and no sequence has more than one tile of splits to merge. A result depends neither on the batch nor
 on the capacity of a cache nor on where its pages lie: the grid has room for the longest row, or for the capacity where
 a CUDA graph is captured, and programs past the end of their own row leave at once.
@@ -18,21 +18,43 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .compiler import kernel
 from .scores import SIZES, Sequence, cap, shift, visible, visible_keys
 from .softmax import LOG2E, join_sink, logsumexp, online_softmax
 from .tiles import rounded_product, tile_mask
 
-SPLIT_KEYS = tl.constexpr(128)  # a split has a multiple of it, and a tile divides it
+SPLIT_KEYS = tl.constexpr(128)  # for each new token: so what a split writes stays little beside what it reads
 
 
 class PageTable(NamedTuple):
-    """Key j of a batch row is row j % size of page ptr[batch * stride + j // size]."""
+    """Key j of a batch row is row j % size of page ptr[batch * stride + j // size]. Each row of a tile is divided by
+    size, which takes a GPU 20 instructions or a multiplication by what is known before: factor and shift."""
 
     ptr: tl.tensor
     stride: tl.tensor
     size: tl.tensor
+    factor: tl.tensor
+    shift: tl.tensor
+
+
+def pages_arg(table: Tensor | None, size: int) -> PageTable | None:
+    """A page table (batch, n) as kernels take it.
+
+    Granlund and Montgomery, "Division by invariant integers using multiplication" (PLDI 1994), for numbers of 31 bits.
+    """
+    if table is None:
+        return None
+    shift = (size - 1).bit_length()
+    return PageTable(table, table.stride(0), size, 2 ** (31 + shift) // size + 1, shift)
+
+
+@triton.jit
+def page_number(pages, positions):
+    """positions // pages.size."""
+    high = tl.umulhi((positions * 2).to(tl.uint32), pages.factor.to(tl.uint32))
+    return (high >> pages.shift).to(tl.int32)
 
 
 @triton.jit
@@ -40,10 +62,13 @@ def cached_rows(x, pages, batch, head, positions, exists):
     """Pointers to rows of a cache (batch or pages, heads, capacity or page size, dim)."""
     row = batch
     if pages is not None:
-        row = tl.load(pages.ptr + batch * pages.stride + positions // pages.size, mask=exists, other=0)
-        positions = positions % pages.size
-    base = x.ptr + tl.cast(row, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
-    return base + positions.to(tl.int64) * x.stride_seq
+        number = page_number(pages, positions)
+        row = tl.load(pages.ptr + batch * pages.stride + number, mask=exists, other=0)
+        positions -= number * pages.size
+    base = x.ptr + tl.cast(head, tl.int64) * x.stride_head
+    # Neither is negative, and a GPU multiplies unsigned numbers of 32 bits by strides of 64 in fewer instructions.
+    base += tl.cast(tl.cast(row, tl.uint32), tl.int64) * x.stride_batch
+    return base + positions.to(tl.uint32).to(tl.int64) * x.stride_seq
 
 
 @triton.jit
@@ -72,13 +97,14 @@ def splits_of(score, seq, SPLITS: tl.constexpr):
     """(begin, end, keys, splits) of a batch row: its queries see keys begin .. end, in `splits` splits, at most SPLITS,
     of `keys` keys each. `most_splits` bounds them for all rows."""
     begin, end = visible_keys(score, seq, 0, seq.query_end)
-    keys = tl.maximum(tl.cdiv(end - begin, SPLITS * SPLIT_KEYS), 1) * SPLIT_KEYS
+    least = SPLIT_KEYS * seq.seq_q
+    keys = tl.maximum(tl.cdiv(end - begin, SPLITS * least), 1) * least
     return begin, end, keys, tl.cdiv(end - begin, keys)
 
 
-def most_splits(longest: int, limit: int) -> int:
+def most_splits(longest: int, seq_q: int, limit: int) -> int:
     """How many splits a row has at most, where none has more than `longest` keys and SPLITS is `limit`."""
-    return max(1, min(limit, triton.cdiv(longest, SPLIT_KEYS.value)))
+    return max(1, min(limit, triton.cdiv(longest, SPLIT_KEYS.value * seq_q)))
 
 
 @kernel(do_not_specialize=[*SIZES, "splits"])
