@@ -1,4 +1,4 @@
-"""The project's kernels against the limits set for them: issue slots that do not multiply, in the loop over whole tiles.
+"""The project's kernels against the limits set for them: issue slots that do not multiply, in loops over whole tiles.
 
 A multiprocessor issues one instruction a clock for each of its four schedulers, whatever it is: where a loop has fewer
 other instructions for its tensor FLOPs, the tensor cores wait less. "before" are the plain kernels of version 0.14.

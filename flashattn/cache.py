@@ -19,7 +19,7 @@ class Cached(NamedTuple):
     page_table: Tensor | None  # (batch, n) int32: keys i * page_size on of a batch row are page page_table[b, i]
     starts: Tensor  # (batch,) int32: how many there were before this call
     lengths: Tensor  # (batch,) int32: and are now
-    longest: int  # the largest of them
+    longest: int  # the largest of them; the capacity where they are not known, in the capture of a CUDA graph
 
 
 class KVCache:

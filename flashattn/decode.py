@@ -67,8 +67,8 @@ def decode(
 
     Returns:
         out (batch, heads, seq_q, head_dim_v); with `return_lse` (out, lse), lse (batch, heads, seq_q) float32.
-        The bits of a sequence's result depend neither on what else is in the batch nor on the page size; a batch padded
-        to another seq_q may be computed in another order.
+        The bits of a sequence's result depend neither on what else is in the batch nor on the cache's capacity or page
+        size; a batch padded to another seq_q may be computed in another order.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written; a cache without room is one of them, and
@@ -122,21 +122,13 @@ def append_and_attend(
     q: Tensor, cached: Cached, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`decode` of checked arguments, in a cache that has room."""
+    verbs = BACKENDS[backend]
     if k is not None:
-        append(cached, k, v, score.q_lengths, rotary, backend)
-    if rotary is not None:
-        # Without new keys q belongs to the last that are there.
-        starts = cached.starts if k is not None else cached.lengths - (
-            q.shape[2] if score.q_lengths is None else score.q_lengths
-        )  # fmt: skip
-        q = BACKENDS[backend].rotate(q, starts, score.q_lengths, rotary)
-    return BACKENDS[backend].decode(q, cached, score)
-
-
-def append(cached: Cached, k: Tensor, v: Tensor, counts: Tensor | None, rotary: Rotary | None, backend: str) -> None:
-    """Write new keys, rotated, and values behind those that are there, counts[b] of each row or all."""
-    for x, cache, turned in ((k, cached.k, rotary), (v, cached.v, None)):
-        BACKENDS[backend].append(x, cache, cached.page_table, cached.starts, counts, turned)
+        q = verbs.append(q, k, v, cached, score.q_lengths, rotary)
+    elif rotary is not None:  # q belongs to the last keys that are there
+        starts = cached.lengths - (q.shape[2] if score.q_lengths is None else score.q_lengths)
+        q = verbs.rotate(q, starts, score.q_lengths, rotary)
+    return verbs.decode(q, cached, score)
 
 
 def _counts(q_lengths: Tensor | None, batch: int, seq_q: int) -> list[int]:

@@ -55,7 +55,7 @@ def norms_to_capture(device):
 
 
 def decoding_to_capture(device):
-    """By flash_attn's call, whose lengths lie on the GPU; two splits of the keys when the capacity is full."""
+    """By flash_attn's call, whose lengths lie on the GPU; five splits of the keys when the capacity is full."""
     q, k, v = (torch.randn(2, 1, heads, 64, device=device).bfloat16() for heads in (4, 2, 2))
     caches = torch.randn(2, 2, 600, 2, 64, device=device).bfloat16()
     lengths = torch.tensor([500, 7], dtype=torch.int32, device=device)

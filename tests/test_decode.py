@@ -9,6 +9,9 @@ from attention_truth import Case, names_of, torch_attention
 from common import BACKENDS, DTYPES, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
 
 import flashattn
+from flashattn.backends import BACKENDS as BACKENDS_BY_NAME
+from flashattn.cache import Cached
+from flashattn.score import Score
 
 
 class Step(NamedTuple):
@@ -202,6 +205,45 @@ def test_same_bits_whatever_the_batch_and_the_pages(counts, backend):
             alone = run(one, one_q, k[b : b + 1], v[b : b + 1])
         for x, y in zip(alone, together, strict=True):
             assert torch.equal(x[: counts[b]], y[ends[b] - counts[b] : ends[b]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_whatever_the_longest_row_and_the_capacity(backend):
+    """Rows of 1, 3 and 17 splits on a GPU, alone and beside each other, and in a cache with room for 32."""
+    skip_if_wrong_there(backend, torch.float32)
+    device, lengths = device_of(backend), (100, 300, 4200)
+    q = randn(3, 2, 1, 16, dtype=torch.float32, device=device)
+    k, v = (randn(3, 1, max(lengths), 16, dtype=torch.float32, device=device) for _ in range(2))
+    score = Score(0.25, left=4150, right=0, sinks=randn(2, dtype=torch.float32, device=device))
+
+    def run(row: slice, keys: int, capacity: int, longest: int, dtype=torch.float32, backend=backend):
+        ends = torch.tensor(lengths[row], dtype=torch.int32, device=device)
+        room = torch.full((len(ends), 1, capacity - keys, 16), torch.nan, device=device)
+        caches = [torch.cat([x[row, :, :keys], room], 2).to(dtype) for x in (k, v)]
+        own = score._replace(kv_lengths=ends, sinks=score.sinks.to(dtype))
+        return BACKENDS_BY_NAME[backend].decode(q[row].to(dtype), Cached(*caches, None, ends - 1, ends, longest), own)
+
+    together = run(slice(0, 3), 4200, 4200, 4200)
+    truth = run(slice(0, 3), 4200, 4200, 4200, torch.float64, "reference")
+    theirs = run(slice(0, 3), 4200, 4200, 4200, torch.float32, "reference")
+    for name, x, y, t in zip(("out", "lse"), together, theirs, truth, strict=True):
+        assert_as_exact_as_torch(x, y, t, name)
+    assert all(map(torch.equal, run(slice(0, 3), 4200, 9000, 9000), together))
+    for b, n in enumerate(lengths):
+        alone = run(slice(b, b + 1), n, n, n)
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True))
+
+
+def test_pages_are_found_by_multiplication():
+    """As the kernels divide by the page size: exactly, for every number of 31 bits."""
+    kernels = pytest.importorskip("flashattn.kernels.decode")
+    last = 2**31 - 1
+    for size in (*range(1, 70), 100, 127, 1000, 4096, 4097, 10**6, 2**30, 2**30 + 1, last):
+        pages = kernels.pages_arg(torch.zeros(1, 1, dtype=torch.int32), size)
+        assert 2**31 <= pages.factor < 2**32  # of one type, for which the kernel is compiled once
+        whole = last // size * size
+        for j in {0, 1, size - 1, size, size + 1, 12345678, whole - 1, whole, last - 1, last}:
+            assert 2 * j * pages.factor >> 32 >> pages.shift == j // size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

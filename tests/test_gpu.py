@@ -136,6 +136,7 @@ def test_nested_tensors():
 
 def test_the_batch_and_the_pages_change_no_bit():
     test_decode.test_same_bits_whatever_the_batch_and_the_pages((1, 1, 1), "triton")
+    test_decode.test_same_bits_whatever_the_longest_row_and_the_capacity("triton")
 
 
 def test_dropout_drops_what_the_other_backends_drop():
@@ -350,6 +351,24 @@ def test_graphs(gpu, name):
         for x in inputs:
             renew(x, most)
         expected = [x.clone() for x in function()]
+        replay()
+        assert_same(results, expected)
+
+
+def test_a_captured_step_follows_lengths_that_grow(gpu):
+    """From one split of the keys to more than there was need of in the capture."""
+    q, k, v = (torch.randn(2, 1, heads, 64, device=gpu.device).bfloat16() for heads in (4, 2, 2))
+    caches = torch.randn(2, 2, 1000, 2, 64, device=gpu.device).bfloat16()
+    lengths = torch.tensor([20, 7], dtype=torch.int32, device=gpu.device)
+
+    def step():
+        here = caches.clone()
+        return [flash_attn.flash_attn_with_kvcache(q, *here, k, v, cache_seqlens=lengths, causal=True), here]
+
+    results, replay = gpu.capture(step)
+    for grown in ([300, 8], [999, 640]):
+        lengths.copy_(torch.tensor(grown))
+        expected = step()
         replay()
         assert_same(results, expected)
 

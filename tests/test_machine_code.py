@@ -1,4 +1,4 @@
-"""What the assembler made of the attention kernels, held to what they were written for: no local memory in the loop over
+"""What the assembler made of the attention kernels, held to what they were written for: no local memory in loops over
 whole tiles, few instructions that do not multiply, exponentials beside products, registers by role."""
 
 import pytest

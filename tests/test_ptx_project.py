@@ -91,10 +91,22 @@ def test_decoding(gpu, step, dtype):
 
 
 def test_decoding_long_caches(gpu):
-    """Two splits of the keys, merged."""
+    """Five splits of the keys, merged."""
     features = test_decode.features(heads=2, kv_heads=1, window=(540, None), sinks=True)
     test_decode.check(test_decode.Step("", (550, 3), (1, 1), features), torch.bfloat16, "triton")
     assert "attention_merge" in ran(gpu)
+
+
+def test_the_grid_of_decoding_changes_no_bit(gpu):
+    test_decode.test_same_bits_whatever_the_longest_row_and_the_capacity("triton")
+
+
+def test_a_step_of_decoding_is_three_launches(gpu):
+    """With new keys and values and a rotary embedding of q and k."""
+    (step,) = named(test_decode.STEPS, "rotary")
+    test_decode.check(step, torch.bfloat16, "triton")
+    kernels = ["rotate_and_store", "attention_decode", "attention_merge"]
+    assert [launch.kernel for launch in gpu.launches] == kernels * 2  # the tokens before and the new ones
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

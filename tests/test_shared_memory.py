@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from bench import compiled
 from flashattn.backends import triton as backend
+from flashattn.cache import Cached
 from flashattn.kernels import configs, generate
 from flashattn.kernels.configs import Pairs
 from flashattn.score import Score
@@ -107,6 +108,23 @@ SAMPLES = [
 @pytest.mark.parametrize("arch, head_dim, dtype, feature", SAMPLES, ids=str)
 def test_the_compiler_uses_no_more(without_assembler, arch, head_dim, dtype, feature):
     check(arch, head_dim, dtype, feature)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950"])
+def test_decoding_uses_no_more(without_assembler, arch, dtype, page_size):
+    """Nor does a page table make it use fewer: as many keys are under way as without one."""
+    q, cache = torch.empty(2, 4, 1, 128, dtype=dtype), torch.empty(64, 2, page_size or 512, 128, dtype=dtype)
+    table = None if page_size is None else torch.zeros(2, 32, dtype=torch.int32)
+    lengths = torch.full((2,), 512, dtype=torch.int32)
+    cached = Cached(cache, cache, table, lengths, lengths, 512)
+    with compiled.compile_for(arch) as used:
+        backend.decode(q, cached, Score(0.1, right=0, kv_lengths=lengths))
+    tiles = configs.fitting_tiles(arch, "decode", (128, 128), dtype.itemsize, configs.PLAIN, False)
+    assert used[0] <= configs.shared_bytes(arch, "decode", tiles, (128, 128), dtype.itemsize, configs.PLAIN)
+    assert used[0] >= (tiles.stages - 1) * tiles.block_n * 2 * 128 * dtype.itemsize
 
 
 def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:

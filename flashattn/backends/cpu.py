@@ -123,13 +123,17 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
     return out
 
 
-def append(
-    x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
-) -> None:
+def append(q: Tensor, k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
+    store(k, cached.k, cached, counts, rotary)
+    store(v, cached.v, cached, counts, None)
+    return q if rotary is None else rotate(q, cached.starts, counts, rotary)
+
+
+def store(x: Tensor, cache: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> None:
     if cache.stride(3) != 1 and cache.shape[3] != 1:  # only a cache of the caller's own can be like that
-        return reference.append(x, cache, page_table, starts, counts, rotary)
+        return reference.store(x, cache, cached, counts, rotary)
     tables = (None, None, False) if rotary is None else rotary
-    ops.rotate_and_store.default(x, cache, page_table, starts, counts, *tables, True)
+    ops.rotate_and_store.default(x, cache, cached.page_table, cached.starts, counts, *tables, True)
 
 
 def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:

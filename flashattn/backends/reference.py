@@ -321,10 +321,16 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
     return torch.cat((rotated.to(x.dtype), x[..., 2 * n :]), -1)
 
 
-def append(
-    x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
-) -> None:
-    """Write new keys or values x (batch, kv_heads, seq, dim) to the cache, from starts[b] on, counts[b] of each row."""
+def append(q: Tensor, k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
+    """Write new keys, rotated, and values (batch, kv_heads, seq, dim) behind those that the cache has, counts[b] of
+    each row. Returns q, whose tokens are at the same positions, rotated."""
+    store(k, cached.k, cached, counts, rotary)
+    store(v, cached.v, cached, counts, None)
+    return q if rotary is None else rotate(q, cached.starts, counts, rotary)
+
+
+def store(x: Tensor, cache: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> None:
+    starts, page_table = cached.starts, cached.page_table
     if rotary is not None:
         x = rotate(x, starts, counts, rotary)
     (batch, _, seq, _), size = x.shape, cache.shape[2]

@@ -37,7 +37,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels import norm as norm_kernels
     from ..kernels import rotary as rotary_kernels
     from ..kernels.backward import Statistics
-    from ..kernels.decode import PageTable
+    from ..kernels.decode import pages_arg
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
     from ..kernels.rotary import RotaryArgs
@@ -256,45 +256,52 @@ def backward(
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def rotate_and_store(x: Tensor, to: Tensor, page_table, starts, counts, rotary: Rotary | None, append: bool) -> None:
-    x = last_dim_contiguous(x)
-    batch, heads, seq, head_dim = x.shape
-    block_d = triton.next_power_of_2(head_dim)
-    block_rows = max(1, min(triton.next_power_of_2(seq), configs.ROTARY_ELEMENTS // block_d))
-    programs = triton.cdiv(seq, block_rows) * heads * batch
+@on_its_device
+def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
+    return rotate_and_store(x, None, None, None, starts, counts, rotary)
+
+
+@on_its_device
+def append(q: Tensor, k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
+    # Other caches than these only where they are of the caller's own making.
+    whole = cached._replace(k=last_dim_contiguous(cached.k), v=last_dim_contiguous(cached.v))
+    turned = rotate_and_store(None if rotary is None else q, k, v, whole, cached.starts, counts, rotary)
+    for x, to in ((whole.k, cached.k), (whole.v, cached.v)):
+        if x is not to:
+            to.copy_(x)
+    return q if rotary is None else turned
+
+
+def rotate_and_store(
+    q: Tensor | None, k: Tensor | None, v: Tensor | None, cached: Cached | None, starts: Tensor, counts: Tensor | None,
+    rotary: Rotary | None,
+) -> Tensor | None:  # fmt: skip
+    """One launch: returns q rotated, and writes k, rotated, and v to the cache, each if given."""
+    q, k, v = (None if x is None else last_dim_contiguous(x) for x in (q, k, v))
+    batch, head_dim = starts.shape[0], (k if q is None else q).shape[3]
+    heads, seq_q = (0, 0) if q is None else q.shape[1:3]
+    kv_heads, seq_new, head_dim_v = (0, 0, 1) if v is None else v.shape[1:]
+    turned = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    block_d, block_dv = triton.next_power_of_2(head_dim), triton.next_power_of_2(head_dim_v)
+    seq = max(seq_q, seq_new)
+    block_rows = max(1, min(triton.next_power_of_2(seq), configs.ROTARY_ELEMENTS // max(block_d, block_dv)))
+    programs = triton.cdiv(seq, block_rows) * (heads + 2 * kv_heads) * batch
     if not programs:
-        return
+        return turned
+    caches = None, None, None
+    if cached is not None:
+        caches = heads_arg(cached.k), heads_arg(cached.v), pages_arg(cached.page_table, cached.k.shape[2])
     args = None
     if rotary is not None:
         cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
         args = RotaryArgs(cos, sin, cos.stride(0))
     rotary_kernels.rotate_and_store[(programs,)](
-        heads_arg(x), heads_arg(to), pages_arg(page_table, to), starts, counts, args, heads, seq,
-        APPEND=append, N=0 if rotary is None else rotary.cos.shape[1],
-        INTERLEAVED=rotary is not None and rotary.interleaved,
-        HEAD_DIM=head_dim, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4,
+        *(None if x is None else heads_arg(x) for x in (q, turned, k, v)), *caches, starts, counts, args, heads,
+        kv_heads, seq_q, seq_new, N=0 if rotary is None else rotary.cos.shape[1],
+        INTERLEAVED=rotary is not None and rotary.interleaved, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v,
+        BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_ROWS=block_rows, num_warps=4,
     )  # fmt: skip
-
-
-def pages_arg(page_table: Tensor | None, cache: Tensor) -> PageTable | None:
-    return None if page_table is None else PageTable(page_table, page_table.stride(0), cache.shape[2])
-
-
-@on_its_device
-def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotate_and_store(x, out, None, starts, counts, rotary, append=False)
-    return out
-
-
-@on_its_device
-def append(
-    x: Tensor, cache: Tensor, page_table: Tensor | None, starts: Tensor, counts: Tensor | None, rotary: Rotary | None
-) -> None:
-    to = last_dim_contiguous(cache)  # another than the cache only where that is of the caller's own making
-    rotate_and_store(x, to, page_table, starts, counts, rotary, append=True)
-    if to is not cache:
-        cache.copy_(to)
+    return turned
 
 
 @on_its_device
@@ -307,20 +314,23 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     rows = batch * heads * seq_q
     if not rows:
         return out, lse
-    split = configs.SPLIT if seq_q <= configs.SPLIT_QUERIES else 2**30
-    splits = max(1, triton.cdiv(cached.longest, split))
-    statistics = torch.empty(rows * splits, 2, dtype=torch.float32, device=q.device)
-    partial = torch.empty(rows * splits, head_dim_v, dtype=torch.float32, device=q.device)
+    limit = configs.SPLITS if seq_q <= configs.SPLIT_QUERIES else 1
+    splits = decode_kernels.most_splits(cached.longest, seq_q, limit)
+    statistics = torch.empty(rows, 2, splits, dtype=torch.float32, device=q.device)
+    partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
     meta = attention_meta("decode", q, v, score)
+    if cached.page_table is not None:
+        meta["num_stages"] = configs.paged_stages(meta["num_stages"])
     programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
-        heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k), statistics, partial, args, heads,
-        kv_heads, seq_q, splits, **meta, SPLIT=split,
+        heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k.shape[2]), statistics, partial, args,
+        heads, kv_heads, seq_q, splits, **meta, SPLITS=limit,
     )  # fmt: skip
-    decode_kernels.attention_merge[(rows,)](
-        statistics, partial, heads_arg(out), lse, contiguous(score.sinks), heads, seq_q, splits,
-        HEAD_DIM_V=head_dim_v, BLOCK_DV=meta["BLOCK_DV"], num_warps=1,
+    block_rows = configs.SPLITS // limit
+    decode_kernels.attention_merge[(triton.cdiv(rows, block_rows),)](
+        statistics, partial, heads_arg(out), lse, args, heads, seq_q, rows, splits,
+        HEAD_DIM_V=head_dim_v, BLOCK_DV=meta["BLOCK_DV"], BLOCK_ROWS=block_rows, SPLITS=limit, num_warps=4,
     )  # fmt: skip
     return out, lse
 

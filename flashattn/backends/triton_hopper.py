@@ -111,7 +111,8 @@ def backward_kv(
     if programs:
         hopper_backward.attention_backward_kv_hopper[(programs,)](
             descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
-            statistics_descriptor(rows, seq, row.block), grad_k, grad_v, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
+            statistics_descriptor(rows, seq, row.block), grad_k, grad_v, *args,
+            HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import arguments, backends, checks
 from ..attention import attention, attention_varlen
 from ..cache import Cached
-from ..decode import Rotary, append, append_and_attend, check_rotary
+from ..decode import Rotary, append_and_attend, check_rotary
 from ..score import Score
 
 
@@ -275,8 +275,8 @@ def flash_attn_with_kvcache(
     cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
     if rotary is not None and not causal and window == (None, None):
         q = _rotated_by_one(q, starts, rotary, backend)
-        append(cached, k, v, None, rotary, backend)
-        k = v = rotary = None
+        k = backends.BACKENDS[backend].rotate(k, starts, None, rotary)
+        rotary = None
     out, lse = append_and_attend(q, cached, k, v, rotary, score, backend)
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out

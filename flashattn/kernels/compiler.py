@@ -37,7 +37,7 @@ LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None  # al
 ADDS_FENCES = True
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$")
 FENCE = "ttng.fence_async_shared"
-# What ends the code in which a fence behind a wait is looked for: a product that reads the copy, and the end of a block.
+# What ends the code in which a fence behind a wait is looked for: a product, which may read the copy, or a block's end.
 PRODUCT = re.compile(r"ttng\.(warp_group_dot|tc_gen5_mma)\b|\bscf\.yield\b|^ *}")
 _compiling = threading.Lock()  # Triton's hook is one for the process
 

@@ -137,9 +137,10 @@ HOPPER = {
         128: Roles(2, 64, 2, 240, False, False),
     },
 }
-# A decoding pass: programs are many and short, and memory is the limit. SPLIT is part of the result's bits.
-DECODE = [(128, 2, Tiles(16, 64, 4, 2)), (256, 2, Tiles(16, 32, 4, 2)), (256, 4, Tiles(16, 16, 4, 2))]
-SPLIT = 512  # keys of a program, up to
+# A decoding pass: programs are many and short, and memory is the limit, so that with three stages two tiles are under
+# way while one is used. SPLITS is part of the result's bits, as SPLIT_KEYS in decode.py is.
+DECODE = [(128, 2, Tiles(16, 64, 4, 3)), (256, 2, Tiles(16, 32, 4, 3)), (256, 4, Tiles(16, 16, 4, 3))]
+SPLITS = 32  # of a row's keys, at most: a tile of the merge
 SPLIT_QUERIES = 16  # queries; of more, one program takes all keys, so that the workspace stays linear
 ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
 
@@ -287,6 +288,12 @@ def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int],
     scratch = operands + max(4 * pairs.dropout, pairs.widest * (staged == 0))
     pair = nvidia * staged * pairs.loaded + scratch
     return rows + tiles.block_m * tiles.block_n * pair + SCRATCH
+
+
+def paged_stages(stages: int) -> int:
+    """The stages of a decoding loop that reads a page table, so that as many keys are under way as without one: its
+    entries are loaded first, NVIDIA's compiler leaves them as many turns as the keys, AMD's one."""
+    return stages + (1 if architecture().startswith("gfx") else stages - 1)
 
 
 def smaller(direction: str, tiles: Tiles) -> Tiles | None:

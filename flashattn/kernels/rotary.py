@@ -1,5 +1,5 @@
 """Rotary position embedding, and the writing of new keys and values into a cache: one kernel, since the rotation is
-free where memory is moved.
+free where memory is moved, and one launch for q, k and v, since a step of decoding is short.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
 """
@@ -38,35 +38,60 @@ def rotated(row, x, cols, positions, mask, rotary, N: tl.constexpr, INTERLEAVED:
     return x.to(tl.float32) * cos + other * tl.where(first[None, :], -sin, sin)
 
 
-@kernel(do_not_specialize=["heads", "seq"])
-def rotate_and_store(
-    x, to, pages, starts, counts, rotary, heads, seq,
-    APPEND: tl.constexpr, N: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Token t of a batch row, at position starts[batch] + t, rotated (or with rotary None as it is), goes to row t of
-    `to`, or with APPEND to its position in a cache. Tokens at and past counts[batch], where given, are left out.
+@triton.jit
+def rows_of(x, batch, head, tokens):
+    """Pointers to rows of a (batch, heads, seq, dim) tensor."""
+    row = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
+    return row + tokens.to(tl.int64) * x.stride_seq
 
-    Grid: (tiles of tokens * heads * batch,).
-    """
-    tiles = tl.cdiv(seq, BLOCK_ROWS)
-    program = tl.program_id(0)
-    tokens = program % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    head = program // tiles % heads
-    batch = program // tiles // heads
-    exists = tokens < seq
-    if counts is not None:
-        exists = exists & (tokens < tl.load(counts + batch))
-    positions = tl.load(starts + batch) + tokens
+
+@triton.jit
+def move(
+    row, to, exists, positions, rotary,
+    N: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of one tensor, rotated (or with rotary None as they are), to those of another."""
     cols = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (cols < HEAD_DIM)[None, :]
-    row = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
-    row += tokens.to(tl.int64) * x.stride_seq
     value = tl.load(row[:, None] + cols[None, :], mask=mask, other=0.0)
     if rotary is not None:
         value = rotated(row, value, cols, positions, mask, rotary, N, INTERLEAVED)
-    if APPEND:
-        target = cached_rows(to, pages, batch, head, positions, exists)
-    else:
-        target = cached_rows(to, None, batch, head, tokens, exists)
-    tl.store(target[:, None] + cols[None, :], value.to(to.ptr.dtype.element_ty), mask=mask)
+    tl.store(to[:, None] + cols[None, :], value.to(to.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=["heads", "kv_heads", "seq_q", "seq_new"])
+def rotate_and_store(
+    q, turned, k, v, k_cache, v_cache, pages, starts, counts, rotary, heads, kv_heads, seq_q, seq_new,
+    N: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Token t of a batch row is at position starts[batch] + t. Of q it goes, rotated, to row t of `turned`; of k,
+    rotated where there is a rotary, and of v to its position in the caches. Either q or k and v may be None. Tokens at
+    and past counts[batch], where given, are left out.
+
+    Grid: (tiles of tokens * (heads + 2 * kv_heads) * batch,): each program owns tokens of one head of q, k or v.
+    """
+    tiles = tl.cdiv(tl.maximum(seq_q, seq_new), BLOCK_ROWS)
+    program = tl.program_id(0)
+    tokens = program % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head = program // tiles % (heads + 2 * kv_heads)
+    batch = program // tiles // (heads + 2 * kv_heads)
+    positions = tl.load(starts + batch) + tokens
+    end = tl.where(head < heads, seq_q, seq_new)
+    if counts is not None:
+        end = tl.minimum(end, tl.load(counts + batch))
+    exists = tokens < end
+    if q is not None:
+        row = rows_of(q, batch, head, tokens)
+        if head < heads:
+            to = rows_of(turned, batch, head, tokens)
+            move(row, to, exists, positions, rotary, N, INTERLEAVED, HEAD_DIM, BLOCK_D)
+    if k is not None:
+        head -= heads
+        if (head >= 0) & (head < kv_heads):
+            to = cached_rows(k_cache, pages, batch, head, positions, exists)
+            move(rows_of(k, batch, head, tokens), to, exists, positions, rotary, N, INTERLEAVED, HEAD_DIM, BLOCK_D)
+        head -= kv_heads
+        if head >= 0:
+            to = cached_rows(v_cache, pages, batch, head, positions, exists)
+            move(rows_of(v, batch, head, tokens), to, exists, positions, None, N, INTERLEAVED, HEAD_DIM_V, BLOCK_DV)
