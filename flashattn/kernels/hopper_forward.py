@@ -129,7 +129,7 @@ def accumulate(acc, weights, alpha, v_tile):
 
 @gluon.jit
 def step(
-    acc, weights, alpha, m_i, l_i, number, turn, index, q_tile, rings, turns, score, work, start_m,
+    acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
     ME: gl.constexpr, PINGPONG: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Key tile `index`, the ring's tile `number`: S = q k^T, then acc += p v of the tile before, and beside that
@@ -138,7 +138,8 @@ def step(
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     wait_full(rings.k, number)
     if PINGPONG:
-        mbarrier.wait(turns[ME], turn & 1)
+        # Of a work's key tiles all but the first take turns.
+        mbarrier.wait(turns[ME], (number - 1 - done) & 1)
     s = multiply(q_tile, matrix(rings.k, number))
     acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
     if PINGPONG:
@@ -188,24 +189,21 @@ def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HE
     wait_full(rings.v, read)
 
     number = read + 1
-    turn = read - done  # of a work's key tiles all but the first take turns
     edges = gl.minimum(gl.maximum(work.tiles.edges, first + 1), count)
     for index in range(first + 1, edges):
         if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
             acc, weights, alpha, m_i, l_i = step(
-                acc, weights, alpha, m_i, l_i, number, turn, index, q_tile, rings, turns, score, work, start_m,
+                acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
                 ME, PINGPONG, EDGE=True,
             )  # fmt: skip
             number += 1
-            turn += 1
     for index in range(edges, count):
         if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
             acc, weights, alpha, m_i, l_i = step(
-                acc, weights, alpha, m_i, l_i, number, turn, index, q_tile, rings, turns, score, work, start_m,
+                acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
                 ME, PINGPONG, EDGE=False,
             )  # fmt: skip
             number += 1
-            turn += 1
     acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
     release(rings.q, ME)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
