@@ -217,6 +217,25 @@ def test_branch_by_index():
         run("brx.idx %r1, TABLE;")
 
 
+def test_address_of_a_parameter():
+    """In the space of parameters, 32 or 64 bits wide, and made generic."""
+    load = "cvta.param.u64 %rd9, %rd8; ld.b64 %rd10, [%rd9]; st.global.b32 [%rd10], 5;"
+    assert run("mov.b64 %rd8, out;" + load)[0] == 5
+    assert run("mov.b32 %r10, out; cvt.u64.u32 %rd8, %r10;" + load)[0] == 5
+
+
+@pytest.mark.parametrize("style", ["comment", "inlined_at"])
+def test_lines_of_inlined_code(style):
+    """As Triton writes them until 3.7, and since 3.8."""
+    text = {
+        "comment": ".loc 1 7 5 // a.py:7:5 @[ b.py:20:3 @[ b.py:30:1 ] ]\n",
+        "inlined_at": ".loc 2 30 1 // b.py:30:1\n .loc 2 20 3, function_name $x, inlined_at 2 30 1 // b.py:20:3\n"
+        ".loc 1 7 5, function_name $y, inlined_at 2 20 3 // a.py:7:5\n",
+    }[style]
+    fault = caught("race", f'.file 1 "/x/a.py";\n .file 2 "/x/b.py";\n {text} st.shared.b32 [%r5], %r1;')
+    assert "/x/a.py:7, called at /x/b.py:20, called at /x/b.py:30" in str(fault)
+
+
 ASYNC = """
     cp.async.ca.shared.global [%r7], [%rd5], 4;
     cp.async.commit_group;

@@ -58,7 +58,7 @@ FAULTS = [
     ("no wait for empty", "barrier", "more arrivals than the 1", "mbarrier.expect(ring.full"),
     ("wrong parity", "barrier", "nothing completes: 1 of 1 arrivals", "wait_full(v_ring"),
     ("wrong reader count", "barrier", "nothing completes: 1 of 1 arrivals", "wait_full(k_ring"),
-    ("wrong turn", "barrier", "nothing completes: 1 of 1 arrivals", "mbarrier.wait(turns[ME]"),
+    ("wrong turn", "barrier", "nothing completes: 1 of 1 arrivals", "wait_full(k_ring"),
     ("no wait for the first product", "pending wgmma", "has not been waited for", "gl.max(scores"),
     ("K released early", "race", "which a wgmma of warps 0 to 3 may still read", "fill(k_ring"),
     ("V released early", "race", "which a wgmma of warps 0 to 3 may still read", "fill(v_ring"),

@@ -6,6 +6,9 @@ time: no latencies, caches, occupancy or scheduling, so its bounds are limits, n
 PTX, before the assembler: registers and spills are in `python -m bench compiled`. Tensor cores round once
 where the hardware truncates; approximations (ex2, lg2 …) are closer to the truth than the hardware's.
 
+A wgmma is done for its whole warp group once one warp of it has waited. The fence that shows an mbarrier's init to bulk
+copies is not asked for: Triton's own loops have none.
+
 A tensor's bounds are those of the view that was passed. To write the value that is there already is no race: Triton's
 redundant threads do. Atomics do not race with each other, nor do volatile, acquire and release accesses; of the blocks'
 order an acquire sees the whole past of the block that released. Clusters, device_print and tcgen05 are not modelled.

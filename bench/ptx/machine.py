@@ -211,13 +211,15 @@ def at_barrier(units: list[Unit], block: int, message: str, program: Program) ->
 
 
 def deadlock(program: Program, wave: Wave, units: list[Unit]) -> Fault:
-    """Nobody can go on: what the first lane that waits is waiting for."""
+    """Nobody can go on: what the first lane that waits is waiting for. An mbarrier comes before a barrier, where warps
+    without a role wait for the end."""
     for unit in units:
         for pc, mask in unit.waiting.items():
             message = "not all lanes of the warp reach this instruction, which takes them together"
             return unit.fault("barrier", message, program.instructions[pc], int(np.argmax(mask)))
-    unit = units[0]
-    parked: Parked = unit.parked[0]
+    parked: Parked
+    at = [(unit, parked) for unit in units for parked in unit.parked]
+    unit, parked = min(at, key=lambda x: (x[1].ready is None, x[0].warps.start))
     lane = int(np.argmax(parked.mask))
     block = unit.block[lane]
     if parked.ready is not None:

@@ -123,7 +123,8 @@ class Module:
 
 
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+[^\n]*?(?://\s*(.*))?$", re.M)
+LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)([^\n]*?)(?://\s*(.*))?$", re.M)
+INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)")
 LABEL = re.compile(r"([\w$.]+)\s*:(?!:)")
 TABLE = re.compile(r"([\w$.]+)\s*:\s*\.branchtargets\b([^;]*);")
 USED = re.compile(r'\.pragma\s+"used_bytes_mask (0x[0-9a-fA-F]+)"')
@@ -164,6 +165,7 @@ class Parser:
         self.newlines = [m.start() for m in re.finditer("\n", self.text)]
         self.at = 0
         self.next_scope = 0
+        self.located: dict[tuple[str, str, str], Location | None] = {}  # (file, line, column) of a .loc
         self.used: int | None = None  # of the instruction that comes next
 
     # -------------------------------------------------------------------------------------------- text
@@ -281,17 +283,21 @@ class Parser:
                 function.instructions.append(self.instruction(self.upto(";"), line, location, scopes))
 
     def location(self) -> Location | None:
-        """`.loc 3 87 23 … // tiles.py:87:23 @[ forward.py:34:72 @[ … ] ]`: the compiler writes the callers there."""
+        """`.loc 3 87 23 // tiles.py:87:23 @[ forward.py:34:72 @[ … ] ]`: the compiler writes the callers there. Or,
+        from Triton 3.8 on, `.loc 3 87 23, function_name …, inlined_at 1 34 72`, and `.loc 1 34 72` stands before it."""
         match = LOC.match(self.original, self.at)
         self.at = self.original.find("\n", self.at)
-        chain = re.findall(r"([^\s@\[\]:]+):(\d+):\d+", match.group(3) or "")
+        *place, options, comment = match.groups()
+        chain = re.findall(r"([^\s@\[\]:]+):(\d+):\d+", comment or "")
         if not chain:
-            chain = [(self.files.get(match.group(1), "?"), match.group(2))]
+            chain = [(self.files.get(place[0], "?"), place[1])]
         if chain[0][1] == "0":
             return None  # code that belongs to no line: keep the line before
-        found = None
+        inlined = INLINED.search(options)
+        found = self.located.get(inlined.groups()) if inlined else None
         for name, line in reversed(chain):
             found = Location(self.names.get(name, name), int(line), found)
+        self.located[tuple(place)] = found
         return found
 
     def declaration(self, text: str, function: Function, scopes) -> None:
