@@ -21,13 +21,14 @@ from .dropout import kept, random_words
 from .scores import Sequence, Tiles, edge_start, key_tiles, looks, sequence
 from .tiles import owned_queries
 
+copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.7
+
 
 class Ring(NamedTuple):
     """Tiles in shared memory, and for each slot a barrier that says it is full and one that says it may be refilled."""
 
     tiles: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
+    barriers: gl.shared_memory_descriptor  # (2 * SLOTS,): `full` of each slot, then `empty`
 
 
 class Sizes(NamedTuple):
@@ -74,22 +75,32 @@ def new_barrier(count):
 def new_ring(descriptor, SLOTS: gl.constexpr, READERS: gl.constexpr):
     LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(descriptor.dtype, [SLOTS] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], LAYOUT)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], LAYOUT)
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], LAYOUT)
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=READERS)
-    return Ring(tiles, full, empty)
+        mbarrier.init(barriers.index(slot), count=1)
+        mbarrier.init(barriers.index(SLOTS + slot), count=READERS)
+    return Ring(tiles, barriers)
+
+
+@gluon.jit
+def full(ring, number):
+    """The barrier of tile `number` that says it is there."""
+    return ring.barriers.index(number % ring.tiles.shape[0])
+
+
+@gluon.jit
+def empty(ring, number):
+    """The barrier that says its slot may be refilled."""
+    return ring.barriers.index(number % ring.tiles.shape[0] + ring.tiles.shape[0])
 
 
 @gluon.jit
 def fill(ring, number, descriptor, batch, head, row):
     """The producer's part: tile `number` of a ring is these rows. What lies past the tensor's end reads as 0."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]
-    slot = number % SLOTS
-    mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
-    mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [batch, head, row, 0], ring.full.index(slot), ring.tiles.index(slot))
+    mbarrier.wait(empty(ring, number), number // SLOTS & 1 ^ 1)
+    mbarrier.expect(full(ring, number), descriptor.block_type.nbytes)
+    copy(descriptor, [batch, head, row, 0], full(ring, number), ring.tiles.index(number % SLOTS))
 
 
 @gluon.jit
@@ -102,14 +113,13 @@ def fill_ragged(ring, number, descriptor, batch, head, row, exist, landing, land
     if exist >= ROWS:
         fill(ring, number, descriptor, batch, head, row)
     else:
-        slot = number % SLOTS
-        mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
+        mbarrier.wait(empty(ring, number), number // SLOTS & 1 ^ 1)
         mbarrier.expect(landing, descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(descriptor, [batch, head, row, 0], landing, ring.tiles.index(slot))
+        copy(descriptor, [batch, head, row, 0], landing, ring.tiles.index(number % SLOTS))
         mbarrier.wait(landing, landed & 1)
         clear_rows(matrix(ring, number), exist)
         fence_async_shared()
-        mbarrier.arrive(ring.full.index(slot), count=1)
+        mbarrier.arrive(full(ring, number), count=1)
         landed += 1
     return landed
 
@@ -142,13 +152,13 @@ def matrix(ring, number):
 @gluon.jit
 def wait_full(ring, number):
     SLOTS: gl.constexpr = ring.tiles.shape[0]
-    mbarrier.wait(ring.full.index(number % SLOTS), number // SLOTS & 1)
+    mbarrier.wait(full(ring, number), number // SLOTS & 1)
 
 
 @gluon.jit
 def release(ring, number):
     """A consumer has read tile `number`: a product that did is done, not only issued."""
-    mbarrier.arrive(ring.empty.index(number % ring.tiles.shape[0]), count=1)
+    mbarrier.arrive(empty(ring, number), count=1)
 
 
 # ------------------------------------------------------------------------------------------------ products

@@ -13,7 +13,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -23,8 +22,11 @@ from .compiler import gluon_kernel
 from .hopper import (
     Ring,
     Sizes,
+    copy,
+    empty,
     fill,
     fill_ragged,
+    full,
     kept_weights,
     matrix,
     multiply,
@@ -238,10 +240,9 @@ class Keys(NamedTuple):
 def fill_statistics(ring, number, descriptor, line, column):
     """`fill` of a ring whose tiles are lse and delta of some queries."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]
-    slot = number % SLOTS
-    mbarrier.wait(ring.empty.index(slot), number // SLOTS & 1 ^ 1)
-    mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [0, line, column], ring.full.index(slot), ring.tiles.index(slot))
+    mbarrier.wait(empty(ring, number), number // SLOTS & 1 ^ 1)
+    mbarrier.expect(full(ring, number), descriptor.block_type.nbytes)
+    copy(descriptor, [0, line, column], full(ring, number), ring.tiles.index(number % SLOTS))
 
 
 @gluon.jit
