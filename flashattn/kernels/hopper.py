@@ -1,8 +1,8 @@
-"""What the kernels for Hopper (sm_90) share: rings of tiles in shared memory, which one warp fills by bulk copies (TMA)
-and groups of four warps read with `wgmma`.
+"""What the kernels for Hopper (sm_90) share: rings of tiles in shared memory, which some warps fill by bulk copies (TMA)
+and others read with `wgmma`.
 
-A program has roles, each a function that some of its warps run: the *producer*, one warp with few registers, and
-*consumers*, of 64 rows each. A ring's slot has two barriers. `full`: the producer's copy has arrived; `empty`: every
+A program has roles, each a function that four of its warps run: the *producer*, which needs few registers, and two or
+three *consumers*, of 64 rows each, which get the producer's too. A ring's slot has two barriers. `full`: the producer's copy has arrived; `empty`: every
 consumer's product that read the slot is done. Tile number i of a ring lies in slot i % SLOTS and is the
 (i // SLOTS)-th there, whose parity the barriers wait for.
 
@@ -126,20 +126,14 @@ def fill_ragged(ring, number, descriptor, batch, head, row, exist, landing, land
 
 @gluon.jit
 def clear_rows(tile, exist):
-    """Sets the rows of a tile from number `exist` on to 0; by one warp, eight rows at a time: few registers."""
+    """Sets the rows of a tile from number `exist` on to 0, some at a time: it has few registers."""
     ROWS: gl.constexpr = tile.shape[0]
-    LAYOUT: gl.constexpr = warp_layout(tile.shape[1])
-    for start in gl.static_range(0, ROWS, 8):
-        if start + 8 > exist:
-            part = tile.slice(start, 8)
-            rows = start + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
+    LAYOUT: gl.constexpr = wide_layout(tile.shape[1])
+    for start in gl.static_range(0, ROWS, 32):
+        if start + 32 > exist:
+            part = tile.slice(start, 32)
+            rows = start + gl.arange(0, 32, gl.SliceLayout(1, LAYOUT))
             part.store(gl.where((rows < exist)[:, None], part.load(LAYOUT), 0.0))
-
-
-@gluon.constexpr_function
-def warp_layout(cols):
-    """A layout of (rows, cols) for one warp, 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // cols, cols // 8], [1, 1], [1, 0])
 
 
 @gluon.jit

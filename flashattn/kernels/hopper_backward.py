@@ -193,23 +193,23 @@ def attention_backward_q_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
+                (load_keys, (q, k, v, do, rings, landing, score, work)),
                 (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
                 (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
-                (load_keys, (q, k, v, do, rings, landing, score, work)),
             ],
-            [4, 1],
-            [REGISTERS, 24],
+            [4, 4],
+            [REGISTERS, REGISTERS],
         )
     else:
         gl.warp_specialize(
             [
+                (load_keys, (q, k, v, do, rings, landing, score, work)),
                 (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
                 (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
                 (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
-                (load_keys, (q, k, v, do, rings, landing, score, work)),
             ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS],
         )
 
 
@@ -407,10 +407,10 @@ def attention_backward_kv_hopper(
     fence_async_shared()
     gl.warp_specialize(
         [
+            (load_queries, (k, v, q, do, rows, rings, landing, score, keys)),
             (sum_queries, (rings, grad_k, grad_v, score, keys, 0, HEAD_DIM, HEAD_DIM_V)),
             (sum_queries, (rings, grad_k, grad_v, score, keys, 1, HEAD_DIM, HEAD_DIM_V)),
-            (load_queries, (k, v, q, do, rows, rings, landing, score, keys)),
         ],
-        [4, 1],
-        [REGISTERS, 24],
+        [4, 4],
+        [REGISTERS, REGISTERS],
     )

@@ -268,21 +268,21 @@ def attention_forward_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
+                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
                 (consume, (rings, turns, out, lse, score, sizes, works, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
                 (consume, (rings, turns, out, lse, score, sizes, works, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
             ],
-            [4, 1],
-            [REGISTERS, 24],
+            [4, 4],
+            [REGISTERS, REGISTERS],
         )
     else:
         gl.warp_specialize(
             [
+                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
                 (consume, (rings, turns, out, lse, score, sizes, works, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
                 (consume, (rings, turns, out, lse, score, sizes, works, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
                 (consume, (rings, turns, out, lse, score, sizes, works, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
             ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS],
         )
