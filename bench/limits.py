@@ -61,8 +61,10 @@ class Measured(NamedTuple):
 
 
 @functools.cache
-def kernels(architecture: str, head_dim: int, causal: bool = False, dtype: torch.dtype = torch.bfloat16):
-    """The three passes at a head_dim, compiled: (direction, kernel)."""
+def kernels(
+    architecture: str, head_dim: int, causal: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Kernel]:
+    """The three passes at a head_dim, compiled, by their names."""
     q = torch.empty(1, 4, 1024, head_dim, dtype=dtype)
     score = Score(head_dim**-0.5, right=0 if causal else None)
     with compile_for(architecture) as found:
@@ -71,8 +73,8 @@ def kernels(architecture: str, head_dim: int, causal: bool = False, dtype: torch
     return {kernel.name.removeprefix("attention_").removesuffix("_hopper"): kernel for kernel in found}
 
 
-def measure(limit: Limit) -> Measured:
-    kernel = kernels(limit.architecture, limit.head_dim)[limit.direction]
+def measure(limit: Limit, causal: bool = False, dtype: torch.dtype = torch.bfloat16) -> Measured:
+    kernel = kernels(limit.architecture, limit.head_dim, causal, dtype)[limit.direction]
     return Measured(kernel, steady_loops(tensor_loops(kernel.code)))
 
 

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import flashattn
 from bench import ptx
 from bench.ptx import Fault
+from flashattn.backends import triton_hopper
 from flashattn.kernels import compiler, configs, forward
 from flashattn.score_mod import read_block_mask, trace
 
@@ -116,7 +117,8 @@ def test_compile_decoding(architecture):
 @pytest.mark.skipif(not compiler.LACKS_FENCES, reason="this Triton puts its own fences")
 def test_the_fault_is_there_without_fences(monkeypatch):
     """Else the way round it could go, or proves nothing."""
-    monkeypatch.setattr(compiler, "LACKS_FENCES", False)
+    monkeypatch.setattr(compiler, "ADDS_FENCES", False)
+    monkeypatch.setattr(triton_hopper, "ENABLED", False)
     monkeypatch.setattr(forward, "attention_forward", compiler.kernel(forward.SIZES)(forward.attention_forward.fn))
     q, k, v = (torch.randn(1, 1, seq, 64, dtype=BF16) for seq in (130, 300, 300))
     with (

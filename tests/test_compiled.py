@@ -1,6 +1,8 @@
 """Every Triton kernel compiled ahead of time, without a GPU: it compiles, fits in shared memory (which Triton does not
 check), uses the matrix instructions, and at the usual head dimensions spills no register."""
 
+import contextlib
+
 import pytest
 import torch
 from common import INTERPRETED
@@ -9,7 +11,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 compiled = pytest.importorskip("bench.compiled")
 
 from bench.descriptors import lost_descriptors  # noqa: E402
+from bench.sass import steady_loops, tensor_loops  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
+from flashattn.backends.triton_hopper import plain_kernels  # noqa: E402
 from flashattn.cache import Cached  # noqa: E402
 from flashattn.decode import Rotary  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
@@ -24,30 +28,40 @@ ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_bac
 
 
 def compile_attention(
-    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None, **features
-):
-    """All three kernels, four with a bias, as a launch on these tensors would compile them."""
+    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None,
+    plain=False, **features,
+):  # fmt: skip
+    """All three kernels, four with a bias, as a launch on these tensors would compile them; plain: as if there were
+    none in roles."""
     torch.use_deterministic_algorithms(False)
     q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
     k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
     v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
     some = torch.zeros(2, dtype=torch.int32) if lengths else None
     score = Score(0.125, window, 0 if causal else None, some, some, **features)
-    with compiled.compile_for(architecture) as kernels:
+    with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
         out, lse = backend.forward(q, k, v, score)
         backend.backward(out, lse if lengths else None, q, k, v, out, lse, score, "bias" in features)
-    assert [kernel.name for kernel in kernels] == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
+    names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
+    assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
     return kernels
 
 
+def in_roles(kernels) -> list[str]:
+    return [kernel.name.removesuffix("_hopper") for kernel in kernels if kernel.name.endswith("_hopper")]
+
+
 def check(kernels, tensor_cores=True, spills=True):
+    """Without spills: none where time goes, in loops over whole tiles."""
     for kernel in kernels:
         assert 0 < kernel.shared_bytes <= configs.SHARED_MEMORY[kernel.architecture], kernel
         if tensor_cores:
             assert kernel.tensor_instructions > 0, kernel
         if kernel.architecture == "sm_90":
             assert not lost_descriptors(kernel.code), kernel
-        if not spills:
+        if not spills and kernel.tensor_instructions:
+            assert not any(loop.mix.get("local") for loop in steady_loops(tensor_loops(kernel.code))), kernel
+        elif not spills:
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 
 
@@ -56,6 +70,23 @@ def check(kernels, tensor_cores=True, spills=True):
 def test_attention(architecture, head_dim):
     usual = head_dim in (64, 128) and architecture in ("sm_80", "sm_90")
     check(compile_attention(architecture, head_dim), spills=not usual)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_plain_kernels_on_hopper(head_dim):
+    """Which serve there what bulk copies cannot read."""
+    kernels = compile_attention("sm_90", head_dim, plain=True)
+    check(kernels, spills=head_dim == 256)
+    assert in_roles(kernels) == []
+
+
+def test_who_serves_hopper():
+    """Head dimensions that are multiples of 16 bytes; both passes of a backward up to 128, the first one up to 256."""
+    every = ATTENTION_KERNELS
+    served = {dim: in_roles(compile_attention("sm_90", dim)) for dim in (16, 40, 44, 128, 136, 256)}
+    assert served == {16: every, 40: every, 44: [], 128: every, 136: every[:2], 256: every[:2]}
+    assert in_roles(compile_attention("sm_90", 64, torch.float32)) == []
+    assert in_roles(compile_attention("sm_100", 64)) == []
 
 
 @pytest.mark.parametrize("lengths", [False, True])
@@ -76,13 +107,14 @@ def test_sizes_of_one(shape, lengths):
 @pytest.mark.parametrize("features", [{}, dict(dropout_p=0.1, seed=torch.tensor(5))], ids=["plain", "dropout"])
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 16), (24, 9), (128, 32)])
 def test_narrow_values(head_dim, head_dim_v, features):
+    check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, plain=True, **features))
     check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
 
 
 def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
     """Else the way round it could go, or `lost_descriptors` finds nothing."""
     monkeypatch.setattr(configs, "loses_descriptors", lambda: False)
-    forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16)[0]
+    forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16, plain=True)[0]
     assert bool(lost_descriptors(forward.code)) == compiler.loses_descriptors()
 
 

@@ -29,7 +29,12 @@ def gpu(request):
 
 
 def ran(gpu: ptx.Device) -> set[str]:
-    return {launch.kernel for launch in gpu.launches}
+    """The kernels by their passes; on Hopper some have two."""
+    return {launch.kernel.removesuffix("_hopper") for launch in gpu.launches}
+
+
+def in_roles(gpu: ptx.Device) -> set[str]:
+    return {launch.kernel.removesuffix("_hopper") for launch in gpu.launches if launch.kernel.endswith("_hopper")}
 
 
 def named(cases, *names: str) -> list:

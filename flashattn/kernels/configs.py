@@ -120,7 +120,7 @@ class Roles(NamedTuple):
         return 64 * self.consumers
 
 
-# By the larger head_dim, up to; chosen by counting, not by timing. More in HOPPER_CANDIDATES.
+# By the larger head_dim, up to; chosen by counting, not by timing.
 HOPPER = {
     "forward": {
         64: Roles(2, 128, 2, 240, True, False),
@@ -262,8 +262,15 @@ def fitting_tiles(
     return tiles
 
 
-def hopper_roles(direction: str, head_dim: int) -> Roles | None:
-    return next((row for largest, row in HOPPER.get(direction, {}).items() if head_dim <= largest), None)
+def hopper_roles(direction: str, head_dim: int, modified: bool) -> Roles | None:
+    """How a pass on Hopper shares its work out; None where no kernel in roles does it.
+
+    modified: scores or weights change by more than a scale and positions, which needs registers: half the tile.
+    """
+    row = next((row for largest, row in HOPPER[direction].items() if head_dim <= largest), None)
+    if row is None or not modified:
+        return row
+    return row._replace(block=max(32, row.block // 2))
 
 
 def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int], itemsize: int, pairs: Pairs) -> int:

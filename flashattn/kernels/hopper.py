@@ -1,10 +1,10 @@
-"""What the kernels for Hopper (sm_90) share: rings of tiles in shared memory, which some warps fill by bulk copies (TMA)
-and others read with `wgmma`.
+"""What the kernels for Hopper (sm_90) share: rings of tiles in shared memory, which some warps fill by bulk copies
+(TMA) and others read with `wgmma`.
 
 A program has roles, each a function that four of its warps run: the *producer*, which needs few registers, and two or
-three *consumers*, of 64 rows each, which get the producer's too. A ring's slot has two barriers. `full`: the producer's copy has arrived; `empty`: every
-consumer's product that read the slot is done. Tile number i of a ring lies in slot i % SLOTS and is the
-(i // SLOTS)-th there, whose parity the barriers wait for.
+three *consumers*, of 64 rows each, which get those that it gives up. A ring's slot has two barriers. `full`: the
+producer's copy has arrived; `empty`: every consumer's product that read the slot is done. Tile number i of a ring lies
+in slot i % SLOTS and is the (i // SLOTS)-th there, whose parity the barriers wait for.
 
 Written in Gluon, which leaves layouts and waits to the author; the pieces of `scores.py` are plain Triton and serve
 both. Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024),
@@ -231,9 +231,11 @@ def store_rows(x, value, start, end, COLS: gl.constexpr):
 @gluon.constexpr_function
 def quarters_layout(rows, cols):
     """A layout of (rows, cols // 4) in which a warp has the rows that it has of a product (rows, cols)."""
-    registers = [[8, 0]] + [[0, bit] for bit in (4, 8, 16, 32) if bit < cols // 4] + [[64, 0]] * (rows == 128)
+    bits = [[0, bit] for bit in (4, 8, 16, 32) if bit < cols // 4]
+    warps = [[16, 0], [32, 0]] if rows >= 64 else [[16, 0], bits.pop()]
+    registers = [[8, 0], *bits] + [[64, 0]] * (rows == 128)
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, cols // 4])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, cols // 4])
 
 
 @gluon.jit
