@@ -29,10 +29,10 @@ ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_bac
 
 def compile_attention(
     architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None,
-    plain=False, **features,
+    plain=True, **features,
 ):  # fmt: skip
     """All three kernels, four with a bias, as a launch on these tensors would compile them; plain: as if there were
-    none in roles."""
+    none in roles, which take the assembler ten times as long and of which `test_machine_code.py` has more."""
     torch.use_deterministic_algorithms(False)
     q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
     k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
@@ -72,21 +72,13 @@ def test_attention(architecture, head_dim):
     check(compile_attention(architecture, head_dim), spills=not usual)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-def test_plain_kernels_on_hopper(head_dim):
-    """Which serve there what bulk copies cannot read."""
-    kernels = compile_attention("sm_90", head_dim, plain=True)
-    check(kernels, spills=head_dim == 256)
-    assert in_roles(kernels) == []
-
-
 def test_who_serves_hopper():
     """Head dimensions that are multiples of 16 bytes; both passes of a backward up to 128, the first one up to 256."""
     every = ATTENTION_KERNELS
-    served = {dim: in_roles(compile_attention("sm_90", dim)) for dim in (16, 40, 44, 128, 136, 256)}
-    assert served == {16: every, 40: every, 44: [], 128: every, 136: every[:2], 256: every[:2]}
-    assert in_roles(compile_attention("sm_90", 64, torch.float32)) == []
-    assert in_roles(compile_attention("sm_100", 64)) == []
+    served = {dim: in_roles(compile_attention("sm_90", dim, plain=False)) for dim in (16, 40, 44, 136)}
+    assert served == {16: every, 40: every, 44: [], 136: every[:2]}
+    assert in_roles(compile_attention("sm_90", 64, torch.float32, plain=False)) == []
+    assert in_roles(compile_attention("sm_100", 64, plain=False)) == []
 
 
 @pytest.mark.parametrize("lengths", [False, True])
@@ -98,7 +90,7 @@ def test_sizes_of_one(shape, lengths):
     q = torch.empty(batch, heads, seq_q, 64, dtype=torch.float16)
     k = torch.empty(batch, kv_heads, seq_k, 64, dtype=torch.float16)
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
-    with compiled.compile_for("sm_90") as kernels:
+    with compiled.compile_for("sm_90") as kernels, plain_kernels():
         out, lse = backend.forward(q, k, k, Score(0.125, None, None, some, some))
         backend.backward(out, None, q, k, k, out, lse, Score(0.125, None, None, some, some), False)
     check(kernels)
@@ -107,14 +99,13 @@ def test_sizes_of_one(shape, lengths):
 @pytest.mark.parametrize("features", [{}, dict(dropout_p=0.1, seed=torch.tensor(5))], ids=["plain", "dropout"])
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 16), (24, 9), (128, 32)])
 def test_narrow_values(head_dim, head_dim_v, features):
-    check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, plain=True, **features))
     check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
 
 
 def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
     """Else the way round it could go, or `lost_descriptors` finds nothing."""
     monkeypatch.setattr(configs, "loses_descriptors", lambda: False)
-    forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16, plain=True)[0]
+    forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16)[0]
     assert bool(lost_descriptors(forward.code)) == compiler.loses_descriptors()
 
 
@@ -160,6 +151,13 @@ FEATURES = {
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 def test_features(architecture, feature):
     check(compile_attention(architecture, 64, **FEATURES[feature]))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_in_roles(feature):
+    kernels = compile_attention("sm_90", 64, plain=False, **FEATURES[feature])
+    assert in_roles(kernels) == ATTENTION_KERNELS
+    check(kernels[:3], spills=False)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -82,6 +82,29 @@ def test_registers_by_role(head_dim):
         assert sass.highest_register(producers[0]) < PRODUCER
 
 
+CANDIDATES = [
+    (direction, head_dim, row)
+    for direction, by_dim in configs.HOPPER_CANDIDATES.items()
+    for head_dim, rows in by_dim.items()
+    for row in rows
+]
+
+
+@pytest.mark.parametrize("direction, head_dim, row", CANDIDATES, ids=str)
+def test_candidates(direction, head_dim, row, monkeypatch):
+    monkeypatch.setitem(configs.HOPPER[direction], head_dim, row)
+    q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
+    score = Score(head_dim**-0.5, right=0)
+    with compile_for("sm_90") as kernels:
+        if direction == "forward":
+            backend.forward(q, q, q, score)
+        else:
+            backend.backward(q, None, q, q, q, q, torch.empty(1, 4, 1024), score, False)
+    (kernel,) = (kernel for kernel in kernels if kernel.name == f"attention_{direction}_hopper")
+    assert kernel.shared_bytes <= configs.SHARED_MEMORY["sm_90"]
+    assert not any("local" in loop.mix for loop in sass.steady_loops(sass.tensor_loops(kernel.code)))
+
+
 PLANTED = {
     "the wait for the second product stands in front of exponentials": (
         "    wait_full(rings.v, number)\n    acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))\n",

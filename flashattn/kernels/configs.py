@@ -137,6 +137,29 @@ HOPPER = {
         128: Roles(2, 64, 2, 240, False, False),
     },
 }
+# Other rows that fit and keep out of local memory in their steady loops, to be timed against those above.
+HOPPER_CANDIDATES = {
+    "forward": {
+        64: [
+            Roles(2, 128, 3, 240, True, False), Roles(2, 128, 2, 240, False, False), Roles(2, 128, 2, 240, True, True),
+            Roles(3, 64, 3, 160, True, False),
+        ],
+        128: [
+            Roles(2, 128, 2, 240, False, False), Roles(2, 128, 2, 240, True, True), Roles(2, 64, 4, 240, True, False),
+            Roles(3, 64, 2, 160, True, False),
+        ],
+        256: [Roles(2, 64, 2, 240, False, False), Roles(2, 64, 2, 240, True, True)],
+    },
+    "backward_q": {
+        64: [Roles(2, 64, 3, 240, False, False), Roles(3, 64, 3, 160, False, False)],
+        128: [Roles(2, 64, 3, 240, False, False), Roles(3, 64, 2, 160, False, False)],
+        256: [],
+    },
+    "backward_kv": {
+        64: [Roles(2, 64, 3, 240, False, False), Roles(2, 128, 2, 240, False, False)],
+        128: [Roles(2, 32, 3, 240, False, False)],
+    },
+}  # fmt: skip
 # A decoding pass: programs are many and short, and memory is the limit, so that with three stages two tiles are under
 # way while one is used. SPLITS is part of the result's bits, as SPLIT_KEYS in decode.py is.
 DECODE = [(128, 2, Tiles(16, 64, 4, 3)), (256, 2, Tiles(16, 32, 4, 3)), (256, 4, Tiles(16, 16, 4, 3))]

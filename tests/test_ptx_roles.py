@@ -1,0 +1,104 @@
+"""The kernels in roles, on the PTX machine: sizes with whole tiles in every loop, each way to share the work out, what
+packed sequences must not see of each other, and slots given up too early."""
+
+import pytest
+import torch
+from common import INTERPRETED
+from mutants import plant
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import test_attention
+from attention_truth import Case
+
+import flashattn
+from bench import ptx
+from bench.ptx import Fault
+from flashattn.backends import triton_hopper
+from flashattn.kernels import configs, hopper_backward, hopper_forward
+from flashattn.kernels.configs import Roles
+
+PASSES = {"attention_forward_hopper", "attention_backward_q_hopper", "attention_backward_kv_hopper"}
+
+
+@pytest.fixture
+def gpu():
+    with ptx.device("sm_90") as device:
+        yield device
+
+
+LONG = [
+    (Case("causal, grouped", 1, 2, 1, 300, 300, 64, 64, causal=True), torch.bfloat16),
+    (Case("head_dim 128", 1, 1, 1, 130, 400, 128, 128), torch.float16),
+    (Case("window, softcap", 1, 1, 1, 300, 300, 64, 64, window=(140, 0), softcap=3.0), torch.bfloat16),
+    (Case("dropout", 1, 1, 1, 130, 300, 64, 64, dropout_p=0.2), torch.float16),
+]
+
+
+@pytest.mark.parametrize("case, dtype", LONG, ids=lambda x: getattr(x, "name", str(x)))
+def test_whole_tiles(gpu, case, dtype):
+    test_attention.check(case, dtype, "triton")
+    assert {launch.kernel for launch in gpu.launches} == PASSES
+
+
+SHARED_OUT = {
+    "three stages": ("forward", Roles(2, 128, 3, 240, True, False)),
+    "no turns": ("forward", Roles(2, 128, 2, 240, False, False)),
+    "persistent": ("forward", Roles(2, 128, 2, 240, True, True)),
+    "three consumers": ("forward", Roles(3, 64, 3, 160, True, False)),
+    "three consumers, backward": ("backward_q", Roles(3, 64, 3, 160, False, False)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_ways_to_share_the_work_out(gpu, name, monkeypatch):
+    direction, row = SHARED_OUT[name]
+    monkeypatch.setitem(configs.HOPPER[direction], 64, row)
+    monkeypatch.setattr(triton_hopper, "multiprocessors", lambda device: 2)  # fewer programs than there are works
+    case = Case("", 1, 2, 1, 250, 250, 64, 64, causal=True, scale=0.2)
+    test_attention.check(case, torch.bfloat16, "triton")
+
+
+def test_a_sequence_sees_no_other():
+    """Tiles reach into the sequence behind: what is NaN there stays there."""
+    starts = torch.tensor([0, 70, 140], dtype=torch.int32)
+    q, k, v = (torch.randn(140, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    grad = torch.randn(140, 2, 64, dtype=torch.bfloat16)
+    results = []
+    for spoilt in (False, True):
+        inputs = [x.clone() for x in (q, k, v, grad)]
+        if spoilt:
+            for x in inputs:
+                x[70:] = torch.nan
+        leaves = [x.requires_grad_() for x in inputs[:3]]
+        with ptx.device("sm_90") as device, flashattn.use_backend("triton"):
+            out = flashattn.attention_varlen(*leaves, starts, starts, 70, 70, causal=True)
+            results.append([x[:70] for x in (out, *torch.autograd.grad(out, leaves, inputs[3]))])
+        assert {launch.kernel for launch in device.launches} == PASSES
+    for clean, beside_nan in zip(*results, strict=True):
+        assert torch.equal(clean, beside_nan)
+
+
+EARLY = {
+    "v": (hopper_forward, "    release(rings.v, number - 1)\n    return acc, weights", "    return acc, weights", (
+        "    wait_full(rings.v, number)\n    acc, p, weights",
+        "    wait_full(rings.v, number)\n    release(rings.v, number - 1)\n    acc, p, weights",
+    )),
+    "q": (hopper_backward, "    release(rings.q, number)\n    return acc_k", "    return acc_k", (
+        "    release(rings.do, number)\n", "    release(rings.do, number)\n    release(rings.q, number)\n",
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", EARLY)
+def test_a_slot_given_up_early_is_found(tile, monkeypatch, tmp_path):
+    module, late, gone, early = EARLY[tile]
+    monkeypatch.setattr(triton_hopper, module.__name__.rpartition(".")[2], plant(module, tmp_path, (late, gone), early))
+    q = torch.randn(1, 1, 400, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def call():
+        torch.autograd.grad(flashattn.attention(q, q, q).sum(), q)
+
+    with ptx.device("sm_90"), flashattn.use_backend("triton"), pytest.raises(Fault, match="race"):
+        call()
