@@ -199,8 +199,8 @@ def check(case: Case, setting: str) -> None:
 
 
 CASES = [
-    Case("several_tiles", 1, 1, 1, 40, 200, 64, 64, causal=True),
-    Case("features", 1, 2, 1, 40, 70, 24, 9, softcap=3.0, bias="hqk", sinks=True, kv_lengths=(33,), dropout_p=0.2),
+    Case("several_tiles", 1, 1, 1, 40, 140, 32, 32, causal=True),
+    Case("features", 1, 2, 1, 40, 35, 24, 9, softcap=3.0, bias="hqk", sinks=True, kv_lengths=(33,), dropout_p=0.2),
 ]
 
 
@@ -214,9 +214,8 @@ def test_attention(gpu, case, setting):
 
 @compiles
 @pytest.mark.parametrize("setting", ["high", "medium"])
-@pytest.mark.parametrize("name", ["one_token", "everything"])
-def test_decoding(gpu, name, setting):
-    (step,) = (step for step in test_decode.STEPS if step.name == name)
+def test_decoding(gpu, setting):
+    (step,) = (step for step in test_decode.STEPS if step.name == "window_sinks")
     q, k, v, options, others, table = test_decode.inputs_of(step, torch.float32, "cpu")
     exact_table = None if table is None else [x.double() for x in table]
     truth = test_decode.expected(step, options, others, exact_table, q.double(), k.double(), v.double())
@@ -233,10 +232,9 @@ def test_decoding(gpu, name, setting):
 
 
 @compiles
-@pytest.mark.parametrize("setting", ["high", "medium"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_loops_over_whole_tiles_keep_out_of_local_memory(architecture, setting):
-    torch.set_float32_matmul_precision(setting)
+def test_loops_over_whole_tiles_keep_out_of_local_memory(architecture):
+    torch.set_float32_matmul_precision("high")  # which needs the most registers
     q, k, score = torch.empty(1, 1, 40, 64), torch.empty(1, 1, 200, 64), Score(0.125, right=0)
     with compiled.compile_for(architecture) as kernels:
         out, lse = backend.forward(q, k, k, score)
