@@ -2,7 +2,8 @@
 
 Attention: `ATTENTION[pass][architecture]` lists (largest head_dim, bytes per element, Tiles) from small to large; the
 first row that is large enough is taken, and made smaller where a call's features do not fit in shared memory beside it.
-In place of bytes "tf32" and "tf32x3" stand for float32 on tensor cores (`precision.py`).
+In place of bytes "tf32" and "tf32x3" stand for float32 on tensor cores (`precision.py`), where of two rows with counts
+within a twentieth the one with more warps is taken.
 A row is the one with the fewest issue slots for its tensor FLOPs among those whose steady loop keeps out of local
 memory (on sm_80 and sm_90, at head_dim 64 and 128; `tests/test_machine_code.py`). The rows were chosen by that count
 and not by timing: `python -m bench gpu --only tune` times their neighbours.
