@@ -15,26 +15,35 @@ from flashattn.backends.triton_hopper import plain_kernels
 from flashattn.cache import Cached
 from flashattn.kernels import configs, generate
 from flashattn.kernels.configs import Pairs
+from flashattn.kernels.precision import WIDEST_SPLIT, input_precision
 from flashattn.score import Score
 from flashattn.score_mod import trace
 
 COLS = [16, 32, 64, 128, 256]
 PASSES = [*configs.ATTENTION, "decode"]
+KINDS = [(2, "ieee"), (4, "ieee"), (4, "tf32"), (4, "tf32x3")]
 # Of a bias of any dtype, a mask, up to three captured tensors, each alone and together.
 LOADS = [sum(chosen) for n in range(6) for chosen in itertools.combinations((8, 1, 8, 8, 8), n)]
 LOADS += [sum(chosen) for n in range(3) for chosen in itertools.combinations((4, 1, 2), n)]
 
 
+def can_be(arch: str, precision: str, head_dim: int) -> bool:
+    """What `input_precision` gives."""
+    return precision == "ieee" or (arch.startswith("sm_") and (precision == "tf32" or head_dim <= WIDEST_SPLIT))
+
+
 @pytest.mark.parametrize("arch", [*configs.SHARED_MEMORY, "sm_999", "gfx1"])
 def test_every_call_fits(arch):
     limit = configs.shared_memory(arch)
-    for direction, d, dv, itemsize, loaded, dropout, modified in itertools.product(
-        PASSES, COLS, COLS, (2, 4), sorted(set(LOADS)), (False, True), (False, True)
+    for direction, d, dv, (itemsize, precision), loaded, dropout, modified in itertools.product(
+        PASSES, COLS, COLS, KINDS, sorted(set(LOADS)), (False, True), (False, True)
     ):
+        if not can_be(arch, precision, max(d, dv)):
+            continue
         pairs = Pairs(loaded, min(loaded, 8), dropout)
-        tiles = configs.fitting_tiles(arch, direction, (d, dv), itemsize, pairs, modified)
-        used = configs.shared_bytes(arch, direction, tiles, (d, dv), itemsize, pairs)
-        assert used <= limit, (direction, d, dv, itemsize, pairs, tiles)
+        tiles = configs.fitting_tiles(arch, direction, (d, dv), itemsize, pairs, modified, precision)
+        used = configs.shared_bytes(arch, direction, tiles, (d, dv), itemsize, pairs, precision)
+        assert used <= limit, (direction, d, dv, itemsize, precision, pairs, tiles)
 
 
 def test_what_is_loaded_makes_tiles_smaller_only_where_it_must():
@@ -47,9 +56,11 @@ def test_what_is_loaded_makes_tiles_smaller_only_where_it_must():
 
 def test_plain_rows_are_taken_as_they_are():
     for arch, family in configs.FAMILY.items():
-        for direction, cols, itemsize in itertools.product(configs.ATTENTION, (64, 128, 256), (2, 4)):
-            row = configs.plain_tiles(direction, cols, itemsize, family)
-            assert configs.fitting_tiles(arch, direction, (cols, cols), itemsize, Pairs(), False) == row
+        for direction, cols, (itemsize, precision) in itertools.product(configs.ATTENTION, (64, 128, 256), KINDS):
+            if not can_be(arch, precision, cols):
+                continue
+            row = configs.plain_tiles(direction, cols, itemsize if precision == "ieee" else precision, family)
+            assert configs.fitting_tiles(arch, direction, (cols, cols), itemsize, Pairs(), False, precision) == row
 
 
 TABLE, ROWS = torch.ones(4, 1024, dtype=torch.float64), torch.ones(512)
@@ -128,6 +139,17 @@ def test_decoding_uses_no_more(without_assembler, arch, dtype, page_size):
     assert used[0] >= (tiles.stages - 1) * tiles.block_n * 2 * 128 * dtype.itemsize
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("setting, head_dim, feature", [("medium", 256, "plain"), ("high", 64, "bias")])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_float32_on_tensor_cores_uses_no_more(without_assembler, arch, setting, head_dim, feature):
+    torch.set_float32_matmul_precision(setting)
+    try:
+        check(arch, head_dim, torch.float32, feature)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
     """Of each kernel what it was compiled to use is at most what the arithmetic says."""
     torch.use_deterministic_algorithms(False)
@@ -140,5 +162,8 @@ def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
     for direction, bytes_used in zip(passes, used, strict=True):
         modified, pairs = score.score_mod is not None, backend.pairs(score)
         cols = (head_dim, head_dim)
-        tiles = configs.fitting_tiles(arch, direction, cols, dtype.itemsize, pairs, modified)
-        assert bytes_used <= configs.shared_bytes(arch, direction, tiles, cols, dtype.itemsize, pairs), direction
+        with compiled.compile_only(arch):
+            precision = input_precision(q, k)
+        tiles = configs.fitting_tiles(arch, direction, cols, dtype.itemsize, pairs, modified, precision)
+        allowed = configs.shared_bytes(arch, direction, tiles, cols, dtype.itemsize, pairs, precision)
+        assert bytes_used <= allowed, direction

@@ -15,12 +15,15 @@ import flashattn
 from .. import launches, named_kernel
 from ..named_kernel import UsageError
 from ..report import make_console
-from . import report
+from . import precision, report
 from .driver import ARCHITECTURES, device
 from .norm_bytes import norm_bytes
 
-SHAPES = {"attention": (1, 2, 256, 64), "norm": (64, 1024), "decode": (2, 4, 300, 64)}
-DIMENSIONS = {"attention": "BATCH,HEADS,SEQ,HEAD_DIM", "norm": "ROWS,COLS", "decode": "BATCH,HEADS,CACHED,HEAD_DIM"}
+SHAPES = {
+    "attention": (1, 2, 256, 64), "norm": (64, 1024), "decode": (2, 4, 300, 64), "precision": (1, 2, 200, 64),
+}  # fmt: skip
+DIMENSIONS = {"attention": "BATCH,HEADS,SEQ,HEAD_DIM", "norm": "ROWS,COLS", "decode": "BATCH,HEADS,CACHED,HEAD_DIM",
+              "precision": "BATCH,HEADS,SEQ,HEAD_DIM"}  # fmt: skip
 DESCRIPTION = """\
 Compiles a kernel for a GPU, runs what the compiler made of it on this machine's CPU, compares the result with float64
 and prints what a profiler would count: instructions by pipe, global sectors, shared wavefronts and bank conflicts,
@@ -29,6 +32,7 @@ kernel that reads outside a tensor, races, or reads a copy before its wait stops
 Python line.
 
   python -m bench ptx attention --arch sm_90 --shape 1,2,256,64 --backward --lines
+  python -m bench ptx precision --arch sm_90 (errors of float32 by torch.set_float32_matmul_precision)
   python -m bench ptx mine.py:add_kernel x=float32[1000] out=float32[1000] n=1000 BLOCK=256 --grid 4
   python -m bench ptx mine.py:main          (a plain function without arguments that launches kernels itself)
 """
@@ -41,7 +45,7 @@ def add_parser(commands) -> None:
         "ptx", help="compiled kernels executed and counted without a GPU", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    command.add_argument("what", help="attention, norm, decode or file.py:function")
+    command.add_argument("what", help="attention, norm, decode, precision or file.py:function")
     command.add_argument("arguments", nargs="*", metavar="name=value", help=named_kernel.HELP)
     command.add_argument(
         "--arch", choices=ARCHITECTURES, default="sm_80", help="what to compile for (default %(default)s)"
@@ -72,22 +76,27 @@ def numbers(text: str, what: str) -> tuple[int, ...]:
     return found
 
 
-def work_of(args) -> launches.Work | None:
-    """The project's call that `args` name, None for a kernel of a file."""
-    if args.what not in SHAPES:
-        return None
+def shape_of(args) -> tuple[int, ...]:
     if args.arguments:
         raise UsageError(f"{args.what} takes options, no arguments: got {args.arguments[0]!r}")
     shape = numbers(args.shape, "--shape") if args.shape else SHAPES[args.what]
     if len(shape) != len(SHAPES[args.what]):
         raise UsageError(f"--shape of {args.what} takes {DIMENSIONS[args.what]}, got {args.shape!r}")
+    if args.what in ("decode", "precision") and shape[2] < 2:
+        raise UsageError(f"--shape of {args.what} takes at least 2 cached tokens")
+    return shape
+
+
+def work_of(args) -> launches.Work | None:
+    """The project's call that `args` name, None for a kernel of a file."""
+    if args.what not in SHAPES:
+        return None
+    shape = shape_of(args)
     dtype = getattr(torch, args.dtype)
     if args.what == "attention":
         return launches.attention(shape, dtype, args.causal, args.backward)
     if args.what == "norm":
         return launches.norm(shape, dtype, args.backward, args.rms)
-    if shape[2] < 2:
-        raise UsageError("--shape of decode takes at least 2 cached tokens")
     return launches.decode(shape, dtype)
 
 
@@ -101,6 +110,8 @@ def call_of(args):
 def run(args) -> int:
     """0: ran and, where there is a truth, is right; 1: wrong, or a fault."""
     console = make_console(200)
+    if args.what == "precision":
+        return precision.run(shape_of(args), args.arch, console)
     work = work_of(args)
     call = work.run if work else call_of(args)
     start = time.perf_counter()

@@ -40,6 +40,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.decode import pages_arg
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
+    from ..kernels.precision import input_precision
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, plane_arg
     from ..kernels.tiles import Heads
@@ -128,6 +129,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
         None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),
         generate.blocks_arg(score.block_mask), tl.constexpr(stays_raw(score)),
+        tl.constexpr(input_precision(q, v)),
     )  # fmt: skip
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
@@ -159,7 +161,8 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     """Tile sizes and launch options of one pass. A tile lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     cols = configs.attention_cols(head_dim, head_dim_v)
-    tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), score.score_mod is not None)
+    modified, precision = score.score_mod is not None, input_precision(q, v)
+    tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), modified, precision)
     tiles = tune.tiles_for(direction, q, v, score, tiles)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n

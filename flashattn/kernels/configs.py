@@ -2,6 +2,8 @@
 
 Attention: `ATTENTION[pass][architecture]` lists (largest head_dim, bytes per element, Tiles) from small to large; the
 first row that is large enough is taken, and made smaller where a call's features do not fit in shared memory beside it.
+In place of bytes "tf32" and "tf32x3" stand for float32 on tensor cores (`precision.py`), where of two rows with counts
+within a twentieth the one with more warps is taken.
 A row is the one with the fewest issue slots for its tensor FLOPs among those whose steady loop keeps out of local
 memory (on sm_80 and sm_90, at head_dim 64 and 128; `tests/test_machine_code.py`). The rows were chosen by that count
 and not by timing: `python -m bench gpu --only tune` times their neighbours.
@@ -48,13 +50,31 @@ ATTENTION = {
             (64, 4, Tiles(32, 32, 8, 2)),
             (128, 4, Tiles(16, 16, 8, 2)),
             (256, 4, Tiles(16, 16, 8, 2)),
+            (64, "tf32", Tiles(128, 64, 8, 2)),
+            (128, "tf32", Tiles(128, 32, 8, 2)),
+            (256, "tf32", Tiles(64, 16, 8, 2)),
+            (64, "tf32x3", Tiles(32, 64, 4, 2)),
+            (128, "tf32x3", Tiles(32, 32, 8, 2)),
         ],
         "sm_90": [
             (64, 2, Tiles(128, 128, 8, 3)),
             (128, 2, Tiles(128, 64, 8, 3)),
             (256, 2, Tiles(128, 32, 8, 3)),
+            (128, "tf32", Tiles(128, 64, 8, 2)),
+            (256, "tf32", Tiles(64, 32, 8, 2)),
+            (64, "tf32x3", Tiles(128, 64, 8, 2)),
+            (128, "tf32x3", Tiles(128, 32, 8, 2)),
         ],
-        "small": [(256, 2, Tiles(64, 16, 8, 2))],
+        "sm_100": [
+            (128, "tf32", Tiles(128, 32, 8, 2)),
+            (256, "tf32", Tiles(64, 16, 8, 2)),
+        ],
+        "small": [
+            (256, 2, Tiles(64, 16, 8, 2)),
+            (64, "tf32", Tiles(64, 64, 8, 2)),
+            (128, "tf32", Tiles(64, 32, 4, 2)),
+            (256, "tf32", Tiles(32, 16, 8, 2)),
+        ],
         "amd": [
             (128, 2, Tiles(128, 32, 4, 2)),
             (256, 2, Tiles(64, 16, 8, 2)),
@@ -68,13 +88,31 @@ ATTENTION = {
             (256, 2, Tiles(64, 32, 8, 1)),
             (64, 4, Tiles(32, 32, 8, 2)),
             (256, 4, Tiles(16, 16, 8, 2)),
+            (64, "tf32", Tiles(128, 32, 4, 2)),
+            (128, "tf32", Tiles(64, 32, 8, 2)),
+            (256, "tf32", Tiles(32, 16, 8, 2)),
+            (64, "tf32x3", Tiles(32, 64, 4, 2)),
+            (128, "tf32x3", Tiles(16, 32, 8, 2)),
         ],
         "sm_90": [
             (64, 2, Tiles(128, 64, 8, 3)),
             (128, 2, Tiles(128, 64, 8, 2)),
             (256, 2, Tiles(128, 32, 8, 2)),
+            (64, "tf32", Tiles(128, 128, 8, 2)),
+            (128, "tf32", Tiles(128, 32, 8, 2)),
+            (64, "tf32x3", Tiles(128, 64, 8, 2)),
         ],
-        "small": [(256, 2, Tiles(32, 16, 8, 1))],
+        "sm_100": [
+            (64, "tf32", Tiles(128, 64, 8, 2)),
+            (128, "tf32", Tiles(64, 32, 8, 2)),
+            (64, "tf32x3", Tiles(128, 32, 8, 2)),
+        ],
+        "small": [
+            (256, 2, Tiles(32, 16, 8, 1)),
+            (64, "tf32", Tiles(64, 32, 4, 2)),
+            (128, "tf32", Tiles(64, 16, 4, 2)),
+            (256, "tf32", Tiles(16, 16, 8, 2)),
+        ],
         "amd": [
             (64, 2, Tiles(64, 32, 4, 2)),
             (256, 2, Tiles(32, 16, 4, 1)),
@@ -88,13 +126,27 @@ ATTENTION = {
             (256, 2, Tiles(16, 64, 8, 1)),
             (64, 4, Tiles(32, 32, 8, 2)),
             (256, 4, Tiles(16, 16, 8, 2)),
+            (64, "tf32", Tiles(16, 128, 4, 2)),
+            (128, "tf32", Tiles(32, 64, 8, 2)),
+            (256, "tf32", Tiles(16, 32, 8, 2)),
+            (64, "tf32x3", Tiles(32, 32, 8, 2)),
+            (128, "tf32x3", Tiles(16, 32, 8, 2)),
         ],
         "sm_90": [
             (64, 2, Tiles(64, 128, 8, 3)),
             (128, 2, Tiles(32, 128, 8, 3)),
             (256, 2, Tiles(16, 64, 8, 1)),
+            (64, "tf32", Tiles(64, 128, 8, 2)),
+            (128, "tf32", Tiles(16, 128, 8, 2)),
+            (64, "tf32x3", Tiles(32, 128, 8, 2)),
+            (128, "tf32x3", Tiles(16, 16, 8, 2)),
         ],
-        "small": [(256, 2, Tiles(16, 32, 8, 1))],
+        "small": [
+            (256, 2, Tiles(16, 32, 8, 1)),
+            (64, "tf32", Tiles(16, 128, 4, 2)),
+            (128, "tf32", Tiles(16, 64, 8, 2)),
+            (256, "tf32", Tiles(16, 16, 8, 2)),
+        ],
         "amd": [
             (64, 2, Tiles(32, 64, 4, 2)),
             (256, 2, Tiles(16, 32, 4, 1)),
@@ -162,7 +214,13 @@ HOPPER_CANDIDATES = {
 }  # fmt: skip
 # A decoding pass: programs are many and short, and memory is the limit, so that with three stages two tiles are under
 # way while one is used. SPLITS is part of the result's bits, as SPLIT_KEYS in decode.py is.
-DECODE = [(128, 2, Tiles(16, 64, 4, 3)), (256, 2, Tiles(16, 32, 4, 3)), (256, 4, Tiles(16, 16, 4, 3))]
+DECODE = [
+    (128, 2, Tiles(16, 64, 4, 3)),
+    (256, 2, Tiles(16, 32, 4, 3)),
+    (256, 4, Tiles(16, 16, 4, 3)),
+    (256, "tf32", Tiles(16, 32, 4, 3)),
+    (128, "tf32x3", Tiles(16, 16, 4, 3)),
+]
 SPLITS = 32  # of a row's keys, at most: a tile of the merge
 SPLIT_QUERIES = 16  # queries; of more, one program takes all keys, so that the workspace stays linear
 ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
@@ -253,34 +311,39 @@ def attention_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
 
 
 def attention_tiles(
-    direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs = PLAIN, modified: bool = False
-) -> Tiles:
+    direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs = PLAIN, modified: bool = False,
+    precision: str = "ieee",
+) -> Tiles:  # fmt: skip
     """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode") that fit the architecture's shared memory.
 
     cols: the columns of a tile of q or k and of v, from `attention_cols`.
     modified: with a score_mod, whose value needs registers: half the keys forward, and fewer stages. So at head_dim 64
     none spills on sm_80 and sm_90 (with the plain tiles 1,127 spills).
     """
-    return fitting_tiles(architecture(), direction, cols, itemsize, pairs, modified)
+    return fitting_tiles(architecture(), direction, cols, itemsize, pairs, modified, precision)
 
 
 @functools.cache
 def fitting_tiles(
-    arch: str, direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs, modified: bool
-) -> Tiles:
+    arch: str, direction: str, cols: tuple[int, int], itemsize: int, pairs: Pairs, modified: bool,
+    precision: str = "ieee",
+) -> Tiles:  # fmt: skip
     if arch == "interpreter":
         return INTERPRETED
-    widest = max(cols)
+    widest, kind = max(cols), itemsize if precision == "ieee" else precision
     if direction == "decode":
-        tiles = next(tiles for largest, size, tiles in DECODE if widest <= largest and itemsize == size)
+        tiles = next(tiles for largest, size, tiles in DECODE if widest <= largest and kind == size)
     else:
-        tiles = plain_tiles(direction, widest, itemsize, FAMILY.get(arch, "small"))
+        tiles = plain_tiles(direction, widest, kind, FAMILY.get(arch, "small"))
     if modified and direction == "forward":
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2), stages=2)
     elif modified:
         tiles = tiles._replace(stages=1)
     limit = shared_memory(arch)
-    while shared_bytes(arch, direction, tiles, cols, itemsize, pairs) > limit and (less := smaller(direction, tiles)):
+    while shared_bytes(arch, direction, tiles, cols, itemsize, pairs, precision) > limit:
+        less = smaller(direction, tiles)
+        if less is None:
+            break
         tiles = less
     return tiles
 
@@ -296,7 +359,9 @@ def hopper_roles(direction: str, head_dim: int, modified: bool) -> Roles | None:
     return row._replace(block=max(32, row.block // 2))
 
 
-def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int], itemsize: int, pairs: Pairs) -> int:
+def shared_bytes(
+    arch: str, direction: str, tiles: Tiles, cols: tuple[int, int], itemsize: int, pairs: Pairs, precision: str = "ieee"
+) -> int:
     """At most how much shared memory a pass is compiled to use. `tests/test_shared_memory.py` holds it against what
     Triton makes of the kernels.
 
@@ -307,14 +372,17 @@ def shared_bytes(arch: str, direction: str, tiles: Tiles, cols: tuple[int, int],
     owned_cols = cols[0] if direction in ("forward", "decode") else sum(cols)
     staged = tiles.stages - 1
     nvidia = arch.startswith("sm_")
-    reads_shared = nvidia and itemsize == 2 and int(arch.removeprefix("sm_")) in range(90, 120)  # wgmma, tcgen05.mma
+    tensor_cores = itemsize == 2 or precision != "ieee"
+    reads_shared = nvidia and tensor_cores and int(arch.removeprefix("sm_")) in range(90, 120)  # wgmma, tcgen05.mma
     copies = max(staged + reads_shared, 1)  # one is read while the next ones are on their way
     rows = copies * visited * (sum(cols) * itemsize + 8) + nvidia * owned * owned_cols * itemsize
-    if nvidia and staged == 0:
+    if precision == "tf32x3":  # big and small: of what is owned, and of the wider of k and v in place of a copy of each
+        rows += (owned * owned_cols + visited * (max(cols) - min(cols))) * itemsize
+    if nvidia and (staged == 0 or precision == "tf32"):  # ldmatrix transposes 16-bit elements alone
         rows += visited * max(cols) * itemsize  # what two products read lies there twice, once transposed
     # What passes through shared memory to change its layout: random numbers, loads that are not staged, and weights and
     # their gradients as operands, which wgmma takes from registers.
-    operands = 0 if arch == "sm_90" and itemsize == 2 else 2 * itemsize
+    operands = 0 if arch == "sm_90" and tensor_cores else 2 * itemsize
     scratch = operands + max(4 * pairs.dropout, pairs.widest * (staged == 0))
     pair = nvidia * staged * pairs.loaded + scratch
     return rows + tiles.block_m * tiles.block_n * pair + SCRATCH
@@ -338,9 +406,10 @@ def smaller(direction: str, tiles: Tiles) -> Tiles | None:
     return None
 
 
-def plain_tiles(direction: str, head_dim: int, itemsize: int, family: str) -> Tiles:
+def plain_tiles(direction: str, head_dim: int, kind: int | str, family: str) -> Tiles:
+    """The row for elements of `kind` bytes, or for float32 on tensor cores of "tf32", "tf32x3"."""
     while True:
         for largest, size, tiles in ATTENTION[direction].get(family, []):
-            if head_dim <= largest and itemsize == size:
+            if head_dim <= largest and kind == size:
                 return tiles
         family = FALLBACK[family]

@@ -81,7 +81,7 @@ class ScoreArgs(NamedTuple):
     score_mod: ModArgs | None = None
     blocks: BlocksArgs | None = None
     raw: tl.constexpr = tl.constexpr(False)  # q.k stays unscaled until the softmax, whose exponents take the scale in
-    precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32: without tensor cores, which have tf32
+    precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32 (`precision.py`)
 
 
 class Sequence(NamedTuple):

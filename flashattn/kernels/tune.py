@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from ..score import Score
 from .configs import Tiles
+from .precision import input_precision
 
 ENABLED = os.environ.get("FLASHATTN_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret
 SMALLEST, LARGEST = 16, 256  # of a side of a tile
@@ -234,7 +235,8 @@ def kind_of(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
     blocks = block_mask and (block_mask.mask.graph, block_mask.block_q, block_mask.block_k)
     features = tuple(structure(x) for x in (*fields, *(score_mod.captured if score_mod else ())))
     mod = score_mod and score_mod.graph
-    return direction, q.device, q.dtype, q.shape[-1], v.shape[-1], score.dropout_p > 0, features, mod, blocks
+    dtype = q.dtype, input_precision(q, v)
+    return direction, q.device, dtype, q.shape[-1], v.shape[-1], score.dropout_p > 0, features, mod, blocks
 
 
 def structure(x) -> tuple | bool:

@@ -1,0 +1,53 @@
+"""python -m bench ptx precision: float32's errors against float64 by each setting of its products."""
+
+from __future__ import annotations
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import flashattn
+
+from .. import launches
+from .driver import device
+
+SETTINGS = ("highest", "high", "medium")  # of torch.set_float32_matmul_precision
+
+
+def errors(shape: tuple[int, ...], architecture: str, setting: str) -> dict[str, float]:
+    """The largest of each result: attention, its gradients, and a token decoded against a cache of as many."""
+    found = {}
+    calls = {"": launches.attention(shape, torch.float32, backward=True)}
+    calls["decode"] = launches.decode(shape, torch.float32)
+    for call, work in calls.items():
+        with flashattn.use_backend("reference"):
+            truth = work.truth()
+        with device(architecture), flashattn.use_backend("triton"):
+            results = with_setting(setting, work.run)
+        found |= {call or name: (x.double() - truth[name]).abs().max().item() for name, x in results.items()}
+    return found
+
+
+def with_setting(setting: str, call):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        return call()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def run(shape: tuple[int, ...], architecture: str, console: Console) -> int:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("precision", no_wrap=True)
+    for setting in SETTINGS:
+        with console.status(f"running {setting} on {architecture}"):
+            found = errors(shape, architecture, setting)
+        if len(table.columns) == 1:
+            for name in found:
+                table.add_column(name, justify="right", no_wrap=True)
+        table.add_row(setting, *(f"{error:.1e}" for error in found.values()))
+    console.print(f"float32, ({', '.join(map(str, shape))}), {architecture}: largest errors against float64")
+    console.print(table)
+    return 0
