@@ -61,11 +61,9 @@ class Measured(NamedTuple):
 
 
 @functools.cache
-def kernels(
-    architecture: str, head_dim: int, causal: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Kernel]:
+def kernels(architecture: str, head_dim: int, causal: bool = False) -> dict[str, Kernel]:
     """The three passes at a head_dim, compiled, by their names."""
-    q = torch.empty(1, 4, 1024, head_dim, dtype=dtype)
+    q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
     score = Score(head_dim**-0.5, right=0 if causal else None)
     with compile_for(architecture) as found:
         out, lse = backend.forward(q, q, q, score)
@@ -73,8 +71,8 @@ def kernels(
     return {kernel.name.removeprefix("attention_").removesuffix("_hopper"): kernel for kernel in found}
 
 
-def measure(limit: Limit, causal: bool = False, dtype: torch.dtype = torch.bfloat16) -> Measured:
-    kernel = kernels(limit.architecture, limit.head_dim, causal, dtype)[limit.direction]
+def measure(limit: Limit, causal: bool = False) -> Measured:
+    kernel = kernels(limit.architecture, limit.head_dim, causal)[limit.direction]
     return Measured(kernel, steady_loops(tensor_loops(kernel.code)))
 
 
