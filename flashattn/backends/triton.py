@@ -154,7 +154,7 @@ def pairs(score: Score) -> configs.Pairs:
         loads += generate.pair_loads(score.score_mod)
     if score.block_mask is not None:
         loads += generate.pair_loads(score.block_mask.mask)
-    return configs.Pairs(sum(loads), max(loads, default=0), score.dropout_p > 0)
+    return configs.Pairs(sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.changes(score))
 
 
 def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:

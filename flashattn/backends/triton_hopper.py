@@ -36,7 +36,7 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     """How a pass shares its work out; None where the plain kernel is to do it. `others`: what else it copies."""
     if not ENABLED or q.element_size() != 2 or configs.architecture() != "sm_90":
         return None
-    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), modifies(score))
+    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes(score))
     if row is None or not all(copyable(x) for x in (q, k, v, *others)):
         return None
     blocks = score.block_mask
@@ -46,7 +46,8 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     return row
 
 
-def modifies(score: Score) -> bool:
+def changes(score: Score) -> bool:
+    """Whether scores or weights change by more than a scale and positions."""
     pieces = (score.softcap, score.slopes, score.bias, score.mask, score.score_mod)
     return score.dropout_p > 0 or any(x is not None for x in pieces)
 

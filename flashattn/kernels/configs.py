@@ -155,6 +155,17 @@ ATTENTION = {
     },
 }
 
+# Of calls that change scores or weights by more than a scale and positions, which needs registers: smaller ones, where
+# those above would spill in their steady loop.
+CHANGED = {
+    "forward": {"sm_80": [(64, 2, Tiles(128, 64, 8, 3)), (128, 2, Tiles(128, 32, 8, 2))]},
+    "backward_q": {"sm_80": [(64, 2, Tiles(128, 64, 8, 3)), (128, 2, Tiles(64, 32, 4, 2))]},
+    "backward_kv": {
+        "sm_80": [(128, 2, Tiles(32, 64, 8, 2))],
+        "sm_90": [(64, 2, Tiles(32, 128, 8, 3)), (128, 2, Tiles(16, 128, 8, 3))],
+    },
+}
+
 
 class Roles(NamedTuple):
     """How a pass on Hopper shares its work out (`hopper.py`)."""
@@ -294,6 +305,7 @@ class Pairs(NamedTuple):
     loaded: int = 0  # bias, mask and what a score_mod captured: staged in shared memory with the tiles of the loop
     widest: int = 0  # the largest of those
     dropout: bool = False  # whose random numbers change their layout through shared memory
+    changed: bool = False  # scores or weights are, by more than a scale and positions
 
 
 PLAIN = Pairs()
@@ -334,7 +346,7 @@ def fitting_tiles(
     if direction == "decode":
         tiles = next(tiles for largest, size, tiles in DECODE if widest <= largest and kind == size)
     else:
-        tiles = plain_tiles(direction, widest, kind, FAMILY.get(arch, "small"))
+        tiles = plain_tiles(direction, widest, kind, FAMILY.get(arch, "small"), pairs.changed)
     if modified and direction == "forward":
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2), stages=2)
     elif modified:
@@ -348,13 +360,11 @@ def fitting_tiles(
     return tiles
 
 
-def hopper_roles(direction: str, head_dim: int, modified: bool) -> Roles | None:
-    """How a pass on Hopper shares its work out; None where no kernel in roles does it.
-
-    modified: scores or weights change by more than a scale and positions, which needs registers: half the tile.
-    """
+def hopper_roles(direction: str, head_dim: int, changed: bool) -> Roles | None:
+    """How a pass on Hopper shares its work out; None where no kernel in roles does it. changed: as in Pairs; half the
+    tile."""
     row = next((row for largest, row in HOPPER[direction].items() if head_dim <= largest), None)
-    if row is None or not modified:
+    if row is None or not changed:
         return row
     return row._replace(block=max(32, row.block // 2))
 
@@ -406,10 +416,11 @@ def smaller(direction: str, tiles: Tiles) -> Tiles | None:
     return None
 
 
-def plain_tiles(direction: str, head_dim: int, kind: int | str, family: str) -> Tiles:
+def plain_tiles(direction: str, head_dim: int, kind: int | str, family: str, changed: bool = False) -> Tiles:
     """The row for elements of `kind` bytes, or for float32 on tensor cores of "tf32", "tf32x3"."""
     while True:
-        for largest, size, tiles in ATTENTION[direction].get(family, []):
+        smaller_rows = CHANGED[direction].get(family, []) if changed else []
+        for largest, size, tiles in smaller_rows + ATTENTION[direction].get(family, []):
             if head_dim <= largest and kind == size:
                 return tiles
         family = FALLBACK[family]
