@@ -95,6 +95,14 @@ def empty(ring, number):
 
 
 @gluon.jit
+def batch_coordinate(score, batch):
+    """Where a batch row is in a descriptor: packed tensors have one."""
+    if score.cu_seqlens is not None:
+        batch = 0
+    return batch
+
+
+@gluon.jit
 def fill(ring, number, descriptor, batch, head, row):
     """The producer's part: tile `number` of a ring is these rows. What lies past the tensor's end reads as 0."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]

@@ -22,6 +22,7 @@ from .compiler import gluon_kernel
 from .hopper import (
     Ring,
     Sizes,
+    batch_coordinate,
     copy,
     empty,
     fill,
@@ -61,10 +62,11 @@ def load_keys(q, k, v, do, rings, landing, score, work):
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
     seq = work.seq
+    batch = batch_coordinate(score, work.batch)
     for i in gl.static_range(CONSUMERS):
         row = seq.q_start + work.start_m + i * 64
-        fill(rings.q, i, q, work.batch, work.head, row)
-        fill(rings.do, i, do, work.batch, work.head, row)
+        fill(rings.q, i, q, batch, work.head, row)
+        fill(rings.do, i, do, batch, work.head, row)
     loaded = gl.to_tensor(0)
     landed = gl.to_tensor(0)
     for index in range(tile_count(work.tiles, BLOCK_N)):
@@ -73,11 +75,11 @@ def load_keys(q, k, v, do, rings, landing, score, work):
             row = seq.k_start + start_n
             if RAGGED:
                 exist = seq.key_end - start_n
-                landed = fill_ragged(rings.k, loaded, k, work.batch, work.kv_head, row, exist, landing, landed)
-                landed = fill_ragged(rings.v, loaded, v, work.batch, work.kv_head, row, exist, landing, landed)
+                landed = fill_ragged(rings.k, loaded, k, batch, work.kv_head, row, exist, landing, landed)
+                landed = fill_ragged(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed)
             else:
-                fill(rings.k, loaded, k, work.batch, work.kv_head, row)
-                fill(rings.v, loaded, v, work.batch, work.kv_head, row)
+                fill(rings.k, loaded, k, batch, work.kv_head, row)
+                fill(rings.v, loaded, v, batch, work.kv_head, row)
             loaded += 1
 
 
@@ -260,10 +262,11 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
     RAGGED: gl.constexpr = score.q_lengths is not None or score.cu_seqlens is not None
     seq = keys.seq
+    batch = batch_coordinate(score, keys.batch)
     for i in gl.static_range(CONSUMERS):
         row = seq.k_start + keys.start_n + i * 64
-        fill(rings.k, i, k, keys.batch, keys.kv_head, row)
-        fill(rings.v, i, v, keys.batch, keys.kv_head, row)
+        fill(rings.k, i, k, batch, keys.kv_head, row)
+        fill(rings.v, i, v, batch, keys.kv_head, row)
     count = tile_count(keys.tiles, BLOCK_M)
     loaded = gl.to_tensor(0)
     landed = gl.to_tensor(0)
@@ -277,14 +280,14 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
                 row = seq.q_start + start_m
                 exist = seq.query_end - start_m
                 if RAGGED:
-                    landed = fill_ragged(rings.q, loaded, q, keys.batch, head, row, exist, landing, landed)
+                    landed = fill_ragged(rings.q, loaded, q, batch, head, row, exist, landing, landed)
                 else:
-                    fill(rings.q, loaded, q, keys.batch, head, row)
+                    fill(rings.q, loaded, q, batch, head, row)
                 fill_statistics(rings.rows, loaded, rows, line, row)
                 if RAGGED:
-                    landed = fill_ragged(rings.do, loaded, do, keys.batch, head, row, exist, landing, landed)
+                    landed = fill_ragged(rings.do, loaded, do, batch, head, row, exist, landing, landed)
                 else:
-                    fill(rings.do, loaded, do, keys.batch, head, row)
+                    fill(rings.do, loaded, do, batch, head, row)
                 loaded += 1
 
 

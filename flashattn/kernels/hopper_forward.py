@@ -21,6 +21,7 @@ from .forward import fold
 from .hopper import (
     Ring,
     Sizes,
+    batch_coordinate,
     fill,
     fill_ragged,
     first_tile,
@@ -57,20 +58,21 @@ def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     seq = work.seq
+    batch = batch_coordinate(score, work.batch)
     for i in gl.static_range(CONSUMERS):
-        fill(rings.q, done * CONSUMERS + i, q, work.batch, work.head, seq.q_start + work.start_m + i * 64)
+        fill(rings.q, done * CONSUMERS + i, q, batch, work.head, seq.q_start + work.start_m + i * 64)
     count = tile_count(work.tiles, BLOCK_N)
     first = first_tile(score, work, count, BLOCK_N)
     for index in range(first, count):
         start_n = tile_start(work.tiles, index, BLOCK_N)
         if index == first or looks(score, work.batch, work.head, work.start_m, start_n):
             row = seq.k_start + start_n
-            fill(rings.k, loaded, k, work.batch, work.kv_head, row)
+            fill(rings.k, loaded, k, batch, work.kv_head, row)
             if score.kv_lengths is not None or score.cu_seqlens is not None:
                 exist = seq.key_end - start_n
-                landed = fill_ragged(rings.v, loaded, v, work.batch, work.kv_head, row, exist, landing, landed)
+                landed = fill_ragged(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed)
             else:
-                fill(rings.v, loaded, v, work.batch, work.kv_head, row)
+                fill(rings.v, loaded, v, batch, work.kv_head, row)
             loaded += 1
     return loaded, landed
 
