@@ -219,7 +219,7 @@ HOPPER_CANDIDATES = {
         256: [],
     },
     "backward_kv": {
-        64: [Roles(2, 64, 3, 240, False, False), Roles(2, 128, 2, 240, False, False)],
+        64: [Roles(2, 64, 3, 240, False, False)],
         128: [Roles(2, 32, 3, 240, False, False)],
     },
 }  # fmt: skip

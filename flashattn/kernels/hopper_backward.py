@@ -190,7 +190,9 @@ def attention_backward_q_hopper(
         new_ring(q, CONSUMERS, 1), new_ring(do, CONSUMERS, 1),
         new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS),
     )  # fmt: skip
-    landing = new_barrier(1)
+    landing = 0
+    if score.kv_lengths is not None or score.cu_seqlens is not None:
+        landing = new_barrier(1)
     fence_async_shared()
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -406,7 +408,9 @@ def attention_backward_kv_hopper(
         new_ring(k, CONSUMERS, 1), new_ring(v, CONSUMERS, 1), new_ring(q, STAGES, CONSUMERS),
         new_ring(do, STAGES, CONSUMERS), new_ring(rows, STAGES, CONSUMERS),
     )  # fmt: skip
-    landing = new_barrier(1)
+    landing = 0
+    if score.q_lengths is not None or score.cu_seqlens is not None:
+        landing = new_barrier(1)
     fence_async_shared()
     gl.warp_specialize(
         [

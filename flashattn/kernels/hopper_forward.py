@@ -262,8 +262,15 @@ def attention_forward_hopper(
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
     works = gl.cdiv(seq_q, CONSUMERS * 64) * heads * batches
     rings = Rings(new_ring(q, CONSUMERS, 1), new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS))
-    turns = (new_barrier(1), new_barrier(1), new_barrier(1))  # each by itself: together they cost address arithmetic
-    landing = new_barrier(1)
+    # Only what is used: Triton gives the place of an unused barrier to others while it is still written.
+    turns = 0
+    if PINGPONG and CONSUMERS == 2:
+        turns = (new_barrier(1), new_barrier(1))
+    elif PINGPONG:
+        turns = (new_barrier(1), new_barrier(1), new_barrier(1))
+    landing = 0
+    if score.kv_lengths is not None or score.cu_seqlens is not None:
+        landing = new_barrier(1)
     fence_async_shared()
     if PINGPONG:
         mbarrier.arrive(turns[0], count=1)
