@@ -171,7 +171,7 @@ def test_bench_ptx_of_any_kernel():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "takes attention, norm, decode or file.py:function"),
+        (["nothing"], "takes attention, norm, decode, precision or file.py:function"),
         (["attention", "--shape", "1,2,3"], "takes BATCH,HEADS,SEQ,HEAD_DIM"),
         (["tests/ptx_kernels.py:nothing"], "has no function nothing; it has copy, softmax"),
         (["tests/nothing.py:softmax"], "no file"),
