@@ -134,10 +134,10 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
-def new_statistics(lse: Tensor) -> Tensor:
-    """Room for what a backward's first pass leaves of each query: (2, batch * heads, stride), the stride a multiple of
-    16 bytes."""
-    rows, seq = lse.shape[:-1].numel(), triton.cdiv(lse.shape[-1], 4) * 4
+def new_statistics(lse: Tensor, sequences: int) -> Tensor:
+    """Room for what a backward's first pass leaves of each query: (2, batch * heads, stride). `sequences`: those packed
+    into a row, each of which starts at a multiple of 16 bytes, as rows do."""
+    rows, seq = lse.shape[:-1].numel(), triton.cdiv(lse.shape[-1] + 4 * sequences, 4) * 4
     return torch.empty(2, rows, seq, dtype=torch.float32, device=lse.device)
 
 
@@ -213,7 +213,7 @@ def backward(
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
-    rows = new_statistics(lse)
+    rows = new_statistics(lse, batch if packed else 0)
     statistics = Statistics(*rows, rows.stride(1))
     args = attention_args(q, k, v, score)
     roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
@@ -231,9 +231,7 @@ def backward(
             )  # fmt: skip
     roles = triton_hopper.roles("backward_kv", q, k, v, score, grad_out)
     if roles is not None:
-        triton_hopper.backward_kv(
-            q, k, v, grad_out, rows, lse.shape[-1], heads_arg(grad_k), heads_arg(grad_v), args, roles
-        )
+        triton_hopper.backward_kv(q, k, v, grad_out, rows, heads_arg(grad_k), heads_arg(grad_v), args, roles)
     else:
         meta = attention_meta("backward_kv", q, v, score)
         programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch

@@ -75,10 +75,10 @@ def columns(x: Tensor) -> int:
     return max(64, triton.next_power_of_2(x.shape[-1]))
 
 
-def statistics_descriptor(rows: Tensor, seq: int, count: int) -> TensorDescriptor:
-    """lse and delta (2, batch * heads, stride) of `seq` queries as bulk copies read them: both of `count` queries."""
+def statistics_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
+    """lse and delta (2, batch * heads, stride) of queries as bulk copies read them: both of `count` queries."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    return TensorDescriptor(rows, [2, rows.shape[1], seq], list(rows.stride()), [2, 1, count], layout)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [2, 1, count], layout)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tuple, row: Roles) -> None:
@@ -108,16 +108,16 @@ def backward_q(
 
 
 def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, rows: Tensor, seq: int, grad_k: Heads,
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, rows: Tensor, grad_k: Heads,
     grad_v: Heads, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
-    """Fills grad_k and grad_v. `rows`: the statistics of `seq` queries a head, (2, batch * heads, stride)."""
+    """Fills grad_k and grad_v. `rows`: the queries' statistics, (2, batch * heads, stride)."""
     _, batches, _, kv_heads, _, seq_k = args
     programs = triton.cdiv(seq_k, row.owned) * kv_heads * batches
     if programs:
         hopper_backward.attention_backward_kv_hopper[(programs,)](
             descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
-            statistics_descriptor(rows, seq, row.block), grad_k, grad_v, *args,
+            statistics_descriptor(rows, row.block), grad_k, grad_v, *args,
             HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
         )  # fmt: skip
 

@@ -45,8 +45,8 @@ from .tiles import load_tile, one_head, owned_queries, rounded_product, store_ti
 
 class Statistics(NamedTuple):
     """What pass 1 leaves the others of each query, float32, (batch * heads, stride), packed (heads, stride): its lse in
-    base 2, +inf where it attends to nothing, so that exp2(s - lse) is 0, and its delta. The stride is a multiple of 16
-    bytes, as bulk copies take."""
+    base 2, +inf where it attends to nothing, so that exp2(s - lse) is 0, and its delta. Rows and packed sequences start
+    at multiples of 16 bytes: an H200 takes no bulk copy of numbers from elsewhere."""
 
     lse: tl.tensor
     delta: tl.tensor
@@ -59,12 +59,21 @@ def base_2(lse):
 
 
 @triton.jit
+def statistics_place(score, seq, batch, head, heads):
+    """(row, column) where the statistics of a head's queries start."""
+    line = batch * heads + head
+    start = 0
+    if score.cu_seqlens is not None:
+        line = head
+        start = (seq.q_start + 4 * batch) // 4 * 4  # a gap of 1 to 4 between sequences
+    return line, start
+
+
+@triton.jit
 def of_head(score, rows, seq, batch, head, heads):
     """The statistics of one head's queries."""
-    if score.cu_seqlens is not None:
-        at = tl.cast(head, tl.int64) * rows.stride + seq.q_start
-    else:
-        at = tl.cast(batch * heads + head, tl.int64) * rows.stride
+    line, start = statistics_place(score, seq, batch, head, heads)
+    at = tl.cast(line, tl.int64) * rows.stride + start
     return Statistics(rows.lse + at, rows.delta + at, rows.stride)
 
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import base_2, of_head, weights
+from .backward import base_2, of_head, statistics_place, weights
 from .compiler import gluon_kernel
 from .hopper import (
     Ring,
@@ -273,9 +273,7 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
     loaded = gl.to_tensor(0)
     landed = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
-        line = keys.batch * keys.heads + head
-        if score.cu_seqlens is not None:
-            line = head
+        line, column = statistics_place(score, seq, keys.batch, head, keys.heads)
         for index in range(count):
             start_m = tile_start(keys.tiles, index, BLOCK_M)
             if looks(score, keys.batch, head, start_m, keys.start_n):
@@ -285,7 +283,7 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
                     landed = fill_ragged(rings.q, loaded, q, batch, head, row, exist, landing, landed)
                 else:
                     fill(rings.q, loaded, q, batch, head, row)
-                fill_statistics(rings.rows, loaded, rows, line, row)
+                fill_statistics(rings.rows, loaded, rows, line, column + start_m)
                 if RAGGED:
                     landed = fill_ragged(rings.do, loaded, do, batch, head, row, exist, landing, landed)
                 else:
