@@ -56,7 +56,8 @@ def fill(ring, index, descriptor, row, SLOTS: gl.constexpr, FAULT: gl.constexpr)
     if FAULT != "no wait for empty":
         mbarrier.wait(ring.empty.index(slot), index // SLOTS & 1 ^ 1)
     mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
-    async_load(descriptor, [row, 0], ring.full.index(slot), ring.tiles.index(slot))
+    column = 4 if FAULT == "a column between pieces of 16 bytes" else 0
+    async_load(descriptor, [row, column], ring.full.index(slot), ring.tiles.index(slot))
 
 
 @gluon.jit

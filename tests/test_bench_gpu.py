@@ -431,6 +431,7 @@ KEPT = {  # what the project keeps: the exit code, and a line of the table
     "h200-2026-11-26-1.jsonl": (1, "  product 8192^3 bfloat16      810 TFLOP/s"),
     "h200-2026-11-26-2.jsonl": (0, "check: 266 passed, 2 skipped"),
     "h200-2026-11-26-3.jsonl": (1, "  product 8192^3 bfloat16      789 TFLOP/s"),
+    "h200-2026-11-27-1.jsonl": (1, "check: 61 passed, 210 failed"),
 }
 
 

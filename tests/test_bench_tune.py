@@ -167,6 +167,21 @@ def test_autotune_searches_each_pass_of_backward(gpu, autotune):
     assert {kind[0] for kind in tune._chosen} == {"backward_q", "backward_kv"}
 
 
+def test_autotune_searches_kernels_in_roles(autotune):
+    torch.use_deterministic_algorithms(False)
+    with ptx.device("sm_90") as device:
+        expected = forward()
+        out, _ = tune.call(backend.forward, Q, K, V, CAUSAL)
+        assert tune.is_same((out,), expected[:1])
+        assert {launch.kernel for launch in device.launches} == {"attention_forward_hopper"}
+        rows = [configs.HOPPER["forward"][64], *configs.HOPPER_CANDIDATES["forward"][64]]
+        assert autotune == [rows]
+        assert list(tune._chosen.values()) == [min(rows, key=lambda row: 1 / row.stages)]
+        with tune.forced("forward", ROW):
+            forward()
+        assert device.launches[-1].kernel == "attention_forward"
+
+
 def test_autotune_refuses_another_result(gpu, autotune, monkeypatch):
     monkeypatch.setattr(tune, "is_same", lambda results, expected: False)
     tune.call(backend.forward, Q, K, V, CAUSAL)
@@ -242,16 +257,25 @@ def test_part_tune(tmp_path, monkeypatch):
     monkeypatch.setattr(part, "REHEARSED", [part.Row("decode", 128)])
     (row,) = rehearsed(part, tmp_path)
     assert row["correct"]
-    assert list(row["seconds"]) == list(row["slots"]) == ["16x64, 4 warps, 2 stages", "16x64, 4 warps, 1 stages"]
+    assert list(row["seconds"]) == list(row["slots"]) == ["16x64, 4 warps, 3 stages", "16x64, 4 warps, 1 stages"]
     assert row["best"] in row["seconds"]
     assert not row["refused"]
     row |= dict(best="16x64, 4 warps, 1 stages", changes=True, gain=1.25)
     row["seconds"] = {row["row"]: [2e-3, 1.9e-3, 2.1e-3], row["best"]: [1.6e-3, 1.5e-3, 1.7e-3]}
     assert part.summary([row]) == [
         "1 rows of configs.py searched, 1 would change; median (quartiles)",
-        "decode at head_dim 128: 16x64, 4 warps, 2 stages -> 16x64, 4 warps, 1 stages: 1.25x, "
+        "decode at head_dim 128: 16x64, 4 warps, 3 stages -> 16x64, 4 warps, 1 stages: 1.25x, "
         "2000.0 us (1900.0 to 2100.0) -> 1600.0 us (1500.0 to 1700.0) (1 timed, 0 refused)",
     ]
+
+
+def test_part_tune_of_a_kernel_in_roles(tmp_path, monkeypatch):
+    monkeypatch.setattr(part, "REHEARSED", [part.Row("forward", 64)])
+    (row,) = rehearsed(part, tmp_path)
+    assert row["correct"]
+    assert list(row["slots"]) == [f"2 consumers, tiles of 128, {stages} stages, in turns" for stages in (2, 3)]
+    assert set(row["seconds"]) == set(row["slots"])
+    assert not row["refused"]
 
 
 def test_part_tune_refuses_a_wrong_candidate(gpu, monkeypatch):

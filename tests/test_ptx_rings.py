@@ -61,6 +61,7 @@ FAULTS = [
     ("wrong turn", "barrier", "nothing completes: 1 of 1 arrivals", "wait_full(k_ring"),
     ("no wait for the first product", "pending wgmma", "has not been waited for", "gl.max(scores"),
     ("K released early", "race", "which a wgmma of warps 0 to 3 may still read", "fill(k_ring"),
+    ("a column between pieces of 16 bytes", "misaligned", "starts 8 bytes into a row", "async_load("),
     ("V released early", "race", "which a wgmma of warps 0 to 3 may still read", "fill(v_ring"),
 ]  # fmt: skip
 

@@ -102,3 +102,13 @@ def test_a_slot_given_up_early_is_found(tile, monkeypatch, tmp_path):
 
     with ptx.device("sm_90"), flashattn.use_backend("triton"), pytest.raises(Fault, match="race"):
         call()
+
+
+def test_statistics_between_pieces_of_16_bytes_are_found(monkeypatch, tmp_path):
+    """An H200 stopped at the second sequence's, which began where its queries do."""
+    change = ("rings.rows, loaded, rows, line, column + start_m)", "rings.rows, loaded, rows, line, row)")
+    monkeypatch.setattr(triton_hopper, "hopper_backward", plant(hopper_backward, tmp_path, change))
+    starts = torch.tensor([0, 70, 140], dtype=torch.int32)
+    q = torch.randn(140, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    with ptx.device("sm_90"), flashattn.use_backend("triton"), pytest.raises(Fault, match="misaligned"):
+        torch.autograd.grad(flashattn.attention_varlen(q, q, q, starts, starts, 70, 70).sum(), q)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import flashattn
 from flashattn.backends import triton_hopper
-from flashattn.kernels import configs
 
 from .compare import OURS, PLAIN, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
 from .context import Call, Context
@@ -87,7 +86,7 @@ def comparison(context: Context, case: Case) -> Comparison:
     variants: dict[str, Callable[[], Call]] = {
         name: lambda attend=attend: make(attend(), sets) for name, attend in {OURS: lambda: ours, **peers}.items()
     }
-    if configs.architecture() == "sm_90" and not case.flex:
+    if context.card.architecture == "sm_90" and not case.flex:
         variants[PLAIN] = lambda: plainly(make, ours, sets)
     group = case.heads // case.kv_heads
 

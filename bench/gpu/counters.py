@@ -63,7 +63,7 @@ QUANTITIES = [
             "l1tex__t_sectors_pipe_lsu_mem_global_op_ldgsts_cache_bypass.sum",
         ),
         lambda c: c.total("global_sectors"),
-        "comparable, but for loads by TMA, which do not pass there",
+        "comparable, but for copies by TMA, which do not pass there",
     ),
     Quantity(
         "sectors read, L2", ("lts__t_sectors_srcunit_tex_op_read.sum",),
@@ -175,7 +175,7 @@ def on_ptx_machine(kernel: str, architecture: str) -> ptx.Launch:
         raise ValueError(f"it does not run {architecture}")
     with ptx.device(architecture) as gpu:
         LAUNCHES[kernel](torch.device("cpu"))
-    return next(launch for launch in gpu.launches if launch.kernel == kernel)
+    return next(launch for launch in gpu.launches if launch.kernel in (kernel, f"{kernel}_hopper"))
 
 
 # --------------------------------------------------------------------------------------------- Nsight Compute

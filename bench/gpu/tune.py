@@ -1,8 +1,9 @@
 """Whether other tiles would be faster than the rows of `configs.py`, on this card.
 
-Of each row that serves the card the neighbours are compiled ahead of time, in as many processes as there are cores.
-Those that fit in shared memory and spill nothing in a loop of tensor instructions are ordered by the issue slots of
-other instructions for the tensor work; the first few are checked against float64 and timed in turn with the row.
+Of each row that serves the card the neighbours, or on Hopper the candidates that `configs.py` names, are compiled ahead
+of time, in as many processes as there are cores. Those that fit in shared memory and spill nothing in a loop over whole
+tiles are ordered by the issue slots of other instructions for the tensor work; the first few are checked against
+float64 and timed in turn with the row.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from flashattn.backends import reference
 from flashattn.backends import triton as backend
 from flashattn.cache import Cached
 from flashattn.kernels import configs, tune
-from flashattn.kernels.configs import Tiles
+from flashattn.kernels.configs import Roles
 from flashattn.score import Score
 
 from ..compiled import Kernel, compile_for
-from ..sass import tensor_loops
+from ..sass import steady_loops, tensor_loops
 from .card import cores
 from .context import Context, first_line, poisoned, tensors_of
 from .kernel_hashes import fix_hashes
@@ -57,7 +58,7 @@ class Size(NamedTuple):
 class Static(NamedTuple):
     """What the compiler made of a candidate."""
 
-    tiles: Tiles
+    tiles: tune.Row
     registers: int = 0
     shared_bytes: int = 0
     slots: float | None = None  # issue slots of other instructions for 1,024 tensor FLOPs of a warp; None: not known
@@ -79,7 +80,7 @@ KERNELS = {
 def sizes(row: Row, rehearse: bool) -> tuple[Size, Size]:
     """(checked, timed). Timed: 16,384 tokens of hidden size 2,048; a token of each of 64 sequences of 4,096."""
     if rehearse:
-        tokens = min(tiles_of(row)[:2]) + 2  # more than a tile
+        tokens = smallest_side(tiles_of(row)) + 2
         size = Size(1, 2, 1, 1 if row.direction == "decode" else tokens, tokens)
         return size, size
     if row.direction == "decode":
@@ -95,9 +96,7 @@ def rows(context: Context) -> Iterator[dict]:
     if context.remaining() < ROW_SECONDS:
         yield from ({"case": name_of(row), "skipped": NO_TIME} for row in searched)
         return
-    candidates = {
-        row: [tiles_of(row), *tune.neighbours(tiles_of(row))][: 2 if context.rehearse else None] for row in searched
-    }
+    candidates = {row: [tiles_of(row), *others_of(row)][: 2 if context.rehearse else None] for row in searched}
     with Compilers(1 if context.rehearse else cores(), candidates) as compilers:
         for row in searched:
             yield {
@@ -117,11 +116,29 @@ def name_of(row: Row) -> str:
     return f"{row.direction} at head_dim {row.head_dim}"
 
 
-def tiles_of(row: Row) -> Tiles:
+def tiles_of(row: Row) -> tune.Row:
+    if configs.architecture() == "sm_90" and row.direction in configs.HOPPER:
+        roles = configs.hopper_roles(row.direction, row.head_dim, changed=False)
+        if roles is not None:
+            return roles
     return configs.attention_tiles(row.direction, (row.head_dim, row.head_dim), 2)
 
 
-def text(tiles: Tiles) -> str:
+def others_of(row: Row) -> list[tune.Row]:
+    tiles = tiles_of(row)
+    if isinstance(tiles, Roles):
+        return configs.hopper_candidates(row.direction, row.head_dim, changed=False)
+    return tune.neighbours(tiles)
+
+
+def smallest_side(tiles: tune.Row) -> int:
+    return min(tiles.owned, tiles.block) if isinstance(tiles, Roles) else min(tiles.block_m, tiles.block_n)
+
+
+def text(tiles: tune.Row) -> str:
+    if isinstance(tiles, Roles):
+        ways = [", in turns"] * tiles.pingpong + [", persistent"] * tiles.persistent
+        return f"{tiles.consumers} consumers, tiles of {tiles.block}, {tiles.stages} stages{''.join(ways)}"
     return f"{tiles.block_m}x{tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages"
 
 
@@ -136,7 +153,7 @@ def search_row(context: Context, row: Row, compiled: list[Static]) -> dict:
     candidates = [static.tiles for static in ranked if static.tiles != tiles_of(row)][:TIMED]
     changed: set[str] = set()  # what gave another result after the timing
 
-    def measure(found: list[Tiles]) -> dict[Tiles, tune.Times]:
+    def measure(found: list[tune.Row]) -> dict[tune.Row, tune.Times]:
         named = {text(tiles): with_tiles(row, tiles, run) for tiles in found}
         expected = named[text(tiles_of(row))]()
 
@@ -225,7 +242,7 @@ def calls(row: Row, size: Size, device: torch.device) -> Callable[..., Callable[
     return make
 
 
-def with_tiles(row: Row, tiles: Tiles, run: Callable[[], tuple]) -> Callable[[], tuple]:
+def with_tiles(row: Row, tiles: tune.Row, run: Callable[[], tuple]) -> Callable[[], tuple]:
     def call():
         with tune.forced(row.direction, tiles):
             return run()
@@ -233,12 +250,12 @@ def with_tiles(row: Row, tiles: Tiles, run: Callable[[], tuple]) -> Callable[[],
     return call
 
 
-def checker(row: Row, make: Callable[..., Callable[[], tuple]]) -> Callable[[Tiles], str | None]:
+def checker(row: Row, make: Callable[..., Callable[[], tuple]]) -> Callable[[tune.Row], str | None]:
     """Says what is wrong with the result that tiles give, by the error rule; None if nothing."""
     truth = Truth(*(tensors_of(make(reference, dtype)()) for dtype in (torch.float64, torch.bfloat16)))
     run = make(backend, torch.bfloat16)
 
-    def check(tiles: Tiles) -> str | None:
+    def check(tiles: tune.Row) -> str | None:
         try:
             with poisoned():
                 results = tensors_of(with_tiles(row, tiles, run)())
@@ -256,14 +273,14 @@ def checker(row: Row, make: Callable[..., Callable[[], tuple]]) -> Callable[[Til
 class Compilers:
     """Processes that compile the candidates of all rows, in the order of the rows."""
 
-    def __init__(self, processes: int, candidates: dict[Row, list[Tiles]]):
+    def __init__(self, processes: int, candidates: dict[Row, list[tune.Row]]):
         self.processes, self.candidates, self.architecture = processes, candidates, configs.architecture()
 
     def __enter__(self) -> Compilers:
         self.start(self.candidates)
         return self
 
-    def start(self, candidates: dict[Row, list[Tiles]]) -> None:
+    def start(self, candidates: dict[Row, list[tune.Row]]) -> None:
         # Not forked: a process with a CUDA context and threads cannot be.
         self.pool = ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn"))
         self.jobs: dict[Row, list[Future]] = {
@@ -288,7 +305,7 @@ class Compilers:
         self.pool.shutdown(cancel_futures=True)
 
 
-def compile_candidate(architecture: str, row: Row, tiles: Tiles) -> Static:
+def compile_candidate(architecture: str, row: Row, tiles: tune.Row) -> Static:
     """Compile one pass with these tiles, and leave it in Triton's cache."""
     torch.set_num_threads(1)
     fix_hashes()
@@ -298,12 +315,13 @@ def compile_candidate(architecture: str, row: Row, tiles: Tiles) -> Static:
             run(backend, torch.bfloat16)()
     except Exception as error:  # Triton raises what its passes raise
         return Static(tiles, refused=f"does not compile: {first_line(error)}")
-    return inspect(tiles, next(kernel for kernel in kernels if kernel.name == KERNELS[row.direction]))
+    name = KERNELS[row.direction] + ("_hopper" if isinstance(tiles, Roles) else "")
+    return inspect(tiles, next(kernel for kernel in kernels if kernel.name == name))
 
 
-def inspect(tiles: Tiles, kernel: Kernel) -> Static:
-    """A compiled candidate, with its best loop of tensor instructions: the steady one, that has no masks."""
-    loops = tensor_loops(kernel.code) if kernel.architecture.startswith("sm_") else []
+def inspect(tiles: tune.Row, kernel: Kernel) -> Static:
+    """A compiled candidate, with its loops of tensor instructions over whole tiles."""
+    loops = steady_loops(tensor_loops(kernel.code)) if kernel.architecture.startswith("sm_") else []
     local = sum(loop.mix.get("local", 0) for loop in loops) if loops else kernel.spills
     limit = configs.SHARED_MEMORY[kernel.architecture]
     refused = None

@@ -62,6 +62,8 @@ def bulk(program: Program, instruction: Instruction) -> Step | None:
             tensor = map_at(unit, instruction, lane, int(map_of(unit)[lane]))
             where = [int(np.broadcast_to(unit.slots[c], unit.count)[lane]) for c in coordinates]
             start = int(in_space("shared", shared_of(unit))[lane])
+            if message := misplaced(tensor, where, start):
+                raise unit.fault("misaligned", message, instruction, lane)
             box = box_of(tensor, where, start)
             if loads:
                 barrier = barrier_at(unit, instruction, lane, int(in_space("shared", barrier_of(unit))[lane]))
@@ -70,6 +72,16 @@ def bulk(program: Program, instruction: Instruction) -> Step | None:
                 store_box(unit, pc, instruction, lane, tensor, box)
 
     return run
+
+
+def misplaced(tensor: TensorMap, coordinates: list[int], start: int) -> str | None:
+    """What an H200 stopped at with "an illegal instruction was encountered": it copies 16 bytes at a time."""
+    into = coordinates[0] * tensor.itemsize
+    if into % 16:
+        return f"copies a box that starts {into} bytes into a row of its tensor; that must be a multiple of 16"
+    if start % 128:
+        return f"copies a box to or from shared memory at {start}; that must be a multiple of 128"
+    return None
 
 
 def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier: Barrier) -> None:

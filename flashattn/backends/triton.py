@@ -163,7 +163,7 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     cols = configs.attention_cols(head_dim, head_dim_v)
     modified, precision = score.score_mod is not None, input_precision(q, v)
     tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), modified, precision)
-    tiles = tune.tiles_for(direction, q, v, score, tiles)
+    tiles = tune.row_for(direction, q, v, score, tiles)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
     if block_mask is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..kernels import configs, hopper_backward, hopper_forward
+from ..kernels import configs, hopper_backward, hopper_forward, tune
 from ..kernels.backward import Statistics
 from ..kernels.configs import Roles
 from ..kernels.tiles import Heads
@@ -38,6 +38,9 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
         return None
     row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes(score))
     if row is None or not all(copyable(x) for x in (q, k, v, *others)):
+        return None
+    row = tune.row_for(direction, q, v, score, row)
+    if not isinstance(row, Roles):
         return None
     blocks = score.block_mask
     sides = (row.block, row.owned) if direction == "backward_kv" else (row.owned, row.block)

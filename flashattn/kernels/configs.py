@@ -361,11 +361,19 @@ def fitting_tiles(
 
 
 def hopper_roles(direction: str, head_dim: int, changed: bool) -> Roles | None:
-    """How a pass on Hopper shares its work out; None where no kernel in roles does it. changed: as in Pairs; half the
-    tile."""
+    """How a pass on Hopper shares its work out; None where no kernel in roles does it. changed: as in Pairs."""
     row = next((row for largest, row in HOPPER[direction].items() if head_dim <= largest), None)
-    if row is None or not changed:
-        return row
+    return halved(row) if row is not None and changed else row
+
+
+def hopper_candidates(direction: str, head_dim: int, changed: bool) -> list[Roles]:
+    """What to time against that row."""
+    rows = next(rows for largest, rows in HOPPER_CANDIDATES[direction].items() if head_dim <= largest)
+    return [halved(row) for row in rows] if changed else rows
+
+
+def halved(row: Roles) -> Roles:
+    """With half the tile: changing scores takes registers."""
     return row._replace(block=max(32, row.block // 2))
 
 

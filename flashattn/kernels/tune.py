@@ -1,4 +1,5 @@
-"""The search for tiles: the neighbours of a row of `configs.py` that fit and do not spill, timed against the row.
+"""The search for tiles: the neighbours of a row of `configs.py` that fit and do not spill, timed against the row. Of a
+row for Hopper's kernels in roles the candidates stand in `configs.py` too.
 
 Under FLASHATTN_AUTOTUNE=1 the first call of a kind on a GPU searches, for each of its passes, on its own tensors, and
 the process remembers what it chose; nothing is written to disk. A kind is a pass, the dtype, the head dimensions and
@@ -25,7 +26,8 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from ..score import Score
-from .configs import Tiles
+from . import configs
+from .configs import Roles, Tiles
 from .precision import input_precision
 
 ENABLED = os.environ.get("FLASHATTN_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret
@@ -36,6 +38,9 @@ ROUNDS, CALLS = 9, 4  # of a candidate: rounds in which all take their turns, ca
 HELD_BACK = 2_000_000  # clocks the GPU waits, so that a turn's calls are all queued when the first one starts
 SAME = 8  # units in the last place by which elements of two right results may differ
 SUMMED = 2.0**-20  # the unit where that of the dtype is finer: sums of thousands of terms in float32 keep 20 bits
+
+
+Row = Tiles | Roles  # of configs.py
 
 
 class Times(NamedTuple):
@@ -49,9 +54,9 @@ class Times(NamedTuple):
 class Found(NamedTuple):
     """What a search found."""
 
-    best: Tiles
-    times: dict[Tiles, Times]  # of all that were timed, the row first
-    refused: dict[Tiles, str]  # why others were not
+    best: Row
+    times: dict[Row, Times]  # of all that were timed, the row first
+    refused: dict[Row, str]  # why others were not
 
 
 # --------------------------------------------------------------------------------------------- candidates
@@ -117,10 +122,10 @@ def why_not(kernel: CompiledKernel) -> str | None:
 
 
 def search(
-    row: Tiles,
-    candidates: Iterable[Tiles],
-    refusal: Callable[[Tiles], str | None],
-    measure: Callable[[list[Tiles]], dict[Tiles, Times]],
+    row: Row,
+    candidates: Iterable[Row],
+    refusal: Callable[[Row], str | None],
+    measure: Callable[[list[Row]], dict[Row, Times]],
 ) -> Found:
     """Times the row and those candidates that nothing is said against. Best is the one with the least median, if even
     its upper quartile is below the row's lower one; else the row."""
@@ -132,11 +137,11 @@ def search(
     return Found(best, times, {tiles: reason for tiles, reason in reasons.items() if reason is not None})
 
 
-_forced: ContextVar[dict[str, Tiles]] = ContextVar("forced", default={})  # noqa: B039  (nothing changes it in place)
+_forced: ContextVar[dict[str, Row]] = ContextVar("forced", default={})  # noqa: B039  (nothing changes it in place)
 
 
 @contextlib.contextmanager
-def forced(direction: str, tiles: Tiles) -> Iterator[None]:
+def forced(direction: str, tiles: Row) -> Iterator[None]:
     """Within the block, in this thread, launches of this pass take these tiles."""
     token = _forced.set({**_forced.get(), direction: tiles})
     try:
@@ -145,10 +150,12 @@ def forced(direction: str, tiles: Tiles) -> Iterator[None]:
         _forced.reset(token)
 
 
-def search_call(call: Callable[[], tuple[Tensor | None, ...]], direction: str, row: Tiles, expected: tuple) -> Found:
+def search_call(
+    call: Callable[[], tuple[Tensor | None, ...]], direction: str, row: Row, candidates: list[Row], expected: tuple
+) -> Found:
     """The best tiles of one pass of a call, whose results with the row are `expected`."""
 
-    def with_tiles(tiles: Tiles) -> Callable[[], object]:
+    def with_tiles(tiles: Row) -> Callable[[], object]:
         def run():
             with forced(direction, tiles):
                 return call()
@@ -157,7 +164,7 @@ def search_call(call: Callable[[], tuple[Tensor | None, ...]], direction: str, r
 
     known = {kernel.hash for kernel in compiled(with_tiles(row))}
 
-    def refusal(tiles: Tiles) -> str | None:
+    def refusal(tiles: Row) -> str | None:
         run = with_tiles(tiles)
         try:
             kernels = {kernel.hash: kernel for kernel in compiled(run)}
@@ -168,7 +175,7 @@ def search_call(call: Callable[[], tuple[Tensor | None, ...]], direction: str, r
         except Exception as error:  # Triton raises what its passes raise; a search must not fail the call
             return f"{type(error).__name__}: {error}"
 
-    return search(row, neighbours(row), refusal, lambda found: measure({tiles: with_tiles(tiles) for tiles in found}))
+    return search(row, candidates, refusal, lambda found: measure({tiles: with_tiles(tiles) for tiles in found}))
 
 
 def is_same(results: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> bool:
@@ -184,9 +191,9 @@ def are_close(x: Tensor, y: Tensor) -> bool:
     return bool(((x == y) | ((x - y).abs() <= allowed)).all())
 
 
-def measure(calls: dict[Tiles, Callable[[], object]]) -> dict[Tiles, Times]:
+def measure(calls: dict[Row, Callable[[], object]]) -> dict[Row, Times]:
     """Calls on the current GPU in turn, by CUDA events."""
-    turns: dict[Tiles, list] = {tiles: [] for tiles in calls}
+    turns: dict[Row, list] = {tiles: [] for tiles in calls}
     for _ in range(ROUNDS):
         for tiles, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -210,22 +217,39 @@ def quartiles(seconds: list[float]) -> Times:
 
 # --------------------------------------------------------------------------------------------- what calls take
 
-_chosen: dict[tuple, Tiles] = {}  # by kind
-_unknown: ContextVar[dict[tuple, Tiles] | None] = ContextVar("unknown", default=None)  # kinds that a call met
+
+class Unknown(NamedTuple):
+    """What a search of a new kind starts from."""
+
+    row: Row
+    candidates: list[Row]
+
+
+_chosen: dict[tuple, Row] = {}  # by kind
+_unknown: ContextVar[dict[tuple, Unknown] | None] = ContextVar("unknown", default=None)  # kinds that a call met
 _searching = threading.Lock()  # one search at a time: others would share the GPU with it
 
 
-def tiles_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Tiles) -> Tiles:
-    """The tiles of a pass: those a search forces or chose, else the row of the table."""
-    tiles = _forced.get().get(direction)
-    if tiles is not None:
-        return tiles
+def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row:
+    """What a pass takes: what a search forces or chose, else the row of the table. Forced tiles turn a kernel in roles
+    into the plain one; the plain one, which serves what those do not, has tiles whatever is forced."""
+    found = _forced.get().get(direction)
+    if found is not None:
+        return row if isinstance(found, Roles) and isinstance(row, Tiles) else found
     if not ENABLED:
         return row
-    kind, unknown = kind_of(direction, q, v, score), _unknown.get()
+    kind, unknown = (*kind_of(direction, q, v, score), type(row)), _unknown.get()
     if unknown is not None and kind not in _chosen:
-        unknown[kind] = row
+        unknown[kind] = Unknown(row, candidates(direction, q, v, row))
     return _chosen.get(kind, row)
+
+
+def candidates(direction: str, q: Tensor, v: Tensor, row: Row) -> list[Row]:
+    """What to time against a row."""
+    if isinstance(row, Tiles):
+        return neighbours(row)
+    head_dim = max(q.shape[-1], v.shape[-1])
+    return configs.hopper_candidates(direction, head_dim, row != configs.hopper_roles(direction, head_dim, False))
 
 
 def kind_of(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
@@ -248,15 +272,15 @@ def call(verb: Callable, *args):
     """verb(*args) on the current GPU, behind a search for each of its passes whose kind is new."""
     if not ENABLED or _unknown.get() is not None or torch.cuda.is_current_stream_capturing():
         return verb(*args)
-    unknown: dict[tuple, Tiles] = {}
+    unknown: dict[tuple, Unknown] = {}
     token = _unknown.set(unknown)
     try:
         results = verb(*args)
         with _searching:
-            for kind, row in unknown.items():
+            for kind, (row, others) in unknown.items():
                 _chosen[kind] = row  # stands where memory does not suffice for a search
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    _chosen[kind] = search_call(lambda: verb(*args), kind[0], row, results).best
+                    _chosen[kind] = search_call(lambda: verb(*args), kind[0], row, others, results).best
     finally:
         _unknown.reset(token)
     return verb(*args) if unknown else results
