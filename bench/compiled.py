@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 
 import flashattn.backends
 from flashattn.kernels import tune
@@ -80,9 +81,8 @@ def target(architecture: str) -> GPUTarget:
 class NoDriver:
     """A driver that names a GPU but has none."""
 
-    ids: ClassVar[
-        dict[str, int]
-    ] = {}  # Triton caches kernels by device number, so each architecture has one of its own
+    # Triton caches kernels by device number: each architecture has one, and another for kernels that are not assembled.
+    ids: ClassVar[dict[tuple[str, bool], int]] = {}
 
     def __init__(self, architecture: str):
         self.architecture = architecture
@@ -91,13 +91,33 @@ class NoDriver:
         return target(self.architecture)
 
     def get_current_device(self) -> int:
-        return self.ids.setdefault(self.architecture, len(self.ids))
+        return self.ids.setdefault((self.architecture, CUDABackend.make_cubin is no_cubin), len(self.ids))
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+def no_cubin(*_) -> bytes:
+    return b""
+
+
+@contextlib.contextmanager
+def unassembled() -> Iterator[None]:
+    """Within the block Triton stops at PTX, for those who read no machine code: ptxas takes up to half of the time.
+    Such kernels have names of their own in Triton's cache on disk, so that no GPU is given one."""
+    name, assemble = CUDABackend.hash, CUDABackend.make_cubin
+    if assemble is no_cubin:
+        yield
+        return
+    CUDABackend.hash = lambda backend: f"{name(backend)}-unassembled"
+    CUDABackend.make_cubin = no_cubin
+    try:
+        yield
+    finally:
+        CUDABackend.hash, CUDABackend.make_cubin = name, assemble
 
 
 @contextlib.contextmanager

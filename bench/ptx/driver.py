@@ -20,7 +20,7 @@ from triton.runtime.cache import get_cache_manager
 
 from flashattn.kernels.configs import SHARED_MEMORY
 
-from ..compiled import NoDriver, driver
+from ..compiled import NoDriver, driver, unassembled
 from .counts import Counts
 from .faults import Fault
 from .machine import MAX_INSTRUCTIONS, execute
@@ -70,7 +70,7 @@ def device(architecture: str, *, max_instructions: int = MAX_INSTRUCTIONS) -> It
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     gpu = Device(architecture, max_instructions)
-    with driver(gpu):
+    with driver(gpu), unassembled():
         yield gpu
 
 

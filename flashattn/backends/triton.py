@@ -137,7 +137,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
 def new_statistics(lse: Tensor, sequences: int) -> Tensor:
     """Room for what a backward's first pass leaves of each query: (2, batch * heads, stride). `sequences`: those packed
     into a row, each of which starts at a multiple of 16 bytes, as rows do."""
-    rows, seq = lse.shape[:-1].numel(), triton.cdiv(lse.shape[-1] + 4 * sequences, 4) * 4
+    rows, seq = lse.shape[:-1].numel(), configs.cdiv(lse.shape[-1] + 4 * sequences, 4) * 4
     return torch.empty(2, rows, seq, dtype=torch.float32, device=lse.device)
 
 
@@ -195,7 +195,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
         triton_hopper.forward(q, k, v, heads_arg(out), lse, attention_args(q, k, v, score), roles)
         return out, lse
     meta = attention_meta("forward", q, v, score)
-    programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+    programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         forward_kernels.attention_forward[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), lse, *attention_args(q, k, v, score), **meta
@@ -223,7 +223,7 @@ def backward(
         )
     else:
         meta = attention_meta("backward_q", q, v, score)
-        programs = triton.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+        programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
         if programs:
             backward_kernels.attention_backward_q[(programs,)](
                 heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
@@ -234,7 +234,7 @@ def backward(
         triton_hopper.backward_kv(q, k, v, grad_out, rows, heads_arg(grad_k), heads_arg(grad_v), args, roles)
     else:
         meta = attention_meta("backward_kv", q, v, score)
-        programs = triton.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
+        programs = configs.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
         if programs:
             backward_kernels.attention_backward_kv[(programs,)](
                 heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, heads_arg(grad_k),
@@ -245,7 +245,7 @@ def backward(
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
     meta = attention_meta("backward_q", q, v, score)
     *planes, size_q, size_k = grad_bias.shape
-    programs = triton.cdiv(size_k, meta["BLOCK_N"]) * triton.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
+    programs = configs.cdiv(size_k, meta["BLOCK_N"]) * configs.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
     if programs:
         backward_kernels.attention_backward_bias[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, grad_bias, *args,
@@ -283,10 +283,10 @@ def rotate_and_store(
     heads, seq_q = (0, 0) if q is None else q.shape[1:3]
     kv_heads, seq_new, head_dim_v = (0, 0, 1) if v is None else v.shape[1:]
     turned = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    block_d, block_dv = triton.next_power_of_2(head_dim), triton.next_power_of_2(head_dim_v)
+    block_d, block_dv = configs.next_power_of_2(head_dim), configs.next_power_of_2(head_dim_v)
     seq = max(seq_q, seq_new)
-    block_rows = max(1, min(triton.next_power_of_2(seq), configs.ROTARY_ELEMENTS // max(block_d, block_dv)))
-    programs = triton.cdiv(seq, block_rows) * (heads + 2 * kv_heads) * batch
+    block_rows = max(1, min(configs.next_power_of_2(seq), configs.ROTARY_ELEMENTS // max(block_d, block_dv)))
+    programs = configs.cdiv(seq, block_rows) * (heads + 2 * kv_heads) * batch
     if not programs:
         return turned
     caches = None, None, None
@@ -323,13 +323,13 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     meta = attention_meta("decode", q, v, score)
     if cached.page_table is not None:
         meta["num_stages"] = configs.paged_stages(meta["num_stages"])
-    programs = splits * triton.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
+    programs = splits * configs.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
         heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k.shape[2]), statistics, partial, args,
         heads, kv_heads, seq_q, splits, **meta, SPLITS=limit,
     )  # fmt: skip
     block_rows = configs.SPLITS // limit
-    decode_kernels.attention_merge[(triton.cdiv(rows, block_rows),)](
+    decode_kernels.attention_merge[(configs.cdiv(rows, block_rows),)](
         statistics, partial, heads_arg(out), lse, args, heads, seq_q, rows, splits,
         HEAD_DIM_V=head_dim_v, BLOCK_DV=meta["BLOCK_DV"], BLOCK_ROWS=block_rows, SPLITS=limit, num_warps=4,
     )  # fmt: skip
@@ -382,7 +382,7 @@ def norm_forward(
     heads = norm_parameter_heads(weight, bias)
     tile = configs.norm_tile("forward", width, hidden_dtype != x.dtype, norm.dropout_p > 0)
     if row_count:
-        norm_kernels.norm_forward[(triton.cdiv(row_count // heads, tile.rows), heads)](
+        norm_kernels.norm_forward[(configs.cdiv(row_count // heads, tile.rows), heads)](
             row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
             mean, rstd, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
             HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single, **tile_meta(tile, norm),
@@ -417,9 +417,9 @@ def norm_backward(
             grad_arg, hidden_arg, weight_arg, mean, rstd, *means, row_count, width, heads, norm.weight_offset,
             **tile_meta(one_row, norm),
         )  # fmt: skip
-    chunks = triton.cdiv(width, tile.cols)
+    chunks = configs.cdiv(width, tile.cols)
     programs = configs.norm_programs(multiprocessors(device), tile, heads * chunks)
-    programs = min(programs, triton.cdiv(row_count // heads, tile.rows))
+    programs = min(programs, configs.cdiv(row_count // heads, tile.rows))
     parts = [
         None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)
         for p in (weight, bias)
@@ -439,7 +439,7 @@ def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tenso
     present = next((part for part in parts if part is not None), None)
     if present is not None:
         programs, heads, width = present.shape
-        norm_kernels.norm_backward_parameters[(triton.cdiv(heads * width, 32),)](
+        norm_kernels.norm_backward_parameters[(configs.cdiv(heads * width, 32),)](
             *parts, *gradients, programs, heads * width, BLOCK_PARTS=64, BLOCK_COLS=32, num_warps=4
         )
     return gradients

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -19,6 +18,11 @@ from ..kernels.tiles import Heads
 from ..score import Score
 
 ENABLED = os.environ.get("FLASHATTN_HOPPER") != "0"  # 0: the plain kernels, to compare or where these are at fault
+
+
+# How tiles and queries' statistics lie in shared memory.
+TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+ROWS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 
 
 @contextlib.contextmanager
@@ -69,31 +73,30 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     cols = columns(x)
     # Nothing steps over a dimension of one, but the stride must be valid.
     strides = [stride if size > 1 else cols for size, stride in zip(x.shape, x.stride(), strict=True)]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], layout)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], TILES)
 
 
 def columns(x: Tensor) -> int:
     """Of a tile: those of one swizzled row, 128 bytes, at least."""
-    return max(64, triton.next_power_of_2(x.shape[-1]))
+    return max(64, configs.next_power_of_2(x.shape[-1]))
 
 
 def statistics_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
     """lse and delta (2, batch * heads, stride) of queries as bulk copies read them: both of `count` queries."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [2, 1, count], layout)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [2, 1, count], ROWS)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tuple, row: Roles) -> None:
     """Fills out and lse; `args` are those that all attention kernels share."""
     _, batches, heads, _, seq_q, _ = args
-    works = triton.cdiv(seq_q, row.owned) * heads * batches
-    programs = min(works, multiprocessors(q.device)) if row.persistent else works
-    if programs:
-        hopper_forward.attention_forward_hopper[(programs,)](
-            descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, *args,
-            HEAD_DIM_V=v.shape[-1], PINGPONG=row.pingpong, PERSISTENT=row.persistent, **meta(row),
-        )  # fmt: skip
+    programs = configs.cdiv(seq_q, row.owned) * heads * batches
+    if row.persistent:
+        programs = min(programs, multiprocessors(q.device))
+    launch(
+        hopper_forward.attention_forward_hopper, programs, row,
+        descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, *args,
+        HEAD_DIM_V=v.shape[-1], PINGPONG=row.pingpong, PERSISTENT=row.persistent,
+    )  # fmt: skip
 
 
 def backward_q(
@@ -102,12 +105,11 @@ def backward_q(
 ) -> None:  # fmt: skip
     """Fills grad_q and the queries' statistics."""
     _, batches, heads, _, seq_q, _ = args
-    programs = triton.cdiv(seq_q, row.owned) * heads * batches
-    if programs:
-        hopper_backward.attention_backward_q_hopper[(programs,)](
-            descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
-            grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
-        )  # fmt: skip
+    launch(
+        hopper_backward.attention_backward_q_hopper, configs.cdiv(seq_q, row.owned) * heads * batches, row,
+        descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
+        grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+    )  # fmt: skip
 
 
 def backward_kv(
@@ -116,17 +118,18 @@ def backward_kv(
 ) -> None:  # fmt: skip
     """Fills grad_k and grad_v. `rows`: the queries' statistics, (2, batch * heads, stride)."""
     _, batches, _, kv_heads, _, seq_k = args
-    programs = triton.cdiv(seq_k, row.owned) * kv_heads * batches
+    launch(
+        hopper_backward.attention_backward_kv_hopper, configs.cdiv(seq_k, row.owned) * kv_heads * batches, row,
+        descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
+        statistics_descriptor(rows, row.block), grad_k, grad_v, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+    )  # fmt: skip
+
+
+def launch(kernel, programs: int, row: Roles, *args, **constants) -> None:
     if programs:
-        hopper_backward.attention_backward_kv_hopper[(programs,)](
-            descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
-            statistics_descriptor(rows, row.block), grad_k, grad_v, *args,
-            HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], **meta(row),
-        )  # fmt: skip
-
-
-def meta(row: Roles) -> dict:
-    return dict(STAGES=row.stages, CONSUMERS=row.consumers, REGISTERS=row.registers, num_warps=4)
+        kernel[(programs,)](
+            *args, **constants, STAGES=row.stages, CONSUMERS=row.consumers, REGISTERS=row.registers, num_warps=4
+        )
 
 
 def multiprocessors(device: torch.device) -> int:

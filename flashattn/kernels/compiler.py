@@ -28,7 +28,6 @@ from pathlib import Path
 
 import triton
 from triton import knobs
-from triton.experimental import gluon
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
@@ -70,13 +69,15 @@ def faults() -> list[str]:
     return found
 
 
-class Kernel(JITFunction):
+class SameEverywhere:
     """A kernel that is launched the same way by every version of Triton."""
 
     def run(self, *args, **options):
         # Triton 3.10 contracts no multiply-adds unless it is asked to: the bits shall not depend on the version.
         return super().run(*args, enable_fp_fusion=True, **options)
 
+
+class Kernel(SameEverywhere, JITFunction):
     def create_binder(self):
         binder = super().create_binder()
         if ADDS_FENCES:
@@ -84,33 +85,24 @@ class Kernel(JITFunction):
         return binder
 
 
-class GluonKernel(GluonJITFunction):
-    """The same of a kernel in Gluon, whose author sets the fences."""
-
-    def run(self, *args, **options):
-        return super().run(*args, enable_fp_fusion=True, **options)
+class GluonKernel(SameEverywhere, GluonJITFunction):
+    """One in Gluon, whose author sets the fences."""
 
 
-def kernel(do_not_specialize: list[str]) -> Callable:
+def kernel(do_not_specialize: list[str], launched: type[JITFunction] = Kernel) -> Callable:
     """A decorator for the functions that are launched: triton.jit with the options all of them share."""
 
     def decorate(function):
         if knobs.runtime.interpret:
             return triton.jit(function, do_not_specialize=do_not_specialize)
-        return Kernel(function, do_not_specialize=do_not_specialize)
+        return launched(function, do_not_specialize=do_not_specialize)
 
     return decorate
 
 
 def gluon_kernel(do_not_specialize: list[str]) -> Callable:
     """The same for functions in Gluon, which Triton's interpreter does not run."""
-
-    def decorate(function):
-        if knobs.runtime.interpret:
-            return gluon.jit(function, do_not_specialize=do_not_specialize)
-        return GluonKernel(function, do_not_specialize=do_not_specialize)
-
-    return decorate
+    return kernel(do_not_specialize, GluonKernel)
 
 
 def with_fences(compile: Callable) -> Callable:

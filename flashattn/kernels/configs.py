@@ -249,6 +249,16 @@ NORM_RESIDENT = 8192  # elements of backward tiles whose registers a multiproces
 NORM_STAGES = 2  # of the backward pass: while it works on a tile, it copies the next one to shared memory
 
 
+def next_power_of_2(n: int) -> int:
+    """As Triton's, which is made to be called in kernels too and takes the host ten times as long."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; as Triton's."""
+    return -(-a // b)
+
+
 class NormTile(NamedTuple):
     rows: int
     cols: int
@@ -281,7 +291,7 @@ def norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = F
     single = width <= limit
     if not single and direction == "backward":
         limit = NORM_CHUNK
-    cols = min(triton.next_power_of_2(width), limit)
+    cols = min(next_power_of_2(width), limit)
     rows = max(1, NORM_ELEMENTS[direction] // cols)
     elements = rows * cols
     return NormTile(rows, cols, most_warps() if elements > 8192 else max(1, elements // 512), single)
@@ -314,7 +324,7 @@ PLAIN = Pairs()
 def attention_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     """The columns of a tile of q or k and of v: the head dimensions as powers of two, 16 at least; more of v where the
     assembler would get narrow ones wrong (`compiler.py`)."""
-    cols, cols_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
+    cols, cols_v = (max(16, next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
     wider = max(cols_v, min(cols, 64))
     # The width first: only a call with narrow ones asks the driver, which costs the host time.
     if wider > cols_v and architecture() == "sm_90" and loses_descriptors():

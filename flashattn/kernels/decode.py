@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compiler import kernel
+from .configs import cdiv
 from .forward import fold
 from .scores import SIZES, Sequence, visible_keys
 from .softmax import join_sink, logsumexp
@@ -105,7 +106,7 @@ def splits_of(score, seq, SPLITS: tl.constexpr):
 
 def most_splits(longest: int, seq_q: int, limit: int) -> int:
     """How many splits a row has at most, where none has more than `longest` keys and SPLITS is `limit`."""
-    return max(1, min(limit, triton.cdiv(longest, SPLIT_KEYS.value * seq_q)))
+    return max(1, min(limit, cdiv(longest, SPLIT_KEYS.value * seq_q)))
 
 
 @kernel(do_not_specialize=[*SIZES, "splits"])

@@ -41,6 +41,20 @@ def fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE
 
 
 @triton.jit
+def finish(lse, m_i, l_i, score, seq, batch, head, heads, queries):
+    """(l_i, alpha) once every key is folded in: the sum of the weights, and what the output so far is multiplied by
+    where a sink joins. Stores lse."""
+    if score.q_lengths is not None:
+        l_i = tl.where(queries < seq.query_end, l_i, 0.0)
+    alpha = 1.0
+    if score.sinks is not None:
+        m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
+    lse += statistics_at(score, seq, batch, head, heads)
+    tl.store(lse + queries, logsumexp(m_i, l_i), mask=queries < seq.seq_q)
+    return l_i, alpha
+
+
+@triton.jit
 def attend(
     acc, m_i, l_i, q, k, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -96,12 +110,8 @@ def attention_forward(
             )  # fmt: skip
 
     queries = start_m + tl.arange(0, BLOCK_M)
-    if score.q_lengths is not None:
-        l_i = tl.where(queries < seq.query_end, l_i, 0.0)
+    l_i, alpha = finish(lse, m_i, l_i, score, seq, batch, head, heads, queries)
     if score.sinks is not None:
-        m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
         acc *= alpha[:, None]
     result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
     store_tile(one_head(out, batch, head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
-    lse += statistics_at(score, seq, batch, head, heads)
-    tl.store(lse + queries, logsumexp(m_i, l_i), mask=queries < seq.seq_q)

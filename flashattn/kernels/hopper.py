@@ -112,13 +112,13 @@ def fill(ring, number, descriptor, batch, head, row):
 
 
 @gluon.jit
-def fill_ragged(ring, number, descriptor, batch, head, row, exist, landing, landed):
-    """`fill`, where rows at or past the `exist`-th lie in the tensor but not in the sequence: what is there may be NaN,
-    and 0 times NaN is NaN. They are set to 0 before the consumers see the tile. Returns `landed`, how often the barrier
-    `landing` was used."""
+def fill_rows(ring, number, descriptor, batch, head, row, exist, landing, landed, RAGGED: gl.constexpr):
+    """`fill`; if RAGGED, rows at or past the `exist`-th may lie in the tensor but not in the sequence: what is there
+    may be NaN, and 0 times NaN is NaN. They are set to 0 before the consumers see the tile. Returns `landed`, how often
+    the barrier `landing` was used."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]
     ROWS: gl.constexpr = ring.tiles.shape[3]
-    if exist >= ROWS:
+    if not RAGGED or exist >= ROWS:
         fill(ring, number, descriptor, batch, head, row)
     else:
         mbarrier.wait(empty(ring, number), number // SLOTS & 1 ^ 1)

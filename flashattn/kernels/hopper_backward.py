@@ -26,7 +26,7 @@ from .hopper import (
     copy,
     empty,
     fill,
-    fill_ragged,
+    fill_rows,
     full,
     kept_weights,
     matrix,
@@ -73,13 +73,9 @@ def load_keys(q, k, v, do, rings, landing, score, work):
         start_n = tile_start(work.tiles, index, BLOCK_N)
         if looks(score, work.batch, work.head, work.start_m, start_n):
             row = seq.k_start + start_n
-            if RAGGED:
-                exist = seq.key_end - start_n
-                landed = fill_ragged(rings.k, loaded, k, batch, work.kv_head, row, exist, landing, landed)
-                landed = fill_ragged(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed)
-            else:
-                fill(rings.k, loaded, k, batch, work.kv_head, row)
-                fill(rings.v, loaded, v, batch, work.kv_head, row)
+            exist = seq.key_end - start_n
+            landed = fill_rows(rings.k, loaded, k, batch, work.kv_head, row, exist, landing, landed, RAGGED)
+            landed = fill_rows(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed, RAGGED)
             loaded += 1
 
 
@@ -156,20 +152,15 @@ def sum_keys(
 
     acc = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     count = tile_count(work.tiles, BLOCK_N)
-    edges = gl.minimum(gl.maximum(work.tiles.edges, 1), count)
+    begin = 0
+    end = gl.minimum(gl.maximum(work.tiles.edges, 1), count)
     number = gl.to_tensor(0)
-    for index in range(edges):
-        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-            acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE=True
-            )
-            number += 1
-    for index in range(edges, count):
-        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-            acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE=False
-            )
-            number += 1
+    for EDGE in gl.static_range(1, -1, -1):
+        for index in range(begin, end):
+            if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+                acc = visit_keys(acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE)
+                number += 1
+        begin, end = end, count
     store_rows(one_head(grad_q, work.batch, work.head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM)
 
 
@@ -279,15 +270,9 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
             if looks(score, keys.batch, head, start_m, keys.start_n):
                 row = seq.q_start + start_m
                 exist = seq.query_end - start_m
-                if RAGGED:
-                    landed = fill_ragged(rings.q, loaded, q, batch, head, row, exist, landing, landed)
-                else:
-                    fill(rings.q, loaded, q, batch, head, row)
+                landed = fill_rows(rings.q, loaded, q, batch, head, row, exist, landing, landed, RAGGED)
                 fill_statistics(rings.rows, loaded, rows, line, column + start_m)
-                if RAGGED:
-                    landed = fill_ragged(rings.do, loaded, do, batch, head, row, exist, landing, landed)
-                else:
-                    fill(rings.do, loaded, do, batch, head, row)
+                landed = fill_rows(rings.do, loaded, do, batch, head, row, exist, landing, landed, RAGGED)
                 loaded += 1
 
 
@@ -356,18 +341,15 @@ def sum_queries(rings, grad_k, grad_v, score, keys, ME: gl.constexpr, HEAD_DIM: 
     edges = gl.minimum(gl.maximum(keys.tiles.edges, 1), count)
     number = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
-        for index in range(edges):
-            if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
-                acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE=True
-                )
-                number += 1
-        for index in range(edges, count):
-            if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
-                acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE=False
-                )
-                number += 1
+        begin, end = 0, edges
+        for EDGE in gl.static_range(1, -1, -1):
+            for index in range(begin, end):
+                if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
+                    acc_k, acc_v = visit_queries(
+                        acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE
+                    )
+                    number += 1
+            begin, end = end, count
     # Rows of keys past the end hold what their weights made of memory that is not theirs.
     acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
     acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)

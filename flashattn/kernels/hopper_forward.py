@@ -17,13 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compiler import gluon_kernel
-from .forward import fold
+from .forward import finish, fold
 from .hopper import (
     Ring,
     Sizes,
     batch_coordinate,
     fill,
-    fill_ragged,
+    fill_rows,
     first_tile,
     kept_weights,
     matrix,
@@ -38,8 +38,7 @@ from .hopper import (
     tile_start,
     wait_full,
 )
-from .scores import SIZES, block_state, looks, statistics_at
-from .softmax import join_sink, logsumexp
+from .scores import SIZES, block_state, looks
 from .tiles import one_head
 
 
@@ -57,6 +56,7 @@ def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
     """Q of each consumer, then K and V tiles in turn. `done` works and `loaded` key tiles came before."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
+    RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
     seq = work.seq
     batch = batch_coordinate(score, work.batch)
     for i in gl.static_range(CONSUMERS):
@@ -68,11 +68,8 @@ def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
         if index == first or looks(score, work.batch, work.head, work.start_m, start_n):
             row = seq.k_start + start_n
             fill(rings.k, loaded, k, batch, work.kv_head, row)
-            if score.kv_lengths is not None or score.cu_seqlens is not None:
-                exist = seq.key_end - start_n
-                landed = fill_ragged(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed)
-            else:
-                fill(rings.v, loaded, v, batch, work.kv_head, row)
+            exist = seq.key_end - start_n
+            landed = fill_rows(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed, RAGGED)
             loaded += 1
     return loaded, landed
 
@@ -191,37 +188,29 @@ def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HE
     wait_full(rings.v, read)
 
     number = read + 1
-    edges = gl.minimum(gl.maximum(work.tiles.edges, first + 1), count)
-    for index in range(first + 1, edges):
-        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-            acc, weights, alpha, m_i, l_i = step(
-                acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
-                ME, PINGPONG, EDGE=True,
-            )  # fmt: skip
-            number += 1
-    for index in range(edges, count):
-        if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-            acc, weights, alpha, m_i, l_i = step(
-                acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
-                ME, PINGPONG, EDGE=False,
-            )  # fmt: skip
-            number += 1
+    begin = first + 1
+    end = gl.minimum(gl.maximum(work.tiles.edges, begin), count)
+    for EDGE in gl.static_range(1, -1, -1):
+        for index in range(begin, end):
+            if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+                acc, weights, alpha, m_i, l_i = step(
+                    acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
+                    ME, PINGPONG, EDGE,
+                )  # fmt: skip
+                number += 1
+        begin, end = end, count
     acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
     release(rings.q, ME)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     release(rings.v, number - 1)
 
     queries = start_m + gl.arange(0, 64, ROW)
-    if score.q_lengths is not None:
-        l_i = gl.where(queries < seq.query_end, l_i, 0.0)
+    l_i, alpha = finish(lse, m_i, l_i, score, seq, work.batch, work.head, work.heads, queries)
     if score.sinks is not None:
-        m_i, l_i, alpha = join_sink(m_i, l_i, gl.load(score.sinks + work.head))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     total = gl.convert_layout(l_i, gl.SliceLayout(1, OUT))[:, None]
     result = gl.where(total == 0.0, 0.0, acc / total)
     store_rows(one_head(out, work.batch, work.head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V)
-    lse += statistics_at(score, seq, work.batch, work.head, work.heads)
-    gl.store(lse + queries, logsumexp(m_i, l_i), mask=queries < seq.seq_q)
     return number
 
 
