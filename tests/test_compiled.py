@@ -293,6 +293,17 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
         assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_two_programs_with_a_row_of_16384_run_at_a_time(architecture, center, dtype):
+    x, weight = torch.empty(2, 16384, dtype=dtype), torch.empty(16384, dtype=dtype)
+    with compiled.compile_for(architecture) as kernels:
+        backend.norm_forward(x, None, weight, weight if center else None, dtype, False, Norm(center, 1e-5))
+    assert kernels[0].occupancy == 1.0
+    assert kernels[0].spills <= (15 if center else 0)
+
+
 @pytest.mark.parametrize("architecture", ["sm_89", "gfx942"])
 def test_the_widest_copies_of_rows_fit(architecture):
     """Backward, three tensors of float32 are copied while others are worked on."""

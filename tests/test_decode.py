@@ -209,7 +209,7 @@ def test_same_bits_whatever_the_batch_and_the_pages(counts, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_whatever_the_longest_row_and_the_capacity(backend):
-    """Rows of 1, 3 and 17 splits on a GPU, alone and beside each other, and in a cache with room for 32."""
+    """Rows of 1, 2 and 17 splits on a GPU, alone and beside each other, and in a cache with room for 32."""
     skip_if_wrong_there(backend, torch.float32)
     device, lengths = device_of(backend), (100, 300, 4200)
     q = randn(3, 2, 1, 16, dtype=torch.float32, device=device)

@@ -361,7 +361,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def tile_meta(tile: configs.NormTile, norm: Norm) -> dict:
-    return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps)
+    registers = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps, **registers)
 
 
 @on_its_device

@@ -6,8 +6,8 @@ query heads that share it, and the keys of a sequence are split among programs:
 2. `attention_merge`: puts the splits of a row together, exactly, by their maxima and sums.
 
 A sequence chooses its splits by the keys that its own queries see (`splits_of`): SPLIT_KEYS for each new token, or the
-next multiple of that with which SPLITS of them suffice. So one new token against 4,096 keys of 8 heads is 256 programs,
-which fill a GPU, and no sequence has more than one tile of splits to merge. A result depends neither on the batch nor
+next multiple of that with which SPLITS of them suffice. So one new token against 4,096 keys of 8 heads is 128 programs,
+one for each multiprocessor, and no sequence has more than one tile of splits to merge. A result depends neither on the batch nor
 on the capacity of a cache nor on where its pages lie: the grid has room for the longest row, or for the capacity where
 a CUDA graph is captured, and programs past the end of their own row leave at once.
 
@@ -27,7 +27,7 @@ from .scores import SIZES, Sequence, visible_keys
 from .softmax import join_sink, logsumexp
 from .tiles import rounded_product, tile_mask
 
-SPLIT_KEYS = tl.constexpr(128)  # for each new token: so what a split writes stays little beside what it reads
+SPLIT_KEYS = tl.constexpr(256)  # for each new token: so what a split writes stays little beside what it reads
 
 
 class PageTable(NamedTuple):
