@@ -62,7 +62,7 @@ def faults_of(kernel: Kernel) -> set[str]:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_loops_in_roles(head_dim):
     kernels = in_roles(head_dim)
-    assert len(kernels) == (3 if head_dim <= 128 else 2)
+    assert len(kernels) == 3
     for kernel in kernels.values():
         assert len(steady_code(kernel)) == 2  # a loop of each consumer
         assert faults_of(kernel) == set()
@@ -123,6 +123,33 @@ def compiled_forward(head_dim: int) -> Kernel:
 def test_planted_faults_are_found(fault, monkeypatch, tmp_path):
     monkeypatch.setattr(triton_hopper, "hopper_forward", plant(hopper_forward, tmp_path, PLANTED[fault]))
     assert fault in faults_of(compiled_forward(128))
+
+
+DROPOUT = (
+    "    if score.dropout is not None:\n        head = work.batch * work.heads + work.head\n"
+    "        keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])\n"
+    "        weights *= gl.convert_layout(keep, weights.type.layout)\n"
+)
+SINK = (
+    "    if score.sinks is not None:\n        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]\n"
+)
+BLOCKS = (
+    "    if score.blocks is not None:  # a tile that nothing looks at, where there is no other\n"
+    '        s = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), s, float("-inf"))\n'
+)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_absent_features_cost_nothing(head_dim, monkeypatch, tmp_path):
+    """The opcodes are those of a kernel that does not know of them."""
+    expected = opcodes(compiled_forward(head_dim))
+    pieces = [(piece, "") for piece in (DROPOUT, SINK, BLOCKS)]
+    monkeypatch.setattr(triton_hopper, "hopper_forward", plant(hopper_forward, tmp_path, *pieces))
+    assert opcodes(compiled_forward(head_dim)) == expected
+
+
+def opcodes(kernel: Kernel) -> list[str]:
+    return [x.name for x in sass.read(kernel.code)[0]]
 
 
 def test_a_spill_is_found(monkeypatch):

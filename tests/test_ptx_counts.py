@@ -11,13 +11,10 @@ from common import INTERPRETED
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench import ptx
+from bench import limit_bytes, ptx
 from bench.ptx.driver import run_text
 from bench.ptx.rates import GPUS, bounds
 from bench.ptx.report import by_line, figures
-from flashattn.backends import triton as backend
-from flashattn.cache import Cached
-from flashattn.score import Score
 
 HEAD = """.target sm_80
 .shared .align 128 .b8 space[8192];
@@ -218,27 +215,11 @@ def test_lines_add_up():
     assert found["bounds_us"][found["bound"]] == max(found["bounds_us"].values())
 
 
-def decoded(keys: int, page_size: int | None, capacity: int | None = None):
-    """(launches of a step of one new query of 4 heads on one key head of 128, bytes it cannot do without)."""
-    torch.manual_seed(0)
-    pages = 1 if page_size is None else keys // page_size
-    q, k, v = (
-        torch.randn(pages if x else 1, 1 if x else 4, keys // pages if x else 1, 128).bfloat16() for x in (0, 1, 1)
-    )
-    table = None if page_size is None else torch.randperm(pages).int()[None]
-    length = torch.tensor([keys], dtype=torch.int32)
-    with ptx.device("sm_90") as gpu:
-        backend.decode(
-            q, Cached(k, v, table, length - 1, length, capacity or keys), Score(0.1, right=0, kv_lengths=length)
-        )
-    return gpu.launches, 2 * (2 * q.numel() + k.numel() + v.numel())
-
-
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_decoding_moves_the_cache_once(page_size):
     """Each key and value once, in whole sectors, 16 bytes a lane. Besides, the workspace: of each of 32 splits and 4
     rows 130 numbers, written and read."""
-    launches, needed = decoded(16384, page_size)
+    launches, needed = limit_bytes.decode(16384, page_size)
     attend, merge = (launch.counts for launch in launches)
     copies = [row for instruction, row in attend.rows() if instruction.op == "cp.async.cg.shared.global"]
     assert sum(row["global_bytes"] for row in copies) == 2 * 16384 * 128 * 2
@@ -254,15 +235,15 @@ def test_decoding_moves_the_cache_once(page_size):
 
 def test_a_page_table_is_read_once_a_row():
     """And not once for each of its columns: 4 bytes for each key of a tile."""
-    (attend, _), _ = decoded(512, 16)
+    (attend, _), _ = limit_bytes.decode(512, 16)
     entries = [row for instruction, row in attend.counts.rows() if instruction.op == "cp.async.ca.shared.global"]
     assert sum(row["global_bytes"] for row in entries) == 512 * 4
 
 
 def test_programs_past_the_end_of_a_row_cost_nothing():
     """A grid from the capacity, as a CUDA graph has it."""
-    (tight, *_), _ = decoded(512, None)
-    (roomy, merge), _ = decoded(512, None, 100_000)
+    (tight, *_), _ = limit_bytes.decode(512, None)
+    (roomy, merge), _ = limit_bytes.decode(512, None, 100_000)
     assert (tight.grid[0], roomy.grid[0]) == (2, 32)
     assert roomy.counts.read_bytes == tight.counts.read_bytes
     stored, also_stored = (

@@ -121,7 +121,8 @@ def backward_kv(
     launch(
         hopper_backward.attention_backward_kv_hopper, configs.cdiv(seq_k, row.owned) * kv_heads * batches, row,
         descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
-        statistics_descriptor(rows, row.block), grad_k, grad_v, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+        statistics_descriptor(rows, row.block), grad_k, grad_v, *args,
+        HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], SHARED=row.shared,
     )  # fmt: skip
 
 

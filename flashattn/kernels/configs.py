@@ -170,17 +170,18 @@ CHANGED = {
 class Roles(NamedTuple):
     """How a pass on Hopper shares its work out (`hopper.py`)."""
 
-    consumers: int  # groups of four warps, of 64 rows each
+    consumers: int  # groups of four warps, with 64 rows
     block: int  # rows of a tile that they visit
     stages: int  # tiles of a ring
     registers: int  # of a consumer's thread
     pingpong: bool  # consumers take turns to issue products
     persistent: bool  # a program takes works in turn
+    shared: bool = False  # both consumers have the same rows: one sums dK, the other dV
 
     @property
     def owned(self) -> int:
         """Rows that a program owns."""
-        return 64 * self.consumers
+        return 64 if self.shared else 64 * self.consumers
 
 
 # By the larger head_dim, up to; chosen by counting, not by timing.
@@ -198,6 +199,7 @@ HOPPER = {
     "backward_kv": {
         64: Roles(2, 64, 2, 240, False, False),
         128: Roles(2, 64, 2, 240, False, False),
+        256: Roles(2, 64, 2, 240, False, False, shared=True),
     },
 }
 # Other rows that fit and keep out of local memory in their steady loops, to be timed against those above.
@@ -221,6 +223,7 @@ HOPPER_CANDIDATES = {
     "backward_kv": {
         64: [Roles(2, 64, 3, 240, False, False)],
         128: [Roles(2, 32, 3, 240, False, False)],
+        256: [Roles(2, 32, 3, 240, False, False, shared=True)],
     },
 }  # fmt: skip
 # A decoding pass: programs are many and short, and memory is the limit, so that with three stages two tiles are under

@@ -7,9 +7,9 @@ query heads that share it, and the keys of a sequence are split among programs:
 
 A sequence chooses its splits by the keys that its own queries see (`splits_of`): SPLIT_KEYS for each new token, or the
 next multiple of that with which SPLITS of them suffice. So one new token against 4,096 keys of 8 heads is 128 programs,
-one for each multiprocessor, and no sequence has more than one tile of splits to merge. A result depends neither on the batch nor
-on the capacity of a cache nor on where its pages lie: the grid has room for the longest row, or for the capacity where
-a CUDA graph is captured, and programs past the end of their own row leave at once.
+one for each multiprocessor, and no sequence has more than one tile of splits to merge. A result depends neither on the
+batch nor on the capacity of a cache nor on where its pages lie: the grid has room for the longest row, or for the
+capacity where a CUDA graph is captured, and programs past the end of their own row leave at once.
 
 Dao et al., "Flash-Decoding for long-context inference" (2023).
 """

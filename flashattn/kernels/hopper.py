@@ -2,7 +2,7 @@
 (TMA) and others read with `wgmma`.
 
 A program has roles, each a function that four of its warps run: the *producer*, which needs few registers, and two or
-three *consumers*, of 64 rows each, which get those that it gives up. A ring's slot has two barriers. `full`: the
+three *consumers*, with 64 rows each, which get those that it gives up. A ring's slot has two barriers. `full`: the
 producer's copy has arrived; `empty`: every consumer's product that read the slot is done. Tile number i of a ring lies
 in slot i % SLOTS and is the (i // SLOTS)-th there, whose parity the barriers wait for.
 

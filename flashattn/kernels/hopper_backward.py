@@ -212,7 +212,7 @@ def attention_backward_q_hopper(
 
 
 class QueryRings(NamedTuple):
-    k: Ring  # a tile for each consumer
+    k: Ring  # the tiles of keys that the program owns
     v: Ring
     q: Ring
     do: Ring
@@ -250,13 +250,13 @@ def statistic(ring, number, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def load_queries(k, v, q, do, rows, rings, landing, score, keys):
-    """The producer: K and V of each consumer, then the query tiles of each head of the group."""
-    CONSUMERS: gl.constexpr = rings.k.tiles.shape[0]
+    """The producer: the K and V tiles that the program owns, then the query tiles of each head of the group."""
+    TILES: gl.constexpr = rings.k.tiles.shape[0]
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
     RAGGED: gl.constexpr = score.q_lengths is not None or score.cu_seqlens is not None
     seq = keys.seq
     batch = batch_coordinate(score, keys.batch)
-    for i in gl.static_range(CONSUMERS):
+    for i in gl.static_range(TILES):
         row = seq.k_start + keys.start_n + i * 64
         fill(rings.k, i, k, batch, keys.kv_head, row)
         fill(rings.v, i, v, batch, keys.kv_head, row)
@@ -277,8 +277,11 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
 
 
 @gluon.jit
-def visit_queries(acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE: gl.constexpr):
-    """Query tile `index` of a head, the ring's tile `number`: acc_v += p^T do, acc_k += ds^T q."""
+def visit_queries(
+    acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n,
+    EDGE: gl.constexpr, GRAD_K: gl.constexpr, GRAD_V: gl.constexpr,
+):  # fmt: skip
+    """Query tile `index` of a head, the ring's tile `number`: acc_v += p^T do if GRAD_V, acc_k += ds^T q if GRAD_K."""
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
     LAYOUT: gl.constexpr = product_layout(BLOCK_M)
     COLS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -288,14 +291,15 @@ def visit_queries(acc_k, acc_v, k_tile, v_tile, rings, number, index, head, scor
     wait_full(rings.q, number)
     s = multiply(k_tile, q_tile)
     wait_full(rings.do, number)
-    dp = multiply(v_tile, do_tile)
+    if GRAD_K:
+        dp = multiply(v_tile, do_tile)
     start_m = tile_start(keys.tiles, index, BLOCK_M)
     queries = start_m + gl.arange(0, BLOCK_M, COLS)
     where = start_n + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     state = block_state(score, keys.batch, head, start_m, keys.start_n)
     wait_full(rings.rows, number)
-    lse = statistic(rings.rows, number, 0, COLS)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    s = warpgroup_mma_wait(GRAD_K, deps=(s,))  # as many products as were issued after it
+    lse = statistic(rings.rows, number, 0, COLS)  # not before: registers are few
     p, slope = weights(s, lse[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE)
     DTYPE: gl.constexpr = q_tile.dtype
     dropped = p
@@ -303,40 +307,53 @@ def visit_queries(acc_k, acc_v, k_tile, v_tile, rings, number, index, head, scor
         keep = kept_weights(score.dropout, keys.batch * keys.heads + head, start_m, start_n, BLOCK_M, 64)
         keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)
         dropped = p * keep
-    pt = gl.convert_layout(dropped.to(DTYPE), gl.DotOperandLayout(0, acc_v.type.layout, 2))
-    acc_v = warpgroup_mma(pt, do_tile, acc_v, is_async=True)
-    wait_full(rings.do, number)  # ends a block of code: the wait for dP stays behind the exponentials
-    dp = warpgroup_mma_wait(1, deps=(dp,))
-    delta = statistic(rings.rows, number, 1, COLS)
+    if GRAD_V:
+        pt = gl.convert_layout(dropped.to(DTYPE), gl.DotOperandLayout(0, acc_v.type.layout, 2))
+        acc_v = warpgroup_mma(pt, do_tile, acc_v, is_async=True)
+    if GRAD_K:
+        wait_full(rings.do, number)  # ends a block of code: the wait for dP stays behind the exponentials
+        dp = warpgroup_mma_wait(GRAD_V, deps=(dp,))
+        delta = statistic(rings.rows, number, 1, COLS)
     release(rings.rows, number)
-    if EDGE:
-        delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or nothing's
-    if score.dropout is not None:
-        dp *= keep
-    ds = gradient_through(score, p * (dp - delta[None, :]), slope)
-    ds = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, acc_k.type.layout, 2))
-    acc_k = warpgroup_mma(ds, q_tile, acc_k, is_async=True)
-    acc_v, pt = warpgroup_mma_wait(1, deps=(acc_v, pt))
+    if GRAD_K:
+        if EDGE:
+            delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or nothing's
+        if score.dropout is not None:
+            dp *= keep
+        ds = gradient_through(score, p * (dp - delta[None, :]), slope)
+        ds = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, acc_k.type.layout, 2))
+        acc_k = warpgroup_mma(ds, q_tile, acc_k, is_async=True)
+    if GRAD_V:
+        acc_v, pt = warpgroup_mma_wait(GRAD_K, deps=(acc_v, pt))
     release(rings.do, number)
-    acc_k, ds = warpgroup_mma_wait(0, deps=(acc_k, ds))
+    if GRAD_K:
+        acc_k, ds = warpgroup_mma_wait(0, deps=(acc_k, ds))
     release(rings.q, number)
     return acc_k, acc_v
 
 
 @gluon.jit
-def sum_queries(rings, grad_k, grad_v, score, keys, ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr):
-    """Consumer ME: 64 keys against the query tiles of every head in the group."""
+def sum_queries(
+    rings, grad_k, grad_v, score, keys, TILE: gl.constexpr, GRAD_K: gl.constexpr, GRAD_V: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+):  # fmt: skip
+    """A consumer: the keys of tile TILE against the query tiles of every head in the group. It sums grad_k, grad_v or
+    both."""
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
     BLOCK_D: gl.constexpr = rings.k.tiles.shape[4]
     BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
-    acc_k = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
-    acc_v = gl.zeros([64, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
+    acc_k = gl.to_tensor(0)
+    acc_v = gl.to_tensor(0)
+    if GRAD_K:
+        acc_k = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
+    if GRAD_V:
+        acc_v = gl.zeros([64, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
     seq = keys.seq
-    start_n = keys.start_n + ME * 64
-    k_tile = matrix(rings.k, ME)
-    v_tile = matrix(rings.v, ME)
-    wait_full(rings.k, ME)
-    wait_full(rings.v, ME)
+    start_n = keys.start_n + TILE * 64
+    k_tile = matrix(rings.k, TILE)
+    v_tile = matrix(rings.v, TILE)
+    wait_full(rings.k, TILE)
+    wait_full(rings.v, TILE)
     count = tile_count(keys.tiles, BLOCK_M)
     edges = gl.minimum(gl.maximum(keys.tiles.edges, 1), count)
     number = gl.to_tensor(0)
@@ -346,15 +363,18 @@ def sum_queries(rings, grad_k, grad_v, score, keys, ME: gl.constexpr, HEAD_DIM: 
             for index in range(begin, end):
                 if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
                     acc_k, acc_v = visit_queries(
-                        acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n, EDGE
-                    )
+                        acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n,
+                        EDGE, GRAD_K, GRAD_V,
+                    )  # fmt: skip
                     number += 1
             begin, end = end, count
     # Rows of keys past the end hold what their weights made of memory that is not theirs.
-    acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
-    acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)
-    store_rows(one_head(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
-    store_rows(one_head(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
+    if GRAD_K:
+        acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
+        store_rows(one_head(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
+    if GRAD_V:
+        acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)
+        store_rows(one_head(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
 
 
 @gluon.jit
@@ -366,16 +386,18 @@ def row_exists(tile, start, end):
 @gluon_kernel(do_not_specialize=SIZES)
 def attention_backward_kv_hopper(
     q, k, v, do, rows, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
-    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `attention_backward_kv`; q, k, v, do (grad_out) and rows (Statistics) are tensor descriptors, of tiles of
     BLOCK_M queries and of 64 keys.
 
-    Grid: (key tiles * kv_heads * batch,), the longest causal tiles first. A program owns CONSUMERS * 64 keys.
+    Grid: (key tiles * kv_heads * batch,), the longest causal tiles first. A program owns 64 keys for each consumer or,
+    if SHARED, 64 of which one consumer sums grad_k and the other grad_v: both do not fit the registers of one.
     """
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
-    BLOCK_N: gl.constexpr = CONSUMERS * 64
+    TILES: gl.constexpr = 1 if SHARED else CONSUMERS
+    BLOCK_N: gl.constexpr = TILES * 64
     tiles_n = gl.cdiv(seq_k, BLOCK_N)
     program = gl.program_id(0)
     start_n = program % tiles_n * BLOCK_N
@@ -385,7 +407,7 @@ def attention_backward_kv_hopper(
     tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
     keys = Keys(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)
     rings = QueryRings(
-        new_ring(k, CONSUMERS, 1), new_ring(v, CONSUMERS, 1), new_ring(q, STAGES, CONSUMERS),
+        new_ring(k, TILES, 1), new_ring(v, TILES, 1), new_ring(q, STAGES, CONSUMERS),
         new_ring(do, STAGES, CONSUMERS), new_ring(rows, STAGES, CONSUMERS),
     )  # fmt: skip
     landing = 0
@@ -395,8 +417,8 @@ def attention_backward_kv_hopper(
     gl.warp_specialize(
         [
             (load_queries, (k, v, q, do, rows, rings, landing, score, keys)),
-            (sum_queries, (rings, grad_k, grad_v, score, keys, 0, HEAD_DIM, HEAD_DIM_V)),
-            (sum_queries, (rings, grad_k, grad_v, score, keys, 1, HEAD_DIM, HEAD_DIM_V)),
+            (sum_queries, (rings, grad_k, grad_v, score, keys, 0, True, not SHARED, HEAD_DIM, HEAD_DIM_V)),
+            (sum_queries, (rings, grad_k, grad_v, score, keys, TILES - 1, not SHARED, True, HEAD_DIM, HEAD_DIM_V)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
