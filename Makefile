@@ -11,11 +11,12 @@ OLDEST_AND_NEWEST := $(firstword $(TRITONS)) $(lastword $(TRITONS))
 matrix_of = $(RUN) tests/matrix.py $(foreach version,$(1),$(version)=$(VENV)/triton/$(version))
 folders_of = $(addprefix $(VENV)/triton/,$(1))
 
-.PHONY: help setup demo test matrix lint bench sanitize torch-versions clean
+.PHONY: help setup demo test matrix roles lint bench sanitize torch-versions clean
 help:
 	@echo "make demo   set up, then generate, embed and measure on real models"
 	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
 	@echo "make matrix every kernel on every supported version of Triton, $(firstword $(TRITONS)) to $(lastword $(TRITONS))"
+	@echo "make roles  every case table through the kernels for Hopper, on the oldest and the newest Triton: two hours"
 	@echo "make lint   ruff, rules and format"
 	@echo "make bench  attention and the CPU engine against PyTorch, the long lists, with a plot in bench/out/"
 	@echo "make sanitize  the CPU engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -48,6 +49,10 @@ test: $(READY) $(if $(ARGS),,$(call folders_of,$(OLDEST_AND_NEWEST)))
 
 matrix: $(READY) $(call folders_of,$(TRITONS))
 	$(call matrix_of,$(TRITONS))
+
+roles: $(READY) $(call folders_of,$(OLDEST_AND_NEWEST))
+	for folder in $(call folders_of,$(OLDEST_AND_NEWEST)); do \
+		PYTHONPATH=$$folder $(RUN) -m pytest -n 2 -p no:cacheprovider $(ARGS) tests/every_case_in_roles.py || exit 1; done
 
 $(VENV)/triton/%: | $(READY)
 	rm -rf $@ $@.part

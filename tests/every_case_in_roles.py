@@ -1,0 +1,56 @@
+"""The case tables of all backends through the kernels in roles, on the PTX machine for sm_90, in bfloat16 and float16.
+`make roles` runs this file on the oldest and the newest Triton, which takes two cores some two hours: pytest does not
+find it by its name. `test_ptx_roles.py` and `every_triton.py` hold samples."""
+
+import pytest
+import test_attention
+import test_compat_flex
+import test_varlen
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from bench import ptx
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+# The bias's gradient has a kernel of its own, for every GPU.
+PASSES = {f"attention_{direction}_hopper" for direction in ("forward", "backward_q", "backward_kv")}
+OTHERS = {"attention_backward_bias"}
+
+
+@pytest.fixture
+def in_roles():
+    """Within it, sm_90; afterwards the kernels that have run must be those in roles, where these take the call."""
+    with ptx.device("sm_90") as device:
+        yield device
+    assert device.launches
+
+
+def check_launches(device, case) -> None:
+    """Bulk copies take rows of whole pieces of 16 bytes."""
+    ran = {launch.kernel for launch in device.launches} - OTHERS
+    if case.head_dim % 8 == case.head_dim_v % 8 == 0 and case.seq_q and case.seq_k:
+        assert ran == PASSES
+
+
+@DTYPES
+@pytest.mark.parametrize("case", [*test_attention.CASES, *test_attention.pairwise()], ids=lambda case: case.name)
+def test_attention_cases(case, dtype, in_roles):
+    test_attention.check(case, dtype, "triton")
+    check_launches(in_roles, case)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", test_varlen.CASES, ids=lambda case: case.name)
+def test_packed_cases(case, dtype, in_roles):
+    test_varlen.check(case, *test_varlen.LENGTHS, dtype, "triton")
+    check_launches(in_roles, case)
+
+
+@DTYPES
+@pytest.mark.parametrize("block_mask", [None, *test_compat_flex.BLOCK_MASKS])
+@pytest.mark.parametrize("mod", test_compat_flex.SCORE_MODS)
+def test_flex_cases(mod, block_mask, dtype, in_roles, monkeypatch):
+    """With blocks of 128, in one of which a tile lies."""
+    monkeypatch.setattr(test_compat_flex, "create_block_mask", lambda *args: create_block_mask(*args[:5], 128))
+    test_compat_flex.test_gradients_against_float64(dtype, mod, block_mask, "triton")
+    assert {launch.kernel for launch in in_roles.launches} >= PASSES
