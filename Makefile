@@ -40,11 +40,12 @@ demo: $(READY)
 		"The girl is carrying a baby." "A woman is playing violin."
 	$(RUN) -m bench attention --quick
 
-# Twice: Triton reads TRITON_INTERPRET when it is imported, so its interpreter needs a process of its own.
+# Each of two processes takes half of the tests, in order, and then what is left of the other: so they share what a file
+# prepares. Twice: Triton reads TRITON_INTERPRET when it is imported, so its interpreter needs a process of its own.
 # Without ARGS also what other versions of Triton make of the kernels.
 test: $(READY) $(if $(ARGS),,$(call folders_of,$(OLDEST_AND_NEWEST)))
-	$(RUN) -m pytest -n 2 $(ARGS)
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m interpreter $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m interpreter $(ARGS)
 	$(if $(ARGS),,$(call matrix_of,$(OLDEST_AND_NEWEST)))
 
 matrix: $(READY) $(call folders_of,$(TRITONS))
@@ -52,7 +53,7 @@ matrix: $(READY) $(call folders_of,$(TRITONS))
 
 roles: $(READY) $(call folders_of,$(OLDEST_AND_NEWEST))
 	for folder in $(call folders_of,$(OLDEST_AND_NEWEST)); do \
-		PYTHONPATH=$$folder $(RUN) -m pytest -n 2 -p no:cacheprovider $(ARGS) tests/every_case_in_roles.py || exit 1; done
+		PYTHONPATH=$$folder $(RUN) -m pytest -n 2 --dist worksteal -p no:cacheprovider $(ARGS) tests/every_case_in_roles.py || exit 1; done
 
 $(VENV)/triton/%: | $(READY)
 	rm -rf $@ $@.part

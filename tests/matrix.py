@@ -35,7 +35,7 @@ def run(version: str, folder: str) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         search = os.pathsep.join(filter(None, [str(Path(folder).resolve()), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", str(HERE / "every_triton.py")]
         done = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": search}, cwd=HERE.parent, capture_output=True, text=True

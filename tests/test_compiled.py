@@ -13,7 +13,7 @@ compiled = pytest.importorskip("bench.compiled")
 from bench.descriptors import lost_descriptors  # noqa: E402
 from bench.sass import steady_loops, tensor_loops  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
-from flashattn.backends.triton_hopper import plain_kernels  # noqa: E402
+from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
 from flashattn.cache import Cached  # noqa: E402
 from flashattn.decode import Rotary  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
@@ -73,12 +73,17 @@ def test_attention(architecture, head_dim):
 
 
 def test_who_serves_hopper():
-    """Head dimensions that are multiples of 16 bytes; both passes of a backward up to 128, the first one up to 256."""
-    every = ATTENTION_KERNELS
-    served = {dim: in_roles(compile_attention("sm_90", dim, plain=False)) for dim in (16, 40, 44, 136)}
-    assert served == {16: every, 40: every, 44: [], 136: every[:2]}
-    assert in_roles(compile_attention("sm_90", 64, torch.float32, plain=False)) == []
-    assert in_roles(compile_attention("sm_100", 64, plain=False)) == []
+    """16 bits, and head dimensions that are multiples of 16 bytes."""
+
+    def serves(architecture: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> set[bool]:
+        q = torch.empty(1, 2, 100, head_dim, dtype=dtype)
+        with compiled.driver(compiled.NoDriver(architecture)):
+            passes = "forward", "backward_q", "backward_kv"
+            return {roles(direction, q, q, q, Score(1.0)) is not None for direction in passes}
+
+    for head_dim in (8, 16, 40, 136, 256):
+        assert serves("sm_90", head_dim) == {True}
+    assert serves("sm_90", 44) == serves("sm_90", 64, torch.float32) == serves("sm_100", 64) == {False}
 
 
 @pytest.mark.parametrize("lengths", [False, True])

@@ -28,6 +28,16 @@ def gpu(request):
         yield device
 
 
+def in_turn(cases, dtypes=(None,)) -> pytest.MarkDecorator:
+    """Each case in each dtype on one of the two architectures, the next case the other way round. `make roles` has
+    attention's tables in full."""
+    rows = [
+        (("sm_80", "sm_90")[(n + m) % 2], case, dtype) for n, case in enumerate(cases) for m, dtype in enumerate(dtypes)
+    ]
+    names = ["-".join(filter(None, (a, case.name, str(dtype or "")))) for a, case, dtype in rows]
+    return pytest.mark.parametrize("gpu, case, dtype", rows, indirect=["gpu"], ids=names)
+
+
 def ran(gpu: ptx.Device) -> set[str]:
     """The kernels by their passes; on Hopper some have two."""
     return {launch.kernel.removesuffix("_hopper") for launch in gpu.launches}
@@ -56,11 +66,12 @@ def test_attention_features(gpu, number):
 SHAPES = named(
     test_attention.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
     "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "bias_of_keys", "everything",
+    "everything",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
-def test_attention_shapes(gpu, case):
+@in_turn(SHAPES)
+def test_attention_shapes(gpu, case, dtype):
     test_attention.check(case, torch.bfloat16, "triton")
 
 
@@ -87,10 +98,9 @@ DECODED = named(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("step", DECODED, ids=lambda step: step.name)
-def test_decoding(gpu, step, dtype):
-    test_decode.check(step, dtype, "triton")
+@in_turn(DECODED, (torch.bfloat16, torch.float32))
+def test_decoding(gpu, case, dtype):
+    test_decode.check(case, dtype, "triton")
     assert "attention_decode" in ran(gpu)
     assert "rotate_and_store" in ran(gpu)
 
@@ -114,8 +124,7 @@ def test_a_step_of_decoding_is_three_launches(gpu):
     assert [launch.kernel for launch in gpu.launches] == kernels * 2  # the tokens before and the new ones
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", test_norm.CASES, ids=lambda case: case.name)
+@in_turn(test_norm.CASES, (torch.bfloat16, torch.float32))
 def test_norms(gpu, case, dtype):
     if case.name == "width_1" and dtype == torch.float32:
         pytest.skip("below: the truth is 0, and a fused multiply-add leaves the rounding of a product")
