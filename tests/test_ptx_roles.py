@@ -49,6 +49,7 @@ SHARED_OUT = {
     "persistent": ("forward", Roles(2, 128, 2, 240, True, True)),
     "three consumers": ("forward", Roles(3, 64, 3, 160, True, False)),
     "three consumers, backward": ("backward_q", Roles(3, 64, 3, 160, False, False)),
+    "the same keys for both consumers": ("backward_kv", Roles(2, 32, 3, 240, False, False, shared=True)),
 }
 
 
@@ -61,24 +62,28 @@ def test_ways_to_share_the_work_out(gpu, name, monkeypatch):
     test_attention.check(case, torch.bfloat16, "triton")
 
 
-def test_a_sequence_sees_no_other():
+SEQUENCES = slice(0, 70), slice(70, 140)
+
+
+@pytest.mark.parametrize("seen, spoilt", [SEQUENCES, SEQUENCES[::-1]], ids=["the first", "the second"])
+def test_a_sequence_sees_no_other(seen, spoilt):
     """Tiles reach into the sequence behind: what is NaN there stays there."""
     starts = torch.tensor([0, 70, 140], dtype=torch.int32)
-    q, k, v = (torch.randn(140, 2, 64, dtype=torch.bfloat16) for _ in range(3))
-    grad = torch.randn(140, 2, 64, dtype=torch.bfloat16)
-    results = []
-    for spoilt in (False, True):
-        inputs = [x.clone() for x in (q, k, v, grad)]
-        if spoilt:
-            for x in inputs:
-                x[70:] = torch.nan
-        leaves = [x.requires_grad_() for x in inputs[:3]]
-        with ptx.device("sm_90") as device, flashattn.use_backend("triton"):
-            out = flashattn.attention_varlen(*leaves, starts, starts, 70, 70, causal=True)
-            results.append([x[:70] for x in (out, *torch.autograd.grad(out, leaves, inputs[3]))])
-        assert {launch.kernel for launch in device.launches} == PASSES
-    for clean, beside_nan in zip(*results, strict=True):
-        assert torch.equal(clean, beside_nan)
+    tensors = [torch.randn(140, 2, 64, dtype=torch.bfloat16) for _ in range(4)]  # q, k, v and the gradient of out
+    clean = gradients_of(tensors, starts)
+    beside_nan = gradients_of([x.index_fill(0, torch.arange(140)[spoilt], torch.nan) for x in tensors], starts)
+    assert all(torch.equal(x[seen], y[seen]) for x, y in zip(clean, beside_nan, strict=True))
+
+
+def gradients_of(tensors: list[torch.Tensor], starts: torch.Tensor) -> list[torch.Tensor]:
+    """out and the gradients of q, k and v."""
+    *inputs, grad = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with ptx.device("sm_90") as device, flashattn.use_backend("triton"):
+        out = flashattn.attention_varlen(*leaves, starts, starts, 70, 70, causal=True)
+        gradients = torch.autograd.grad(out, leaves, grad)
+    assert {launch.kernel for launch in device.launches} == PASSES
+    return [out, *gradients]
 
 
 EARLY = {
