@@ -108,7 +108,7 @@ def comparison(context: Context, case: Case) -> Comparison:
     flops = attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
     return Comparison(
         name_of(case), settings, variants, touched, truth, part_of, flops=flops,
-        ours=(OURS, PLAIN), compiled=("flex",) if case.flex else (),
+        ours=tuple(name for name in (OURS, PLAIN) if name in variants), compiled=("flex",) if case.flex else (),
     )  # fmt: skip
 
 
