@@ -113,7 +113,7 @@ def test_box_of_three_dimensions(gpu):
     x, out = torch.randn(4, 20, 32), torch.zeros(2, 16, 16)
     maps = [TensorDescriptor.from_tensor(t, [2, 16, 16]) for t in (x, out)]
     kernels.copy_box[(1,)](*maps)
-    assert torch.equal(out, x[1:3, 2:18, 3:19])
+    assert torch.equal(out, x[1:3, 2:18, 4:20])
 
 
 def test_dependent_launch():
