@@ -28,13 +28,13 @@ def gpu(request):
         yield device
 
 
-def in_turn(cases, dtypes=(None,)) -> pytest.MarkDecorator:
+def in_turn(cases, dtypes) -> pytest.MarkDecorator:
     """Each case in each dtype on one of the two architectures, the next case the other way round. `make roles` has
     attention's tables in full."""
     rows = [
         (("sm_80", "sm_90")[(n + m) % 2], case, dtype) for n, case in enumerate(cases) for m, dtype in enumerate(dtypes)
     ]
-    names = ["-".join(filter(None, (a, case.name, str(dtype or "")))) for a, case, dtype in rows]
+    names = [f"{architecture}-{case.name}-{dtype}" for architecture, case, dtype in rows]
     return pytest.mark.parametrize("gpu, case, dtype", rows, indirect=["gpu"], ids=names)
 
 
@@ -66,13 +66,13 @@ def test_attention_features(gpu, number):
 SHAPES = named(
     test_attention.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
     "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "bias_of_keys", "everything",
-    "everything",
+    "everything",  # on both
 )  # fmt: skip
 
 
-@in_turn(SHAPES)
+@in_turn(SHAPES, (torch.bfloat16,))
 def test_attention_shapes(gpu, case, dtype):
-    test_attention.check(case, torch.bfloat16, "triton")
+    test_attention.check(case, dtype, "triton")
 
 
 @pytest.mark.parametrize("name", ["head_dim_64", "pairs_0"])  # the first is causal

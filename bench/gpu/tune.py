@@ -80,7 +80,7 @@ KERNELS = {
 def sizes(row: Row, rehearse: bool) -> tuple[Size, Size]:
     """(checked, timed). Timed: 16,384 tokens of hidden size 2,048; a token of each of 64 sequences of 4,096."""
     if rehearse:
-        tokens = smallest_side(tiles_of(row)) + 2
+        tokens = smallest_side(tiles_of(row)) + 2  # more than a tile
         size = Size(1, 2, 1, 1 if row.direction == "decode" else tokens, tokens)
         return size, size
     if row.direction == "decode":
@@ -96,7 +96,8 @@ def rows(context: Context) -> Iterator[dict]:
     if context.remaining() < ROW_SECONDS:
         yield from ({"case": name_of(row), "skipped": NO_TIME} for row in searched)
         return
-    candidates = {row: [tiles_of(row), *others_of(row)][: 2 if context.rehearse else None] for row in searched}
+    most = 2 if context.rehearse else None
+    candidates = {row: [tiles, *tune.candidates(*row, tiles)][:most] for row in searched for tiles in [tiles_of(row)]}
     with Compilers(1 if context.rehearse else cores(), candidates) as compilers:
         for row in searched:
             yield {
@@ -122,13 +123,6 @@ def tiles_of(row: Row) -> tune.Row:
         if roles is not None:
             return roles
     return configs.attention_tiles(row.direction, (row.head_dim, row.head_dim), 2)
-
-
-def others_of(row: Row) -> list[tune.Row]:
-    tiles = tiles_of(row)
-    if isinstance(tiles, Roles):
-        return configs.hopper_candidates(row.direction, row.head_dim, changed=False)
-    return tune.neighbours(tiles)
 
 
 def smallest_side(tiles: tune.Row) -> int:

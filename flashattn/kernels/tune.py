@@ -240,15 +240,14 @@ def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row
         return row
     kind, unknown = (*kind_of(direction, q, v, score), type(row)), _unknown.get()
     if unknown is not None and kind not in _chosen:
-        unknown[kind] = Unknown(row, candidates(direction, q, v, row))
+        unknown[kind] = Unknown(row, candidates(direction, max(q.shape[-1], v.shape[-1]), row))
     return _chosen.get(kind, row)
 
 
-def candidates(direction: str, q: Tensor, v: Tensor, row: Row) -> list[Row]:
+def candidates(direction: str, head_dim: int, row: Row) -> list[Row]:
     """What to time against a row."""
     if isinstance(row, Tiles):
         return neighbours(row)
-    head_dim = max(q.shape[-1], v.shape[-1])
     return configs.hopper_candidates(direction, head_dim, row != configs.hopper_roles(direction, head_dim, False))
 
 
