@@ -157,12 +157,13 @@ def gradients_for(case: Case, options: dict, dtype: torch.dtype, device):
     return grad_out, torch.where(some, grad_lse, 0)  # lse is constant -inf elsewhere
 
 
-def hide_past_lengths(case: Case, inputs) -> None:
+def hide_past_lengths(case: Case, inputs, gradients) -> None:
     """NaN where nothing may be read."""
     q, k, v = inputs[:3]
     for b in range(case.batch):
         if case.q_lengths is not None:
-            q[b, :, case.q_lengths[b] :] = torch.nan
+            for x in (q, *gradients):
+                x[b, :, case.q_lengths[b] :] = torch.nan
         if case.kv_lengths is not None:
             k[b, :, case.kv_lengths[b] :] = torch.nan
             v[b, :, case.kv_lengths[b] :] = torch.nan

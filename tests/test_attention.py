@@ -54,6 +54,7 @@ CASES = [
     Case("kv_lengths", batch=4, kv_lengths=(0, 1, 40, 63)),
     Case("kv_lengths_causal", batch=3, seq_q=40, seq_k=70, kv_lengths=(0, 35, 70), causal=True),
     Case("q_lengths", batch=3, q_lengths=(0, 33, 63)),
+    Case("q_lengths_of_many_keys", batch=2, seq_q=40, seq_k=300, head_dim=64, head_dim_v=64, q_lengths=(20, 40)),
     Case("both_lengths", batch=4, heads=4, q_lengths=(0, 20, 63, 1), kv_lengths=(63, 0, 33, 40), causal=True),
     Case("window", seq_q=111, seq_k=111, window=(17, 5)),
     Case("window_left", batch=2, heads=4, seq_q=130, seq_k=111, window=(33, None), q_lengths=(130, 77)),
@@ -114,7 +115,7 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     truth = run(theirs, [x.double() for x in inputs], *gradients)
     by_torch = run(theirs, inputs, *gradients)
     terms = cancelled(case, options, inputs, *gradients)
-    hide_past_lengths(case, inputs)
+    hide_past_lengths(case, inputs, gradients)
     with flashattn.use_backend(backend):
         results = run(ours(case, options), inputs, *gradients)
     names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))

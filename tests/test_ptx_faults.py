@@ -159,6 +159,19 @@ def test_warps_run_in_more_than_one_order():
     assert first == second[::-1]
 
 
+@pytest.mark.parametrize("distance", [32, 64])
+def test_warps_that_meet_in_global_memory(distance):
+    """Each thread counts up its element once, whatever the machine tried before, and then reads another warp's. Without
+    a barrier some read what is not there yet."""
+    text = f"""
+        ld.global.b32 %r10, [%rd4]; add.s32 %r11, %r10, 1; st.global.b32 [%rd4], %r11; BARRIER
+        xor.b32 %r20, %r1, {distance}; mul.wide.u32 %rd8, %r20, 4; add.s64 %rd9, %rd1, %rd8;
+        ld.global.b32 %r12, [%rd9]; bar.sync 0; add.s32 %r13, %r11, %r12; st.global.b32 [%rd4], %r13;
+    """
+    assert run(text.replace("BARRIER", "bar.sync 0;")).tolist() == [2] * 128
+    assert set(run(text.replace("BARRIER", "")).tolist()) == {1, 2}
+
+
 def test_race_between_lanes_of_one_store():
     caught("race", "st.shared.b32 [%r5], %r1;", "writes shared address 0")
     run("st.shared.b32 [%r5], %r3;")  # the same value from all of them

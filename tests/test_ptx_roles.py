@@ -34,6 +34,7 @@ LONG = [
     (Case("head_dim 256", 1, 2, 1, 80, 150, 256, 256, causal=True), torch.bfloat16),
     (Case("window, softcap", 1, 1, 1, 300, 300, 64, 64, window=(140, 0), softcap=3.0), torch.bfloat16),
     (Case("dropout", 1, 1, 1, 130, 300, 64, 64, dropout_p=0.2), torch.float16),
+    (Case("q_lengths", 2, 1, 1, 40, 300, 64, 64, q_lengths=(20, 40)), torch.bfloat16),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -257,9 +258,9 @@ def load(hash: str, name: str, shared: int) -> Program:
 
 def local_file(path: str) -> str:
     """The file of this process: a kernel may have been compiled, and kept, for the same source in another place."""
-    tail = Path(path).parts[-2:]
+    tail = os.sep + os.sep.join(Path(path).parts[-2:])
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if file and Path(file).parts[-2:] == tail:
+        if file and file.endswith(tail):
             return file
     return path

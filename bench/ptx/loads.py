@@ -6,7 +6,7 @@ import numpy as np
 
 from .faults import Fault
 from .integers import DTYPES
-from .memory import OutsideError
+from .memory import OutsideError, WarpsMeet
 from .parse import BYTES, Address, Group, Instruction, Register
 from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WORD, Program, Step, builds, put
 
@@ -39,13 +39,17 @@ def global_access(
         where, tensor = unit.wave.memory.describe(int(address[at]), nbytes)
         message = f"{does} {nbytes} bytes {where}; the address is not a multiple of {align}"
         raise unit.fault("misaligned", message, instruction, lanes[at], tensor)
+    memory = unit.wave.memory
     try:
-        unit.wave.memory.split(address, nbytes)
+        pieces = memory.split(address, nbytes)
     except OutsideError as outside:
-        where, tensor = unit.wave.memory.describe(int(address[outside.at]), nbytes)
+        where, tensor = memory.describe(int(address[outside.at]), nbytes)
         raise unit.fault(
             "out of bounds", f"{does} {nbytes} bytes {where}", instruction, lanes[outside.at], tensor
         ) from None
+    write = does in ("writes", "updates")
+    if unit.joined and memory.meet(pieces, address, nbytes, unit.number[lanes], unit.warp[lanes], write):
+        raise WarpsMeet
 
 
 def strong(instruction: Instruction) -> bool:

@@ -2,12 +2,15 @@
 
 A wave is as many blocks as fit the lane budget; its lanes run as NumPy arrays, one unit for each group of warps (a
 warp, or the four warps of a wgmma). A unit runs until all its lanes wait or are done, then the next one does; the order
-of the units turns round after every barrier, so that what one warp must see of another is tried both ways.
+of the units turns round after every barrier, so that what one warp must see of another is tried both ways. In shared
+memory clocks tell what a warp has seen, so units of several warps, for which NumPy takes as long as for one, come
+first; where warps of a block turn out to meet in global memory, the launch begins again with a unit for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +18,7 @@ from . import atomics, bulk, copies, loads, matrices, tensor, warps  # noqa: F40
 from .counts import Counts
 from .faults import Fault
 from .mbarriers import Barrier
-from .memory import GlobalMemory, Named
+from .memory import GlobalMemory, Named, WarpsMeet
 from .program import Program
 from .shared import SharedMemory
 from .unit import Parked, Unit
@@ -27,12 +30,24 @@ REGISTER_BYTES = 256 << 20  # of a wave's register files
 MAX_INSTRUCTIONS = 5_000_000  # of one unit in one wave: past it the kernel counts as endless
 
 
+class Execution(NamedTuple):
+    """A program with what it runs on."""
+
+    program: Program
+    grid: tuple[int, int, int]
+    threads: int
+    params: np.ndarray
+    memory: GlobalMemory
+    counts: Counts
+
+
 class Wave:
     """Blocks that run together: their shared memory, and the tensors of the launch."""
 
-    def __init__(self, program, grid, numbers: np.ndarray, threads: int, params: np.ndarray, memory, counts):
-        self.grid, self.numbers, self.params, self.memory, self.counts = grid, numbers, params, memory, counts
-        x, y = grid[0], grid[1]
+    def __init__(self, execution: Execution, numbers: np.ndarray):
+        program, self.grid, threads, self.params, self.memory, self.counts = execution
+        self.numbers = numbers
+        x, y = self.grid[0], self.grid[1]
         self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
         self.warps = threads // 32
         groups = -(-self.warps // 4) if program.careful else 0
@@ -60,24 +75,34 @@ def execute(
     max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Counts:
     """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong."""
-    counts = Counts(program.instructions)
-    memory = GlobalMemory(tensors, (named for named, _ in program.constant_data), program.global_grain)
+    tensors, params = list(tensors), np.frombuffer(params, np.uint8)
+    half = min(max(threads // 64, 1), 4)
+    for size in (4,) if program.careful else (half, 1):
+        memory = GlobalMemory(tensors, (named for named, _ in program.constant_data), program.global_grain)
+        execution = Execution(program, grid, threads, params, memory, Counts(program.instructions))
+        try:
+            return run_grid(execution, size, max_instructions)
+        except WarpsMeet:
+            memory.restore()
+    raise AssertionError("a unit of one warp that meets another of itself")
+
+
+def run_grid(execution: Execution, size: int, max_instructions: int) -> Counts:
+    """In units of `size` warps."""
+    program, grid, threads, _, memory, counts = execution
     blocks = grid[0] * grid[1] * grid[2]
     lane_bytes = sum({slot.register: 8 for slot in program.slots}.values())
     together = max(1, min(LANES // threads, REGISTER_BYTES // (lane_bytes * threads + 1)))
-    values = np.frombuffer(params, np.uint8)
     with np.errstate(all="ignore"):
         for start in range(0, blocks, together):
-            numbers = np.arange(start, min(start + together, blocks))
-            wave = Wave(program, grid, numbers, threads, values, memory, counts)
-            run_wave(program, wave, max_instructions)
+            wave = Wave(execution, np.arange(start, min(start + together, blocks)))
+            run_wave(program, wave, size, max_instructions)
     counts.read_bytes, counts.written_bytes = memory.unique_bytes()
     counts.tensors = memory.traffic(counts)
     return counts
 
 
-def run_wave(program: Program, wave: Wave, max_instructions: int) -> None:
-    size = 4 if program.careful else 1  # warps of a unit
+def run_wave(program: Program, wave: Wave, size: int, max_instructions: int) -> None:
     units = [Unit(program, wave, range(w, min(w + size, wave.warps))) for w in range(0, wave.warps, size)]
     while any(unit.ready for unit in units):
         for unit in units:

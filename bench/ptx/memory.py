@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SECTOR = 32  # bytes: the unit of a GPU's memory traffic
 MANY = -1  # readers of more than one block
+SEVERAL = 63  # warps of a block; a warp by itself is 0 to 31
 
 
 class Named(NamedTuple):
@@ -64,6 +65,8 @@ class Segment:
         self.writer = np.zeros(grains, np.int32)  # block number + 1
         self.reader = np.zeros(grains, np.int32)
         self.updater = np.zeros(grains, np.int32)  # by an atomic
+        self.read_by, self.written_by = np.zeros(grains, np.int64), np.zeros(grains, np.int64)  # which warp last
+        self.before: np.ndarray | None = None  # the bytes before the first write
         self.first_sector = start // SECTOR
         sectors = (end - 1) // SECTOR - self.first_sector + 1
         self.read, self.written = np.zeros(sectors, bool), np.zeros(sectors, bool)
@@ -78,6 +81,10 @@ class Segment:
         first = address.astype(np.int64) // self.grain - self.start // self.grain
         return first[:, None] + np.arange(max(1, nbytes // self.grain))
 
+    def save(self) -> None:
+        if self.before is None:
+            self.before = raw_bytes(self.start, self.end - self.start).copy()
+
     def touch(self, address: np.ndarray, write: bool) -> None:
         (self.written if write else self.read)[address.astype(np.int64) // SECTOR - self.first_sector] = True
 
@@ -85,6 +92,15 @@ class Segment:
 def place_of(lanes: np.ndarray | slice, at: int) -> int:
     """Which of all lanes is number `at` of these: a mask, or all of them."""
     return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
+
+
+def others(last: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Which marks (block + 1) << 6 | warp are of another warp of the same block."""
+    return (last != mine) & (last >> 6 == mine >> 6)
+
+
+class WarpsMeet(Exception):  # noqa: N818  (nothing is wrong)
+    """Warps of one block meet in global memory while the machine runs several of them as one."""
 
 
 class OutsideError(Exception):
@@ -147,6 +163,12 @@ class GlobalMemory:
             segment.touch(address[lanes], False)
         return out
 
+    def restore(self) -> None:
+        """Every byte as it was before the launch."""
+        for segment in self.segments:
+            if segment.before is not None:
+                raw_bytes(segment.start, segment.end - segment.start)[:] = segment.before
+
     def store(self, address: np.ndarray, values: np.ndarray) -> None:
         """Of lanes that write the same address the last one stays."""
         width, count = values.dtype.itemsize, values.shape[1]
@@ -154,6 +176,30 @@ class GlobalMemory:
             view, index = segment.elements(address[lanes], width, count)
             view[index] = values[lanes]
             segment.touch(address[lanes], True)
+
+    # -------------------------------------------------------------------------------------------- warps
+
+    def meet(self, pieces, address: np.ndarray, nbytes: int, block: np.ndarray, warp: np.ndarray, write: bool) -> bool:
+        """Whether one of these warps touches what another of its block wrote, or writes what another touched: then the
+        order of warps may matter. Notes the access, and the bytes before the first write. pieces: of `split`."""
+        for segment, lanes in pieces:
+            grains = segment.grains(address[lanes], nbytes)
+            mine = ((block[lanes].astype(np.int64) + 1) << 6 | warp[lanes])[:, None]
+            if others(segment.written_by[grains], mine).any():
+                return True
+            met = others(segment.read_by[grains], mine)
+            if write and met.any():
+                return True
+            last = segment.written_by if write else segment.read_by
+            last[grains] = np.where(met, mine | SEVERAL, mine)
+            together = others(last[grains], mine)  # in this very access
+            if write and together.any():
+                return True
+            if together.any():
+                last[grains[together]] |= SEVERAL
+            if write:
+                segment.save()
+        return False
 
     # -------------------------------------------------------------------------------------------- races
 

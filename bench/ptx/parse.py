@@ -7,6 +7,7 @@ again; each instruction keeps its PTX line and the Python line that the compiler
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 import struct
 from collections.abc import Callable
@@ -348,8 +349,7 @@ class Parser:
             return self.address(text[1:-1].strip(), register)
         if "|" in text:  # a result and a predicate: setp p|q, shfl d|p, elect d|p
             return Group(tuple(self.operand(x, register) for x in text.split("|")))
-        number = immediate(text)
-        if number is not None:
+        if text[0] in "0123456789+-" and (number := immediate(text)) is not None:
             return number
         negated = text.startswith("!")
         name = register(text[1:] if negated else text)
@@ -368,6 +368,8 @@ class Parser:
 
 def split(text: str) -> list[str]:
     """Operands at their commas, those in braces and brackets kept together."""
+    if not any(c in text for c in "{[("):
+        return [p for p in text.split(",") if p.strip()]
     pieces, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "{[(") - (c in "}])")
@@ -378,6 +380,7 @@ def split(text: str) -> list[str]:
     return [p for p in pieces if p.strip()]
 
 
+@functools.lru_cache(maxsize=4096)
 def immediate(text: str) -> Immediate | None:
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         return Immediate(int(text[2:], 16), 4)

@@ -35,6 +35,7 @@ class Unit:
     def __init__(self, program: Program, wave: Wave, warps: range):
         blocks = len(wave.coordinates)
         self.program, self.wave, self.warps = program, wave, warps
+        self.joined = len(warps) > 1 and not program.careful  # only to run faster
         self.count = blocks * len(warps) * 32
         shape = (blocks, len(warps), 32)
         index = np.indices(shape).reshape(3, -1)

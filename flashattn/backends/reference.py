@@ -277,7 +277,9 @@ def dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Also adds the gradients of what a score_mod captured to `grad_captured`, where it has a tensor."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
-    q, grad_out = existing(q, score.q_lengths), existing(grad_out, score.q_lengths)
+    q, grad_out = (existing(x, score.q_lengths) for x in (q, grad_out))
+    if grad_lse is not None:
+        grad_lse = existing(grad_lse[..., None], score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_bias = torch.zeros_like(score.bias, dtype=q.dtype) if with_grad_bias else None
@@ -292,7 +294,7 @@ def dense_backward(
         dp = do @ v_rows.mT * kept
         delta = (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta = delta - grad_lse[:, :, rows, None]
+            delta = delta - grad_lse[:, :, rows]
         ds = p * (dp - delta)
         if grad_bias is not None:
             add_bias_gradient(of_rows(grad_bias, rows), ds, keys)

@@ -122,6 +122,12 @@ def load_out(out, start_m, end, COLS: gl.constexpr, BLOCK_COLS: gl.constexpr):
 
 
 @gluon.jit
+def row_exists(tile, start, end):
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
+    return (start + gl.arange(0, 64, LAYOUT) < end)[:, None]
+
+
+@gluon.jit
 def sum_keys(
     rings, out, lse, grad_lse, grad_q, rows, score, work,
     ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
@@ -161,7 +167,10 @@ def sum_keys(
                 acc = visit_keys(acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE)
                 number += 1
         begin, end = end, count
-    store_rows(one_head(grad_q, work.batch, work.head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM)
+    grad = acc * score.scale
+    if score.q_lengths is not None:  # q and grad_out may be NaN past the length
+        grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)
+    store_rows(one_head(grad_q, work.batch, work.head, seq.q_start), grad, start_m, seq.seq_q, HEAD_DIM)
 
 
 @gluon_kernel(do_not_specialize=SIZES)
@@ -375,12 +384,6 @@ def sum_queries(
     if GRAD_V:
         acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)
         store_rows(one_head(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
-
-
-@gluon.jit
-def row_exists(tile, start, end):
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
-    return (start + gl.arange(0, 64, LAYOUT) < end)[:, None]
 
 
 @gluon_kernel(do_not_specialize=SIZES)
