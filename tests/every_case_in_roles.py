@@ -1,4 +1,5 @@
-"""The case tables of all backends through the kernels in roles, on the PTX machine for sm_90, in bfloat16 and float16.
+"""The case tables of all backends through the kernels in roles, on the PTX machine for sm_90, in bfloat16 and float16,
+and one case through every row of tiles that may be timed against the ones that are taken.
 `make roles` runs this file on the oldest and the newest Triton, which takes two cores some two hours: pytest does not
 find it by its name. `test_ptx_roles.py` and `every_triton.py` hold samples."""
 
@@ -7,8 +8,10 @@ import test_attention
 import test_compat_flex
 import test_varlen
 import torch
+from attention_truth import Case
 
 from bench import ptx
+from flashattn.kernels import configs
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 # The bias's gradient has a kernel of its own, for every GPU.
@@ -32,6 +35,25 @@ def check_launches(device, case) -> None:
 @DTYPES
 @pytest.mark.parametrize("case", [*test_attention.CASES, *test_attention.pairwise()], ids=lambda case: case.name)
 def test_attention_cases(case, dtype, in_roles):
+    test_attention.check(case, dtype, "triton")
+    check_launches(in_roles, case)
+
+
+CANDIDATES = [
+    (direction, head_dim, row)
+    for direction, by_dim in configs.HOPPER_CANDIDATES.items()
+    for head_dim, rows in by_dim.items()
+    for row in rows
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("direction, head_dim, row", CANDIDATES, ids=str)
+def test_candidates(direction, head_dim, row, dtype, in_roles, monkeypatch):
+    """Whole tiles and edges; more work items than the programs of a persistent grid."""
+    monkeypatch.setitem(configs.HOPPER[direction], head_dim, row)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)
+    case = Case("", 2, 2, 1, 250, 330, head_dim, head_dim, causal=True, q_lengths=(250, 90), kv_lengths=(330, 200))
     test_attention.check(case, dtype, "triton")
     check_launches(in_roles, case)
 

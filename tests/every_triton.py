@@ -3,6 +3,7 @@ shared memory and, on the PTX machine, gives right results without a race: all f
 `make matrix` runs this file once for each version (`matrix.py`). pytest does not find it by its name:
 `test_compiled.py` and `test_ptx_project.py` hold all of this and more for one version."""
 
+import ptx_rings
 import pytest
 import test_attention
 import test_compat_flex
@@ -74,6 +75,12 @@ def test_compile_callables_that_capture_nothing_for_sm_90():
 def test_compile_narrow_values_for_sm_90():
     """Where the assembler of older versions loses the address of v."""
     test_compiled.check(test_compiled.compile_attention("sm_90", 64, head_dim_v=16))
+
+
+def test_descriptors_made_in_a_kernel():
+    with ptx.device("sm_90"):
+        out, right = ptx_rings.run_made(queries=200, keys=150)
+    assert torch.equal(out, right)
 
 
 def test_decoding(gpu):

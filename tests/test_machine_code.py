@@ -119,6 +119,14 @@ def compiled_forward(head_dim: int) -> Kernel:
     return kernels[0]
 
 
+def compiled_backward(head_dim: int) -> list[Kernel]:
+    """dQ, then dK and dV."""
+    q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
+    with compile_for("sm_90") as kernels:
+        backend.backward(q, None, q, q, q, q, torch.empty(1, 4, 1024), Score(head_dim**-0.5), False)
+    return kernels
+
+
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults_are_found(fault, monkeypatch, tmp_path):
     monkeypatch.setattr(triton_hopper, "hopper_forward", plant(hopper_forward, tmp_path, PLANTED[fault]))
@@ -134,7 +142,7 @@ SINK = (
     "    if score.sinks is not None:\n        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]\n"
 )
 BLOCKS = (
-    "    if score.blocks is not None:  # a tile that nothing looks at, where there is no other\n"
+    "    if score.blocks is not None:  # the block mask may hide every tile: then the first counts as masked\n"
     '        s = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), s, float("-inf"))\n'
 )
 
@@ -146,6 +154,28 @@ def test_absent_features_cost_nothing(head_dim, monkeypatch, tmp_path):
     pieces = [(piece, "") for piece in (DROPOUT, SINK, BLOCKS)]
     monkeypatch.setattr(triton_hopper, "hopper_forward", plant(hopper_forward, tmp_path, *pieces))
     assert opcodes(compiled_forward(head_dim)) == expected
+
+
+BACKWARD_PIECES = [
+    "    if score.dropout is not None:\n"
+    "        keep = kept_weights(score.dropout, work.batch * work.heads + work.head, start_m, start_n, 64, BLOCK_N)\n"
+    "        dp *= gl.convert_layout(keep, LAYOUT)\n",
+    "    if score.q_lengths is not None:  # q and grad_out may be NaN past the length\n"
+    "        grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)\n",
+    "    if grad_lse is not None:\n        delta -= gl.load(grad_lse + row + queries, mask=exists, other=0.0)\n",
+    "    if score.dropout is not None:\n"
+    "        keep = kept_weights(score.dropout, keys.batch * keys.heads + head, start_m, start_n, BLOCK_M, 64)\n"
+    "        keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)\n"
+    "        dropped = p * keep\n",
+    "        if score.dropout is not None:\n            dp *= keep\n",
+]
+
+
+def test_absent_features_cost_nothing_backward(monkeypatch, tmp_path):
+    expected = [opcodes(kernel) for kernel in compiled_backward(64)]
+    pieces = [(piece, "") for piece in BACKWARD_PIECES]
+    monkeypatch.setattr(triton_hopper, "hopper_backward", plant(hopper_backward, tmp_path, *pieces))
+    assert [opcodes(kernel) for kernel in compiled_backward(64)] == expected
 
 
 def opcodes(kernel: Kernel) -> list[str]:
@@ -166,7 +196,4 @@ def test_backward_waits_are_found(monkeypatch, tmp_path):
         "",
     )
     monkeypatch.setattr(triton_hopper, "hopper_backward", plant(hopper_backward, tmp_path, change))
-    q = torch.empty(1, 4, 1024, 128, dtype=torch.bfloat16)
-    with compile_for("sm_90") as kernels:
-        backend.backward(q, None, q, q, q, q, torch.empty(1, 4, 1024), Score(0.1), False)
-    assert "the wait for the second product stands in front of exponentials" in faults_of(kernels[0])
+    assert "the wait for the second product stands in front of exponentials" in faults_of(compiled_backward(128)[0])

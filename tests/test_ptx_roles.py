@@ -58,7 +58,7 @@ SHARED_OUT = {
 def test_ways_to_share_the_work_out(gpu, name, monkeypatch):
     direction, row = SHARED_OUT[name]
     monkeypatch.setitem(configs.HOPPER[direction], 64, row)
-    monkeypatch.setattr(triton_hopper, "multiprocessors", lambda device: 2)  # fewer programs than there are works
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)  # fewer programs than there are works
     case = Case("", 1, 2, 1, 250, 250, 64, 64, causal=True, scale=0.2)
     test_attention.check(case, torch.bfloat16, "triton")
 
@@ -88,6 +88,9 @@ def gradients_of(tensors: list[torch.Tensor], starts: torch.Tensor) -> list[torc
 
 
 EARLY = {
+    "k": (hopper_backward, "    release(rings.k, number)\n    return acc", "    return acc", (
+        "    release(rings.v, number)\n", "    release(rings.v, number)\n    release(rings.k, number)\n",
+    )),
     "v": (hopper_forward, "    release(rings.v, number - 1)\n    return acc, weights", "    return acc, weights", (
         "    wait_full(rings.v, number)\n    acc, p, weights",
         "    wait_full(rings.v, number)\n    release(rings.v, number - 1)\n    acc, p, weights",

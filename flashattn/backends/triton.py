@@ -354,12 +354,6 @@ def norm_parameter_heads(*parameters: Tensor | None) -> int:
     return heads
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; of CPU tensors, which Triton's interpreter takes, few: each program then visits several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def tile_meta(tile: configs.NormTile, norm: Norm) -> dict:
     registers = {} if tile.registers is None else {"maxnreg": tile.registers}
     return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps, **registers)
@@ -419,7 +413,7 @@ def norm_backward(
             **tile_meta(one_row, norm),
         )  # fmt: skip
     chunks = configs.cdiv(width, tile.cols)
-    programs = configs.norm_programs(multiprocessors(device), tile, heads * chunks)
+    programs = configs.norm_programs(configs.multiprocessors(device), tile, heads * chunks)
     programs = min(programs, configs.cdiv(row_count // heads, tile.rows))
     parts = [
         None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -40,9 +39,9 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     """How a pass shares its work out; None where the plain kernel is to do it. `others`: what else it copies."""
     if not ENABLED or q.element_size() != 2 or configs.architecture() != "sm_90":
         return None
-    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes(score))
-    if row is None or not all(copyable(x) for x in (q, k, v, *others)):
+    if not all(copyable(x) for x in (q, k, v, *others)):
         return None
+    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes(score))
     row = tune.row_for(direction, q, v, score, row)
     if not isinstance(row, Roles):
         return None
@@ -91,7 +90,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tupl
     _, batches, heads, _, seq_q, _ = args
     programs = configs.cdiv(seq_q, row.owned) * heads * batches
     if row.persistent:
-        programs = min(programs, multiprocessors(q.device))
+        programs = min(programs, configs.multiprocessors(q.device))
     launch(
         hopper_forward.attention_forward_hopper, programs, row,
         descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, *args,
@@ -131,7 +130,3 @@ def launch(kernel, programs: int, row: Roles, *args, **constants) -> None:
         kernel[(programs,)](
             *args, **constants, STAGES=row.stages, CONSUMERS=row.consumers, REGISTERS=row.registers, num_warps=4
         )
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

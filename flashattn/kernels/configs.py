@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 
 from .compiler import loses_descriptors
@@ -175,7 +176,7 @@ class Roles(NamedTuple):
     stages: int  # tiles of a ring
     registers: int  # of a consumer's thread
     pingpong: bool  # consumers take turns to issue products
-    persistent: bool  # a program takes works in turn
+    persistent: bool  # a program takes work items in turn
     shared: bool = False  # both consumers have the same rows: one sums dK, the other dV
 
     @property
@@ -184,7 +185,7 @@ class Roles(NamedTuple):
         return 64 if self.shared else 64 * self.consumers
 
 
-# By the larger head_dim, up to; chosen by counting, not by timing.
+# The first row whose head_dim is at least the larger one of a call; chosen by counting, not by timing.
 HOPPER = {
     "forward": {
         64: Roles(2, 128, 2, 240, True, False),
@@ -276,6 +277,12 @@ def architecture() -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; of CPU tensors, which Triton's interpreter takes, few: each program then visits several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def shared_memory(arch: str) -> int:
@@ -379,10 +386,10 @@ def fitting_tiles(
     return tiles
 
 
-def hopper_roles(direction: str, head_dim: int, changed: bool) -> Roles | None:
-    """How a pass on Hopper shares its work out; None where no kernel in roles does it. changed: as in Pairs."""
-    row = next((row for largest, row in HOPPER[direction].items() if head_dim <= largest), None)
-    return halved(row) if row is not None and changed else row
+def hopper_roles(direction: str, head_dim: int, changed: bool) -> Roles:
+    """How a pass on Hopper shares its work out. changed: as in Pairs."""
+    row = next(row for largest, row in HOPPER[direction].items() if head_dim <= largest)
+    return halved(row) if changed else row
 
 
 def hopper_candidates(direction: str, head_dim: int, changed: bool) -> list[Roles]:

@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 class Work(NamedTuple):
-    """BLOCK_M queries of one head, and the key tiles they look at."""
+    """A work item: BLOCK_M queries of one head, and the key tiles they look at."""
 
     batch: gl.tensor
     head: gl.tensor
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 @gluon.jit
 def query_work(program, score, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The work of this number."""
+    """Work item number `program`."""
     start_m, head, kv_head, batch = owned_queries(program, sizes.heads, sizes.kv_heads, sizes.seq_q, BLOCK_M)
     seq = sequence(score, batch, sizes.batches, sizes.seq_q, sizes.seq_k)
     return Work(batch, head, kv_head, sizes.heads, start_m, key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N), seq)
@@ -90,13 +90,13 @@ def full(ring, number):
 
 @gluon.jit
 def empty(ring, number):
-    """The barrier that says its slot may be refilled."""
+    """The barrier that says that the slot of tile `number` may be filled again."""
     return ring.barriers.index(number % ring.tiles.shape[0] + ring.tiles.shape[0])
 
 
 @gluon.jit
 def batch_coordinate(score, batch):
-    """Where a batch row is in a descriptor: packed tensors have one."""
+    """The first coordinate of a batch row in a descriptor: packed sequences are all in row 0."""
     if score.cu_seqlens is not None:
         batch = 0
     return batch
@@ -134,7 +134,7 @@ def fill_rows(ring, number, descriptor, batch, head, row, exist, landing, landed
 
 @gluon.jit
 def clear_rows(tile, exist):
-    """Sets the rows of a tile from number `exist` on to 0, some at a time: it has few registers."""
+    """Sets the rows of a tile from number `exist` on to 0, 32 at a time: the producer has few registers."""
     ROWS: gl.constexpr = tile.shape[0]
     LAYOUT: gl.constexpr = wide_layout(tile.shape[1])
     for start in gl.static_range(0, ROWS, 32):
@@ -192,7 +192,7 @@ def tile_start(tiles, index, BLOCK: gl.constexpr):
 
 @gluon.jit
 def tile_count(tiles, BLOCK: gl.constexpr):
-    """At least one: where there is none, one that is masked as a whole."""
+    """How many tiles a walk has; at least one, which is masked out as a whole where nothing is to be seen."""
     return gl.maximum(tiles.edges + (tiles.steady_end - tiles.steady_begin) // BLOCK, 1)
 
 
@@ -241,7 +241,7 @@ def quarters_layout(rows, cols):
     """A layout of (rows, cols // 4) in which a warp has the rows that it has of a product (rows, cols)."""
     bits = [[0, bit] for bit in (4, 8, 16, 32) if bit < cols // 4]
     warps = [[16, 0], [32, 0]] if rows >= 64 else [[16, 0], bits.pop()]
-    registers = [[8, 0], *bits] + [[64, 0]] * (rows == 128)
+    registers = [[8, 0], *bits]
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, cols // 4])
 

@@ -2,8 +2,9 @@
 
 1. `attention_backward_q_hopper`: a consumer owns 64 queries; S = Q K^T and dP = dO V^T of a key tile are issued
    together, and the exponentials run beside the second.
-2. `attention_backward_kv_hopper`: a consumer owns 64 keys, and tiles are transposed: S^T = K Q^T, dP^T = V dO^T. The
-   queries of every head in the group pass by, and their lse and delta with them, by bulk copies too.
+2. `attention_backward_kv_hopper`: a consumer owns 64 keys (over head_dim 128 two consumers share them), and tiles are
+   transposed: S^T = K Q^T, dP^T = V dO^T. The queries of every head in the group pass by, and their lse and delta with
+   them, by bulk copies too.
 """
 
 from typing import NamedTuple
@@ -308,7 +309,7 @@ def visit_queries(
     state = block_state(score, keys.batch, head, start_m, keys.start_n)
     wait_full(rings.rows, number)
     s = warpgroup_mma_wait(GRAD_K, deps=(s,))  # as many products as were issued after it
-    lse = statistic(rings.rows, number, 0, COLS)  # not before: registers are few
+    lse = statistic(rings.rows, number, 0, COLS)  # only now: before, the registers are needed
     p, slope = weights(s, lse[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE)
     DTYPE: gl.constexpr = q_tile.dtype
     dropped = p
@@ -326,7 +327,7 @@ def visit_queries(
     release(rings.rows, number)
     if GRAD_K:
         if EDGE:
-            delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or nothing's
+            delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or never written
         if score.dropout is not None:
             dp *= keep
         ds = gradient_through(score, p * (dp - delta[None, :]), slope)
@@ -377,7 +378,7 @@ def sum_queries(
                     )  # fmt: skip
                     number += 1
             begin, end = end, count
-    # Rows of keys past the end hold what their weights made of memory that is not theirs.
+    # Keys past the end were read from another sequence, or from memory that nothing has written.
     if GRAD_K:
         acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
         store_rows(one_head(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)

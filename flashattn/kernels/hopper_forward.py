@@ -53,7 +53,7 @@ class Rings(NamedTuple):
 
 @gluon.jit
 def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
-    """Q of each consumer, then K and V tiles in turn. `done` works and `loaded` key tiles came before."""
+    """Q of each consumer, then K and V tiles in turn. `done` work items and `loaded` key tiles came before."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
@@ -75,14 +75,14 @@ def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
 
 
 @gluon.jit
-def produce(q, k, v, rings, landing, score, sizes, works, PERSISTENT: gl.constexpr):
+def produce(q, k, v, rings, landing, score, sizes, items, PERSISTENT: gl.constexpr):
     BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     if PERSISTENT:
         done = 0
         loaded = 0
         landed = 0
-        for program in range(gl.program_id(0), works, gl.num_programs(0)):
+        for program in range(gl.program_id(0), items, gl.num_programs(0)):
             work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
             loaded, landed = load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed)
             done += 1  # noqa: SIM113
@@ -109,7 +109,7 @@ def softmax(products, m_i, l_i, score, work, start_m, start_n, EDGE: gl.constexp
 
 @gluon.jit
 def dropped(weights, score, work, start_m, start_n):
-    """The weights as they meet V."""
+    """The weights after dropout."""
     if score.dropout is not None:
         head = work.batch * work.heads + work.head
         keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])
@@ -137,7 +137,7 @@ def step(
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     wait_full(rings.k, number)
     if PINGPONG:
-        # Of a work's key tiles all but the first take turns.
+        # All key tiles of a work item but its first take turns.
         mbarrier.wait(turns[ME], (number - 1 - done) & 1)
     s = multiply(q_tile, matrix(rings.k, number))
     acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
@@ -159,7 +159,8 @@ def step(
 @gluon.jit
 def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HEAD_DIM_V: gl.constexpr,
            PINGPONG: gl.constexpr):  # fmt: skip
-    """Consumer ME's 64 queries of a work against all its key tiles. `done` works and `read` key tiles came before."""
+    """Consumer ME's 64 queries of a work item against all its key tiles. `done` items and `read` key tiles came
+    before."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
@@ -181,7 +182,7 @@ def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HE
     s = warpgroup_mma_wait(0, deps=(s,))
     release(rings.k, read)
     start_n = tile_start(work.tiles, first, BLOCK_N)
-    if score.blocks is not None:  # a tile that nothing looks at, where there is no other
+    if score.blocks is not None:  # the block mask may hide every tile: then the first counts as masked
         s = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), s, float("-inf"))
     weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, start_m, start_n, EDGE=True)
     weights = dropped(weights, score, work, start_m, start_n)
@@ -216,7 +217,7 @@ def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HE
 
 @gluon.jit
 def consume(
-    rings, turns, out, lse, score, sizes, works,
+    rings, turns, out, lse, score, sizes, items,
     ME: gl.constexpr, HEAD_DIM_V: gl.constexpr, PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
@@ -224,7 +225,7 @@ def consume(
     if PERSISTENT:
         done = 0
         read = 0
-        for program in range(gl.program_id(0), works, gl.num_programs(0)):
+        for program in range(gl.program_id(0), items, gl.num_programs(0)):
             work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
             read = attend(rings, turns, out, lse, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
             done += 1  # noqa: SIM113
@@ -245,13 +246,13 @@ def attention_forward_hopper(
 ):  # fmt: skip
     """As `attention_forward`; q, k and v are tensor descriptors, of tiles of 64 queries and of BLOCK_N keys.
 
-    Grid: (query tiles * heads * batch,), the longest causal tiles first, a work being CONSUMERS * 64 queries of one
-    head; fewer programs if PERSISTENT, each of which takes works in turn.
+    Grid: (query tiles * heads * batch,), the longest causal tiles first. A work item is CONSUMERS * 64 queries of one
+    head; if PERSISTENT there are fewer programs, each of which takes items in turn.
     """
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    works = gl.cdiv(seq_q, CONSUMERS * 64) * heads * batches
+    items = gl.cdiv(seq_q, CONSUMERS * 64) * heads * batches
     rings = Rings(new_ring(q, CONSUMERS, 1), new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS))
-    # Only what is used: Triton gives the place of an unused barrier to others while it is still written.
+    # Only what is used: Triton lets an unused barrier share its memory with another while it is being initialised.
     turns = 0
     if PINGPONG and CONSUMERS == 2:
         turns = (new_barrier(1), new_barrier(1))
@@ -266,9 +267,9 @@ def attention_forward_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, works, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, works, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (produce, (q, k, v, rings, landing, score, sizes, items, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -276,10 +277,10 @@ def attention_forward_hopper(
     else:
         gl.warp_specialize(
             [
-                (produce, (q, k, v, rings, landing, score, sizes, works, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, works, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, works, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, works, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (produce, (q, k, v, rings, landing, score, sizes, items, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, score, sizes, items, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
