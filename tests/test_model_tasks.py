@@ -61,7 +61,7 @@ def test_sentiment():
 @needs_minilm
 def test_tags():
     needs_data("brown")()
-    result = tags.run(steps=100, measured=100)
+    result = tags.run(steps=50, measured=100)
     assert result["accuracy"] > 0.75, result
     assert 0.85 < result["most_frequent"] < 0.95
 
@@ -69,7 +69,7 @@ def test_tags():
 @needs_minilm
 def test_answers():
     needs_data("trivia")()
-    result = answers.run(steps=45, measured=50)
+    result = answers.run(steps=30, measured=50)
     assert result["exact"] > 0.4, result
     assert 0.7 < result["bag_of_words"] < 0.95
     found = result["sample"]["found"][0]
