@@ -85,9 +85,8 @@ class Counts:
         """group numbers the sets of lanes that are served together."""
         words = (address[:, None] + np.arange(0, max(nbytes, 4), 4)) // 4
         wanted = np.sort((group[:, None] << 24 | words).ravel())
-        wanted = wanted[np.r_[True, wanted[1:] != wanted[:-1]]]  # a word that many lanes want is read once
-        group = wanted >> 24
-        number = np.r_[0, np.cumsum(group[1:] != group[:-1])]  # of the groups that are there
+        wanted = wanted[new(wanted)]  # a word that many lanes want is read once
+        number = np.cumsum(new(wanted >> 24)) - 1  # of the groups that are there
         banks = np.bincount(number * 32 + wanted % 32, minlength=(number[-1] + 1) * 32)
         self.shared_wavefronts[pc] += int(banks.reshape(-1, 32).max(1).sum())
         self.shared_ideal[pc] += int(number[-1]) + 1
@@ -117,9 +116,13 @@ class Counts:
             yield instruction, dict(zip(self.FIELDS, row, strict=True))
 
 
+def new(x: np.ndarray) -> np.ndarray:
+    """Which of these sorted numbers differ from the one before."""
+    found = np.ones(len(x), bool)
+    np.not_equal(x[1:], x[:-1], out=found[1:])
+    return found
+
+
 def distinct(x: np.ndarray) -> int:
     """How many different numbers."""
-    if len(x) == 0:
-        return 0
-    x = np.sort(x)
-    return 1 + int(np.count_nonzero(x[1:] != x[:-1]))
+    return int(np.count_nonzero(new(np.sort(x))))
