@@ -2,9 +2,10 @@
 
 A wave is as many blocks as fit the lane budget; its lanes run as NumPy arrays, one unit for each group of warps (a
 warp, or the four warps of a wgmma). A unit runs until all its lanes wait or are done, then the next one does; the order
-of the units turns round after every barrier, so that what one warp must see of another is tried both ways. In shared
-memory clocks tell what a warp has seen, so units of several warps, for which NumPy takes as long as for one, come
-first; where warps of a block turn out to meet in global memory, the launch begins again with a unit for each.
+of the units turns round after every barrier, so that what one warp must see of another is tried both ways. Clocks tell
+what a warp has seen of shared memory, whatever the order. So the first attempt has units of several warps, which take
+NumPy no longer than one; where warps of a block turn out to meet in global memory, the launch begins again with a unit
+for each warp.
 """
 
 from __future__ import annotations
