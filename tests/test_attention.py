@@ -20,6 +20,7 @@ from attention_truth import (
 from common import (
     BACKENDS,
     DTYPES,
+    INTERPRETED,
     assert_as_exact_as_torch,
     device_of,
     randn,
@@ -79,7 +80,7 @@ CASES = [
     Case("bias_of_a_batch", batch=3, heads=4, seq_q=130, seq_k=200, bias="bqk", kv_lengths=(200, 0, 77)),
     Case("sinks", batch=2, heads=4, sinks=True),
     Case("sinks_and_nothing_to_see", seq_q=111, seq_k=40, sinks=True, causal=True, window=(30, None)),
-    Case("sinks_decode", batch=4, heads=8, seq_q=2, seq_k=700, sinks=True, window=(600, 0)),
+    Case("sinks_decode", batch=2, heads=4, seq_q=2, seq_k=700, sinks=True, window=(600, 0)),
     Case("dropout", batch=2, heads=4, dropout_p=0.3),
     Case("dropout_causal", seq_q=130, seq_k=150, head_dim=64, causal=True, dropout_p=0.1),
     Case("features_decode", batch=2, heads=4, seq_q=2, seq_k=130, softcap=3.0, slopes="h", bias="hk", sinks=True),
@@ -202,6 +203,8 @@ def test_random_cases(data):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_run(backend):
+    if INTERPRETED and backend == "triton":
+        pytest.skip("the interpreter runs one program after another")
     device = device_of(backend)
     case = Case(
         "", batch=2, heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True, bias="hk", sinks=True, dropout_p=0.1
