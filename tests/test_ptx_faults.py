@@ -172,6 +172,17 @@ def test_warps_that_meet_in_global_memory(distance):
     assert set(run(text.replace("BARRIER", "")).tolist()) == {1, 2}
 
 
+@pytest.mark.parametrize("distance", [32, 64])
+def test_warps_that_overwrite_what_others_read(distance):
+    """Each thread reads another warp's element and then writes its own; without a barrier some read what is new."""
+    text = f"""
+        xor.b32 %r20, %r1, {distance}; mul.wide.u32 %rd8, %r20, 4; add.s64 %rd9, %rd1, %rd8;
+        ld.global.b32 %r12, [%rd9]; BARRIER add.s32 %r13, %r12, 1; st.global.b32 [%rd4], %r13;
+    """
+    assert run(text.replace("BARRIER", "bar.sync 0;")).tolist() == [1] * 128
+    assert set(run(text.replace("BARRIER", "")).tolist()) == {1, 2}
+
+
 def test_race_between_lanes_of_one_store():
     caught("race", "st.shared.b32 [%r5], %r1;", "writes shared address 0")
     run("st.shared.b32 [%r5], %r3;")  # the same value from all of them

@@ -48,7 +48,7 @@ def global_access(
             "out of bounds", f"{does} {nbytes} bytes {where}", instruction, lanes[outside.at], tensor
         ) from None
     write = does in ("writes", "updates")
-    if unit.joined and memory.meet(pieces, address, nbytes, unit.number[lanes], unit.warp[lanes], write):
+    if unit.joined and memory.warps_meet(pieces, address, nbytes, unit.number[lanes], unit.warp[lanes], write):
         raise WarpsMeet
 
 

@@ -94,7 +94,7 @@ def place_of(lanes: np.ndarray | slice, at: int) -> int:
     return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
 
 
-def others(last: np.ndarray, mine: np.ndarray) -> np.ndarray:
+def of_other_warps(last: np.ndarray, mine: np.ndarray) -> np.ndarray:
     """Which marks (block + 1) << 6 | warp are of another warp of the same block."""
     return (last != mine) & (last >> 6 == mine >> 6)
 
@@ -179,26 +179,28 @@ class GlobalMemory:
 
     # -------------------------------------------------------------------------------------------- warps
 
-    def meet(self, pieces, address: np.ndarray, nbytes: int, block: np.ndarray, warp: np.ndarray, write: bool) -> bool:
+    def warps_meet(
+        self, pieces, address: np.ndarray, nbytes: int, block: np.ndarray, warp: np.ndarray, write: bool
+    ) -> bool:
         """Whether one of these warps touches what another of its block wrote, or writes what another touched: then the
         order of warps may matter. Notes the access, and the bytes before the first write. pieces: of `split`."""
         for segment, lanes in pieces:
             grains = segment.grains(address[lanes], nbytes)
             mine = ((block[lanes].astype(np.int64) + 1) << 6 | warp[lanes])[:, None]
-            if others(segment.written_by[grains], mine).any():
+            if of_other_warps(segment.written_by[grains], mine).any():
                 return True
-            met = others(segment.read_by[grains], mine)
-            if write and met.any():
+            read = of_other_warps(segment.read_by[grains], mine)
+            if not write:
+                segment.read_by[grains] = np.where(read, mine | SEVERAL, mine)
+                together = of_other_warps(segment.read_by[grains], mine)  # in this very access
+                segment.read_by[grains[together]] |= SEVERAL
+                continue
+            if read.any():
                 return True
-            last = segment.written_by if write else segment.read_by
-            last[grains] = np.where(met, mine | SEVERAL, mine)
-            together = others(last[grains], mine)  # in this very access
-            if write and together.any():
+            segment.written_by[grains] = mine
+            if of_other_warps(segment.written_by[grains], mine).any():  # in this very access
                 return True
-            if together.any():
-                last[grains[together]] |= SEVERAL
-            if write:
-                segment.save()
+            segment.save()
         return False
 
     # -------------------------------------------------------------------------------------------- races
