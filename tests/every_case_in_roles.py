@@ -9,6 +9,7 @@ import test_compat_flex
 import test_varlen
 import torch
 from attention_truth import Case
+from test_machine_code import CANDIDATES
 
 from bench import ptx
 from flashattn.kernels import configs
@@ -37,14 +38,6 @@ def check_launches(device, case) -> None:
 def test_attention_cases(case, dtype, in_roles):
     test_attention.check(case, dtype, "triton")
     check_launches(in_roles, case)
-
-
-CANDIDATES = [
-    (direction, head_dim, row)
-    for direction, by_dim in configs.HOPPER_CANDIDATES.items()
-    for head_dim, rows in by_dim.items()
-    for row in rows
-]
 
 
 @DTYPES

@@ -210,9 +210,8 @@ DECODING = {
 }
 
 
-@pytest.mark.parametrize(
-    "dtype, paged", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)], ids=str
-)
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("features", DECODING)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decoding(architecture, features, dtype, paged):
