@@ -144,6 +144,7 @@ def check_slopes(slopes, whole: tuple[int, ...], device: torch.device) -> Tensor
     if slopes.dtype != torch.float32:
         raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
     checks.on_device("alibi_slopes", slopes, "q", device)
+    checks.refuse_tangents(slopes)
     batch, heads = whole[:2]
     if slopes.shape not in ((heads,), (batch, heads)):
         raise ValueError(

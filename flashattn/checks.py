@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -43,6 +44,37 @@ def probability(name: str, p) -> float:
     if not 0 <= p < 1:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
     return float(p)
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed: somebody is in `forward_ad.dual_level` or `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_tangents(*tensors) -> None:
+    """Say that forward-mode derivatives are not implemented, where PyTorch would take them to be 0."""
+    if is_forward_mode():
+        _refuse_tangents(tensors)
+
+
+@torch.compiler.disable  # a graph would hide the tangents
+def _refuse_tangents(tensors: Sequence) -> None:
+    # In a graph that was compiled none are left.
+    compiled = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView)
+    if not compiled and any(isinstance(x, Tensor) and _has_tangent(x) for x in tensors):
+        raise NotImplementedError(
+            "flashattn has no forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors): an argument carries a "
+            "tangent; use reverse mode (backward, torch.autograd.grad)"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x, level=0).tangent is None:
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = functorch.get_unwrapped(x)  # the tangent may be that of what a transform has wrapped
+    return True
 
 
 def is_capturing() -> bool:

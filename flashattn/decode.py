@@ -122,6 +122,7 @@ def append_and_attend(
     q: Tensor, cached: Cached, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`decode` of checked arguments, in a cache that has room."""
+    checks.refuse_tangents(q, cached.k, cached.v, k, v, score.bias, score.sinks, *(rotary or ()))
     verbs = BACKENDS[backend]
     if k is not None:
         q = verbs.append(q, k, v, cached, score.q_lengths, rotary)

@@ -22,6 +22,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in q, k, v, bias, sinks and what the score_mod captured."""
     captured = () if score.score_mod is None else score.score_mod.captured
+    checks.refuse_tangents(q, k, v, bias, sinks, *captured)
     if backend != "triton" or (torch.is_grad_enabled() and any(x.requires_grad for x in captured)):
         name = "block_mask" if score.score_mod is None else "score_mod"
         checks.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
@@ -42,6 +43,7 @@ class Flex(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, bias, sinks, out, lse, *captured = ctx.saved_tensors
+        checks.refuse_tangents(grad_out, grad_lse)
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(captured))
         if grad_out is None:

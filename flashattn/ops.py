@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import norm_settings
+from . import checks, norm_settings
 from . import score as score_settings
 from .backends import BACKENDS
 from .backends.common import result_like
@@ -57,6 +57,7 @@ def is_watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or checks.is_forward_mode()
     )
 
 
@@ -78,6 +79,8 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
     The dispatcher and the autograd of an operator cost several times what a kernel launch does. So a call that nothing
     watches runs the implementation itself, under an autograd function of the same formulas where it needs a gradient.
 
+    Forward mode is refused: where only a forward pass is needed, PyTorch would drop the tangents without a word.
+
     Args:
         run: (*inputs, settings, backend) to the outputs.
         context: (ctx, (*inputs, settings, backend), outputs), as `setup_context` of an autograd function.
@@ -86,6 +89,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
     fields = fields_of(settings)
 
     def pack(flat):
+        checks.refuse_tangents(*flat)
         return (*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
 
     torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(lambda *flat: run(*pack(flat)))
@@ -118,6 +122,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
             elif isinstance(x, Tensor):
                 plain = False  # a subclass may have ideas of its own
         if not plain:
+            checks.refuse_tangents(*args[:-2])
             return operator(*args[:-2], *args[-2][:fields], args[-1])
         if requires_grad and torch.is_grad_enabled():
             return function.apply(*args)
@@ -143,6 +148,7 @@ def gradient(name: str, settings: type, run: Callable) -> Callable:
     def call(grad, *args):
         # Gradients are computed with gradients enabled only where they shall be differentiated: not_twice says no.
         if torch.is_grad_enabled() or is_watched() or not are_plain(grad):
+            checks.refuse_tangents(grad, *args[:-2])
             return operator(grad, *args[:-2], *args[-2][:fields], args[-1])
         return run(grad, *args)
 

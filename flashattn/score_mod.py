@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 
 from . import checks
 
@@ -60,7 +61,7 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
     checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
     examples = example_scalars(scores)
     try:
-        with TransformGetItemToIndex():
+        with TransformGetItemToIndex(), forward_ad._set_fwd_grad_enabled(False):  # a tangent is refused by name later
             module = make_fx(function)(*examples)
     except Exception as error:
         what = str(error).strip().split("\n")[0]
