@@ -310,10 +310,8 @@ void backward_q_tile(const Attention& all, int64_t slot, float* memory) {
 // A tile owns a block of the bias and goes over all batch rows, heads, queries and keys that share it: S and dP are
 // computed once more, so that nothing has to be kept, and the sum has one order.
 
-static int64_t bias_query_tiles(const Attention& a) { return a.grad_bias.size_q == 1 ? 1 : query_tiles(a); }
-static int64_t bias_key_tiles(const Attention& a) {
-  return a.grad_bias.size_k == 1 ? 1 : (a.seq_k + BLOCK_N - 1) / BLOCK_N;
-}
+static int64_t bias_query_tiles(const Attention& a) { return (a.grad_bias.size_q + BLOCK_M - 1) / BLOCK_M; }
+static int64_t bias_key_tiles(const Attention& a) { return (a.grad_bias.size_k + BLOCK_N - 1) / BLOCK_N; }
 
 int64_t backward_bias_tiles(const Attention& a) {
   const Plane& x = a.grad_bias;

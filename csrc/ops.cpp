@@ -211,7 +211,7 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
     const int32_t* starts = pointer<int32_t>(score.cu_seqlens);
     a.ragged = true, a.batch = score.cu_seqlens->size(1) - 1;
     a.packing = {starts, starts + a.batch + 1, a.seq_q};
-    a.seq_q = *score.max_seqlen_q, a.seq_k = *score.max_seqlen_k;
+    a.seq_q = std::min(a.seq_q, *score.max_seqlen_q), a.seq_k = std::min(a.seq_k, *score.max_seqlen_k);
     for (Heads* x : {&a.q, &a.k, &a.v, &a.out}) x->stride_batch = 0;
   }
   a.score = score.score(a.seq_q, a.seq_k);

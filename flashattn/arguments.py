@@ -100,7 +100,12 @@ def check_scale(scale) -> float:
     return float(scale)
 
 
+# No sequence is as long. Positions are 32-bit in the kernels, and a window is added to the difference of two.
+MAX_WINDOW = 2**29
+
+
 def check_window(window) -> tuple[int | None, int | None]:
+    """The window as the kernels read it: a side larger than any sequence means as much as one that is open."""
     try:
         left, right = window
     except (TypeError, ValueError):
@@ -110,7 +115,7 @@ def check_window(window) -> tuple[int | None, int | None]:
             raise TypeError(f"window must be (left, right), each an int or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window must be (left, right) with each at least 0, or None for no limit, got {window!r}")
-    return left, right
+    return tuple(None if side is None else min(side, MAX_WINDOW) for side in (left, right))
 
 
 def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> Tensor:
@@ -126,6 +131,8 @@ def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > seq:
             raise ValueError(f"{name} must be between 0 and the sequence length {seq}, got {low if low < 0 else high}")
+    if lengths.dtype == torch.int64 and lengths.device.type != "cpu":
+        lengths = lengths.clamp(0, seq)  # not read back, so not checked; the low half of one may be a length again
     # To a GPU, and only to it, without a wait: the copy out of pageable memory is done with it when it returns.
     return lengths.to(device=device, dtype=torch.int32, non_blocking=device.type == "cuda").contiguous()
 

@@ -46,10 +46,11 @@ class Score(NamedTuple):
     block_mask: BlockMask | None = None
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
-        """(batch, seq_q, seq_k): of packed sequences how many there are and the longest."""
+        """(batch, seq_q, seq_k): of packed sequences how many there are and the longest that can be."""
         if self.cu_seqlens is None:
             return q.shape[0], q.shape[2], k.shape[2]
-        return self.cu_seqlens.shape[1] - 1, self.max_seqlen_q, self.max_seqlen_k
+        longest = min(self.max_seqlen_q, q.shape[2]), min(self.max_seqlen_k, k.shape[2])
+        return self.cu_seqlens.shape[1] - 1, *longest
 
     def bounds(self, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
         """(first, last): query i sees keys i + first <= j <= i + last. None where nothing limits them."""

@@ -64,6 +64,7 @@ CASES = [
     Case("window_of_one", seq_q=70, seq_k=70, window=(0, 0)),
     Case("decode_narrow", heads=8, kv_heads=1, seq_q=2, seq_k=600, head_dim=24, head_dim_v=9, causal=True),
     Case("window_decode", heads=8, seq_q=3, seq_k=700, window=(130, None), causal=True),
+    Case("window_of_everything", seq_q=40, seq_k=70, window=(2**31 - 1, 2**62)),
     Case("window_past_the_keys", batch=2, seq_q=63, seq_k=63, window=(5, 0), kv_lengths=(20, 63)),
     Case("softcap", softcap=2.0),
     Case("softcap_of_large_scores", softcap=5.0, scale=2.0, causal=True),

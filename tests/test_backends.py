@@ -10,6 +10,8 @@ import torch
 
 import flashattn
 from flashattn import backends
+from flashattn.backends import triton_hopper
+from flashattn.compat import sdpa
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,9 +57,37 @@ def test_a_forced_backend_that_cannot_is_an_error():
 def test_use_backend_restores():
     with pytest.raises(KeyError), flashattn.use_backend("reference"):
         raise KeyError
-    assert backends._forced is None
+    assert backends._forced.value is None
     with pytest.raises(ValueError, match="backend must be one of triton, cpu, reference, got 'cuda'"):
         flashattn.use_backend("cuda").__enter__()
+
+
+def overlapping(begin):
+    """Two blocks of which the first to begin is the first to end."""
+    first, second = begin(), begin()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+
+
+def test_overlapping_blocks_leave_nothing_behind():
+    """As two threads make them."""
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    overlapping(lambda: flashattn.use_backend("reference"))
+    overlapping(backends.triton_on_cpu)
+    overlapping(triton_hopper.plain_kernels)
+    overlapping(sdpa.patch)
+    assert backends._forced.value is None and not backends.triton.takes_cpu.value and triton_hopper.ENABLED.value
+    assert torch.nn.functional.scaled_dot_product_attention is theirs
+
+
+def test_of_overlapping_blocks_the_last_to_begin_counts():
+    first, second = flashattn.use_backend("cpu"), flashattn.use_backend("reference")
+    first.__enter__(), second.__enter__()
+    assert backends._forced.value == "reference"
+    first.__exit__(None, None, None)
+    assert backends._forced.value == "reference"
+    second.__exit__(None, None, None)
+    assert backends._forced.value is None
 
 
 def test_backward_uses_the_backend_of_forward(monkeypatch):

@@ -43,6 +43,7 @@ STEPS = [
     Step("rotary_interleaved", (40, 7), (1, 1), features(), 16, 12, True),
     Step("rotary_partial_interleaved", (40, 7), (9, 20), features(), None, 8, True),
     Step("window_sinks", (63, 40), (1, 2), features(window=(17, None), sinks=True), 16),
+    Step("window_of_everything", (63, 40), (1, 2), features(window=(2**31 - 1, None)), 16),
     Step("softcap", (63, 40), (1, 2), features(softcap=2.0), 16),
     Step("slopes", (63, 40), (1, 2), features(slopes="bh")),
     Step("mask", (63, 40), (2, 2), features(mask="bqk"), 7),

@@ -218,6 +218,31 @@ def test_nested_tensors(backend):
         assert torch.equal(x.values(), y)
 
 
+@pytest.mark.parametrize("bias", ["h", "hqk"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_longest_of_more_than_all(backend, bias):
+    """max_seqlen says how long a sequence may be at most: larger than all of them together it changes nothing."""
+    case, lengths, device = Case("", bias=bias, head_dim=8, head_dim_v=8), (5, 20, 7), device_of(backend)
+    most = 2**31 - 1 if bias == "h" else 100
+    inputs, _ = inputs_of(packed(case, lengths, lengths), lengths, lengths, torch.float32, device)
+    whole = torch.zeros(1, 2, *[100 if bias == "hqk" else 1] * 2, device=device)
+    whole[:, :, :20, :20] = inputs[3]
+    cu = starts(lengths, device)
+
+    def call(longest, bias):
+        x = [x.clone().requires_grad_() for x in (*inputs[:3], bias)]
+        with flashattn.use_backend(backend):
+            out = flashattn.attention_varlen(*x[:3], cu, cu, longest, longest, bias=x[3], window=(4, 9))
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    *results, grad_bias = call(most, whole)
+    *expected, grad_expected = call(20, inputs[3])
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(grad_bias[:, :, :20, :20], grad_expected)
+    assert (grad_bias[:, :, 20:] == 0).all() and (grad_bias[..., 20:] == 0).all()
+
+
 MEMORY = """
 import resource, torch, flashattn
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

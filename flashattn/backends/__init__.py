@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from . import cpu, reference, triton
+from .common import Setting
 
 # In order of preference: the first that takes a call serves it.
 BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
@@ -28,26 +29,23 @@ def known(name: str) -> str:
     return name
 
 
-_forced = os.environ.get("FLASHATTN_BACKEND") or None
-if _forced is not None:
-    known(_forced)
+_forced = Setting(os.environ.get("FLASHATTN_BACKEND") or None)
+if _forced.value is not None:
+    known(_forced.value)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every call uses this backend, or raises if it cannot. FLASHATTN_BACKEND does the same for a
-    whole process. The choice is the process's, not the thread's; backward uses the backend that forward used.
+    whole process. The choice is the process's, not the thread's: where blocks of several threads overlap, the one that
+    began last counts. Backward uses the backend that forward used.
 
     >>> import flashattn
     >>> with flashattn.use_backend("reference"):
     ...     pass
     """
-    global _forced
-    before, _forced = _forced, known(name)
-    try:
+    with _forced.during(known(name)):
         yield
-    finally:
-        _forced = before
 
 
 def why_not(name: str, device: torch.device | str, *dtypes: torch.dtype, wide: bool = False) -> str | None:
@@ -60,13 +58,13 @@ def why_not(name: str, device: torch.device | str, *dtypes: torch.dtype, wide: b
 def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
     """The name of the backend that takes a call on tensors of these dtypes."""
     wide = True if head_dim > MAX_HEAD_DIM else False  # noqa: SIM210  (a symbolic head_dim is decided by a guard)
-    return _choose(_forced, device, dtypes, wide)
+    return _choose(_forced.value, device, dtypes, wide)
 
 
 def serves(name: str, device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether a call on tensors like these goes to this backend. False where one is forced that cannot take it."""
     try:
-        return _choose_once(_forced, torch.device(device), (dtype,), False) == name
+        return _choose_once(_forced.value, torch.device(device), (dtype,), False) == name
     except RuntimeError:
         return False
 
@@ -79,18 +77,16 @@ def _choose(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype,
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Within the block the triton backend takes CPU tensors: for who gives Triton a driver that launches on them."""
-    before = triton.takes_cpu
-    set_triton_on_cpu(True)
-    try:
+    with triton.takes_cpu.during(True):
         yield
-    finally:
-        set_triton_on_cpu(before)
 
 
-def set_triton_on_cpu(takes: bool) -> None:
-    triton.takes_cpu = takes
+def _forget_choices(takes_cpu: bool) -> None:
     triton.unusable.cache_clear()
     _choose_once.cache_clear()
+
+
+triton.takes_cpu.changed = _forget_choices
 
 
 @functools.cache

@@ -3,12 +3,41 @@ The CPU engine does the same in `csrc/ops.cpp`."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..score import Score
+
+
+class Setting:
+    """What a block of code sets for the whole process while it lasts. Blocks of several threads may overlap: of those
+    that have not ended, the one that began last counts. `changed` is called with each new value."""
+
+    def __init__(self, value, changed: Callable[[Any], None] = lambda value: None):
+        self.value, self.changed = value, changed
+        self._blocks = [[value]]
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def during(self, value: Any) -> Iterator[None]:
+        block = [value]
+        with self._lock:
+            self._change([*self._blocks, block])
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._change([other for other in self._blocks if other is not block])
+
+    def _change(self, blocks: list) -> None:
+        self._blocks, self.value = blocks, blocks[-1][0]
+        self.changed(self.value)
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:

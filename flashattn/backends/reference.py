@@ -202,7 +202,9 @@ def modified(mod: Traced, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Tenso
     return result.detach(), pull
 
 
-def kept_weights(score: Score, shape: tuple[int, ...], first_batch: int, rows: slice, keys: Keys) -> Tensor | float:
+def kept_weights(
+    score: Score, shape: tuple[int, ...], first_batch: int, rows: slice, keys: Keys, dtype: torch.dtype
+) -> Tensor | float:
     """What dropout multiplies the weights (batch, heads, rows, keys) by: 0 or 1 / (1 - p). The four words of Philox,
     of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
@@ -211,7 +213,7 @@ def kept_weights(score: Score, shape: tuple[int, ...], first_batch: int, rows: s
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) + first_batch * heads
     i, quarter = torch.arange(seq_q, device=device)[rows].view(-1, 1), torch.arange((seq_k + 3) // 4, device=device)
     words = torch.stack(philox(score.seed.view(()), quarter, i, head, rounds=7), -1).flatten(-2)[..., :seq_k]
-    return (keys.of(words) >> 1 >= dropout_threshold(score.dropout_p)) / (1 - score.dropout_p)
+    return (keys.of(words) >> 1 >= dropout_threshold(score.dropout_p)).to(dtype) / (1 - score.dropout_p)
 
 
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
@@ -245,7 +247,7 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: in
         if score.sinks is not None:
             with_sink = torch.logaddexp(lse_rows, score.sinks.to(q.dtype).view(-1, 1, 1))
             lse_rows = torch.where(lse_rows == -math.inf, lse_rows, with_sink)
-        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, first_batch, rows, keys)
+        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, first_batch, rows, keys, q.dtype)
         out[:, :, rows] = (weights @ keys.of(v, 2)).to(dtype)
         lse[:, :, rows] = lse_rows.squeeze(-1)
     return out, lse
@@ -289,7 +291,7 @@ def dense_backward(
         k_rows, v_rows = keys.of(k, 2), keys.of(v, 2)
         scores, pull = masked_scores(q, k_rows, score, shape, rows, keys)
         p = softmax_weights(scores, lse[:, :, rows, None])
-        kept = kept_weights(score, shape, first_batch, rows, keys)
+        kept = kept_weights(score, shape, first_batch, rows, keys, q.dtype)
         do = grad_out[:, :, rows]
         dp = do @ v_rows.mT * kept
         delta = (p * dp).sum(-1, keepdim=True)

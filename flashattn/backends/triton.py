@@ -13,6 +13,7 @@ from torch import Tensor
 from ..norm_settings import Norm
 from ..score import Score
 from .common import (
+    Setting,
     contiguous,
     dropout_threshold,
     last_dim_contiguous,
@@ -49,7 +50,8 @@ else:
     triton = None
 
 
-takes_cpu = False  # whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so
+# Whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so.
+takes_cpu = Setting(False)
 
 
 def compiler_faults() -> list[str]:
@@ -63,7 +65,7 @@ def unusable(device: torch.device) -> str | None:
         return "the triton package is not installed (a PyTorch for GPUs brings it)"
     if triton.knobs.runtime.interpret:
         return None
-    if device.type == "cpu" and takes_cpu:
+    if device.type == "cpu" and takes_cpu.value:
         return None
     if device.type != "cuda":  # PyTorch calls AMD's devices cuda too
         return f"it runs on GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)"

@@ -15,8 +15,9 @@ from ..kernels.backward import Statistics
 from ..kernels.configs import Roles
 from ..kernels.tiles import Heads
 from ..score import Score
+from .common import Setting
 
-ENABLED = os.environ.get("FLASHATTN_HOPPER") != "0"  # 0: the plain kernels, to compare or where these are at fault
+ENABLED = Setting(os.environ.get("FLASHATTN_HOPPER") != "0")  # 0: the plain kernels, to compare or where these are at fault
 
 
 # How tiles and queries' statistics lie in shared memory.
@@ -27,17 +28,13 @@ ROWS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
     """Within the block, in every thread, the plain kernels do what these would: to compare them."""
-    global ENABLED
-    before, ENABLED = ENABLED, False
-    try:
+    with ENABLED.during(False):
         yield
-    finally:
-        ENABLED = before
 
 
 def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:
     """How a pass shares its work out; None where the plain kernel is to do it. `others`: what else it copies."""
-    if not ENABLED or q.element_size() != 2 or configs.architecture() != "sm_90":
+    if not ENABLED.value or q.element_size() != 2 or configs.architecture() != "sm_90":
         return None
     if not all(copyable(x) for x in (q, k, v, *others)):
         return None

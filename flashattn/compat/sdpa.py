@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..backends.common import Setting
 from . import sdpa_provider  # noqa: F401  (makes its name known to PyTorch)
 
 
@@ -79,6 +80,12 @@ def _four_dimensions(query, key, value, mask, enable_gqa) -> tuple[torch.Size, l
     return leading, [x.flatten(0, -4) if x.dim() > 4 else x for x in tensors], mask
 
 
+_patched = Setting(
+    torch.nn.functional.scaled_dot_product_attention,
+    lambda function: setattr(torch.nn.functional, "scaled_dot_product_attention", function),
+)
+
+
 @contextlib.contextmanager
 def patch() -> Iterator[None]:
     """Within the block `torch.nn.functional.scaled_dot_product_attention` is this module's, for the whole process:
@@ -88,12 +95,5 @@ def patch() -> Iterator[None]:
     >>> with flashattn.compat.sdpa.patch():
     ...     y = torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 8))
     """
-    functional = torch.nn.functional
-    before, functional.scaled_dot_product_attention = (
-        functional.scaled_dot_product_attention,
-        scaled_dot_product_attention,
-    )
-    try:
+    with _patched.during(scaled_dot_product_attention):
         yield
-    finally:
-        functional.scaled_dot_product_attention = before
