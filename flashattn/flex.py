@@ -35,14 +35,15 @@ class Flex(torch.autograd.Function):
         score = ops.whole(score, bias, sinks)
         out, lse = BACKENDS[backend].forward(q, k, v, score)
         ctx.score, ctx.backend = score._replace(bias=None, sinks=None), backend
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *captured)
+        ctx.captured = len(captured)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *captured, *score.tensors())
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        q, k, v, bias, sinks, out, lse, *captured = ctx.saved_tensors
+        q, k, v, bias, sinks, out, lse, *captured = ctx.saved_tensors[: 7 + ctx.captured]
         checks.refuse_tangents(grad_out, grad_lse)
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(captured))

@@ -207,12 +207,12 @@ def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *setti
 
 def _attention_context(ctx, inputs, output):
     q, k, v, bias, sinks, ctx.score, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, bias, sinks, *output)
+    ctx.save_for_backward(q, k, v, bias, sinks, *output, *ctx.score.tensors())
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx, grad_out, grad_lse):
-    q, k, v, bias, sinks, out, lse = ctx.saved_tensors
+    q, k, v, bias, sinks, out, lse, *_ = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
         return (None,) * 5
     if grad_out is None:
@@ -267,7 +267,8 @@ def _norm_context(ctx, inputs, output):
     _, hidden, mean, rstd = output
     fused = residual is not None or ctx.norm.dropout_p > 0
     # The parameters are saved for their shape and dtype too, so bias is among them.
-    ctx.save_for_backward(hidden if fused else x, weight, bias, mean, rstd)
+    # So is the seed: autograd notices then where it is changed between forward and backward.
+    ctx.save_for_backward(hidden if fused else x, weight, bias, mean, rstd, ctx.norm.seed)
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
@@ -275,7 +276,7 @@ def _norm_context(ctx, inputs, output):
 
 
 def _norm_gradients(ctx, grad_y, grad_hidden, grad_mean, grad_rstd):
-    hidden, weight, bias, mean, rstd = ctx.saved_tensors
+    hidden, weight, bias, mean, rstd, _ = ctx.saved_tensors
     if not ctx.kept:
         grad_hidden = None  # of an output that was returned empty
     if grad_y is None and grad_hidden is None:

@@ -45,6 +45,13 @@ class Score(NamedTuple):
     score_mod: Traced | None = None  # what is done to scores behind the bias
     block_mask: BlockMask | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """Those that no gradient goes to. Autograd saves them, not for their contents, but because it notices then
+        where one is changed between forward and backward."""
+        fields = (self.q_lengths, self.kv_lengths, self.slopes, self.mask, self.seed, self.cu_seqlens)
+        tensors = [x for x in fields if x is not None]
+        return tensors if self.block_mask is None else [*tensors, *self.block_mask.mask.captured]
+
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
         """(batch, seq_q, seq_k): of packed sequences how many there are and the longest that can be."""
         if self.cu_seqlens is None:
