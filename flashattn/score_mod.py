@@ -7,15 +7,18 @@ a whole tile of scores at once. Dong et al., "Flex Attention" (2024), arXiv:2412
 
 from __future__ import annotations
 
-import types
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import checks
+from .closures import Closure
 
 # Besides those that PyTorch tags as pointwise.
 aten = torch.ops.aten
@@ -26,6 +29,7 @@ ALLOWED = {
 }  # fmt: skip
 MAX_TRACES = 16
 _traces: dict[tuple, Traced] = {}
+tracing = threading.RLock()  # PyTorch's tracing is for one thread at a time
 
 
 class Traced(NamedTuple):
@@ -43,15 +47,40 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     """
     if not callable(function):
         raise TypeError(f"{name} must be a callable, got {type(function).__name__}")
-    key = closure_key(function)
-    if key is None:
-        return _trace(name, function, scores)
-    key = (key, scores)
-    if key not in _traces:
-        while len(_traces) >= MAX_TRACES:
-            _traces.pop(next(iter(_traces)), None)  # None: another thread took it away
-        _traces[key] = _trace(name, function, scores)
-    return _traces[key]
+    closure = Closure(function)
+    key = None if closure.key is None else (closure.key, scores)
+    with tracing:
+        if key in _traces:
+            return _traces[key]
+        with NumbersRead() as numbers, ListsRead() as lists:
+            traced = _trace(name, function, scores)
+        # A number read off a tensor, and a tensor computed from others, are as they were in this call.
+        read, seen = numbers.found or lists.found, {id(x) for x in closure.tensors}
+        if key is not None and not read and all(id(x) in seen for x in traced.captured):
+            while len(_traces) >= MAX_TRACES:
+                _traces.pop(next(iter(_traces)))
+            _traces[key] = traced
+    return traced
+
+
+class NumbersRead(TorchDispatchMode):
+    """Notices where a tensor's number becomes Python's, which is a constant in a trace: float(x), or in an operation."""
+
+    found = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found = self.found or function is aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class ListsRead(TorchFunctionMode):
+    """Likewise where all of them do, for which no operation is called."""
+
+    found = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.found = self.found or function in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        return function(*args, **(kwargs or {}))
 
 
 def _trace(name: str, function: Callable, scores: int) -> Traced:
@@ -120,44 +149,6 @@ def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
     if all(x.device == device for x in traced.captured):
         return traced
     return traced._replace(captured=tuple(x.to(device) for x in traced.captured))
-
-
-def closure_key(function: Callable) -> tuple | None:
-    """What a function's value depends on, besides its arguments; None if that cannot be told."""
-    if not isinstance(function, types.FunctionType):
-        return None
-    names = (n for n in function.__code__.co_names if n in function.__globals__)
-    try:
-        values = [cell.cell_contents for cell in function.__closure__ or ()]
-    except ValueError:  # a cell that is still empty
-        return None
-    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    keys = [_value_key(value) for value in (*values, *(function.__globals__[n] for n in names))]
-    return None if None in keys else (function.__code__, *keys)
-
-
-class Identity:
-    """An object in a key: itself and no other, and alive as long as the key, so that no other takes its id."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _value_key(value) -> tuple | None:
-    if isinstance(value, (Tensor, types.ModuleType, types.BuiltinFunctionType)):
-        return "object", Identity(value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return type(value), value
-    if isinstance(value, tuple):
-        keys = tuple(map(_value_key, value))
-        return None if None in keys else (tuple, keys)
-    return closure_key(value)
 
 
 class BlockMask(NamedTuple):

@@ -1,8 +1,11 @@
 """score_mod and block_mask against FlexAttention (eager), and gradients, captured tensors' too, against float64."""
 
+import concurrent.futures
 import inspect
+import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from common import BACKENDS, INTERPRETED, assert_as_exact_as_torch, device_of, r
 from torch.nn.attention import flex_attention as theirs
 
 import flashattn
+from flashattn import score_mod
 from flashattn.compat.flex import flex_attention
 from flashattn.score_mod import trace
 
@@ -374,6 +378,131 @@ def test_a_trace_is_used_again_only_while_it_is_the_same():
     torch.testing.assert_close(flex_attention(q, k, v, score_mod=mod), doubled, rtol=1e-5, atol=1e-5)
     table = torch.ones(HEADS)
     assert (flex_attention(q, k, v, score_mod=mod) - doubled).abs().max() > 0.1
+
+
+SETTINGS = types.ModuleType("settings")
+FACTOR = 1.0
+
+
+def by_global_in_a_lambda():
+    def mod(score, b, h, i, j):
+        return (lambda x: x * FACTOR)(score)
+
+    return mod, lambda value: globals().update(FACTOR=value)
+
+
+def by_global_in_a_generator():
+    def mod(score, b, h, i, j):
+        return sum(score * FACTOR for _ in range(1))
+
+    return mod, lambda value: globals().update(FACTOR=value)
+
+
+def by_attribute_of_a_module():
+    SETTINGS.factor = 1.0
+    return lambda score, *_: score * SETTINGS.factor, lambda value: setattr(SETTINGS, "factor", value)
+
+
+def by_attribute_of_itself():
+    def mod(score, b, h, i, j):
+        return score * mod.factor
+
+    mod.factor = 1.0
+    return mod, lambda value: setattr(mod, "factor", value)
+
+
+def by_attribute_set_later():
+    def mod(score, b, h, i, j):
+        return score * getattr(mod, "factor", 1.0)
+
+    return mod, lambda value: setattr(mod, "factor", value)
+
+
+def by_default_of_an_inner_function():
+    def inner(x, factor=1.0):
+        return x * factor
+
+    return lambda score, *_: inner(score), lambda value: setattr(inner, "__defaults__", (value,))
+
+
+def by_method_of_a_dictionary():
+    settings = {"factor": 1.0}
+    get = settings.get
+    return lambda score, *_: score * get("factor"), lambda value: settings.update(factor=value)
+
+
+def by_number_read_off_a_tensor():
+    factor = torch.tensor(1.0)
+    return lambda score, *_: score * float(factor), factor.fill_
+
+
+def by_list_read_off_a_tensor():
+    factor = torch.ones(1)
+    return lambda score, *_: score * factor.tolist()[0], factor.fill_
+
+
+def by_number_that_an_operation_reads():
+    factor = torch.tensor(1.0)
+    return lambda score, *_: score * torch.full_like(score, factor), factor.fill_
+
+
+def by_tensor_computed_from_another():
+    factor = torch.tensor(0.5)
+    return lambda score, *_: score * (factor * 2), lambda value: factor.fill_(value / 2)
+
+
+def by_sign_of_zero():
+    zero = 0.0
+
+    def mod(score, b, h, i, j):
+        return score * (1.0 if math.copysign(1, zero) > 0 else 2.0)
+
+    def change(value):
+        nonlocal zero
+        zero = -0.0
+
+    return mod, change
+
+
+SEEN = [value for name, value in globals().items() if name.startswith("by_") and name != "by_head"]
+
+
+@pytest.mark.parametrize("make", SEEN, ids=lambda make: make.__name__)
+def test_what_a_score_mod_sees_may_change(make):
+    """A trace serves only where all that the callable sees is as it was."""
+    q, k, v = (x.detach()[:1, :2, :20] for x in inputs(kv_heads=HEADS))
+    mod, change = make()
+    for _ in range(2):
+        assert torch.equal(flex_attention(q, k, v, score_mod=mod), flex_attention(q, k, v, score_mod=lambda s, *_: s))
+    change(2.0)
+    doubled = flex_attention(q, k, v, score_mod=lambda score, *_: score * 2)
+    found = flex_attention(q, k, v, score_mod=mod)
+    globals().update(FACTOR=1.0)
+    torch.testing.assert_close(found, doubled, rtol=1e-6, atol=1e-6)
+
+
+def test_traces_are_kept():
+    """Where nothing changed, nothing is traced again: not for a new function of the same code either."""
+    table = torch.zeros(HEADS)
+
+    def make(factor):
+        return lambda score, b, h, i, j: torch.where(i >= j, score * factor, -math.inf) + table[h]
+
+    assert trace("score_mod", make(2.0), 1) is trace("score_mod", make(2.0), 1)
+    assert trace("score_mod", make(2.0), 1) is not trace("score_mod", make(3.0), 1)
+
+
+def test_threads_trace_at_once():
+    q = torch.randn(1, 1, 16, 8)
+
+    def call(factor):
+        return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score * factor + (i - j))
+
+    expected = [call(n) for n in range(6)]
+    score_mod._traces.clear()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for found, truth in zip(pool.map(call, range(6)), expected, strict=True):
+            assert torch.equal(found, truth)
 
 
 def every_operation(score, b, h, i, j):

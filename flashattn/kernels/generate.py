@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
-from ..score_mod import example_scalars
+from ..score_mod import example_scalars, tracing
 from .scores import BlocksArgs, ModArgs, plane_arg, tanh
 
 if TYPE_CHECKING:
@@ -249,9 +249,10 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
     """A score_mod as kernels take it."""
     if mod is None:
         return None
-    if mod.graph not in _mods:
-        slope = derivative(mod.graph, mod.captured)
-        _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, slope))
+    with tracing:
+        if mod.graph not in _mods:
+            slope = derivative(mod.graph, mod.captured)
+            _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, slope))
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
 
 

@@ -1,0 +1,89 @@
+"""What the value of a function depends on besides its arguments, so that what was traced can be used again."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CONSTANT_MODULES = frozenset({"torch", "math", "operator"})  # whose contents nobody changes
+
+
+class Identity:
+    """An object in a key: itself and no other, and alive as long as the key, so that no other takes its id."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Unknown(Exception):
+    """It cannot be told what a value depends on: a module, a list and an object may change behind its name."""
+
+
+class Closure:
+    """`key` is equal for two calls of a function, or of another of the same code, in which it sees the same values; None
+    where that cannot be told. `tensors`: those it sees."""
+
+    def __init__(self, function: Callable):
+        self.tensors: list[Tensor] = []
+        self._entered: list[Callable] = []
+        try:
+            self.key = self._key_of_function(function)
+        except Unknown:
+            self.key = None
+
+    def _key_of_function(self, function) -> tuple:
+        if not isinstance(function, types.FunctionType):
+            raise Unknown
+        if function in self._entered:  # it calls itself, or one that it calls does
+            return ("function", self._entered.index(function))
+        self._entered.append(function)
+        try:
+            cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        except ValueError:  # one is still empty
+            raise Unknown from None
+        names = sorted(_names(function.__code__) & function.__globals__.keys())
+        values = [
+            *cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *vars(function).items(),
+            *((name, function.__globals__[name]) for name in names),
+        ]  # fmt: skip
+        return (function.__code__, *map(self._key_of, values))
+
+    def _key_of(self, value) -> tuple:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return "tensor", Identity(value), value.shape, value.dtype, value.device
+        if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device)):
+            return type(value), value
+        if isinstance(value, float):
+            return float, value.hex()  # 0.0 == -0.0
+        if isinstance(value, tuple):
+            return (tuple, *map(self._key_of, value))
+        if is_constant(value):
+            return "object", Identity(value)
+        return self._key_of_function(value)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names of globals that code may look up, in functions inside it too."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def is_constant(value) -> bool:
+    """Whether it is a module, or a function without a closure of one, that nobody changes."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__.split(".")[0] in CONSTANT_MODULES
+    if isinstance(value, types.BuiltinFunctionType):  # as `torch.where`, not a method as `table.get`
+        return value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type))
+    if isinstance(value, types.FunctionType) and not value.__closure__:
+        return (value.__module__ or "").split(".")[0] in CONSTANT_MODULES
+    return False
