@@ -35,7 +35,8 @@ static inline vf bias_at(const Plane& x, const float* bias, int64_t key, int64_t
   return load<vf>(bias + (x.stride_k ? key : 0) * lanes + lane);
 }
 
-// A byte a key, 0 or 1, to a bit a key: the product moves bit 8 i to bit 56 + i.
+// A byte a key, 0 or not, to a bit a key: first to 0 or 1 (a tensor of bool may be a view of other bytes), then the
+// product moves bit 8 i to bit 56 + i.
 static inline uint32_t bits_of(const char* bytes, int64_t n) {
   uint32_t bits = 0;
   for (int64_t i = 0; i < n; i += 8) {
@@ -44,6 +45,8 @@ static inline uint32_t bits_of(const char* bytes, int64_t n) {
       __builtin_memcpy(&eight, bytes + i, 8);
     else
       for (int64_t r = i; r < n; r++) eight |= (uint64_t)(uint8_t)bytes[r] << 8 * (r - i);
+    constexpr uint64_t low = 0x7F7F7F7F7F7F7F7Fu;
+    eight = (((eight & low) + low) | eight) >> 7 & 0x0101010101010101u;
     bits |= (uint32_t)(eight * 0x0102040810204080u >> 56) << i;
   }
   return bits;

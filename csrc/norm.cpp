@@ -73,25 +73,42 @@ int64_t norm_forward_tiles(const Norm& n) { return (n.rows + rows_per_tile(n) - 
 
 size_t norm_forward_scratch(const Norm& n) { return 2 * round_up(n.width, W); }
 
+// Sums over a row of h - mean and of its squares.
+struct Deviations {
+  float sum, squares;
+};
+template <Dtype DTYPE>
+static Deviations deviations(const char* h, int64_t width, float mean) {
+  auto total = sum_over<2>(width / W * W, [=](int64_t c, vf* total) {
+    vf x = load_numbers<DTYPE>(h, c) - mean;
+    total[0] += x;
+    total[1] += x * x;
+  });
+  Deviations d = {total.of(0), total.of(1)};
+  for (int64_t c = width / W * W; c < width; c++) {  // not of the zeros past the end: they are not 0 - mean
+    float x = ((const float*)h)[c] - mean;
+    d.sum += x, d.squares += x * x;
+  }
+  return d;
+}
+
 // y = (h - mean) rstd weight + bias, of rows that are whole vectors.
 template <Dtype DTYPE>
 static void normalise(const Norm& n, int64_t r, const char* h, char* y) {
   const int64_t width = n.width, padded = round_up(width, W);
   const float offset = n.weight_offset;
   float mean = 0;
-  if (n.center) {
+  if (n.center)
     mean = sum_over<1>(padded, [=](int64_t c, vf* total) { total[0] += load_numbers<DTYPE>(h, c); }).of(0) / width;
-    n.mean[r] = mean;
+  Deviations d = deviations<DTYPE>(h, width, mean);
+  if (n.center) {
+    // The mean of what is left corrects a sum that was rounded: of equal numbers the mean is that number. Where that
+    // shift makes up much of the squares, they are summed anew.
+    float shift = d.sum / width;
+    n.mean[r] = mean += shift;
+    if (d.sum * shift > d.squares * 0x1p-10f) d = deviations<DTYPE>(h, width, mean);
   }
-  float squares = sum_over<1>(width / W * W, [=](int64_t c, vf* total) {
-                    vf x = load_numbers<DTYPE>(h, c) - mean;
-                    total[0] += x * x;
-                  }).of(0);
-  for (int64_t c = width / W * W; c < width; c++) {  // not of the zeros past the end: they are not 0 - mean
-    float x = ((const float*)h)[c] - mean;
-    squares += x * x;
-  }
-  const float rstd = 1 / __builtin_sqrtf(squares / width + n.eps);
+  const float rstd = 1 / __builtin_sqrtf(d.squares / width + n.eps);
   n.rstd[r] = rstd;
 
   const float* weight = n.weight ? n.weight + r % n.heads * width : nullptr;

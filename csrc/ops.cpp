@@ -326,6 +326,7 @@ int64_t parts_of(const Norm& n) {
 Rows rows(Tensor& x) {
   Rows r = {x.data_ptr(), dtype_of(x)};
   int64_t sizes[3] = {1, 1, 1}, strides[3] = {0, 0, 0};
+  if (x.numel() == 0) return r;  // its strides may be anything, those of a copy as well
   int used = 0;
   bool fits = x.stride(-1) == 1 || x.size(-1) == 1;
   for (int64_t i = 0; fits && i + 1 < x.dim(); i++) {

@@ -38,6 +38,11 @@ class Traced(NamedTuple):
     graph: fx.GraphModule  # its arguments may be tensors that broadcast, too
     captured: tuple[Tensor, ...]
 
+    @property
+    def indexes(self) -> bool:
+        """Whether it reads captured tensors by index."""
+        return any(node.target is aten.index.Tensor for node in self.graph.graph.nodes)
+
 
 def trace(name: str, function: Callable, scores: int) -> Traced:
     """Trace a callable that takes `scores` (1 or 0) scores and four positions.

@@ -28,6 +28,7 @@ from common import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
 
@@ -140,6 +141,21 @@ def test_reference_is_the_truth_in_float64(case):
     truth = run(lambda *x: torch_attention(case, options, *x), inputs, *gradients)
     for x, t in zip(run(ours(case, options), inputs, *gradients), truth, strict=True):
         torch.testing.assert_close(x, t, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dimensions", ["bhqk", "k", "q"])
+def test_a_mask_of_any_bytes(dimensions, backend):
+    """A view of other bytes as bool: what is not 0 is True."""
+    case = Case("", batch=2, seq_q=40, seq_k=70, mask=dimensions)
+    inputs, options = make_inputs(case, torch.float32, device_of(backend))
+    mask = options["mask"]
+    odd = torch.where(mask, torch.randint_like(mask, 2, 256, dtype=torch.uint8), 0).view(torch.bool)
+    blocks = create_block_mask(lambda b, h, i, j: i >= i, None, None, 40, 70, mask.device, BLOCK_SIZE=16)
+    with flashattn.use_backend(backend):
+        for others in ({}, {"block_mask": blocks}):
+            found, expected = (flashattn.attention(*inputs, mask=m, **others) for m in (odd, mask))
+            assert torch.equal(found, expected)
 
 
 FEATURES = dict(

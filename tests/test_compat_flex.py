@@ -1,6 +1,7 @@
 """score_mod and block_mask against FlexAttention (eager), and gradients, captured tensors' too, against float64."""
 
 import concurrent.futures
+import functools
 import inspect
 import math
 import subprocess
@@ -378,6 +379,71 @@ def test_a_trace_is_used_again_only_while_it_is_the_same():
     torch.testing.assert_close(flex_attention(q, k, v, score_mod=mod), doubled, rtol=1e-5, atol=1e-5)
     table = torch.ones(HEADS)
     assert (flex_attention(q, k, v, score_mod=mod) - doubled).abs().max() > 0.1
+
+
+def short_table():
+    """As long as the window: other pairs would read outside of it."""
+    table = captured(9)
+    return (lambda score, b, h, i, j: score * 2 + table[i - j]), [table]
+
+
+def long_rows():
+    """Of two dimensions, past the end by far, and a table of whole numbers that points into another."""
+    table, steps = captured(2, 9), torch.arange(9)
+    return (lambda score, b, h, i, j: score + table[h, steps[i - j]] + table[h, (i - j) * 1]), [table]
+
+
+def roots():
+    """A number whose derivative is NaN where it is not seen."""
+    factor = torch.tensor(0.5, requires_grad=True)
+    return (lambda score, b, h, i, j: score + factor * torch.sqrt(i - j + 0.0) / 3), [factor]
+
+
+def logarithms():
+    """Derivatives by the score and by a number of a table that are NaN where they are not seen."""
+    factor = captured(2)
+    return (lambda score, b, h, i, j: score * torch.log(i - j + 2.0) + factor[h] * torch.log(i - j + 1.5)), [factor]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [short_table, long_rows, roots, logarithms], ids=lambda make: make.__name__)
+def test_pairs_that_are_hidden_are_not_asked(make, backend):
+    """Nothing is read outside of what is captured, and no gradient is NaN, where only hidden pairs would do either."""
+    torch.manual_seed(1)
+    mod, others = make()
+    seq, x = 40, [torch.randn(1, 2, 40, DIM, requires_grad=True) for _ in range(3)]
+    inputs_and_captured = [*x, *others]
+    with flashattn.use_backend(backend):
+        ours = flashattn.attention(*x, score_mod=mod, window=(8, 0))
+        gradients = torch.autograd.grad(ours.square().sum(), inputs_and_captured)
+    exact = [t.detach().double().requires_grad_() for t in x]
+    scores = exact[0] @ exact[1].mT * DIM**-0.5
+    i, j = torch.arange(seq)[:, None], torch.arange(seq)
+    pairs = torch.where((j <= i) & (j >= i - 8))  # of every head
+    heads = []
+    for h in range(2):
+        seen = mod(scores[0, h][pairs], 0, torch.tensor(h), *pairs)
+        heads.append(torch.full_like(scores[0, h], -math.inf).index_put(pairs, seen))
+    truth = torch.stack(heads)[None].softmax(-1) @ exact[2]
+    expected = torch.autograd.grad(truth.square().sum(), [*exact, *others])
+    for found, right in zip([ours, *gradients], [truth, *expected], strict=True):
+        torch.testing.assert_close(found.double(), right.double(), rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_that_attends_must_not_point_outside(backend):
+    """An IndexError, as in PyTorch; a GPU's kernel cannot raise, so the scores are NaN there."""
+    table, q = torch.zeros(9), torch.randn(1, 2, 40, DIM)
+    call = functools.partial(flashattn.attention, q, q, q, score_mod=lambda score, b, h, i, j: score + table[i - j])
+    with flashattn.use_backend(backend):
+        call(window=(8, 0))
+        if backend == "triton":
+            out = call(window=(9, 0))
+            assert out[:, :, 9:].isnan().all()
+            assert out[:, :, :9].isfinite().all()
+        else:
+            with pytest.raises(IndexError, match="out of bounds"):
+                call(window=(9, 0))
 
 
 SETTINGS = types.ModuleType("settings")

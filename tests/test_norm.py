@@ -308,3 +308,55 @@ def test_wrong_arguments_are_named(name):
     arguments, options, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         flashattn.layer_norm(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [3, 63, 768, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_equal_numbers(backend, width, dtype):
+    """They are their own mean: y is the bias, and the smallest eps does not make something of a rounded sum."""
+    device = device_of(backend)
+    numbers = torch.tensor([1234.567, -0.1, 1e-3, 4.0, 1e4, 0.0], device=device).to(dtype)
+    x = numbers[:, None].expand(-1, width).contiguous().requires_grad_()
+    weight, bias = (randn(width, dtype=dtype, device=device) for _ in range(2))
+    grad = randn(*x.shape, dtype=dtype, device=device)
+    with flashattn.use_backend(backend):
+        y = flashattn.layer_norm(x, weight, bias, eps=1e-12)
+        (grad_x,) = torch.autograd.grad(y, x, grad / 1e6)
+    assert torch.equal(y, bias.expand_as(y))
+    g = (grad / 1e6).double() * weight.double()
+    expected = (g - g.mean(-1, keepdim=True)) * 1e6
+    torch.testing.assert_close(
+        grad_x.double(),
+        expected,
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=4 * expected.abs().max().item() * torch.finfo(dtype).eps,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [63, 768, 5000])
+def test_rows_far_from_zero(backend, width):
+    """Their mean is many times their deviation."""
+    x = (1000 + torch.randn(20, width)).to(device_of(backend))
+    with flashattn.use_backend(backend):
+        y = flashattn.layer_norm(x, eps=1e-12)
+    assert_as_exact_as_torch(
+        y, F.layer_norm(x, (width,), eps=1e-12), F.layer_norm(x.double(), (width,), eps=1e-12), "y"
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (5, 3, 0, 2, 64)])
+def test_no_rows_of_any_strides(backend, shape):
+    """An empty tensor may have any strides, those of `expand` as well: its gradient is a sum's."""
+    device = device_of(backend)
+    x = torch.zeros(1, 1, device=device).expand(shape[-2] if len(shape) == 2 else 1, 64)
+    x = x.expand(shape).requires_grad_()
+    weight = torch.ones(64, device=device, requires_grad=True)
+    with flashattn.use_backend(backend):
+        for y in (flashattn.layer_norm(x, weight), flashattn.rms_norm(x, weight, residual=x)):
+            assert y.shape == shape
+            grad_x, grad_weight = torch.autograd.grad(y.sum(), (x, weight))
+            assert grad_x.shape == shape
+            assert (grad_weight == 0).all()

@@ -156,6 +156,11 @@ def test_score_mod_and_block_mask(gpu, mod, block_mask):
     assert ran(gpu) >= BACKWARD
 
 
+@pytest.mark.parametrize("make", [test_compat_flex.short_table, test_compat_flex.long_rows], ids=lambda m: m.__name__)
+def test_hidden_pairs_read_nothing_outside_of_what_is_captured(gpu, make):
+    test_compat_flex.test_pairs_that_are_hidden_are_not_asked(make, "triton")
+
+
 def test_usual_sizes(gpu):
     """The tiles of a usual model: several blocks, several tiles in each, all loops with their steady part."""
     case = test_attention.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)

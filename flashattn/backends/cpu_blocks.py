@@ -49,7 +49,7 @@ def part_of(score: Score, batch: int, heads: int, seq_q: int, seq_k: int, rows: 
     mask = score.block_mask.visible(*positions(batch, heads, i, j))
     mask = mask.expand(*mask.shape[:2], i.shape[0], j.shape[0])
     if score.mask is not None:
-        mask = mask & of_keys(of_rows(score.mask, rows), keys)
+        mask = mask & (of_keys(of_rows(score.mask, rows), keys).view(torch.uint8) != 0)
     # The diagonal of the whole, seen from the part, is so far from the part's own.
     moved = (rows.start + seq_k - seq_q - keys.start) - (j.shape[0] - i.shape[0])
     return score._replace(

@@ -120,7 +120,8 @@ def visible(score: Score, shape: tuple[int, ...], rows: slice, keys: Keys) -> Te
     if score.kv_lengths is not None:
         keep = keep & (j < score.kv_lengths.view(-1, 1, 1, 1))
     if score.mask is not None:
-        keep = keep & keys.of(of_rows(score.mask, rows))
+        mask = keys.of(of_rows(score.mask, rows))
+        keep = keep & (mask.view(torch.uint8) != 0)  # a view as bool may hold other bytes than 0 and 1
     if score.block_mask is not None:
         keep = keep & score.block_mask.visible(*positions(batch, heads, i, j))
     return keep
@@ -171,35 +172,77 @@ def masked_scores(
         scores = scores - score.slopes[:, :, None, None].to(scores.dtype) * distances
     if score.bias is not None:
         scores = scores + keys.of(of_rows(score.bias, rows)).to(scores.dtype)
+    keep = visible(score, shape, rows, keys)
     if score.score_mod is not None:
-        scores, pull_mod = modified(score.score_mod, scores, positions(batch, heads, i, keys.positions))
+        scores, pull_mod = modified(score.score_mod, scores, positions(batch, heads, i, keys.positions), keep)
 
     def pull(gradient: Tensor, sums: list[Tensor | None]) -> Tensor:
         return (gradient if pull_mod is None else pull_mod(gradient, sums)) * slope
 
-    keep = visible(score, shape, rows, keys)
     return scores.masked_fill(~keep, -math.inf), pull
 
 
-def modified(mod: Traced, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor, list], Tensor]]:
-    """Scores through a score_mod, and `pull` as above."""
+def modified(
+    mod: Traced, scores: Tensor, at: tuple[Tensor, ...], keep: Tensor
+) -> tuple[Tensor, Callable[[Tensor, list], Tensor]]:
+    """Scores through a score_mod, and `pull` as above. Pairs that attend decide: at others positions may lie outside of
+    what the score_mod captured, and a derivative may be infinite."""
+    try:
+        # (On a GPU an index outside of a tensor ends the process.)
+        modify = modified_where(keep) if scores.is_cuda and mod.indexes else modified_at
+        result, gradients = modify(mod, scores, at)
+    except IndexError:
+        result, gradients = modified_where(keep)(mod, scores, at)
+
+    def pull(gradient: Tensor, sums: list[Tensor | None]) -> Tensor:
+        wanted = [n for n, total in enumerate(sums) if total is not None]
+        of_scores, *others = gradients(gradient, wanted)
+        if not all(x.isfinite().all() for x in others):  # 0 * inf
+            _, *others = modified_where(keep)(mod, scores, at)[1](gradient, wanted)
+        for n, x in zip(wanted, others, strict=True):
+            sums[n] += x
+        return torch.where(gradient == 0, 0, of_scores)
+
+    return result, pull
+
+
+Gradients = Callable[[Tensor, list[int]], list[Tensor]]
+
+
+def modified_at(mod: Traced, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Gradients]:
+    """(scores through a score_mod, gradients): gradients(gradient, wanted) are those of the scores and of the captured
+    tensors of these numbers."""
     with torch.enable_grad():
         inputs = [scores.detach().requires_grad_()]
         inputs += [x.detach().requires_grad_(x.is_floating_point()) for x in mod.captured]
         result = mod.graph(inputs[0], *at, *inputs[1:]).to(scores.dtype).broadcast_to(scores.shape)
 
-    def pull(gradient: Tensor, sums: list[Tensor | None]) -> Tensor:
-        wanted = [0, *(n + 1 for n, total in enumerate(sums) if total is not None)]
+    def gradients(gradient: Tensor, wanted: list[int]) -> list[Tensor]:
+        of = [inputs[0], *(inputs[n + 1] for n in wanted)]
         if not result.requires_grad:
-            return torch.zeros_like(gradient)
-        of_scores, *others = torch.autograd.grad(
-            result, [inputs[n] for n in wanted], gradient, allow_unused=True, materialize_grads=True
-        )
-        for n, x in zip(wanted[1:], others, strict=True):
-            sums[n - 1] += x
-        return of_scores
+            return [torch.zeros_like(x) for x in of]
+        return torch.autograd.grad(result, of, gradient, retain_graph=True, allow_unused=True, materialize_grads=True)
 
-    return result.detach(), pull
+    return result.detach(), gradients
+
+
+def modified_where(keep: Tensor) -> Callable[[Traced, Tensor, tuple[Tensor, ...]], tuple[Tensor, Gradients]]:
+    """`modified_at` of the pairs that attend alone; the scores of the others are 0, and so are their gradients."""
+
+    def modify(mod, scores, at):
+        pairs = keep.expand_as(scores).nonzero(as_tuple=True)
+        values, gradients_of_pairs = modified_at(mod, scores[pairs], tuple(x.expand_as(scores)[pairs] for x in at))
+
+        def everywhere(of_pairs: Tensor) -> Tensor:
+            return torch.zeros_like(scores).index_put(pairs, of_pairs)
+
+        def gradients(gradient: Tensor, wanted: list[int]) -> list[Tensor]:
+            of_scores, *others = gradients_of_pairs(gradient[pairs], wanted)
+            return [everywhere(of_scores), *others]
+
+        return everywhere(values), gradients
+
+    return modify
 
 
 def kept_weights(
@@ -431,6 +474,8 @@ def norm_forward(
         hidden = hidden + residual.reshape(-1, width).to(dtype)
     hidden = hidden.to(hidden_dtype).to(dtype)  # what is kept of h is what is normalised
     mean = hidden.mean(-1) if norm.center else None
+    if norm.center:  # the mean of what is left corrects a sum that was rounded: of equal numbers it is that number
+        mean = mean + (hidden - mean[:, None]).mean(-1)
     centered = hidden - mean[:, None] if norm.center else hidden
     rstd = torch.rsqrt(centered.square().mean(-1) + norm.eps)
     y = centered * rstd[:, None]

@@ -207,7 +207,7 @@ def flash_attn_with_kvcache(
             causal or in a window, else all of it by position cache_seqlens.
         cache_seqlens: (batch,) int32 or one int: tokens that the cache has; None: all of capacity. A tensor on a GPU is
             read back, but for the capture of a CUDA graph: then it is clamped, a replay reads it anew, and rotary_cos
-            has a row for each position of capacity.
+            has a row for each position of capacity (and of queries past it, where they are more than new keys).
         cache_batch_idx: (batch,) int32: which row of the cache belongs to a row of q.
         cache_leftpad: (batch,) int32: where the tokens of a row of the cache begin.
         block_table: (batch, n) int32.
@@ -260,7 +260,7 @@ def flash_attn_with_kvcache(
         if k is None:
             raise ValueError("k must be given with rotary_cos: rotary positions are those of new tokens")
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
-        check_rotary(rotary, q, longest)
+        check_rotary(rotary, q, longest - new + max(seq_q, new))  # there may be more queries than new keys
     window = _window(window_size)
     score = Score(
         head_dim**-0.5 if softmax_scale is None else arguments.check_scale(softmax_scale), window[0],

@@ -50,6 +50,11 @@ def wrapped(index, size):
 
 
 @triton.jit
+def inside(index, size):
+    return (index >= -size) & (index < size)
+
+
+@triton.jit
 def power(x, exponent):
     """x ** exponent of two tensors, of any x where the exponent is a whole number."""
     odd = tl.abs(exponent * 1.0) % 2 == 1
@@ -59,7 +64,7 @@ def power(x, exponent):
 
 # What of this module, and of Triton, a generated function may name.
 NAMES = dict(tl=tl, tanh=tanh, floor_divide=floor_divide, remainder=remainder, true_divide=true_divide)
-NAMES |= dict(wrapped=wrapped, power=power)
+NAMES |= dict(wrapped=wrapped, inside=inside, power=power)
 
 EXPRESSIONS = {
     aten.add.Tensor: "({0} + {1})", aten.sub.Tensor: "({0} - {1})", aten.mul.Tensor: "({0} * {1})",
@@ -167,19 +172,21 @@ class Printer(NamedTuple):
         return "1.0" if exponent == 0 else f"tl.exp2({float(exponent)} * tl.log2({value} * 1.0))"
 
     def indexed(self, table: fx.Node, indices: list) -> str:
-        """One number of a captured tensor."""
+        """One number of a captured tensor. Nothing is read outside it: a pair that a mask hides may point there."""
         which = captured_number(table)
         if which is None or None in indices or len(indices) != self.captured[which].dim():
             raise TypeError(f"{self.name} must index captured tensors, one number at a time, for the triton backend")
         arg = f"captured[{which}]"
-        offsets = [
-            f"wrapped({self.value(index)}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, index in enumerate(indices)
-        ]
-        return self.loaded(which, f"{arg}.ptr + {' + '.join(offsets)}")
+        values = [self.value(index) for index in indices]
+        offsets = [f"wrapped({x}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, x in enumerate(values)]
+        there = " & ".join(f"inside({x}, {arg}.sizes[{d}])" for d, x in enumerate(values))
+        # Where a pair that attends points outside, its score shall be NaN: a GPU's kernel cannot raise.
+        other = 'float("nan")' if self.captured[which].is_floating_point() else "0"
+        return self.loaded(which, f"{arg}.ptr + {' + '.join(offsets)}, mask={there}, other={other}")
 
-    def loaded(self, which: int, pointer: str) -> str:
+    def loaded(self, which: int, arguments: str) -> str:
         dtype = self.captured[which].dtype
-        return f"(tl.load({pointer}) != 0)" if dtype == torch.bool else f"tl.load({pointer}).to({TYPES[dtype]})"
+        return f"(tl.load({arguments}) != 0)" if dtype == torch.bool else f"tl.load({arguments}).to({TYPES[dtype]})"
 
     def value(self, value) -> str:
         """A number, an argument or what was computed before."""

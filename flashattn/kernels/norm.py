@@ -98,10 +98,12 @@ def normalized(hidden, mean, rstd, CENTER: tl.constexpr):
 @triton.jit
 def statistics(hidden, mask, count, width, mean, squares, CENTER: tl.constexpr):
     """Fold a chunk into (mean, sum of squared deviations) of `count` columns seen so far. Chan et al. (1979):
-    the deviations of a chunk are taken from its own mean, so nothing cancels."""
+    the deviations of a chunk are taken from its own mean, so nothing cancels. The mean of what a first mean leaves
+    corrects the rounding of its sum: of equal numbers the mean is that number."""
     if CENTER:
         chunk = tl.minimum(width - count, hidden.shape[1]).to(tl.float32)
         chunk_mean = tl.sum(hidden, 1) / chunk
+        chunk_mean += tl.sum(tl.where(mask, hidden - chunk_mean[:, None], 0.0), 1) / chunk
         deviation = tl.where(mask, hidden - chunk_mean[:, None], 0.0)
         shift = chunk_mean - mean
         share = chunk / (count + chunk)
