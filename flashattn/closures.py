@@ -24,32 +24,32 @@ class Identity:
         return id(self.value)
 
 
-class Unknown(Exception):
+class UnknownError(Exception):
     """It cannot be told what a value depends on: a module, a list and an object may change behind its name."""
 
 
 class Closure:
-    """`key` is equal for two calls of a function, or of another of the same code, in which it sees the same values; None
-    where that cannot be told. `tensors`: those it sees."""
+    """`key` is equal for two calls of a function, or of another of the same code, in which it sees the same values;
+    None where that cannot be told. `tensors`: those it sees."""
 
     def __init__(self, function: Callable):
         self.tensors: list[Tensor] = []
         self._entered: list[Callable] = []
         try:
             self.key = self._key_of_function(function)
-        except Unknown:
+        except UnknownError:
             self.key = None
 
     def _key_of_function(self, function) -> tuple:
         if not isinstance(function, types.FunctionType):
-            raise Unknown
+            raise UnknownError
         if function in self._entered:  # it calls itself, or one that it calls does
             return ("function", self._entered.index(function))
         self._entered.append(function)
         try:
             cells = [cell.cell_contents for cell in function.__closure__ or ()]
         except ValueError:  # one is still empty
-            raise Unknown from None
+            raise UnknownError from None
         names = sorted(_names(function.__code__) & function.__globals__.keys())
         values = [
             *cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *vars(function).items(),

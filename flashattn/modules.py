@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .attention import attention
 from .norm import layer_norm, rms_norm
+
+
+def _wait_for_results(module: nn.Module, inputs: tuple, results) -> None:
+    """A hook that does nothing. In evaluation `torch.nn.TransformerEncoderLayer` computes all of itself from the
+    parameters of its parts, without calling them, unless somebody waits for the results of one."""
 
 
 class _Norm(nn.Module):
@@ -21,6 +28,8 @@ class _Norm(nn.Module):
         for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
             value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, value)
+        if self.bias is None or weight_offset != 0:  # an encoder layer takes it for torch.nn.LayerNorm's parameters
+            self.register_forward_hook(_wait_for_results)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,7 +90,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Without `need_weights` nothing of size (seq_q, seq_k) is made, and masks are not expanded. With it the weights are,
     by PyTorch's own operations, and after dropout, as there. A query with nothing to attend to gives zeros, not NaN,
-    before the output projection.
+    before the output projection. In a `torch.nn.TransformerEncoderLayer` it computes in evaluation too, where PyTorch's
+    own module would not be called.
 
     >>> import torch, flashattn
     >>> layer = flashattn.MultiheadAttention(64, 4, batch_first=True)
@@ -90,6 +100,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     >>> out.shape, weights.shape
     (torch.Size([2, 5, 64]), torch.Size([2, 5, 5]))
     """
+
+    @functools.wraps(nn.MultiheadAttention.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_forward_hook(_wait_for_results)
 
     def forward(
         self,
@@ -106,6 +121,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         with `batch_first`, or (seq, embed_dim). `is_causal` says that attn_mask, which must be there, is causal."""
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given where is_causal is True, as torch.nn has it; got None")
+        for name, x in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if x is not None and x.dtype != torch.bool and not x.is_floating_point():
+                raise TypeError(f"{name} must be bool (True = masked) or floating (added to the scores), got {x.dtype}")
         batched = query.dim() == 3
         first = 0 if self.batch_first and batched else 1  # where the batch stands
         if not batched:

@@ -69,7 +69,7 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
 
 
 class NumbersRead(TorchDispatchMode):
-    """Notices where a tensor's number becomes Python's, which is a constant in a trace: float(x), or in an operation."""
+    """Notices where a tensor's number becomes Python's, a constant in a trace: by float(x), or in an operation."""
 
     found = False
 

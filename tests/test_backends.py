@@ -76,7 +76,9 @@ def test_overlapping_blocks_leave_nothing_behind():
     overlapping(backends.triton_on_cpu)
     overlapping(triton_hopper.plain_kernels)
     overlapping(sdpa.patch)
-    assert backends._forced.value is None and not backends.triton.takes_cpu.value and triton_hopper.ENABLED.value
+    assert backends._forced.value is None
+    assert not backends.triton.takes_cpu.value
+    assert triton_hopper.ENABLED.value
     assert torch.nn.functional.scaled_dot_product_attention is theirs
 
 

@@ -204,6 +204,22 @@ def test_with_kvcache_rotates(causal, interleaved):
     torch.testing.assert_close(caches[0, 1, 4:7], turn(k[1:], angles[4:7], interleaved)[0])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_with_kvcache_rotates_more_queries_than_new_keys(causal):
+    """A causal query past the new keys has a position too, for which the table must have a row."""
+    q, k, v, caches = torch.randn(1, 6, 2, 16), *torch.randn(2, 1, 1, 2, 16), torch.zeros(2, 1, 16, 2, 16)
+    angles = torch.rand(16, 5)
+
+    def call(rows):
+        table = angles[:rows].cos(), angles[:rows].sin()
+        options = dict(cache_seqlens=4, causal=causal, window_size=(-1, -1) if causal else (9, 9))
+        return flash_attn.flash_attn_with_kvcache(q, *caches.clone(), k, v, *table, **options)
+
+    assert torch.equal(call(10), call(16))
+    with pytest.raises(ValueError, match=r"rotary.cos must have a row for each of 10 positions, got 9"):
+        call(9)
+
+
 def turn(x, angles, interleaved):
     """Pairs of the first 10 numbers of (1, seq, heads, 16) as complex numbers."""
     part = x[..., :10].unflatten(-1, (5, 2)) if interleaved else torch.stack(x[..., :10].split(5, -1), -1)

@@ -67,4 +67,5 @@ def test_the_default_dtype_changes_nothing(name, backend, default):
     finally:
         torch.set_default_dtype(torch.float32)
     for x, y in zip(found, expected, strict=True):
-        assert x.dtype == y.dtype and torch.equal(x, y)
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)

@@ -7,6 +7,7 @@ import torch
 from common import assert_as_exact_as_torch
 
 import flashattn
+from flashattn import modules
 
 CONSTRUCTORS = {
     "plain": {},
@@ -145,3 +146,38 @@ def test_in_a_transformer_layer():
     ours.load_state_dict(layer.self_attn.state_dict())
     layer.self_attn = ours
     torch.testing.assert_close(layer(x, src_key_padding_mask=padding), expected)
+
+
+def test_an_encoder_layer_calls_it_in_evaluation(monkeypatch):
+    """PyTorch's fast path, which takes the parameters and calls no module, is left alone."""
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True).eval()
+    ours = flashattn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
+    ours.load_state_dict(layer.self_attn.state_dict())
+    x = torch.randn(2, 9, WIDTH)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.self_attn = ours
+        called = []
+        monkeypatch.setattr(modules, "attention", lambda *a, **o: called.append(a) or flashattn.attention(*a, **o))
+        for encoder in (layer, torch.nn.TransformerEncoder(layer, 2).layers[1]):
+            torch.testing.assert_close(encoder(x), expected)
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("norm", [flashattn.RMSNorm(WIDTH, eps=1e-5), flashattn.LayerNorm(WIDTH, weight_offset=1.0)])
+def test_an_encoder_layer_calls_other_norms_in_evaluation(norm):
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 64, dropout=0.0, batch_first=True)
+    layer.norm1 = norm
+    x = torch.randn(2, 9, WIDTH)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_masks_of_whole_numbers_are_refused(name):
+    """They would be added to the scores."""
+    ours = flashattn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    x, mask = torch.randn(2, 9, WIDTH), torch.ones((9, 9) if name == "attn_mask" else (2, 9), dtype=torch.uint8)
+    with pytest.raises(TypeError, match=f"{name} must be bool .* or floating .*, got torch.uint8"):
+        ours(x, x, x, **{name: mask})

@@ -65,7 +65,8 @@ def test_attention_features(gpu, number):
 
 SHAPES = named(
     test_attention.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
-    "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "window_of_everything", "bias_of_keys", "everything",
+    "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "window_of_everything",
+    "bias_of_keys", "everything",
     "everything",  # on both
 )  # fmt: skip
 

@@ -17,9 +17,8 @@ from ..kernels.tiles import Heads
 from ..score import Score
 from .common import Setting
 
-ENABLED = Setting(
-    os.environ.get("FLASHATTN_HOPPER") != "0"
-)  # 0: the plain kernels, to compare or where these are at fault
+# FLASHATTN_HOPPER=0: the plain kernels, to compare or where these are at fault.
+ENABLED = Setting(os.environ.get("FLASHATTN_HOPPER") != "0")
 
 
 # How tiles and queries' statistics lie in shared memory.
