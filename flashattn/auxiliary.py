@@ -60,11 +60,10 @@ def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Sco
     for rows in query_blocks(shape):
         keys = keys_of(score, rows, seq_k, q.device)
         scores, _ = masked_scores(q, keys.of(k, 2), score, shape, rows, keys)
-        log_z = lse[:, :, rows, None].to(q.dtype)
-        p = softmax_weights(scores, log_z)
+        p, _ = softmax_weights(scores, score.sinks)
         some = scores.shape[-1] > 0
         largest[:, :, rows] = scores.amax(-1) if some else -math.inf
-        entropy[:, :, rows] = torch.where(p > 0, p * (log_z - scores), 0).sum(-1)
+        entropy[:, :, rows] = -torch.xlogy(p, p).sum(-1)
         keys.add_to(column_sums[..., None], p.sum(2)[..., None])
     max_logit = largest.amax((0, 2)) if batch * seq_q else largest.new_full((heads,), -math.inf)
     computed = AuxOutput(lse, largest, max_logit, entropy, column_sums)

@@ -58,7 +58,7 @@ class Flex(torch.autograd.Function):
         sums_captured = any(x is not None for x in sums)
         if sums_captured:
             *gradients, grad_bias = reference.dense_backward(
-                grad_out, grad_lse, q, k, v, lse, score, with_grad_bias, grad_captured=sums
+                grad_out, grad_lse, q, k, v, score, with_grad_bias, grad_captured=sums
             )
         if not sums_captured or ctx.backend == "triton":
             *gradients, grad_bias = BACKENDS[ctx.backend].backward(

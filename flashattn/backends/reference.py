@@ -259,9 +259,24 @@ def kept_weights(
     return (keys.of(words) >> 1 >= dropout_threshold(score.dropout_p)).to(dtype) / (1 - score.dropout_p)
 
 
-def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(s - lse); 0, not exp(-inf + inf), in a row with no key."""
-    return torch.where(lse == -math.inf, 0, torch.exp(scores - lse))
+def softmax_weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(exp(s) / (sum(exp(s)) + exp(sink)), the logarithm of what it is divided by), and 0 and -inf of a row without a
+    key. Not exp(s - lse): beside scores of -1e9 the logarithm of a sum of a thousand is rounded away, and such weights
+    would sum to a thousand."""
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    empty = top == -math.inf
+    top = torch.where(empty, 0, top)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype).view(-1, 1, 1)
+        top = torch.maximum(top, sinks)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    lse = torch.where(empty, -math.inf, top + total.log())
+    return torch.where(empty, 0, weights / total), lse
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
@@ -286,11 +301,8 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: in
     for rows in query_blocks(shape):
         keys = keys_of(score, rows, k.shape[2], q.device)
         scores, _ = masked_scores(q, keys.of(k, 2), score, shape, rows, keys)
-        lse_rows = torch.logsumexp(scores, -1, keepdim=True)
-        if score.sinks is not None:
-            with_sink = torch.logaddexp(lse_rows, score.sinks.to(q.dtype).view(-1, 1, 1))
-            lse_rows = torch.where(lse_rows == -math.inf, lse_rows, with_sink)
-        weights = softmax_weights(scores, lse_rows) * kept_weights(score, shape, first_batch, rows, keys, q.dtype)
+        weights, lse_rows = softmax_weights(scores, score.sinks)
+        weights = weights * kept_weights(score, shape, first_batch, rows, keys, q.dtype)
         out[:, :, rows] = (weights @ keys.of(v, 2)).to(dtype)
         lse[:, :, rows] = lse_rows.squeeze(-1)
     return out, lse
@@ -300,16 +312,16 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
     with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """With p = exp(s - lse), dropped to p', and dp' = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
+    """With the weights p, dropped to p', and dp' = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
     if score.cu_seqlens is None:
-        *gradients, grad_bias = dense_backward(grad_out, grad_lse, q, k, v, lse, score, with_grad_bias)
+        *gradients, grad_bias = dense_backward(grad_out, grad_lse, q, k, v, score, with_grad_bias)
         return *gradients, grad_bias.to(score.bias.dtype) if with_grad_bias else None
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], True) for x in (q, k, v))
     grad_bias = torch.zeros_like(score.bias, dtype=lse.dtype) if with_grad_bias else None
     for one in sequences(score):
         rows, keys = one.of_queries, one.of_keys
         rows(grad_q)[:], keys(grad_k)[:], keys(grad_v)[:], grad = dense_backward(
-            rows(grad_out), rows(grad_lse), rows(q), keys(k), keys(v), rows(lse), one.score, with_grad_bias, one.batch
+            rows(grad_out), rows(grad_lse), rows(q), keys(k), keys(v), one.score, with_grad_bias, one.batch
         )
         if with_grad_bias:
             one.plane(grad_bias).add_(grad)
@@ -317,7 +329,7 @@ def backward(
 
 
 def dense_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, score: Score,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, score: Score,
     with_grad_bias: bool, first_batch: int = 0, grad_captured: list[Tensor | None] | tuple[()] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Also adds the gradients of what a score_mod captured to `grad_captured`, where it has a tensor."""
@@ -333,7 +345,7 @@ def dense_backward(
         keys = keys_of(score, rows, k.shape[2], q.device)
         k_rows, v_rows = keys.of(k, 2), keys.of(v, 2)
         scores, pull = masked_scores(q, k_rows, score, shape, rows, keys)
-        p = softmax_weights(scores, lse[:, :, rows, None])
+        p, _ = softmax_weights(scores, score.sinks)
         kept = kept_weights(score, shape, first_batch, rows, keys, q.dtype)
         do = grad_out[:, :, rows]
         dp = do @ v_rows.mT * kept
