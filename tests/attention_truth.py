@@ -109,7 +109,7 @@ def kept(case: Case, device) -> torch.Tensor | float:
     i, j = torch.arange(case.seq_q)[:, None], torch.arange(case.seq_k)
     words = torch.stack(philox(SEED, j // 4, i, head, rounds=7))
     bits = words.gather(0, (j % 4).expand(words.shape[1:])[None])[0]
-    return ((bits >> 1) >= int(case.dropout_p * 2**31)).to(device) / (1 - case.dropout_p)
+    return ((bits >> 1) >= int(case.dropout_p * 2**31)).double().to(device) / (1 - case.dropout_p)
 
 
 def torch_attention(case: Case, options: dict, q, k, v, *others):
