@@ -76,9 +76,13 @@ class PagedCache:
     def fork(self, sequence: int, length: int) -> int:
         """A sequence that shares the first tokens of another."""
         number = max([layer.fork(sequence) for layer in self.layers])
-        for layer in self.layers:
-            layer.truncate(number, length)
+        self.truncate(number, length)
         return number
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what lies at and past this length."""
+        for layer in self.layers:
+            layer.truncate(sequence, length)
 
     def free(self, sequence: int) -> None:
         for layer in self.layers:

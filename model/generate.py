@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -107,6 +108,8 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
 
 def check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     config = model.config
+    if not isinstance(max_new_tokens, Integral):
+        raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     check_tokens("prompts", prompts, config.vocab_size)
@@ -126,6 +129,9 @@ def check_tokens(name: str, sequences: Sequence[Sequence[int]], vocab_size: int)
     for i, tokens in enumerate(sequences):
         if not tokens:
             raise ValueError(f"{name}[{i}] must have at least one token, got none")
+        wrong = next((t for t in tokens if not isinstance(t, Integral)), None)
+        if wrong is not None:
+            raise ValueError(f"{name}[{i}] must hold integers, got {wrong!r}")
         wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
         if wrong is not None:
             raise ValueError(f"{name}[{i}] must hold tokens below {vocab_size}, got {wrong}")

@@ -6,7 +6,7 @@ Yu et al., "Orca" (OSDI 2022); Kwon et al., "PagedAttention" (SOSP 2023).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,8 @@ from .transformer import Transformer
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what becomes of it."""
+    """A prompt, and what becomes of it: `done` with its `tokens`, or with those it had when it was `cancelled` or when
+    its `on_token` or its sampling raised `error`."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -26,11 +27,13 @@ class Request:
     stop_tokens: Sequence[int] = ()
     seed: int = 0
     on_token: Callable[[int], None] | None = None  # called with each token as soon as it is chosen
-    tokens: list[int] = field(default_factory=list)  # new ones
-    done: bool = False
-    reused: int = 0  # tokens of the prompt that were in the cache already
-    sequence: int = -1  # its number in the cache
-    generator: torch.Generator | None = None
+    tokens: list[int] = field(default_factory=list, init=False)  # new ones
+    done: bool = field(default=False, init=False)
+    cancelled: bool = field(default=False, init=False)
+    error: Exception | None = field(default=None, init=False)
+    reused: int = field(default=0, init=False)  # tokens of the prompt that were in the cache already
+    sequence: int = field(default=-1, init=False)  # its number in the cache
+    generator: torch.Generator | None = field(default=None, init=False)  # from when it is submitted
 
     @property
     def everything(self) -> list[int]:
@@ -46,7 +49,12 @@ class Server:
             still get is kept free; others wait.
         largest_batch: requests that run at once.
 
-    What a finished request leaves in the cache serves others that begin alike, until its pages are needed.
+    What a finished request leaves in the cache serves others that begin alike, until its pages are needed. A request
+    whose `on_token` raises ends alone, with its `error`; whatever else stops a step, an interrupt too, leaves the
+    requests as they were, and the next step goes on. Calls come from one thread; an `on_token` may submit and cancel.
+
+    Raises:
+        ValueError: naming the argument.
 
     >>> import torch
     >>> from model import Transformer
@@ -60,6 +68,11 @@ class Server:
     """
 
     def __init__(self, model: Transformer, pages: int, page_size: int = 16, largest_batch: int = 32):
+        if not (isinstance(model, Transformer) and model.config.causal and model.config.head):
+            raise ValueError(f"model must be a causal language model, got a {model.config.family}")
+        for name, value in dict(pages=pages, page_size=page_size, largest_batch=largest_batch).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.model, self.largest_batch = model, largest_batch
         self.cache = model.new_paged_cache(pages, page_size)
         self.pages = pages
@@ -68,17 +81,41 @@ class Server:
         self.finished: list[Request] = []  # that still hold pages; the longest unused first
 
     def submit(self, request: Request) -> Request:
-        """Queue a request. Raises ValueError where it can never run."""
+        """Queue a request. Raises ValueError where it can never run, or was submitted before; TypeError for a sampling
+        or stop tokens of another kind."""
+        if request.generator is not None:
+            raise ValueError("request must be a new one, got one that was submitted")
+        if not isinstance(request.sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {request.sampling!r}")
+        if not isinstance(request.stop_tokens, Collection):
+            raise TypeError(f"stop_tokens must be token numbers, got {request.stop_tokens!r}")
         check(self.model, [request.prompt], request.max_new_tokens)
         needed = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
         if needed > self.pages:
             raise ValueError(f"prompt and max_new_tokens must fit the {self.pages} pages, got {needed}")
         device = self.model.token_embedding.weight.device
+        request.prompt, request.stop_tokens = list(request.prompt), tuple(request.stop_tokens)  # as they are now
         request.generator = torch.Generator(device).manual_seed(request.seed)
         request.done = request.max_new_tokens == 0
         if not request.done:
             self.waiting.append(request)
         return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request that waits or runs, with the tokens that it has. One that is done stays as it is.
+
+        Raises:
+            ValueError: for one that was not submitted to this server.
+        """
+        if request.done:
+            return
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            self.retire(request)
+        else:
+            raise ValueError("request must be one that was submitted to this server")
+        request.done = request.cancelled = True
 
     def run(self) -> None:
         """Until all are done."""
@@ -88,71 +125,106 @@ class Server:
     @torch.inference_mode()
     def step(self) -> bool:
         """Let in who waits, and give every running request its next token. False when there is nothing left to do."""
-        new = []
-        while self.waiting and len(self.running) + len(new) < self.largest_batch and self.make_room(new):
-            new.append(self.admit(self.waiting.popleft()))
-        old = list(self.running)
-        self.running += new
-        for group in groups(new):
-            self.forward(group, [request.prompt[request.reused :] for request in group])
-        if old:
-            self.forward(old, [request.tokens[-1:] for request in old])
-        self.running = [request for request in self.running if not request.done]
+        while self.waiting and len(self.running) < self.largest_batch and self.make_room():
+            self.admit(self.waiting.popleft())
+        for group in groups(self.running, lambda request: len(self.unread(request))):
+            self.forward([request for request in group if not request.done])  # callbacks may have cancelled some
         return bool(self.waiting or self.running)
 
-    def forward(self, requests: list[Request], tokens: list[list[int]]) -> None:
+    def unread(self, request: Request) -> list[int]:
+        """Its tokens that the cache lacks."""
+        length, prompt = self.cache.length(request.sequence), request.prompt
+        return prompt[length:] + request.tokens[max(0, length - len(prompt)) :]
+
+    def forward(self, requests: list[Request]) -> None:
         """One pass over the tokens of each that the cache lacks, and the choice of its next."""
-        rows, lengths = pad(tokens, self.model.token_embedding.weight.device)
+        if not requests:
+            return
+        before = {request.sequence: self.cache.length(request.sequence) for request in requests}
+        try:
+            choices = self.choose(requests)
+        except BaseException:  # an interrupt too; some layers have these tokens, and others do not
+            for sequence, length in before.items():
+                self.cache.truncate(sequence, length)
+            raise
+        for request, choice in zip(requests, choices, strict=True):
+            self.give(request, choice)
+        for request, choice in zip(requests, choices, strict=True):
+            self.tell(request, choice)
+
+    def choose(self, requests: list[Request]) -> list[int | Exception]:
+        """The next token of each, or what kept it from having one."""
+        rows, lengths = pad([self.unread(request) for request in requests], self.model.token_embedding.weight.device)
         hidden = self.model.encode(rows, lengths, cache=self.cache.select([r.sequence for r in requests]))
         hidden = hidden[torch.arange(len(requests), device=rows.device), lengths.long() - 1]
         logits = self.model.logits(hidden).float()
-        likeliest = logits.argmax(-1).tolist()
+        choices: list[int | Exception] = logits.argmax(-1).tolist()
         for i, request in enumerate(requests):
-            plain = request.sampling == Sampling()
-            self.give(request, likeliest[i] if plain else sampled(request, logits[i]))
+            if request.sampling == Sampling():
+                continue
+            try:
+                choices[i] = sampled(request, logits[i])
+            except Exception as error:
+                choices[i] = error
+        return choices
 
-    def give(self, request: Request, token: int) -> None:
-        if token not in request.stop_tokens:
-            request.tokens.append(token)
-            if request.on_token is not None:
-                request.on_token(token)
-        request.done = token in request.stop_tokens or len(request.tokens) == request.max_new_tokens
-        if request.done:
-            self.finished.append(request)
+    def give(self, request: Request, choice: int | Exception) -> None:
+        if isinstance(choice, Exception):
+            request.error = choice
+        elif choice not in request.stop_tokens:
+            request.tokens.append(choice)
+            if len(request.tokens) < request.max_new_tokens:
+                return
+        self.retire(request)
+
+    def tell(self, request: Request, choice: int | Exception) -> None:
+        """Only after each of a batch has its token: a callback that raises leaves the others whole."""
+        if request.on_token is None or request.cancelled or request.error or choice in request.stop_tokens:
+            return
+        try:
+            request.on_token(choice)
+        except Exception as error:
+            request.error = error
+            if not request.done:
+                self.retire(request)
+
+    def retire(self, request: Request) -> None:
+        """It runs no more, and keeps its pages until others need them."""
+        request.done = True
+        self.running.remove(request)
+        self.finished.append(request)
 
     def room_of(self, request: Request) -> int:
         """Pages that it may still take. None of them is ever copied: only whole pages are shared."""
         whole = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
         return whole - self.cache.pages_for(self.cache.length(request.sequence))
 
-    def make_room(self, new: list[Request]) -> bool:
+    def make_room(self) -> bool:
         """Whether the next request can join; finished ones give their pages up for it."""
         request = self.waiting[0]
         wanted = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
-        wanted += sum(self.room_of(r) for r in self.running + new)
+        wanted += sum(self.room_of(r) for r in self.running)
         while self.cache.free_pages < wanted and self.finished:
             self.cache.free(self.finished.pop(0).sequence)
         return self.cache.free_pages >= wanted
 
-    def admit(self, request: Request) -> Request:
-        """Give it a sequence, which shares the whole pages that another has of the same beginning."""
+    def admit(self, request: Request) -> None:
+        """Let it run, with a sequence which shares the whole pages that another has of the same beginning."""
         best, shared, size = None, 0, self.cache.page_size
         for other in [*self.finished, *self.running]:
             alike = common(other.everything, request.prompt[:-1])  # the last token has to be computed, for its logits
             length = min(alike, self.cache.length(other.sequence)) // size * size
             if length > shared:
                 best, shared = other, length
-        if best is None:
-            request.sequence = self.cache.add()
-            return request
-        request.sequence, request.reused = self.cache.fork(best.sequence, shared), shared
+        request.sequence = self.cache.add() if best is None else self.cache.fork(best.sequence, shared)
+        request.reused = shared
+        self.running.append(request)
         if best in self.finished:  # used: the last one to give up its pages
             self.finished.remove(best)
             self.finished.append(best)
-        return request
 
 
-def groups(requests: list[Request]) -> list[list[Request]]:
+def groups(requests: list[Request], unread: Callable[[Request], int]) -> list[list[Request]]:
     """Those with about as much to read, so that a quarter of a batch is padding at most."""
     result: list[list[Request]] = []
     for request in sorted(requests, key=unread):
@@ -160,10 +232,6 @@ def groups(requests: list[Request]) -> list[list[Request]]:
             result.append([])
         result[-1].append(request)
     return result
-
-
-def unread(request: Request) -> int:
-    return len(request.prompt) - request.reused
 
 
 def sampled(request: Request, logits: torch.Tensor) -> int:
