@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Yarn:
-    """Rotary positions stretched to a longer context. Peng et al., "YaRN" (2023), arXiv:2309.00071."""
-
-    factor: float
-    original_context: int
-    beta_fast: float = 32.0  # dimensions that turn more often than this in the original context stay as they are
-    beta_slow: float = 1.0  # and those that turn less often are stretched whole
-    truncate: bool = True  # the bounds between them to whole dimensions
-    attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(factor) + 1
-
+from .rope import Scaling
 
 POSITIONS = ("rope", "learned", "sinusoidal", "relative")
 
@@ -39,7 +28,7 @@ class Config:
     gated: bool  # feed-forward down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))
     positions: str  # one of POSITIONS
     rope_theta: float = 10000.0
-    yarn: Yarn | None = None
+    rope_scaling: Scaling | None = None  # one of model/rope.py
     bias: bool = True  # of the linear layers
     qkv_bias: bool = True  # of those for q, k and v, where the others have one
     k_bias: bool = True  # of that for k, where q and v have one
@@ -87,6 +76,8 @@ class Config:
             raise ValueError(f"windows must be at least 1 key each, or None, got {self.windows}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.head_dim)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if not 0 <= self.dropout < 1:

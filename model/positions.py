@@ -7,43 +7,21 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import rope
 from .config import Config
 from .step import Step
 
 
-def rotary_table(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * theta^(-2i / head_dim).
-
-    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
-    """
-    frequencies, amplitude = rotary_frequencies(config, positions.device)
+def rotary_table(positions: Tensor, config: Config, length: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * frequencies, for sequences which become
+    so long."""
+    if config.rope_scaling is None:
+        frequencies, amplitude = rope.plain(config.rope_theta, config.head_dim, positions.device), 1.0
+    else:
+        sizes = (config.rope_theta, config.head_dim, length)
+        frequencies, amplitude = config.rope_scaling.frequencies(*sizes, positions.device)
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos() * amplitude, angles.sin() * amplitude
-
-
-def rotary_frequencies(config: Config, device: torch.device) -> tuple[Tensor, float]:
-    """(head_dim / 2,), and what cosine and sine are multiplied by."""
-    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    plain = config.rope_theta ** (-i / config.head_dim)
-    yarn = config.yarn
-    if yarn is None:
-        return plain, 1.0
-
-    def dimension(turns: float) -> float:
-        """The one that turns so often in the original context."""
-        return (
-            config.head_dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / math.log(config.rope_theta) / 2
-        )
-
-    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
-    stretched = ((i / 2 - low) / max(high - low, 0.001)).clamp(0, 1)  # share of the stretched frequency
-    amplitude = yarn.attention_factor
-    if amplitude is None:
-        amplitude = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
-    return plain / yarn.factor * stretched + plain * (1 - stretched), amplitude
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -90,7 +90,13 @@ class Server:
         if not isinstance(request.stop_tokens, Collection):
             raise TypeError(f"stop_tokens must be token numbers, got {request.stop_tokens!r}")
         check(self.model, [request.prompt], request.max_new_tokens)
-        needed = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
+        length, longest = len(request.prompt) + request.max_new_tokens, self.model.paged_context
+        if length > longest:
+            raise ValueError(
+                f"prompt and max_new_tokens must fit the original context of {longest}, got {length} tokens: rotary "
+                "frequencies that depend on the length of a sequence cannot be shared (generate has its own)"
+            )
+        needed = self.cache.pages_for(length)
         if needed > self.pages:
             raise ValueError(f"prompt and max_new_tokens must fit the {self.pages} pages, got {needed}")
         device = self.model.token_embedding.weight.device

@@ -52,7 +52,7 @@ def speculate(
     for one in (model, draft):
         check(one, [prompt], max_new_tokens)
     tokens, whole = list(prompt), len(prompt) + max_new_tokens
-    caches = [one.new_cache(1, min(whole + lookahead, one.config.context)) for one in (model, draft)]
+    caches = [one.new_cache(1, whole) for one in (model, draft)]
     steps = guessed = right = 0
     while len(tokens) < whole:
         count = min(lookahead, whole - len(tokens) - 1)

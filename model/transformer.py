@@ -110,7 +110,7 @@ class Transformer(Stack):
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
         elif cache is None:
-            step.rotary = rotary_table(step.positions, self.config)
+            step.rotary = rotary_table(step.positions, self.config, longest)
         if self.type_embedding is not None:
             x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
         if self.embedding_norm is not None:
@@ -121,19 +121,26 @@ class Transformer(Stack):
         return x if step.packed is None else x[0]
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for so many sequences of up to `capacity` tokens."""
+        """An empty cache for so many sequences of up to `capacity` tokens. Rotary frequencies that depend on the length
+        of a sequence are those of the capacity, from its first token on."""
         return Cache(self.config, batch, capacity, self.token_embedding.weight, self.rotary(capacity))
 
     def new_paged_cache(self, pages: int, page_size: int) -> PagedCache:
-        """An empty pool of pages, for sequences that come and go."""
-        return PagedCache(self.config, pages, page_size, self.token_embedding.weight, self.rotary(self.config.context))
+        """An empty pool of pages, for sequences that come and go, of up to `paged_context` tokens each."""
+        return PagedCache(self.config, pages, page_size, self.token_embedding.weight, self.rotary(self.paged_context))
+
+    @property
+    def paged_context(self) -> int:
+        """The longest sequence whose rotary frequencies are those of any shorter one."""
+        scaling, context = self.config.rope_scaling, self.config.context
+        return context if scaling is None else scaling.steady(context)
 
     def rotary(self, length: int) -> flashattn.Rotary | None:
         """The table for so many positions."""
         if self.config.positions != "rope":
             return None
         positions = torch.arange(length, device=self.token_embedding.weight.device)[None]
-        return flashattn.Rotary(*(x[0, 0] for x in rotary_table(positions, self.config)))
+        return flashattn.Rotary(*(x[0, 0] for x in rotary_table(positions, self.config, length)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) to (…, vocab_size)."""

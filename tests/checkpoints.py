@@ -19,6 +19,18 @@ SMALL_DECODER = dict(
     max_position_embeddings=64,
 )  # fmt: skip
 EXTRA = {"SequenceClassification": dict(num_labels=5), "TokenClassification": dict(num_labels=7)}
+ROPES = {  # with what stands beside a rope_type and its factor, and the context in config.json
+    "linear": ({}, 16),
+    "dynamic": ({}, 16),
+    "llama3": (dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16), 64),
+    "longrope": (
+        dict(
+            short_factor=[1.0, 1.2, 1.5, 2.0, 3.0, 3.5], long_factor=[1.0, 2.0, 3.0, 4.0, 6.0, 8.0],
+            original_max_position_embeddings=16,
+        ),
+        64,
+    ),
+}  # fmt: skip
 TINY = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -61,6 +73,15 @@ TINY = {
             ),
         )
     ),
+    **{
+        f"llama_{name}": lambda name=name, rope=rope, context=context: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **SMALL_DECODER | dict(max_position_embeddings=context), num_hidden_layers=2,
+                rope_parameters=dict(rope_type=name, rope_theta=300.0, factor=4.0) | rope,
+            )
+        )
+        for name, (rope, context) in ROPES.items()
+    },
     "gpt_oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(
             **SMALL_DECODER, num_hidden_layers=3, head_dim=20, sliding_window=9, num_local_experts=5,

@@ -81,7 +81,10 @@ def some(labels: int, share: float):
     return torch.randint(0, labels, (3, 11)).where(torch.rand(3, 11) < share, -100)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_yarn", "gpt2", "gpt_neo", "gpt_oss", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama_yarn", "llama_dynamic", "llama_longrope", "gpt2", "gpt_neo", "gpt_oss", "mistral", "qwen3", "gemma2"],
+)
 def test_a_cache_changes_nothing(name, tmp_path):
     """A prompt, then token by token, past the windows."""
     written(name, tmp_path)
@@ -252,8 +255,8 @@ DAMAGE = {
     "config_not_json": (lambda p: (p / "config.json").write_text("{"), "config.json: not valid JSON"),
     "unknown_family": (lambda p: change_config(p, model_type="mamba"), "model_type must be one of llama, bert, gpt2"),
     "rope_scaling": (
-        lambda p: change_config(p, rope_parameters={"rope_type": "longrope"}),
-        "rope_type must be 'default'",
+        lambda p: change_config(p, rope_parameters={"rope_type": "proportional"}),
+        "rope_type must be one of default, linear, dynamic, llama3, longrope, yarn, got 'proportional'",
     ),
     "no_weights": (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (damage_truncate, "model.safetensors: truncated"),

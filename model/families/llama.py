@@ -5,8 +5,9 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), a
 
 from __future__ import annotations
 
-from ..config import Config, Yarn
+from ..config import Config
 from .fields import only, read, write
+from .rope import read_rope, write_rope
 
 NAMES = {
     "token_embedding.weight": "embed_tokens.weight",
@@ -30,17 +31,8 @@ FIELDS = dict(
     norm_eps="rms_norm_eps", activation="hidden_act", tied="tie_word_embeddings",
 )  # fmt: skip
 
-YARN = dict(
-    factor="factor", original_context="original_max_position_embeddings", beta_fast="beta_fast", beta_slow="beta_slow",
-    truncate="truncate", attention_factor="attention_factor",
-)  # fmt: skip
-
 
 def config(hf: dict) -> Config:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "yarn") or rope.get("mscale"):
-        raise ValueError(f"rope_type must be 'default', or 'yarn' without mscale, got {kind!r}")
     only(hf, attention_bias=False, mlp_bias=False)
     heads = hf["num_attention_heads"]
     hf = {"hidden_act": "silu", "tie_word_embeddings": False} | hf
@@ -53,20 +45,13 @@ def config(hf: dict) -> Config:
         norm_first=True,
         gated=True,
         positions="rope",
-        rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-        yarn=Yarn(**{ours: rope[theirs] for ours, theirs in YARN.items() if theirs in rope})
-        if kind == "yarn"
-        else None,
         bias=False,
-        **read(hf, FIELDS),
+        **(read(hf, FIELDS) | read_rope(hf)),
     )
 
 
 def to_hf(config: Config, architecture: str = "LlamaForCausalLM", **more) -> dict:
-    rope = dict(rope_type="yarn" if config.yarn else "default", rope_theta=config.rope_theta)
-    if config.yarn:
-        rope |= {theirs: getattr(config.yarn, ours) for ours, theirs in YARN.items()}
-    return write(config, FIELDS, architecture, rope_theta=config.rope_theta, rope_parameters=rope, **more)
+    return write(config, FIELDS, architecture, **(write_rope(config) | more))
 
 
 def sliding_windows(hf: dict) -> tuple[int | None, ...]:

@@ -1,0 +1,151 @@
+"""Rotary frequencies, and the ways to stretch them to a longer context than a model was trained for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def plain(theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """(head_dim / 2,) radians a position: theta^(-2i / head_dim).
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
+    """
+    i = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return theta ** (-i / head_dim)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How frequencies are stretched. `frequencies(theta, head_dim, length, device)` gives them for a sequence of this
+    length, (head_dim / 2,), with what cosine and sine are multiplied by."""
+
+    factor: float
+
+    def __post_init__(self):
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor of the rotary frequencies must be over 0, got {self.factor}")
+
+    def steady(self, context: int) -> int:
+        """Up to which length sequences of all lengths have the same frequencies, in a model of this context."""
+        return context
+
+    def check(self, head_dim: int) -> None:
+        """Raises ValueError where it does not fit heads of this size."""
+
+
+@dataclass(frozen=True)
+class Linear(Scaling):
+    """Every position divided by the factor. Chen et al., "Extending Context Window of Large Language Models via
+    Positional Interpolation" (2023), arXiv:2306.15595."""
+
+    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        return plain(theta, head_dim, device) / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class Dynamic(Scaling):
+    """A larger theta for sequences past the original context, the larger the longer they are (Peng et al., "YaRN",
+    appendix A.1)."""
+
+    original_context: int
+
+    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        stretch = self.factor * max(length, self.original_context) / self.original_context - (self.factor - 1)
+        return plain(theta * stretch ** (head_dim / (head_dim - 2)), head_dim, device), 1.0
+
+    def steady(self, context: int) -> int:
+        return min(self.original_context, context)
+
+
+@dataclass(frozen=True)
+class Llama3(Scaling):
+    """Slow frequencies divided by the factor, fast ones as they are, those between in between. Grattafiori et al., "The
+    Llama 3 Herd of Models" (2024), arXiv:2407.21783."""
+
+    original_context: int
+    low_freq_factor: float  # turns in the original context: of the fastest that is divided whole
+    high_freq_factor: float  # and of the slowest that stays as it is
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor must be over 0 and below high_freq_factor {self.high_freq_factor}, "
+                f"got {self.low_freq_factor}"
+            )
+
+    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        whole = plain(theta, head_dim, device)
+        turns = self.original_context * whole / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return whole * kept + whole / self.factor * (1 - kept), 1.0
+
+
+@dataclass(frozen=True)
+class LongRope(Scaling):
+    """Each frequency divided by a factor of its own, which was searched for; others past the original context. Ding et
+    al., "LongRoPE" (2024), arXiv:2402.13753."""
+
+    original_context: int
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    attention_factor: float | None = None  # of cosine and sine; None: sqrt(1 + ln(factor) / ln(original_context))
+
+    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        factors = self.long_factors if length > self.original_context else self.short_factors
+        divisors = torch.tensor(factors, dtype=torch.float32, device=device)
+        return plain(theta, head_dim, device) / divisors, self.amplitude
+
+    @property
+    def amplitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1 + math.log(max(self.factor, 1)) / math.log(self.original_context))
+
+    def check(self, head_dim: int) -> None:
+        for factors in (self.short_factors, self.long_factors):
+            if len(factors) != head_dim // 2 or min(factors) <= 0:
+                raise ValueError(f"factors of the rotary frequencies must be {head_dim // 2} over 0, got {factors}")
+
+    def steady(self, context: int) -> int:
+        return context if self.short_factors == self.long_factors else min(self.original_context, context)
+
+
+@dataclass(frozen=True)
+class Yarn(Scaling):
+    """Slow frequencies divided by the factor, fast ones as they are, and larger scores. Peng et al., "YaRN: Efficient
+    Context Window Extension of Large Language Models" (2023), arXiv:2309.00071."""
+
+    original_context: int
+    beta_fast: float = 32.0  # dimensions that turn more often than this in the original context stay as they are
+    beta_slow: float = 1.0  # and those that turn less often are stretched whole
+    truncate: bool = True  # the bounds between them to whole dimensions
+    attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(factor) + 1
+
+    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        whole = plain(theta, head_dim, device)
+        low, high = (self.dimension(turns, theta, head_dim) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        i = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
+        stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # share of the stretched frequency
+        return whole / self.factor * stretched + whole * (1 - stretched), self.amplitude
+
+    def dimension(self, turns: float, theta: float, head_dim: int) -> float:
+        """The one that turns so often in the original context."""
+        return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta) / 2
+
+    @property
+    def amplitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return yarn_amplitude(self.factor)
+
+
+def yarn_amplitude(factor: float, weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
