@@ -46,8 +46,8 @@ def load(
     if path.suffix == ".gguf":
         try:
             hf, tensors, tokenizer = gguf_file.read(path, progress)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or not a GGUF file of a Llama: {error}") from None
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
     elif (path / "model.bin").exists():
         try:
             hf, tensors = ctranslate2_file.read(path)

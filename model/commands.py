@@ -48,7 +48,8 @@ def run_generate(args: argparse.Namespace) -> None:
     draft = load_named(args.draft, args.dtype)[0] if args.draft else None
     if draft is not None and args.temperature:
         raise ValueError("--draft needs --temperature 0: guesses are checked against the most likely token")
-    prompt = tokenizer.encode(tokenizer.chat(args.prompt) if args.chat else args.prompt)
+    text = tokenizer.chat(args.prompt) if args.chat else args.prompt
+    prompt = tokenizer.encode(text, add_special_tokens=not args.chat)  # which a template has of its own
     stream = tokenizer.stream()
     bar = partial(tqdm, total=args.max_new_tokens, unit="token", leave=False)
 
@@ -76,6 +77,8 @@ def run_generate(args: argparse.Namespace) -> None:
             options = dict(stop_tokens=tokenizer.stop, on_token=show)
             tokens, steps, accepted = speculate(model, draft, prompt, args.max_new_tokens, **options)
             more = {"steps": steps, "accepted": accepted}
+    if not args.json:
+        print(stream.end(), end="")
     seconds = time.perf_counter() - start
     result = {"tokens": tokens, "text": tokenizer.decode(tokens), "tokens_per_second": len(tokens) / seconds} | more
     if not args.json:
@@ -167,6 +170,8 @@ def run_transcribe(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     text = transcribe(model, tokenizer, samples, show)
+    if not args.json:
+        print(stream.end(), end="")
     seconds, length = time.perf_counter() - start, len(samples) / RATE
     if args.json:
         print(json.dumps({"text": text, "seconds": seconds, "seconds_of_sound": length}, ensure_ascii=False))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .gguf_tokenizer import read_tokenizer
+from .rope import yarn_amplitude
 from .tokenizer import Tokenizer
 
 # GGUF's tensor names to Hugging Face's.
@@ -27,78 +29,137 @@ NAMES = {
 }
 
 
+# What a file may say of a Llama, after "llama.", and what this library reads of it or knows one value of.
+HEADS = "attention.head_count"
+READ = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", HEADS, "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon", "attention.key_length", "rope.freq_base", "rope.scale_linear",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+)  # fmt: skip
+NO_PART = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")  # the embedding has a size of its own
+ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+
+
 def read(path: Path, progress: bool = False) -> tuple[dict, dict[str, Tensor], Tokenizer]:
-    """(configuration as a Hugging Face config.json would have it, tensors by their names there, tokeniser)."""
+    """(configuration as a Hugging Face config.json would have it, tensors by their names there, tokeniser).
+
+    Raises:
+        ValueError: for a file that is none, or says what this library does not do, by its name there.
+    """
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    hf = config(reader)
-    tensors = {}
-    for tensor in tqdm(reader.tensors, "dequantising", disable=None if progress else True, leave=False):
-        x = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        name = rename(tensor.name)
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise ValueError(f"truncated or not a GGUF file: {error}") from None
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(f"split.count must be 1, got {fields['split.count']}: merge its files first")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    rope = {name: dequantise(stored.pop(f"{name}.weight", None)) for name in ROPE_TENSORS}
+    hf, tokenizer = read_config(fields, rope), read_tokenizer(below(fields, "tokenizer."))
+    tensors = {rename(name): tensor for name, tensor in stored.items()}
+    for name in tqdm(tensors, "dequantising", disable=None if progress else True, leave=False):
+        x = dequantise(tensors[name])
         if "self_attn.q_proj" in name:
             x = unpermute(x, hf["num_attention_heads"])
         elif "self_attn.k_proj" in name:
             x = unpermute(x, hf["num_key_value_heads"])
         tensors[name] = x
+    hf["vocab_size"] = len(tensors.get("embed_tokens.weight", ()))
     hf["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return hf, tensors, tokenizer(reader)
+    return hf, tensors, tokenizer
 
 
-def field(reader, name: str, default=None):
-    found = reader.get_field(name)
-    if found is None:
-        if default is None:
-            raise KeyError(name)
-        return default
-    return found.contents()
+def dequantise(tensor) -> Tensor | None:
+    import gguf
+
+    if tensor is None:
+        return None
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
-def config(reader) -> dict:
-    kind = field(reader, "general.architecture")
+def below(fields: dict, prefix: str) -> dict:
+    return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+
+
+def read_config(fields: dict, rope_tensors: dict[str, Tensor | None]) -> dict:
+    kind = fields.get("general.architecture")
     if kind != "llama":
         raise ValueError(f"general.architecture must be 'llama', got {kind!r}")
-    heads = field(reader, "llama.attention.head_count")
+    said = below(fields, "llama.")
+    needed = (*READ[:5], "attention.layer_norm_rms_epsilon")
+    missing = next((name for name in needed if name not in said), None)
+    if missing is not None:
+        raise ValueError(f"llama.{missing} is missing")
+    several = next((name for name, value in said.items() if isinstance(value, list)), None)
+    if several is not None:
+        raise ValueError(f"llama.{several} must be one number for all layers, got {said[several]}")
+    head_dim = said.get("attention.key_length", said["embedding_length"] // said[HEADS])
+    only = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "attention.causal": True}
+    only |= {"expert_count": 0, "expert_used_count": 0}
+    for name, value in said.items():
+        if name in only and value != only[name]:
+            raise ValueError(f"llama.{name} must be {only[name]}, got {value}")
+        if name not in only and name not in READ + NO_PART:
+            raise ValueError(f"llama.{name} is not known here, and may change the results")
     return {
         "model_type": "llama",
-        "vocab_size": len(field(reader, "tokenizer.ggml.tokens")),
-        "hidden_size": field(reader, "llama.embedding_length"),
-        "num_hidden_layers": field(reader, "llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": field(reader, "llama.attention.head_count_kv", heads),
-        "intermediate_size": field(reader, "llama.feed_forward_length"),
-        "max_position_embeddings": field(reader, "llama.context_length"),
-        "rms_norm_eps": field(reader, "llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": field(reader, "llama.rope.freq_base", 10000.0),
+        "hidden_size": said["embedding_length"],
+        "num_hidden_layers": said["block_count"],
+        "num_attention_heads": said[HEADS],
+        "num_key_value_heads": said.get("attention.head_count_kv", said[HEADS]),
+        "head_dim": head_dim,
+        "intermediate_size": said["feed_forward_length"],
+        "max_position_embeddings": said["context_length"],
+        "rms_norm_eps": said["attention.layer_norm_rms_epsilon"],
+        "rope_theta": said.get("rope.freq_base", 10000.0),
+        "rope_parameters": read_rope(said, rope_tensors, head_dim),
     }
+
+
+def read_rope(said: dict, tensors: dict[str, Tensor | None], head_dim: int) -> dict:
+    """rope_parameters. Tensors divide each frequency, as Llama 3.1's rope_freqs: a longrope whose factors are the same
+    for short and long sequences, where the file has one tensor only."""
+    scaling = below(said, "rope.scaling.")
+    kind, factor = scaling.get("type", "linear"), scaling.get("factor") or said.get("rope.scale_linear") or 1.0
+    original = scaling.get("original_context_length", said["context_length"])
+    amplitude = scaling.get("attn_factor", 1.0)
+    if kind not in ("none", "linear", "longrope", "yarn"):
+        raise ValueError(f"llama.rope.scaling.type must be one of none, linear, longrope, yarn, got {kind!r}")
+    if kind == "yarn":
+        found = next((name for name, x in tensors.items() if x is not None), None)
+        if found is not None:
+            raise ValueError(f"tensor {found} and llama.rope.scaling.type yarn together are not known here")
+        amplitude *= scaling.get("yarn_attn_factor", 1.0) * yarn_amplitude(factor)
+        bounds = {name: scaling[f"yarn_{name}"] for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in scaling}
+        rope = dict(rope_type="yarn", factor=factor, attention_factor=amplitude, **bounds)
+        return rope | dict(original_max_position_embeddings=original)
+    if kind == "none":
+        factor = 1.0
+    names = ("rope_factors_short", "rope_factors_long") if kind == "longrope" else ("rope_freqs", "rope_freqs")
+    divisors = [tensors[name] for name in names]
+    if kind == "longrope" and None in divisors:
+        raise ValueError(f"llama.rope.scaling.type longrope needs the tensors {' and '.join(names)}")
+    if divisors[0] is None and amplitude == 1:
+        return dict(rope_type="default") if factor == 1 else dict(rope_type="linear", factor=factor)
+    short, long = ((torch.ones(head_dim // 2) if x is None else x) * factor for x in divisors)
+    return dict(
+        rope_type="longrope", factor=1.0, short_factor=short.tolist(), long_factor=long.tolist(),
+        attention_factor=amplitude, original_max_position_embeddings=original,
+    )  # fmt: skip
 
 
 def rename(name: str) -> str:
     """blk.3.attn_q.weight -> layers.3.self_attn.q_proj.weight"""
-    parts = name.split(".")
-    if parts[0] == "blk":
-        return f"layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
-    return f"{NAMES[parts[0]]}.{parts[1]}"
+    *layer, stem, last = name.split(".")
+    if stem not in NAMES:
+        raise ValueError(f"tensor {name} is none of a Llama's")
+    return ".".join([*(["layers", layer[1]] if layer else []), NAMES[stem], last])
 
 
 def unpermute(x: Tensor, heads: int) -> Tensor:
     """GGUF pairs neighbouring rows for the rotation of q and k; put row i of a head back beside row i + head_dim / 2,
     as `layers.rotate` pairs them."""
-    return x.view(heads, -1, 2, x.shape[1]).transpose(1, 2).reshape(x.shape)
-
-
-def tokenizer(reader) -> Tokenizer:
-    kind, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model must be 'gpt2', got {kind!r}")
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    types = field(reader, "tokenizer.ggml.token_type")
-    return Tokenizer.from_bpe(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")],
-        special=[token for token, kind in zip(tokens, types, strict=True) if kind == 3],  # 3: control
-        stop=[tokens[field(reader, "tokenizer.ggml.eos_token_id")], "<|endoftext|>"],
-        digits=pre == "smollm",
-        chat_template=field(reader, "tokenizer.chat_template", ""),
-    )
+    return x.view(heads, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)

@@ -9,90 +9,108 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from .splitting import byte_level_bpe
+
+# What tokenizer_config.json says for others than ourselves, beside its tokens by name ("bos_token").
+KEPT = (
+    "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names",
+    "additional_special_tokens", "extra_special_tokens",
+)  # fmt: skip
+
 
 class Tokenizer:
     """Text to token numbers and back.
 
-    `stop` holds the tokens that end a text, `size` one more than the largest token.
+    `stop` holds the tokens that end a text, `size` one more than the largest token, `config` what a
+    tokenizer_config.json has: tokens by name ("bos_token") and `KEPT`. Neither padding nor truncation of the backend's
+    own is done; `write` writes them again.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, stop: list[int], chat_template: str = ""):
-        self.backend, self.stop, self.chat_template = backend, stop, chat_template
+    def __init__(
+        self, backend: tokenizers.Tokenizer, stop: list[int], chat_template: str = "", config: dict | None = None
+    ):
+        self.backend, self.stop, self.chat_template, self.config = backend, stop, chat_template, config or {}
+        self.padding, self.truncation = backend.padding, backend.truncation
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """add_special_tokens: what every text begins and ends with, such as a bos token; a chat's template has them."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: list[int]) -> str:
         return self.backend.decode(tokens)
+
+    def number(self, token: str | None) -> int | None:
+        """Of a token that is one."""
+        return None if token is None else self.backend.token_to_id(token)
 
     def stream(self) -> Stream:
         """Decodes token by token."""
         return Stream(self)
 
     def chat(self, message: str) -> str:
-        """One user message in the model's chat template, up to where the answer begins."""
+        """One user message in the model's chat template, up to where the answer begins. It is the whole text: encode it
+        with `add_special_tokens=False`.
+
+        Raises:
+            ValueError: where there is no template, or it does not take this message.
+        """
         if not self.chat_template:
             raise ValueError("the tokeniser has no chat template")
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from .chat import render
 
-        template = ImmutableSandboxedEnvironment().from_string(self.chat_template)
-        return template.render(messages=[{"role": "user", "content": message}], add_generation_prompt=True)
+        tokens = {name: x for name, x in self.config.items() if name.endswith("_token") and isinstance(x, str)}
+        return render(self.chat_template, [{"role": "user", "content": message}], tokens)
 
     def write(self, directory: Path) -> None:
         """The files that `from_directory` and `transformers` read."""
-        self.backend.save(str(directory / "tokenizer.json"))
-        config = dict(
-            tokenizer_class="PreTrainedTokenizerFast", eos_token=None, chat_template=self.chat_template or None
-        )
-        if self.stop:
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.padding is not None:
+            backend.enable_padding(**self.padding)
+        if self.truncation is not None:
+            backend.enable_truncation(**self.truncation)
+        backend.save(str(directory / "tokenizer.json"))
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=None) | self.config
+        if self.stop and config["eos_token"] is None:
             config["eos_token"] = self.backend.id_to_token(self.stop[0])
-            generation = json.dumps(dict(eos_token_id=self.stop), indent=2)
-            (directory / "generation_config.json").write_text(generation, encoding="utf-8")
+        generation = {f"{name}_token_id": self.number(config.get(f"{name}_token")) for name in ("bos", "pad")}
+        generation |= dict(eos_token_id=self.stop)
+        generation = {name: value for name, value in generation.items() if value not in (None, [])}
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
+        config["chat_template"] = self.chat_template or None
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
-        """From tokenizer.json; None where there is none."""
+        """From tokenizer.json and the files beside it; None where there is none. What stands around a text is what
+        tokenizer.json says, as in transformers, and not what add_bos_token says beside it.
+
+        Raises:
+            ValueError: naming the file and what is wrong in it.
+        """
         file = path / "tokenizer.json"
         if not file.exists():
             return None
-
-        def read(name: str) -> dict:
-            return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
-
-        config = read("tokenizer_config.json")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises no narrower type
             raise ValueError(f"{file}: truncated or not a tokeniser: {error}") from None
-        eos = config.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        stop = read("generation_config.json").get("eos_token_id", [] if eos is None else backend.token_to_id(eos))
-        stop = stop if isinstance(stop, list) else [stop]
-        return cls(backend, stop, config.get("chat_template") or "")
+        said = read(path, "tokenizer_config.json")
+        config = read(path, "special_tokens_map.json") | {name: x for name, x in said.items() if x is not None}
+        kept = {name: content(x) for name, x in config.items() if name in KEPT or name.endswith("_token")}
+        kept = {name: x for name, x in kept.items() if name not in ("add_bos_token", "add_eos_token")}
+        return cls(backend, read_stop(backend, config, path), read_chat_template(config, path), kept)
 
     @classmethod
     def from_bpe(
-        cls,
-        vocab: dict[str, int],
-        merges: list[tuple[str, str]],
-        special: list[str],
-        stop: list[str],
-        digits: bool = False,
-        chat_template: str = "",
+        cls, vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str], stop: list[str]
     ) -> Tokenizer:
-        """Byte-level BPE as GPT-2 has it; with `digits`, each digit is a token of its own."""
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        if digits:
-            split = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), split])
-        backend.pre_tokenizer = split
-        backend.decoder = decoders.ByteLevel()
+        """Byte-level BPE as GPT-2 has it."""
+        backend = byte_level_bpe(vocab, merges)
         backend.add_special_tokens(special)
-        return cls(backend, [vocab[token] for token in stop if token in vocab], chat_template)
+        return cls(backend, [vocab[token] for token in stop if token in vocab])
 
     @classmethod
     def train(cls, text: str, size: int, special: tuple[str, ...] = (), stop: str | None = None) -> Tokenizer:
@@ -125,6 +143,45 @@ class Tokenizer:
         return cls.from_bpe(vocab, merges, special, stop=special[:1])
 
 
+def read(path: Path, name: str) -> dict:
+    """The JSON object in a file of a directory, empty where there is no such file."""
+    try:
+        return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path / name}: not valid JSON: {error}") from None
+
+
+def content(token: object) -> object:
+    """The text of a token, or of each in a list, where it is said with how it is matched."""
+    if isinstance(token, list):
+        return [content(one) for one in token]
+    return token["content"] if isinstance(token, dict) and "content" in token else token
+
+
+def read_stop(backend: tokenizers.Tokenizer, config: dict, path: Path) -> list[int]:
+    """The tokens that end a text: of the first file that says any."""
+    for name in ("generation_config.json", "config.json"):
+        stop = read(path, name).get("eos_token_id")
+        stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if any(not isinstance(token, int) for token in stop):
+            raise ValueError(f"{path / name}: eos_token_id must be numbers, got {stop}")
+        if stop:
+            return stop
+    eos = content(config.get("eos_token"))
+    number = None if eos is None else backend.token_to_id(eos)
+    return [] if number is None else [number]
+
+
+def read_chat_template(config: dict, path: Path) -> str:
+    file = path / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    found = config.get("chat_template") or ""
+    if isinstance(found, list):  # several by name
+        found = {one["name"]: one["template"] for one in found}
+    return found.get("default", "") if isinstance(found, dict) else found
+
+
 def byte_alphabet() -> dict[int, str]:
     """The printable character that stands for each byte in byte-level BPE (GPT-2's encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -142,16 +199,31 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 class Stream:
-    """Text as it grows token by token. A character may take several tokens, so text is held back until it is whole."""
+    """Text as it grows token by token. A character may take several tokens, so text is held back until it is whole;
+    `end` gives what is left. Only the last tokens are decoded again: what a token adds depends on those before it up to
+    the last whole character."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.tokens, self.shown = tokenizer, [], ""
+        self.tokenizer, self.tokens = tokenizer, []
+        self.start = self.shown = 0  # tokens: from where on they are decoded, and up to where their text was given
 
     def add(self, token: int) -> str:
         """The text this token completes, perhaps none."""
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
+        text = self.new()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        new, self.shown = text[len(self.shown) :], text
-        return new
+        if text:
+            self.start, self.shown = self.shown, len(self.tokens)
+        return text
+
+    def end(self) -> str:
+        """The text of the last tokens, where it is no whole character."""
+        text = self.new()
+        self.start = self.shown = len(self.tokens)
+        return text
+
+    def new(self) -> str:
+        """What the tokens behind those shown add to the text."""
+        before = self.tokenizer.decode(self.tokens[self.start : self.shown])
+        return self.tokenizer.decode(self.tokens[self.start :])[len(before) :]

@@ -1,0 +1,70 @@
+"""How byte-level BPE splits a text before it merges: the patterns that a GGUF file calls by name.
+
+The names and what they mean are llama.cpp's; where its pattern stands for one of a tokenizer.json, it is that one. Each
+pattern splits what the one in front of it left, and a piece is what matches, or stands between two matches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def words(number: str) -> str:
+    return rf"{SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
+
+
+def cased(number: str, short: str = "") -> str:
+    """Words that end where small letters do."""
+    first = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{short}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{short}"
+    return rf"{first}|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
+
+
+class Splitter(NamedTuple):
+    names: str
+    patterns: tuple[str, ...]
+    whole_words: bool = False  # a piece that is a token is not merged from its bytes
+    begins: bool = False  # a text begins with the bos token, unless the file says otherwise
+
+
+DIGITS = r"\p{N}{1,3}"
+SPLITTERS = (
+    Splitter("default", (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    Splitter("gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais exaone4 trillion", (GPT2,)),
+    Splitter("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", (r"\p{N}", GPT2)),
+    Splitter("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", (words(DIGITS),), True, True),
+    Splitter("dbrx smaug-bpe chatglm-bpe glm4", (words(DIGITS),)),
+    Splitter("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (words(r"\p{N}"),)),
+    Splitter("tekken", (cased(r"\p{N}"),), True, True),
+    Splitter("gpt-4o llama4 kanana2 talkie minimax-m2", (cased(DIGITS, SHORT + "?"),)),
+    Splitter("falcon", (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
+    Splitter("deepseek-coder", ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}")),
+    Splitter(
+        "deepseek-v3 hunyuan-dense joyai-llm",
+        (
+            DIGITS,
+            "[一-龥\u3040-\u30ff]+",
+            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+            rf""" ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}""",
+        ),
+    ),
+)
+BY_NAME = {name: splitter for splitter in SPLITTERS for name in splitter.names.split()}
+
+
+def byte_level_bpe(
+    vocab: dict[str, int], merges: list[tuple[str, str]], splitter: Splitter = BY_NAME["gpt-2"]
+) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter.whole_words))
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitter.patterns]
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_])
+    backend.decoder = decoders.ByteLevel()
+    return backend
