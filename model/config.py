@@ -34,7 +34,10 @@ class Config:
     k_bias: bool = True  # of that for k, where q and v have one
     token_types: int = 0  # rows of the segment embedding; 0 for none
     embedding_norm: bool = False
-    dropout: float = 0.0  # in training: of embeddings, of what each sublayer puts out, of attention's weights
+    dropout: float = 0.0  # in training: of embeddings, of what each sublayer puts out
+    attention_dropout: float | None = None  # of attention's weights; None: as `dropout`
+    activation_dropout: float = 0.0  # inside the feed-forward
+    head_dropout: float = 0.0  # in front of the layer that gives a text's classes, or a token's
     head: bool = True  # a language-model head
     tied: bool = True  # the head is the token embedding
     windows: tuple[int | None, ...] = (None,)  # layer i sees windows[i % n] keys, its own among them; None: all
@@ -69,6 +72,11 @@ class Config:
         keys = self.windows[layer % len(self.windows)]
         return None if keys is None else (keys - 1, None)
 
+    @property
+    def attention_p(self) -> float:
+        """Dropout of attention's weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
     def __post_init__(self):
         if self.problem not in ("single", "multi", "regression"):
             raise ValueError(f"problem must be 'single', 'multi' or 'regression', got {self.problem!r}")
@@ -80,7 +88,9 @@ class Config:
             self.rope_scaling.check(self.head_dim)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "head_dropout"):
+            p = getattr(self, name)
+            if p is not None and not 0 <= p < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {p}")
         if self.norm not in ("layer", "rms"):
             raise ValueError(f"norm must be 'layer' or 'rms', got {self.norm!r}")

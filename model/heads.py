@@ -36,9 +36,10 @@ class Classify(nn.Module):
         super().__init__()
         self.pooler = Linear(config.width, config.width)
         self.out = Linear(config.width, len(config.labels))
+        self.dropout = config.head_dropout
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.pooler(hidden[:, 0])))
+        return self.out(F.dropout(torch.tanh(self.pooler(hidden[:, 0])), self.dropout, self.training))
 
 
 class Tag(nn.Module):
@@ -47,9 +48,10 @@ class Tag(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.out = Linear(config.width, len(config.labels))
+        self.dropout = config.head_dropout
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        return self.out(hidden)
+        return self.out(F.dropout(hidden, self.dropout, self.training))
 
 
 class Answer(nn.Module):

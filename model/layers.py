@@ -77,7 +77,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = dict(window=config.window(layer), scale=config.scale, softcap=config.softcap, sinks=self.sinks)
         options["bias"] = step.bias
-        dropout_p = config.dropout if self.training else 0.0
+        dropout_p = config.attention_p if self.training else 0.0
         if step.cache is not None:  # which takes the new keys and rotates them
             layer_cache, rotary = step.cache.layers[layer], step.cache.rotary
             out = flashattn.decode(q, layer_cache, k, v, rotary, q_lengths=step.lengths, **options)
@@ -102,7 +102,7 @@ class CrossAttention(Attention):
         k, v = kept or (heads(self.k(step.memory)), heads(self.v(step.memory)))
         if step.cache is not None:
             step.cache.memory[layer] = k, v
-        dropout_p = self.config.dropout if self.training else 0.0
+        dropout_p = self.config.attention_p if self.training else 0.0
         options = dict(scale=self.config.scale, dropout_p=dropout_p)
         out = attend(heads(self.q(x)), k, v, step.packed, step.memory_packed, step.memory_lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
@@ -124,15 +124,14 @@ def initialise(model: nn.Module, layers: int) -> None:
 class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation, self.dropout = ACTIVATIONS[config.activation], config.activation_dropout
         self.gate = Linear(config.width, config.hidden, config.bias) if config.gated else None
         self.up = Linear(config.width, config.hidden, config.bias)
         self.down = Linear(config.hidden, config.width, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(F.dropout(x, self.dropout, self.training))
 
 
 class Block(nn.Module):

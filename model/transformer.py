@@ -76,7 +76,10 @@ class Transformer(Stack):
         self, task: str, labels: Sequence[str] = (), problem: str = "single", dropout: float = 0.0
     ) -> Transformer:
         """The same encoder, its weights shared, under a new head to be trained."""
-        config = replace(self.config, head=False, task=task, labels=tuple(labels), problem=problem, dropout=dropout)
+        config = replace(
+            self.config, head=False, task=task, labels=tuple(labels), problem=problem, dropout=dropout,
+            attention_dropout=None, head_dropout=0.0,
+        )  # fmt: skip
         model = Transformer(config)
         initialise(model.task_head, config.layers)
         weights = {name: p for name, p in self.named_parameters() if not name.startswith(("task_head.", "head."))}

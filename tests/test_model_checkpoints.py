@@ -83,7 +83,18 @@ def some(labels: int, share: float):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama_yarn", "llama_dynamic", "llama_longrope", "gpt2", "gpt_neo", "gpt_oss", "mistral", "qwen3", "gemma2"],
+    [
+        "llama",
+        "llama_yarn",
+        "llama_dynamic",
+        "llama_longrope",
+        "gpt2",
+        "gpt_neo",
+        "gpt_oss",
+        "mistral",
+        "qwen3",
+        "gemma2",
+    ],
 )
 def test_a_cache_changes_nothing(name, tmp_path):
     """A prompt, then token by token, past the windows."""

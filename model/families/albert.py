@@ -35,15 +35,23 @@ NAMES = {
 }
 PREFIXES = ("albert.",)
 IGNORED = ("embeddings.position_ids", "predictions.decoder.*", "sop_classifier.*")
+DEFAULTS = dict(
+    hidden_act="gelu_new", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.1,
+    embedding_size=128,
+)  # fmt: skip
 
 __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "prepare", "restore", "to_hf"]
 
 
 def config(hf: dict) -> Config:
     only(hf, num_hidden_groups=1, inner_group_num=1)
-    values = bert.config({"hidden_act": "gelu_new", "hidden_dropout_prob": 0.0} | hf)
+    hf = DEFAULTS | hf
+    values = bert.config(hf | dict(classifier_dropout=hf["classifier_dropout_prob"], is_decoder=False))
     return replace(values, family="albert", shared_layers=True, embedding_width=hf["embedding_size"])
 
 
 def to_hf(config: Config) -> dict:
-    return bert.to_hf(config, "Albert") | dict(embedding_size=config.embedding_width, num_hidden_groups=1)
+    hf = bert.to_hf(config, "Albert") | dict(embedding_size=config.embedding_width, num_hidden_groups=1)
+    if "classifier_dropout" in hf:
+        hf["classifier_dropout_prob"] = hf.pop("classifier_dropout")
+    return hf

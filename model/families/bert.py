@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import name_of, one_of, only, read, write
+from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
 
 NAMES = {
     "token_embedding.weight": "embeddings.word_embeddings.weight",
@@ -32,10 +32,9 @@ NAMES = {
 PREFIXES = ("bert.",)
 IGNORED = ("embeddings.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*")  # the decoder is tied
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
 TASKS = {
-    "ForMaskedLM": "masked", "ForPreTraining": "masked", "ForSequenceClassification": "classify",
-    "ForTokenClassification": "tag", "ForQuestionAnswering": "answer",
+    "ForMaskedLM": "masked", "ForPreTraining": "masked", "LMHeadModel": "masked",
+    "ForSequenceClassification": "classify", "ForTokenClassification": "tag", "ForQuestionAnswering": "answer",
 }  # fmt: skip
 PROBLEMS = {
     "single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression",
@@ -46,6 +45,8 @@ def task_values(hf: dict) -> dict:
     """The config's fields for the head that `architectures` names; none for a bare encoder."""
     architecture = (hf.get("architectures") or [""])[0]
     task = next((task for name, task in TASKS.items() if architecture.endswith(name)), None)
+    if task == "masked":
+        only(hf, tie_word_embeddings=True)
     if task not in ("classify", "tag"):
         return dict(task=task)
     count = hf.get("num_labels", 2)
@@ -57,7 +58,8 @@ def task_values(hf: dict) -> dict:
     labels = tuple(labels[i] for i in sorted(labels, key=int))
     kind = hf.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")
     problem = one_of(dict(problem_type=kind), "problem_type", kind, PROBLEMS)
-    return dict(task=task, labels=labels, problem=problem)
+    p = hf["hidden_dropout_prob"] if hf["classifier_dropout"] is None else hf["classifier_dropout"]
+    return dict(task=task, labels=labels, problem=problem, head_dropout=p)
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -74,24 +76,29 @@ def task_names(config: Config, name: str) -> dict:
     labels = dict(enumerate(config.labels))
     numbers = {label: i for i, label in labels.items()}
     problem = dict(problem_type=name_of(config.problem, PROBLEMS)) if config.task == "classify" else {}
-    return dict(architectures=[name + task]) | (dict(id2label=labels, label2id=numbers) if labels else {}) | problem
+    if labels:
+        problem |= dict(id2label=labels, label2id=numbers, classifier_dropout=config.head_dropout)
+    return dict(architectures=[name + task]) | problem
 
 
 FIELDS = dict(
     vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
     kv_heads="num_attention_heads", hidden="intermediate_size", context="max_position_embeddings",
-    norm_eps="layer_norm_eps", token_types="type_vocab_size", dropout="hidden_dropout_prob",
+    norm_eps="layer_norm_eps", token_types="type_vocab_size",
 )  # fmt: skip
-DEFAULTS = dict(layer_norm_eps=1e-12, type_vocab_size=2, hidden_dropout_prob=0.1)
+DEFAULTS = dict(
+    layer_norm_eps=1e-12, type_vocab_size=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+    classifier_dropout=None, is_decoder=False,
+)  # fmt: skip
 
 
 def config(hf: dict) -> Config:
-    only(hf, position_embedding_type="absolute")
+    only(hf, position_embedding_type="absolute", add_cross_attention=False)
     hf = DEFAULTS | hf
     return Config(
         family="bert",
         head_dim=hf["hidden_size"] // hf["num_attention_heads"],
-        causal=False,
+        causal=hf["is_decoder"],
         norm="layer",
         norm_first=False,
         activation=one_of(hf, "hidden_act", "gelu", ACTIVATIONS),
@@ -99,14 +106,18 @@ def config(hf: dict) -> Config:
         positions="learned",
         embedding_norm=True,
         head=False,
+        **read_dropout(hf["hidden_dropout_prob"], hf["attention_probs_dropout_prob"]),
         **read(hf, FIELDS),
         **task_values(hf),
     )
 
 
 def to_hf(config: Config, name: str = "Bert") -> dict:
-    activation, p = name_of(config.activation, ACTIVATIONS), config.dropout
-    return write(config, FIELDS, "", hidden_act=activation, attention_probs_dropout_prob=p) | task_names(config, name)
+    hf = write(
+        config, FIELDS, "", hidden_act=name_of(config.activation, ACTIVATIONS), hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_p, is_decoder=config.causal,
+    )  # fmt: skip
+    return hf | task_names(config, name)
 
 
 def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from ..config import Config
 
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "silu": "silu",
+    "swish": "silu", "relu": "relu",
+}  # fmt: skip
+
 
 def read(hf: dict, fields: dict[str, str]) -> dict:
     """Our fields from a config.json; fields: our name -> theirs."""
@@ -21,6 +26,11 @@ def only(hf: dict, **wanted) -> None:
     for name, value in wanted.items():
         if hf.get(name, value) != value:
             raise ValueError(f"{name} must be {value}, got {hf[name]}")
+
+
+def read_dropout(dropout: float, attention: float) -> dict:
+    """Of the model, and of attention's weights, which may be another."""
+    return dict(dropout=dropout, attention_dropout=None if attention == dropout else attention)
 
 
 def one_of(hf: dict, name: str, default: str, known: dict) -> object:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import llama
-from .fields import name_of, one_of
+from .fields import ACTIVATIONS, name_of, one_of, only
 from .llama import IGNORED, PREFIXES
 
 NAMES = llama.NAMES | {
@@ -17,12 +17,14 @@ NAMES = llama.NAMES | {
     "blocks.{i}.feed_forward_norm.weight": "layers.{i}.pre_feedforward_layernorm.weight",
     "blocks.{i}.behind_feed_forward.weight": "layers.{i}.post_feedforward_layernorm.weight",
 }
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
+DEFAULTS = dict(head_dim=256, num_key_value_heads=4, sliding_window=4096, tie_word_embeddings=True)
 
 __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
+    hf = DEFAULTS | hf
+    only({name: bool(value) for name, value in hf.items()}, use_bidirectional_attention=False)
     types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
     return replace(
         llama.config(hf),
@@ -35,7 +37,6 @@ def config(hf: dict) -> Config:
         embedding_scale=hf["hidden_size"] ** 0.5,
         norms_behind=True,
         norm_offset=1.0,
-        tied=hf.get("tie_word_embeddings", True),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .fields import name_of, one_of, only, read, write
+from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
 
 NAMES = {
     "token_embedding.weight": "wte.weight",
@@ -30,19 +30,17 @@ NAMES = {
 PREFIXES = ("transformer.",)
 IGNORED = ("h.*.attn.bias", "h.*.attn.masked_bias")  # causal masks
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-
-
 FIELDS = dict(
     vocab_size="vocab_size", width="n_embd", layers="n_layer", heads="n_head", kv_heads="n_head", hidden="n_inner",
-    context="n_positions", norm_eps="layer_norm_epsilon", dropout="resid_pdrop", tied="tie_word_embeddings",
+    context="n_positions", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",
 )  # fmt: skip
-DEFAULTS = dict(layer_norm_epsilon=1e-5, resid_pdrop=0.1, tie_word_embeddings=True)
+DEFAULTS = dict(layer_norm_epsilon=1e-5, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, tie_word_embeddings=True)
 
 
 def config(hf: dict) -> Config:
     only(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     hf = DEFAULTS | hf | {"n_inner": hf.get("n_inner") or 4 * hf["n_embd"]}
+    only(hf, embd_pdrop=hf["resid_pdrop"])
     return Config(
         family="gpt2",
         head_dim=hf["n_embd"] // hf["n_head"],
@@ -52,6 +50,7 @@ def config(hf: dict) -> Config:
         activation=one_of(hf, "activation_function", "gelu_new", ACTIVATIONS),
         gated=False,
         positions="learned",
+        **read_dropout(hf["resid_pdrop"], hf["attn_pdrop"]),
         **read(hf, FIELDS),
     )
 
@@ -59,9 +58,11 @@ def config(hf: dict) -> Config:
 def to_hf(config: Config) -> dict:
     if config.windows != (None,):
         raise ValueError("windows must be (None,) in a gpt2; its like with windows is a gpt_neo")
-    p = config.dropout
-    activation = name_of(config.activation, ACTIVATIONS)
-    return write(config, FIELDS, "GPT2LMHeadModel", activation_function=activation, embd_pdrop=p, attn_pdrop=p)
+    activation, p = name_of(config.activation, ACTIVATIONS), config.dropout
+    return write(
+        config, FIELDS, "GPT2LMHeadModel", activation_function=activation, resid_pdrop=p, embd_pdrop=p,
+        attn_pdrop=config.attention_p,
+    )  # fmt: skip
 
 
 # GPT-3: layers, width, heads, head_dim. Brown et al., "Language Models are Few-Shot Learners" (2020), table 2.1; the

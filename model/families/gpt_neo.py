@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import gpt2
+from .fields import only
 from .gpt2 import PREFIXES
 
 NAMES = gpt2.NAMES | {
@@ -22,19 +23,26 @@ OWN_NAMES = dict(
     n_inner="intermediate_size", resid_pdrop="resid_dropout",
     embd_pdrop="embed_dropout", attn_pdrop="attention_dropout",
 )  # fmt: skip
+NEEDED = ("hidden_size", "num_layers", "num_heads", "max_position_embeddings")
 IGNORED = ("h.*.attn.attention.bias", "h.*.attn.attention.masked_bias")  # causal masks
+
+DEFAULT_TYPES = [[["global", "local"], 12]]
 
 __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
-    kinds = [kind for pattern, times in hf["attention_types"] for kind in pattern * times]
+    patterns = hf.get("attention_types") or DEFAULT_TYPES
+    kinds = hf.get("attention_layers") or [kind for pattern, times in patterns for kind in pattern * times]
     unknown = set(kinds) - {"global", "local"}
     if unknown:
         raise ValueError(f"attention_types must be global or local, got {min(unknown)!r}")
-    own = {gpt2_name: hf[name] for gpt2_name, name in OWN_NAMES.items() if name in hf}
-    values = gpt2.config({"resid_pdrop": 0.0} | hf | own)
-    windows = tuple(hf["window_size"] if kind == "local" else None for kind in kinds)
+    if len(kinds) != hf["num_layers"]:
+        raise ValueError(f"attention_types must be of the {hf['num_layers']} layers, got {len(kinds)}")
+    only({"embed_dropout": 0.0} | hf, embed_dropout=hf.get("resid_dropout", 0.0))
+    own = {gpt2_name: hf[name] for gpt2_name, name in OWN_NAMES.items() if name in hf or name in NEEDED}
+    values = gpt2.config(dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) | hf | own)
+    windows = tuple(hf.get("window_size", 256) if kind == "local" else None for kind in kinds)
     return replace(values, family="gpt_neo", qkv_bias=False, windows=windows, scale=1.0)
 
 

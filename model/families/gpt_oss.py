@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import llama
+from .fields import only
 from .llama import IGNORED, PREFIXES
 
 NAMES = {name: theirs for name, theirs in llama.NAMES.items() if "feed_forward." not in name} | {
@@ -20,10 +21,19 @@ NAMES = {name: theirs for name, theirs in llama.NAMES.items() if "feed_forward."
     "blocks.{i}.feed_forward.down_bias": "layers.{i}.mlp.experts.down_proj_bias",
 }
 
+DEFAULTS = dict(head_dim=64, num_key_value_heads=8, sliding_window=128, rope_theta=150000.0)
+DEFAULT_ROPE = dict(
+    rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096,
+)  # fmt: skip
+
 __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
+    hf = DEFAULTS | hf
+    if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+        hf["rope_parameters"] = DEFAULT_ROPE
+    only(hf, output_router_logits=False)
     types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
     bias = hf.get("attention_bias", True)
     return replace(

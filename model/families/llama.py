@@ -6,7 +6,7 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), a
 from __future__ import annotations
 
 from ..config import Config
-from .fields import only, read, write
+from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
 from .rope import read_rope, write_rope
 
 NAMES = {
@@ -28,14 +28,14 @@ IGNORED = ("rotary_emb.*",)
 FIELDS = dict(
     vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
     kv_heads="num_key_value_heads", head_dim="head_dim", hidden="intermediate_size", context="max_position_embeddings",
-    norm_eps="rms_norm_eps", activation="hidden_act", tied="tie_word_embeddings",
+    norm_eps="rms_norm_eps", tied="tie_word_embeddings",
 )  # fmt: skip
 
 
 def config(hf: dict) -> Config:
     only(hf, attention_bias=False, mlp_bias=False)
     heads = hf["num_attention_heads"]
-    hf = {"hidden_act": "silu", "tie_word_embeddings": False} | hf
+    hf = {"tie_word_embeddings": False} | hf
     hf["num_key_value_heads"] = hf.get("num_key_value_heads") or heads
     hf["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // heads
     return Config(
@@ -43,15 +43,20 @@ def config(hf: dict) -> Config:
         causal=True,
         norm="rms",
         norm_first=True,
+        activation=one_of(hf, "hidden_act", "silu", ACTIVATIONS),
         gated=True,
         positions="rope",
         bias=False,
+        **read_dropout(hf.get("resid_pdrop", 0.0), hf.get("attention_dropout") or 0.0),
         **(read(hf, FIELDS) | read_rope(hf)),
     )
 
 
 def to_hf(config: Config, architecture: str = "LlamaForCausalLM", **more) -> dict:
-    return write(config, FIELDS, architecture, **(write_rope(config) | more))
+    hf = dict(hidden_act=name_of(config.activation, ACTIVATIONS), attention_dropout=config.attention_p)
+    if config.dropout:  # which transformers has no name for in a Llama
+        hf["resid_pdrop"] = config.dropout
+    return write(config, FIELDS, architecture, **(hf | write_rope(config) | more))
 
 
 def sliding_windows(hf: dict) -> tuple[int | None, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import name_of, one_of, only, read, write
+from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
 
 LAYER = {
     "attention.q": "self_attn.q_proj",
@@ -33,19 +33,19 @@ NAMES = {"token_embedding.weight": "shared.weight", "head_bias": "final_logits_b
 }
 PREFIXES = ("model.",)
 IGNORED = ("*.embed_positions.weight", "*.embed_tokens.weight")  # made anew; the shared embedding again
-ACTIVATIONS = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu"}
-
-
 FIELDS = dict(
     vocab_size="vocab_size", width="d_model", layers="encoder_layers", heads="encoder_attention_heads",
     kv_heads="encoder_attention_heads", hidden="encoder_ffn_dim", context="max_position_embeddings",
-    decoder_layers="decoder_layers", start_token="decoder_start_token_id", dropout="dropout",
+    decoder_layers="decoder_layers", start_token="decoder_start_token_id",
 )  # fmt: skip
 
 
 def config(hf: dict) -> Config:
     only(hf, share_encoder_decoder_embeddings=True, tie_word_embeddings=True)
     only(hf, decoder_attention_heads=hf["encoder_attention_heads"], decoder_ffn_dim=hf["encoder_ffn_dim"])
+    only(hf, encoder_layerdrop=0.0, decoder_layerdrop=0.0)
+    if hf.get("decoder_vocab_size") is not None:
+        only(hf, decoder_vocab_size=hf["vocab_size"])
     return Config(
         family="marian",
         head_dim=hf["d_model"] // hf["encoder_attention_heads"],
@@ -58,14 +58,17 @@ def config(hf: dict) -> Config:
         positions="sinusoidal",
         embedding_scale=hf["d_model"] ** 0.5 if hf.get("scale_embedding") else 1.0,
         head_bias=True,
-        **read({"dropout": 0.1} | hf, FIELDS),
+        activation_dropout=hf.get("activation_dropout", 0.0),
+        **read_dropout(hf.get("dropout", 0.1), hf.get("attention_dropout", 0.0)),
+        **read(hf, FIELDS),
     )
 
 
 def to_hf(config: Config) -> dict:
     return write(
         config, FIELDS, "MarianMTModel", activation_function=name_of(config.activation, ACTIVATIONS),
-        decoder_attention_heads=config.heads, decoder_ffn_dim=config.hidden, attention_dropout=config.dropout,
+        decoder_attention_heads=config.heads, decoder_ffn_dim=config.hidden, dropout=config.dropout,
+        attention_dropout=config.attention_p, activation_dropout=config.activation_dropout,
         scale_embedding=config.embedding_scale != 1, pad_token_id=config.start_token, is_encoder_decoder=True,
     )  # fmt: skip
 

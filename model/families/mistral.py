@@ -11,10 +11,13 @@ from ..config import Config
 from . import llama
 from .llama import IGNORED, NAMES, PREFIXES
 
+DEFAULTS = dict(num_key_value_heads=8, sliding_window=4096)
+
 __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
+    hf = DEFAULTS | hf
     return replace(llama.config(hf), family="mistral", windows=llama.sliding_windows(hf))
 
 

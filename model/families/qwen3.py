@@ -16,11 +16,20 @@ NAMES = llama.NAMES | {
     "blocks.{i}.attention.k_norm": "layers.{i}.self_attn.k_norm",
 }
 
+DEFAULTS = dict(head_dim=128, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
+
 __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 
 def config(hf: dict) -> Config:
-    windows = llama.sliding_windows(hf) if hf.get("use_sliding_window") else (None,)
+    hf = DEFAULTS | hf
+    if not hf.get("use_sliding_window"):
+        windows = (None,)
+    elif hf.get("layer_types"):
+        windows = llama.sliding_windows(hf)
+    else:  # from this layer on
+        whole = min(hf["max_window_layers"], hf["num_hidden_layers"])
+        windows = (None,) * whole + (hf["sliding_window"],) * (hf["num_hidden_layers"] - whole)
     return replace(llama.config(hf), family="qwen3", qk_norm=True, windows=windows)
 
 

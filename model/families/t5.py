@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import name_of, one_of, read, write
+from .fields import name_of, one_of, only, read, write
 
 PROJECTIONS = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
@@ -42,6 +42,7 @@ NAMES |= {
 PREFIXES = ()
 IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.*")
 FEED_FORWARD = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True), "gated-silu": ("silu", True)}
+DENSE = {"relu": "relu", "gelu_tanh": "gelu_new", "silu": "silu"}  # what it is called a second time
 
 
 FIELDS = dict(
@@ -58,6 +59,7 @@ DEFAULTS = dict(
 
 def config(hf: dict) -> Config:
     activation, gated = one_of(hf, "feed_forward_proj", "relu", FEED_FORWARD)
+    only(hf, is_encoder_decoder=True, is_gated_act=gated, dense_act_fn=DENSE[activation])
     hf = DEFAULTS | hf
     hf["num_decoder_layers"] = hf.get("num_decoder_layers") or hf["num_layers"]
     scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
@@ -71,6 +73,7 @@ def config(hf: dict) -> Config:
         positions="relative",
         bias=False,
         scale=1.0,
+        activation_dropout=hf["dropout_rate"],
         logit_scale=hf["d_model"] ** -0.5 if scaled else 1.0,
         **read(hf, FIELDS),
     )

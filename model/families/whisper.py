@@ -25,7 +25,7 @@ IGNORED = ("proj_out.weight",)  # the token embedding again
 
 
 def config(hf: dict) -> Config:
-    only(hf, scale_embedding=False)
+    only(hf, scale_embedding=False, apply_spec_augment=False)
     return replace(
         marian.config({"dropout": 0.0} | hf | {"max_position_embeddings": hf["max_target_positions"]}),
         family="whisper",
