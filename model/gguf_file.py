@@ -58,7 +58,7 @@ def read(path: Path, progress: bool = False) -> tuple[dict, dict[str, Tensor], T
         raise ValueError(f"split.count must be 1, got {fields['split.count']}: merge its files first")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     rope = {name: dequantise(stored.pop(f"{name}.weight", None)) for name in ROPE_TENSORS}
-    hf, tokenizer = read_config(fields, rope), read_tokenizer(below(fields, "tokenizer."))
+    hf, tokenizer = read_config(fields, rope), read_tokenizer(select(fields, "tokenizer."))
     tensors = {rename(name): tensor for name, tensor in stored.items()}
     for name in tqdm(tensors, "dequantising", disable=None if progress else True, leave=False):
         x = dequantise(tensors[name])
@@ -77,10 +77,13 @@ def dequantise(tensor) -> Tensor | None:
 
     if tensor is None:
         return None
-    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+    except NotImplementedError as error:
+        raise ValueError(f"tensor {tensor.name} of type {tensor.tensor_type.name}: {error}") from None
 
 
-def below(fields: dict, prefix: str) -> dict:
+def select(fields: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
 
 
@@ -88,7 +91,7 @@ def read_config(fields: dict, rope_tensors: dict[str, Tensor | None]) -> dict:
     kind = fields.get("general.architecture")
     if kind != "llama":
         raise ValueError(f"general.architecture must be 'llama', got {kind!r}")
-    said = below(fields, "llama.")
+    said = select(fields, "llama.")
     needed = (*READ[:5], "attention.layer_norm_rms_epsilon")
     missing = next((name for name in needed if name not in said), None)
     if missing is not None:
@@ -122,7 +125,7 @@ def read_config(fields: dict, rope_tensors: dict[str, Tensor | None]) -> dict:
 def read_rope(said: dict, tensors: dict[str, Tensor | None], head_dim: int) -> dict:
     """rope_parameters. Tensors divide each frequency, as Llama 3.1's rope_freqs: a longrope whose factors are the same
     for short and long sequences, where the file has one tensor only."""
-    scaling = below(said, "rope.scaling.")
+    scaling = select(said, "rope.scaling.")
     kind, factor = scaling.get("type", "linear"), scaling.get("factor") or said.get("rope.scale_linear") or 1.0
     original = scaling.get("original_context_length", said["context_length"])
     amplitude = scaling.get("attn_factor", 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from .splitting import BY_NAME, Splitter, byte_level_bpe
+from .splitting import BY_NAME, Splitter, make_byte_level_bpe
 from .tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of the types of tokens
@@ -28,27 +28,27 @@ def read_tokenizer(fields: dict) -> Tokenizer:
     Raises:
         ValueError: for what this library does not do, by its name in the file.
     """
-    check(fields)
+    check_fields(fields)
     ggml = {name.removeprefix("ggml."): value for name, value in fields.items() if name.startswith("ggml.")}
     tokens = ggml["tokens"]
     types = ggml.get("token_type", [NORMAL] * len(tokens))
     splitter = BY_NAME[ggml.get("pre", "default")]
     merges = [tuple(merge.split(" ", 1)) for merge in ggml["merges"]]
-    backend = byte_level_bpe({token: i for i, token in enumerate(tokens)}, merges, splitter)
+    backend = make_byte_level_bpe({token: i for i, token in enumerate(tokens)}, merges, splitter)
     of_type = {kind: [t for t, k in zip(tokens, types, strict=True) if k == kind] for kind in set(types)}
     special = of_type.get(UNKNOWN, []) + of_type.get(CONTROL, [])
     backend.add_special_tokens(special)
     backend.add_tokens([AddedToken(token, normalized=False) for token in of_type.get(USER_DEFINED, [])])
     named = {ours: ggml.get(f"{theirs}_token_id") for ours, theirs in NAMED.items()}
     config = {f"{ours}_token": tokens[i] for ours, i in named.items() if i is not None}
-    frame(backend, ggml, config, splitter)
+    add_bos_and_eos(backend, ggml, config, splitter)
     stop = [ggml.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     stop += [backend.token_to_id(token) for token in ENDS if token in special]
     stop = list(dict.fromkeys(token for token in stop if token is not None))
     return Tokenizer(backend, stop, fields.get("chat_template", ""), config)
 
 
-def check(fields: dict) -> None:
+def check_fields(fields: dict) -> None:
     """Raises ValueError for a field whose meaning is not done here, or lacks."""
     for name, value in fields.items():
         kind, _, short = name.partition(".")
@@ -71,7 +71,7 @@ def check(fields: dict) -> None:
         raise ValueError("tokenizer.ggml.tokens must differ, but one is there twice")
 
 
-def frame(backend: tokenizers.Tokenizer, ggml: dict, config: dict, splitter: Splitter) -> None:
+def add_bos_and_eos(backend: tokenizers.Tokenizer, ggml: dict, config: dict, splitter: Splitter) -> None:
     """The tokens that every text begins and ends with."""
     first, last = ggml.get("add_bos_token", splitter.begins), ggml.get("add_eos_token", False)
     for wanted, name in ((first, "bos"), (last, "eos")):

@@ -16,10 +16,10 @@ def rotary_table(positions: Tensor, config: Config, length: int) -> tuple[Tensor
     """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * frequencies, for sequences which become
     so long."""
     if config.rope_scaling is None:
-        frequencies, amplitude = rope.plain(config.rope_theta, config.head_dim, positions.device), 1.0
+        frequencies, amplitude = rope.compute_frequencies(config.rope_theta, config.head_dim, positions.device), 1.0
     else:
         sizes = (config.rope_theta, config.head_dim, length)
-        frequencies, amplitude = config.rope_scaling.frequencies(*sizes, positions.device)
+        frequencies, amplitude = config.rope_scaling.scale(*sizes, positions.device)
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos() * amplitude, angles.sin() * amplitude
 

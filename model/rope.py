@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def plain(theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:
+def compute_frequencies(theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:
     """(head_dim / 2,) radians a position: theta^(-2i / head_dim).
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
@@ -20,7 +20,7 @@ def plain(theta: float, head_dim: int, device: torch.device | None = None) -> Te
 
 @dataclass(frozen=True)
 class Scaling:
-    """How frequencies are stretched. `frequencies(theta, head_dim, length, device)` gives them for a sequence of this
+    """How frequencies are stretched. `scale(theta, head_dim, length, device)` gives them for a sequence of this
     length, (head_dim / 2,), with what cosine and sine are multiplied by."""
 
     factor: float
@@ -29,7 +29,7 @@ class Scaling:
         if not 0 < self.factor < math.inf:
             raise ValueError(f"factor of the rotary frequencies must be over 0, got {self.factor}")
 
-    def steady(self, context: int) -> int:
+    def fixed_context(self, context: int) -> int:
         """Up to which length sequences of all lengths have the same frequencies, in a model of this context."""
         return context
 
@@ -42,8 +42,8 @@ class Linear(Scaling):
     """Every position divided by the factor. Chen et al., "Extending Context Window of Large Language Models via
     Positional Interpolation" (2023), arXiv:2306.15595."""
 
-    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
-        return plain(theta, head_dim, device) / self.factor, 1.0
+    def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        return compute_frequencies(theta, head_dim, device) / self.factor, 1.0
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Dynamic(Scaling):
 
     original_context: int
 
-    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+    def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
         stretch = self.factor * max(length, self.original_context) / self.original_context - (self.factor - 1)
-        return plain(theta * stretch ** (head_dim / (head_dim - 2)), head_dim, device), 1.0
+        return compute_frequencies(theta * stretch ** (head_dim / (head_dim - 2)), head_dim, device), 1.0
 
-    def steady(self, context: int) -> int:
+    def fixed_context(self, context: int) -> int:
         return min(self.original_context, context)
 
 
@@ -78,8 +78,8 @@ class Llama3(Scaling):
                 f"got {self.low_freq_factor}"
             )
 
-    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
-        whole = plain(theta, head_dim, device)
+    def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        whole = compute_frequencies(theta, head_dim, device)
         turns = self.original_context * whole / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return whole * kept + whole / self.factor * (1 - kept), 1.0
@@ -95,10 +95,10 @@ class LongRope(Scaling):
     long_factors: tuple[float, ...]
     attention_factor: float | None = None  # of cosine and sine; None: sqrt(1 + ln(factor) / ln(original_context))
 
-    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+    def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
         factors = self.long_factors if length > self.original_context else self.short_factors
         divisors = torch.tensor(factors, dtype=torch.float32, device=device)
-        return plain(theta, head_dim, device) / divisors, self.amplitude
+        return compute_frequencies(theta, head_dim, device) / divisors, self.amplitude
 
     @property
     def amplitude(self) -> float:
@@ -111,7 +111,7 @@ class LongRope(Scaling):
             if len(factors) != head_dim // 2 or min(factors) <= 0:
                 raise ValueError(f"factors of the rotary frequencies must be {head_dim // 2} over 0, got {factors}")
 
-    def steady(self, context: int) -> int:
+    def fixed_context(self, context: int) -> int:
         return context if self.short_factors == self.long_factors else min(self.original_context, context)
 
 
@@ -126,8 +126,8 @@ class Yarn(Scaling):
     truncate: bool = True  # the bounds between them to whole dimensions
     attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(factor) + 1
 
-    def frequencies(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
-        whole = plain(theta, head_dim, device)
+    def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+        whole = compute_frequencies(theta, head_dim, device)
         low, high = (self.dimension(turns, theta, head_dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)

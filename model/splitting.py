@@ -12,16 +12,16 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
-def words(number: str) -> str:
-    return rf"{SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
+def match_words(number: str) -> str:
+    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
-def cased(number: str, short: str = "") -> str:
+def match_cased_words(number: str, short: str = "") -> str:
     """Words that end where small letters do."""
     first = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{short}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{short}"
     return rf"{first}|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
@@ -39,11 +39,13 @@ SPLITTERS = (
     Splitter("default", (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     Splitter("gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais exaone4 trillion", (GPT2,)),
     Splitter("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", (r"\p{N}", GPT2)),
-    Splitter("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", (words(DIGITS),), True, True),
-    Splitter("dbrx smaug-bpe chatglm-bpe glm4", (words(DIGITS),)),
-    Splitter("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (words(r"\p{N}"),)),
-    Splitter("tekken", (cased(r"\p{N}"),), True, True),
-    Splitter("gpt-4o llama4 kanana2 talkie minimax-m2", (cased(DIGITS, SHORT + "?"),)),
+    Splitter("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", (match_words(DIGITS),), True, True),
+    Splitter("dbrx smaug-bpe chatglm-bpe glm4", (match_words(DIGITS),)),
+    Splitter(
+        "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (match_words(r"\p{N}"),)
+    ),
+    Splitter("tekken", (match_cased_words(r"\p{N}"),), True, True),
+    Splitter("gpt-4o llama4 kanana2 talkie minimax-m2", (match_cased_words(DIGITS, CONTRACTIONS + "?"),)),
     Splitter("falcon", (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
     Splitter("deepseek-coder", ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}")),
     Splitter(
@@ -59,7 +61,7 @@ SPLITTERS = (
 BY_NAME = {name: splitter for splitter in SPLITTERS for name in splitter.names.split()}
 
 
-def byte_level_bpe(
+def make_byte_level_bpe(
     vocab: dict[str, int], merges: list[tuple[str, str]], splitter: Splitter = BY_NAME["gpt-2"]
 ) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter.whole_words))

@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .splitting import byte_level_bpe
+from .splitting import make_byte_level_bpe
 
 # What tokenizer_config.json says for others than ourselves, beside its tokens by name ("bos_token").
 KEPT = (
@@ -42,7 +42,7 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         return self.backend.decode(tokens)
 
-    def number(self, token: str | None) -> int | None:
+    def find_id(self, token: str | None) -> int | None:
         """Of a token that is one."""
         return None if token is None else self.backend.token_to_id(token)
 
@@ -75,7 +75,7 @@ class Tokenizer:
         config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=None) | self.config
         if self.stop and config["eos_token"] is None:
             config["eos_token"] = self.backend.id_to_token(self.stop[0])
-        generation = {f"{name}_token_id": self.number(config.get(f"{name}_token")) for name in ("bos", "pad")}
+        generation = {f"{name}_token_id": self.find_id(config.get(f"{name}_token")) for name in ("bos", "pad")}
         generation |= dict(eos_token_id=self.stop)
         generation = {name: value for name, value in generation.items() if value not in (None, [])}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
@@ -97,9 +97,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises no narrower type
             raise ValueError(f"{file}: truncated or not a tokeniser: {error}") from None
-        said = read(path, "tokenizer_config.json")
-        config = read(path, "special_tokens_map.json") | {name: x for name, x in said.items() if x is not None}
-        kept = {name: content(x) for name, x in config.items() if name in KEPT or name.endswith("_token")}
+        said = read_json(path, "tokenizer_config.json")
+        config = read_json(path, "special_tokens_map.json") | {name: x for name, x in said.items() if x is not None}
+        kept = {name: get_text(x) for name, x in config.items() if name in KEPT or name.endswith("_token")}
         kept = {name: x for name, x in kept.items() if name not in ("add_bos_token", "add_eos_token")}
         return cls(backend, read_stop(backend, config, path), read_chat_template(config, path), kept)
 
@@ -108,7 +108,7 @@ class Tokenizer:
         cls, vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str], stop: list[str]
     ) -> Tokenizer:
         """Byte-level BPE as GPT-2 has it."""
-        backend = byte_level_bpe(vocab, merges)
+        backend = make_byte_level_bpe(vocab, merges)
         backend.add_special_tokens(special)
         return cls(backend, [vocab[token] for token in stop if token in vocab])
 
@@ -143,7 +143,7 @@ class Tokenizer:
         return cls.from_bpe(vocab, merges, special, stop=special[:1])
 
 
-def read(path: Path, name: str) -> dict:
+def read_json(path: Path, name: str) -> dict:
     """The JSON object in a file of a directory, empty where there is no such file."""
     try:
         return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
@@ -151,23 +151,23 @@ def read(path: Path, name: str) -> dict:
         raise ValueError(f"{path / name}: not valid JSON: {error}") from None
 
 
-def content(token: object) -> object:
+def get_text(token: object) -> object:
     """The text of a token, or of each in a list, where it is said with how it is matched."""
     if isinstance(token, list):
-        return [content(one) for one in token]
+        return [get_text(one) for one in token]
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
 def read_stop(backend: tokenizers.Tokenizer, config: dict, path: Path) -> list[int]:
     """The tokens that end a text: of the first file that says any."""
     for name in ("generation_config.json", "config.json"):
-        stop = read(path, name).get("eos_token_id")
+        stop = read_json(path, name).get("eos_token_id")
         stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
         if any(not isinstance(token, int) for token in stop):
             raise ValueError(f"{path / name}: eos_token_id must be numbers, got {stop}")
         if stop:
             return stop
-    eos = content(config.get("eos_token"))
+    eos = get_text(config.get("eos_token"))
     number = None if eos is None else backend.token_to_id(eos)
     return [] if number is None else [number]
 
@@ -210,7 +210,7 @@ class Stream:
     def add(self, token: int) -> str:
         """The text this token completes, perhaps none."""
         self.tokens.append(token)
-        text = self.new()
+        text = self.decode_new()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         if text:
@@ -219,11 +219,11 @@ class Stream:
 
     def end(self) -> str:
         """The text of the last tokens, where it is no whole character."""
-        text = self.new()
+        text = self.decode_new()
         self.start = self.shown = len(self.tokens)
         return text
 
-    def new(self) -> str:
+    def decode_new(self) -> str:
         """What the tokens behind those shown add to the text."""
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         return self.tokenizer.decode(self.tokens[self.start :])[len(before) :]

@@ -136,7 +136,7 @@ class Transformer(Stack):
     def paged_context(self) -> int:
         """The longest sequence whose rotary frequencies are those of any shorter one."""
         scaling, context = self.config.rope_scaling, self.config.context
-        return context if scaling is None else scaling.steady(context)
+        return context if scaling is None else scaling.fixed_context(context)
 
     def rotary(self, length: int) -> flashattn.Rotary | None:
         """The table for so many positions."""

@@ -8,9 +8,12 @@ import pytest
 import torch
 from packages import needs_minilm, needs_rampart, needs_smollm2
 from test_model_predict import BERT, small_tokenizer
+from tokenizers import processors
 
 import model
+from model import commands
 from model.__main__ import main
+from model.language import small_llama
 from model.layers import initialise
 from model.tasks import translation
 from model.tokenizer import Tokenizer
@@ -137,3 +140,25 @@ def test_what_is_wrong_is_said(arguments, message, monkeypatch, capsys):
     errors = capsys.readouterr().err
     assert message in errors
     assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_a_chat_begins_once_and_ends_whole(monkeypatch, capsys, tmp_path):
+    """Its template has the bos token that a plain text gets; a last piece of a character is shown too."""
+    tokenizer = Tokenizer.train(POEM, 300, special=("<s>",))
+    tokenizer.backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.config, tokenizer.chat_template = dict(bos_token="<s>"), "{{ bos_token }}{{ messages[0].content }}"
+    model.save(small_llama(tokenizer.size, layers=1, width=64, context=32, seed=0), tmp_path / "x", tokenizer)
+    prompts, owl = [], tokenizer.encode("🦉", add_special_tokens=False)
+
+    def generate(_, prompts_, *args, on_token, **options):
+        prompts.extend(prompts_)
+        for token in owl[:-1]:
+            on_token(0, token)
+        return [owl[:-1]]
+
+    monkeypatch.setattr(commands, "generate", generate)
+    for more in ([], ["--chat"]):
+        out = call(monkeypatch, capsys, "generate", "--model", tmp_path / "x", "--prompt", "the", "--no-check", *more)
+        assert out.startswith("the\N{REPLACEMENT CHARACTER}\n\n")
+    assert prompts == [tokenizer.encode("the")] * 2
+    assert prompts[0][0] == 0 != prompts[0][1]

@@ -91,6 +91,7 @@ def test_what_is_refused(name, changes, message, tmp_path, monkeypatch):
     ("name", "changes", "message"),
     [
         ("bert", dict(add_cross_attention=True), "add_cross_attention must be False, got True"),
+        ("mistral", dict(layer_types=["full_attention"] * 2), "layer_types of a mistral must be sliding_attention"),
         ("gpt_neo", dict(attention_layers=["global"] * 3), "attention_types must be of the 4 layers, got 3"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 import model
 from model.checkpoints import CheckpointError
 from model.gguf_file import NAMES
-from model.splitting import BY_NAME, byte_level_bpe
+from model.splitting import BY_NAME, make_byte_level_bpe
 from model.tokenizer import byte_alphabet
 
 transformers = pytest.importorskip("transformers")
@@ -191,6 +191,17 @@ def test_what_is_refused(name, tmp_path):
         model.load(tmp_path / "x.gguf")
 
 
+def test_weights_that_cannot_be_read(tmp_path, monkeypatch):
+    written_gguf(tmp_path / "x.gguf")
+
+    def dequantize(data, kind):
+        raise NotImplementedError("not yet")
+
+    monkeypatch.setattr(gguf.quants, "dequantize", dequantize)
+    with pytest.raises(CheckpointError, match=r"x.gguf: tensor token_embd.weight of type F32: not yet"):
+        model.load(tmp_path / "x.gguf")
+
+
 def test_what_changes_nothing_is_read_past(tmp_path):
     text = {"scores": [0.0] * len(TOKENS), "fim_pre_token_id": 5, "add_space_prefix": False, "padding_token_id": EOS}
     text |= {"tokenizer.chat_template": "{{ bos_token }}", "tokenizer.chat_template.tool_use": "x"}
@@ -292,5 +303,5 @@ def test_a_word_that_is_a_token_is_not_merged(tmp_path):
 
 def test_every_name_splits():
     for splitter in set(BY_NAME.values()):
-        backend = byte_level_bpe({token: i for i, token in enumerate(TOKENS[:256])}, [], splitter)
+        backend = make_byte_level_bpe({token: i for i, token in enumerate(TOKENS[:256])}, [], splitter)
         assert backend.decode(backend.encode(SAMPLE).ids) == SAMPLE

@@ -41,6 +41,7 @@ CONFIGS = {
     "yarn with an amplitude": (dict(rope_type="yarn", factor=4.0, **ORIGINAL, attention_factor=1.5), {}),
     "yarn with scales": (dict(rope_type="yarn", factor=40.0, **ORIGINAL, mscale=1.0, mscale_all_dim=0.7), {}),
     "yarn with one scale": (dict(rope_type="yarn", factor=40.0, **ORIGINAL, mscale=0.7), {}),
+    "both, as before and now": (dict(rope_type="linear", factor=4.0), dict(rope_parameters=dict(rope_type="default"))),
     "no scaling": (dict(rope_type="default"), {}),
     "nothing": (None, {}),
 }
@@ -144,5 +145,5 @@ def test_a_server_whose_requests_would_change_each_other(name, tmp_path):
 
 def test_same_factors_do_not_depend_on_the_length():
     factors = (1.0, 2.0)
-    assert rope.LongRope(1.0, 16, factors, factors).steady(64) == 64
-    assert rope.LongRope(1.0, 16, factors, (1.0, 3.0)).steady(64) == 16
+    assert rope.LongRope(1.0, 16, factors, factors).fixed_context(64) == 64
+    assert rope.LongRope(1.0, 16, factors, (1.0, 3.0)).fixed_context(64) == 16

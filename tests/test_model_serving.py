@@ -312,6 +312,14 @@ def test_cancel_out_of_a_callback(which, tmp_path):
         assert request.tokens == (expected[: len(request.tokens)] if request is target else expected)
 
 
+def test_a_callback_may_submit(tmp_path):
+    later = Request([9, 8], 4)
+    first = Request([1, 2], 6, on_token=lambda token: server.submit(later) if later.generator is None else None)
+    server, _ = served(tmp_path, [first])
+    server.run()
+    assert [r.tokens for r in (first, later)] == [alone(server.model, r) for r in (first, later)]
+
+
 def test_cancel_of_what_is_done_changes_nothing(tmp_path):
     server, (request,) = served(tmp_path, [Request([1, 2], 3)])
     server.run()

@@ -261,7 +261,7 @@ def test_smollm2():
 
     reader = gguf.GGUFReader(locate("smollm2"))
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    tokenizer = gguf_tokenizer.read_tokenizer(gguf_file.below(fields, "tokenizer."))
+    tokenizer = gguf_tokenizer.read_tokenizer(gguf_file.select(fields, "tokenizer."))
     assert tokenizer.size == 49152
     assert tokenizer.stop == [2, 0]
     text = tokenizer.chat("Hi")

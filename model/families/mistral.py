@@ -18,6 +18,9 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 def config(hf: dict) -> Config:
     hf = DEFAULTS | hf
+    kinds = set(hf.get("layer_types") or ())
+    if hf["sliding_window"] is not None and kinds - {"sliding_attention"}:  # which transformers reads past
+        raise ValueError(f"layer_types of a mistral must be sliding_attention, got {', '.join(sorted(kinds))}")
     return replace(llama.config(hf), family="mistral", windows=llama.sliding_windows(hf))
 
 

@@ -41,7 +41,7 @@ def read_rope(hf: dict, theta: float = 10000.0) -> dict:
 
     theta: of a model whose config.json has none.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", *TYPES):
         raise ValueError(f"rope_type must be one of default, {', '.join(TYPES)}, got {kind!r}")
