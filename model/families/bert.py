@@ -98,7 +98,7 @@ def config(hf: dict) -> Config:
     return Config(
         family="bert",
         head_dim=hf["hidden_size"] // hf["num_attention_heads"],
-        causal=hf["is_decoder"],
+        causal=bool(hf["is_decoder"]),
         norm="layer",
         norm_first=False,
         activation=one_of(hf, "hidden_act", "gelu", ACTIVATIONS),
