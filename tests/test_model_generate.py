@@ -130,12 +130,16 @@ WRONG = {
     "too_long": ([[1] * 30], 11, {}, r"prompts\[0\] must fit the context of 40.*got 30 \+ 11"),
     "empty": ([[1], []], 5, {}, r"prompts\[1\] must have at least one token"),
     "token": ([[50]], 5, {}, r"prompts\[0\] must hold tokens below 50, got 50"),
+    "fraction": ([[1, 2.5]], 5, {}, r"prompts\[0\] must hold integers, got 2.5"),
+    "half a token": ([[1]], 2.5, {}, "max_new_tokens must be an integer, got 2.5"),
     "negative": ([[1]], -1, {}, "max_new_tokens must be at least 0, got -1"),
     "temperature": ([[1]], 1, {"temperature": -1.0}, "temperature must be at least 0"),
+    "no number": ([[1]], 1, {"temperature": float("nan")}, "temperature must be at least 0, and finite, got nan"),
     "top_k": ([[1]], 1, {"top_k": 0}, "top_k must be at least 1"),
     "top_p": ([[1]], 1, {"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
     "min_p": ([[1]], 1, {"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
     "repetition_penalty": ([[1]], 1, {"repetition_penalty": 0.0}, "repetition_penalty must be over 0"),
+    "endless penalty": ([[1]], 1, {"repetition_penalty": float("inf")}, "must be over 0, and finite, got inf"),
 }
 
 
