@@ -241,3 +241,58 @@ def whole_numbers(x, y):
 @triton.jit
 def high_product(x, y):
     return tl.umulhi(x, y)
+
+
+# ------------------------------------------------------------------------------------------------ forms of instructions
+
+
+@triton.jit
+def copy_with_hints(x, out, n, BLOCK: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i, i < n, eviction_policy=LOAD)
+    tl.store(out + i, value, i < n, eviction_policy=STORE)
+
+
+@triton.jit
+def copy_with_modifiers(x, out, n, BLOCK: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, i < n, cache_modifier=LOAD), i < n, cache_modifier=STORE)
+
+
+@triton.jit
+def matmul_with_hints(a, b, c, K, N, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Asynchronous copies that carry a cache policy."""
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=3):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(a + rows[:, None] * K + k, eviction_policy="evict_last")
+        y = tl.load(b + k[:, None] * N + cols, eviction_policy="evict_first")
+        acc = tl.dot(x, y, acc)
+    tl.store(c + rows[:, None] * N + cols, acc)
+
+
+@triton.jit
+def prints(x, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i)
+    tl.device_print("value", value)
+    tl.device_print("only text")
+    if tl.program_id(0) == 1:
+        tl.device_print("hexed", i, hex=True)
+        tl.device_print("n", n)
+        tl.device_print("long", i.to(tl.int64) - (1 << 40))
+
+
+@triton.jit(noinline=True)
+def sum_and_product(x, y):
+    return x + y, x * y
+
+
+@triton.jit
+def calls_a_function(x, y, out):
+    """One that is not inlined, and returns a pair: an array of bytes."""
+    i = tl.program_id(0)
+    total, product = sum_and_product(tl.load(x + i), tl.load(y + i))
+    total, product = sum_and_product(total, product)
+    tl.store(out + i, total - product)

@@ -1,13 +1,58 @@
-"""Single PTX instructions run on the machine, and the truth of number formats in fractions, with none of its code."""
+"""Single PTX instructions and bodies of kernels run on the machine, and the truth of number formats in fractions, with
+none of its code."""
 
 import math
 import struct
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 
+from bench import ptx
 from bench.ptx.driver import run_text
+
+HEAD = """.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.shared .align 16 .b8 space[4096];
+.visible .entry kernel(.param .u64 out, .param .u64 x)
+{
+    .reg .pred %p<8>; .reg .b32 %r<64>; .reg .b64 %rd<32>; .reg .f32 %f<64>;
+    ld.param.b64 %rd1, [out];
+    ld.param.b64 %rd2, [x];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, %ntid.x;
+    mad.lo.s32 %r4, %r2, %r3, %r1;
+    mul.wide.u32 %rd3, %r4, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    mov.b32 %r5, space;
+    shl.b32 %r6, %r1, 2;
+    add.s32 %r7, %r5, %r6;
+"""
+
+
+def run(body: str, threads: int = 128, blocks: int = 1, elements: int | None = None):
+    n = threads * blocks if elements is None else elements
+    out, x = torch.zeros(max(threads * blocks, n), dtype=torch.int32), torch.arange(n, dtype=torch.int32)
+    run_text(HEAD + body + "\n ret;\n}", out, x, grid=(blocks,), threads=threads)
+    return out
+
+
+def caught(kind: str, body: str, match: str | None = None, **options) -> ptx.Fault:
+    with pytest.raises(ptx.Fault, match=match) as raised:
+        run(body, **options)
+    fault = raised.value
+    assert fault.kind == kind, str(fault)
+    assert fault.block is not None
+    assert fault.thread is not None
+    assert fault.instruction.line > 0
+    assert fault.instruction.text in str(fault)
+    return fault
+
 
 SIZES = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 

@@ -11,7 +11,7 @@ copies is not asked for: Triton's own loops have none.
 
 A tensor's bounds are those of the view that was passed. To write the value that is there already is no race: Triton's
 redundant threads do. Atomics do not race with each other, nor do volatile, acquire and release accesses; of the blocks'
-order an acquire sees the whole past of the block that released. Clusters, device_print and tcgen05 are not modelled.
+order an acquire sees the whole past of the block that released. Clusters and tcgen05 are not modelled.
 """
 
 from .driver import Device, Launch, device, run_text

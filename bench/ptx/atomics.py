@@ -21,8 +21,8 @@ from .loads import (
     vector,
 )
 from .memory import atomic
-from .parse import BYTES, Instruction
 from .program import WORD, Program, Step, builds
+from .syntax import BYTES, Instruction
 
 
 def combine(parts: tuple[str, ...]) -> Callable:

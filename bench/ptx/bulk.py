@@ -9,8 +9,8 @@ import numpy as np
 from .loads import address_operand, global_access, global_race, in_space, shared_place
 from .mbarriers import Barrier, barrier_at
 from .memory import SECTOR
-from .parse import Instruction
 from .program import Program, Step, builds
+from .syntax import Instruction
 from .tensor_maps import TensorMap, map_at
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .loads import global_read, in_space, shared_place
-from .parse import Instruction
 from .program import Program, Step, builds, put
+from .syntax import Instruction
 from .warps import constant_bits
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .memory import SECTOR, Traffic
-from .parse import Instruction
+from .syntax import Instruction
 
 # The pipes of a multiprocessor; "move" is none: register moves, which the assembler mostly erases.
 PIPES = ("tensor", "fma", "alu", "special", "memory", "control", "move")
@@ -34,7 +34,7 @@ def pipe(instruction: Instruction) -> str:
     base, kind = instruction.parts[0], instruction.type
     if base in ("mma", "wgmma"):
         return "control" if base == "wgmma" and instruction.parts[1] != "mma_async" else "tensor"
-    if base in ("mov", "cvta") or (base == "ld" and "param" in instruction.parts):
+    if base in ("mov", "cvta") or (base in ("ld", "st") and "param" in instruction.parts):
         return "move"
     if base in MEMORY:
         return "memory"

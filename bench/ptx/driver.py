@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,14 +22,14 @@ from triton.runtime.cache import get_cache_manager
 
 from flashattn.kernels.configs import SHARED_MEMORY
 
-from ..compiled import NoDriver, driver, unassembled
+from ..compiled import MULTIPROCESSOR, NoDriver, driver, unassembled
 from .counts import Counts
 from .faults import Fault
 from .machine import MAX_INSTRUCTIONS, execute
 from .memory import Named, named
 from .parse import parse
 from .program import Program
-from .rates import bounds
+from .rates import bounds, gpu_of
 from .tensor_maps import encode_map
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
@@ -115,10 +116,19 @@ class Device(NoDriver, GPUDriver):
         return once
 
     def get_device_properties(self, number: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self.architecture], "warpSize": 32, "multiprocessor_count": 1}
+        """Of the GPU, but for its multiprocessors: a kernel that launches a block for each has one block here. Clocks
+        are in kHz; the memory's and its bus are such that they make its bandwidth."""
+        gpu, bus = gpu_of(self.architecture), 4096  # bits
+        return {
+            "max_shared_mem": SHARED_MEMORY[self.architecture], "warpSize": 32, "multiprocessor_count": 1,
+            "max_num_regs": MULTIPROCESSOR[self.architecture].registers, "sm_clock_rate": int(gpu.clock * 1e6),
+            "mem_clock_rate": int(gpu.bandwidth * 1e6 * 8 / 2 / bus), "mem_bus_width": bus,
+        }  # fmt: skip
 
     def load_binary(self, name: str, binary: bytes, shared: int, number: int) -> tuple:
-        return name, name, 0, 0, 1024
+        """(module, function, registers of a thread, spills, most threads of a block). The assembler never ran: a thread
+        counts as having all registers that it may have."""
+        return name, name, most_registers(binary.decode(), MULTIPROCESSOR[self.architecture].registers), 0, 1024
 
     def fill_tma_descriptor_tiled(self, base, swizzle, itemsize, element, box, sizes, strides, fill) -> np.ndarray:
         """The numbers of element types differ between the CUDA driver and PTX."""
@@ -131,6 +141,13 @@ class Device(NoDriver, GPUDriver):
         """Workspace that a kernel asks for."""
         memory = torch.zeros(size + align, dtype=torch.uint8)
         return memory[-memory.data_ptr() % align :][:size]
+
+
+def most_registers(ptx: str, registers: int) -> int:
+    """That a thread of a kernel may have, of those of a multiprocessor."""
+    threads, bound = (re.search(rf"\.{name}\s+(\d+)", ptx) for name in ("reqntid", "maxnreg"))
+    share = registers // int(threads.group(1)) // 8 * 8 if threads else 255
+    return min(255, share, int(bound.group(1)) if bound else 255)
 
 
 class Launcher:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .parse import Instruction
+    from .syntax import Instruction
 
 
 class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)

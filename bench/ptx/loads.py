@@ -7,8 +7,8 @@ import numpy as np
 from .faults import Fault
 from .integers import DTYPES
 from .memory import OutsideError, WarpsMeet
-from .parse import BYTES, Address, Group, Instruction, Register
-from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WORD, Program, Step, builds, put
+from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WORD, Program, Step, builds
+from .syntax import BYTES, Address, Group, Instruction
 
 SPACES = ("global", "shared", "local", "param", "const")
 
@@ -147,13 +147,32 @@ def local_store(unit, pc, instruction, lanes, address, values):
     unit.local[where] = np.ascontiguousarray(values).view(np.uint8)
 
 
+def param_index(unit, instruction, lanes, address, nbytes, first: int = 0) -> tuple:
+    """first: where what the access may touch begins."""
+    size = unit.program.param_bytes
+    bad = (address < first) | (address + nbytes > size)
+    if bad.any():
+        at = int(np.argmax(bad))
+        message = f"{nbytes} bytes at {address[at]} of {size} bytes of parameters"
+        raise unit.fault("out of bounds", message, instruction, lanes[at], "parameters")
+    rows = lanes[:, None] if len(unit.params) > 1 else 0
+    return rows, address[:, None] + np.arange(nbytes)
+
+
 def param_load(unit, pc, instruction, lanes, address, width, count):
-    where = address[:, None] + np.arange(width * count)
-    return np.ascontiguousarray(unit.wave.params[where]).view(WORD[width])
+    taken = unit.params[param_index(unit, instruction, lanes, address, width * count)]
+    return np.ascontiguousarray(taken).view(WORD[width])
+
+
+def param_store(unit, pc, instruction, lanes, address, values):
+    """Only to parameters of calls: a kernel does not write its own."""
+    nbytes, own = values.dtype.itemsize * values.shape[1], unit.program.function.param_bytes
+    where = param_index(unit, instruction, lanes, address, nbytes, own)
+    unit.params[where] = np.ascontiguousarray(values).view(np.uint8)
 
 
 LOADS = {"global": global_load, "const": global_load, "shared": shared_load, "local": local_load, "param": param_load}
-STORES = {"global": global_store, "shared": shared_store, "local": local_store}
+STORES = {"global": global_store, "shared": shared_store, "local": local_store, "param": param_store}
 WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
 
 
@@ -181,8 +200,6 @@ def load(program: Program, instruction: Instruction) -> Step:
     dtype = DTYPES[instruction.type]
     width = BYTES[instruction.type]
     to, source = instruction.operands
-    if space == "param" and isinstance(source.base, Register):  # of a function that was inlined
-        return program_move(program, source.base, to, dtype)
     outs = [program.write(x, dtype) for x in items(to)]
     address_of = program.address(source)
     pc = len(program.steps)
@@ -209,19 +226,12 @@ def scatter(target: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
         target[lanes] = values
 
 
-def program_move(program: Program, source, to, dtype) -> Step:
-    a, d = program.read(source, dtype), program.write(to, dtype)
-    return lambda unit, mask: put(unit.slots[d], unit.slots[a], mask)
-
-
 @builds("st")
 def store(program: Program, instruction: Instruction) -> Step:
     space, count = space_of(instruction), vector(instruction)
     width = BYTES[instruction.type]
     dtype = WORD[width]
     to, source = instruction.operands
-    if space == "param":
-        return program_move(program, source, to.base, dtype)
     values_of = [program.read(x, dtype) for x in items(source)]
     address_of = program.address(to)
     pc = len(program.steps)
@@ -238,8 +248,9 @@ def store(program: Program, instruction: Instruction) -> Step:
     return run
 
 
-@builds("prefetch", "prefetchu", "discard", "applypriority")
+@builds("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
 def nothing(program: Program, instruction: Instruction) -> Step:
+    """What only caches take note of."""
     return lambda unit, mask: None
 
 

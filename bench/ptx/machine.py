@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import atomics, bulk, copies, loads, matrices, tensor, warps  # noqa: F401  (they register their instructions)
+from . import atomics, bulk, copies, loads, matrices, outside, tensor, warps  # noqa: F401  (they register instructions)
 from .counts import Counts
 from .faults import Fault
 from .mbarriers import Barrier

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .loads import items, shared_place
-from .parse import Instruction
 from .program import Program, Step, builds
+from .syntax import Instruction
 
 
 def matrix_rows(unit, mask, address_of, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from .faults import Fault
 from .loads import address_operand, in_space, shared_place
-from .parse import Instruction, Register
 from .program import Control, Program, Step, builds, put
+from .syntax import Instruction, Register
 from .unit import Parked
 from .warps import held
 

@@ -11,117 +11,24 @@ import functools
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
+from .calls import inline_calls, resolve
 from .faults import Fault
-
-BYTES = {
-    "pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4,
-    "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16,
-}  # fmt: skip
-
-
-class Location(NamedTuple):
-    """A Python line, and the call it was inlined at."""
-
-    file: str
-    line: int
-    caller: Location | None = None
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}"
-        return place if self.caller is None else f"{place}, called at {self.caller}"
-
-
-class Register(NamedTuple):
-    name: str
-    type: str
-
-
-class Immediate(NamedTuple):
-    bits: int
-    floating: int = 0  # bytes of a float literal (0f…: 4, 0d…: 8), 0 for an integer
-
-
-class Symbol(NamedTuple):
-    name: str
-
-
-class Address(NamedTuple):
-    base: Register | Symbol | Immediate
-    offset: int
-
-
-class Group(NamedTuple):
-    """{a, b}: a vector operand. A tensor coordinate [map, {x, y}] is a Group of the map's Address and a Group."""
-
-    items: tuple
-
-
-Operand = Register | Immediate | Symbol | Address | Group
-
-
-@dataclass
-class Instruction:
-    op: str  # "ld.global.v4.b32"
-    parts: tuple[str, ...]  # op split at its dots
-    operands: tuple[Operand, ...]
-    guard: Register | None
-    negated: bool  # the guard
-    line: int  # of the PTX text, from 1
-    text: str
-    location: Location | None
-    targets: tuple[int, ...] = ()  # instruction numbers that a branch goes to
-    used: int | None = None  # of a load, one bit a byte: those the compiler looks at; None: all
-    scope: tuple[int, ...] = ()  # while labels are resolved
-
-    @property
-    def type(self) -> str:
-        return self.parts[-1]
-
-
-class Param(NamedTuple):
-    name: str
-    type: str
-    offset: int
-    bytes: int
-
-
-@dataclass
-class Variable:
-    """A module or local variable: its bytes, zeros where no initialiser is given; size 0 is dynamic shared memory."""
-
-    name: str
-    space: str
-    align: int
-    size: int
-    data: bytes = b""
-
-
-@dataclass
-class Function:
-    name: str
-    params: list[Param] = field(default_factory=list)
-    returns: list[Param] = field(default_factory=list)
-    registers: dict[str, str] = field(default_factory=dict)  # name -> type
-    variables: dict[str, Variable] = field(default_factory=dict)
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[tuple[int, str], int] = field(default_factory=dict)  # (scope, name) -> instruction number
-    tables: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # (scope, name) -> labels, for brx.idx
-
-    @property
-    def param_bytes(self) -> int:
-        return max((p.offset + p.bytes for p in self.params), default=0)
-
-
-@dataclass
-class Module:
-    target: str
-    kernels: dict[str, Function]
-    functions: dict[str, Function]
-    variables: dict[str, Variable]
-
+from .syntax import (
+    BYTES,
+    Address,
+    Function,
+    Group,
+    Immediate,
+    Instruction,
+    Location,
+    Module,
+    Operand,
+    Param,
+    Register,
+    Symbol,
+    Variable,
+)
 
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)([^\n]*?)(?://\s*(.*))?$", re.M)
@@ -252,7 +159,7 @@ class Parser:
     # -------------------------------------------------------------------------------------------- body
 
     def body(self, function: Function) -> None:
-        scopes: list[tuple[int, dict[str, str]]] = []
+        scopes: list[tuple[int, dict[str, Register | Symbol]]] = []  # what names stand for
         location = None
 
         def open_scope():
@@ -308,14 +215,13 @@ class Parser:
             for name in (x.strip() for x in listed.split(",")):
                 many = re.match(r"(.+)<(\d+)>$", name)
                 for each in [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [name]:
-                    names[each] = f"{each}@{scope}" if len(scopes) > 1 else each
-                    function.registers[names[each]] = kind
-        elif match := re.match(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)\s*(\[\d+\])?$", text):
-            kind, name, array = match.groups()
-            if array:
-                raise self.error("a call with a parameter that is an array")
-            names[name] = f"{name}@{scope}"
-            function.registers[names[name]] = kind
+                    unique = f"{each}@{scope}" if len(scopes) > 1 else each
+                    names[each], function.registers[unique] = Register(unique, ""), kind
+        elif match := PARAM.match(text):  # of a call that this function makes
+            align, kind, name, count = match.groups()
+            unique, size = f"{name}@{scope}", BYTES[kind] * int(count or 1)
+            names[name] = Symbol(unique)
+            function.variables[unique] = Variable(unique, "param", int(align or BYTES[kind]), size)
         elif VARIABLE.match(text):
             variable = self.variable(text)
             function.variables[variable.name] = variable
@@ -325,15 +231,17 @@ class Parser:
             raise self.error(f"cannot read {text!r}")
 
     def instruction(self, text: str, line: int, location: Location | None, scopes) -> Instruction:
-        def register(name: str) -> str | None:
+        def named(name: str) -> Register | Symbol | None:
             return next((names[name] for _, names in reversed(scopes) if name in names), None)
 
         match = re.match(r"(?:@(!?)\s*([\w$%.]+)\s+)?([\w.:]+)\s*(.*)", text, re.S)
         if match is None:
             raise self.error(f"cannot read {text!r}")
         negated, guard, op, rest = match.groups()
-        operands = tuple(self.operand(x, register) for x in split(rest))
-        guard = Register(register(guard) or guard, "pred") if guard else None
+        operands = tuple(self.operand(x, named) for x in split(rest))
+        if "L2::cache_hint" in op:  # a cache policy comes last
+            operands = operands[:-1]
+        guard = Register(named(guard).name if named(guard) else guard, "pred") if guard else None
         instruction = Instruction(
             op, tuple(op.split(".")), operands, guard, bool(negated), line, " ".join(text.split()), location
         )
@@ -341,29 +249,29 @@ class Parser:
         instruction.used, self.used = self.used, None
         return instruction
 
-    def operand(self, text: str, register) -> Operand:
+    def operand(self, text: str, named) -> Operand:
         text = text.strip()
-        if text.startswith("{"):
-            return Group(tuple(self.operand(x, register) for x in split(text[1:-1])))
+        if text[0] in "{(":  # a vector, or the lists of a call
+            return Group(tuple(self.operand(x, named) for x in split(text[1:-1])))
         if text.startswith("["):
-            return self.address(text[1:-1].strip(), register)
+            return self.address(text[1:-1].strip(), named)
         if "|" in text:  # a result and a predicate: setp p|q, shfl d|p, elect d|p
-            return Group(tuple(self.operand(x, register) for x in text.split("|")))
+            return Group(tuple(self.operand(x, named) for x in text.split("|")))
         if text[0] in "0123456789+-" and (number := immediate(text)) is not None:
             return number
         negated = text.startswith("!")
-        name = register(text[1:] if negated else text)
-        if name is not None:
-            return Register(("!" if negated else "") + name, "")
+        found = named(text[1:] if negated else text)
+        if found is not None:
+            return Register(f"!{found.name}", "") if negated else found
         return Register(text, "u32") if text.startswith("%") else Symbol(text)
 
-    def address(self, text: str, register) -> Operand:
+    def address(self, text: str, named) -> Operand:
         pieces = split(text)
         if len(pieces) > 1:  # [tensor map, {coordinates}]
-            return Group((self.address(pieces[0], register), self.operand(pieces[1], register)))
+            return Group((self.address(pieces[0], named), self.operand(pieces[1], named)))
         base, sign, offset = re.match(r"([\w$%.@]+)\s*(?:([+-])\s*(-?\w+))?$", text).groups()
         distance = int(offset, 0) * (-1 if sign == "-" else 1) if offset else 0
-        return Address(self.operand(base, register), distance)
+        return Address(self.operand(base, named), distance)
 
 
 def split(text: str) -> list[str]:
@@ -391,103 +299,3 @@ def immediate(text: str) -> Immediate | None:
     if re.fullmatch(r"[+-]?\d+\.\d*(e[+-]?\d+)?", text):
         return Immediate(struct.unpack("<Q", struct.pack("<d", float(text)))[0], 8)
     return None
-
-
-# ------------------------------------------------------------------------------------------------ calls and labels
-
-
-def rename(operand: Operand, names: dict[str, str]) -> Operand:
-    if isinstance(operand, Register):
-        negated = operand.name.startswith("!")
-        name = operand.name[negated:]
-        return Register("!" * negated + names.get(name, name), operand.type)
-    if isinstance(operand, Symbol):
-        return Register(names[operand.name], "") if operand.name in names else operand
-    if isinstance(operand, Address):
-        return Address(rename(operand.base, names), operand.offset)
-    if isinstance(operand, Group):
-        return Group(tuple(rename(x, names) for x in operand.items))
-    return operand
-
-
-def inline_calls(kernel: Function, functions: dict[str, Function]) -> None:
-    """Each call of a function of the module gives way to its instructions; its parameters become registers.
-
-    `__assertfail` and other names from outside stay calls, for the machine to know or to refuse."""
-    calls = 0
-    while True:
-        at = next((i for i, x in enumerate(kernel.instructions) if callee(x) in functions), None)
-        if at is None:
-            return
-        calls += 1
-        insert(kernel, at, functions[callee(kernel.instructions[at])], f"#{calls}")
-
-
-def callee(instruction: Instruction) -> str | None:
-    """The name of a called function: `call (results), name, (arguments)` or `call name, (arguments)`."""
-    if instruction.parts[0] != "call":
-        return None
-    names = re.sub(r"\([^)]*\)", "", instruction.text.split(None, 1)[1])
-    return names.replace(",", " ").split()[0]
-
-
-def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
-    call = kernel.instructions[at]
-    lists = [x.replace(",", " ").split() for x in re.findall(r"\(([^)]*)\)", call.text)]
-    returns, given = lists if function.returns else ([], lists[0] if lists else [])
-    scope = next(s for s in call.scope if all(f"{x}@{s}" in kernel.registers for x in returns + given))
-    names = {name: name + suffix for name in function.registers}
-    for formal, actual in zip(function.returns + function.params, returns + given, strict=True):
-        names[formal.name] = f"{actual}@{scope}"
-    kernel.registers.update({names[name]: kind for name, kind in function.registers.items()})
-    for variable in function.variables.values():
-        kernel.variables[variable.name] = variable
-    body = []
-    for old in function.instructions:
-        new = replace(
-            old,
-            operands=tuple(rename(x, names) for x in old.operands),
-            guard=None if old.guard is None else rename(old.guard, names),
-            location=call.location,
-            scope=tuple(f"{s}{suffix}" for s in old.scope),
-        )
-        if old.parts[0] == "ret":
-            new.op, new.parts, new.operands = "bra.uni", ("bra", "uni"), (Symbol(f"$after{suffix}"),)
-            new.scope = (f"after{suffix}",)
-        body.append(new)
-    grown = len(body) - 1
-    kernel.labels = {key: n + grown * (n > at) for key, n in kernel.labels.items()}
-    kernel.labels |= {(f"{s}{suffix}", name): n + at for (s, name), n in function.labels.items()}
-    kernel.labels[f"after{suffix}", f"$after{suffix}"] = at + len(body)
-    kernel.tables |= {(f"{s}{suffix}", name): labels for (s, name), labels in function.tables.items()}
-    kernel.instructions[at : at + 1] = body
-
-
-def resolve(kernel: Function) -> None:
-    """Branch targets by number, and each register with its type."""
-    for instruction in kernel.instructions:
-        names = []
-        if instruction.parts[0] == "bra":
-            names = [instruction.operands[0].name]
-        elif instruction.parts[0] == "brx":
-            names = in_scope(kernel.tables, instruction.operands[1].name, instruction)
-        instruction.targets = tuple(in_scope(kernel.labels, name, instruction) for name in names)
-        instruction.operands = tuple(typed(x, kernel.registers) for x in instruction.operands)
-
-
-def in_scope(declared: dict, name: str, instruction: Instruction):
-    """What a name stands for at an instruction: the innermost scope that declares it."""
-    for scope in instruction.scope:
-        if (scope, name) in declared:
-            return declared[scope, name]
-    raise Fault("unsupported", f"no label {name}", instruction)
-
-
-def typed(operand: Operand, registers: dict[str, str]) -> Operand:
-    if isinstance(operand, Register):
-        return Register(operand.name, registers.get(operand.name.lstrip("!"), operand.type))
-    if isinstance(operand, Address):
-        return Address(typed(operand.base, registers), operand.offset)
-    if isinstance(operand, Group):
-        return Group(tuple(typed(x, registers) for x in operand.items))
-    return operand

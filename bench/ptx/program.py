@@ -15,7 +15,7 @@ from . import arithmetic, integers
 from .faults import Fault
 from .integers import DTYPES
 from .memory import Named
-from .parse import BYTES, Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol
+from .syntax import BYTES, Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol
 
 # Where generic addresses of the other spaces begin: no tensor lies there.
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 60, 1 << 61, 1 << 62
@@ -68,10 +68,12 @@ class Program:
     # -------------------------------------------------------------------------------------------- layout
 
     def place_variables(self, variables: dict, shared_bytes: int) -> None:
-        """Addresses of the module's variables: shared and local ones from 0, global ones where NumPy put them."""
+        """Addresses of the module's variables: shared and local ones from 0, parameters of calls behind the kernel's
+        own, global ones where NumPy put them."""
         self.addresses: dict[str, int] = {}
         self.constant_data: list[tuple[Named, np.ndarray]] = []
         self.local_bytes = shared = 0
+        self.param_bytes = self.function.param_bytes
         for v in sorted(variables.values(), key=lambda v: v.size == 0):  # dynamic shared memory comes last
             if v.space == "shared":
                 shared = -(-shared // v.align) * v.align
@@ -80,6 +82,9 @@ class Program:
             elif v.space == "local":
                 self.addresses[v.name] = self.local_bytes = -(-self.local_bytes // v.align) * v.align
                 self.local_bytes += v.size
+            elif v.space == "param":
+                self.addresses[v.name] = self.param_bytes = -(-self.param_bytes // v.align) * v.align
+                self.param_bytes += v.size
             else:
                 data = np.zeros(v.size + 16, np.uint8)
                 start = -(-data.ctypes.data // 16) * 16

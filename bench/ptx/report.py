@@ -12,8 +12,8 @@ from rich.text import Text
 
 from .counts import PIPES, Counts, pipe
 from .driver import Launch
-from .parse import Location
 from .rates import bounds, gpu_of
+from .syntax import Location
 
 TRITON = "/triton/language/"  # the library's own functions, whatever environment compiled them
 AROUND = 2  # lines shown around a counted one

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import floats
-from .parse import Group, Immediate, Instruction, Register
 from .program import Program, Step, builds, put
+from .syntax import Group, Immediate, Instruction, Register
 
 WORDS = {
     "f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32, "f64": np.uint64, "e4m3": np.uint8, "e5m2": np.uint8,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .loads import global_access, in_space, shared_place
-from .parse import Instruction
 from .program import PARAM_WINDOW, Program, Step, builds
+from .syntax import Instruction
 from .warps import constant_bits
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .faults import Fault
-from .parse import BYTES
 from .program import WORD, Program
+from .syntax import BYTES
 
 if TYPE_CHECKING:
     from .machine import Wave
-    from .parse import Instruction
     from .shared import Problem
+    from .syntax import Instruction
 
 
 class Parked(NamedTuple):
@@ -48,10 +48,20 @@ class Unit:
         self.parked: list[Parked] = []
         self.carry = np.zeros(self.count, np.int64)
         self.local = np.zeros((self.count, max(program.local_bytes, 1)), np.uint8) if program.local_bytes else None
+        self.params = self.make_params()
         self.picks = self.steps = 0
         self.copies, self.copied = [], np.zeros(self.count, np.int64)  # cp.async: records, groups committed
         self.products, self.committed = [], np.zeros(self.count, np.int64)  # wgmma: the same
         self.slots = self.make_slots()
+
+    def make_params(self) -> np.ndarray:
+        """(1, bytes) of the kernel's parameters; (lanes, bytes) where parameters of calls lie behind them."""
+        own, size = self.wave.params, self.program.param_bytes
+        if size == self.program.function.param_bytes:
+            return own[None]
+        params = np.zeros((self.count, size), np.uint8)
+        params[:, : len(own)] = own
+        return params
 
     def make_slots(self) -> list:
         program = self.program

@@ -6,8 +6,8 @@ import numpy as np
 
 from .faults import Fault
 from .integers import DTYPES
-from .parse import Group, Immediate, Instruction, callee
 from .program import Control, Program, Step, builds, put
+from .syntax import Group, Immediate, Instruction
 from .unit import Parked
 
 # ------------------------------------------------------------------------------------------------ control
@@ -70,13 +70,13 @@ def leave(program: Program, instruction: Instruction) -> Control:
     return run
 
 
-@builds("trap", "call", control=True)
-def fail(program: Program, instruction: Instruction) -> Control:
-    """Of functions outside the module only __assertfail is known: tl.device_assert."""
-    name = callee(instruction)
-    if name not in (None, "__assertfail"):
-        raise Fault("unknown instruction", f"call of {name}", instruction)
-    message = "the kernel traps" if name is None else "tl.device_assert failed"
+@builds("trap", control=True)
+def trap(program: Program, instruction: Instruction) -> Control:
+    return fails(program, instruction, "the kernel traps")
+
+
+def fails(program: Program, instruction: Instruction, message: str) -> Control:
+    """A fault where a lane comes to it."""
     going_of = held(program, instruction)
 
     def run(unit, pc, mask):
