@@ -276,14 +276,14 @@ def test_race_between_blocks():
 def test_release_and_acquire_order_blocks():
     """The last block of two to take a ticket reads what the other wrote."""
     text = """
-        st.global.b32 [%rd5], %r4; bar.sync 0;
+        add.s32 %r20, %r4, 1; st.global.b32 [%rd5], %r20; bar.sync 0;
         setp.eq.b32 %p1, %r1, 0; @!%p1 bra OVER;
         atom.global.SEM.gpu.add.u32 %r10, [%rd1], 1; setp.ne.b32 %p2, %r10, 1; @%p2 bra OVER;
         ld.global.b32 %r11, [%rd2]; ld.global.b32 %r12, [%rd2+512]; add.s32 %r13, %r11, %r12;
         st.global.b32 [%rd1+4], %r13;
         OVER:
     """
-    assert run(text.replace("SEM", "acq_rel"), blocks=2)[1] == 128
+    assert run(text.replace("SEM", "acq_rel"), blocks=2)[1] == 130
     caught("global race", text.replace("SEM", "relaxed"), "wrote", blocks=2)
 
 

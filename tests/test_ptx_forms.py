@@ -185,7 +185,7 @@ def test_a_function_from_outside_is_named():
 
 
 def test_registers_of_a_kernel():
-    """Kernels that choose their grid by occupancy ask for them: the most that a thread may have, for ptxas never ran."""
+    """Kernels that choose their grid by occupancy ask: the most that a thread may have, for ptxas never ran."""
     with ptx.device("sm_90"):
         properties = triton.runtime.driver.active.utils.get_device_properties(0)
         x, out = torch.randn(300), torch.zeros(300)

@@ -15,6 +15,6 @@ order an acquire sees the whole past of the block that released. Clusters and tc
 """
 
 from .driver import Device, Launch, device, run_text
-from .faults import Fault
+from .faults import CHOICES, Fault
 
-__all__ = ["Device", "Fault", "Launch", "device", "run_text"]
+__all__ = ["CHOICES", "Device", "Fault", "Launch", "device", "run_text"]

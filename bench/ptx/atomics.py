@@ -11,10 +11,11 @@ from .integers import DTYPES
 from .loads import (
     by_space,
     global_access,
-    global_race,
     in_space,
     items,
     order_blocks,
+    report_race,
+    report_unwritten,
     scatter,
     shared_place,
     space_of,
@@ -80,13 +81,14 @@ def atomic_place(unit, pc, instruction, space, lanes, address, width) -> tuple[n
         shared_place(unit, instruction, lanes, address, width, width)
         unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, width)
         if problem := shared.check_atomic(unit.block[lanes], address, width, unit.thread[lanes]):
-            raise unit.refuse(problem, instruction, lanes)
+            unit.report(problem, instruction, lanes)
         return shared.views[width], shared.index(unit.block[lanes], address, width, 1)[:, 0]
     memory = unit.wave.memory
     global_access(unit, instruction, lanes, address, width, width, "updates")
     unit.wave.counts.global_access(pc, lanes >> 5, address, width)
     if race := memory.race_of_update(address, width, unit.number[lanes]):
-        raise global_race(unit, instruction, lanes, address, width, race, "updates", "read or wrote without an atomic")
+        report_race(unit, instruction, lanes, address, width, race, "updates", "read or wrote without an atomic")
+    report_unwritten(unit, instruction, lanes, address, width, "updates")
     pieces = memory.split(address, width)
     if len(pieces) > 1:
         raise unit.fault("unsupported", "one atomic on several tensors", instruction, lanes[0])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .loads import address_operand, global_access, global_race, in_space, shared_place
+from .loads import address_operand, global_access, in_space, report_race, report_unwritten, shared_place
 from .mbarriers import Barrier, barrier_at
 from .memory import SECTOR
 from .program import Program, Step, builds
@@ -97,7 +97,7 @@ def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier
         address = box.address[box.inside].astype(np.uint64)
         data[box.inside] = read_box(unit, pc, instruction, lanes[box.inside], address, tensor.itemsize)
     if problem := shared.check_write(block, box.shared, data, unit.thread[lanes], asynchronous=True):
-        raise unit.refuse(problem, instruction, [lane])
+        unit.report(problem, instruction, [lane])
     shared.copying[shared.grains(block, box.shared, tensor.itemsize)] = True
     barrier.deliveries.append((box.shared, data))
 
@@ -107,7 +107,8 @@ def read_box(unit, pc, instruction, lanes, address, itemsize) -> np.ndarray:
     count_box(unit, pc, address, itemsize)
     memory = unit.wave.memory
     if race := memory.race_of_read(address, itemsize, unit.number[lanes]):
-        raise global_race(unit, instruction, lanes, address, itemsize, race, "copies", "wrote")
+        report_race(unit, instruction, lanes, address, itemsize, race, "copies", "wrote")
+    report_unwritten(unit, instruction, lanes, address, itemsize, "copies")
     return memory.load(address, 1, itemsize)
 
 
@@ -126,7 +127,7 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
     n = len(box.shared)
     lanes, block = np.full(n, lane), np.full(n, unit.block[lane])
     if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], agent=True):
-        raise unit.refuse(problem, instruction, [lane])
+        unit.report(problem, instruction, [lane])
     grains = np.unique(shared.grains(block, box.shared, tensor.itemsize))
     shared.start_storing(grains)
     unit.wave.stores.append((unit, lane, grains))
@@ -137,7 +138,7 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
     global_access(unit, instruction, lanes, address, tensor.itemsize, tensor.itemsize, "writes")
     count_box(unit, pc, address, tensor.itemsize)
     if race := unit.wave.memory.race_of_write(address, data, unit.number[lanes]):
-        raise global_race(unit, instruction, lanes, address, tensor.itemsize, race, "writes", "read or wrote")
+        report_race(unit, instruction, lanes, address, tensor.itemsize, race, "writes", "read or wrote")
     unit.wave.memory.store(address, data)
 
 

@@ -57,7 +57,7 @@ def copy_async(program: Program, instruction: Instruction) -> Step | None:
         shared_place(unit, instruction, lanes, where, nbytes, nbytes)
         unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], where, nbytes)
         if problem := shared.check_write(block, where, data, thread, asynchronous=True):
-            raise unit.refuse(problem, instruction, lanes)
+            unit.report(problem, instruction, lanes)
         shared.copying[shared.grains(block, where, nbytes)] = True
         unit.copies.append(Copy(lanes, where, data, unit.copied[lanes]))
 

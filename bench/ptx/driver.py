@@ -9,7 +9,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +24,14 @@ from flashattn.kernels.configs import SHARED_MEMORY
 
 from ..compiled import MULTIPROCESSOR, NoDriver, driver, unassembled
 from .counts import Counts
-from .faults import Fault
+from .faults import Fault, Judge
 from .machine import MAX_INSTRUCTIONS, execute
-from .memory import Named, named
 from .parse import parse
 from .program import Program
 from .rates import bounds, gpu_of
 from .tensor_maps import encode_map
+from .tensors import Named, named, storage_tensor
+from .uninitialised import Unwritten
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 # From Triton 3.8 on it takes a third argument, which it does not use.
@@ -53,12 +54,16 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def device(architecture: str, *, max_instructions: int = MAX_INSTRUCTIONS) -> Iterator[Device]:
+def device(
+    architecture: str, *, max_instructions: int = MAX_INSTRUCTIONS, on_fault: str | Mapping[str, str] = ()
+) -> Iterator[Device]:
     """Within the block every Triton kernel that is launched on CPU tensors is compiled for `architecture` ("sm_80",
     "sm_90" …) and executed by the PTX machine. `launches` of what it gives is the list of what ran, with its counts.
 
-    Raises `Fault` where a kernel does what a GPU would punish or would let pass unseen: the tensor, block, thread, PTX
-    line and Python line are in it. max_instructions: of one warp, past it a kernel counts as endless.
+    Raises `Fault` where a kernel does what a GPU would punish or would let pass unseen: the kernel, tensor, element,
+    block, thread, PTX line and Python line are in it. on_fault: "raise", "note" (keep it in `notes` of what this gives,
+    and go on) or "ignore", for all kinds of `ptx.CHOICES` or {kind: choice}; left out, those of `ptx.CHOICES`. What no
+    kernel can go on after is always raised. max_instructions: of one warp, past it a kernel counts as endless.
 
     It models results, order and counts. It models no time, no caches and no occupancy.
 
@@ -71,20 +76,25 @@ def device(architecture: str, *, max_instructions: int = MAX_INSTRUCTIONS) -> It
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    gpu = Device(architecture, max_instructions)
-    with driver(gpu), unassembled():
+    gpu = Device(architecture, max_instructions, on_fault)
+    with driver(gpu), unassembled(), gpu.unwritten.watch():
         yield gpu
 
 
 class Device(NoDriver, GPUDriver):
     """What Triton asks of a driver."""
 
-    def __init__(self, architecture: str, max_instructions: int):
+    def __init__(self, architecture: str, max_instructions: int, on_fault: str | Mapping[str, str]):
         NoDriver.__init__(self, architecture)
-        self.max_instructions = max_instructions
+        self.max_instructions, self.judge, self.unwritten = max_instructions, Judge(on_fault), Unwritten()
         self.launches: list[Launch] = []
         self.utils = self
         self.launcher_cls = Launcher
+
+    @property
+    def notes(self) -> list[Fault]:
+        """The faults that were let pass: the first of each kind, kernel, instruction and tensor."""
+        return self.judge.notes
 
     def show(self, lines: bool = False) -> None:
         """Print what the launches did; lines: with the counts of each line of Python."""
@@ -96,6 +106,8 @@ class Device(NoDriver, GPUDriver):
             report.print_launch(console, launch)
             if lines:
                 report.print_lines(console, launch)
+        for note in self.notes:
+            console.print(f"noted: {note}", markup=False, highlight=False)
 
     @staticmethod
     def is_active() -> bool:
@@ -139,7 +151,7 @@ class Device(NoDriver, GPUDriver):
 
     def allocate(self, size: int, align: int) -> torch.Tensor:
         """Workspace that a kernel asks for."""
-        memory = torch.zeros(size + align, dtype=torch.uint8)
+        memory = torch.empty(size + align, dtype=torch.uint8)
         return memory[-memory.data_ptr() % align :][:size]
 
 
@@ -148,6 +160,14 @@ def most_registers(ptx: str, registers: int) -> int:
     threads, bound = (re.search(rf"\.{name}\s+(\d+)", ptx) for name in ("reqntid", "maxnreg"))
     share = registers // int(threads.group(1)) // 8 * 8 if threads else 255
     return min(255, share, int(bound.group(1)) if bound else 255)
+
+
+class Argument(NamedTuple):
+    """What a parameter of a compiled kernel takes, and the tensor whose memory it gives access to."""
+
+    name: str
+    value: object
+    tensor: torch.Tensor | None = None
 
 
 class Launcher:
@@ -169,24 +189,23 @@ class Launcher:
         if enter is not None:
             enter(launch_metadata)
         grid = (x, y, z)
-        values, tensors = self.flatten(args)
+        values = self.flatten(args)
         for kind in ("global", "profile"):
             size = getattr(self.metadata, f"{kind}_scratch_size") * x * y * z
             scratch = gpu.allocate(size, getattr(self.metadata, f"{kind}_scratch_align")) if size else None
-            values.append(scratch)
-            tensors.append((f"{kind} scratch", scratch))
+            values.append(Argument(f"{kind} scratch", scratch, scratch))
         program = self.program
-        params = pack(program, values)
+        params = pack(program, [argument.value for argument in values])
         threads = self.metadata.num_warps * 32
-        counts = execute(program, grid, threads, params, extents(tensors), gpu.max_instructions)
+        tensors = extents(program, values)
+        counts = execute(program, grid, threads, params, tensors, gpu.judge, gpu.max_instructions, gpu.unwritten)
         gpu.launches.append(Launch(self.metadata.name, gpu.architecture, grid, threads, program.shared_bytes, counts))
         if leave is not None:
             leave(launch_metadata)
 
-    def flatten(self, args: tuple) -> tuple[list, list[tuple[str, object]]]:
-        """(the values of the compiled kernel's parameters in their order, each tensor among them with its name)."""
-        values: list[object] = []
-        tensors: list[tuple[str, object]] = []
+    def flatten(self, args: tuple) -> list[Argument]:
+        """What the parameters of the compiled kernel take, in their order."""
+        found: list[Argument] = []
         descriptors = iter(self.descriptors or [])
 
         def visit(name, kind, value):
@@ -195,25 +214,26 @@ class Launcher:
                 for field, k, v in zip(fields, kind, value, strict=True):
                     visit(f"{name}.{field}", k, v)
             elif kind.startswith("tensordesc"):
-                tensors.append((name, value.base))
-                values.extend(nvidia.make_tensordesc_arg(value, next(descriptors, None), *UNUSED))
+                first, *rest = nvidia.make_tensordesc_arg(value, next(descriptors, None), *UNUSED)
+                found.append(Argument(name, first, storage_tensor(value.base)))
+                found.extend(Argument(name, x) for x in rest)
             elif kind != "constexpr":
-                tensors.append((name, value))
-                values.append(value)
+                found.append(Argument(name, value, storage_tensor(value)))
 
         for (name, kind), value in zip(self.signature.items(), args, strict=True):
             visit(name, kind, value)
-        return values, tensors
+        return found
 
 
-def extents(values: Iterable[tuple[str, object]]) -> list[Named]:
-    """Of the tensors among (name, value); they must lie in the CPU's memory."""
+def extents(program: Program, arguments: list[Argument]) -> list[Named]:
+    """Of the tensors among them; they must lie in the CPU's memory."""
     found = []
-    for name, value in values:
-        if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu":
-                raise ValueError(f"{name} must be a CPU tensor to run on the PTX machine, got {value.device}")
-            found.append(named(name, value))
+    for param, (name, _, tensor) in zip(program.function.params, arguments, strict=False):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be a CPU tensor to run on the PTX machine, got {tensor.device}")
+        found.append(named(name, tensor, param.name))
     return [extent for extent in found if extent is not None]
 
 
@@ -242,8 +262,9 @@ def parameter_bytes(kind: str, size: int, value) -> bytes:
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
 
 
-def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32) -> Counts:
-    """Runs the first kernel of a PTX text on CPU tensors, whole numbers and floats, one for each parameter.
+def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, judge: Judge | None = None) -> Counts:
+    """Runs the first kernel of a PTX text on CPU tensors, whole numbers and floats, one for each parameter. judge: what
+    is done with faults, as `on_fault` of `device` says.
 
     >>> import torch
     >>> out = torch.zeros(32, dtype=torch.int32)
@@ -260,8 +281,8 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32) 
     """
     module = parse(text)
     program = Program(next(iter(module.kernels.values())), module)
-    tensors = extents((f"argument {i}", x) for i, x in enumerate(args))
-    return execute(program, (*grid, 1, 1)[:3], threads, pack(program, list(args)), tensors)
+    tensors = extents(program, [Argument(f"argument {i}", x, storage_tensor(x)) for i, x in enumerate(args)])
+    return execute(program, (*grid, 1, 1)[:3], threads, pack(program, list(args)), tensors, judge or Judge())
 
 
 @functools.lru_cache(maxsize=16)  # a large kernel takes some 20 MB

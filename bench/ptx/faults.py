@@ -1,18 +1,28 @@
-"""What the machine refuses, and where it happened."""
+"""What the machine refuses, where it happened, and what the caller wants to be done about it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .syntax import Instruction
 
+RAISE, NOTE, IGNORE = "raise", "note", "ignore"
+# The kinds that a launch can go on after, with what is done where the caller says nothing. What is noted by default is
+# right on a GPU as it is, but slow, or its last bits are a matter of chance.
+CHOICES = {
+    "out of bounds": RAISE, "out of view": RAISE, "uninitialised": RAISE, "pending copy": RAISE, "race": RAISE,
+    "global race": RAISE, "pending wgmma": NOTE, "last bits": NOTE,
+}  # fmt: skip
+
 
 class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
     """A kernel did what a GPU would punish, or would let pass unseen.
 
-    kind: "out of bounds", "misaligned", "uninitialised", "pending copy", "pending wgmma", "race", "global race",
-    "barrier", "endless", "assert", "unknown instruction" or "unsupported".
+    kind: one of CHOICES, or "misaligned", "barrier", "endless", "assert", "unknown instruction" or "unsupported".
+    kernel, block, thread, tensor, element (the index of the first element that is concerned) and instruction say where,
+    as far as they are known.
     """
 
     def __init__(
@@ -24,19 +34,50 @@ class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
         thread: int | None = None,
         tensor: str | None = None,
         other: Instruction | None = None,  # what it clashes with
+        kernel: str | None = None,
+        element: tuple[int, ...] | None = None,
     ):
         self.kind, self.message, self.instruction, self.other = kind, message, instruction, other
-        self.block, self.thread, self.tensor = block, thread, tensor
+        self.block, self.thread, self.tensor, self.kernel, self.element = block, thread, tensor, kernel, element
+        who = {"kernel": kernel, "block": block, "thread": thread}
         lines = [f"{kind}: {message}"]
-        if block is not None:
-            lines.append(f"  block {block}" + ("" if thread is None else f", thread {thread}"))
+        if place := [f"{name} {value}" for name, value in who.items() if value is not None]:
+            lines.append(f"  {', '.join(place)}")
         if instruction is not None:
-            lines += place(instruction)
+            lines += text_of(instruction)
         if other is not None:
-            lines += ["  The other instruction:", *place(other)]
+            lines += ["  The other instruction:", *text_of(other)]
         super().__init__("\n".join(lines))
 
 
-def place(instruction: Instruction) -> list[str]:
+def text_of(instruction: Instruction) -> list[str]:
     python = instruction.location or "no Python line"
     return [f"  {python}", f"  PTX line {instruction.line}: {instruction.text}"]
+
+
+class Judge:
+    """Raises faults, notes them or lets them pass, by their kinds."""
+
+    def __init__(self, on_fault: str | Mapping[str, str] = ()):
+        """on_fault: what is done with each kind of CHOICES, or with all of them."""
+        given = dict.fromkeys(CHOICES, on_fault) if isinstance(on_fault, str) else dict(on_fault)
+        for kind, choice in given.items():
+            if kind not in CHOICES:
+                raise ValueError(f"on_fault takes the kinds {', '.join(map(repr, CHOICES))}, got {kind!r}")
+            if choice not in (RAISE, NOTE, IGNORE):
+                raise ValueError(f"on_fault must say 'raise', 'note' or 'ignore', got {choice!r}")
+        self.choices = {**CHOICES, **given}
+        self.noted: dict[tuple, Fault] = {}
+
+    @property
+    def notes(self) -> list[Fault]:
+        """The first of each kind, kernel, instruction and tensor."""
+        return list(self.noted.values())
+
+    def __call__(self, fault: Fault) -> None:
+        choice = self.choices.get(fault.kind, RAISE)
+        if choice == RAISE:
+            raise fault
+        if choice == NOTE:
+            line = fault.instruction and fault.instruction.line
+            self.noted.setdefault((fault.kind, fault.kernel, line, fault.tensor), fault)

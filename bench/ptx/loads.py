@@ -6,7 +6,7 @@ import numpy as np
 
 from .faults import Fault
 from .integers import DTYPES
-from .memory import OutsideError, WarpsMeet
+from .memory import WarpsMeet
 from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WORD, Program, Step, builds
 from .syntax import BYTES, Address, Group, Instruction
 
@@ -30,26 +30,46 @@ def items(operand) -> tuple:
 
 
 def global_access(
-    unit, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, nbytes: int, align: int, does: str
-):
-    """Before an access to global memory of these lanes: aligned, and inside a tensor."""
+    unit, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, nbytes: int, align: int, does: str,
+    partly: bool = False,
+) -> np.ndarray | None:  # fmt: skip
+    """Before an access to global memory of these lanes: aligned, and inside a tensor. partly: the caller can do without
+    the lanes that are outside. Gives those that are inside; None: all."""
+    memory = unit.wave.memory
     bad = address % np.uint64(align) != 0
     if bad.any():
-        at = int(np.argmax(bad))
-        where, tensor = unit.wave.memory.describe(int(address[at]), nbytes)
-        message = f"{does} {nbytes} bytes {where}; the address is not a multiple of {align}"
-        raise unit.fault("misaligned", message, instruction, lanes[at], tensor)
-    memory = unit.wave.memory
-    try:
-        pieces = memory.split(address, nbytes)
-    except OutsideError as outside:
-        where, tensor = memory.describe(int(address[outside.at]), nbytes)
-        raise unit.fault(
-            "out of bounds", f"{does} {nbytes} bytes {where}", instruction, lanes[outside.at], tensor
-        ) from None
-    write = does in ("writes", "updates")
-    if unit.joined and memory.warps_meet(pieces, address, nbytes, unit.number[lanes], unit.warp[lanes], write):
-        raise WarpsMeet
+        does = f"{does} {nbytes} bytes {{}}; the address is not a multiple of {align}"
+        raise global_fault(unit, "misaligned", does, instruction, lanes, address, int(np.argmax(bad)), nbytes)
+    if strays := memory.strays(instruction.origin, address, nbytes, instruction.used):
+        kind, outside = strays
+        does_where = f"{does} {nbytes} bytes {{}}"
+        fault = global_fault(unit, kind, does_where, instruction, lanes, address, int(np.argmax(outside)), nbytes)
+        if kind == "out of bounds" and not partly:
+            raise fault
+        unit.wave.judge(fault)
+        if kind == "out of bounds":
+            return ~outside
+    if unit.joined:
+        pieces, write = memory.split(address, nbytes), does in ("writes", "updates")
+        if memory.warps_meet(pieces, address, nbytes, unit.number[lanes], unit.warp[lanes], write):
+            raise WarpsMeet
+    return None
+
+
+def global_fault(unit, kind, message, instruction, lanes, address, at, nbytes) -> Fault:
+    """Of the access of lane number `at` of these. message: with {} for the place in a tensor."""
+    memory, where = unit.wave.memory, int(address[at])
+    tensor = memory.nearest(where, memory.of(instruction.origin))
+    if tensor is None:
+        return unit.fault(
+            kind, message.format(f"at address {where:#x}, with no tensor in the launch"), instruction, lanes[at]
+        )
+    place = tensor.describe(where, nbytes)
+    if kind == "out of view" and not tensor.start <= where < tensor.end:
+        place += f", {memory.nearest(where).describe(where, nbytes)}"
+    return unit.fault(
+        kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.element(where)
+    )  # fmt: skip
 
 
 def strong(instruction: Instruction) -> bool:
@@ -72,35 +92,53 @@ def global_load(unit, pc: int, instruction: Instruction, lanes, address, width: 
 
 
 def global_read(unit, pc, instruction, lanes, address, width, count, align: int, does: str) -> np.ndarray:
-    """A load, or a copy's: (n, count) elements."""
+    """A load, or a copy's: (n, count) elements; zeros where there is no memory, if the caller lets that pass."""
     nbytes, memory = width * count, unit.wave.memory
-    global_access(unit, instruction, lanes, address, nbytes, align, does)
+    inside = global_access(unit, instruction, lanes, address, nbytes, align, does, partly=True)
+    if inside is not None:
+        found = np.zeros((len(lanes), count), WORD[width])
+        if inside.any():
+            rest = lanes[inside], address[inside]
+            found[inside] = global_read(unit, pc, instruction, *rest, width, count, align, does)
+        return found
     unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
     if strong(instruction):
         if "acquire" in instruction.parts:
             order_blocks(unit, lanes, address, acquires=True)
     elif race := memory.race_of_read(address, nbytes, unit.number[lanes]):
-        raise global_race(unit, instruction, lanes, address, nbytes, race, does, "wrote")
+        report_race(unit, instruction, lanes, address, nbytes, race, does, "wrote")
+    report_unwritten(unit, instruction, lanes, address, nbytes, does)
     return memory.load(address, width, count)
 
 
 def global_store(unit, pc: int, instruction: Instruction, lanes, address, values: np.ndarray) -> None:
     nbytes = values.dtype.itemsize * values.shape[1]
-    global_access(unit, instruction, lanes, address, nbytes, nbytes, "writes")
+    inside = global_access(unit, instruction, lanes, address, nbytes, nbytes, "writes", partly=True)
+    if inside is not None:
+        if inside.any():
+            global_store(unit, pc, instruction, lanes[inside], address[inside], values[inside])
+        return
     unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
     if strong(instruction):
         if "release" in instruction.parts:
             order_blocks(unit, lanes, address, releases=True)
+        unit.wave.memory.changes += 1
     elif race := unit.wave.memory.race_of_write(address, values, unit.number[lanes]):
-        raise global_race(unit, instruction, lanes, address, nbytes, race, "writes", "read or wrote")
+        report_race(unit, instruction, lanes, address, nbytes, race, "writes", "read or wrote")
     unit.wave.memory.store(address, values)
 
 
-def global_race(unit, instruction, lanes, address, nbytes, race, does, did) -> Fault:
+def report_race(unit, instruction, lanes, address, nbytes, race, does, did) -> None:
     at, other = race
-    where, tensor = unit.wave.memory.describe(int(address[at]), nbytes)
-    message = f"{does} {nbytes} bytes {where}, which block {unit.wave.place(other)} {did}"
-    return unit.fault("global race", message, instruction, lanes[at], tensor)
+    message = f"{does} {nbytes} bytes {{}}, which block {unit.wave.place(other)} {did}"
+    unit.wave.judge(global_fault(unit, "global race", message, instruction, lanes, address, at, nbytes))
+
+
+def report_unwritten(unit, instruction, lanes, address, nbytes, does) -> None:
+    at = unit.wave.memory.never_written(address, nbytes, instruction.used)
+    if at is not None:
+        message = f"{does} {nbytes} bytes {{}}, which nothing has written"
+        unit.wave.judge(global_fault(unit, "uninitialised", message, instruction, lanes, address, at, nbytes))
 
 
 def shared_place(unit, instruction, lanes, address, nbytes, align) -> None:
@@ -114,7 +152,7 @@ def shared_load(unit, pc, instruction, lanes, address, width: int, count: int) -
     shared_place(unit, instruction, lanes, address, nbytes, nbytes)
     unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
     if problem := shared.check_read(block, address, nbytes, unit.thread[lanes], used=instruction.used):
-        raise unit.refuse(problem, instruction, lanes)
+        unit.report(problem, instruction, lanes)
     return shared.load(block, address, width, count)
 
 
@@ -123,7 +161,7 @@ def shared_store(unit, pc, instruction, lanes, address, values: np.ndarray) -> N
     shared_place(unit, instruction, lanes, address, nbytes, nbytes)
     unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
     if problem := shared.check_write(block, address, values, unit.thread[lanes]):
-        raise unit.refuse(problem, instruction, lanes)
+        unit.report(problem, instruction, lanes)
     shared.store(block, address, values)
 
 

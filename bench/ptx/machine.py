@@ -17,11 +17,14 @@ import numpy as np
 
 from . import atomics, bulk, copies, loads, matrices, outside, tensor, warps  # noqa: F401  (they register instructions)
 from .counts import Counts
-from .faults import Fault
+from .faults import Fault, Judge
 from .mbarriers import Barrier
-from .memory import GlobalMemory, Named, WarpsMeet
+from .memory import GlobalMemory, WarpsMeet
+from .origins import find_origins
 from .program import Program
 from .shared import SharedMemory
+from .tensors import Named
+from .uninitialised import Unwritten
 from .unit import Parked, Unit
 
 LANES = 8192  # of a wave, at most (one block at least)
@@ -40,13 +43,14 @@ class Execution(NamedTuple):
     params: np.ndarray
     memory: GlobalMemory
     counts: Counts
+    judge: Judge
 
 
 class Wave:
     """Blocks that run together: their shared memory, and the tensors of the launch."""
 
     def __init__(self, execution: Execution, numbers: np.ndarray):
-        program, self.grid, threads, self.params, self.memory, self.counts = execution
+        program, self.grid, threads, self.params, self.memory, self.counts, self.judge = execution
         self.numbers = numbers
         x, y = self.grid[0], self.grid[1]
         self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
@@ -73,24 +77,35 @@ def execute(
     threads: int,
     params: bytes,
     tensors: Iterable[Named],
+    judge: Judge,
     max_instructions: int = MAX_INSTRUCTIONS,
+    unwritten: Unwritten | None = None,
 ) -> Counts:
-    """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong."""
+    """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong and that
+    `judge` does not let pass. unwritten: the memory that nothing has written so far."""
     tensors, params = list(tensors), np.frombuffer(params, np.uint8)
-    half = min(max(threads // 64, 1), 4)
+    find_origins(program, {t.parameter for t in tensors} - {None})
+    half, noted = min(max(threads // 64, 1), 4), dict(judge.noted)
     for size in (4,) if program.careful else (half, 1):
         memory = GlobalMemory(tensors, (named for named, _ in program.constant_data), program.global_grain)
-        execution = Execution(program, grid, threads, params, memory, Counts(program.instructions))
+        if unwritten is not None:
+            unwritten.mark(memory.segments)
+        execution = Execution(program, grid, threads, params, memory, Counts(program.instructions), judge)
         try:
-            return run_grid(execution, size, max_instructions)
+            counts = run_grid(execution, size, max_instructions)
         except WarpsMeet:
             memory.restore()
+            judge.noted = dict(noted)
+            continue
+        if unwritten is not None:
+            unwritten.learn(memory.segments)
+        return counts
     raise AssertionError("a unit of one warp that meets another of itself")
 
 
 def run_grid(execution: Execution, size: int, max_instructions: int) -> Counts:
     """In units of `size` warps."""
-    program, grid, threads, _, memory, counts = execution
+    program, grid, threads, _, memory, counts, _ = execution
     blocks = grid[0] * grid[1] * grid[2]
     lane_bytes = sum({slot.register: 8 for slot in program.slots}.values())
     together = max(1, min(LANES // threads, REGISTER_BYTES // (lane_bytes * threads + 1)))

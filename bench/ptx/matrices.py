@@ -43,7 +43,7 @@ def load_matrix(program: Program, instruction: Instruction) -> Step:
         shared, block = unit.wave.shared, unit.block[lanes]
         place_rows(unit, pc, instruction, warps, lanes, address)
         if problem := shared.check_read(block, address, 16, unit.thread[lanes]):
-            raise unit.refuse(problem, instruction, lanes)
+            unit.report(problem, instruction, lanes)
         tile = shared.load(block, address, 4, 4).view(np.uint16).reshape(len(warps), count, 8, 8)
         if trans:
             tile = np.ascontiguousarray(tile.swapaxes(2, 3))
@@ -73,7 +73,7 @@ def store_matrix(program: Program, instruction: Instruction) -> Step:
         shared = unit.wave.shared
         place_rows(unit, pc, instruction, warps, lanes, address)
         if problem := shared.check_write(unit.block[lanes], address, rows, unit.thread[lanes]):
-            raise unit.refuse(problem, instruction, lanes)
+            unit.report(problem, instruction, lanes)
         shared.store(unit.block[lanes], address, rows)
 
     return run

@@ -40,7 +40,7 @@ def barrier_at(unit, instruction: Instruction, lane: int, address: int) -> Barri
         )
     one = np.array([lane])
     if problem := unit.wave.shared.check_read(unit.block[one], np.array([address]), 8, unit.thread[one]):
-        raise unit.refuse(problem, instruction, [lane])
+        unit.report(problem, instruction, [lane])
     return found
 
 
@@ -126,7 +126,7 @@ def initialise(unit, instruction, lane, address, count) -> None:
     shared_place(unit, instruction, one, np.array([address]), 8, 8)
     data = np.full((1, 1), count, np.uint64)
     if problem := shared.check_write(unit.block[one], np.array([address]), data, unit.thread[one]):
-        raise unit.refuse(problem, instruction, [lane])
+        unit.report(problem, instruction, [lane])
     shared.store(unit.block[one], np.array([address]), data)
     nothing = np.zeros((2, shared.clocks.shape[-1]), np.int32)
     unit.wave.mbarriers[int(unit.block[lane]), address] = Barrier(count, count, nothing, nothing)

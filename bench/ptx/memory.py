@@ -7,11 +7,12 @@ smallest global access) remembers the last block that wrote it and the blocks th
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from .tensors import Named, live_tensors, raw_bytes
 
 if TYPE_CHECKING:
     from .counts import Counts
@@ -22,15 +23,6 @@ MANY = -1  # readers of more than one block
 SEVERAL = 63  # warps of a block; a warp by itself is 0 to 31
 
 
-class Named(NamedTuple):
-    """A tensor of a launch: the addresses from its first to its last element."""
-
-    name: str
-    start: int
-    end: int
-    text: str  # "float32[4, 64]"
-
-
 class Traffic(NamedTuple):
     """What a launch moved of one tensor, in bytes of whole sectors."""
 
@@ -38,19 +30,6 @@ class Traffic(NamedTuple):
     size: int  # of the tensor
     asked: int  # by the warps, each time they asked: what moves where nothing is cached
     once: int  # each sector that was read, and each that was written
-
-
-def named(name: str, tensor) -> Named | None:
-    """The extent of a PyTorch CPU tensor; None if it is empty."""
-    if tensor.numel() == 0:
-        return None
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    end = tensor.data_ptr() + (last + 1) * tensor.element_size()
-    return Named(name, tensor.data_ptr(), end, f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}")
-
-
-def raw_bytes(start: int, count: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_uint8 * count).from_address(start), np.uint8)
 
 
 class Segment:
@@ -66,6 +45,7 @@ class Segment:
         self.reader = np.zeros(grains, np.int32)
         self.updater = np.zeros(grains, np.int32)  # by an atomic
         self.read_by, self.written_by = np.zeros(grains, np.int64), np.zeros(grains, np.int64)  # which warp last
+        self.unwritten: np.ndarray | None = None  # what nothing has written yet; None: none of it
         self.before: np.ndarray | None = None  # the bytes before the first write
         self.first_sector = start // SECTOR
         sectors = (end - 1) // SECTOR - self.first_sector + 1
@@ -81,6 +61,28 @@ class Segment:
         first = address.astype(np.int64) // self.grain - self.start // self.grain
         return first[:, None] + np.arange(max(1, nbytes // self.grain))
 
+    def note_reads(self, grains: np.ndarray, mine: np.ndarray) -> None:
+        """By blocks (plus 1)."""
+        reader = self.reader[grains]
+        self.reader[grains] = np.where((reader == 0) | (reader == mine), mine, MANY)
+        again = self.reader[grains]  # two blocks in this very access: the last one stands there
+        self.reader[grains] = np.where(again == mine, again, MANY)
+
+    def leave_unwritten(self, start: int, unwritten: np.ndarray) -> None:
+        """Nothing has written these bytes from an address on. A grain counts if it holds none that was."""
+        if self.unwritten is None:
+            self.unwritten = np.zeros(len(self.writer), bool)
+        whole = np.zeros(len(self.writer) * self.grain, bool)
+        base = self.start // self.grain * self.grain
+        whole[start - base :][: len(unwritten)] = unwritten
+        whole[: self.start - base] = whole[self.start - base]  # bytes of the outer grains that are no tensor's
+        whole[self.end - base :] = whole[self.end - base - 1]
+        self.unwritten |= whole.reshape(-1, self.grain).all(1)
+
+    def unwritten_bytes(self, start: int, end: int) -> np.ndarray:
+        base = self.start // self.grain * self.grain
+        return np.repeat(self.unwritten, self.grain)[start - base : end - base]
+
     def save(self) -> None:
         if self.before is None:
             self.before = raw_bytes(self.start, self.end - self.start).copy()
@@ -94,6 +96,19 @@ def place_of(lanes: np.ndarray | slice, at: int) -> int:
     return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
 
 
+def foreign(marks: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Which marks of blocks are of others."""
+    return (marks != 0) & (marks != mine)
+
+
+def by_grain(elements: np.ndarray, grains: int) -> np.ndarray:
+    """(n, grains) of (n, elements): where one of a grain's elements is marked, or the one that it lies in."""
+    n, count = elements.shape
+    if grains <= count:
+        return elements.reshape(n, grains, -1).any(-1)
+    return np.repeat(elements, grains // count, axis=1)
+
+
 def of_other_warps(last: np.ndarray, mine: np.ndarray) -> np.ndarray:
     """Which marks (block + 1) << 6 | warp are of another warp of the same block."""
     return (last != mine) & (last >> 6 == mine >> 6)
@@ -104,54 +119,107 @@ class WarpsMeet(Exception):  # noqa: N818  (nothing is wrong)
 
 
 class OutsideError(Exception):
-    """An access that no segment holds, by its place among the lanes."""
+    """Accesses that no segment holds: which of the lanes."""
 
-    def __init__(self, at: int):
-        super().__init__(at)
-        self.at = at
+    def __init__(self, lanes: np.ndarray):
+        super().__init__(lanes)
+        self.lanes = lanes
 
 
 class GlobalMemory:
     def __init__(self, tensors: Iterable[Named], constants: Iterable[Named], grain: int):
-        self.tensors = [*tensors, *constants]
-        self.order = Order()
+        self.tensors, self.grain = [*tensors, *constants], grain
+        self.order, self.changes = Order(), 0
         merged: list[list[int]] = []
         for each in sorted(self.tensors, key=lambda t: t.start):
             if merged and each.start <= merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], each.end)
             else:
                 merged.append([each.start, each.end])
-        self.segments = [Segment(start, end, grain) for start, end in merged]
+        self.place_segments(Segment(start, end, grain) for start, end in merged)
+        self.gaps = any(t.elements is not None for t in self.tensors)
+        self.live: list[Named] | None = None  # the tensors of the process, once they are asked for
+        self.known: dict[frozenset[str], list[Named]] = {}
+
+    def place_segments(self, segments: Iterable[Segment]) -> None:
+        self.segments = sorted(segments, key=lambda segment: segment.start)
         self.starts = np.array([s.start for s in self.segments], np.uint64)
 
-    def describe(self, address: int, nbytes: int) -> tuple[str, str | None]:
-        """("12 bytes past the end of q, float16[2, 64]", "q"): the nearest tensor."""
-        if not self.tensors:
-            return f"address {address:#x}, with no tensor in the launch", None
-        inside = [t for t in self.tensors if t.start <= address < t.end]
-        best = min(inside or self.tensors, key=lambda t: max(t.start - address, address - t.end, 0))
-        if address >= best.end:
-            where = f"{address - best.end} bytes past the end of" if address > best.end else "right past the end of"
-        elif address < best.start:
-            where = f"{best.start - address} bytes before the start of"
-        else:
-            over = "" if address + nbytes <= best.end else f", {address + nbytes - best.end} bytes of it past its end,"
-            where = f"at byte {address - best.start}{over} of"
-        return f"{where} {best.name}, {best.text}", best.name
+    def of(self, origin: frozenset[str] | None) -> list[Named]:
+        """The tensors that an address of this origin may be in; all of them where none is known."""
+        if origin is None:
+            return self.tensors
+        if origin not in self.known:
+            found = [t for t in self.tensors if t.parameter in origin]
+            self.known[origin] = found or self.tensors
+        return self.known[origin]
+
+    def strays(
+        self, origin: frozenset[str] | None, address: np.ndarray, nbytes: int, used: int | None
+    ) -> tuple[str, np.ndarray] | None:
+        """(kind, which lanes): accesses that no memory of the launch holds, or that touch what the tensors that their
+        addresses derive from do not show. None: none. used: the bytes that are looked at."""
+        tensors = self.of(origin)
+        if tensors is not self.tensors or self.gaps:
+            good = tensors[0].within(address, nbytes, used)
+            for tensor in tensors[1:]:
+                good |= tensor.within(address, nbytes, used)
+            if good.all():
+                return None
+        try:
+            self.split(address, nbytes)
+        except OutsideError as error:
+            if tensors is self.tensors and self.adopt(address[error.lanes], nbytes):
+                return self.strays(origin, address, nbytes, used)
+            return "out of bounds", error.lanes
+        return ("out of view", ~good) if tensors is not self.tensors or self.gaps else None
+
+    def nearest(self, address: int, tensors: list[Named] | None = None) -> Named | None:
+        tensors = tensors or self.tensors
+        inside = [t for t in tensors if t.start <= address < t.end]
+        return min(inside or tensors, key=lambda t: max(t.start - address, address - t.end, 0), default=None)
+
+    def adopt(self, address: np.ndarray, nbytes: int) -> bool:
+        """Takes in the tensors of this process that hold these addresses; whether there were any. For addresses that a
+        kernel loaded from memory: a table of pointers."""
+        if self.live is None:
+            self.live = live_tensors()
+        found = [tensor for tensor in self.live if tensor.within(address, nbytes, None).any()]
+        news = [Segment(*piece, self.grain) for piece in self.uncovered(found)]
+        self.tensors += found
+        self.gaps |= any(t.elements is not None for t in found)
+        self.place_segments([*self.segments, *news])
+        return bool(news)
+
+    def uncovered(self, tensors: list[Named]) -> list[tuple[int, int]]:
+        """The stretches of these tensors that no segment holds."""
+        pieces, at = [], 0
+        for start, end in sorted((t.start, t.end) for t in tensors):
+            at = max(at, start)
+            for segment in self.segments:
+                if at < segment.start < end:
+                    pieces.append((at, segment.start))
+                if at < segment.end and segment.start < end:
+                    at = segment.end
+            if at < end:
+                pieces.append((at, end))
+                at = end
+        return pieces
 
     def split(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
         """Each segment with the lanes that fall in it."""
         if not self.segments:
-            raise OutsideError(0)
+            raise OutsideError(np.ones(len(address), bool))
         number = np.searchsorted(self.starts, address, side="right") - 1
         one = (number == number[0]).all()
-        found = []
+        found, outside = [], np.zeros(len(address), bool)
         for n, lanes in [(number[0], slice(None))] if one else [(n, number == n) for n in np.unique(number)]:
             there, segment = address[lanes], self.segments[n]
-            bad = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
-            if bad.any():  # those before the first segment too: -1 is the last one, whose start is past them
-                raise OutsideError(place_of(lanes, int(np.argmax(bad))))
+            # Those before the first segment are bad too: -1 is the last one, whose start is past them.
+            outside[lanes] = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
             found.append((segment, lanes))
+        if outside.any():
+            raise OutsideError(outside)
         return found
 
     def load(self, address: np.ndarray, width: int, count: int) -> np.ndarray:
@@ -176,6 +244,21 @@ class GlobalMemory:
             view, index = segment.elements(address[lanes], width, count)
             view[index] = values[lanes]
             segment.touch(address[lanes], True)
+            if segment.unwritten is not None:
+                segment.unwritten[segment.grains(address[lanes], width * count)] = False
+
+    def never_written(self, address: np.ndarray, nbytes: int, used: int | None) -> int | None:
+        """The first lane that reads what nothing has written, in the bytes that are used."""
+        for segment, lanes in self.split(address, nbytes):
+            if segment.unwritten is None:
+                continue
+            bad = segment.unwritten[segment.grains(address[lanes], nbytes)]
+            if used is not None:
+                whole = (1 << self.grain) - 1
+                bad = bad[:, [used >> i * self.grain & whole != 0 for i in range(bad.shape[1])]]
+            if bad.any():
+                return place_of(lanes, int(np.argmax(bad.any(1))))
+        return None
 
     # -------------------------------------------------------------------------------------------- warps
 
@@ -208,7 +291,7 @@ class GlobalMemory:
     def met(self, marks: tuple[np.ndarray, ...], mine: np.ndarray, lanes) -> tuple[int, int] | None:
         """(lane, other block) where marks of blocks (n, grains) are of another one that nothing orders before."""
         for other in marks:
-            bad = (other != 0) & (other != mine[:, None])
+            bad = foreign(other, mine[:, None])
             if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
                 return place_of(lanes, at[0]), at[1]
         return None
@@ -219,31 +302,33 @@ class GlobalMemory:
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
             if race := self.met((segment.writer[grains], segment.updater[grains]), mine, lanes):
                 return race
-            reader = segment.reader[grains]
-            segment.reader[grains] = np.where((reader == 0) | (reader == mine[:, None]), mine[:, None], MANY)
-            again = segment.reader[grains]  # two blocks in this very access: the last one stands there
-            segment.reader[grains] = np.where(again == mine[:, None], again, MANY)
+            segment.note_reads(grains, np.broadcast_to(mine[:, None], grains.shape))
         return None
 
     def race_of_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
-        """(lane, other block) of a write to what another block read or wrote; a write of what is there is none."""
+        """(lane, other block) of a write to what another block read or wrote. A write of what is there changes nothing
+        for others: it is noted as a read, which a write of something else would race with."""
         nbytes = values.dtype.itemsize * values.shape[1]
         for segment, lanes in self.split(address, nbytes):
             grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            view, index = segment.elements(address[lanes], values.dtype.itemsize, values.shape[1])
+            changes = by_grain(view[index] != values[lanes], grains.shape[1])
+            if changes.any():
+                self.changes += 1
+            mine = np.broadcast_to(mine[:, None], grains.shape)
+            segment.note_reads(grains[~changes], mine[~changes])
             writer, reader = segment.writer[grains], segment.reader[grains]
             writer = np.where(writer == 0, segment.updater[grains], writer)
-            bad = ((writer != 0) & (writer != mine[:, None])) | ((reader != 0) & (reader != mine[:, None]))
-            segment.writer[grains] = np.broadcast_to(mine[:, None], grains.shape)
-            clash = segment.writer[grains] != mine[:, None]  # two blocks in this very access
+            bad = changes & (foreign(writer, mine) | foreign(reader, mine))
+            segment.writer[grains[changes]] = mine[changes]
+            clash = changes & (segment.writer[grains] != mine)  # two blocks in this very access
             if not (bad | clash).any():
                 continue
-            view, index = segment.elements(address[lanes], values.dtype.itemsize, values.shape[1])
-            changes = (view[index] != values[lanes]).any(1)[:, None]
             view[index] = values[lanes]
-            disagrees = (view[index] != values[lanes]).any(1)[:, None]
+            disagrees = by_grain(view[index] != values[lanes], grains.shape[1])
             other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
-            bad = (bad & changes) | (clash & disagrees)
-            if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
+            bad |= clash & disagrees
+            if bad.any() and (at := self.order.first_unordered(bad, other, mine[:, 0])):
                 return place_of(lanes, at[0]), at[1]
         return None
 

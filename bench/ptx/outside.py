@@ -9,8 +9,7 @@ import numpy as np
 
 from .calls import arguments, callee
 from .faults import Fault
-from .loads import LOADS, by_space, in_space
-from .memory import OutsideError
+from .loads import LOADS, by_space, global_access, in_space
 from .program import Control, Program, builds
 from .syntax import Instruction
 from .warps import fails, held
@@ -87,13 +86,10 @@ class Reader:
     def string(self, address: int) -> str:
         """The text at an address of global memory, up to its end."""
         if address not in self.texts:
-            data, memory = bytearray(), self.unit.wave.memory
+            data, where = bytearray(), np.array([address], np.uint64)
             while not data.endswith(b"\0"):
-                try:
-                    data += memory.load(np.array([address + len(data)], np.uint64), 1, 1).tobytes()
-                except OutsideError:
-                    where, tensor = memory.describe(address + len(data), 1)
-                    message, lane = f"prints text {where}", int(self.lane[0])
-                    raise self.unit.fault("out of bounds", message, self.instruction, lane, tensor) from None
+                global_access(self.unit, self.instruction, self.lane, where, 1, 1, "prints")
+                data += self.unit.wave.memory.load(where, 1, 1).tobytes()
+                where += np.uint64(1)
             self.texts[address] = data[:-1].decode(errors="replace")
         return self.texts[address]

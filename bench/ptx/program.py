@@ -14,8 +14,8 @@ import numpy as np
 from . import arithmetic, integers
 from .faults import Fault
 from .integers import DTYPES
-from .memory import Named
 from .syntax import BYTES, Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol
+from .tensors import Named
 
 # Where generic addresses of the other spaces begin: no tensor lies there.
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 60, 1 << 61, 1 << 62
@@ -90,7 +90,9 @@ class Program:
                 start = -(-data.ctypes.data // 16) * 16
                 data[start - data.ctypes.data :][: v.size] = np.frombuffer(v.data, np.uint8)
                 self.addresses[v.name] = start
-                self.constant_data.append((Named(v.name, start, start + v.size, f"{v.size} bytes"), data))
+                self.constant_data.append(
+                    (Named(v.name, start, start + v.size, f"{v.size} bytes", parameter=v.name), data)
+                )
         self.shared_bytes = shared + shared_bytes
 
     def grains(self) -> None:
@@ -189,13 +191,14 @@ class Program:
         try:
             run = builder(self, instruction) if builder else self.arithmetic(instruction)
         except Fault as fault:
-            raise Fault(fault.kind, fault.message, instruction) from None
+            raise Fault(fault.kind, fault.message, instruction, kernel=self.function.name) from None
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise Fault(
-                "unknown instruction", f"{instruction.op}: a form not known ({error!r})", instruction
-            ) from error
+                "unknown instruction", f"{instruction.op}: a form not known ({error!r})", instruction,
+                kernel=self.function.name,
+            ) from error  # fmt: skip
         if run is None:
-            raise Fault("unknown instruction", instruction.op, instruction)
+            raise Fault("unknown instruction", instruction.op, instruction, kernel=self.function.name)
         return run if instruction.guard is None else guarded(run, self.slot(instruction.guard, np.bool_), instruction)
 
     def arithmetic(self, instruction: Instruction) -> Step | None:

@@ -63,6 +63,7 @@ class Instruction:
     location: Location | None
     targets: tuple[int, ...] = ()  # instruction numbers that a branch goes to
     used: int | None = None  # of a load, one bit a byte: those the compiler looks at; None: all
+    origin: frozenset[str] | None = None  # of an access: the parameters that its address may derive from; None: any
     scope: tuple[int, ...] = ()  # while labels are resolved
 
     @property

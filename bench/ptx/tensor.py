@@ -290,7 +290,7 @@ def shared_matrix(unit, pc, instruction, groups, operand: Operand, slot, dtype, 
     if problem := shared.place(where, 16, 16):
         raise unit.refuse(problem, instruction, owner)
     if problem := shared.check_read(unit.block[owner], where, 16, unit.thread[owner], agent=True):
-        raise unit.refuse(problem, instruction, owner)
+        unit.report(problem, instruction, owner)
     grains = shared.grains(unit.block[owner], where, 16).reshape(len(groups), -1)
     shared.product_reads(grains, unit.warps.start, unit.committed[lanes], pc)
     itemsize = np.dtype(dtype).itemsize

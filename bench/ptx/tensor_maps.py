@@ -105,7 +105,7 @@ def tensor_map(program: Program, instruction: Instruction) -> Step | None:
         halves = np.ascontiguousarray(values).view(np.uint32)
         shared = unit.wave.shared
         if problem := shared.check_write(unit.block[lanes], where, halves, unit.thread[lanes]):
-            raise unit.refuse(problem, instruction, lanes)
+            unit.report(problem, instruction, lanes)
         shared.store(unit.block[lanes], where, halves)
 
     return run

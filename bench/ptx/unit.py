@@ -143,6 +143,10 @@ class Unit:
     def lanes(self, mask: np.ndarray | None) -> np.ndarray:
         return np.arange(self.count) if mask is None else np.flatnonzero(mask)
 
+    def report(self, problem: Problem, instruction: Instruction, lanes) -> None:
+        """A problem with shared memory that the launch can go on after, if the caller wants it to."""
+        self.wave.judge(self.refuse(problem, instruction, lanes))
+
     def refuse(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
         """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
         lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
@@ -151,7 +155,8 @@ class Unit:
 
     def fault(
         self, kind: str, message: str, instruction: Instruction, lane: int,
-        tensor: str | None = None, other: Instruction | None = None,
+        tensor: str | None = None, other: Instruction | None = None, element: tuple[int, ...] | None = None,
     ) -> Fault:  # fmt: skip
         block = tuple(int(x) for x in self.wave.coordinates[self.block[lane]])
-        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor, other)
+        kernel = self.program.function.name
+        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor, other, kernel, element)

@@ -1,0 +1,126 @@
+"""Which of a launch's tensors an address derives from, told from the text of the kernel alone.
+
+A value is a set of alternatives, one for each way to come by it: a pointer to a tensor (by the name of the parameter or
+variable that holds it), an integer that is none (INTEGER), or anything (UNKNOWN: what was loaded from memory). A sum is
+of every pair of alternatives, and a pointer plus a number stays a pointer. Where a register has several definitions all
+of them count, so an address is never said to derive from too few tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from .syntax import Address, Group, Immediate, Instruction, Operand, Register, Symbol
+
+if TYPE_CHECKING:
+    from .program import Program
+
+Origin = frozenset  # of names
+INTEGER, UNKNOWN = "integer", "unknown"
+NUMBER, ANYTHING = Origin([INTEGER]), Origin([UNKNOWN])
+SUMS = ("add", "sub", "mad", "or", "xor", "and", "lop3", "prmt", "bfi", "shl", "shr", "addc", "subc", "madc")
+COPIES = ("mov", "cvta", "cvt", "shfl")
+CHOICES = ("selp", "min", "max")
+PRODUCTS = ("mul", "div", "rem", "popc", "clz", "bfind", "setp", "set", "vote", "elect", "activemask")
+ACCESSES = ("ld", "ldu", "st", "atom", "red", "cp")
+
+
+def find_origins(program: Program, parameters: Iterable[str]) -> None:
+    """Sets `origin` of each access of the program. parameters: those that hold the address of a tensor."""
+    pointers = frozenset(parameters) | {named.name for named, _ in program.constant_data}
+    declared = program.function.registers
+    values = {name: NUMBER for names in program.uses for name in names if name not in declared}  # %tid.x …
+    rules = [rule for i in program.instructions if (rule := rule_of(i, pointers, values))]
+    while sum([rule() for rule in rules]):
+        pass
+    for instruction in program.instructions:
+        if instruction.parts[0] in ACCESSES:
+            instruction.origin = origin_of(instruction, pointers, values)
+
+
+def origin_of(instruction: Instruction, pointers: frozenset[str], values: dict[str, Origin]) -> Origin | None:
+    """The tensors that an access may be to; None: any."""
+    addresses = [x.base for x in instruction.operands if isinstance(x, Address)]
+    found = Origin().union(*(value_of(x, pointers, values) or ANYTHING for x in addresses)) - NUMBER
+    return found if found and UNKNOWN not in found else None
+
+
+def rule_of(instruction: Instruction, pointers: frozenset[str], values: dict[str, Origin]) -> Callable | None:
+    """A function that takes what is known of the operands over to the results, and says whether that was news."""
+    operands = instruction.operands
+    if not operands or instruction.parts[0] in ("st", "red", "bra", "brx", "bar", "barrier", "call"):
+        return None
+    results = [x.name for x in items(operands[0]) if isinstance(x, Register)]
+    combine, sources = combination(instruction)
+
+    def carry() -> bool:
+        known = [value_of(x, pointers, values) for x in sources]
+        if None in known:
+            return False  # its operands come later in the text
+        found, news = combine(known), False
+        for name in results:
+            before = values.get(name, Origin())
+            news |= not found <= before
+            values[name] = before | found
+        return news
+
+    return carry
+
+
+def combination(instruction: Instruction) -> tuple[Callable, list[Operand]]:
+    """(what makes a result of its operands, the operands that it is made of)."""
+    base, operands = instruction.parts[0], instruction.operands
+    sources = [y for x in operands[1:] for y in items(x)]
+    if base == "ld" and "param" in instruction.parts:
+        return first, sources
+    if base in COPIES:
+        return (first if len(sources) == 1 or base == "shfl" else total), sources[:1] if base == "shfl" else sources
+    if base in ("mad", "madc"):
+        return first, sources[2:]
+    if base in CHOICES:
+        return either, sources[:2]
+    if base in SUMS:
+        return total, sources
+    return (lambda _: NUMBER if base in PRODUCTS else ANYTHING), []
+
+
+def items(operand: Operand) -> tuple:
+    return operand.items if isinstance(operand, Group) else (operand,)
+
+
+def value_of(operand: Operand, pointers: frozenset[str], values: dict[str, Origin]) -> Origin | None:
+    """None: not known yet."""
+    if isinstance(operand, Address):  # of a load: what a parameter holds
+        named = isinstance(operand.base, Symbol) and operand.base.name in pointers and operand.offset == 0
+        return Origin([operand.base.name]) if named else ANYTHING
+    if isinstance(operand, Symbol):
+        return Origin([operand.name]) if operand.name in pointers else NUMBER
+    if isinstance(operand, Immediate):
+        return NUMBER
+    return values.get(operand.name.lstrip("!")) if isinstance(operand, Register) else ANYTHING
+
+
+def first(known: list[Origin]) -> Origin:
+    return known[0]
+
+
+def either(known: list[Origin]) -> Origin:
+    return Origin().union(*known)
+
+
+def total(known: list[Origin]) -> Origin:
+    """Of every pair of alternatives: a pointer outdoes what is no pointer, or may be none."""
+    result = NUMBER
+    for other in known:
+        if result != NUMBER and other != NUMBER:
+            result = Origin().union(*(pair(a, b) for a in result for b in other))
+        elif result == NUMBER:
+            result = other
+    return result
+
+
+def pair(a: str, b: str) -> set[str]:
+    if a == INTEGER or (a == UNKNOWN and b != INTEGER):
+        return {b}
+    return {a} if b in (INTEGER, UNKNOWN) else {a, b}
