@@ -22,7 +22,7 @@ OTHERS = {"attention_backward_bias"}
 
 @pytest.fixture
 def in_roles():
-    with ptx.device("sm_90") as device:
+    with ptx.device("sm_90", on_fault="raise") as device:
         yield device
 
 

@@ -40,7 +40,7 @@ ON_SM_90 = pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 
 @pytest.fixture(params=["sm_80", "sm_90"])
 def gpu(request):
-    with ptx.device(request.param) as device:
+    with ptx.device(request.param, on_fault="raise") as device:
         yield device
     for launch in device.launches:
         assert launch.shared_bytes <= configs.SHARED_MEMORY[launch.architecture], launch.kernel
@@ -78,7 +78,7 @@ def test_compile_narrow_values_for_sm_90():
 
 
 def test_descriptors_made_in_a_kernel():
-    with ptx.device("sm_90"):
+    with ptx.device("sm_90", on_fault="raise"):
         out, right = ptx_rings.run_made(queries=200, keys=150)
     assert torch.equal(out, right)
 
@@ -129,7 +129,7 @@ def test_the_fault_is_there_without_fences(monkeypatch):
     monkeypatch.setattr(forward, "attention_forward", compiler.kernel(forward.SIZES)(forward.attention_forward.fn))
     q, k, v = (torch.randn(1, 1, seq, 64, dtype=BF16) for seq in (130, 300, 300))
     with (
-        ptx.device("sm_90"),
+        ptx.device("sm_90", on_fault="raise"),
         flashattn.use_backend("triton"),
         pytest.raises(Fault, match=r"written with no fence.proxy.async since"),
     ):

@@ -296,3 +296,136 @@ def calls_a_function(x, y, out):
     total, product = sum_and_product(tl.load(x + i), tl.load(y + i))
     total, product = sum_and_product(total, product)
     tl.store(out + i, total - product)
+
+
+# ------------------------------------------------------------------------------------------------ whose memory it is
+
+
+@triton.jit
+def copy_by_table(pointers, sizes, out, BLOCK: tl.constexpr, OVER: tl.constexpr):
+    """Each program copies what the next pointer of a table points to; OVER: how many elements too many."""
+    group, i = tl.program_id(0), tl.arange(0, BLOCK)
+    source = tl.load(pointers + group).to(tl.pointer_type(tl.float32))
+    n = tl.load(sizes + group) + OVER
+    tl.store(out + group * BLOCK + i, tl.load(source + i, i < n, other=0.0))
+
+
+@triton.jit
+def fill_by_table(pointers, BLOCK: tl.constexpr):
+    group, i = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.store(tl.load(pointers + group).to(tl.pointer_type(tl.float32)) + i, group + i * 1.0)
+
+
+@triton.jit
+def copy_by_number(address, out, BLOCK: tl.constexpr):
+    """The address comes as a whole number."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(address.to(tl.pointer_type(tl.float32)) + i))
+
+
+@triton.jit
+def copy_rows(x, out, stride, COLS: tl.constexpr):
+    row, i = tl.program_id(0), tl.arange(0, COLS)
+    tl.store(out + row * COLS + i, tl.load(x + row * stride + i))
+
+
+@triton.jit
+def copy_one_of(x, y, which, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.where(tl.load(which + i) != 0, x + i, y + i)
+    tl.store(out + i, tl.load(source))
+
+
+@triton.jit
+def walk(x, out, n, BLOCK: tl.constexpr):
+    """A pointer that a loop moves on."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    pointer = x + tl.arange(0, BLOCK)
+    for _ in range(0, n, BLOCK):
+        total += tl.load(pointer)
+        pointer += BLOCK
+    tl.store(out + tl.arange(0, BLOCK), total)
+
+
+@triton.jit
+def add_to(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(out + i, i < n) + tl.load(x + i, i < n), i < n)
+
+
+@triton.jit
+def count(out):
+    tl.atomic_add(out, 1)
+
+
+@triton.jit
+def set_and_read(flag, out, value):
+    """Each program writes the flag and reads it."""
+    tl.store(flag, value)
+    tl.store(out + tl.program_id(0), tl.load(flag))
+
+
+@triton.jit
+def copy_beside(x, y, out, n, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i + OFFSET, i < n) + tl.load(y + i, i < n), i < n)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y)
+
+
+# ------------------------------------------------------------------------------------------------ what goes on and on
+
+
+@triton.jit
+def count_past(out, n, STEP: tl.constexpr):
+    """A counter that steps over the number it waits for."""
+    i = tl.load(out)
+    while i != n:
+        i += STEP
+    tl.store(out, i)
+
+
+@triton.jit
+def count_in_memory(out):
+    while tl.load(out) >= 0:
+        tl.store(out, tl.load(out) + 1)
+
+
+@triton.jit
+def take_lock_twice(lock):
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+
+
+@triton.jit
+def wait_for_next(flags, n):
+    """Each program waits for the one after it, the last for none."""
+    i = tl.program_id(0)
+    if i < n - 1:
+        while tl.atomic_add(flags + i + 1, 0) == 0:
+            pass
+    tl.atomic_xchg(flags + i, 1)
+
+
+@triton.jit
+def halve(x, out, n):
+    """A long loop of arithmetic."""
+    value = tl.load(x)
+    for _ in range(n):
+        value = value * 0.999 + 1.0
+    tl.store(out, value)
+
+
+# ------------------------------------------------------------------------------------------------ last bits
+
+
+@triton.jit
+def dot_rows(x, weight, out, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One element a thread: each adds its own product, rounded once, to the rounded one of another."""
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLS)
+    tl.store(out + r, tl.sum(tl.load(x + r[:, None] * COLS + c) * tl.load(weight + c), 1))

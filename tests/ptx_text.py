@@ -11,6 +11,7 @@ import torch
 
 from bench import ptx
 from bench.ptx.driver import run_text
+from bench.ptx.faults import Judge
 
 HEAD = """.version 8.7
 .target sm_90a
@@ -35,10 +36,10 @@ HEAD = """.version 8.7
 """
 
 
-def run(body: str, threads: int = 128, blocks: int = 1, elements: int | None = None):
+def run(body: str, threads: int = 128, blocks: int = 1, elements: int | None = None, judge: Judge | None = None):
     n = threads * blocks if elements is None else elements
     out, x = torch.zeros(max(threads * blocks, n), dtype=torch.int32), torch.arange(n, dtype=torch.int32)
-    run_text(HEAD + body + "\n ret;\n}", out, x, grid=(blocks,), threads=threads)
+    run_text(HEAD + body + "\n ret;\n}", out, x, grid=(blocks,), threads=threads, judge=judge)
     return out
 
 

@@ -16,6 +16,7 @@ from ptx_text import caught, run
 
 from bench import ptx
 from bench.ptx.driver import run_text
+from bench.ptx.faults import Judge
 
 COPY = "ld.global.b32 %r10, [%rd5]; st.global.b32 [%rd4], %r10;"
 
@@ -79,7 +80,7 @@ def test_race_on_shared_memory_read():
         run(EXCHANGE.replace("BARRIER", ""))
     # Run first, a warp meets what nothing has written yet; run last, a write it has not seen.
     assert raised.value.kind in ("race", "uninitialised")
-    first = "st.shared.b32 [%r7], %r1; bar.sync 0;"
+    first = "st.shared.b32 [%r7], %r3; bar.sync 0;"
     caught("race", first + EXCHANGE.replace("BARRIER", ""), "with no barrier between")
 
 
@@ -322,18 +323,6 @@ def test_divergence_comes_together():
     assert out[31] == expected[31]
 
 
-def test_endless_loop():
-    x = torch.zeros(1, dtype=torch.int32)
-    with ptx.device("sm_80", max_instructions=2000):
-        x.fill_(1)
-        kernels.endless[(1,)](x)
-        x.fill_(0)
-        with pytest.raises(ptx.Fault, match="more than 2000 instructions") as raised:
-            kernels.endless[(1,)](x)
-    assert raised.value.kind == "endless"
-    assert "ptx_kernels.py" in str(raised.value)
-
-
 def test_device_assert():
     with ptx.device("sm_80"):
         kernels.asserts[(4,)](torch.zeros(1000), 1000, BLOCK=256, debug=True)
@@ -363,14 +352,16 @@ def compiled_matmul(architecture: str) -> tuple[str, int]:
         return compiled.asm["ptx"], compiled.metadata.shared
 
 
-def run_matmul(text: str, shared: int) -> None:
-    """A text with a sum of 128 products, in four turns of the loop."""
+def run_matmul(text: str, shared: int, on_fault: str | dict = "raise") -> list[ptx.Fault]:
+    """A text with a sum of 128 products, in four turns of the loop; what was noted."""
     torch.manual_seed(0)
     a, b = torch.randn(64, 128).half(), torch.randn(128, 64).half()
     c = torch.zeros(64, 64, dtype=torch.float16)
     text = text.replace("global_smem[]", f"global_smem[{shared}]")
-    run_text(text, a, b, c, 64, 64, 128, 128, 64, 64, 0, 0, threads=128)
+    judge = Judge(on_fault)
+    run_text(text, a, b, c, 64, 64, 128, 128, 64, 64, 0, 0, threads=128, judge=judge)
     torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=2e-3, atol=2e-2)
+    return judge.notes
 
 
 def without(text: str, pattern: str, which: int) -> str:
@@ -394,7 +385,7 @@ def test_faults_in_a_pipelined_product(architecture):
         waits = len(re.findall(r"wgmma\.wait_group", text))
         with pytest.raises(ptx.Fault) as raised:
             run_matmul(without(text, r"wgmma\.wait_group", waits - 1), shared)
-        assert raised.value.kind in ("pending wgmma", "race")
+        assert raised.value.kind == "pending wgmma"
         with pytest.raises(ptx.Fault, match=r"fence\.proxy\.async"):
             run_matmul(text.replace("fence.proxy.async.shared::cta;", ""), shared)
         less = text.replace("wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 7")

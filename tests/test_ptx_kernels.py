@@ -61,17 +61,14 @@ def test_matmul(gpu, dtypes, tiles):
     grid = triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N)
     block_k = 32 if dtype != torch.float64 else 16
     tiles = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, ACC=accumulator, num_warps=num_warps)
-    if accumulator == tl.float16 and gpu.architecture == "sm_90":
-        # Triton 3.7.1 packs float16 accumulators anew in every turn, before the wait: the machine is right to refuse.
-        # The assembler sees it too, and waits after every product.
-        with pytest.raises(ptx.Fault, match="pending wgmma"):
-            kernels.matmul[grid](a, b, c, M, N, K, K, N, N, **tiles)
-        return
     kernels.matmul[grid](a, b, c, M, N, K, K, N, N, **tiles)
     exact = a.double() @ b.double()
     bound = error * (a.double().abs() @ b.double().abs())
     assert ((c.double() - exact).abs() <= bound).all()
     assert gpu.launches[-1].counts.total("flops") >= 2 * M * N * K
+    # Triton 3.7.1 packs float16 accumulators anew in every turn, before the wait: the assembler waits in its place.
+    packed = accumulator == tl.float16 and gpu.architecture == "sm_90"
+    assert {note.kind for note in gpu.notes} == ({"pending wgmma"} if packed else set())
 
 
 @pytest.mark.parametrize("dtypes", PRODUCTS[-2:], ids=lambda x: str(x[0]))

@@ -24,7 +24,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["sm_80", "sm_90"])
 def gpu(request):
-    with ptx.device(request.param) as device:
+    with ptx.device(request.param, on_fault="raise") as device:
         yield device
 
 

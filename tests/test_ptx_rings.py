@@ -23,7 +23,7 @@ def lines(text: str) -> str:
 
 
 def run(**options):
-    with ptx.device("sm_90"):
+    with ptx.device("sm_90", on_fault="raise"):
         return rings.run(**options)
 
 

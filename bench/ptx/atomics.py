@@ -67,7 +67,9 @@ def atomics(program: Program, instruction: Instruction) -> Step:
             if acquires or releases:
                 order_blocks(unit, chosen, where, acquires, releases)
             view, index = atomic_place(unit, pc, instruction, name, chosen, where, width)
-            old = atomic(function, view.view(dtype), index, range(len(chosen)), tuple(v[there] for v in values))
+            view = view.view(dtype)
+            old = atomic(function, view, index, range(len(chosen)), tuple(v[there] for v in values))
+            note_change(unit, name, view, index, old)
             if out is not None:
                 scatter(unit.slots[out], chosen, old)
 
@@ -94,6 +96,11 @@ def atomic_place(unit, pc, instruction, space, lanes, address, width) -> tuple[n
         raise unit.fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
     view, index = pieces[0][0].elements(address, width, 1)
     return view, index[:, 0]
+
+
+def note_change(unit, space: str, view: np.ndarray, index: np.ndarray, old: np.ndarray) -> None:
+    memory = unit.wave.shared if space == "shared" else unit.wave.memory
+    memory.changes += bool((view[index] != old).any())
 
 
 def half_atomics(program: Program, instruction: Instruction) -> Step:
@@ -123,7 +130,9 @@ def half_atomics(program: Program, instruction: Instruction) -> Step:
                 place = where + where.dtype.type(i * width)
                 view, index = atomic_place(unit, pc, instruction, name, chosen, place, width)
                 x = np.broadcast_to(unit.slots[values_of[i]], unit.count)[chosen]
-                old = atomic(function, view.view(dtype), index, range(len(chosen)), (x,))
+                view = view.view(dtype)
+                old = atomic(function, view, index, range(len(chosen)), (x,))
+                note_change(unit, name, view, index, old)
                 if outs and outs[i] is not None:
                     scatter(unit.slots[outs[i]], chosen, old)
 

@@ -96,7 +96,7 @@ def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier
     if box.inside.any():
         address = box.address[box.inside].astype(np.uint64)
         data[box.inside] = read_box(unit, pc, instruction, lanes[box.inside], address, tensor.itemsize)
-    if problem := shared.check_write(block, box.shared, data, unit.thread[lanes], asynchronous=True):
+    if problem := shared.check_copy(block, box.shared, tensor.itemsize, unit.thread[lanes]):
         unit.report(problem, instruction, [lane])
     shared.copying[shared.grains(block, box.shared, tensor.itemsize)] = True
     barrier.deliveries.append((box.shared, data))

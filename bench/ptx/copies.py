@@ -56,7 +56,7 @@ def copy_async(program: Program, instruction: Instruction) -> Step | None:
         shared, block, thread = unit.wave.shared, unit.block[lanes], unit.thread[lanes]
         shared_place(unit, instruction, lanes, where, nbytes, nbytes)
         unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], where, nbytes)
-        if problem := shared.check_write(block, where, data, thread, asynchronous=True):
+        if problem := shared.check_copy(block, where, nbytes, thread):
             unit.report(problem, instruction, lanes)
         shared.copying[shared.grains(block, where, nbytes)] = True
         unit.copies.append(Copy(lanes, where, data, unit.copied[lanes]))

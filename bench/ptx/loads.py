@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from .faults import Fault
 from .integers import DTYPES
+from .last_bits import same_but_for_rounding
 from .memory import WarpsMeet
 from .program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WORD, Program, Step, builds
 from .syntax import BYTES, Address, Group, Instruction
@@ -160,7 +163,8 @@ def shared_store(unit, pc, instruction, lanes, address, values: np.ndarray) -> N
     shared, block, nbytes = unit.wave.shared, unit.block[lanes], values.dtype.itemsize * values.shape[1]
     shared_place(unit, instruction, lanes, address, nbytes, nbytes)
     unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
-    if problem := shared.check_write(block, address, values, unit.thread[lanes]):
+    close = functools.partial(same_but_for_rounding, unit.program, instruction.operands[1])
+    if problem := shared.check_write(block, address, values, unit.thread[lanes], close):
         unit.report(problem, instruction, lanes)
     shared.store(block, address, values)
 

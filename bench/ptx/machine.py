@@ -22,6 +22,7 @@ from .mbarriers import Barrier
 from .memory import GlobalMemory, WarpsMeet
 from .origins import find_origins
 from .program import Program
+from .progress import IDLE
 from .shared import SharedMemory
 from .tensors import Named
 from .uninitialised import Unwritten
@@ -31,7 +32,7 @@ LANES = 8192  # of a wave, at most (one block at least)
 REGISTER_BYTES = 256 << 20  # of a wave's register files
 
 
-MAX_INSTRUCTIONS = 5_000_000  # of one unit in one wave: past it the kernel counts as endless
+MAX_INSTRUCTIONS = 2_000_000  # of one unit in one wave: past it the kernel counts as endless
 
 
 class Execution(NamedTuple):
@@ -69,6 +70,7 @@ class Wave:
     def arrive(self, unit: Unit, mask: np.ndarray, numbers: np.ndarray) -> None:
         for block, barrier in zip(unit.block[mask].tolist(), numbers[mask].tolist(), strict=True):
             self.arrived[block, barrier] = self.arrived.get((block, barrier), 0) + 1
+        self.shared.changes += 1
 
 
 def execute(
@@ -120,11 +122,16 @@ def run_grid(execution: Execution, size: int, max_instructions: int) -> Counts:
 
 def run_wave(program: Program, wave: Wave, size: int, max_instructions: int) -> None:
     units = [Unit(program, wave, range(w, min(w + size, wave.warps))) for w in range(0, wave.warps, size)]
-    while any(unit.ready for unit in units):
+    while any(unit.wake() for unit in units):
         for unit in units:
             run_unit(program, unit, max_instructions)
         release(program, wave, units)
         units.reverse()
+    for unit in units:
+        if unit.spinning:
+            pc, mask, _ = unit.spinning[0]
+            message = "goes round for ever: it comes back to the same state, and nothing else runs that could change it"
+            raise unit.fault("endless", message, program.instructions[pc], int(np.argmax(mask)))
     stuck = [unit for unit in units if unit.parked or unit.waiting]
     if stuck:
         raise deadlock(program, wave, stuck)
@@ -133,8 +140,11 @@ def run_wave(program: Program, wave: Wave, size: int, max_instructions: int) -> 
 def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
     """Until every lane waits or is done."""
     steps, ends, controls, issued = program.steps, program.ends, program.controls, unit.wave.counts.issued
-    while unit.ready:
+    while unit.ready or unit.wake():
         pc, mask = unit.pick()
+        if unit.progress.repeats(unit, pc, mask):
+            unit.spin(pc, mask)
+            continue
         end = ends[pc]
         whole = bool(mask.all())
         if whole and not (program.careful or unit.waiting):
@@ -145,8 +155,11 @@ def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
             mask = run_carefully(program, unit, pc, end, mask)
         unit.steps += end - pc + 1
         if unit.steps > max_instructions:
-            message = f"more than {max_instructions} instructions"
+            message = f"more than {max_instructions} instructions: `max_instructions` of ptx.device allows others"
             raise unit.fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
+        if unit.progress.idles(unit, max_instructions):
+            message = f"{max_instructions // IDLE} instructions without an access to memory: `max_instructions` allows"
+            raise unit.fault("endless", f"{message} more", program.instructions[end - 1], int(np.argmax(mask)))
         if not mask.any():
             continue
         if end in controls:

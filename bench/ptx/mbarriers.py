@@ -114,6 +114,7 @@ def mbarrier(program: Program, instruction: Instruction) -> Step | None:
 
     def run(unit, mask):
         address = in_space("shared", address_of(unit))
+        unit.wave.shared.changes += 1
         for lane in unit.lanes(mask).tolist():
             value = None if amount is None else int(np.broadcast_to(unit.slots[amount], unit.count)[lane])
             change[verb](unit, instruction, lane, int(address[lane]), value)

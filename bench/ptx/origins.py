@@ -1,8 +1,9 @@
 """Which of a launch's tensors an address derives from, told from the text of the kernel alone.
 
 A value is a set of alternatives, one for each way to come by it: a pointer to a tensor (by the name of the parameter or
-variable that holds it), an integer that is none (INTEGER), or anything (UNKNOWN: what was loaded from memory). A sum is
-of every pair of alternatives, and a pointer plus a number stays a pointer. Where a register has several definitions all
+variable that holds it), the address of such a parameter ("&" and its name), an integer that is neither (INTEGER), or
+anything (UNKNOWN: what was loaded from memory). A sum is of every pair of alternatives, and a pointer plus a number
+stays a pointer. Where a register has several definitions all
 of them count, so an address is never said to derive from too few tensors.
 """
 
@@ -28,7 +29,10 @@ ACCESSES = ("ld", "ldu", "st", "atom", "red", "cp")
 
 def find_origins(program: Program, parameters: Iterable[str]) -> None:
     """Sets `origin` of each access of the program. parameters: those that hold the address of a tensor."""
-    pointers = frozenset(parameters) | {named.name for named, _ in program.constant_data}
+    # What a symbol stands for: the address of a parameter, or that of a variable, which is a tensor of its own.
+    pointers = {name: f"&{name}" for name in parameters} | {
+        named.name: named.name for named, _ in program.constant_data
+    }
     declared = program.function.registers
     values = {name: NUMBER for names in program.uses for name in names if name not in declared}  # %tid.x …
     rules = [rule for i in program.instructions if (rule := rule_of(i, pointers, values))]
@@ -39,14 +43,14 @@ def find_origins(program: Program, parameters: Iterable[str]) -> None:
             instruction.origin = origin_of(instruction, pointers, values)
 
 
-def origin_of(instruction: Instruction, pointers: frozenset[str], values: dict[str, Origin]) -> Origin | None:
+def origin_of(instruction: Instruction, pointers: dict[str, str], values: dict[str, Origin]) -> Origin | None:
     """The tensors that an access may be to; None: any."""
     addresses = [x.base for x in instruction.operands if isinstance(x, Address)]
     found = Origin().union(*(value_of(x, pointers, values) or ANYTHING for x in addresses)) - NUMBER
     return found if found and UNKNOWN not in found else None
 
 
-def rule_of(instruction: Instruction, pointers: frozenset[str], values: dict[str, Origin]) -> Callable | None:
+def rule_of(instruction: Instruction, pointers: dict[str, str], values: dict[str, Origin]) -> Callable | None:
     """A function that takes what is known of the operands over to the results, and says whether that was news."""
     operands = instruction.operands
     if not operands or instruction.parts[0] in ("st", "red", "bra", "brx", "bar", "barrier", "call"):
@@ -73,7 +77,7 @@ def combination(instruction: Instruction) -> tuple[Callable, list[Operand]]:
     base, operands = instruction.parts[0], instruction.operands
     sources = [y for x in operands[1:] for y in items(x)]
     if base == "ld" and "param" in instruction.parts:
-        return first, sources
+        return behind, [sources[0].base if sources[0].offset == 0 else Immediate(0)]
     if base in COPIES:
         return (first if len(sources) == 1 or base == "shfl" else total), sources[:1] if base == "shfl" else sources
     if base in ("mad", "madc"):
@@ -89,13 +93,10 @@ def items(operand: Operand) -> tuple:
     return operand.items if isinstance(operand, Group) else (operand,)
 
 
-def value_of(operand: Operand, pointers: frozenset[str], values: dict[str, Origin]) -> Origin | None:
+def value_of(operand: Operand, pointers: dict[str, str], values: dict[str, Origin]) -> Origin | None:
     """None: not known yet."""
-    if isinstance(operand, Address):  # of a load: what a parameter holds
-        named = isinstance(operand.base, Symbol) and operand.base.name in pointers and operand.offset == 0
-        return Origin([operand.base.name]) if named else ANYTHING
     if isinstance(operand, Symbol):
-        return Origin([operand.name]) if operand.name in pointers else NUMBER
+        return Origin([pointers[operand.name]]) if operand.name in pointers else NUMBER
     if isinstance(operand, Immediate):
         return NUMBER
     return values.get(operand.name.lstrip("!")) if isinstance(operand, Register) else ANYTHING
@@ -105,6 +106,11 @@ def first(known: list[Origin]) -> Origin:
     return known[0]
 
 
+def behind(known: list[Origin]) -> Origin:
+    """What the parameters at an address hold."""
+    return Origin(x[1:] if x.startswith("&") else UNKNOWN for x in known[0])
+
+
 def either(known: list[Origin]) -> Origin:
     return Origin().union(*known)
 
@@ -112,7 +118,7 @@ def either(known: list[Origin]) -> Origin:
 def total(known: list[Origin]) -> Origin:
     """Of every pair of alternatives: a pointer outdoes what is no pointer, or may be none."""
     result = NUMBER
-    for other in known:
+    for other in (Origin(UNKNOWN if x.startswith("&") else x for x in each) for each in known):
         if result != NUMBER and other != NUMBER:
             result = Origin().union(*(pair(a, b) for a in result for b in other))
         elif result == NUMBER:

@@ -6,6 +6,7 @@ Modules register the builders of their instructions in BUILDERS with `@builds`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +65,15 @@ class Program:
         self.ends = self.block_ends()
         self.convergent = {n for n, i in enumerate(self.instructions) if is_convergent(i)}
         self.careful = any(i.parts[0] == "wgmma" for i in self.instructions)
+
+    @functools.cached_property
+    def definitions(self) -> dict[str, list[Instruction]]:
+        """Of each register the instructions that write it."""
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions:
+            for name in results_of(instruction):
+                found.setdefault(name, []).append(instruction)
+        return found
 
     # -------------------------------------------------------------------------------------------- layout
 
@@ -285,6 +295,14 @@ def names_of(instruction: Instruction) -> frozenset[str]:
     if instruction.guard is not None:
         visit(instruction.guard)
     return frozenset(found)
+
+
+def results_of(instruction: Instruction) -> frozenset[str]:
+    """The registers that it writes."""
+    if not instruction.operands or instruction.parts[0] in ("st", "bar", "bra", "red", "stmatrix", "call"):
+        return frozenset()
+    first = instruction.operands[0]
+    return frozenset(x.name for x in (first.items if isinstance(first, Group) else (first,)) if isinstance(x, Register))
 
 
 def is_convergent(instruction: Instruction) -> bool:

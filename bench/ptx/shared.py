@@ -12,13 +12,17 @@ after a wait for it; who is told before that wait that the place is free is told
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from .memory import UNSIGNED
+from .memory import UNSIGNED, by_grain
 
 THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a write's stamp: who wrote, and whether by an atomic
+
+
+Close = Callable[[np.ndarray, np.ndarray, np.ndarray], bool]
 
 
 class Problem(NamedTuple):
@@ -41,6 +45,7 @@ class SharedMemory:
         self.read = np.zeros((grains, columns), np.int32)  # when each warp, and each group's wgmmas, read last
         self.reader = np.zeros((grains, groups), np.int32)  # the number of that wgmma among the instructions
         self.copying = np.zeros(grains, bool)  # an asynchronous copy is on its way here
+        self.changes = 0  # how often it was changed
         self.storing = np.zeros(grains, np.int16)  # bulk copies from here that have not been waited for
         self.clocks = np.zeros((blocks, self.rows, columns), np.int32)
         self.clocks[:, np.arange(self.rows), np.arange(self.rows)] = 1
@@ -189,40 +194,85 @@ class SharedMemory:
         self.storing[grains] -= 1
         self.read[grains, warp] = self.clocks[block, warp, warp]
 
-    def check_write(self, block, address, values, thread, asynchronous: bool = False) -> Problem | None:
-        """Before a write; writing the bytes that are there is no race. Notes the write."""
+    def check_write(self, block, address, values, thread, close: Close | None = None) -> Problem | None:
+        """Before a write. Writing the bytes that are there changes nothing for others: it is noted as a read, with
+        which a write of something else may race. close: of values that are wanted, of others that
+        are there instead, and of all that are stored, whether they are the same but for rounding."""
         nbytes = values.dtype.itemsize * values.shape[1]
         grains = self.grains(block, address, nbytes)
+        if problem := self.busy(grains, address):
+            return problem
+        stamps, warp = self.written[grains], thread >> 5
+        view = self.views[values.dtype.itemsize]
+        index = self.index(block, address, values.dtype.itemsize, values.shape[1])
+        before = view[index]
+        changes = (stamps == 0) | by_grain(before != values, grains.shape[1])
+        overwrites = changes & self.unseen(stamps, block, thread)
+        meets_reads = changes & self.unseen_reads(grains, block, warp).any(-1)
+        clash = self.note_write(grains, changes, stamps, block, thread)
+        if not (overwrites | meets_reads | clash).any():
+            return None
+        view[index] = values
+        clash = clash.any(1) & (view[index] != values).any(1)
+        overwrites, meets_reads = overwrites.any(1), meets_reads.any(1)
+        bad = overwrites | meets_reads | clash
+        if not bad.any():
+            return None
+        at = int(np.argmax(bad))
+        if close is not None and not meets_reads.any():
+            wanted, there = (np.concatenate(x) for x in ((values[overwrites], values[clash]),
+                                                         (before[overwrites], view[index][clash])))  # fmt: skip
+            if close(wanted, there, values):
+                message = f"writes shared address {address[at]}, where another thread writes the same but for rounding"
+                return Problem("last bits", f"{message}: chance says which last bits stay", at)
+        return self.race_of_write(stamps[at], grains[at], int(address[at]), block[at], thread[at], at)
+
+    def check_copy(self, block, address, nbytes: int, thread) -> Problem | None:
+        """Before an asynchronous copy to here, which may write at any time until it is waited for. Notes it."""
+        grains = self.grains(block, address, nbytes)
+        if problem := self.busy(grains, address):
+            return problem
+        stamps = self.written[grains]
+        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, thread >> 5).any(-1)
+        self.note_write(grains, np.ones(grains.shape, bool), stamps, block, thread)
+        if not racing.any():
+            return None
+        at = int(np.argmax(racing.any(1)))
+        return self.race_of_write(stamps[at], grains[at], int(address[at]), block[at], thread[at], at)
+
+    def busy(self, grains: np.ndarray, address: np.ndarray) -> Problem | None:
+        """Before a write: what copies have not been waited for."""
         pending = self.copying[grains].any(1)
         if pending.any():
             at = int(np.argmax(pending))
             return Problem("pending copy", "writes where an asynchronous copy has not been waited for", at)
-        busy = (self.storing[grains] > 0).any(1)
-        if busy.any():
-            at = int(np.argmax(busy))
+        storing = (self.storing[grains] > 0).any(1)
+        if storing.any():
+            at = int(np.argmax(storing))
             message = f"writes shared address {address[at]}, which a bulk copy still reads: it has not been waited for"
             return Problem("race", message, at)
-        stamps = self.written[grains]
-        warp = thread >> 5
-        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, warp).any(-1)
-        mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
-        self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
-        clash = self.written[grains] != mine[:, None]  # two lanes of this very instruction
-        if not (racing | clash).any():
-            return None
-        bad = racing.any(1) if asynchronous else self.differs(block, address, values, racing.any(1), clash.any(1))
-        if bad.any():
-            at = int(np.argmax(bad))
-            wrote = self.unseen(stamps[[at]], block[[at]], thread[[at]])[0]
-            if wrote.any():
-                other = int(stamps[at, np.argmax(wrote)]) & THREAD
-                return Problem("race", self.pair("writes", "wrote", address[at], other), at)
-            return self.race_with_read(grains[at], int(address[at]), block[at], warp[at], at)
         return None
 
-    def race_with_read(self, grains: np.ndarray, address: int, block: int, warp: int, at: int) -> Problem:
-        """What a write meets that is no race with a write of before."""
-        late = np.argwhere(self.unseen_reads(grains[None], np.array([block]), np.array([warp]))[0])
+    def note_write(self, grains, changes, stamps, block, thread) -> np.ndarray:
+        """Which of these writes meet another lane's of this very instruction. Those that change nothing are reads."""
+        self.changes += bool(changes.any())
+        warp = thread >> 5
+        now = self.clocks[block, warp, warp]
+        mine = np.broadcast_to(((now.astype(np.int64) << 16) | thread)[:, None], grains.shape)
+        if changes.all():
+            self.written[grains] = mine
+            return self.written[grains] != mine
+        self.written[grains[changes]] = mine[changes]
+        lane, grain = np.nonzero(~changes)
+        self.read[grains[lane, grain], warp[lane]] = now[lane]
+        return self.written[grains] != np.where(changes, mine, stamps)
+
+    def race_of_write(self, stamps, grains, address: int, block: int, thread: int, at: int) -> Problem:
+        """What a write meets, of one lane: stamps and grains of the place."""
+        wrote = self.unseen(stamps[None], np.array([block]), np.array([thread]))[0]
+        if wrote.any():
+            return Problem("race", self.pair("writes", "wrote", address, int(stamps[np.argmax(wrote)]) & THREAD), at)
+        late = np.argwhere(self.unseen_reads(grains[None], np.array([block]), np.array([thread >> 5]))[0])
         if len(late) == 0:  # two lanes of this very instruction
             return Problem("race", self.pair("writes", "wrote", address, None), at)
         grain, reader = late[0]
@@ -249,14 +299,6 @@ class SharedMemory:
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
         return None
 
-    def differs(self, block, address, values, racing, clash) -> np.ndarray:
-        """Which lanes change what others may look at, or want another value there than a lane beside them."""
-        view = self.views[values.dtype.itemsize]
-        index = self.index(block, address, values.dtype.itemsize, values.shape[1])
-        before = view[index]
-        view[index] = values
-        return (racing & (before != values).any(1)) | (clash & (view[index] != values).any(1))
-
     def pair(self, does: str, did: str, address: int, thread: int | None) -> str:
         if thread is None:
             return f"{does} shared address {address}, which another thread reads or writes with no barrier between"
@@ -274,6 +316,7 @@ class SharedMemory:
 
     def mark(self, block: np.ndarray, address: np.ndarray, nbytes: int, thread: np.ndarray) -> None:
         """Written by these threads now: what an asynchronous copy delivers at its wait."""
+        self.changes += 1
         warp = thread >> 5
         mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
         grains = self.grains(block, address, nbytes)

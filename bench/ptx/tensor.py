@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import floats
-from .program import Program, Step, builds, put
+from .program import Program, Step, builds, put, results_of
 from .syntax import Group, Immediate, Instruction, Register
 
 WORDS = {
@@ -309,29 +309,27 @@ def commit(unit, mask) -> None:
 def wait(unit, mask, allowed: int) -> None:
     """All but the last `allowed` groups are done: their registers may be read, their operands overwritten."""
     active = np.ones(unit.count, bool) if mask is None else mask
+    wait_for(unit, active, unit.committed - allowed)
+
+
+def wait_for(unit, lanes: np.ndarray, count: np.ndarray) -> None:
+    """Of these lanes' groups the first `count` are done."""
     for product in unit.products:
-        product.lanes = product.lanes & ~(active & (product.group < unit.committed - allowed))
+        product.lanes = product.lanes & ~(lanes & (product.group < count))
     unit.products = [product for product in unit.products if product.lanes.any()]
-    rows = np.flatnonzero(active.reshape(-1, 32).any(1)) * 32
-    unit.wave.shared.products_done(unit.block[rows], unit.warp[rows], unit.committed[rows] - allowed)
+    rows = np.flatnonzero(lanes.reshape(-1, 32).any(1)) * 32
+    unit.wave.shared.products_done(unit.block[rows], unit.warp[rows], count[rows])
 
 
 def pending_use(unit, instruction: Instruction, names: frozenset[str], mask) -> None:
-    """A fault if an instruction that is not a wgmma uses the result of one that has not been waited for."""
+    """Before an instruction that is not a wgmma uses a register of one that has not been waited for. The assembler sees
+    that too, and makes it wait: so do the lanes here, if that is to pass."""
     if instruction.parts[0] == "wgmma":
         return
-    for product in unit.products:
-        taken = names & product.registers or (written(instruction) & product.inputs)
-        if not taken:
-            continue
+    for product in list(unit.products):
+        taken = names & product.registers or (results_of(instruction) & product.inputs)
         lanes = product.lanes if mask is None else product.lanes & mask
-        if lanes.any():
+        if taken and lanes.any():
             message = f"uses {min(taken)}, which a wgmma works on: it has not been waited for"
-            raise unit.fault("pending wgmma", message, instruction, int(np.argmax(lanes)))
-
-
-def written(instruction: Instruction) -> frozenset[str]:
-    if not instruction.operands or instruction.parts[0] in ("st", "bar", "bra", "red", "stmatrix"):
-        return frozenset()
-    first = instruction.operands[0]
-    return frozenset(x.name for x in (first.items if isinstance(first, Group) else (first,)) if isinstance(x, Register))
+            unit.wave.judge(unit.fault("pending wgmma", message, instruction, int(np.argmax(lanes))))
+            wait_for(unit, lanes, product.group + 1)

@@ -1,8 +1,8 @@
 """Memory that nothing has written: what torch.empty and its like give while a device is active.
 
 They are filled with a pattern that no program writes. Where it still stands at a launch the host has written nothing,
-however it may have tried: by PyTorch, NumPy or C++. Sixteen bytes count together, so a part of them that the host wrote
-makes all of them written. What kernels write is known to the byte. What was made in other ways, or before, counts as
+be it by PyTorch, NumPy or C++. Sixteen bytes count together: a part of them that the host wrote makes all of them
+written. What kernels write is known to the byte. What was made in other ways, or before, counts as
 written; so does a copy.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # NaN in every format of 16 bits and more.
 PATTERN = np.array([0x7FF7, 0xFFF9, 0x7FFB, 0xFFF3, 0x7FF5, 0x7FFE, 0xFFF2, 0x7FFD], np.uint16).view(np.uint8)
-LEAST = 4  # bytes of a pattern's beginning that count as one
+LEAST = 4  # bytes of a pattern that count as one
 EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"),
          (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided")]  # fmt: skip
 
@@ -36,17 +36,17 @@ class Area:
         self.owner = StorageWeakRef(storage)
         self.start, self.size = storage.data_ptr(), storage.nbytes()
         self.unwritten = np.ones(self.size, bool)
-        data, whole = raw_bytes(self.start, self.size), self.size // 16 * 16
-        data[:whole].reshape(-1, 16)[:] = PATTERN
-        data[whole:] = PATTERN[: self.size - whole]
+        self.pattern = np.resize(PATTERN, self.size)
+        raw_bytes(self.start, self.size)[:] = self.pattern
 
     def look(self) -> np.ndarray:
-        """Which bytes nothing has written up to now."""
-        data, whole = raw_bytes(self.start, self.size), self.size // 16 * 16
-        same = np.repeat((data[:whole].reshape(-1, 16) == PATTERN).all(1), 16)
-        rest = self.size - whole
-        left = rest >= LEAST and bool((data[whole:] == PATTERN[:rest]).all())
-        self.unwritten &= np.concatenate([same, np.full(rest, left)])
+        """Which bytes nothing has written up to now: of sixteen those that no kernel wrote, if the host left all of
+        them alone and there are enough of them to tell."""
+        changed = (raw_bytes(self.start, self.size) != self.pattern) & self.unwritten
+        rest = -self.size % len(PATTERN)
+        changed, left = (np.pad(x, (0, rest)).reshape(-1, len(PATTERN)) for x in (changed, self.unwritten))
+        written = changed.any(1) | (left.sum(1) < LEAST)
+        self.unwritten &= ~np.repeat(written, len(PATTERN))[: self.size]
         return self.unwritten
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from .faults import Fault
 from .program import WORD, Program
+from .progress import Progress, changes
 from .syntax import BYTES
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ class Parked(NamedTuple):
     together: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
     ready: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
     missing: Callable | None = None  # and of the unit and a lane, in words what it waits for
+
+
+class Spinning(NamedTuple):
+    """Lanes that go round at an instruction until memory is changed, which it was so many times."""
+
+    pc: int
+    mask: np.ndarray
+    changes: int
 
 
 class Unit:
@@ -50,6 +59,8 @@ class Unit:
         self.local = np.zeros((self.count, max(program.local_bytes, 1)), np.uint8) if program.local_bytes else None
         self.params = self.make_params()
         self.picks = self.steps = 0
+        self.progress = Progress()
+        self.spinning: list[Spinning] = []
         self.copies, self.copied = [], np.zeros(self.count, np.int64)  # cp.async: records, groups committed
         self.products, self.committed = [], np.zeros(self.count, np.int64)  # wgmma: the same
         self.slots = self.make_slots()
@@ -72,7 +83,7 @@ class Unit:
             width = BYTES[program.function.registers[name]]
             rows[name] = width, sizes.get(width, 0)
             sizes[width] = sizes.get(width, 0) + 1
-        files = {width: np.zeros((n, self.count), WORD[width]) for width, n in sizes.items()}
+        self.files = files = {width: np.zeros((n, self.count), WORD[width]) for width, n in sizes.items()}
         for slot, number in program.slots.items():
             width, row = rows[slot.register]
             view = files[width][row].view(slot.dtype)
@@ -82,6 +93,11 @@ class Unit:
         for number, name in program.specials.items():
             slots[number] = self.special(name)
         return slots
+
+    def registers(self) -> list[np.ndarray]:
+        """All that a lane knows, lanes last."""
+        known = [*self.files.values(), self.carry, self.copied, self.committed]
+        return known + [x.T for x in (self.local, self.params) if x is not None and len(x) > 1]
 
     def special(self, name: str) -> np.ndarray:
         wave = self.wave
@@ -130,6 +146,18 @@ class Unit:
         if rest.any():
             self.waiting[pc] = rest
         self.push(pc, whole)
+
+    def spin(self, pc: int, mask: np.ndarray) -> None:
+        """These lanes wait until memory is changed."""
+        self.spinning.append(Spinning(pc, mask, changes(self)))
+
+    def wake(self) -> bool:
+        """Lets those go on that waited for a change, if there was one; whether any lane can."""
+        now = changes(self)
+        for spinning in [s for s in self.spinning if s.changes != now]:
+            self.spinning.remove(spinning)
+            self.push(spinning.pc, spinning.mask)
+        return bool(self.ready)
 
     def leave(self, mask: np.ndarray) -> None:
         self.alive &= ~mask
