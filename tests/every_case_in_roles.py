@@ -9,6 +9,7 @@ import test_compat_flex
 import test_varlen
 import torch
 from attention_truth import Case
+from ptx_text import STRICT
 from test_machine_code import CANDIDATES
 
 from bench import ptx
@@ -22,7 +23,7 @@ OTHERS = {"attention_backward_bias"}
 
 @pytest.fixture
 def in_roles():
-    with ptx.device("sm_90", on_fault="raise") as device:
+    with ptx.device("sm_90", on_fault=STRICT) as device:
         yield device
 
 

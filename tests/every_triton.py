@@ -13,6 +13,7 @@ import test_norm
 import test_varlen
 import torch
 from attention_truth import Case
+from ptx_text import STRICT
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
@@ -40,7 +41,7 @@ ON_SM_90 = pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 
 @pytest.fixture(params=["sm_80", "sm_90"])
 def gpu(request):
-    with ptx.device(request.param, on_fault="raise") as device:
+    with ptx.device(request.param, on_fault=STRICT) as device:
         yield device
     for launch in device.launches:
         assert launch.shared_bytes <= configs.SHARED_MEMORY[launch.architecture], launch.kernel
@@ -78,7 +79,7 @@ def test_compile_narrow_values_for_sm_90():
 
 
 def test_descriptors_made_in_a_kernel():
-    with ptx.device("sm_90", on_fault="raise"):
+    with ptx.device("sm_90", on_fault=STRICT):
         out, right = ptx_rings.run_made(queries=200, keys=150)
     assert torch.equal(out, right)
 
@@ -129,7 +130,7 @@ def test_the_fault_is_there_without_fences(monkeypatch):
     monkeypatch.setattr(forward, "attention_forward", compiler.kernel(forward.SIZES)(forward.attention_forward.fn))
     q, k, v = (torch.randn(1, 1, seq, 64, dtype=BF16) for seq in (130, 300, 300))
     with (
-        ptx.device("sm_90", on_fault="raise"),
+        ptx.device("sm_90", on_fault=STRICT),
         flashattn.use_backend("triton"),
         pytest.raises(Fault, match=r"written with no fence.proxy.async since"),
     ):

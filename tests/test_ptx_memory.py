@@ -64,8 +64,8 @@ def test_a_table_into_an_argument_and_its_rest(gpu):
 
 def test_pointers_that_lead_nowhere(gpu):
     x, out, sizes = torch.randn(1 << 16), torch.zeros(1, 64), torch.tensor([64])
-    with refused("out of bounds", "past the end of"):
-        kernels.copy_by_table[(1,)](table([x]) + x.nbytes, sizes, out, BLOCK=64, OVER=0)
+    with refused("out of bounds", "before the start of"):
+        kernels.copy_by_table[(1,)](torch.tensor([64]), sizes, out, BLOCK=64, OVER=0)
     address = table([x])
     del x
     with refused("out of bounds", ""):
@@ -275,16 +275,18 @@ def test_copies_of_memory_that_nothing_wrote():
     """cp.async and bulk copies read too."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
+    tiles, blocks = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), ([64, 32], [32, 64], [64, 64])
     for architecture in ("sm_80", "sm_90"):
         with ptx.device(architecture):
             a, b, c = torch.empty(64, 128).half(), torch.empty(128, 64, dtype=torch.float16), torch.zeros(64, 64).half()
             with refused("uninitialised", "copies 16 bytes .* of b"):
                 kernels.matmul[(1,)](a, b, c, 64, 64, 128, 128, 64, 64, **tiles)
-            blocks = ([64, 32], [32, 64], [64, 64])
-            a_, b_, c_ = (TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, c), blocks, strict=True))
-            with refused("uninitialised", " of b"):
-                kernels.matmul_descriptors[(1,)](a_, b_, c_, 128, **tiles)
+        kind = {"sm_80": "uninitialised", "sm_90": "uninitialised copy"}[architecture]
+        with ptx.device(architecture, on_fault="raise"):
+            b = torch.empty(128, 64, dtype=torch.float16)
+            maps = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, c), blocks, strict=True)]
+            with refused(kind, " of b, .* which nothing has written"):
+                kernels.matmul_descriptors[(1,)](*maps, 128, **tiles)
 
 
 def test_empty_tensors_outside_of_a_device():

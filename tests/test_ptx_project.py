@@ -14,6 +14,7 @@ import test_compat_flex
 import test_decode
 import test_norm
 import test_varlen
+from ptx_text import STRICT
 
 import flashattn
 from bench import ptx
@@ -24,7 +25,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["sm_80", "sm_90"])
 def gpu(request):
-    with ptx.device(request.param, on_fault="raise") as device:
+    with ptx.device(request.param, on_fault=STRICT) as device:
         yield device
 
 

@@ -11,6 +11,7 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import ptx_rings as rings
+from ptx_text import STRICT
 from test_ptx_faults import caught, plant
 from test_ptx_faults import run as run_body
 
@@ -23,7 +24,7 @@ def lines(text: str) -> str:
 
 
 def run(**options):
-    with ptx.device("sm_90", on_fault="raise"):
+    with ptx.device("sm_90", on_fault=STRICT):
         return rings.run(**options)
 
 

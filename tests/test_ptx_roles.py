@@ -11,6 +11,7 @@ if INTERPRETED:
 
 import test_attention
 from attention_truth import Case
+from ptx_text import STRICT
 
 import flashattn
 from bench import ptx
@@ -24,7 +25,7 @@ PASSES = {"attention_forward_hopper", "attention_backward_q_hopper", "attention_
 
 @pytest.fixture
 def gpu():
-    with ptx.device("sm_90", on_fault="raise") as device:
+    with ptx.device("sm_90", on_fault=STRICT) as device:
         yield device
 
 
@@ -80,7 +81,7 @@ def gradients_of(tensors: list[torch.Tensor], starts: torch.Tensor) -> list[torc
     """out and the gradients of q, k and v."""
     *inputs, grad = tensors
     leaves = [x.detach().requires_grad_() for x in inputs]
-    with ptx.device("sm_90", on_fault="raise") as device, flashattn.use_backend("triton"):
+    with ptx.device("sm_90", on_fault=STRICT) as device, flashattn.use_backend("triton"):
         out = flashattn.attention_varlen(*leaves, starts, starts, 70, 70, causal=True)
         gradients = torch.autograd.grad(out, leaves, grad)
     assert {launch.kernel for launch in device.launches} == PASSES
@@ -110,7 +111,7 @@ def test_a_slot_given_up_early_is_found(tile, monkeypatch, tmp_path):
     def call():
         torch.autograd.grad(flashattn.attention(q, q, q).sum(), q)
 
-    with ptx.device("sm_90", on_fault="raise"), flashattn.use_backend("triton"), pytest.raises(Fault, match="race"):
+    with ptx.device("sm_90", on_fault=STRICT), flashattn.use_backend("triton"), pytest.raises(Fault, match="race"):
         call()
 
 
@@ -121,7 +122,7 @@ def test_statistics_between_pieces_of_16_bytes_are_found(monkeypatch, tmp_path):
     starts = torch.tensor([0, 70, 140], dtype=torch.int32)
     q = torch.randn(140, 1, 64, dtype=torch.bfloat16, requires_grad=True)
     with (
-        ptx.device("sm_90", on_fault="raise"),
+        ptx.device("sm_90", on_fault=STRICT),
         flashattn.use_backend("triton"),
         pytest.raises(Fault, match="misaligned"),
     ):

@@ -108,7 +108,7 @@ def read_box(unit, pc, instruction, lanes, address, itemsize) -> np.ndarray:
     memory = unit.wave.memory
     if race := memory.race_of_read(address, itemsize, unit.number[lanes]):
         report_race(unit, instruction, lanes, address, itemsize, race, "copies", "wrote")
-    report_unwritten(unit, instruction, lanes, address, itemsize, "copies")
+    report_unwritten(unit, instruction, lanes, address, itemsize, "copies", "uninitialised copy")
     return memory.load(address, 1, itemsize)
 
 

@@ -137,11 +137,11 @@ def report_race(unit, instruction, lanes, address, nbytes, race, does, did) -> N
     unit.wave.judge(global_fault(unit, "global race", message, instruction, lanes, address, at, nbytes))
 
 
-def report_unwritten(unit, instruction, lanes, address, nbytes, does) -> None:
+def report_unwritten(unit, instruction, lanes, address, nbytes, does, kind: str = "uninitialised") -> None:
     at = unit.wave.memory.never_written(address, nbytes, instruction.used)
     if at is not None:
         message = f"{does} {nbytes} bytes {{}}, which nothing has written"
-        unit.wave.judge(global_fault(unit, "uninitialised", message, instruction, lanes, address, at, nbytes))
+        unit.wave.judge(global_fault(unit, kind, message, instruction, lanes, address, at, nbytes))
 
 
 def shared_place(unit, instruction, lanes, address, nbytes, align) -> None:
