@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 RAISE, NOTE, IGNORE = "raise", "note", "ignore"
 # The kinds that a launch can go on after, with what is done where the caller says nothing. What is noted by default may
-# be right on a GPU: slow, or with last bits that are a matter of chance; and a kernel need not use what nothing wrote of
-# a box that a bulk copy brings.
+# be right on a GPU: slow, or with last bits that are a matter of chance; and what nothing wrote of a box that a bulk
+# copy brings, a kernel need not use.
 CHOICES = {
     "out of bounds": RAISE, "out of view": RAISE, "uninitialised": RAISE, "pending copy": RAISE, "race": RAISE,
     "global race": RAISE, "pending wgmma": NOTE, "last bits": NOTE, "uninitialised copy": NOTE,
