@@ -166,6 +166,17 @@ def test_views_without_gaps(view):
     assert torch.equal(out[:n], x.flatten()[:n])
 
 
+def test_a_descriptor_of_more_than_its_tensor(gpu):
+    """What the host says of a tensor is larger than the tensor, and an argument lies behind it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    whole = torch.randn(12, 16, 32)
+    x, out = whole[:3], whole[3:]
+    rights = TensorDescriptor(x, [4, 20, 32], [16 * 32, 32, 1], [2, 16, 16])
+    with refused("out of view|out of bounds", "past the end of x"):
+        kernels.copy_box[(1,)](rights, TensorDescriptor.from_tensor(out, [2, 16, 16]))
+
+
 def test_one_of_two_tensors(gpu):
     """An address that may derive from either is held against both."""
     whole = torch.randn(384)

@@ -249,6 +249,8 @@ class GlobalMemory:
 
     def never_written(self, address: np.ndarray, nbytes: int, used: int | None) -> int | None:
         """The first lane that reads what nothing has written, in the bytes that are used."""
+        if all(segment.unwritten is None for segment in self.segments):
+            return None
         for segment, lanes in self.split(address, nbytes):
             if segment.unwritten is None:
                 continue

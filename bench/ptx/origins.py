@@ -28,7 +28,10 @@ ACCESSES = ("ld", "ldu", "st", "atom", "red", "cp")
 
 
 def find_origins(program: Program, parameters: Iterable[str]) -> None:
-    """Sets `origin` of each access of the program. parameters: those that hold the address of a tensor."""
+    """Sets `origin` of each access of the program. parameters: those that hold a tensor's address or its map."""
+    if program.origins_of == frozenset(parameters):
+        return
+    program.origins_of = frozenset(parameters)
     # What a symbol stands for: the address of a parameter, or that of a variable, which is a tensor of its own.
     pointers = {name: f"&{name}" for name in parameters} | {
         named.name: named.name for named, _ in program.constant_data
@@ -46,7 +49,11 @@ def find_origins(program: Program, parameters: Iterable[str]) -> None:
 def origin_of(instruction: Instruction, pointers: dict[str, str], values: dict[str, Origin]) -> Origin | None:
     """The tensors that an access may be to; None: any."""
     addresses = [x.base for x in instruction.operands if isinstance(x, Address)]
-    found = Origin().union(*(value_of(x, pointers, values) or ANYTHING for x in addresses)) - NUMBER
+    maps = [x.items[0] for x in instruction.operands if isinstance(x, Group) and isinstance(x.items[0], Address)]
+    known = [value_of(x, pointers, values) or ANYTHING for x in addresses]
+    if maps:  # of a bulk copy
+        known = [behind([value_of(x.base, pointers, values) or ANYTHING]) for x in maps]
+    found = Origin().union(*known) - NUMBER
     return found if found and UNKNOWN not in found else None
 
 

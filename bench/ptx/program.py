@@ -64,6 +64,7 @@ class Program:
                 self.steps.append(self.step(instruction))
         self.ends = self.block_ends()
         self.convergent = {n for n, i in enumerate(self.instructions) if is_convergent(i)}
+        self.origins_of: frozenset[str] | None = None  # the parameters that the instructions' origins are told by
         self.careful = any(i.parts[0] == "wgmma" for i in self.instructions)
 
     @functools.cached_property
