@@ -159,6 +159,22 @@ def test_comparisons_of_floats(name):
         assert result == expected, (name, x, y)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("name", ["eq", "lt", "neu", "nan"])
+def test_comparisons_of_pairs_of_halves(kind, name):
+    edges = EDGES[kind]
+    lows, highs = edges, edges[1:] + edges[:1]
+    a = [low | high << 16 for low, high in zip(lows, highs, strict=True)]
+    b = [edges[3] | high << 16 for high in edges]
+    got = compute(f"set.{name}.{kind}x2.{kind}x2", "32", ("32", a), ("32", b))
+    holds = {"eq": float.__eq__, "lt": float.__lt__, "neu": float.__ne__, "nan": lambda x, y: x != x or y != y}[name]
+    one = to_bits(1.0, kind)
+    for x, y, result in zip(a, b, got, strict=True):
+        for half in (0, 16):
+            p, q = (to_float(bits >> half & 0xFFFF, kind) for bits in (x, y))
+            assert result >> half & 0xFFFF == (one if holds(p, q) else 0), (p, q)
+
+
 APPROXIMATE = {  # function, range, largest error stated in the PTX ISA: relative or absolute
     "ex2.approx.ftz.f32": (lambda x: 2.0**x, (-120, 120), 2.0**-22, 0),
     "lg2.approx.f32": (math.log2, (0.01, 1e6), 2.0**-22, 2.0**-22),

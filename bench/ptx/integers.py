@@ -313,10 +313,27 @@ def set_predicate(parts: tuple[str, ...]) -> Value:
 
 def set_value(parts: tuple[str, ...]) -> Value:
     """set: all ones, or 1.0, where the comparison holds."""
+    if parts[-1].endswith("x2"):
+        return set_halves(parts)
     kind, out = DTYPES[parts[-1]], parts[-2]
     compare = comparison(parts[1], parts[-1])
     true = np.float32(1) if out == "f32" else DTYPES[out](np.iinfo(DTYPES[out]).max if out[0] == "u" else -1)
     return Value(lambda a, b: np.where(compare(a, b), true, DTYPES[out](0)), (kind, kind), (DTYPES[out],))
+
+
+HALF_ONES = {"f16": 0x3C00, "bf16": 0x3F80}
+
+
+def set_halves(parts: tuple[str, ...]) -> Value:
+    """set of pairs of halves: in each 1.0, or all ones where the result is no pair of floats, if it holds there."""
+    kind, out = parts[-1].removesuffix("x2"), parts[-2].removesuffix("x2")
+    compare, true = comparison(parts[1], "f64"), HALF_ONES.get(out, 0xFFFF)
+
+    def compute(a, b):
+        x, y = (floats.decode(np.atleast_1d(v).astype(np.uint32).view(np.uint16), kind) for v in (a, b))
+        return np.where(compare(*np.broadcast_arrays(x, y)), np.uint16(true), np.uint16(0)).view(np.uint32)
+
+    return Value(compute, (np.uint32, np.uint32), (np.uint32,))
 
 
 def select(parts: tuple[str, ...]) -> Value:
