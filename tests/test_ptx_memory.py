@@ -62,6 +62,16 @@ def test_a_table_into_an_argument_and_its_rest(gpu):
     assert torch.equal(whole[1], whole[0])
 
 
+def test_a_table_of_memory_that_nothing_wrote(gpu):
+    out, sizes = torch.zeros(2, 64), torch.tensor([64, 64])
+    groups = [torch.zeros(64), torch.empty(64)]
+    with refused("uninitialised", r"at element \[0\] of a tensor of this process, float32\[64\]"):
+        kernels.copy_by_table[(2,)](table(groups), sizes, out, BLOCK=64, OVER=0)
+    kernels.fill_by_table[(2,)](table(groups), BLOCK=64)
+    kernels.copy_by_table[(2,)](table(groups), sizes, out, BLOCK=64, OVER=0)
+    assert torch.equal(out[1], 1 + torch.arange(64.0))
+
+
 def test_pointers_that_lead_nowhere(gpu):
     x, out, sizes = torch.randn(1 << 16), torch.zeros(1, 64), torch.tensor([64])
     with refused("out of bounds", "before the start of"):

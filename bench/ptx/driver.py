@@ -198,7 +198,7 @@ class Launcher:
         params = pack(program, [argument.value for argument in values])
         threads = self.metadata.num_warps * 32
         tensors = extents(program, values)
-        counts = execute(program, grid, threads, params, tensors, gpu.judge, gpu.max_instructions, gpu.unwritten)
+        counts = execute(program, grid, threads, params, tensors, gpu.judge, gpu.unwritten, gpu.max_instructions)
         gpu.launches.append(Launch(self.metadata.name, gpu.architecture, grid, threads, program.shared_bytes, counts))
         if leave is not None:
             leave(launch_metadata)
@@ -282,7 +282,9 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, 
     module = parse(text)
     program = Program(next(iter(module.kernels.values())), module)
     tensors = extents(program, [Argument(f"argument {i}", x, storage_tensor(x)) for i, x in enumerate(args)])
-    return execute(program, (*grid, 1, 1)[:3], threads, pack(program, list(args)), tensors, judge or Judge())
+    return execute(
+        program, (*grid, 1, 1)[:3], threads, pack(program, list(args)), tensors, judge or Judge(), Unwritten()
+    )
 
 
 @functools.lru_cache(maxsize=16)  # a large kernel takes some 20 MB

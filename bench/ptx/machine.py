@@ -80,8 +80,8 @@ def execute(
     params: bytes,
     tensors: Iterable[Named],
     judge: Judge,
+    unwritten: Unwritten,
     max_instructions: int = MAX_INSTRUCTIONS,
-    unwritten: Unwritten | None = None,
 ) -> Counts:
     """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong and that
     `judge` does not let pass. unwritten: the memory that nothing has written so far."""
@@ -89,9 +89,8 @@ def execute(
     find_origins(program, {t.parameter for t in tensors} - {None})
     half, noted = min(max(threads // 64, 1), 4), dict(judge.noted)
     for size in (4,) if program.careful else (half, 1):
-        memory = GlobalMemory(tensors, (named for named, _ in program.constant_data), program.global_grain)
-        if unwritten is not None:
-            unwritten.mark(memory.segments)
+        constants = (named for named, _ in program.constant_data)
+        memory = GlobalMemory(tensors, constants, program.global_grain, unwritten)
         execution = Execution(program, grid, threads, params, memory, Counts(program.instructions), judge)
         try:
             counts = run_grid(execution, size, max_instructions)
@@ -99,8 +98,7 @@ def execute(
             memory.restore()
             judge.noted = dict(noted)
             continue
-        if unwritten is not None:
-            unwritten.learn(memory.segments)
+        unwritten.learn(memory.segments)
         return counts
     raise AssertionError("a unit of one warp that meets another of itself")
 

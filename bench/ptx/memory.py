@@ -16,6 +16,7 @@ from .tensors import Named, live_tensors, raw_bytes
 
 if TYPE_CHECKING:
     from .counts import Counts
+    from .uninitialised import Unwritten
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SECTOR = 32  # bytes: the unit of a GPU's memory traffic
@@ -127,8 +128,9 @@ class OutsideError(Exception):
 
 
 class GlobalMemory:
-    def __init__(self, tensors: Iterable[Named], constants: Iterable[Named], grain: int):
-        self.tensors, self.grain = [*tensors, *constants], grain
+    def __init__(self, tensors: Iterable[Named], constants: Iterable[Named], grain: int, unwritten: Unwritten):
+        """unwritten: what nothing has written so far."""
+        self.tensors, self.grain, self.unwritten = [*tensors, *constants], grain, unwritten
         self.order, self.changes = Order(), 0
         merged: list[list[int]] = []
         for each in sorted(self.tensors, key=lambda t: t.start):
@@ -136,13 +138,15 @@ class GlobalMemory:
                 merged[-1][1] = max(merged[-1][1], each.end)
             else:
                 merged.append([each.start, each.end])
-        self.place_segments(Segment(start, end, grain) for start, end in merged)
+        self.segments: list[Segment] = []
+        self.add_segments([Segment(start, end, grain) for start, end in merged])
         self.gaps = any(t.elements is not None for t in self.tensors)
         self.live: list[Named] | None = None  # the tensors of the process, once they are asked for
         self.known: dict[frozenset[str], list[Named]] = {}
 
-    def place_segments(self, segments: Iterable[Segment]) -> None:
-        self.segments = sorted(segments, key=lambda segment: segment.start)
+    def add_segments(self, segments: list[Segment]) -> None:
+        self.unwritten.mark(segments)
+        self.segments = sorted([*self.segments, *segments], key=lambda segment: segment.start)
         self.starts = np.array([s.start for s in self.segments], np.uint64)
 
     def of(self, origin: frozenset[str] | None) -> list[Named]:
@@ -188,7 +192,7 @@ class GlobalMemory:
         news = [Segment(*piece, self.grain) for piece in self.uncovered(found)]
         self.tensors += found
         self.gaps |= any(t.elements is not None for t in found)
-        self.place_segments([*self.segments, *news])
+        self.add_segments(news)
         return bool(news)
 
     def uncovered(self, tensors: list[Named]) -> list[tuple[int, int]]:
