@@ -85,6 +85,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.
+        IndexError: where a pair that attends points outside of what a score_mod captured (on a GPU its row is NaN).
+        NotImplementedError: in forward mode (`torch.func.jvp`, dual tensors), whose derivatives are not there.
 
     >>> import torch, flashattn
     >>> q = k = v = torch.ones(1, 8, 5, 64)

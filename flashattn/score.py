@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # The part of an operator's schema that carries a Score: one entry a field, in Score's order, up to bias. Bias and sinks
 # get gradients, so operators take them beside q, k and v; callables and what they capture do not go through operators.
 SCHEMA = (
-    "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
+    "float scale, SymInt? left, SymInt? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
     "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from torch._dynamo.testing import CompileCounterWithBackend
+
 import flashattn
 from flashattn.ops import fields_of
 from flashattn.score import Score
@@ -147,6 +149,22 @@ def test_compile_with_every_size_dynamic():
         lengths = torch.tensor([seq, 5])
         ours, eager = (torch.autograd.grad(f(*inputs, lengths), inputs) for f in (compiled, step))
         assert all(map(torch.equal, ours, eager))
+
+
+def test_compile_of_many_windows():
+    """A graph serves every window, once a second one has shown that it changes."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(q, left):
+        return flashattn.attention(q, q, q, window=(left, 2)).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    q = torch.randn(1, 2, 40, 16, requires_grad=True)
+    for left in (3, 4, 9, 39, 40, 2**31 - 1):
+        ours, eager = (torch.autograd.grad(f(q, left), q) for f in (compiled, step))
+        assert torch.equal(*ours, *eager)
+    assert counter.frame_count <= 3  # the first, any other, and one larger than any sequence
 
 
 def test_compile_with_every_feature():
