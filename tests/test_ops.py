@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashattn
