@@ -69,17 +69,40 @@ HEADS = {"masked": Masked, "classify": Classify, "tag": Tag, "answer": Answer}
 
 
 def loss(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """What a model is trained on; targets of -100 do not count.
+    """What a model is trained on: the mean over the targets. Those of -100 do not count; numbers all do.
 
     A language model, masked, tag: targets (batch, seq), or (total,) packed. classify: (batch,) of labels; of "multi"
     (batch, labels) of 0 and 1; of "regression" numbers of the logits' shape, or (batch,). answer: (batch, 2), where it
     starts and ends.
+
+    Raises:
+        ValueError: for label_smoothing where there are no classes to smooth over: "multi", "regression".
     """
-    if config.task == "answer":
-        starts, ends = logits.unbind(-1)
-        return (F.cross_entropy(starts, targets[:, 0]) + F.cross_entropy(ends, targets[:, 1])) / 2
+    return sum_losses(config, logits, targets, label_smoothing) / count_targets(config, targets)
+
+
+def count_targets(config: Config, targets: Tensor) -> int:
+    if is_number(config):
+        return targets.numel()
+    return int((targets != -100).sum())
+
+
+def sum_losses(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """0 where no target counts."""
+    if config.task == "classify" and config.problem != "single" and label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 for the problem {config.problem!r}, got {label_smoothing}")
+    if is_number(config):
+        return F.mse_loss(logits.reshape(targets.shape), targets.to(logits), reduction="sum")
     if config.task == "classify" and config.problem == "multi":
-        return F.binary_cross_entropy_with_logits(logits, targets.to(logits))
-    if config.task == "classify" and config.problem == "regression":
-        return F.mse_loss(logits.reshape(targets.shape), targets.to(logits))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
+        each = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
+        return each.masked_fill(targets == -100, 0).sum()
+    if config.task == "answer":
+        logits = logits.transpose(1, 2)  # (batch, 2, seq): a choice among the tokens for each target
+    return F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
+    )  # fmt: skip
+
+
+def is_number(config: Config) -> bool:
+    """Whether targets are numbers, of which -100 is one."""
+    return config.task == "classify" and config.problem == "regression"

@@ -32,7 +32,7 @@ SCHEDULES = ("cosine", "inverse_sqrt", "constant")
 
 
 class Batch(NamedTuple):
-    """What the model is called with, and what its logits are held against (-100 does not count)."""
+    """What the model is called with, and what its logits are held against, as `heads.loss` has it."""
 
     inputs: dict[str, Tensor]
     targets: Tensor
@@ -59,14 +59,21 @@ class Training:
     label_smoothing: float = 0.0
     bfloat16: bool = False  # autocast: products in bfloat16, parameters in float32
     recompute: bool = False  # activations of blocks in the backward pass, instead of keeping them
-    evaluate_every: int | None = None  # steps; always at the end, where there is an evaluation
-    save_every: int | None = None  # steps; always at the end, where there is a run
+    evaluate_every: int | None = None  # steps; None: at the end alone, as always, where there is an evaluation
+    save_every: int | None = None  # steps; None: at the end alone, as always, where there is a run
     seed: int = 0  # of dropout
 
     def __post_init__(self):
         for name in ("steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 step or None, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be over 0 or None, got {self.clip}")
+        if self.least < 0:
+            raise ValueError(f"least must be at least 0, got {self.least}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.warmup < 0:
@@ -161,22 +168,23 @@ def train(
 def step_of(
     model: Model, batches: list[Batch], settings: Training, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> float:
-    """One step of the optimizer. Each target of all batches and processes counts the same, however many a batch has."""
-    counts = torch.tensor([float((b.targets != -100).sum()) for b in batches])
-    total = processes.sum(counts.sum())
+    """One step of the optimizer. Each target of all batches and processes counts the same, however many a batch has;
+    where none has any, the loss is 0 and nothing changes."""
+    total = float(sum(heads.count_targets(model.config, b.targets) for b in batches))
+    total = float(processes.sum(torch.tensor(total)))
     optimizer.zero_grad()
     summed = torch.zeros(())
     device = next(model.parameters()).device
-    for b, count in zip(batches, counts, strict=True):
+    for b in batches:  # also those without targets: other processes may wait for their part of the gradients
         with torch.autocast(device.type, torch.bfloat16) if settings.bfloat16 else nullcontext():
             logits = model(**b.inputs)
-        loss = heads.loss(model.config, logits.float(), b.targets, settings.label_smoothing)
-        weight = (count / total).to(device)
-        (loss * weight * processes.size).backward()  # sharded gradients are means over the processes
-        summed += (loss.detach() * weight).cpu()
-    if settings.clip is not None:
-        clip_gradients(model, settings.clip)
-    optimizer.step()
+        loss = heads.sum_losses(model.config, logits.float(), b.targets, settings.label_smoothing) / max(1, total)
+        (loss * processes.size).backward()  # sharded gradients are means over the processes
+        summed += loss.detach().cpu()
+    if total:
+        if settings.clip is not None:
+            clip_gradients(model, settings.clip)
+        optimizer.step()
     return float(processes.sum(summed))
 
 

@@ -67,6 +67,33 @@ def test_batches_of_a_step_count_by_their_targets():
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def without_targets(number):
+    """A batch none of whose targets counts."""
+    tokens, targets = batch(number)
+    return Batch(tokens, torch.full_like(targets, -100))
+
+
+def test_a_batch_without_targets_adds_nothing():
+    """Beside others in a step, whose mean it leaves as it was."""
+    a, b = make(), make()
+    log_a = train.train(
+        a, lambda i: without_targets(i) if i % 2 else batch(i // 2), Training(steps=3, accumulate=2), progress=False
+    )
+    log_b = train.train(b, batch, Training(steps=3), progress=False)
+    assert [e["loss"] for e in log_a] == [e["loss"] for e in log_b]
+    assert equal(a, b)
+
+
+def test_a_step_without_targets_changes_nothing():
+    """Neither weights, by their decay or momentum, nor what comes after; its loss is 0."""
+    a = make()
+    train.train(a, batch, Training(steps=1, schedule="constant"), progress=False)
+    b = make()
+    log = train.train(b, lambda i: without_targets(i) if i else batch(i), Training(steps=3), progress=False)
+    assert [entry["loss"] for entry in log][1:] == [0, 0]
+    assert equal(a, b)
+
+
 def test_recomputing_changes_no_bit():
     """With dropout, which has to drop the same elements again."""
     a, b = make(dropout=0.2), make(dropout=0.2)
@@ -112,8 +139,11 @@ def test_schedules():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("accumulate", 0), ("warmup", -1), ("schedule", "linear"), ("label_smoothing", 1.0)],
-)
+    [
+        ("steps", 0), ("accumulate", 0), ("warmup", -1), ("schedule", "linear"), ("label_smoothing", 1.0),
+        ("evaluate_every", 0), ("save_every", -1), ("clip", 0.0), ("clip", -1.0), ("least", -0.1),
+    ],
+)  # fmt: skip
 def test_wrong_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Training(**{"steps": 1, name: value})
@@ -125,6 +155,42 @@ def test_label_smoothing():
     logs = logits.log_softmax(-1)
     expected = torch.stack([-0.9 * logs[i, t] - 0.1 * logs[i].mean() for i, t in enumerate(targets) if t >= 0]).mean()
     torch.testing.assert_close(heads.loss(CONFIG, logits, targets, 0.1), expected)
+
+
+def test_label_smoothing_of_answers():
+    config = replace(CONFIG, head=False, task="answer")
+    logits, targets = torch.randn(3, 7, 2), torch.tensor([[1, 4], [-100, 2], [0, -100]])
+    logs = logits.log_softmax(1)
+    each = [-0.9 * logs[i, t, side] - 0.1 * logs[i, :, side].mean()
+            for i, row in enumerate(targets) for side, t in enumerate(row) if t >= 0]  # fmt: skip
+    torch.testing.assert_close(heads.loss(config, logits, targets, 0.1), torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("problem", ["multi", "regression"])
+def test_label_smoothing_of_what_has_no_classes_is_refused(problem):
+    config = replace(CONFIG, head=False, task="classify", labels=("a",), problem=problem)
+    with pytest.raises(ValueError, match=f"label_smoothing must be 0 for the problem '{problem}', got 0.1"):
+        heads.loss(config, torch.zeros(3, 1), torch.zeros(3, 1), 0.1)
+
+
+def test_targets_of_several_labels_that_do_not_count():
+    config = replace(CONFIG, head=False, task="classify", labels=("a", "b"), problem="multi")
+    logits, targets = torch.randn(2, 2), torch.tensor([[1, -100], [0, 1]])
+    each = torch.stack([-logits[0, 0].sigmoid().log(), -(-logits[1, 0]).sigmoid().log(), -logits[1, 1].sigmoid().log()])
+    torch.testing.assert_close(heads.loss(config, logits, targets), each.mean())
+
+
+def test_a_number_of_minus_100_counts():
+    config = replace(CONFIG, causal=False, head=False, task="classify", labels=("celsius",), problem="regression")
+    torch.manual_seed(0)
+    ours = model.Transformer(config)
+    with torch.no_grad():
+        expected = (ours(torch.tensor([[1, 2]])) + 100).square().item()
+    log = train.train(
+        ours, lambda i: Batch(dict(tokens=torch.tensor([[1, 2]])), torch.tensor([-100.0])), Training(steps=1),
+        progress=False,
+    )  # fmt: skip
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
