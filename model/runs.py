@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ class Run:
             return
         with saving.whole(self.directory / f"step-{step:06d}") as partial:
             saving.write(model.config, weights, partial, tokenizer)
-            kept = dict(step=step, weights=weights, optimizer=state, random=states, log=log)
+            kept = dict(
+                step=step, config=asdict(model.config), weights=weights, optimizer=state, random=states, log=log
+            )  # fmt: skip
             torch.save(kept, partial / "training.pt")
         for old in self.checkpoints[: -self.keep]:  # which, half-deleted by a kill, would still look like checkpoints
             os.rename(old, old.with_name(f"{old.name}.partial"))
@@ -60,28 +63,54 @@ class Run:
         with open(self.directory / "log.jsonl", mode, encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
-    def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-        """Put the last checkpoint into model, optimizer and PyTorch's generator: its step, and the log up to it."""
-        step, log = self.restore(model, optimizer) if self.checkpoints else (0, [])
+    def resume(
+        self, model: Model, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None
+    ) -> tuple[int, list[dict]]:
+        """Put the last checkpoint into model, optimizer and PyTorch's generator: its step, and the log up to it.
+
+        Raises:
+            CheckpointError: where it is that of another model or tokeniser, or cannot be read.
+        """
+        step, log = self.restore(model, optimizer, tokenizer) if self.checkpoints else (0, [])
         if self.directory.exists():  # else nothing stands in it, and it appears with the first step
             self.record(log, "w")
         return step, log
 
-    def restore(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    def restore(
+        self, model: Model, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None
+    ) -> tuple[int, list[dict]]:
         file = self.checkpoints[-1] / "training.pt"
         try:
             kept = torch.load(file, map_location="cpu", weights_only=True)
+            check_same(file.parent, kept.get("config", {}), asdict(model.config), tokenizer)
             set_state_dict(
                 model, optimizer, model_state_dict=kept["weights"], optim_state_dict=kept["optimizer"], options=WHOLE
             )
+        except CheckpointError:
+            raise
         except Exception as error:  # what unpickling and loading raise depends on the bytes
             message = f"{file}: not a state of this model (without its directory the run goes on from the one before)"
-            raise CheckpointError(f"{message}: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{message}: {' '.join(str(error).split())[:300]}") from None
         states = kept["random"]
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         if rank < len(states):  # one process more than before begins with a seed of its own
             torch.set_rng_state(states[rank])
         return kept["step"], kept["log"]
+
+
+def check_same(checkpoint: Path, begun: dict, here: dict, tokenizer: Tokenizer | None) -> None:
+    """That a run goes on with the config and the tokeniser it was begun with; dropout is a matter of the training."""
+    names = [name for name in begun if begun[name] != here.get(name) and name != "dropout"]
+    if names:
+        differences = ", ".join(f"{name} {begun[name]} (here {here.get(name)})" for name in names)
+        raise CheckpointError(f"{checkpoint}: begun with {differences}; go on with the same, or in another directory")
+    file = checkpoint / "tokenizer.json"
+    if tokenizer is not None and file.exists():
+        if json.loads(file.read_text(encoding="utf-8")) != json.loads(tokenizer.backend.to_str()):
+            raise CheckpointError(
+                f"{checkpoint}: begun with another tokeniser; go on with the same (of the same texts), or in another "
+                "directory"
+            )
 
 
 def gathered(x: torch.Tensor) -> list[torch.Tensor]:

@@ -124,6 +124,7 @@ def train(
 
     Raises:
         FloatingPointError: where the loss is not finite; the last checkpoint is as it was.
+        CheckpointError: where the run was begun with another model or tokeniser.
     """
     processes = Processes.of(mesh)
     rank, world = processes.rank, processes.size
@@ -131,7 +132,7 @@ def train(
     optimizer = make_optimizer(model, settings)
     peak_flops = peak(device, torch.bfloat16 if settings.bfloat16 else torch.float32)
     torch.manual_seed(settings.seed + rank)
-    first, log = (0, []) if run is None else run.resume(model, optimizer)
+    first, log = (0, []) if run is None else run.resume(model, optimizer, tokenizer)
     for module in model.modules():
         if isinstance(module, Stack):
             module.recompute = settings.recompute

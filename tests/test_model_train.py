@@ -16,6 +16,7 @@ import model
 from model import heads, runs, train
 from model.layers import initialise
 from model.runs import Run
+from model.tokenizer import Tokenizer
 from model.train import Batch, Training
 
 CONFIG = model.Config(
@@ -302,6 +303,31 @@ def test_a_state_that_is_cut_off(tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(model.checkpoints.CheckpointError, match=r"training\.pt: not a state of this model"):
         train.train(make(), batch, Training(steps=2), Run(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(width=64, head_dim=16), r"begun with width 32 \(here 64\), head_dim 8 \(here 16\)"),
+        (dict(heads=2, kv_heads=2, head_dim=16), r"heads 4 \(here 2\), kv_heads 4 \(here 2\), head_dim 8 \(here 16\)"),
+        (dict(norm_eps=1e-6), r"norm_eps 1e-05 \(here 1e-06\)"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_model(changes, message, tmp_path):
+    """Nor as one whose weights have the same shapes. Dropout may change, as settings of the training may."""
+    train.train(make(), batch, Training(steps=1), Run(tmp_path), progress=False)
+    with pytest.raises(model.checkpoints.CheckpointError, match=message):
+        train.train(make(**changes), batch, Training(steps=2), Run(tmp_path), progress=False)
+    train.train(make(dropout=0.1), batch, Training(steps=2), Run(tmp_path), progress=False)
+
+
+def test_a_run_does_not_go_on_with_another_tokeniser(tmp_path):
+    a, b, again = (Tokenizer.train(text, 260) for text in ("owl owl owl sea", "pussycat in a boat", "owl owl owl sea"))
+    options = dict(progress=False)
+    train.train(make(), batch, Training(steps=1), Run(tmp_path), tokenizer=a, **options)
+    with pytest.raises(model.checkpoints.CheckpointError, match="step-000001: begun with another tokeniser"):
+        train.train(make(), batch, Training(steps=2), Run(tmp_path), tokenizer=b, **options)
+    train.train(make(), batch, Training(steps=2), Run(tmp_path), tokenizer=again, **options)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
