@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import partial
 
 import flashattn
 
@@ -12,6 +13,13 @@ from . import commands
 from .packages import KNOWN
 
 DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def count(text: str, least: int = 1) -> int:
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,14 +70,14 @@ def parser() -> argparse.ArgumentParser:
 
     translate = command("translate", "what an encoder-decoder makes of each text, by beam search")
     translate.add_argument("texts", nargs="+", metavar="TEXT")
-    translate.add_argument("--beams", type=int, default=4, metavar="N", help="hypotheses, default 4; 1 is greedy")
+    translate.add_argument("--beams", type=count, default=4, metavar="N", help="hypotheses, default 4; 1 is greedy")
     translate.add_argument("--length-penalty", type=float, default=1.0, metavar="P", help="default 1; 0: short outputs")
     translate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
 
     answer = command("answer", "where in a passage the answer to a question stands")
     answer.add_argument("--question", required=True)
     answer.add_argument("--passage", required=True, help="the text, or - to read it from standard input")
-    answer.add_argument("--best", type=int, default=5, metavar="N", help="spans to show, default 5")
+    answer.add_argument("--best", type=count, default=5, metavar="N", help="spans to show, default 5")
 
     transcribe = command("transcribe", "what is said in a WAV file")
     transcribe.add_argument("file", help="16-bit WAV, any rate")
@@ -80,16 +88,17 @@ def parser() -> argparse.ArgumentParser:
         "--out", required=True, metavar="DIRECTORY", help="checkpoints, log.jsonl, loss.png; goes on there"
     )
     train.add_argument("--model", metavar="NAME", help="go on from this one; default: a small Llama from scratch")
-    train.add_argument("--vocab", type=int, default=2048, metavar="N", help="tokens of the small Llama, default 2048")
-    train.add_argument("--layers", type=int, default=4, metavar="N", help="of it, default 4")
-    train.add_argument("--width", type=int, default=256, metavar="N", help="of it, default 256")
-    train.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a piece of text, default 256")
-    train.add_argument("--batch", type=int, default=8, metavar="N", help="pieces in a batch, default 8")
-    train.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step, default 1")
-    train.add_argument("--steps", type=int, default=1000, metavar="N", help="default 1000")
+    train.add_argument("--vocab", type=count, default=2048, metavar="N", help="tokens of the small Llama, default 2048")
+    train.add_argument("--layers", type=count, default=4, metavar="N", help="of it, default 4")
+    train.add_argument("--width", type=count, default=256, metavar="N", help="of it, default 256")
+    two = partial(count, least=2)
+    train.add_argument("--context", type=two, default=256, metavar="N", help="tokens of a piece of text, default 256")
+    train.add_argument("--batch", type=count, default=8, metavar="N", help="pieces in a batch, default 8")
+    train.add_argument("--accumulate", type=count, default=1, metavar="N", help="batches in a step, default 1")
+    train.add_argument("--steps", type=count, default=1000, metavar="N", help="default 1000")
     train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest, default 0.001")
     train.add_argument("--schedule", choices=["cosine", "inverse_sqrt", "constant"], default="cosine")
-    train.add_argument("--save-every", type=int, default=200, metavar="N", help="steps, default 200")
+    train.add_argument("--save-every", type=count, default=200, metavar="N", help="steps, default 200")
     train.add_argument("--bfloat16", action="store_true", help="products in bfloat16 (autocast)")
     train.add_argument("--recompute", action="store_true", help="activations in the backward pass: less memory")
     train.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and batches, default 0")

@@ -192,6 +192,8 @@ def run_train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model}: only a causal language model learns from text alone")
     context = min(args.context, model.config.context)
     tokens, held = (torch.tensor(tokenizer.encode(text)) for text in (learned, held_out))
+    if len(held) < 2:
+        raise ValueError(f"texts must be long enough for two tokens in the twentieth held out, got {len(held)}")
     size = len(held_out.encode())
 
     def evaluate(model: Transformer) -> dict[str, float]:

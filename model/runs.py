@@ -105,12 +105,11 @@ def check_same(checkpoint: Path, begun: dict, here: dict, tokenizer: Tokenizer |
         differences = ", ".join(f"{name} {begun[name]} (here {here.get(name)})" for name in names)
         raise CheckpointError(f"{checkpoint}: begun with {differences}; go on with the same, or in another directory")
     file = checkpoint / "tokenizer.json"
-    if tokenizer is not None and file.exists():
-        if json.loads(file.read_text(encoding="utf-8")) != json.loads(tokenizer.backend.to_str()):
-            raise CheckpointError(
-                f"{checkpoint}: begun with another tokeniser; go on with the same (of the same texts), or in another "
-                "directory"
-            )
+    if tokenizer is None or not file.exists():
+        return
+    if json.loads(file.read_text(encoding="utf-8")) != json.loads(tokenizer.backend.to_str()):
+        message = "begun with another tokeniser; go on with the same (of the same texts), or in another directory"
+        raise CheckpointError(f"{checkpoint}: {message}")
 
 
 def gathered(x: torch.Tensor) -> list[torch.Tensor]:

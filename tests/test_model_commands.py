@@ -120,6 +120,28 @@ def test_train_then_use(monkeypatch, capsys, tmp_path):
     assert torch.equal(half.token_embedding.weight, model.load(path)[0].token_embedding.weight.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [
+        ("--vocab", 1), ("--layers", 1), ("--width", 1), ("--context", 2), ("--batch", 1), ("--accumulate", 1),
+        ("--steps", 1), ("--save-every", 1),
+    ],
+)  # fmt: skip
+def test_training_takes_no_zeros(option, least, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model", "train", __file__, "--out", "x", option, str(least - 1)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"argument {option}: must be at least {least}, got {least - 1}" in capsys.readouterr().err
+
+
+def test_a_text_too_short_to_hold_a_part_out(monkeypatch, capsys, tmp_path):
+    (tmp_path / "x.txt").write_text("The owl", encoding="utf-8")
+    arguments = ["train", str(tmp_path / "x.txt"), "--out", str(tmp_path / "x"), "--context", "2", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["model", *arguments])
+    assert main() == 1
+    assert "error: texts must be long enough for two tokens in the twentieth held out, got 1" in capsys.readouterr().err
+
+
 @needs_minilm
 @needs_smollm2
 @pytest.mark.parametrize(
