@@ -61,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
 
     embed = command("embed", "compare sentences: embeddings and their cosines")
     embed.add_argument("sentences", nargs="+", metavar="SENTENCE")
+    embed.add_argument("--truncate", action="store_true", help="cut long texts to what the model was trained on")
 
     classify = command("classify", "the class of each text, of a model with a head for it")
     classify.add_argument("texts", nargs="+", metavar="TEXT")
+    classify.add_argument("--truncate", action="store_true", help="cut long texts to the model's context")
 
     tag = command("tag", "the labelled spans of a text: names, parts of speech")
     tag.add_argument("text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import ctranslate2_file, gguf_file, onnx_file
-from .config import Config
+from . import ctranslate2_file, gguf_file, onnx_file, sentence_files
+from .config import Config, Pooling
 from .encoder_decoder import EncoderDecoder
 from .families import FAMILIES
 from .packages import LACKING, locate
@@ -59,7 +60,7 @@ def load(
         tensors, tokenizer = read_tensors(path), Tokenizer.from_directory(path)
     else:
         raise CheckpointError(f"{path}: a checkpoint is a directory with config.json, or a .gguf file")
-    config = read_config(hf, path)
+    config = replace(read_config(hf, path), pooling=read_pooling(path))
     if tokenizer is not None and tokenizer.size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokeniser has {tokenizer.size} tokens, the model an embedding of {config.vocab_size}"
@@ -85,6 +86,13 @@ def read_config(hf: dict, path: Path) -> Config:
     except KeyError as error:
         raise CheckpointError(f"{path}: config.json has no usable {error}") from None
     except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_pooling(path: Path) -> Pooling | None:
+    try:
+        return sentence_files.read(path)
+    except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

@@ -96,7 +96,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_embed(args: argparse.Namespace) -> None:
     model, tokenizer = load_named(args.model, args.dtype)
-    vectors = embed(model, tokenizer, args.sentences).float()
+    vectors = embed(model, tokenizer, args.sentences, normalize=True, truncate=args.truncate).float()
     cosines = (vectors @ vectors.T).tolist()
     if args.json:
         print(json.dumps({"sentences": args.sentences, "cosines": cosines, "vectors": vectors.tolist()}))
@@ -110,7 +110,7 @@ def run_embed(args: argparse.Namespace) -> None:
 
 def run_classify(args: argparse.Namespace) -> None:
     model, tokenizer = load_named(args.model, args.dtype)
-    results = classify(model, tokenizer, args.texts)
+    results = classify(model, tokenizer, args.texts, args.truncate)
     if args.json:
         print(json.dumps({"texts": args.texts, "labels": results}, ensure_ascii=False))
         return

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 from .rope import Scaling
 
+@dataclass(frozen=True)
+class Pooling:
+    """How a vector is made of a text, as sentence-transformers has it."""
+
+    modes: tuple[str, ...] = ("mean",)  # keys of pooling.POOLINGS; several stand side by side
+    normalize: bool = True  # to unit vectors
+    longest: int | None = None  # tokens that it was trained on; None: the context
+    lower: bool = False  # texts in lower case
+    prompts: tuple[tuple[str, str], ...] = ()  # names and texts; a prompt stands in front of a text
+    prompt: str = ""  # the name of the one that stands there where none is asked for
+
+
 POSITIONS = ("rope", "learned", "sinusoidal", "relative")
 
 
@@ -65,6 +77,7 @@ class Config:
     head_bias: bool = False
     mels: int = 0  # over 0: the encoder reads audio, so many bands of a spectrogram
     audio_context: int = 0  # longest sequence of its encoder, two frames each
+    pooling: Pooling | None = None  # of embeddings, where the checkpoint says how
     problem: str = "single"  # of the task "classify": "single", "multi" (labels apart) or "regression"
 
     def window(self, layer: int) -> tuple[int, None] | None:

@@ -127,7 +127,11 @@ def check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
 
 def check_tokens(name: str, sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
     for i, tokens in enumerate(sequences):
-        if not tokens:
+        if isinstance(tokens, (int, str)):
+            raise ValueError(
+                f"{name} must be lists of token numbers, one for each sequence, got {tokens!r} in one's place"
+            )
+        if len(tokens) == 0:
             raise ValueError(f"{name}[{i}] must have at least one token, got none")
         wrong = next((t for t in tokens if not isinstance(t, Integral)), None)
         if wrong is not None:

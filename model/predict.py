@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .data import pack
+from .texts import check_texts, encode_texts
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -23,13 +24,14 @@ def check_length(model: Transformer, name: str, tokens: Sequence[int]) -> None:
 
 
 @torch.inference_mode()
-def classify(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[dict[str, float]]:
+def classify(
+    model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], truncate: bool = False
+) -> list[dict[str, float]]:
     """For each text the probability of each label, the likeliest first; of "multi", each by itself; of "regression",
-    the number under the label's name."""
+    the number under the label's name. truncate: of texts over the model's context the end is cut off."""
     check_task(model, "classify")
-    encoded = [tokenizer.encode(text) for text in texts]
-    for tokens in encoded:
-        check_length(model, "texts", tokens)
+    check_texts("texts", texts)
+    encoded = encode_texts("texts", texts, tokenizer, model.config, model.config.context if truncate else None)
     if not encoded:
         return []
     logits = model(*pack(encoded)).float()

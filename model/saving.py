@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from . import sentence_files
 from .checkpoints import Model, source_name
 from .config import Config
 from .families import FAMILIES
@@ -34,7 +35,7 @@ def whole(directory: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in [*partial.iterdir(), partial]:
+        for file in [*partial.rglob("*"), partial]:
             sync(file)
         os.rename(partial, directory)
         sync(directory.parent)
@@ -70,6 +71,8 @@ def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer
     hf = FAMILIES[config.family].to_hf(config) | {"dtype": str(weights["token_embedding.weight"].dtype).split(".")[1]}
     if tokenizer is not None:
         tokenizer.write(directory)
+    if config.pooling is not None:
+        sentence_files.write(config.pooling, config.width, directory)
     (directory / "config.json").write_text(json.dumps(hf, indent=2), encoding="utf-8")
     try:
         save_file(named(config, weights), directory / "model.safetensors", metadata={"format": "pt"})

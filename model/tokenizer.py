@@ -39,6 +39,12 @@ class Tokenizer:
         """add_special_tokens: what every text begins and ends with, such as a bos token; a chat's template has them."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_truncated(self, text: str, longest: int) -> list[int]:
+        """So many tokens at most: what is over is cut off, before the special tokens that stand behind a text."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding.truncate(longest - self.backend.num_special_tokens_to_add(False))
+        return self.backend.post_process(encoding).ids
+
     def decode(self, tokens: list[int]) -> str:
         return self.backend.decode(tokens)
 
