@@ -83,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
 
     transcribe = command("transcribe", "what is said in a WAV file")
     transcribe.add_argument("file", help="16-bit WAV, any rate")
+    transcribe.add_argument("--language", metavar="CODE", help="like en; default: what the model takes it for")
+    transcribe.add_argument("--task", choices=["transcribe", "translate"], default="transcribe", help="into English")
+    transcribe.add_argument(
+        "--no-speech-threshold", type=float, default=0.6, metavar="P", help="leave out what is less likely speech"
+    )
 
     train = command("train", "train a language model on text files, from scratch or going on from a model", output)
     train.add_argument("texts", nargs="+", metavar="FILE", help="text in UTF-8; the last twentieth of each is held out")

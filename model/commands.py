@@ -27,8 +27,9 @@ from .language import bits, small_llama
 from .predict import answer, classify, tag
 from .runs import Run
 from .saving import save
+from .sound import RATE, read_wave
 from .speculative import speculate
-from .speech import RATE, read_wave, transcribe
+from .speech import Segment, transcribe
 from .tokenizer import Tokenizer
 from .train import Batch, Training, train
 from .transformer import Transformer
@@ -161,22 +162,21 @@ def run_answer(args: argparse.Namespace) -> None:
 
 def run_transcribe(args: argparse.Namespace) -> None:
     model, tokenizer = load_named(args.model, args.dtype)
-    samples, stream = read_wave(args.file), tokenizer.stream()
+    samples = read_wave(args.file)
 
-    def show(token: int) -> None:
-        piece = stream.add(token)
+    def show(segment: Segment) -> None:
         if not args.json:
-            print(piece if len(stream.tokens) > 1 else piece.lstrip(), end="", flush=True)
+            print(f"[{segment.start:7.2f} - {segment.end:7.2f}] {segment.text.strip()}", flush=True)
 
     start = time.perf_counter()
-    text = transcribe(model, tokenizer, samples, show)
-    if not args.json:
-        print(stream.end(), end="")
+    options = dict(language=args.language, task=args.task, no_speech_threshold=args.no_speech_threshold)
+    found = transcribe(model, tokenizer, samples, show, **options)
     seconds, length = time.perf_counter() - start, len(samples) / RATE
     if args.json:
-        print(json.dumps({"text": text, "seconds": seconds, "seconds_of_sound": length}, ensure_ascii=False))
+        result = found._asdict() | {"segments": [segment._asdict() for segment in found.segments]}
+        print(json.dumps(result | {"seconds": seconds, "seconds_of_sound": length}, ensure_ascii=False))
     else:
-        print(f"\n\n{length:.1f} s of sound in {seconds:.1f} s")
+        print(f"\n{length:.1f} s of sound in {seconds:.1f} s, language {found.language}")
 
 
 def run_train(args: argparse.Namespace) -> None:

@@ -1,68 +1,38 @@
-"""Speech to text: spectrograms, and what a Whisper writes of them."""
+"""Speech to text: what a Whisper writes of a recording, as its authors' decoder has it, greedily.
+
+Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022), arXiv:2212.04356, section 4.5.
+"""
 
 from __future__ import annotations
 
-import math
-import wave
-from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .encoder_decoder import EncoderDecoder
+from .encoder_decoder import EncoderDecoder, Memory
+from .sound import HOP, RATE, spectrogram
 from .tokenizer import Tokenizer
 
-RATE, WINDOW, HOP = 16_000, 400, 160  # samples: in a second, in a frame, from one frame to the next
+FRAMES = 2  # of a spectrogram to a step of time, which a token stands for
+FIRST_WITHIN = 50  # steps: a second, in which what is said first begins
+MULTILINGUAL = 51_865  # tokens; a Whisper of English alone has fewer
 
 
-def read_wave(file: str | Path | BinaryIO) -> Tensor:
-    """Samples (n,) at 16 kHz in [-1, 1], of a WAV file of 16-bit numbers; several channels are averaged.
-
-    Raises:
-        ValueError: for another kind of file.
-    """
-    try:
-        with wave.open(file if hasattr(file, "read") else str(file), "rb") as sound:
-            rate, channels, width = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
-            data = sound.readframes(sound.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{file}: truncated or not a WAV file: {error}") from None
-    if width != 2:
-        raise ValueError(f"{file}: samples must have 16 bits, got {8 * width}")
-    data = data[: len(data) // (2 * channels) * 2 * channels]
-    samples = torch.frombuffer(bytearray(data), dtype=torch.int16).view(-1, channels).float().mean(1) / 32768
-    size = round(len(samples) * RATE / rate)
-    return F.interpolate(samples[None, None], size=size, mode="linear")[0, 0] if rate != RATE else samples
+class Segment(NamedTuple):
+    start: float  # seconds
+    end: float
+    text: str
 
 
-def mel_filters(count: int) -> Tensor:
-    """(count, WINDOW / 2 + 1): triangles whose corners are evenly spaced on Slaney's mel scale, linear up to 1,000 Hz
-    and logarithmic above, each of area 1. Slaney, "Auditory Toolbox" (1998)."""
-
-    def mel(hertz: Tensor) -> Tensor:
-        return torch.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * (hertz / 1000).log() / math.log(6.4))
-
-    def hertz(mel: Tensor) -> Tensor:
-        return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
-
-    top = mel(torch.tensor(RATE / 2, dtype=torch.float64))
-    corners = hertz(torch.linspace(0, float(top), count + 2, dtype=torch.float64))
-    frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
-    low, middle, high = (corners[i : i + count, None] for i in range(3))
-    triangles = torch.minimum((frequencies - low) / (middle - low), (high - frequencies) / (high - middle)).clamp(min=0)
-    return (triangles * 2 / (high - low)).float()
-
-
-def spectrogram(samples: Tensor, mels: int) -> Tensor:
-    """(mels, frames) of samples (n,) at 16 kHz, in [-1, 1]: the logarithm of the energy in each band, at most 8 decades
-    below the loudest, scaled to about [-1, 1]."""
-    window = torch.hann_window(WINDOW)
-    power = torch.stft(samples, WINDOW, HOP, window=window, return_complex=True)[..., :-1].abs().square()
-    bands = (mel_filters(mels) @ power).clamp(min=1e-10).log10()
-    return (torch.maximum(bands, bands.max() - 8) + 4) / 4
+class Transcript(NamedTuple):
+    text: str
+    language: str
+    segments: list[Segment]
 
 
 @torch.inference_mode()
@@ -70,41 +40,194 @@ def transcribe(
     model: EncoderDecoder,
     tokenizer: Tokenizer,
     samples: Tensor,
-    on_token: Callable[[int], None] | None = None,
+    on_segment: Callable[[Segment], None] | None = None,
+    *,
+    language: str | None = None,
+    task: str = "transcribe",
+    no_speech_threshold: float = 0.6,
+    logprob_threshold: float | None = None,
     longest: int = 224,
-) -> str:
-    """What is said in samples (n,) at 16 kHz, 30 seconds at a time; greedy.
+) -> Transcript:
+    """What is said in samples (n,) at 16 kHz.
 
-    on_token: called with each token as soon as it is chosen. longest: tokens in 30 seconds.
+    The model reads windows of 30 seconds and writes when each segment of them begins and ends. The next window begins
+    where the last whole segment ended, so that no word is cut in two.
+
+    Args:
+        on_segment: called with each segment as soon as it is certain.
+        language: a code, like "en"; None: what the model takes the first window for.
+        task: "transcribe", or "translate" into English.
+        no_speech_threshold: windows are left out for which the model's probability that nobody speaks is over it.
+        logprob_threshold: but not where the mean log-probability of the tokens written is over this; None: also then.
+            The authors' decoder has -1, with which the small models' "you" over silence stays.
+        longest: tokens of a window.
 
     Raises:
-        ValueError: for a model that does not hear, or samples of another shape.
+        ValueError: naming the argument, before the model runs.
     """
-    if model.config.mels == 0:
-        raise ValueError(f"model must be one that hears, got a {model.config.family}")
+    config = model.config
+    if config.mels == 0:
+        raise ValueError(f"model must be one that hears, got a {config.family}")
     if samples.dim() != 1 or len(samples) == 0:
         raise ValueError(f"samples must be (n,), at least one, got shape {tuple(samples.shape)}")
-    size = 2 * model.config.audio_context * HOP
-    pieces = [transcribe_piece(model, tokenizer, piece, size, on_token, longest) for piece in samples.split(size)]
-    return " ".join(filter(None, pieces))
+    vocabulary = Vocabulary.of(config.vocab_size, config.start_token, tokenizer)
+    vocabulary.check(language, task)
+    size, total = FRAMES * config.audio_context, -(-len(samples) // HOP)
+    frames = spectrogram(F.pad(samples, (0, size * HOP)), config.mels).to(model.token_embedding.weight.dtype)
+    segments: list[Segment] = []
+    first = 0
+    while first < total:
+        memory = model.encode(frames[None, :, first : first + size])
+        if language is None:
+            language = detect_language(model, memory, vocabulary)
+        written = write_window(model, memory, vocabulary, vocabulary.prompt(language, task), longest)
+        parts, done = split_segments(written.tokens, vocabulary.first_time, min(size, total - first))
+        sure = logprob_threshold is not None and written.logprob > logprob_threshold
+        if written.no_speech > no_speech_threshold and not sure:
+            parts, done = [], min(size, total - first)
+        for start, end, tokens in parts:
+            segment = Segment((first + start) * HOP / RATE, (first + end) * HOP / RATE, tokenizer.decode(tokens))
+            if segment.text.strip() and end > start:
+                segments.append(segment)
+                if on_segment is not None:
+                    on_segment(segment)
+        first += done
+    return Transcript("".join(segment.text for segment in segments).strip(), language, segments)
 
 
-def transcribe_piece(model, tokenizer, samples, size, on_token, longest) -> str:
-    samples = F.pad(samples, (0, size - len(samples)))
-    memory = model.encode(spectrogram(samples, model.config.mels)[None])
-    cache = model.new_cache(1, longest + 2)
-    special = {tokenizer.backend.token_to_id(name) for name in ("<|endoftext|>", "<|nospeech|>", "<|nocaptions|>")}
-    new = [model.config.start_token, tokenizer.backend.token_to_id("<|notimestamps|>")]
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens by which a Whisper is steered, and those it shall not write."""
+
+    start: int
+    end: int
+    no_speech: int | None
+    first_time: int  # 0.00 s; a step of time later is the next token
+    languages: dict[str, int]  # by their codes; none where it knows English alone
+    tasks: dict[str, int]
+    unwritten: list[int]
+
+    @classmethod
+    def of(cls, size: int, start: int, tokenizer: Tokenizer) -> Vocabulary:
+        def number(*names: str) -> int | None:
+            return next((n for n in map(tokenizer.backend.token_to_id, names) if n is not None), None)
+
+        end, no_times = number("<|endoftext|>"), number("<|notimestamps|>")
+        tasks = {task: number(f"<|{task}|>") for task in ("transcribe", "translate")}
+        if None in (end, no_times, *tasks.values()):
+            raise ValueError("tokenizer must be that of a Whisper, with <|notimestamps|> and the like among its tokens")
+        numbers = range(start + 1, min(tasks.values())) if size >= MULTILINGUAL else ()
+        languages = {tokenizer.backend.id_to_token(n)[2:-2]: n for n in numbers}
+        unwritten = [*find_notes(tokenizer), *range(start, no_times + 1)]
+        return cls(start, end, number("<|nospeech|>", "<|nocaptions|>"), no_times + 1, languages, tasks, unwritten)
+
+    def check(self, language: str | None, task: str) -> None:
+        if task not in self.tasks:
+            raise ValueError(f"task must be one of {', '.join(self.tasks)}, got {task!r}")
+        if self.languages and language is not None and language not in self.languages:
+            raise ValueError(f"language must be one of {', '.join(self.languages)}, got {language!r}")
+        if not self.languages and (language not in (None, "en") or task != "transcribe"):
+            raise ValueError(
+                f"model knows English alone and transcribes it, got language {language!r} and task {task!r}"
+            )
+
+    def prompt(self, language: str, task: str) -> list[int]:
+        return [self.start, self.languages[language], self.tasks[task]] if self.languages else [self.start]
+
+    def constrain(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Log-probabilities (vocab_size,) of what may follow tokens that were written. Times come in pairs, of the end
+        of a segment and the beginning of the next; none is before another; one stands at the beginning, and the last
+        may stand alone. Where times together are more likely than any other token, one of them it is."""
+        times = logits.new_zeros(len(logits), dtype=torch.bool)
+        times[self.first_time :] = True
+        banned = torch.zeros_like(times)
+        banned[self.unwritten] = True
+        is_time = [token >= self.first_time for token in tokens]
+        if not tokens:
+            banned |= ~times
+            banned[self.first_time + FIRST_WITHIN + 1 :] = True
+        elif is_time[-1] and all(is_time[-2:]):  # a segment has begun
+            banned |= times
+        elif is_time[-1]:  # one has ended
+            banned[: self.end] = True
+        if any(is_time):
+            last = max(token for token in tokens if token >= self.first_time)
+            ended = is_time[-1] and not all(is_time[-2:])
+            banned[self.first_time : last + (not ended)] = True  # the next may begin at once; none is of no length
+        logs = logits.masked_fill(banned, -torch.inf).log_softmax(-1)
+        if logs[times].logsumexp(-1) > logs[~times].max():
+            logs = logs.masked_fill(~times, -torch.inf)
+        return logs
+
+
+def find_notes(tokenizer: Tokenizer) -> set[int]:
+    """Tokens of notes on what is not speech, like brackets and ♪: what Whisper's `non_speech_tokens` are."""
+    runs = ["<<", ">>", "<<<", ">>>", "--", "---", "-(", "-[", "('", '("', "((", "))", "(((", ")))", "[[", "]]"]
+    symbols = [*'"#()*+/:;<=>@[\\]^_`{|}~「」『』', *runs, "{{", "}}", "♪♪", "♪♪♪"]
+    notes = [*"♩♪♫♬♭♮♯"]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+    found = {encode(text)[0] for text in (" -", " '") if encode(text)}  # within a word they may stand
+    for text in [f"{space}{symbol}" for symbol in symbols + notes for space in ("", " ")]:
+        tokens = encode(text)
+        if len(tokens) == 1 or (tokens and text.strip() in notes):
+            found.add(tokens[0])
+    return found
+
+
+def detect_language(model: EncoderDecoder, memory: Memory, vocabulary: Vocabulary) -> str:
+    if not vocabulary.languages:
+        return "en"
+    device = memory.hidden.device
+    logits = model.logits(model.decode(torch.tensor([[vocabulary.start]], device=device), memory)[0, 0])
+    numbers = list(vocabulary.languages.values())
+    return list(vocabulary.languages)[int(logits[numbers].argmax())]
+
+
+class Written(NamedTuple):
+    tokens: list[int]  # text and times
+    no_speech: float  # the probability that nobody speaks
+    logprob: float  # of a token, in the mean
+
+
+def write_window(
+    model: EncoderDecoder, memory: Memory, vocabulary: Vocabulary, prompt: list[int], longest: int
+) -> Written:
+    device = memory.hidden.device
+    cache = model.new_cache(1, len(prompt) + longest)
     tokens: list[int] = []
+    new, no_speech, logprob = prompt, 0.0, 0.0
     while len(tokens) < longest:
-        hidden = model.decode(torch.tensor([new]), memory, cache=cache)[0, -1]
-        logits = model.logits(hidden).float()
-        logits[model.config.start_token :] = -torch.inf  # what steers, and times
-        token = int(logits.argmax())
-        if token in special:
+        logits = model.logits(model.decode(torch.tensor([new], device=device), memory, cache=cache)[0]).float()
+        if not tokens and vocabulary.no_speech is not None:
+            no_speech = float(logits[0].softmax(-1)[vocabulary.no_speech])
+        logs = vocabulary.constrain(logits[-1], tokens)
+        token = int(logs.argmax())
+        logprob += float(logs[token])
+        if token == vocabulary.end:
             break
         tokens.append(token)
         new = [token]
-        if on_token is not None:
-            on_token(token)
-    return tokenizer.decode(tokens).strip()
+    return Written(tokens, no_speech, logprob / (len(tokens) + 1))
+
+
+def split_segments(tokens: list[int], first_time: int, size: int) -> tuple[list[tuple[int, int, list[int]]], int]:
+    """The segments of a window of `size` frames: the frames at which each begins and ends, and the tokens of its text;
+    and the frame at which the next window begins. Text behind the last pair of times is none yet: its end was cut off,
+    and the next window has it whole."""
+
+    def frame(token: int) -> int:
+        return FRAMES * (token - first_time)
+
+    is_time = [token >= first_time for token in tokens]
+    pairs = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
+    ends_alone = is_time[-2:] == [False, True]  # and nothing is said behind it
+    if not pairs:
+        end = max((frame(token) for token in tokens if token > first_time), default=size)
+        return [(0, end, [token for token in tokens if token < first_time])], size
+    cuts = [0, *pairs] + ([len(tokens)] if ends_alone else [])
+    pieces = [tokens[a:b] for a, b in pairwise(cuts)]
+    parts = [(frame(p[0]), frame(p[-1]), [token for token in p if token < first_time]) for p in pieces]
+    return parts, size if ends_alone else parts[-1][1]

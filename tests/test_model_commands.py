@@ -2,11 +2,12 @@
 
 import json
 import sys
+import wave
 from dataclasses import replace
 
 import pytest
 import torch
-from packages import needs_minilm, needs_rampart, needs_smollm2
+from packages import needs_minilm, needs_rampart, needs_smollm2, needs_whisper
 from test_model_predict import BERT, small_tokenizer
 from tokenizers import processors
 
@@ -118,6 +119,19 @@ def test_train_then_use(monkeypatch, capsys, tmp_path):
     half, _ = model.load(tmp_path / "half", torch.bfloat16)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.equal(half.token_embedding.weight, model.load(path)[0].token_embedding.weight.bfloat16())
+
+
+@needs_whisper
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transcribe_hears_no_words_in_silence(dtype, monkeypatch, capsys, tmp_path):
+    with wave.open(str(tmp_path / "x.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 48_000))
+    found = call(
+        monkeypatch, capsys, "transcribe", "--model", "whisper", tmp_path / "x.wav", "--dtype", dtype, "--json"
+    )
+    assert (found["text"], found["language"], found["segments"]) == ("", "en", [])
+    assert found["seconds_of_sound"] == 3
 
 
 @pytest.mark.parametrize(
