@@ -59,6 +59,7 @@ class Config:
     qk_norm: bool = False  # RMSNorm over head_dim of queries and keys, in front of the rotation
     norms_behind: bool = False  # with norm_first: norms behind attention and feed-forward too
     norm_offset: float = 0.0  # added to every norm's weight
+    float32_residual: bool = False  # of a float16 model: the residual stream, and what feed-forwards add to it
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
     experts: int = 0  # over 0: so many feed-forwards, of which each token goes through a few (model/experts.py)

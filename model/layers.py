@@ -125,13 +125,17 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.activation_dropout
+        self.float32 = config.float32_residual
         self.gate = Linear(config.width, config.hidden, config.bias) if config.gated else None
         self.up = Linear(config.width, config.hidden, config.bias)
         self.down = Linear(config.hidden, config.width, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        return self.down(F.dropout(x, self.dropout, self.training))
+        x = F.dropout(x, self.dropout, self.training)
+        if self.float32 and x.dtype == torch.float16:
+            return flashattn.linear(x.float(), self.down.weight.float())
+        return self.down(x)
 
 
 class Block(nn.Module):
@@ -156,6 +160,7 @@ class Block(nn.Module):
         p = self.dropout if self.training else 0.0
         if self.norm_first:
             y, residual = self.attention_norm(x, residual, True, p)
+            y = y.half() if self.attention_norm.weight.dtype == torch.float16 else y  # of a float32 stream
             y = self.behind_attention(self.attention(y, layer, step))
             if self.cross_attention is not None:
                 y, residual = self.cross_attention_norm(y, residual, True, p)

@@ -37,14 +37,17 @@ class Stack(nn.Module):
         """Embeddings (batch, seq, width) to the last hidden states."""
         if self.relative is not None:
             step.bias = self.relative(step)
-        residual = None
+        residual, dtype = None, x.dtype
+        if self.config.float32_residual and dtype == torch.float16:
+            x = x.float()
         if not self.config.norm_first:  # where norms stand in front, the first one drops from the embeddings
             x = F.dropout(x, self.config.dropout, self.training)
         for layer in range(self.layers):
             block = self.blocks[layer % len(self.blocks)]
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
             x, residual = run(x, residual, layer, step)
-        return x if self.norm is None else self.norm(x, residual, dropout_p=self.config.dropout * self.training)
+        x = x if self.norm is None else self.norm(x, residual, dropout_p=self.config.dropout * self.training)
+        return x.to(dtype)
 
 
 class Transformer(Stack):

@@ -64,6 +64,34 @@ def test_a_cache_changes_nothing(name, tmp_path):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["load", "half"])
+@pytest.mark.parametrize("name", ["t5", "t5_1.1"])
+def test_float16_stays_finite(name, how, tmp_path):
+    """Where feed-forwards put out more than float16 holds: as in transformers, which keeps their last product in
+    float32, and close to what float32 gives."""
+    theirs, _ = written_encoder_decoder(name, tmp_path)
+    with torch.no_grad():
+        for parameter_name, p in theirs.named_parameters():
+            if ".wo." in parameter_name:
+                p.mul_(3e4)
+    if name == "t5_1.1":
+        theirs.config.tie_word_embeddings = False
+    theirs.save_pretrained(tmp_path)
+    if name == "t5_1.1":
+        change_config(tmp_path, tie_word_embeddings=False)
+    exact, ours = model.load(tmp_path)[0], model.load(tmp_path, torch.float16)[0]
+    if how == "half":
+        ours = model.load(tmp_path)[0].half()
+    tokens, targets = torch.randint(1, 101, (3, 17)), torch.randint(1, 101, (3, 9))
+    with torch.no_grad():
+        expected, found = exact(tokens, targets), ours(tokens, targets)
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max())
+        memory, cache = ours.encode(tokens), ours.new_cache(3, 9)
+        step = ours.logits(ours.decode(targets[:, :1], memory, cache=cache))
+    torch.testing.assert_close(step, found[:, :1], rtol=0.01, atol=0.01 * expected.abs().max())
+
+
 def test_an_unknown_feed_forward_is_named(tmp_path):
     transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL_T5)).save_pretrained(tmp_path)
     change_config(tmp_path, feed_forward_proj="swish")

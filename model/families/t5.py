@@ -71,6 +71,7 @@ def config(hf: dict) -> Config:
         activation=activation,
         gated=gated,
         positions="relative",
+        float32_residual=True,  # it was trained in bfloat16, whose range float16 lacks
         bias=False,
         scale=1.0,
         activation_dropout=hf["dropout_rate"],
