@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import written
 from packages import needs_smollm2
+from test_model_generate import CONFIGS
 
 import model
 from model import Request, Sampling, Server, serving
@@ -349,10 +350,33 @@ def test_guesses_change_nothing(name, lookahead, tmp_path):
             assert found.tokens == expected == seen
             if draft is ours:
                 assert found.accepted == 1
-                assert found.steps == -(-30 // (lookahead + 1))
+                assert found.steps == 1 + -(-29 // (lookahead + 1))  # the prompt first
         stop = expected[10]
         found = model.speculate(ours, near, prompt, 30, lookahead=lookahead, stop_tokens=[stop])
         assert found.tokens == model.generate(ours, [prompt], 30, stop_tokens=[stop])[0]
+
+
+@pytest.mark.parametrize("lookahead", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [5, 30])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_guesses_change_no_bit(name, size, dtype, lookahead, monkeypatch):
+    """Of the logits, on the CPU engine: or else, of two tokens that are about as likely, the other is taken."""
+    ours, draft = (model.Transformer(CONFIGS[name]).to(dtype).eval() for _ in range(2))
+    with torch.no_grad():
+        for p, guessed in zip(ours.parameters(), draft.parameters(), strict=True):
+            p.copy_(torch.randn_like(p) * 0.5)
+            guessed.copy_(p + 0.03 * torch.randn_like(p))
+    steps, logits = [], ours.logits
+    monkeypatch.setattr(ours, "logits", lambda hidden: steps.append(logits(hidden)) or steps[-1])
+    prompt, rows = torch.randint(0, 50, (size,)).tolist(), []
+    tokens = model.generate(ours, [prompt], 10)[0]
+    expected = torch.cat(steps)
+    steps.clear()
+    found = model.speculate(ours, draft, prompt, 10, lookahead=lookahead, on_token=lambda _: rows.append(len(steps)))
+    assert found.tokens == tokens
+    certain = [steps[step - 1][: rows.count(step)] for step in sorted(set(rows))]
+    assert torch.equal(torch.cat(certain), expected)
 
 
 def test_a_draft_of_another_vocabulary(tmp_path):
