@@ -10,7 +10,7 @@ from functools import partial
 import flashattn
 
 from . import commands
-from .packages import KNOWN
+from .packages import MODELS
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m model", description="Transformers on flashattn: real checkpoints, and training."
     )
     add = top.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
-    models = ", ".join(name for name in KNOWN if not name.endswith("vocabulary"))
+    models = ", ".join(MODELS)
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--backend", choices=["triton", "cpu", "reference"], help="force one; default: the best here")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")

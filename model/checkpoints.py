@@ -15,11 +15,15 @@ from . import ctranslate2_file, gguf_file, onnx_file, sentence_files
 from .config import Config, Pooling
 from .encoder_decoder import EncoderDecoder
 from .families import FAMILIES
-from .packages import LACKING, locate
+from .packages import LACKING, MODELS, locate
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
 Model = Transformer | EncoderDecoder
+WEIGHTS = (  # of a directory; the first that is there
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "onnx/model_q4.onnx",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -32,8 +36,9 @@ def load(
     """The model and the tokeniser of a checkpoint (None where it has no tokenizer.json), in evaluation mode on the CPU.
 
     Args:
-        path: a known name (model/packages.py); a directory with config.json and model.safetensors (or its shards, or
-            pytorch_model.bin, or onnx/model_q4.onnx), or with a CTranslate2 model.bin; or a .gguf file.
+        path: a known name (model/packages.py); a directory with config.json and model.safetensors or pytorch_model.bin
+            (or the shards of one), or onnx/model_q4.onnx, or with a CTranslate2 model.bin; or a .gguf file. The weights
+            of gpt-oss may be in MXFP4.
         dtype: of the weights. Quantised GGUF weights are dequantised to it.
         progress: show a progress line on standard error.
 
@@ -43,7 +48,8 @@ def load(
     lacking = LACKING.get(str(path), {})
     path = locate(str(path))
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory")
+        known = f"nor one of the names {', '.join(sorted(MODELS))}"
+        raise CheckpointError(f"{path}: no such file or directory, {known}; nothing is downloaded")
     if path.suffix == ".gguf":
         try:
             hf, tensors, tokenizer = gguf_file.read(path, progress)
@@ -65,22 +71,44 @@ def load(
         raise CheckpointError(
             f"{path}: the tokeniser has {tokenizer.size} tokens, the model an embedding of {config.vocab_size}"
         )
-    return build(config, tensors, path, dtype, progress), tokenizer
+    architecture = (hf.get("architectures") or [""])[0]
+    if is_bare(architecture) and not config.tied and "lm_head.weight" not in tensors:
+        config = replace(config, head=False)
+    try:
+        return build(config, tensors, path, dtype, progress), tokenizer
+    except CheckpointError as error:
+        own = FAMILIES[config.family].to_hf(config)["architectures"][0]
+        if architecture in ("", own):
+            raise
+        raise CheckpointError(f"{error} (the checkpoint is a {architecture}, read as a {own})") from None
+
+
+def is_bare(architecture: str) -> bool:
+    """Whether transformers gives this name to a model without a head; GPT2LMHeadModel and MarianMTModel have one."""
+    return architecture.endswith("Model") and not architecture.endswith(("HeadModel", "MTModel"))
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got a {type(content).__name__}")
+    return content
 
 
 def read_config(hf: dict, path: Path) -> Config:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    quantised = hf.get("quantization_config") or hf.get("compression_config")
+    method = (quantised or {}).get("quant_method")
+    if quantised and not (family == "gpt_oss" and method == "mxfp4"):
+        named = repr(method) if method else "an unnamed method"
+        raise CheckpointError(f"{path}: weights quantised by {named} are not known here, only gpt-oss in MXFP4")
     try:
         return FAMILIES[family].config(hf)
     except KeyError as error:
@@ -98,16 +126,17 @@ def read_pooling(path: Path) -> Pooling | None:
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face directory, by the names they have there."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        candidates = [directory / name for name in ("model.safetensors", "pytorch_model.bin", "onnx/model_q4.onnx")]
-        files = [next((f for f in candidates if f.exists()), None)]
-        if files[0] is None:
-            raise CheckpointError(
-                f"{directory}: neither model.safetensors nor pytorch_model.bin nor onnx/model_q4.onnx is there"
-            )
+    found = next((directory / name for name in WEIGHTS if (directory / name).exists()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{directory}: neither model.safetensors nor pytorch_model.bin nor onnx/model_q4.onnx is there"
+        )
+    files = [found]
+    if found.suffix == ".json":
+        places = read_json(found).get("weight_map")
+        if not places:
+            raise CheckpointError(f"{found}: has no weight_map, which says where each tensor is")
+        files = [directory / name for name in sorted(set(places.values()))]
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_file(file)
@@ -152,7 +181,10 @@ def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.d
         if embedding is None or not torch.equal(tensors.pop("lm_head.weight"), embedding):
             raise CheckpointError(f"{path}: the config ties the head to the embedding, but lm_head.weight is another")
     if hasattr(family, "prepare"):
-        tensors = family.prepare(tensors, config)
+        try:
+            tensors = family.prepare(tensors, config)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     with torch.device("meta"):
         model = EncoderDecoder(config) if config.decoder_layers else Transformer(config)
     state = {}

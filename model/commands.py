@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,19 @@ def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
     return model, tokenizer
 
 
+@contextlib.contextmanager
+def echoed(args: argparse.Namespace) -> Iterator[None]:
+    """The prompt, and behind it what is printed of its continuation. Its line ends however that goes."""
+    if args.json:
+        yield
+        return
+    print(args.prompt, end="", flush=True)
+    try:
+        yield
+    finally:
+        print(flush=True)
+
+
 def run_generate(args: argparse.Namespace) -> None:
     model, tokenizer = load_named(args.model, args.dtype)
     draft = load_named(args.draft, args.dtype)[0] if args.draft else None
@@ -61,11 +75,9 @@ def run_generate(args: argparse.Namespace) -> None:
             on_token=lambda _, token: on_token(token),
         )[0]  # fmt: skip
 
-    if not args.json:
-        print(args.prompt, end="", flush=True)
     start = time.perf_counter()
     more = {}
-    with bar(desc="generating", disable=None if args.json else True) as line:  # else the text itself appears
+    with echoed(args), bar(desc="generating", disable=None if args.json else True) as line:
 
         def show(token: int) -> None:
             line.update()
@@ -83,7 +95,7 @@ def run_generate(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     result = {"tokens": tokens, "text": tokenizer.decode(tokens), "tokens_per_second": len(tokens) / seconds} | more
     if not args.json:
-        print(f"\n\n{len(prompt)} + {len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s")
+        print(f"\n{len(prompt)} + {len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s")
         if more:
             print(f"{more['steps']} steps of the model, {more['accepted']:.0%} of the draft's guesses were right")
     if args.temperature == 0 and not args.no_check:

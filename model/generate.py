@@ -116,7 +116,8 @@ def check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
     if isinstance(model, EncoderDecoder):
         return
     if not (config.causal and config.head):
-        raise ValueError(f"model must be a causal language model or an encoder-decoder, got a {config.family}")
+        got = f"{config.family} without its head" if config.causal else config.family
+        raise ValueError(f"model must be a causal language model or an encoder-decoder, got a {got}")
     for i, prompt in enumerate(prompts):
         if len(prompt) + max_new_tokens > config.context:
             raise ValueError(

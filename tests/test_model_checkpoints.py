@@ -4,11 +4,12 @@ No GPT-2 weights are on the registries, so GPT-2 is tested on checkpoints that `
 weights; so are BERT with its heads and a Llama that is not tied. SmolLM2, MiniLM and an ALBERT are real.
 """
 
+import json
 import re
 
 import pytest
 import torch
-from checkpoints import SMALL_ENCODER, TINY, change_config, written
+from checkpoints import SMALL_ENCODER, SMALL_T5, TINY, change_config, written
 from packages import needs_minilm, needs_rxnfp, needs_rxnmapper, needs_smollm2
 
 import model
@@ -231,6 +232,99 @@ def test_shards_and_bin(tmp_path):
     torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
+def shard_bin(path, theirs):
+    """The weights as older versions of transformers write large ones."""
+    weights = list(theirs.state_dict().items())
+    parts = {"pytorch_model-00001-of-00002.bin": weights[:5], "pytorch_model-00002-of-00002.bin": weights[5:]}
+    for file, part in parts.items():
+        torch.save(dict(part), path / file)
+    places = {name: file for file, part in parts.items() for name, _ in part}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    (path / "model.safetensors").unlink()
+
+
+def test_shards_of_bin(tmp_path):
+    theirs = written("llama", tmp_path)
+    shard_bin(tmp_path, theirs)
+    tokens = torch.randint(0, 101, (1, 9))
+    torch.testing.assert_close(model.load(tmp_path)[0](tokens), their_output(theirs, tokens), rtol=1e-4, atol=1e-4)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.bin: no such file, but the index names it"):
+        model.load(tmp_path)
+
+
+def test_gpt_oss_in_mxfp4(tmp_path):
+    """As OpenAI ships it: blocks of 32 numbers of four bits with a power of two each."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = transformers.GptOssConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, head_dim=20, num_local_experts=3, num_experts_per_tok=2, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = transformers.GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    packed = {}
+    for i, layer in enumerate(theirs.model.layers):
+        for name, p in dict(gate_up_proj=layer.mlp.experts.gate_up_proj, down_proj=layer.mlp.experts.down_proj).items():
+            experts, inner, outer = p.shape
+            blocks = torch.randint(0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(122, 128, (experts, outer, inner // 32), dtype=torch.uint8)
+            p.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            stem = f"model.layers.{i}.mlp.experts.{name}"
+            packed |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales, stem: None}
+
+    def pack(tensors):
+        tensors.update(packed)
+        for name in [name for name, x in tensors.items() if x is None]:
+            del tensors[name]
+
+    change_tensors(tmp_path, pack)
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
+    ours, _ = model.load(tmp_path)
+    tokens = torch.randint(0, 101, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    change_tensors(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.experts.down_proj_scales"))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj_scales is missing"):
+        model.load(tmp_path)
+
+
+def test_a_decoder_without_its_head(tmp_path):
+    """Of which embeddings are made; what we write of it has none either."""
+    config = transformers.LlamaConfig(**SMALL_ENCODER)
+    theirs = transformers.LlamaModel(config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    ours, _ = model.load(tmp_path / "a")
+    tokens = torch.randint(0, 101, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"model must be a causal language model .* got a llama without its head"):
+        model.generate(ours, [[1]], 1)
+    model.save(ours, tmp_path / "b")
+    assert model.load(tmp_path / "b")[0].config == ours.config
+    again = transformers.AutoModel.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).last_hidden_state, theirs(tokens).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "own"),
+    [
+        ("LlamaForSequenceClassification", lambda: transformers.LlamaConfig(**SMALL_ENCODER), "LlamaForCausalLM"),
+        ("LlamaForTokenClassification", lambda: transformers.LlamaConfig(**SMALL_ENCODER), "LlamaForCausalLM"),
+        ("BertForMultipleChoice", lambda: transformers.BertConfig(**SMALL_ENCODER), "BertModel"),
+        ("T5EncoderModel", lambda: transformers.T5Config(**SMALL_T5), "T5ForConditionalGeneration"),
+    ],
+)  # fmt: skip
+def test_a_head_that_is_not_known_is_named(architecture, config, own, tmp_path):
+    getattr(transformers, architecture)(config()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"\(the checkpoint is a {architecture}, read as a {own}\)$"):
+        model.load(tmp_path)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("code from a checkpoint ran",)
@@ -264,6 +358,26 @@ def change_tensors(path, change):
 DAMAGE = {
     "no_config": (lambda p: (p / "config.json").unlink(), "config.json: no such file"),
     "config_not_json": (lambda p: (p / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "config_no_object": (
+        lambda p: (p / "config.json").write_text("[]"),
+        "config.json: must hold a JSON object, got a list",
+    ),
+    "index_without_files": (
+        lambda p: (p / "model.safetensors.index.json").write_text("{}"),
+        "model.safetensors.index.json: has no weight_map",
+    ),
+    "quantised": (
+        lambda p: change_config(p, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "weights quantised by 'gptq' are not known here",
+    ),
+    "quantised_somehow": (
+        lambda p: change_config(p, quantization_config={"load_in_8bit": True}),
+        "weights quantised by an unnamed method are not known here",
+    ),
+    "mxfp4_of_another": (
+        lambda p: change_config(p, quantization_config={"quant_method": "mxfp4"}),
+        "weights quantised by 'mxfp4' are not known here",
+    ),
     "unknown_family": (lambda p: change_config(p, model_type="mamba"), "model_type must be one of llama, bert, gpt2"),
     "rope_scaling": (
         lambda p: change_config(p, rope_parameters={"rope_type": "proportional"}),
@@ -296,8 +410,13 @@ def test_bad_checkpoints(name, tmp_path, capfd):
 
 
 def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no such file or directory"):
+    with pytest.raises(CheckpointError, match="nothing: no such file or directory"):
         model.load(tmp_path / "nothing")
+    known = "nor one of the names minilm, rampart, rxnfp, rxnfp-classes, rxnfp-masked, rxnmapper, smollm2, whisper"
+    with pytest.raises(CheckpointError, match=f"smolm2: no such file or directory, {known}"):
+        model.load("smolm2")
+    with pytest.raises(CheckpointError, match=r"meta-llama/Llama-3\.2-1B: no such .*; nothing is downloaded"):
+        model.load("meta-llama/Llama-3.2-1B")
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(CheckpointError, match="a checkpoint is a directory"):
         model.load(tmp_path / "x.txt")

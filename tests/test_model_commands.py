@@ -159,20 +159,28 @@ def test_a_text_too_short_to_hold_a_part_out(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["classify", "--model", "minilm", "x"], "model must have a head for the task 'classify', got one for None"),
+        (
+            ["classify", "--model", "minilm", "x"],
+            "model must have a head for the task 'classify', got a bert without one",
+        ),
         (["translate", "--model", "minilm", "x"], "to translate takes an encoder-decoder, got a bert"),
         (["train", "/nowhere.txt", "--out", "x"], "No such file or directory: '/nowhere.txt'"),
         (["train", __file__, "--out", "x", "--width", "100"], "width must be a multiple of the heads' 64, got 100"),
         (["train", __file__, "--out", "x", "--model", "minilm"], "only a causal language model learns from text alone"),
         (["train", __file__, "--out", "x", "--context", "100000"], "more tokens than the context of 100000"),
         (["convert", "--model", "minilm", "/tmp"], "/tmp must not be there yet"),
+        (
+            ["generate", "--model", "smollm2", "--prompt", "x", "--max-new-tokens", "9000"],
+            "must fit the context of 8192",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model", *arguments])
     assert main() == 1
-    errors = capsys.readouterr().err
+    out, errors = capsys.readouterr()
     assert message in errors
+    assert not out or out.endswith("\n")  # where both are shown, the error begins a line
     assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
 
 

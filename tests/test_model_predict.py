@@ -104,7 +104,9 @@ def test_answers():
 
 def test_wrong_calls_are_named():
     says, tokenizer = Says([[0.0]], task="tag", labels=LABELS), small_tokenizer()
-    with pytest.raises(ValueError, match="model must have a head for the task 'classify', got one for 'tag'"):
+    with pytest.raises(
+        ValueError, match="model must have a head for the task 'classify', got a bert with one for 'tag'"
+    ):
         classify(says, tokenizer, ["x"])
     with pytest.raises(ValueError, match="text must fit the context of 32 tokens, got 42"):
         tag(says, tokenizer, "new " * 40)

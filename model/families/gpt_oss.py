@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from ..config import Config
 from . import llama
 from .fields import only
@@ -25,8 +28,11 @@ DEFAULTS = dict(head_dim=64, num_key_value_heads=8, sliding_window=128, rope_the
 DEFAULT_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096,
 )  # fmt: skip
+# The numbers of four bits in MXFP4: a sign, two bits of an exponent, one of a mantissa.
+FOUR_BITS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+FOUR_BITS += [-x for x in FOUR_BITS]
 
-__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
+__all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "prepare", "to_hf"]
 
 
 def config(hf: dict) -> Config:
@@ -55,3 +61,25 @@ def to_hf(config: Config) -> dict:
         num_experts_per_tok=config.active_experts, swiglu_alpha=config.gate_alpha, swiglu_limit=config.gate_limit,
         **llama.layer_types(config),
     )  # fmt: skip
+
+
+def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Experts' matrices that come in MXFP4, as blocks and scales, in bfloat16, which holds each of their numbers."""
+    packed = [name.removesuffix("_blocks") for name in tensors if name.endswith("_proj_blocks")]
+    for name in packed:
+        if f"{name}_scales" not in tensors:
+            raise ValueError(f"tensor {name}_scales is missing")
+        tensors[name] = unpack_mxfp4(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
+    return tensors
+
+
+def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """(experts, in, out) of blocks (experts, out, in / 32, 16) of bytes, the first of two numbers in the low half, and
+    the exponents (experts, out, in / 32) of their powers of two, 127 too large.
+
+    Open Compute Project, "OCP Microscaling Formats (MX) Specification" (2023).
+    """
+    table = torch.tensor(FOUR_BITS, dtype=torch.bfloat16)
+    numbers = torch.stack([table[(blocks & 15).int()], table[(blocks >> 4).int()]], dim=-1).flatten(-2)
+    scaled = torch.ldexp(numbers, scales[..., None].int() - 127).to(torch.bfloat16)
+    return scaled.flatten(-2).transpose(1, 2)
