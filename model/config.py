@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .rope import Scaling
 
+
 @dataclass(frozen=True)
 class Pooling:
     """How a vector is made of a text, as sentence-transformers has it."""

@@ -100,7 +100,7 @@ class Run:
 
 def check_same(checkpoint: Path, begun: dict, here: dict, tokenizer: Tokenizer | None) -> None:
     """That a run goes on with the config and the tokeniser it was begun with; dropout is a matter of the training."""
-    names = [name for name in begun if begun[name] != here.get(name) and name != "dropout"]
+    names = [name for name in begun if begun[name] != here.get(name) and not name.endswith("dropout")]
     if names:
         differences = ", ".join(f"{name} {begun[name]} (here {here.get(name)})" for name in names)
         raise CheckpointError(f"{checkpoint}: begun with {differences}; go on with the same, or in another directory")

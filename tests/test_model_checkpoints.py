@@ -316,7 +316,7 @@ def test_a_decoder_without_its_head(tmp_path):
         ("LlamaForSequenceClassification", lambda: transformers.LlamaConfig(**SMALL_ENCODER), "LlamaForCausalLM"),
         ("LlamaForTokenClassification", lambda: transformers.LlamaConfig(**SMALL_ENCODER), "LlamaForCausalLM"),
         ("BertForMultipleChoice", lambda: transformers.BertConfig(**SMALL_ENCODER), "BertModel"),
-        ("T5EncoderModel", lambda: transformers.T5Config(**SMALL_T5), "T5ForConditionalGeneration"),
+        ("T5ForSequenceClassification", lambda: transformers.T5Config(**SMALL_T5), "T5ForConditionalGeneration"),
     ],
 )  # fmt: skip
 def test_a_head_that_is_not_known_is_named(architecture, config, own, tmp_path):
