@@ -31,7 +31,7 @@ from .saving import save
 from .sound import RATE, read_wave
 from .speculative import speculate
 from .speech import Segment, transcribe
-from .tokenizer import Tokenizer
+from .tokenizer import Stream, Tokenizer
 from .train import Batch, Training, train
 from .transformer import Transformer
 
@@ -46,7 +46,7 @@ def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
 
 
 @contextlib.contextmanager
-def echoed(args: argparse.Namespace) -> Iterator[None]:
+def echoed(args: argparse.Namespace, stream: Stream) -> Iterator[None]:
     """The prompt, and behind it what is printed of its continuation. Its line ends however that goes."""
     if args.json:
         yield
@@ -55,7 +55,7 @@ def echoed(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     finally:
-        print(flush=True)
+        print(stream.end(), flush=True)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     more = {}
-    with echoed(args), bar(desc="generating", disable=None if args.json else True) as line:
+    with echoed(args, stream), bar(desc="generating", disable=None if args.json else True) as line:
 
         def show(token: int) -> None:
             line.update()
@@ -90,8 +90,6 @@ def run_generate(args: argparse.Namespace) -> None:
             options = dict(stop_tokens=tokenizer.stop, on_token=show)
             tokens, steps, accepted = speculate(model, draft, prompt, args.max_new_tokens, **options)
             more = {"steps": steps, "accepted": accepted}
-    if not args.json:
-        print(stream.end(), end="")
     seconds = time.perf_counter() - start
     result = {"tokens": tokens, "text": tokenizer.decode(tokens), "tokens_per_second": len(tokens) / seconds} | more
     if not args.json:
