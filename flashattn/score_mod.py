@@ -17,17 +17,12 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checks
+from . import checks, mod_graph
 from .closures import Closure
 
-# Besides those that PyTorch tags as pointwise.
 aten = torch.ops.aten
-ALLOWED = {
-    aten.index.Tensor, aten.floor_divide.default, aten.floor_divide.Scalar, aten._to_copy.default,
-    aten.scalar_tensor.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default,
-    aten.lift_fresh_copy.default, aten.detach.default, aten.alias.default, aten.clone.default,
-}  # fmt: skip
 MAX_TRACES = 16
+ANY_LENGTH = 1 << 30  # FlexAttention's block size of a mask that was made for no length
 _traces: dict[tuple, Traced] = {}
 tracing = threading.RLock()  # PyTorch's tracing is for one thread at a time
 
@@ -37,6 +32,7 @@ class Traced(NamedTuple):
 
     graph: fx.GraphModule  # its arguments may be tensors that broadcast, too
     captured: tuple[Tensor, ...]
+    before: fx.GraphModule | None = None  # computes from what was captured what the graph takes instead
 
     @property
     def indexes(self) -> bool:
@@ -89,13 +85,12 @@ class ListsRead(TorchFunctionMode):
 
 
 def _trace(name: str, function: Callable, scores: int) -> Traced:
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # table[head] without .item()
     from torch.fx.experimental.proxy_tensor import make_fx
 
     checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
     examples = example_scalars(scores)
     try:
-        with TransformGetItemToIndex(), forward_ad._set_fwd_grad_enabled(False):  # a tangent is refused by name later
+        with mod_graph.IndexByPosition(), forward_ad._set_fwd_grad_enabled(False):  # a tangent is refused by name later
             module = make_fx(function)(*examples)
     except Exception as error:
         what = str(error).strip().split("\n")[0]
@@ -103,10 +98,11 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
             f"{name} must be traceable for one score, without control flow on its arguments: {what}"
         ) from error
     captured = _lift_captured(module)
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            _check_operation(name, node.target)
-    return Traced(fx.GraphModule({}, module.graph), captured)
+    mod_graph.check(name, module.graph, is_mask=scores == 0)
+    before, graph = mod_graph.hoist(module.graph, len(examples))
+    mod_graph.join_indices(graph)
+    mod_graph.check_numbers(name, graph)
+    return Traced(fx.GraphModule({}, graph), captured, None if before is None else fx.GraphModule({}, before))
 
 
 def example_scalars(scores: int) -> list[Tensor]:
@@ -128,18 +124,11 @@ def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
         if id(value) not in places:
             with module.graph.inserting_after(last):
                 last = places[id(value)] = module.graph.placeholder(f"captured_{len(captured)}")
+            last.meta["val"] = node.meta["val"]
             captured.append(value)
         node.replace_all_uses_with(places[id(value)])
         module.graph.erase_node(node)
     return tuple(captured)
-
-
-def _check_operation(name: str, operation) -> None:
-    schema = getattr(operation, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        raise TypeError(f"{name} must not change a tensor, got {operation}")
-    if operation not in ALLOWED and torch.Tag.pointwise not in getattr(operation, "tags", ()):
-        raise TypeError(f"{name} must work on one score at a time (arithmetic, torch.where, indexing), got {operation}")
 
 
 def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
@@ -151,9 +140,10 @@ def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
         if x.dim() > 0:
             raise ValueError(f"{name} must capture tensors on q's device {device}, got one on {x.device}")
         checks.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
-    if all(x.device == device for x in traced.captured):
-        return traced
-    return traced._replace(captured=tuple(x.to(device) for x in traced.captured))
+    captured = tuple(x.to(device) for x in traced.captured)
+    if traced.before is not None:
+        captured = tuple(x.to(device) for x in traced.before(*captured))
+    return Traced(traced.graph, captured)
 
 
 class BlockMask(NamedTuple):
@@ -187,11 +177,14 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
     if not isinstance(block_mask, TorchBlockMask):
         raise TypeError(f"block_mask must be a BlockMask of create_block_mask, got {type(block_mask).__name__}")
     size, wanted = tuple(block_mask.shape), (batch, heads, seq_q, seq_k)
-    if any(s not in (1, w) for s, w in zip(size[:2], wanted[:2], strict=True)) or size[2:] != wanted[2:]:
+    of_any_length = tuple(block_mask.BLOCK_SIZE) == (ANY_LENGTH, ANY_LENGTH)
+    if any(s not in (1, w) for s, w in zip(size[:2], wanted[:2], strict=True)) or (
+        size[2:] != wanted[2:] and not of_any_length
+    ):
         raise ValueError(f"block_mask must be made for (batch or 1, heads or 1, seq_q, seq_k) = {wanted}, got {size}")
     if block_mask.kv_num_blocks.device != device:
         raise ValueError(f"block_mask must be on q's device {device}, got {block_mask.kv_num_blocks.device}")
-    block_q, block_k = block_mask.BLOCK_SIZE
+    block_q, block_k = map(_block_size, block_mask.BLOCK_SIZE, (seq_q, seq_k))
     blocks = -(-seq_k // block_k)
     partial = _dense(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
@@ -200,6 +193,11 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
     name = "block_mask.mask_mod"
     mask = move_numbers(name, trace(name, block_mask.mask_mod, 0), device)
     return BlockMask(mask, partial, full, block_q, block_k)
+
+
+def _block_size(size: int, seq: int) -> int:
+    """A block larger than the sequence is made smaller: memory is taken for what its blocks cover."""
+    return min(size, max(128, 1 << (seq - 1).bit_length()))
 
 
 def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:

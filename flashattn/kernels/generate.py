@@ -94,7 +94,10 @@ for name, sign in dict(eq="==", ne="!=", lt="<", le="<=", gt=">", ge=">=").items
     for kind in ("Tensor", "Scalar"):
         EXPRESSIONS[getattr(getattr(aten, name), kind)] = f"({{0}} {sign} {{1}})"
 SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default}
-CONSTANTS = {aten.zeros_like.default: "0.0", aten.ones_like.default: "1.0", aten.new_zeros.default: "0.0"}
+CONSTANTS = {aten.zeros.default: 0, aten.zeros_like.default: 0, aten.new_zeros.default: 0}
+CONSTANTS |= {aten.ones.default: 1, aten.ones_like.default: 1, aten.new_ones.default: 1}
+# Which of its arguments an operation fills a tensor with.
+FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
 TYPES = {torch.float16: "tl.float32", torch.bfloat16: "tl.float32", torch.float32: "tl.float32", torch.bool: "tl.int1"}
 TYPES |= {torch.float64: "tl.float32", torch.int32: "tl.int32", torch.int64: "tl.int64"}
 
@@ -138,11 +141,9 @@ class Printer(NamedTuple):
         if operation in SAME:
             return self.value(arguments[0])
         if operation in CONSTANTS:
-            return CONSTANTS[operation]
-        if operation is aten.scalar_tensor.default:
-            return self.value(arguments[0])
-        if operation is aten.full_like.default:
-            return self.value(arguments[1])
+            return self.constant(CONSTANTS[operation], node.meta["val"].dtype)
+        if operation in FILLED:
+            return self.constant(arguments[FILLED[operation]], node.meta["val"].dtype)
         if operation is aten._to_copy.default:
             dtype = node.kwargs.get("dtype")
             return self.value(arguments[0]) if dtype is None else f"({self.value(arguments[0])}).to({TYPES[dtype]})"
@@ -162,6 +163,11 @@ class Printer(NamedTuple):
         if operation not in EXPRESSIONS or node.kwargs.get("alpha", 1) != 1:
             raise TypeError(f"{self.name} uses {operation}, which the triton backend cannot generate")
         return EXPRESSIONS[operation].format(*map(self.value, arguments))
+
+    def constant(self, number: float, dtype: torch.dtype) -> str:
+        if dtype == torch.bool:  # not Python's own: a mask must be a tensor
+            return f"tl.full((), {bool(number)}, tl.int1)"
+        return self.value(float(number) if dtype.is_floating_point else int(number))
 
     def power(self, base: fx.Node, exponent: float) -> str:
         """x ** n of a number n: by multiplication where it is a small whole one."""
