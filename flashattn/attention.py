@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import arguments, backends, checks, flex, ops
+from . import arguments, autocast, backends, checks, flex, ops
 from .auxiliary import AuxOutput, AuxRequest, auxiliary, read_request
 from .score import Score
 
@@ -72,6 +72,8 @@ def attention(
         float32, natural logarithm; with `return_aux` (out, aux). Gradients flow through out and lse. A query with
         nothing to attend to gives out 0, lse -inf and gradient 0.
 
+    Under autocast q, k, v and bias are cast to its dtype, as PyTorch's own attention does.
+
     Strides are honoured: a transposed or sliced view is not copied (a last dimension that is not contiguous is, once).
     Lengths on the CPU are checked against the sequence; on a GPU they are clamped, to save a synchronisation.
 
@@ -93,6 +95,7 @@ def attention(
     >>> flashattn.attention(q, k, v, causal=True).shape
     torch.Size([1, 8, 5, 64])
     """
+    q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
     plain = type(q) is type(k) is type(v) is Tensor
     if not plain and any(isinstance(x, Tensor) and x.is_nested for x in (q, k, v)):
         for name, x in (("score_mod", score_mod), ("block_mask", block_mask), ("return_aux", return_aux)):
@@ -182,6 +185,7 @@ def attention_varlen(
     >>> flashattn.attention_varlen(q, k, v, starts, starts, 4, 4, causal=True).shape
     torch.Size([7, 8, 64])
     """
+    q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
         if x.dim() != 3:

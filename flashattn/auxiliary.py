@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import autocast, checks
 from .backends.reference import existing, keys_of, masked_scores, query_blocks, softmax_weights
 from .score import Score
 
@@ -46,6 +46,7 @@ def read_request(request, return_lse: bool) -> AuxRequest:
 
 
 @torch.no_grad()
+@autocast.off
 def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score) -> AuxOutput:
     """What is asked for of a call that gave lse; weights are those before dropout."""
     if not any(request[1:]):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments, backends, checks
+from . import arguments, autocast, backends, checks
 from .backends import BACKENDS
 from .cache import Cached, KVCache, PagedKVCache, Selection
 from .score import Score
@@ -52,7 +52,8 @@ def decode(
     nothing waits for it, but for a q_lengths that lies there.
 
     Args:
-        q: (batch, heads, seq_q, head_dim), in the cache's dtype and on its device.
+        q: (batch, heads, seq_q, head_dim), in the cache's dtype and on its device. Under autocast q, k and v are cast
+            to this dtype.
         cache: a `KVCache`, sequences of a `PagedKVCache` (`select`), or a `PagedKVCache` for all of its sequences.
         k: (batch, kv_heads, seq_q, head_dim) new keys; None appends nothing.
         v: (batch, kv_heads, seq_q, head_dim_v) new values.
@@ -88,6 +89,8 @@ def decode(
     if not isinstance(cache, (KVCache, Selection)):
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
     checks.refuse_capture("cache", "a replay would not move its lengths on; flash_attn_with_kvcache can be captured")
+    if autocast.is_on(q):
+        q, k, v = autocast.cast(cache.k.dtype, q, k, v)
     _check_inputs(q, cache, k, v, dropout_p)
     batch, heads, seq_q, head_dim = q.shape
     lengths = cache.lengths

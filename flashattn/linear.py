@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_few_rows_on_the_engine(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # Counted in microseconds: a step of generation asks it hundreds of times. What is cheap and often false goes first,
     # but for what a compiler would make guards of.
-    if ops.is_watched():
+    if ops.is_watched() or torch._C._is_any_autocast_enabled():
         return False
     count, shape = x.numel(), weight.shape
     if not x.is_cpu or len(shape) != 2 or not 0 < count <= FEW * shape[1] or x.shape[-1:] != shape[1:]:

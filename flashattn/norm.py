@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import autocast, backends, checks, ops
 from .norm_settings import Norm
 
 
@@ -41,7 +41,8 @@ def layer_norm(
 
     Returns:
         y with x's shape and dtype; with `prenorm` (y, h), h in residual's dtype, else float32 if residual_in_fp32,
-        else x's. Gradients flow through both.
+        else x's. Gradients flow through both. Under autocast on a GPU the inputs are cast to float32, as those of
+        PyTorch's own norms.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.
@@ -80,6 +81,7 @@ def rms_norm(
 
 
 def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32):
+    x, weight, bias, residual = autocast.norm_inputs(x, weight, bias, residual)
     _check(x, weight, bias, residual, eps, dropout_p)
     seed = checks.seed(seed, x.device) if dropout_p > 0 else None
     hidden_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype

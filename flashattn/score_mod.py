@@ -90,7 +90,8 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
     checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
     examples = example_scalars(scores)
     try:
-        with mod_graph.IndexByPosition(), forward_ad._set_fwd_grad_enabled(False):  # a tangent is refused by name later
+        # A tangent is refused by name later.
+        with torch._C._DisableAutocast(), forward_ad._set_fwd_grad_enabled(False), mod_graph.IndexByPosition():
             module = make_fx(function)(*examples)
     except Exception as error:
         what = str(error).strip().split("\n")[0]
@@ -142,7 +143,8 @@ def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
         checks.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
     captured = tuple(x.to(device) for x in traced.captured)
     if traced.before is not None:
-        captured = tuple(x.to(device) for x in traced.before(*captured))
+        with torch._C._DisableAutocast():
+            captured = tuple(x.to(device) for x in traced.before(*captured))
     return Traced(traced.graph, captured)
 
 

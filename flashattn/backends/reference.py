@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import autocast, checks
 from ..norm_settings import Norm
 from ..score import Score
 from .common import dropout_threshold, new_lse, result_like
@@ -291,6 +291,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     return out, lse
 
 
+@autocast.off
 def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q = existing(q, score.q_lengths)
@@ -328,6 +329,7 @@ def backward(
     return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype) if with_grad_bias else None
 
 
+@autocast.off
 def dense_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, score: Score,
     with_grad_bias: bool, first_batch: int = 0, grad_captured: list[Tensor | None] | tuple[()] = (),

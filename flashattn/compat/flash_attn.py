@@ -3,7 +3,7 @@
 Layout (batch, seq, heads, head_dim), packed (total, heads, head_dim); `window_size` inclusive, -1 = unbounded; causal
 aligned bottom-right. Differences: any dtype and head_dim that flashattn takes; always deterministic;
 `return_attn_probs` gives (out, softmax_lse, None), without the weights, which the package itself returns for its own
-tests only; the lse of a row with nothing to attend to is -inf.
+tests only; the lse of a row with nothing to attend to is -inf. As in the package, autocast changes nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import arguments, backends, checks
+from .. import arguments, autocast, backends, checks
 from ..attention import attention, attention_varlen
 from ..cache import Cached
 from ..decode import Rotary, append_and_attend, check_rotary
 from ..score import Score
 
 
+@autocast.off
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -90,6 +91,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@autocast.off
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -175,6 +177,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@autocast.off
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

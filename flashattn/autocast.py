@@ -1,0 +1,53 @@
+"""PyTorch's autocast. Our calls reach their kernels past its lists, so each does here what its counterpart's list says:
+attention runs in autocast's dtype, on the CPU too; norms in float32, but on the CPU, where they are on no list."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def is_on(x) -> bool:
+    """Whether autocast is enabled for x's device."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
+        return False
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def attention_inputs(q, *others) -> tuple:
+    """q and the others, each a tensor or None, as PyTorch's attention takes them under autocast."""
+    return cast(torch.get_autocast_dtype(q.device.type), q, *others) if is_on(q) else (q, *others)
+
+
+def norm_inputs(x, *others) -> tuple:
+    """x and the others, each a tensor or None, as PyTorch's norms take them under autocast."""
+    return cast(torch.float32, x, *others) if is_on(x) and x.device.type != "cpu" else (x, *others)
+
+
+def cast(dtype: torch.dtype, first: Tensor, *others) -> tuple:
+    """In dtype, but what is not floating, is float64 or lies on another device: autocast leaves these as they are."""
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        and x.device.type == first.device.type else x
+        for x in (first, *others)
+    )  # fmt: skip
+
+
+def off(function: Callable) -> Callable:
+    """The function, whose first tensor says which device's, without autocast."""
+
+    @functools.wraps(function)
+    def without(*args, **options):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **options)
+        first = next((x for x in (*args, *options.values()) if isinstance(x, Tensor)), None)
+        if not is_on(first):
+            return function(*args, **options)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **options)
+
+    return without
