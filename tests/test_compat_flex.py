@@ -233,6 +233,17 @@ def test_with_every_other_feature(backend, by_position):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_strides_as_flex_attention(order):
+    sizes = [(BATCH, HEADS, 8, DIM)[d] for d in order]
+    q = torch.randn(sizes).permute(*(order.index(d) for d in range(4)))
+    for value in (q, q[..., :4]):
+        ours, expected = (f(q, q, value, score_mod=causal) for f in (flex_attention, theirs.flex_attention))
+        torch.testing.assert_close(ours, expected, check_stride=True)
+        out, _ = flex_attention(q, q, value, return_lse=True)
+        assert out.stride() == expected.stride()
+
+
 def test_flex_attentions_own_request():
     """Its max_scores are not to be had on the CPU from PyTorch, so they are compared with the whole matrix."""
     q, k, v = (x.detach() for x in inputs())

@@ -96,6 +96,37 @@ def test_a_row_with_nothing_to_attend_to():
     assert q.grad.isfinite().all()
 
 
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(2, 3, 5, 8),
+    "by_token": lambda: torch.randn(2, 5, 3, 8).transpose(1, 2),
+    "sequence_first": lambda: torch.randn(5, 2, 3, 8).permute(1, 2, 0, 3),
+    "heads_first": lambda: torch.randn(3, 2, 5, 8).transpose(0, 1),
+    "of_packed": lambda: torch.randn(2, 5, 3, 3, 8)[:, :, 0].transpose(1, 2),
+    "sliced": lambda: torch.randn(2, 3, 5, 16)[..., :8],
+    "expanded": lambda: torch.randn(2, 1, 5, 8).expand(-1, 3, -1, -1),
+    "last_not_contiguous": lambda: torch.randn(2, 3, 8, 5).mT,
+    "one_sequence": lambda: torch.randn(1, 5, 3, 8).transpose(1, 2),
+    "three_dimensions": lambda: torch.randn(5, 3, 8).transpose(0, 1),
+    "five_dimensions": lambda: torch.randn(2, 5, 2, 3, 8).permute(0, 2, 3, 1, 4),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_strides_as_pytorch(name):
+    q = LAYOUTS[name]()
+    for options in ({}, dict(is_causal=True), dict(attn_mask=torch.ones(5, 5).bool())):
+        ours, expected = (f(q, q, q, **options) for f in (sdpa.scaled_dot_product_attention, theirs))
+        torch.testing.assert_close(ours, expected, check_stride=True)
+
+
+def test_tokens_can_be_viewed():
+    """Of another head_dim of v too, as PyTorch's kernels for GPUs have it."""
+    q, k = (torch.randn(2, 5, 3, 8).transpose(1, 2).requires_grad_() for _ in range(2))
+    out = sdpa.scaled_dot_product_attention(q, k, k[..., :4])
+    out.transpose(1, 2).view(2, 5, 12).square().sum().backward()
+    assert q.grad.isfinite().all()
+
+
 def test_dropout():
     q = torch.randn(2, 4, 60, 16)
     torch.manual_seed(1)
@@ -148,7 +179,18 @@ def call():
     outs.append(scaled_dot_product_attention(q, k[:, :, :20], v[:, :, :20], is_causal=True))
     return [*outs, *torch.autograd.grad(sum(x.square().sum() for x in outs), (q, k, v))]
 
-before = call()
+def strides():  # of the result, and of the operators, which compiled graphs know
+    sizes = (2, 4, 5, 8), (2, 5, 4, 8), (5, 2, 4, 8)
+    orders = (0, 1, 2, 3), (0, 2, 1, 3), (1, 2, 0, 3)
+    found = []
+    for size, order in zip(sizes, orders):
+        x = torch.randn(size).permute(order)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        found += [out, lse, *backward(out, x, x, x, out, lse, 0.0, False), scaled_dot_product_attention(x, x, x)]
+    return [x.stride() for x in found]
+
+before, strides_before = call(), strides()
 assert "flashattn" in list_flash_attention_impls()
 activate_flash_attention_impl("flashattn")
 calls = []
@@ -156,13 +198,14 @@ forward = flashattn.backends.cpu.forward
 flashattn.backends.cpu.forward = lambda *x: calls.append(1) or forward(*x)
 during = call()
 assert len(calls) == 5, calls
+assert strides() == strides_before
 assert torch.equal(during[0], flashattn.attention(q, k, v, causal=True))
 for a, b in zip(before, during):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 if hasattr(torch.nn.attention, "restore_flash_attention_impl"):  # PyTorch 2.10 has no way back
     torch.nn.attention.restore_flash_attention_impl()
     after = call()
-    assert len(calls) == 6, calls
+    assert len(calls) == 12, calls
     assert all(map(torch.equal, before, after))
 """
 

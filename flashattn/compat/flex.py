@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..auxiliary import AuxOutput
+from .layout import follow
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
@@ -40,7 +41,8 @@ def flex_attention(
         return_aux: an `AuxRequest` of FlexAttention or of flashattn, which knows more to ask for.
 
     Returns:
-        out; with return_lse (out, lse); with return_aux (out, flashattn.AuxOutput).
+        out, in memory in the order of query's dimensions; with return_lse (out, lse); with return_aux (out,
+        flashattn.AuxOutput).
 
     >>> import torch
     >>> from flashattn.compat.flex import flex_attention
@@ -52,7 +54,10 @@ def flex_attention(
         raise ValueError(f"key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     if key.dim() == value.dim() == query.dim() == 4 and key.shape[0] == 1 < query.shape[0]:
         key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
-    return attention(
+    result = attention(
         query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, return_lse=return_lse,
         return_aux=return_aux,
     )  # fmt: skip
+    if isinstance(result, tuple):
+        return follow(result[0], query), result[1]
+    return follow(result, query)

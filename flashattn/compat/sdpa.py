@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..backends.common import Setting
-from . import sdpa_provider  # noqa: F401  (makes its name known to PyTorch)
+from . import layout, sdpa_provider  # noqa: F401  (makes its name known to PyTorch)
 
 
 def scaled_dot_product_attention(
@@ -32,8 +32,8 @@ def scaled_dot_product_attention(
         is_causal: query i sees keys j <= i, counted from the top left whatever the lengths; without attn_mask.
         enable_gqa: the heads of key and value may divide those of query.
 
-    A query with nothing to attend to gives 0. Dropout draws from PyTorch's generator, but drops other weights than
-    PyTorch's own would.
+    The result lies in memory in the order of query's dimensions. A query with nothing to attend to gives 0. Dropout
+    draws from PyTorch's generator, but drops other weights than PyTorch's own would.
 
     >>> import torch
     >>> from flashattn.compat.sdpa import scaled_dot_product_attention
@@ -58,6 +58,8 @@ def scaled_dot_product_attention(
         window = (None, seq_q - k.shape[2])  # counted from our diagonal, which ends at the bottom right
     options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
     out = attention(q, k, v, window=window, dropout_p=dropout_p, scale=scale, **options)
+    if query.dim() == 4:
+        return layout.follow(out, query)
     return out.reshape(*leading, seq_q, v.shape[-1])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backends, ops
 from ..score import Score
+from . import layout
 
 NAME = "flashattn"
 
@@ -41,11 +42,11 @@ def register_kernels() -> Handle:
 
 
 def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple[Tensor, Tensor]:
-    """(out, lse), token after token in memory, as PyTorch's own kernels leave them."""
+    """(out, lse), out in memory as PyTorch's own kernels leave it, which compiled graphs count on."""
     call = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
     with torch.no_grad():
         out, lse = ops.attention(*call)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.transpose(1, 2).contiguous().transpose(1, 2)
+    return layout.follow(out, query), lse
 
 
 def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, scale, seed):
@@ -83,7 +84,8 @@ def arguments(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tup
 
 def cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     seed = new_seed(query, dropout_p)
-    return forward(query, key, value, dropout_p, is_causal, attn_mask, scale, seed)
+    out, lse = forward(query, key, value, dropout_p, is_causal, attn_mask, scale, seed)
+    return out, layout.by_token(lse)
 
 
 def cpu_backward(
@@ -91,7 +93,8 @@ def cpu_backward(
 ):  # fmt: skip
     if dropout_p != 0:
         raise RuntimeError("PyTorch's CPU operator keeps no seed, so dropout has no gradient through it")
-    return backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, attn_mask, scale, None)
+    gradients = backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, attn_mask, scale, None)
+    return tuple(map(layout.by_token, gradients))
 
 
 def cuda_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
@@ -107,7 +110,8 @@ def cuda_backward(
     philox_offset, *, scale=None,
 ):  # fmt: skip
     seed = philox_seed if dropout_p > 0 else None
-    return backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, None, scale, seed)
+    gradients = backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, None, scale, seed)
+    return tuple(map(layout.follow, gradients, (query, key, value)))
 
 
 def new_seed(x: Tensor, dropout_p: float) -> Tensor | None:
