@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..attention import attention
 from ..backends.common import Setting
-from . import layout, sdpa_provider  # noqa: F401  (makes its name known to PyTorch)
+from . import layout, sdpa_provider  # noqa: F401  (the provider makes its name known to PyTorch)
+from .errors import as_torch_raises
+
+original = torch.nn.functional.scaled_dot_product_attention
 
 
+@as_torch_raises
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -27,13 +33,17 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., heads, seq_q, head_dim); key, value: (..., heads, seq_k, head_dim), leading dimensions broadcast.
+            Or nested (batch, heads, seq, head_dim), along seq.
         attn_mask: broadcastable to (..., heads, seq_q, seq_k); bool, True = attend, or floating, added to the scores.
-            It gets a gradient then.
+            It gets a gradient then. Or a `torch.nn.attention.bias.CausalBias`, which is never written out.
         is_causal: query i sees keys j <= i, counted from the top left whatever the lengths; without attn_mask.
         enable_gqa: the heads of key and value may divide those of query.
 
     The result lies in memory in the order of query's dimensions. A query with nothing to attend to gives 0. Dropout
     draws from PyTorch's generator, but drops other weights than PyTorch's own would.
+
+    Raises:
+        RuntimeError: as PyTorch does, naming the argument. It is a ValueError or a TypeError too.
 
     >>> import torch
     >>> from flashattn.compat.sdpa import scaled_dot_product_attention
@@ -41,30 +51,78 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(x, x, x, is_causal=True).shape
     torch.Size([2, 4, 3, 8])
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() < 2:
+            raise ValueError(f"{name} must be a tensor (..., seq, head_dim), got shape {tuple(x.shape)}")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None where is_causal is True, as PyTorch has it")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor) or x.dim() < 2:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor (..., seq, head_dim), got {got}")
+    others = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    lower_right = False
+    if isinstance(attn_mask, CausalBias):
+        is_causal, lower_right = True, attn_mask.variant == CausalVariant.LOWER_RIGHT
+        attn_mask = None
+    subclasses = [x for x in (query, key, value, attn_mask) if _overrides(x)]
+    if subclasses:
+        return _overridden(subclasses, query, key, value, attn_mask, **others)
+    if dropout_p == 1:  # nothing is left
+        return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa) * 0
+    if query.is_nested or key.is_nested or value.is_nested:
+        return _nested(query, key, value, attn_mask, dropout_p, is_causal, lower_right, scale)
     if not enable_gqa and query.dim() > 2 and query.shape[-3] != key.shape[-3] and 1 not in (
         query.shape[-3], key.shape[-3]
     ):  # fmt: skip
         raise ValueError(f"key must have query's {query.shape[-3]} heads without enable_gqa, got {key.shape[-3]}")
     leading, (q, k, v), mask = _four_dimensions(query, key, value, attn_mask, enable_gqa)
     seq_q, window = q.shape[2], None
-    if is_causal:
+    if lower_right:
+        window = (None, 0)
+    elif is_causal:
         k, v = k[:, :, :seq_q], v[:, :, :seq_q]  # keys past the last query are seen by none
         window = (None, seq_q - k.shape[2])  # counted from our diagonal, which ends at the bottom right
     options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
     out = attention(q, k, v, window=window, dropout_p=dropout_p, scale=scale, **options)
-    if query.dim() == 4:
+    if query.dim() == len(leading) + 2 == 4:
         return layout.follow(out, query)
     return out.reshape(*leading, seq_q, v.shape[-1])
 
 
+def _overrides(x) -> bool:
+    """Whether x is of a subclass that wants to be asked, as PyTorch asks it."""
+    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter) or x.is_nested:
+        return False
+    return torch._C._is_torch_function_enabled() and (
+        type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
+    )
+
+
+def _overridden(subclasses: list[Tensor], *args, **options) -> Tensor:
+    """What subclasses make of the call. One that is asked in Tensor's own way gets this function to run, one with a way
+    of its own PyTorch's, which it knows."""
+    usual = Tensor.__torch_function__.__func__
+    as_usual = all(getattr(type(x).__torch_function__, "__func__", None) is usual for x in subclasses)
+    function = scaled_dot_product_attention if as_usual else original
+    return torch.overrides.handle_torch_function(function, subclasses, *args, **options)
+
+
+def _nested(q, k, v, mask, dropout_p: float, is_causal: bool, lower_right: bool, scale) -> Tensor:
+    """Of nested tensors (batch, heads, seq, head_dim)."""
+    if is_causal and not lower_right and not _same_lengths(q, k):
+        raise ValueError("key must have query's lengths where is_causal is True and they are nested")
+    options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
+    return attention(q, k, v, causal=is_causal, dropout_p=dropout_p, scale=scale, **options)
+
+
+def _same_lengths(q: Tensor, k: Tensor) -> bool:
+    if not (q.is_nested and k.is_nested):
+        return True  # which attention refuses
+    return [x.shape[1] for x in q.unbind()] == [x.shape[1] for x in k.unbind()]
+
+
 def _four_dimensions(query, key, value, mask, enable_gqa) -> tuple[torch.Size, list[Tensor], Tensor | None]:
-    """(leading dimensions of the result, [q, k, v], mask), all of four dimensions."""
+    """(leading dimensions of the result, [q, k, v], mask), all of four dimensions. Broadcast dimensions of the mask are
+    not expanded, as far as four dimensions can say which they are."""
     tensors = [query, key, value]
     same = 1 if enable_gqa else 2  # leading dimensions that are the same where nothing broadcasts
     if all(x.dim() == 4 and x.shape[:same] == query.shape[:same] for x in tensors):
@@ -75,11 +133,39 @@ def _four_dimensions(query, key, value, mask, enable_gqa) -> tuple[torch.Size, l
     batch = torch.broadcast_shapes(*(x.shape[:-kept] for x in tensors))
     tensors = [x.expand(*batch, *x.shape[-kept:]) for x in tensors]
     leading = tensors[0].shape[:-2]
-    if mask is not None and mask.dim() > 4:
-        mask = mask.expand(*leading, *mask.shape[-2:]).flatten(0, len(leading) - 2)
+    if mask is not None and mask.dim() > len(leading) + 2:
+        raise ValueError(
+            f"attn_mask must be broadcastable to (..., seq_q, seq_k), of {len(leading) + 2} dimensions, "
+            f"got shape {tuple(mask.shape)}"
+        )
     while tensors[0].dim() < 4:
         tensors = [x[None] for x in tensors]
-    return leading, [x.flatten(0, -4) if x.dim() > 4 else x for x in tensors], mask
+    if tensors[0].dim() > 4:
+        if mask is not None:
+            mask = mask[(None,) * (len(leading) + 2 - mask.dim())]
+        split = _split(leading, mask)
+        tensors = [_merged(_merged(x, split, x.dim() - 2), 0, split) for x in tensors]
+        if mask is not None:
+            mask = _merged(_merged(mask, split, len(leading), leading), 0, split, leading)
+    return leading, tensors, mask
+
+
+def _split(leading: torch.Size, mask: Tensor | None) -> int:
+    """How many of the leading dimensions become the batch, so that a mask that broadcasts along some of them does so
+    along the batch or the heads; if there is no such number, all but the heads."""
+    last = len(leading) - 1
+    for split in range(last, 0, -1) if mask is not None else ():
+        parts = (mask.shape[:split], leading[:split]), (mask.shape[split:-2], leading[split:])
+        if all(of_mask == full or math.prod(of_mask) == 1 for of_mask, full in parts):
+            return split
+    return last
+
+
+def _merged(x: Tensor, start: int, stop: int, full: torch.Size | None = None) -> Tensor:
+    """x with dimensions start to stop in one; a mask's, where some broadcast and some do not, as `full` has them."""
+    if full is not None and math.prod(x.shape[start:stop]) != 1:
+        x = x.expand(*x.shape[:start], *full[start:stop], *x.shape[stop:])
+    return x.flatten(start, stop - 1)
 
 
 _patched = Setting(

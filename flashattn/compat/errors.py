@@ -1,0 +1,32 @@
+"""Errors of both kinds: PyTorch raises a RuntimeError for wrong arguments, which its callers catch, and ours are
+ValueError and TypeError."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+
+class ArgumentValueError(RuntimeError, ValueError):
+    """A ValueError that is PyTorch's RuntimeError too."""
+
+
+class ArgumentTypeError(RuntimeError, TypeError):
+    """A TypeError that is PyTorch's RuntimeError too."""
+
+
+def as_torch_raises(function: Callable) -> Callable:
+    """The function, whose ValueError and TypeError are RuntimeErrors too."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        try:
+            return function(*args, **options)
+        except RuntimeError:
+            raise
+        except ValueError as error:
+            raise ArgumentValueError(str(error)) from error
+        except TypeError as error:
+            raise ArgumentTypeError(str(error)) from error
+
+    return call
