@@ -44,9 +44,11 @@ def longest_of(side: str, cu_seqlens, max_seqlen: int | None, x: Tensor) -> int:
     checks.same_device(name, cu_seqlens, "q", x)
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
         raise TypeError(f"max_seqlen_{side} must be an int or None, got {type(max_seqlen).__name__}")
-    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and (max_seqlen is not None or checks.is_capturing())):
+    has_data = checks.has_data(cu_seqlens)
+    if not has_data or (cu_seqlens.is_cuda and (max_seqlen is not None or checks.is_capturing())):
         if max_seqlen is None:
-            raise ValueError(f"max_seqlen_{side} must be given under torch.compile and in a CUDA graph, got None")
+            where = "in a CUDA graph" if has_data else f"under torch.compile and where {name} has no data"
+            raise ValueError(f"max_seqlen_{side} must be given {where}, got None")
         return max_seqlen
     starts, total = cu_seqlens.tolist(), x.shape[2]
     steps = [b - a for a, b in itertools.pairwise(starts)]
@@ -127,7 +129,7 @@ def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device
         raise ValueError(f"{name} must be (batch,) = ({batch},), got shape {tuple(lengths.shape)}")
     if lengths.device != device and not torch.compiler.is_compiling():
         checks.refuse_capture(name, f"it must be on {device}, as what a replay reads anew is; got {lengths.device}")
-    if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and batch > 0 and checks.has_data(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > seq:
             raise ValueError(f"{name} must be between 0 and the sequence length {seq}, got {low if low < 0 else high}")
@@ -207,7 +209,7 @@ def check_page_table(name: str, table, batch: int, device: torch.device) -> int:
 
 def check_pages(name: str, table: Tensor, pages: int, page_size: int, lengths: Tensor) -> None:
     """That each row's first pages, which its length needs, lie in the cache. On a GPU they are not read back."""
-    if table.is_cuda:
+    if table.is_cuda or not checks.has_data(table):
         return
     for row, length in zip(table.tolist(), lengths.tolist(), strict=True):
         for page in row[: -(-length // page_size)]:

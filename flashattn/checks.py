@@ -77,6 +77,11 @@ def _has_tangent(x: Tensor) -> bool:
     return True
 
 
+def has_data(x: Tensor) -> bool:
+    """Whether x's numbers can be read: not where a graph is compiled, nor those of a meta or a fake tensor."""
+    return not (torch.compiler.is_compiling() or x.is_meta or type(x).__name__ == "FakeTensor")
+
+
 def is_capturing() -> bool:
     """Whether launches go into a CUDA graph now: then nothing can be read back, nor copied from the CPU's memory."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -112,7 +112,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
     function = type(name, (torch.autograd.Function,), body)
 
     def call(*args):
-        requires_grad, plain = False, not is_watched()
+        requires_grad, plain = False, not (is_watched() or args[0].is_meta)
         for x in args[:-2]:  # a loop: this is the path that is counted in microseconds
             if x is None:
                 continue
@@ -147,7 +147,7 @@ def gradient(name: str, settings: type, run: Callable) -> Callable:
 
     def call(grad, *args):
         # Gradients are computed with gradients enabled only where they shall be differentiated: not_twice says no.
-        if torch.is_grad_enabled() or is_watched() or not are_plain(grad):
+        if torch.is_grad_enabled() or is_watched() or grad.is_meta or not are_plain(grad):
             checks.refuse_tangents(grad, *args[:-2])
             return operator(grad, *args[:-2], *args[-2][:fields], args[-1])
         return run(grad, *args)
