@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import arguments, autocast, backends, checks, flex, ops
+from . import arguments, autocast, backends, checks, flex, nested, ops
 from .auxiliary import AuxOutput, AuxRequest, auxiliary, read_request
 from .score import Score
 
@@ -97,7 +97,7 @@ def attention(
     """
     q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
     plain = type(q) is type(k) is type(v) is Tensor
-    if q.is_nested or k.is_nested or v.is_nested if plain else any(map(_is_nested, (q, k, v))):
+    if q.is_nested or k.is_nested or v.is_nested if plain else any(map(nested.is_nested, (q, k, v))):
         for name, x in (("score_mod", score_mod), ("block_mask", block_mask), ("return_aux", return_aux)):
             if x is not None:
                 raise ValueError(f"{name} must be None where q is nested")
@@ -222,50 +222,21 @@ def attention_varlen(
 def _nested(q, k, v, q_lengths, kv_lengths, return_lse, **options):
     """`attention` of nested tensors (batch, heads, seq, head_dim), ragged along seq: packed sequences."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.floating(name, x)
-        if not x.is_nested or x.dim() != 4 or x.layout != q.layout or not _is_ragged_along_seq(x):
-            raise ValueError(
-                f"{name} must be nested as q, k or v is: (batch, heads, seq, head_dim), jagged along seq, of one layout"
-            )
+        if not nested.is_nested(x):
+            raise ValueError(f"{name} must be nested as q, k or v is, got {type(x).__name__}")
+    q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        nested.check(name, x, 4, "(batch, heads, seq, head_dim), jagged along seq")
     for name, x in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
         if x is not None:
             raise ValueError(f"{name} must be None where q is nested, which has lengths of its own")
     checks.refuse_capture(
         "q", "where its lengths are is read back; attention_varlen takes max_seqlen_q and max_seqlen_k"
     )
-    (values_q, starts_q), (values_k, starts_k), (values_v, _) = map(_packed, (q, k, v))
-    out = attention_varlen(
-        values_q, values_k, values_v, starts_q.int(), starts_k.int(), return_lse=return_lse, **options
-    )
+    (rows_q, starts_q), (rows_k, starts_k), (rows_v, starts_v) = map(nested.pack, (q, k, v))
+    nested.check_same("v", starts_v, "k", starts_k)
+    out = attention_varlen(rows_q, rows_k, rows_v, starts_q.int(), starts_k.int(), return_lse=return_lse, **options)
     if not return_lse:
-        return _unpacked(out, starts_q, q.layout)
-    return _unpacked(out[0], starts_q, q.layout), _unpacked(out[1].transpose(0, 1), starts_q, q.layout)
-
-
-def _is_nested(x) -> bool:
-    return isinstance(x, Tensor) and x.is_nested
-
-
-def _is_ragged_along_seq(x: Tensor) -> bool:
-    if x.layout == torch.jagged:
-        return x.transpose(1, 2)._ragged_idx == 1
-    return len({(part.shape[0], part.shape[2]) for part in x.unbind()}) == 1
-
-
-def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows (total, heads, dim), where sequences start and end (batch + 1,)) of a nested (batch, heads, seq, dim)."""
-    if x.layout == torch.jagged:
-        by_token = x.transpose(1, 2)
-        if by_token.lengths() is None:  # no gaps between sequences
-            return by_token.values(), by_token.offsets()
-    parts = [part.transpose(0, 1) for part in x.unbind()]
-    ends = torch.tensor([0, *(part.shape[0] for part in parts)], device=x.device).cumsum(0)
-    return torch.cat(parts), ends
-
-
-def _unpacked(rows: Tensor, starts: Tensor, layout: torch.layout) -> Tensor:
-    """Nested (batch, heads, seq, ...) from rows (total, heads, ...)."""
-    if layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(rows, starts).transpose(1, 2)
-    parts = rows.split(starts.diff().tolist())
-    return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in parts], layout=layout)
+        return nested.unpack(out, starts_q, q.layout).transpose(1, 2)
+    results = out[0], out[1].transpose(0, 1)
+    return tuple(nested.unpack(x, starts_q, q.layout).transpose(1, 2) for x in results)

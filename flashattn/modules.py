@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .attention import attention
+from . import nested
+from .attention import attention, attention_varlen
+from .errors import ArgumentValueError, as_torch_raises
 from .norm import layer_norm, rms_norm
 
 
@@ -21,8 +23,9 @@ class _Norm(nn.Module):
     def __init__(self, normalized_shape, eps, elementwise_affine, bias, heads, weight_offset, device, dtype):
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if len(shape) != 1:
-            raise ValueError(f"normalized_shape must be the width of the last dimension alone, got {shape}")
+        if len(shape) == 0 or (heads is not None and len(shape) != 1):
+            wanted = "one dimension" if heads is not None else "at least one dimension"
+            raise ArgumentValueError(f"normalized_shape must have {wanted}, got {shape}")
         self.normalized_shape, self.eps, self.weight_offset = shape, eps, weight_offset
         shape = shape if heads is None else (heads, *shape)
         for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
@@ -38,12 +41,31 @@ class _Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _in_one_dimension(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        """x, weight, bias and residual as the norm over one dimension takes them."""
+        dims = len(self.normalized_shape)
+        if not x.is_nested and tuple(x.shape[-dims:]) != self.normalized_shape:
+            raise ValueError(f"x must end in normalized_shape {self.normalized_shape}, got shape {tuple(x.shape)}")
+        if dims == 1:
+            return x, self.weight, self.bias, residual
+        for name, p in (("weight", self.weight), ("bias", self.bias)):
+            if p is not None and p.shape != self.normalized_shape:
+                raise ValueError(f"{name} must have normalized_shape {self.normalized_shape}, got {tuple(p.shape)}")
+        return tuple(None if p is None else p.flatten(-dims) for p in (x, self.weight, self.bias, residual))
+
+    def _in_all_dimensions(self, results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        if len(self.normalized_shape) == 1:
+            return results
+        if isinstance(results, tuple):
+            return tuple(map(self._in_all_dimensions, results))
+        return results.unflatten(-1, self.normalized_shape)
+
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.weight is not None}"
 
 
 class LayerNorm(_Norm):
-    """`torch.nn.LayerNorm` over the last dimension, fused, with residual, `prenorm` and `dropout_p` in the call (the
+    """`torch.nn.LayerNorm`, over the last dimensions, fused, with residual, `prenorm` and `dropout_p` in the call (the
     caller gives `dropout_p` in training only).
 
     With `heads`, x is (..., heads, width) and the parameters are (heads, width): each head has its own.
@@ -59,14 +81,17 @@ class LayerNorm(_Norm):
     ):  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, bias, heads, weight_offset, device, dtype)
 
+    @as_torch_raises
     def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
-        return layer_norm(
-            x, self.weight, self.bias, self.eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset
+        x, weight, bias, residual = self._in_one_dimension(x, residual)
+        y = layer_norm(
+            x, weight, bias, self.eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset
         )
+        return self._in_all_dimensions(y)
 
 
 class RMSNorm(_Norm):
-    """`torch.nn.RMSNorm` over the last dimension, with residual, `prenorm` and `dropout_p` in the call. As there, eps
+    """`torch.nn.RMSNorm`, over the last dimensions, with residual, `prenorm` and `dropout_p` in the call. As there, eps
     None is the machine epsilon of the dtype it computes in, float32's in 16 bits; `heads` as in `LayerNorm`.
 
     >>> import torch, flashattn
@@ -80,9 +105,12 @@ class RMSNorm(_Norm):
     ):  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, False, heads, weight_offset, device, dtype)
 
+    @as_torch_raises
     def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
-        return rms_norm(x, self.weight, eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset)
+        x, weight, _, residual = self._in_one_dimension(x, residual)
+        y = rms_norm(x, weight, eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset)
+        return self._in_all_dimensions(y)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -91,7 +119,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     Without `need_weights` nothing of size (seq_q, seq_k) is made, and masks are not expanded. With it the weights are,
     by PyTorch's own operations, and after dropout, as there. A query with nothing to attend to gives zeros, not NaN,
     before the output projection. In a `torch.nn.TransformerEncoderLayer` it computes in evaluation too, where PyTorch's
-    own module would not be called.
+    own module would not be called. Nested inputs (batch, seq, embed_dim) are taken without masks and
+    need_weights.
 
     >>> import torch, flashattn
     >>> layer = flashattn.MultiheadAttention(64, 4, batch_first=True)
@@ -106,6 +135,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(*args, **kwargs)
         self.register_forward_hook(_wait_for_results)
 
+    @as_torch_raises
     def forward(
         self,
         query: Tensor,
@@ -121,6 +151,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         with `batch_first`, or (seq, embed_dim). `is_causal` says that attn_mask, which must be there, is causal."""
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given where is_causal is True, as torch.nn has it; got None")
+        if any(map(nested.is_nested, (query, key, value))):
+            masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask, bias_k=self.bias_k)
+            return self._nested(query, key, value, masks, need_weights), None
         for name, x in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if x is not None and x.dtype != torch.bool and not x.is_floating_point():
                 raise TypeError(f"{name} must be bool (True = masked) or floating (added to the scores), got {x.dtype}")
@@ -136,15 +169,35 @@ class MultiheadAttention(nn.MultiheadAttention):
         k, v, (padding, attn_mask) = self._add_keys(k, v, padding, attn_mask)
         mask, bias = _mask_and_bias(attn_mask, padding, q.dtype)
         dropout_p = self.dropout if self.training else 0.0
-        if need_weights:
+        if need_weights or dropout_p == 1:
             out, weights = _plain(q, k, v, mask, bias, dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights[0]
+            weights = None if not need_weights else weights if batched else weights[0]
         else:
             out, weights = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p), None
         out = out.transpose(1, 2) if first == 0 else out.permute(2, 0, 1, 3)
         out = functional.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return out if batched else out[:, 0], weights
+
+    def _nested(self, query: Tensor, key: Tensor, value: Tensor, masks: dict, need_weights: bool) -> Tensor:
+        """Out of nested inputs, whose sequences are packed."""
+        for name, x in masks.items():
+            if x is not None:
+                raise ValueError(f"{name} must be None where query is nested")
+        if need_weights or self.add_zero_attn:
+            name = "need_weights" if need_weights else "add_zero_attn"
+            raise ValueError(f"{name} must be False where query is nested")
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            nested.check(name, x, 3, "(batch, seq, embed_dim), as query, key or value is")
+        q, starts_q = nested.pack(query)
+        k, starts_k = (q, starts_q) if key is query else nested.pack(key)
+        v, starts_v = (k, starts_k) if value is key else nested.pack(value)
+        nested.check_same("value", starts_v, "key", starts_k)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(q, k, v))
+        dropout_p = self.dropout if self.training else 0.0
+        out = attention_varlen(q, k, v, starts_q.int(), starts_k.int(), dropout_p=dropout_p)
+        out = functional.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
+        return nested.unpack(out, starts_q, query.layout)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self._qkv_same_embed_dim and query is key is value:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import autocast, backends, checks, ops
+from . import autocast, backends, checks, nested, ops
 from .norm_settings import Norm
 
 
@@ -28,7 +30,8 @@ def layer_norm(
 
     Args:
         x: (..., width), or (..., heads, width) with per-head parameters; float32, bfloat16 or float16 (float64 on
-            the reference backend). Any strides; a last dimension that is not contiguous is copied once.
+            the reference backend). Any strides; a last dimension that is not contiguous is copied once. Or nested
+            (batch, seq, ..., width), along seq, and residual too.
         weight, bias: (width,), or (heads, width) for parameters of each head.
         eps: added to the variance.
         residual: x's shape, any floating dtype.
@@ -81,6 +84,9 @@ def rms_norm(
 
 
 def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32):
+    if nested.is_nested(x):
+        rest = (center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32)
+        return _nested(x, residual, lambda x, residual: _norm(x, weight, bias, residual, *rest))
     x, weight, bias, residual = autocast.norm_inputs(x, weight, bias, residual)
     _check(x, weight, bias, residual, eps, dropout_p)
     seed = checks.seed(seed, x.device) if dropout_p > 0 else None
@@ -99,6 +105,20 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     if not prenorm:
         return y
     return y, hidden if fused else x
+
+
+def _nested(x: Tensor, residual: Tensor | None, run) -> Tensor | tuple[Tensor, ...]:
+    """Of nested (batch, seq, ..., width), all rows at once. `run`: (rows, residual's rows) to one or several results."""
+    nested.check("x", x, x.dim(), "(batch, seq, ..., width), jagged along seq")
+    (rows, starts), residual_rows = nested.pack(x), None
+    if residual is not None:
+        nested.check("residual", residual, x.dim(), "as x is")
+        residual_rows, residual_starts = nested.pack(residual)
+        nested.check_same("residual", residual_starts, "x", starts)
+    results = run(rows, residual_rows)
+    if isinstance(results, tuple):
+        return tuple(nested.unpack(y, starts, x.layout) for y in results)
+    return nested.unpack(results, starts, x.layout)
 
 
 def _check(x, weight, bias, residual, eps, dropout_p):
@@ -122,6 +142,6 @@ def _check(x, weight, bias, residual, eps, dropout_p):
         checks.same_device("residual", residual, "x", x)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not math.isfinite(eps):
+        raise ValueError(f"eps must be a finite number, got {eps}")
     checks.probability("dropout_p", dropout_p)

@@ -181,3 +181,56 @@ def test_masks_of_whole_numbers_are_refused(name):
     x, mask = torch.randn(2, 9, WIDTH), torch.ones((9, 9) if name == "attn_mask" else (2, 9), dtype=torch.uint8)
     with pytest.raises(TypeError, match=f"{name} must be bool .* or floating .*, got torch.uint8"):
         ours(x, x, x, **{name: mask})
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("kind", ["batch_first", "no_bias", "other_widths"])
+def test_nested(kind, layout):
+    """Each sequence as alone, with gradients of parameters."""
+    ours, theirs = make(kind)
+    theirs.batch_first = True
+    lengths, widths = (5, 1, 9), (WIDTH, theirs.kdim, theirs.vdim)
+    parts = [[torch.randn(n, width) for n in lengths] for width in widths]
+    x = [torch.nested.nested_tensor(p, layout=layout) for p in parts]
+    if kind == "batch_first":
+        x, parts = x[:1] * 3, parts[:1] * 3
+    out, weights = ours(*x, need_weights=False)
+    assert weights is None
+    expected = [theirs(*(t[None] for t in alone), need_weights=False)[0][0] for alone in zip(*parts, strict=True)]
+    for a, b in zip(out.unbind(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    gradients = (
+        torch.autograd.grad(sum(y.square().sum() for y in ys), [*layer.parameters()])
+        for ys, layer in ((out.unbind(), ours), (expected, theirs))
+    )
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_nested_inputs_do_not_take():
+    ours, _ = make("batch_first")
+    x, y = (
+        torch.nested.nested_tensor([torch.randn(n, WIDTH) for n in ns], layout=torch.jagged) for ns in ((2, 3), (3, 2))
+    )
+    wrong = [
+        ((x, x, x), {}, "need_weights must be False where query is nested"),
+        (
+            (x, x, x),
+            dict(need_weights=False, attn_mask=torch.zeros(3, 3)),
+            "attn_mask must be None where query is nested",
+        ),
+        ((x, torch.zeros(2, 3, WIDTH), x), dict(need_weights=False), "key must be nested"),
+        ((x, x, y), dict(need_weights=False), r"value must have key's lengths, \[2, 3\], got \[3, 2\]"),
+    ]
+    for inputs, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ours(*inputs, **options)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_of_all(need_weights):
+    ours, theirs = (m(WIDTH, HEADS, dropout=1.0) for m in (flashattn.MultiheadAttention, torch.nn.MultiheadAttention))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(9, 2, WIDTH)
+    results = [layer(x, x, x, need_weights=need_weights) for layer in (ours, theirs)]
+    torch.testing.assert_close(*(out for out, _ in results))

@@ -296,7 +296,7 @@ WRONG = {
     "weight_device": ((X, torch.zeros(8, device="meta")), {}, ValueError, "weight must be on x's device cpu, got meta"),
     "residual_shape": ((X,), {"residual": X[:1]}, ValueError, "residual must have x's shape"),
     "residual_dtype": ((X,), {"residual": X.int()}, TypeError, "residual must be float32"),
-    "eps": ((X,), {"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+    "eps": ((X,), {"eps": float("nan")}, ValueError, "eps must be a finite number, got nan"),
     "dropout": ((X,), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     "seed": ((X,), {"dropout_p": 0.1, "seed": -1}, ValueError, "seed must be an int in"),
     "seed_tensor": ((X,), {"dropout_p": 0.1, "seed": torch.zeros(2)}, ValueError, "seed must be an int or an int64"),

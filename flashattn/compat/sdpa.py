@@ -12,8 +12,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..attention import attention
 from ..backends.common import Setting
+from ..errors import as_torch_raises
 from . import layout, sdpa_provider  # noqa: F401  (the provider makes its name known to PyTorch)
-from .errors import as_torch_raises
 
 original = torch.nn.functional.scaled_dot_product_attention
 

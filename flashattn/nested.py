@@ -1,0 +1,48 @@
+"""Nested tensors, of both of PyTorch's layouts, as packed rows and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+def is_nested(x) -> bool:
+    return isinstance(x, Tensor) and x.is_nested
+
+
+def check(name: str, x, dims: int, shape: str) -> None:
+    """That x is nested (batch, seq, ...) of so many dimensions, and its sequences differ in seq alone."""
+    checks.floating(name, x)
+    if not x.is_nested or x.dim() != dims or not _is_ragged_by_token(x):
+        raise ValueError(f"{name} must be nested, {shape}")
+
+
+def _is_ragged_by_token(x: Tensor) -> bool:
+    if x.layout == torch.jagged:
+        return x._ragged_idx == 1
+    return len({part.shape[1:] for part in x.unbind()}) == 1
+
+
+def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows (total, ...), where sequences start and end (batch + 1,)) of a nested (batch, seq, ...)."""
+    if x.layout == torch.jagged and x.lengths() is None:  # no gaps between sequences
+        return x.values(), x.offsets()
+    parts = x.unbind()
+    return torch.cat(parts), torch.tensor([0, *(part.shape[0] for part in parts)], device=x.device).cumsum(0)
+
+
+def check_same(name: str, starts: Tensor, other_name: str, other: Tensor) -> None:
+    """That two nested tensors have sequences of the same lengths."""
+    if starts is not other and not torch.equal(starts, other):
+        raise ValueError(
+            f"{name} must have {other_name}'s lengths, {other.diff().tolist()}, got {starts.diff().tolist()}"
+        )
+
+
+def unpack(rows: Tensor, starts: Tensor, layout: torch.layout) -> Tensor:
+    """Nested (batch, seq, ...) from rows (total, ...)."""
+    if layout == torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(rows, starts)
+    return torch.nested.as_nested_tensor(list(rows.split(starts.diff().tolist())), layout=layout)
