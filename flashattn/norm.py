@@ -108,7 +108,7 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
 
 
 def _nested(x: Tensor, residual: Tensor | None, run) -> Tensor | tuple[Tensor, ...]:
-    """Of nested (batch, seq, ..., width), all rows at once. `run`: (rows, residual's rows) to one or several results."""
+    """Of nested (batch, seq, ..., width), all rows at once. `run`: (rows, residual's) to one or several results."""
     nested.check("x", x, x.dim(), "(batch, seq, ..., width), jagged along seq")
     (rows, starts), residual_rows = nested.pack(x), None
     if residual is not None:

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from common import BACKENDS, device_of
@@ -52,6 +53,9 @@ OPTIONS = {
     "window": (dict(window_size=(7, -1)), dict(window=(7, None))),
     "window_causal": (dict(window_size=(7, 3), causal=True), dict(window=(7, 0))),
     "window_of_one": (dict(window_size=(0, 0)), dict(window=(0, 0))),
+    "window_of_none": (dict(window_size=(None, None), softcap=None), {}),
+    "window_of_a_tensor": (dict(window_size=torch.tensor([7, -1])), dict(window=(7, None))),
+    "scale_of_a_tensor": (dict(softmax_scale=torch.tensor(0.25)), dict(scale=0.25)),
     "scale": (dict(softmax_scale=0.2), dict(scale=0.2)),
     "softcap": (dict(softcap=2.0), dict(softcap=2.0)),
     "slopes": (dict(alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4])),) * 2,
@@ -100,6 +104,13 @@ def test_varlen_as_attention_varlen(name):
     assert weights is None
     again = flash_attn.flash_attn_varlen_func(q, *kv.unbind(1), STARTS_Q, STARTS_K, 13, 26, **theirs)
     assert torch.equal(again, out)
+
+
+def test_varlen_lengths_of_tensors():
+    """As a batch has them that nobody has made ints of."""
+    q, kv = torch.randn(20, 4, 16), torch.randn(40, 2, 2, 16)
+    out = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, STARTS_Q, STARTS_K, STARTS_Q.diff().max(), np.int64(26))
+    assert torch.equal(out, flash_attn.flash_attn_varlen_kvpacked_func(q, kv, STARTS_Q, STARTS_K, 13, 26))
 
 
 def test_varlen_qkvpacked():
@@ -274,6 +285,11 @@ WRONG = {
         "k_cache must have q's batch 1, got 0",
     ),
     "only_k": (lambda: flash_attn.flash_attn_with_kvcache(X, X, X, X), "k and v must be given together"),
+    "dropout": (lambda: flash_attn.flash_attn_func(X, X, X, dropout_p=1.0), r"dropout_p must be in \[0, 1\), got 1.0"),
+    "rows": (
+        lambda: flash_attn.flash_attn_with_kvcache(X, X, X, cache_batch_idx=torch.zeros(1, 1).int()),
+        r"cache_batch_idx must be \(batch,\) = \(1,\), got shape \(1, 1\)",
+    ),
     "packed": (lambda: flash_attn.flash_attn_qkvpacked_func(X), r"qkv must be a tensor \(batch, seq, 3, heads"),
 }
 
@@ -281,5 +297,27 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_named(name):
     call, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message) as caught:  # as the package raises
         call()
+    assert isinstance(caught.value, ValueError)
+
+
+WRONG_TYPES = {
+    "rows": (
+        lambda: flash_attn.flash_attn_with_kvcache(X, X, X, cache_batch_idx=[0]),
+        r"cache_batch_idx must be a torch\.Tensor, got list",
+    ),
+    "window": (
+        lambda: flash_attn.flash_attn_func(X, X, X, window_size=("a", 1)),
+        r"window_size must be \(left, right\), each an int or None, got \('a', 1\)",
+    ),
+    "mixed": (lambda: flash_attn.flash_attn_func(X, X.half(), X), r"k must have q's dtype torch\.float32"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types_are_named(name):
+    call, message = WRONG_TYPES[name]
+    with pytest.raises(RuntimeError, match=message) as caught:
+        call()
+    assert isinstance(caught.value, TypeError)

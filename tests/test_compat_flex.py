@@ -368,6 +368,14 @@ def test_a_block_mask_of_other_sizes_is_refused():
         flex_attention(q[:, :, :100], k, v, block_mask=BLOCK_MASKS["causal"]())
 
 
+def test_a_sliced_block_mask_is_refused_as_by_flex_attention():
+    q, k, v = (x.detach() for x in inputs())
+    sliced = BLOCK_MASKS["causal"]()[:, :, :1]
+    for function in (flex_attention, theirs.flex_attention):
+        with pytest.raises(RuntimeError, match="sliced"):
+            function(q, k, v, block_mask=sliced)
+
+
 def test_what_triton_cannot_generate_is_named():
     generate = pytest.importorskip("flashattn.kernels.generate")
     traced = trace("score_mod", lambda score, b, h, i, j: torch.special.bessel_j0(score), 1)

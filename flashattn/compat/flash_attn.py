@@ -1,12 +1,15 @@
 """The calls of the `flash_attn` package (FlashAttention-2's names, order and defaults) on flashattn's backends.
 
-Layout (batch, seq, heads, head_dim), packed (total, heads, head_dim); `window_size` inclusive, -1 = unbounded; causal
-aligned bottom-right. Differences: any dtype and head_dim that flashattn takes; always deterministic;
-`return_attn_probs` gives (out, softmax_lse, None), without the weights, which the package itself returns for its own
-tests only; the lse of a row with nothing to attend to is -inf. As in the package, autocast changes nothing.
+Layout (batch, seq, heads, head_dim), packed (total, heads, head_dim); `window_size` inclusive, -1 or None = unbounded;
+causal aligned bottom-right; autocast changes nothing. Errors are RuntimeErrors, as the package's, and a ValueError or a
+TypeError too. Differences: any dtype and head_dim that flashattn takes; always deterministic; `return_attn_probs` gives
+(out, softmax_lse, None), without the weights, which the package itself returns for its own tests only; the lse of a row
+with nothing to attend to is -inf.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import Tensor
@@ -15,9 +18,11 @@ from .. import arguments, autocast, backends, checks
 from ..attention import attention, attention_varlen
 from ..cache import Cached
 from ..decode import Rotary, append_and_attend, check_rotary
+from ..errors import as_torch_raises
 from ..score import Score
 
 
+@as_torch_raises
 @autocast.off
 def flash_attn_func(
     q: Tensor,
@@ -48,12 +53,13 @@ def flash_attn_func(
         _check_four(name, x)
     out, lse = attention(
         *(x.transpose(1, 2) for x in (q, k, v)), causal=causal, window=_window(window_size), alibi_slopes=alibi_slopes,
-        softcap=_softcap(softcap), dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
+        softcap=_softcap(softcap), dropout_p=dropout_p, scale=_scale(softmax_scale), return_lse=True,
     )  # fmt: skip
     out = out.transpose(1, 2).contiguous()
     return (out, lse, None) if return_attn_probs else out
 
 
+@as_torch_raises
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -73,6 +79,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@as_torch_raises
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -91,6 +98,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@as_torch_raises
 @autocast.off
 def flash_attn_varlen_func(
     q: Tensor,
@@ -125,13 +133,16 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         k, v = _gathered(k, v, cu_seqlens_k, block_table)
+    max_seqlen_q, max_seqlen_k = _lengths(max_seqlen_q, max_seqlen_k)
     out, lse = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=_window(window_size),
-        alibi_slopes=alibi_slopes, softcap=_softcap(softcap), dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
+        alibi_slopes=alibi_slopes, softcap=_softcap(softcap), dropout_p=dropout_p, scale=_scale(softmax_scale),
+        return_lse=True,
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 
 
+@as_torch_raises
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -156,6 +167,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
+@as_torch_raises
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -177,6 +189,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@as_torch_raises
 @autocast.off
 def flash_attn_with_kvcache(
     q: Tensor,
@@ -247,6 +260,9 @@ def flash_attn_with_kvcache(
             raise ValueError("cache_batch_idx must be None with block_table")
         capacity = page_size * arguments.check_page_table("block_table", block_table, batch, q.device)
     elif cache_batch_idx is not None:  # a row of the cache is one page
+        checks.tensor("cache_batch_idx", cache_batch_idx)
+        if cache_batch_idx.dim() != 1:
+            raise ValueError(f"cache_batch_idx must be (batch,) = ({batch},), got shape {tuple(cache_batch_idx.shape)}")
         arguments.check_page_table("cache_batch_idx", cache_batch_idx[:, None], batch, q.device)
         table = cache_batch_idx[:, None].contiguous()
     elif pages != batch:
@@ -266,7 +282,7 @@ def flash_attn_with_kvcache(
         check_rotary(rotary, q, longest - new + max(seq_q, new))  # there may be more queries than new keys
     window = _window(window_size)
     score = Score(
-        head_dim**-0.5 if softmax_scale is None else arguments.check_scale(softmax_scale), window[0],
+        head_dim**-0.5 if softmax_scale is None else arguments.check_scale(_scale(softmax_scale)), window[0],
         0 if causal else window[1], kv_lengths=lengths,
     )  # fmt: skip
     whole, mask = (batch, heads, seq_q, longest), None
@@ -362,17 +378,32 @@ def _unpack(name: str, x: Tensor, parts: int, leading: tuple[str, ...] = ("batch
 
 def _window(window_size) -> tuple[int | None, int | None]:
     try:
-        left, right = window_size
+        left, right = (None if side is None else _integer(side) for side in window_size)
     except (TypeError, ValueError):
-        raise TypeError(f"window_size must be (left, right), each an int, got {window_size!r}") from None
-    if min(left, right) < -1:
+        raise TypeError(f"window_size must be (left, right), each an int or None, got {window_size!r}") from None
+    if any(side is not None and side < -1 for side in (left, right)):
         raise ValueError(
             f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window_size}"
         )
     return None if left == -1 else left, None if right == -1 else right
 
 
-def _softcap(softcap: float) -> float | None:
+def _softcap(softcap: float | None) -> float | None:
+    if softcap is None or softcap == 0:
+        return None
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0, 0 for no cap, got {softcap}")
-    return None if softcap == 0 else float(softcap)
+    return float(softcap)
+
+
+def _integer(x):
+    """An int, also of a tensor or an array of one, which the package takes."""
+    return x if isinstance(x, (int, torch.SymInt)) else operator.index(x)
+
+
+def _lengths(*max_seqlens) -> tuple:
+    return tuple(x if x is None or not hasattr(x, "__index__") else _integer(x) for x in max_seqlens)
+
+
+def _scale(softmax_scale):
+    return float(softmax_scale) if isinstance(softmax_scale, Tensor) else softmax_scale

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..attention import attention
 from ..auxiliary import AuxOutput
+from ..errors import as_torch_raises
 from .layout import follow
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 
+@as_torch_raises
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -50,6 +52,8 @@ def flex_attention(
     >>> flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score - (i - j).abs()).shape
     torch.Size([1, 2, 5, 8])
     """
+    if getattr(getattr(block_mask, "mask_mod", None), "__name__", None) == "_sliced_mask_mod_error":
+        raise ValueError("block_mask must not be a part of another, got one that was sliced: its mask_mod is lost")
     if not enable_gqa and query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]:
         raise ValueError(f"key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     if key.dim() == value.dim() == query.dim() == 4 and key.shape[0] == 1 < query.shape[0]:
