@@ -82,6 +82,14 @@ def has_data(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.is_meta or type(x).__name__ == "FakeTensor")
 
 
+def refuse_onnx(operator: str) -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            f"flashattn::{operator} has no form in ONNX: export the model with PyTorch's own attention and norms "
+            "(flashattn.compat.sdpa exports as PyTorch's own by itself)"
+        )
+
+
 def is_capturing() -> bool:
     """Whether launches go into a CUDA graph now: then nothing can be read back, nor copied from the CPU's memory."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -55,6 +55,7 @@ def is_watched() -> bool:
     """Whether something traces, transforms or watches calls."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or checks.is_forward_mode()
@@ -123,6 +124,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
                 plain = False  # a subclass may have ideas of its own
         if not plain:
             checks.refuse_tangents(*args[:-2])
+            checks.refuse_onnx(name)
             return operator(*args[:-2], *args[-2][:fields], args[-1])
         if requires_grad and torch.is_grad_enabled():
             return function.apply(*args)

@@ -9,6 +9,7 @@ from model.packages import locate
 transformers = pytest.importorskip("transformers")
 
 import flashattn.compat.transformers as compat  # noqa: E402
+from flashattn import backends  # noqa: E402
 
 compat.register()
 
@@ -196,8 +197,12 @@ def test_no_mask_is_made_where_none_is_needed():
     assert compat.attention_mask(batch_size=2, q_length=2, kv_length=8, q_offset=3).shape == (2, 1, 2, 8)
 
 
-def test_weights_are_refused():
-    model = make("llama")
-    x = torch.zeros(1, 1, 1, 8)
-    with pytest.raises(ValueError, match="output_attentions must be False"):
-        compat.attention_forward(model, x, x, x, None, output_attentions=True)
+def test_weights_are_not_there():
+    """As under "sdpa", which warns and answers."""
+    backends.warn_once.cache_clear()
+    model, (tokens, _) = make("llama"), batch("none")
+    model.set_attn_implementation("flashattn")
+    with pytest.warns(UserWarning, match="has no output_attentions"):
+        result = model(input_ids=tokens, output_attentions=True)
+    assert not any(x is not None for x in result.attentions)
+    assert torch.equal(result.logits, model(input_ids=tokens).logits)

@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
         enable_gqa: the heads of key and value may divide those of query.
 
     The result lies in memory in the order of query's dimensions. A query with nothing to attend to gives 0. Dropout
-    draws from PyTorch's generator, but drops other weights than PyTorch's own would.
+    draws from PyTorch's generator, but drops other weights than PyTorch's own would. In an export to ONNX the call is
+    PyTorch's own.
 
     Raises:
         RuntimeError: as PyTorch does, naming the argument. It is a ValueError or a TypeError too.
@@ -58,6 +59,8 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name} must be a tensor (..., seq, head_dim), got shape {tuple(x.shape)}")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None where is_causal is True, as PyTorch has it")
+    if torch.onnx.is_in_onnx_export():  # ONNX knows PyTorch's own
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     others = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     lower_right = False
     if isinstance(attn_mask, CausalBias):

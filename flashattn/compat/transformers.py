@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import backends, checks
 from ..attention import attention, attention_varlen
 
 NAME = "flashattn"
@@ -24,7 +24,8 @@ def register() -> None:
     Taken over: causal and bidirectional models, grouped heads, padding on either side, custom masks (boolean or added),
     caches, sliding windows, `softcap`, sinks (`s_aux`), `position_bias` with its gradient, dropout, and packed batches:
     by position_ids that begin anew, or, without a mask in memory, by `cu_seq_lens_q` and its like, as
-    `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them. Attention weights are never there to return.
+    `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them. Attention weights are never
+    formed: `output_attentions` warns, and gives none.
 
     >>> import flashattn.compat.transformers
     >>> flashattn.compat.transformers.register()  # doctest: +SKIP
@@ -111,8 +112,10 @@ def attention_forward(
     Returns:
         out (batch, seq_q, heads, head_dim), and None for the weights.
     """
-    if output_attentions:
-        raise ValueError(f'output_attentions must be False with attn_implementation="{NAME}": weights are never formed')
+    if output_attentions:  # transformers' own "sdpa" answers so too
+        backends.warn_once(
+            f'attn_implementation="{NAME}" has no output_attentions: weights are never formed ("eager" has)'
+        )
     options = dict(softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None:

@@ -1,0 +1,38 @@
+"""What PyTorch's FlopCounterMode counts of attention's operators: as for its own, every pair of a query and a key, masked
+or not, of packed sequences those of each."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import checks
+from .ops import fields_of
+from .score import Score
+
+
+@register_flop_formula(torch.ops.flashattn.attention_forward, get_raw=True)
+def forward(q, k, v, bias, sinks, *settings, out_val=None, **_) -> int:
+    """q k^T and p v."""
+    return 2 * pairs(q, k, settings) * (q.shape[3] + v.shape[3])
+
+
+@register_flop_formula(torch.ops.flashattn.attention_backward, get_raw=True)
+def backward(
+    grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *settings, out_val=None, **_
+) -> int:  # fmt: skip
+    """q k^T again, the gradients of q, k and v, and that of p."""
+    return 2 * pairs(q, k, settings) * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+def pairs(q, k, settings: tuple) -> int:
+    """Of all heads and sequences; where the lengths of packed ones cannot be read, as if all were as long as the longest."""
+    score = Score(*settings[: fields_of(Score)])
+    heads = q.shape[1]
+    if score.cu_seqlens is None:
+        return q.shape[0] * heads * q.shape[2] * k.shape[2]
+    if checks.has_data(score.cu_seqlens):
+        lengths_q, lengths_k = score.cu_seqlens.diff().tolist()
+        return heads * sum(a * b for a, b in zip(lengths_q, lengths_k, strict=True))
+    batch, seq_q, seq_k = score.sizes(q, k)
+    return heads * batch * seq_q * seq_k
