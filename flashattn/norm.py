@@ -142,6 +142,6 @@ def _check(x, weight, bias, residual, eps, dropout_p):
         checks.same_device("residual", residual, "x", x)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if not math.isfinite(eps):
+    if not -math.inf < eps < math.inf:  # math.isfinite cannot be compiled
         raise ValueError(f"eps must be a finite number, got {eps}")
     checks.probability("dropout_p", dropout_p)
