@@ -1,6 +1,6 @@
 // Attention backward, with queries along the vector lanes as in forward.cpp:
 //
-//   P = 2^(K Q^T - lse),  dP = V dO^T,  dS = P (dP - delta)
+//   P = exp(K Q^T - lse),  dP = V dO^T,  dS = P (dP - delta)
 //   dV += P dO,  dK += dS Q,  dQ^T += K^T dS
 //
 // With dropout, P is dropped where it meets dO, and dP likewise; with a softcap, dS is multiplied by its derivative.
@@ -38,22 +38,67 @@ static Split split(const Attention& a) {
 
 static int64_t query_tiles(const Attention& a) { return (a.seq_q + BLOCK_M - 1) / BLOCK_M; }
 
-// The workspace: delta, of the shape of lse, then dQ as (parts, slots of queries, head_dim, BLOCK_M).
+// The workspace: delta, lse and its rest, all of the shape of lse, then dQ as (parts, slots of queries, head_dim,
+// BLOCK_M).
 static int64_t statistics(const Attention& a) {
   return round_up(a.heads * (a.packing.q_starts ? a.packing.total_q : a.batch * a.seq_q), 16);
 }
-static float* delta_of(const Attention& a, int64_t batch, int64_t head) {
-  return a.workspace + statistics_at(a, batch, head);
+struct Statistics {
+  float *delta, *lse, *rest;
+};
+static Statistics statistics_of(const Attention& a, int64_t batch, int64_t head) {
+  float* first = a.workspace + statistics_at(a, batch, head);
+  return {first, first + statistics(a), first + 2 * statistics(a)};
 }
 static float* grad_q_of(const Attention& a, int64_t part, int64_t batch, int64_t head, int64_t query) {
   int64_t tile = part * query_slots(a) + query_slot(a, batch, head, query);
-  return a.workspace + statistics(a) + tile * a.head_dim * BLOCK_M;
+  return a.workspace + 3 * statistics(a) + tile * a.head_dim * BLOCK_M;
 }
 size_t backward_workspace(const Attention& a) {
-  return statistics(a) + split(a).parts * query_slots(a) * a.head_dim * BLOCK_M;
+  return 3 * statistics(a) + split(a).parts * query_slots(a) * a.head_dim * BLOCK_M;
 }
 
-// ------------------------------------------------------------------------------------------------ delta
+// ------------------------------------------------------------------------------------------------ statistics
+
+// Of few queries decode.cpp summed the products in another order: the lse of the sums as the passes here form them.
+template <class Dot>
+static void sum_weights(const Attention& a, const Tile& tile, const Statistics& to, Scratch scratch) {
+  int64_t lanes = round_up(tile.rows.end - tile.rows.begin, W);
+  Range rows = {tile.rows.begin, min(tile.rows.end, query_end(a, tile.batch))};
+  float* q_t = scratch.take(elements<Dot>(a.head_dim) * lanes);
+  float* s = scratch.take(BLOCK_N * lanes);
+  float* packed = scratch.take(BLOCK_N * round_up(a.head_dim, W));
+  pack_transposed<Dot>(matrix(a.q, a.dtype, a.head_dim, tile.batch, tile.head), rows, lanes, q_t);
+  Matrix k = matrix(a.k, a.dtype, a.head_dim, tile.batch, tile.head / (a.heads / a.kv_heads));
+  float m[BLOCK_M], l[BLOCK_M];
+  for (int64_t i = 0; i < lanes; i++) m[i] = -__builtin_inff(), l[i] = 0;
+  Range all = rows.begin < rows.end ? visible_keys(a, rows, tile.batch) : Range{0, 0};
+  for (int64_t start = all.begin; start < all.end; start += BLOCK_N) {
+    Range keys = {start, min(all.end, start + BLOCK_N)};
+    int64_t n = keys.end - keys.begin;
+    matmul<Dot>(left_rows<Dot>(k, keys, packed), q_t, lanes, n, lanes, elements<Dot>(a.head_dim), store_to(s, lanes));
+    for (int64_t i = 0; i < lanes; i += W) {
+      vf top = load<vf>(m + i), before = top, sum = {};
+      for (int64_t j = 0; j < n; j++) {
+        vf x = load<vf>(s + j * lanes + i) * a.score.scale;
+        x = visible(a, rows.begin + i, keys.begin + j) ? x : vf{} + NEVER;
+        store(s + j * lanes + i, x);
+        top = max(top, x);
+      }
+      vf shift = top == NEVER ? vf{} : top;
+      for (int64_t j = 0; j < n; j++) sum += exp2((load<vf>(s + j * lanes + i) - shift) * LOG2E);
+      store(l + i, load<vf>(l + i) * exp2((before - shift) * LOG2E) + sum);
+      store(m + i, top);
+    }
+  }
+  Attention results = a;
+  results.lse = to.lse, results.rest = to.rest;
+  for (int64_t i = 0; i < tile.rows.end - tile.rows.begin; i++) {
+    float sum = tile.rows.begin + i < rows.end ? l[i] : 0;
+    if (a.score.sinks) join_sink(a.score.sinks[tile.head], m[i], sum);
+    store_lse(results, tile.rows.begin + i, m[i], sum);
+  }
+}
 
 // delta = rowsum(grad_out * out) - grad_lse, for the queries of one tile. Summed in the order the matrix product sums
 // grad_out v, so that where one key has all the weight, and out is v, the two cancel exactly.
@@ -64,7 +109,7 @@ static void backward_delta(const Attention& a, const Tile& tile, Scratch scratch
   float* out_t = scratch.take(depth * lanes);
   pack_transposed<Dot>(matrix(a.grad_out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, lanes, grad_t);
   pack_transposed<Dot>(matrix(a.out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, lanes, out_t);
-  float* delta = delta_of(a, tile.batch, tile.head);
+  const Statistics to = statistics_of(a, tile.batch, tile.head);
   const float* grad_lse = a.grad_lse ? a.grad_lse + statistics_at(a, tile.batch, tile.head) : nullptr;
   for (int64_t i = 0; i < lanes; i += W) {
     vf total = {};
@@ -72,12 +117,17 @@ static void backward_delta(const Attention& a, const Tile& tile, Scratch scratch
       total = Dot::multiply_add(load<vf>(out_t + d * lanes + i), load<vf>(grad_t + d * lanes + i), total);
     int64_t query = tile.rows.begin + i;
     for (int64_t lane = 0; lane < min(W, tile.rows.end - query); lane++)
-      delta[query + lane] = total[lane] - (grad_lse ? grad_lse[query + lane] : 0);
+      to.delta[query + lane] = total[lane] - (grad_lse ? grad_lse[query + lane] : 0);
   }
+  if (is_decode(a)) return sum_weights<Dot>(a, tile, to, scratch);  // so is_modified(a) is false
+  const int64_t at = statistics_at(a, tile.batch, tile.head);
+  for (int64_t i = tile.rows.begin; i < tile.rows.end; i++) to.lse[i] = a.lse[at + i], to.rest[i] = a.rest ? a.rest[at + i] : 0;
 }
 
 int64_t backward_delta_tiles(const Attention& a) { return query_slots(a); }
-size_t backward_delta_scratch(const Attention& a) { return 2 * a.head_dim_v * BLOCK_M + 2 * 16; }
+size_t backward_delta_scratch(const Attention& a) {
+  return 2 * a.head_dim_v * BLOCK_M + (a.head_dim + BLOCK_N) * BLOCK_M + BLOCK_N * round_up(a.head_dim, W) + 5 * 16;
+}
 void backward_delta_tile(const Attention& all, int64_t slot, float* memory) {
   Tile tile = query_tile(all, slot);
   const Attention a = sequence(all, tile.batch);
@@ -90,7 +140,7 @@ void backward_delta_tile(const Attention& all, int64_t slot, float* memory) {
 struct Queries {
   Range rows;
   int64_t lanes;
-  float *q_t, *grad_t, *lse, *delta;
+  float *q_t, *grad_t, *lse, *rest, *delta;
   Right q, grad;
 };
 
@@ -107,13 +157,15 @@ static Queries load_queries(const Attention& a, int64_t batch, int64_t head, Ran
   x.q = right_rows<Dot>(q, rows, scratch.take(BLOCK_M / Dot::DEPTH * round_up(a.head_dim, W)));
   x.grad = right_rows<Dot>(grad, rows, scratch.take(BLOCK_M / Dot::DEPTH * round_up(a.head_dim_v, W)));
   x.lse = scratch.take(BLOCK_M);
+  x.rest = scratch.take(BLOCK_M);
   x.delta = scratch.take(BLOCK_M);
-  const float *lse = a.lse + statistics_at(a, batch, head), *delta = delta_of(a, batch, head);
+  const Statistics of = statistics_of(a, batch, head);
   for (int64_t i = 0; i < x.lanes; i++) {
     int64_t query = rows.begin + i;
-    bool attends = query < rows.end && lse[query] != -__builtin_inff();
-    x.lse[i] = attends ? lse[query] : __builtin_inff();  // exp(s - inf) = 0
-    x.delta[i] = attends ? delta[query] : 0;
+    bool attends = query < rows.end && of.lse[query] != -__builtin_inff();
+    x.lse[i] = attends ? of.lse[query] : __builtin_inff();  // exp(s - inf) = 0
+    x.rest[i] = attends ? of.rest[query] * LOG2E : 0;
+    x.delta[i] = attends ? of.delta[query] : 0;
   }
   return x;
 }
@@ -140,13 +192,13 @@ static Weights take_weights(const Attention& a, Scratch& scratch) {
 }
 static size_t weights_floats(const Attention& a) { return 6 * (BLOCK_N * BLOCK_M + 16) + planes_floats(a, BLOCK_N); }
 
-// exp(s - lse) of products q.k in place. The product of lse, a natural logarithm, with log2(e) is left to a fused
-// multiply-add: rounded on its own it would cost as much accuracy as lse itself has.
+// exp(s - lse) of products q.k in place. The scores are rounded as in the forward pass, not fused into the difference:
+// the weights sum to one where they are the same to the bit.
 template <class Dot>
 static void softmax_weights(const Attention& a, const Weights& w, const Queries& x, int64_t batch, int64_t head,
                             Range keys) {
   bool edge = is_edge(a, x.rows, keys);
-  float scale = a.score.scale * LOG2E;
+  float scale = a.score.scale;
   if (is_modified(a)) {
     for (int64_t i = 0; i < (keys.end - keys.begin) * x.lanes; i += W) store(w.p + i, load<vf>(w.p + i) * scale);
     modify<Dot>(a, {batch, head, x.rows.begin, x.lanes}, keys, edge, w.planes, w.p, x.lanes, w.slope, nullptr);
@@ -160,7 +212,8 @@ static void softmax_weights(const Attention& a, const Weights& w, const Queries&
   for (int64_t j = keys.begin; j < keys.end; j++)
     for (int64_t i = 0; i < x.lanes; i += W) {
       int64_t at = (j - keys.begin) * x.lanes + i;
-      vf p = exp2<Dot::EXP_DEGREE>(load<vf>(w.p + at) * scale - load<vf>(x.lse + i) * LOG2E);
+      vf difference = rounded(load<vf>(w.p + at) * scale) - load<vf>(x.lse + i);
+      vf p = exp2<Dot::EXP_DEGREE>(difference * LOG2E - load<vf>(x.rest + i));
       if (edge) p = visible(a, x.rows.begin + i, j) ? p : vf{};
       store(w.p + at, p);
       if (w.kept) p *= load<vf>(w.kept + at);
@@ -264,7 +317,7 @@ int64_t backward_tiles(const Attention& a) { return split(a).parts * a.batch * a
 
 size_t backward_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W), section = split(a).section;
-  return section * (3 * d + 2 * dv) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
+  return section * (3 * d + 2 * dv) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 3 * BLOCK_M + 17 * 16;
 }
 
 void backward_tile(const Attention& all, int64_t index, float* memory) {
@@ -320,7 +373,7 @@ int64_t backward_bias_tiles(const Attention& a) {
 
 size_t backward_bias_scratch(const Attention& a) {
   int64_t d = round_up(a.head_dim, W), dv = round_up(a.head_dim_v, W);
-  return BLOCK_N * (d + dv + BLOCK_M) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 2 * BLOCK_M + 16 * 16;
+  return BLOCK_N * (d + dv + BLOCK_M) + weights_floats(a) + BLOCK_M * 2 * (d + dv) + 3 * BLOCK_M + 17 * 16;
 }
 
 // Add the gradients of one tile of scores to sum[key, or 0][query].

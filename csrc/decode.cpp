@@ -94,10 +94,10 @@ static float row_softmax(float* s, Range sees, float* m, float* l) {
   float m_new = *m;
   for (int i = 0; i < W; i++) m_new = m_new > top[i] ? m_new : top[i];
   float shift = m_new == -__builtin_inff() ? 0 : m_new;
-  float alpha = exp2(broadcast(*m - shift))[0];
+  float alpha = exp2(broadcast((*m - shift) * LOG2E))[0];
   vf total = {};
   for (int64_t i = 0; i < BLOCK_N; i += W) {
-    vf p = exp2(load<vf>(s + i) - shift);
+    vf p = exp2((load<vf>(s + i) - shift) * LOG2E);
     store(s + i, p);
     total += p;
   }
@@ -137,7 +137,7 @@ static void decode(const Attention& all, int64_t batch, int64_t kv_head, int64_t
     // Values are fetched while the products run, the next keys while the values are summed.
     auto attend = [&](const auto& k, const auto& v, const auto& next_v, const auto& next_k) {
       for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-        products<ROWS_AT_ONCE, Dot, DTYPE>(q + row * depth, depth, k, n, a.score.scale * LOG2E, s, BLOCK_N, next_v);
+        products<ROWS_AT_ONCE, Dot, DTYPE>(q + row * depth, depth, k, n, a.score.scale, s, BLOCK_N, next_v);
         float alpha[ROWS_AT_ONCE];
         for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
           int64_t query = (row + r) % seq_q;
@@ -201,7 +201,7 @@ void merge_tile(const Attention& all, int64_t index, float* sum) {
     float shift = m == -__builtin_inff() ? 0 : m;
     for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, vf{});
     for (int64_t i = 0; i < splits_of(all); i++) {
-      vf factor = exp2(broadcast(first.m[i * stride] - shift));
+      vf factor = exp2(broadcast((first.m[i * stride] - shift) * LOG2E));
       l += first.l[i * stride] * factor[0];
       for (int64_t c = 0; c < a.head_dim_v; c += W)
         store(sum + c, load<vf>(sum + c) + load<vf>(first.out + i * stride + c) * factor);
@@ -210,7 +210,7 @@ void merge_tile(const Attention& all, int64_t index, float* sum) {
     float inverse = l > 0 || l != l ? scale / l : 0;
     for (int64_t c = 0; c < a.head_dim_v; c += W) store(sum + c, load<vf>(sum + c) * inverse);
     store_floats(out.row(query), sum, a.dtype, a.head_dim_v);
-    a.lse[statistics_at(a, batch, head) + query] = l == 0 ? -__builtin_inff() : m * LN2 + __builtin_logf(l);
+    store_lse(a, statistics_at(a, batch, head) + query, m, l);
   }
 }
 

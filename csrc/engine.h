@@ -69,6 +69,7 @@ struct Attention {
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   Plane grad_bias;        // float32, contiguous
   float* lse;             // (batch, heads, seq_q); packed (heads, total_q)
+  float* rest;            // likewise: what rounding took from lse; or null
   const float* grad_lse;  // likewise, or null
   float* workspace;
 };

@@ -2,7 +2,7 @@
 // and the sum of a softmax are plain vector operations, and a tail of keys needs no mask. Keys and values stay in their
 // natural layout; of a tile of queries only q is transposed, once.
 //
-//   S = K Q^T,  P = 2^(S - m),  O^T = alpha O^T + V^T P
+//   S = K Q^T,  P = exp(S - m),  O^T = alpha O^T + V^T P
 //
 // Dao, "FlashAttention-2" (2023), arXiv:2307.08691.
 #include "kernels.h"
@@ -26,12 +26,12 @@ INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, So
   for (int64_t i = 0; i < width; i += W) {
     vf m = load<vf>(softmax.m + i);
     vf shift = m == -__builtin_inff() ? vf{} : m;  // no key yet: weights 0, not NaN
-    vf alpha = exp2(load<vf>(softmax.alpha + i) - shift);
+    vf alpha = exp2((load<vf>(softmax.alpha + i) - shift) * LOG2E);
     vf l[4] = {};  // four short sums are more exact than one long one
     float* at = s + i;
     auto dropped = drop(i);
     auto weight = [&](float* score, int64_t j, vf& sum) {
-      vf p = exp2<Dot::EXP_DEGREE>(load<vf>(score) - shift);
+      vf p = exp2<Dot::EXP_DEGREE>((load<vf>(score) - shift) * LOG2E);
       sum += p;
       return dropped(p, j);
     };
@@ -76,7 +76,7 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
   for (int64_t i = 0; i < a.head_dim_v * lanes; i++) out_t[i] = 0;
   for (int64_t i = 0; i < lanes; i++) softmax.m[i] = -__builtin_inff(), softmax.l[i] = 0;
 
-  const float scale = a.score.scale * LOG2E;
+  const float scale = a.score.scale;
   const bool modified = is_modified(a);
   // Lanes from .. from + width of the tile look at some keys.
   auto step = [&](Range keys, int64_t from, int64_t width, bool edge) {
@@ -135,12 +135,12 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
     }
   }
 
-  float* lse = a.lse + statistics_at(a, tile.batch, tile.head) + tile.rows.begin;
+  int64_t first = statistics_at(a, tile.batch, tile.head) + tile.rows.begin;
   for (int64_t i = 0; i < tile.rows.end - tile.rows.begin; i++) {
     float l = tile.rows.begin + i < valid.end ? softmax.l[i] : 0;
     float factor = a.score.sinks ? join_sink(a.score.sinks[tile.head], softmax.m[i], l) : 1;
     softmax.alpha[i] = l > 0 || l != l ? factor / l : 0;
-    lse[i] = l == 0 ? -__builtin_inff() : softmax.m[i] * LN2 + __builtin_logf(l);
+    store_lse(a, first + i, softmax.m[i], l);
   }
   store_transposed(matrix(a.out, a.dtype, a.head_dim_v, tile.batch, tile.head), tile.rows, valid.end, out_t, lanes,
                    softmax.alpha);

@@ -84,7 +84,7 @@ static inline size_t planes_floats(const Attention& a, int64_t block_n) {
          (a.score.mask.data ? (block_n / 32 + 1) * BLOCK_M + 16 : 0);
 }
 
-// Scores in base 2 to what softmax takes, in place: s[key][stride]. `slope`, where given, becomes the derivative of the
+// Scores, scale * q.k, to what softmax takes, in place: s[key][stride]. `slope`, where given, becomes the derivative of the
 // softcap; `m`, where given, the maximum of what it was and the scores.
 template <class Dot>
 static inline void modify(const Attention& a, const Spot& at, Range keys, bool edge, Planes planes, float* s,
@@ -92,8 +92,8 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
   const Score& score = a.score;
   if (planes.bias) load_bias(a, at, keys, planes.bias);
   if (planes.mask) load_mask(a, at, keys, planes.mask);
-  const float cap = score.softcap * LOG2E, inverse = score.softcap ? 1 / cap : 0;
-  const float alibi = score.slopes ? score.slopes[at.batch * score.slopes_stride + at.head] * LOG2E : 0;
+  const float cap = score.softcap, inverse = score.softcap ? 1 / cap : 0;
+  const float alibi = score.slopes ? score.slopes[at.batch * score.slopes_stride + at.head] : 0;
   const vf lane = __builtin_convertvector((vi)lane_numbers(), vf);
   for (int64_t i = 0; i < at.lanes; i += W) {
     vf top = m ? load<vf>(m + i) : vf{};
@@ -109,7 +109,7 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
         vf distance = lane + (float)(at.query + i + score.diagonal - j);
         x -= (distance < 0 ? -distance : distance) * alibi;
       }
-      if (planes.bias) x += bias_at(score.bias, planes.bias, row, at.lanes, i) * LOG2E;
+      if (planes.bias) x += bias_at(score.bias, planes.bias, row, at.lanes, i);
       if (planes.mask) x = mask_at(planes.mask, row, at.lanes, i) ? x : vf{} + NEVER;
       if (edge) x = visible(a, at.query + i, j) ? x : vf{} + NEVER;
       store(s + row * stride + i, x);

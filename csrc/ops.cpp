@@ -200,13 +200,13 @@ struct ScoreArgs {
 };
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                    ScoreArgs& score) {
+                    const OptionalTensor& rest, ScoreArgs& score) {
   Attention a = {};
   a.dtype = dtype_of(q);
   a.batch = q.size(0), a.heads = q.size(1), a.seq_q = q.size(2), a.head_dim = q.size(3);
   a.kv_heads = k.size(1), a.seq_k = k.size(2), a.head_dim_v = v.size(3);
   a.q = heads(q), a.k = heads(k), a.v = heads(v), a.out = heads(out);
-  a.lse = pointer<float>(lse);
+  a.lse = pointer<float>(lse), a.rest = pointer<float>(rest);
   if (score.cu_seqlens) {
     const int32_t* starts = pointer<int32_t>(score.cu_seqlens);
     a.ragged = true, a.batch = score.cu_seqlens->size(1) - 1;
@@ -236,24 +236,24 @@ Tensor new_lse(const Tensor& q, const ScoreArgs& score) {
   return lse;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double scale, std::optional<int64_t> left,
-                                             std::optional<int64_t> right, OptionalTensor q_lengths,
-                                             OptionalTensor kv_lengths, std::optional<double> softcap,
-                                             OptionalTensor slopes, OptionalTensor mask, double dropout_p,
-                                             OptionalTensor seed, OptionalTensor cu_seqlens,
-                                             std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-                                             OptionalTensor bias, OptionalTensor sinks) {
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    Tensor q, Tensor k, Tensor v, double scale, std::optional<int64_t> left, std::optional<int64_t> right,
+    OptionalTensor q_lengths, OptionalTensor kv_lengths, std::optional<double> softcap, OptionalTensor slopes,
+    OptionalTensor mask, double dropout_p, OptionalTensor seed, OptionalTensor cu_seqlens,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, OptionalTensor bias,
+    OptionalTensor sinks) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
   ScoreArgs score = {scale,     left, right,      q_lengths,    kv_lengths,   softcap, slopes, mask,
                      dropout_p, seed, cu_seqlens, max_seqlen_q, max_seqlen_k, bias,    sinks};
-  Tensor out = result(q, v.size(3), score, true), lse = new_lse(q, score);
-  run(engine().attention_forward, attention(q, k, v, out, lse, score));
-  return {out, lse};
+  Tensor out = result(q, v.size(3), score, true), lse = new_lse(q, score), rest = new_like(lse);
+  if (score.cu_seqlens) torch::stable::zero_(rest);
+  run(engine().attention_forward, attention(q, k, v, out, lse, rest, score));
+  return {out, lse, rest};
 }
 
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
-    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-    std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths,
+    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor rest,
+    double scale, std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths,
     std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask, double dropout_p, OptionalTensor seed,
     OptionalTensor cu_seqlens, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
     OptionalTensor bias, OptionalTensor sinks, bool with_grad_bias) {
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
   Tensor grad_v = result(v, v.size(3), score, false);
   OptionalTensor grad_bias;
   if (with_grad_bias) grad_bias = torch::stable::new_empty(q, bias->sizes(), ScalarType::Float);
-  Attention a = attention(q, k, v, out, lse, score);
+  Attention a = attention(q, k, v, out, lse, rest, score);
   a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
   if (a.packing.q_starts)
     for (Heads* x : {&a.grad_out, &a.grad_q, &a.grad_k, &a.grad_v}) x->stride_batch = 0;
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k, Tensor v, Option
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), v.size(3)});  // token after token
   out = torch::stable::transpose(out, 1, 2);
   Tensor lse = new_lse(q, score);
-  Attention a = attention(q, k, v, out, lse, score);
+  Attention a = attention(q, k, v, out, lse, {}, score);
   a.ragged = true, a.seq_k = longest;
   a.score = score.score(a.seq_q, a.seq_k);
   if (page_table) a.pages = {pointer<int32_t>(page_table), page_table->size(1), k.size(2)};
@@ -463,7 +463,7 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, Tensor? q_lengths, "
       "Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, float dropout_p, Tensor? seed, "
       "Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, Tensor? bias, Tensor? sinks) "
-      "-> (Tensor out, Tensor lse)");
+      "-> (Tensor out, Tensor lse, Tensor rest)");
   m.def(
       "rotate_and_store(Tensor x, Tensor(a!) to, Tensor? page_table, Tensor starts, Tensor? counts, Tensor? cos, "
       "Tensor? sin, bool interleaved, bool append) -> ()");
@@ -473,7 +473,7 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
       "Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
+      "Tensor? rest, float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
       "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, "
       "Tensor? bias, Tensor? sinks, bool with_grad_bias) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");

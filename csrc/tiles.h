@@ -176,13 +176,22 @@ static inline void store_transposed(const Matrix& x, Range rows, int64_t valid, 
     }
 }
 
-// Let a row's sink join its sum: m (base 2) and l become those with the sink. Returns the factor of what was summed.
+// Let a row's sink join its sum: m and l become those with the sink. Returns the factor of what was summed.
 static inline float join_sink(float sink, float& m, float& l) {
   if (l == 0) return 1;  // nothing to attend to
-  float with = sink * LOG2E > m ? sink * LOG2E : m, factor = __builtin_exp2f(m - with);
-  l = l * factor + __builtin_exp2f(sink * LOG2E - with);
+  float with = sink > m ? sink : m, factor = __builtin_expf(m - with);
+  l = l * factor + __builtin_expf(sink - with);
   m = with;
   return factor;
+}
+
+// The logarithm of a row's sum, exp(m) l, and what rounding took from it: beside scores of thousands a weight
+// exp(s - lse) would be off by 1e-3, beside -1e9 by any factor, and the weights would not sum to one.
+static inline void store_lse(const Attention& a, int64_t at, float m, float l) {
+  double log = __builtin_log((double)l);
+  float lse = l == 0 ? -__builtin_inff() : (float)(m + log);
+  a.lse[at] = lse;
+  if (a.rest) a.rest[at] = l == 0 ? 0 : (float)(log - ((double)lse - m));
 }
 
 // Which queries of which head a tile owns.

@@ -125,7 +125,7 @@ def attention(
     widest = head_dim if head_dim > head_dim_v else head_dim_v
     backend = backends.choose(q.device, q.dtype, head_dim=widest)
     if score_mod is None and block_mask is None:
-        out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
+        out, lse, _ = ops.attention(q, k, v, bias, sinks, score, backend)
     else:
         score = arguments.with_callables(score, score_mod, block_mask, (*q.shape[:3], seq_k), q.device)
         out, lse = flex.attention(q, k, v, bias, sinks, score, backend)
@@ -214,7 +214,7 @@ def attention_varlen(
     if sinks is not None:
         arguments.check_sinks(sinks, q)
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, head_dim_v))
-    out, lse = ops.attention(q, k, v, bias, sinks, score, backend)
+    out, lse, _ = ops.attention(q, k, v, bias, sinks, score, backend)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
 

@@ -33,17 +33,17 @@ class Flex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sinks, score, backend, *captured):
         score = ops.whole(score, bias, sinks)
-        out, lse = BACKENDS[backend].forward(q, k, v, score)
+        out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
         ctx.score, ctx.backend = score._replace(bias=None, sinks=None), backend
         ctx.captured = len(captured)
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *captured, *score.tensors())
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, rest, *captured, *score.tensors())
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        q, k, v, bias, sinks, out, lse, *captured = ctx.saved_tensors[: 7 + ctx.captured]
+        q, k, v, bias, sinks, out, lse, rest, *captured = ctx.saved_tensors[: 8 + ctx.captured]
         checks.refuse_tangents(grad_out, grad_lse)
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(captured))
@@ -62,7 +62,7 @@ class Flex(torch.autograd.Function):
             )
         if not sums_captured or ctx.backend == "triton":
             *gradients, grad_bias = BACKENDS[ctx.backend].backward(
-                grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias
+                grad_out, grad_lse, q, k, v, out, lse, rest, score, with_grad_bias
             )
         grad_bias = grad_bias.to(bias.dtype) if with_grad_bias else None
         grad_sinks = None if sinks is None else ops.sink_gradient(grad_out, grad_lse, out, lse, score)

@@ -1,5 +1,5 @@
-"""What PyTorch's FlopCounterMode counts of attention's operators: as for its own, every pair of a query and a key, masked
-or not, of packed sequences those of each."""
+"""What PyTorch's FlopCounterMode counts of attention's operators: as for its own, every pair of a query and a key,
+masked or not, of packed sequences those of each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def forward(q, k, v, bias, sinks, *settings, out_val=None, **_) -> int:
 
 @register_flop_formula(torch.ops.flashattn.attention_backward, get_raw=True)
 def backward(
-    grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *settings, out_val=None, **_
+    grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings, out_val=None, **_
 ) -> int:  # fmt: skip
     """q k^T again, the gradients of q, k and v, and that of p."""
     return 2 * pairs(q, k, settings) * (3 * q.shape[3] + 2 * v.shape[3])
 
 
 def pairs(q, k, settings: tuple) -> int:
-    """Of all heads and sequences; where the lengths of packed ones cannot be read, as if all were as long as the longest."""
+    """Of all heads and sequences; packed ones whose lengths cannot be read count as if all were as long as the longest."""
     score = Score(*settings[: fields_of(Score)])
     heads = q.shape[1]
     if score.cu_seqlens is None:

@@ -22,12 +22,12 @@ from .score import Score
 torch.library.define(
     "flashattn::attention_forward",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, {score_settings.SCHEMA}, str backend) "
-    "-> (Tensor out, Tensor lse)",
+    "-> (Tensor out, Tensor lse, Tensor rest)",
 )
 torch.library.define(
     "flashattn::attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor out, "
-    f"Tensor lse, bool with_grad_bias, {score_settings.SCHEMA}, str backend) "
+    f"Tensor lse, Tensor rest, bool with_grad_bias, {score_settings.SCHEMA}, str backend) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)",
 )
 torch.library.define(
@@ -167,7 +167,8 @@ def whole(score: Score, bias: Tensor | None, sinks: Tensor | None) -> Score:
 def _attention_forward(q, k, v, bias, sinks, score, backend):
     if bias is not None or sinks is not None:
         score = whole(score, bias, sinks)
-    return BACKENDS[backend].forward(q, k, v, score)
+    out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
+    return out, lse, empty_if_none(rest, lse)
 
 
 CU_SEQLENS = (
@@ -178,12 +179,16 @@ CU_SEQLENS = (
 @torch.library.register_fake("flashattn::attention_forward")
 def _(q, k, v, *settings):
     packed = settings[-CU_SEQLENS] is not None
-    return result_like(q, v.shape[-1], packed), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
+    return result_like(q, v.shape[-1], packed), lse, lse.new_empty(q.shape[:3] if settings[-1] == "cpu" else 0)
 
 
-def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, score, backend):
+def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, score, backend):
     score = whole(score, bias, sinks)
-    *gradients, grad_bias = BACKENDS[backend].backward(grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias)
+    rest = rest if rest.shape == lse.shape else None
+    *gradients, grad_bias = BACKENDS[backend].backward(
+        grad_out, grad_lse, q, k, v, out, lse, rest, score, with_grad_bias
+    )
     grad_sinks = None if sinks is None else sink_gradient(grad_out, grad_lse, out, lse, score)
     return *gradients, empty_if_none(grad_bias, lse), empty_if_none(grad_sinks, lse)
 
@@ -199,7 +204,7 @@ def sink_gradient(grad_out, grad_lse, out, lse, score: Score) -> Tensor:
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, *settings):
+def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings):
     packed = settings[-CU_SEQLENS] is not None
     others = (
         lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias if with_grad_bias else None, sinks)
@@ -211,17 +216,18 @@ def _attention_context(ctx, inputs, output):
     q, k, v, bias, sinks, ctx.score, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, bias, sinks, *output, *ctx.score.tensors())
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _attention_gradients(ctx, grad_out, grad_lse):
-    q, k, v, bias, sinks, out, lse, *_ = ctx.saved_tensors
+def _attention_gradients(ctx, grad_out, grad_lse, grad_rest):
+    q, k, v, bias, sinks, out, lse, rest, *_ = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
         return (None,) * 5
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     with_grad_bias = bias is not None and ctx.needs_input_grad[3]
     *gradients, grad_bias, grad_sinks = attention_backward(
-        grad_out, grad_lse, q, k, v, bias, sinks, out, lse, with_grad_bias, ctx.score, ctx.backend
+        grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, ctx.score, ctx.backend
     )
     return *gradients, grad_bias if with_grad_bias else None, None if sinks is None else grad_sinks
 

@@ -148,7 +148,7 @@ def autotune(monkeypatch):
 
 def test_autotune_searches_once_for_each_kind_of_call(gpu, autotune):
     expected = forward()
-    out, _ = tune.call(backend.forward, Q, K, V, CAUSAL)
+    out, *_ = tune.call(backend.forward, Q, K, V, CAUSAL)
     assert tune.is_same((out,), expected[:1])
     (chosen,) = tune._chosen.values()
     assert chosen.stages == max(tiles.stages for tiles in autotune[0]) > 1
@@ -160,8 +160,8 @@ def test_autotune_searches_once_for_each_kind_of_call(gpu, autotune):
 
 
 def test_autotune_searches_each_pass_of_backward(gpu, autotune):
-    out, lse = forward()
-    arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Q, K, V, out, lse, CAUSAL, False)
+    out, lse, _ = forward()
+    arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Q, K, V, out, lse, None, CAUSAL, False)
     expected = backend.backward(*arguments)
     assert tune.is_same(tune.call(backend.backward, *arguments), expected)
     assert {kind[0] for kind in tune._chosen} == {"backward_q", "backward_kv"}
@@ -171,7 +171,7 @@ def test_autotune_searches_kernels_in_roles(autotune):
     torch.use_deterministic_algorithms(False)
     with ptx.device("sm_90") as device:
         expected = forward()
-        out, _ = tune.call(backend.forward, Q, K, V, CAUSAL)
+        out, *_ = tune.call(backend.forward, Q, K, V, CAUSAL)
         assert tune.is_same((out,), expected[:1])
         assert {launch.kernel for launch in device.launches} == {"attention_forward_hopper"}
         rows = [configs.HOPPER["forward"][64], *configs.HOPPER_CANDIDATES["forward"][64]]

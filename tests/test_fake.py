@@ -1,5 +1,5 @@
-"""Meta tensors and FakeTensors, which have shapes and no data: what a call gives has the shape, dtype and strides of what
-it gives with data, and a backward too."""
+"""Meta tensors and FakeTensors, which have shapes and no data: what a call gives has the shape, dtype and strides of
+what it gives with data, and a backward too."""
 
 import pytest
 import torch
@@ -49,5 +49,5 @@ def test_as_with_data(name, kind):
 def test_lengths_that_would_have_to_be_read():
     with FakeTensorMode() as mode:
         x, starts = mode.from_tensor(torch.randn(6, 2, 8)), mode.from_tensor(torch.tensor([0, 6], dtype=torch.int32))
-        with pytest.raises(ValueError, match="max_seqlen_q must be given .*where cu_seqlens_q has no data, got None"):
+        with pytest.raises(ValueError, match=r"max_seqlen_q must be given .*where cu_seqlens_q has no data, got None"):
             flashattn.attention_varlen(x, x, x, starts, starts)

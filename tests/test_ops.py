@@ -34,9 +34,9 @@ def test_opcheck_attention_backward(backend, with_lse):
     q, k, v = attention_inputs(requires_grad=False)
     score = Score(0.25, softcap=5.0, slopes=torch.rand(1, 4), dropout_p=0.1, seed=torch.tensor(5))[:FIELDS]
     bias, sinks = torch.randn(1, 4, 1, 40), torch.randn(4)
-    out, lse = OPS.attention_forward(q, k, v, bias, sinks, *score, backend)
+    out, lse, rest = OPS.attention_forward(q, k, v, bias, sinks, *score, backend)
     grad_lse = torch.randn_like(lse) if with_lse else None
-    arguments = (torch.randn_like(out), grad_lse, q, k, v, bias, sinks, out, lse, True, *score, backend)
+    arguments = (torch.randn_like(out), grad_lse, q, k, v, bias, sinks, out, lse, rest, True, *score, backend)
     torch.library.opcheck(OPS.attention_backward.default, arguments)
 
 

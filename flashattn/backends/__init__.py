@@ -1,7 +1,8 @@
 """The backends, and the one table that chooses among them.
 
-A backend is a module of the same few verbs: `forward`, `backward`, `norm_forward`, `norm_backward`, and two that say
-what it cannot do, each a reason or None: `unusable(device)`, which depends on the machine, and `refuses(dtype, wide)`,
+A backend is a module of the same few verbs: `forward`, which gives out, lse and, or None, the rest that rounding took
+from lse (weights exp(s - lse - rest) sum to one however large the scores are), `backward`, `norm_forward`,
+`norm_backward`, and two that say what it cannot do, each a reason or None: `unusable(device)`, which depends on the machine, and `refuses(dtype, wide)`,
 which depends on the call.
 """
 

@@ -80,7 +80,7 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
     if score.score_mod is None and score.block_mask is None:
         return engine_forward(q, k, v, score)
     if cpu_blocks.takes(score):
@@ -88,15 +88,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     return reference.forward(q, k, v, score)
 
 
-def engine_forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+def engine_forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
     return ops.attention_forward.default(q, k, v, *score[:TENSORS])
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
-    with_grad_bias: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rest: Tensor | None, score: Score, with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    args = (grad_out, grad_lse, q, k, v, out, lse, score, with_grad_bias)
+    args = (grad_out, grad_lse, q, k, v, out, lse, rest, score, with_grad_bias)
     if score.score_mod is None and score.block_mask is None:
         return engine_backward(*args)
     if cpu_blocks.takes(score):
@@ -105,11 +105,11 @@ def backward(
 
 
 def engine_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
-    with_grad_bias: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rest: Tensor | None, score: Score, with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     *gradients, grad_bias = ops.attention_backward.default(
-        grad_out, grad_lse, q, k, v, out, lse, *score[:TENSORS], with_grad_bias
+        grad_out, grad_lse, q, k, v, out, lse, rest, *score[:TENSORS], with_grad_bias
     )
     return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
 

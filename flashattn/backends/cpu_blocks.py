@@ -71,21 +71,23 @@ def shifted(lengths: Tensor | None, part: slice) -> Tensor | None:
     return None if lengths is None else (lengths - part.start).clamp(0, part.stop - part.start).int()
 
 
-def forward(run, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+def forward(run, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
     """`run`: the engine's forward, of a Score without callables."""
     batch, heads, seq_q, _ = q.shape
-    out, lse = q.new_empty(batch, heads, seq_q, v.shape[3]), q.new_empty(batch, heads, seq_q, dtype=torch.float32)
+    out = q.new_empty(batch, heads, seq_q, v.shape[3])
+    lse, rest = (q.new_zeros(batch, heads, seq_q, dtype=torch.float32) for _ in range(2))
     for rows, keys, part in parts(score, batch, heads, seq_q, k.shape[2]):
         if keys.start == keys.stop:
             out[:, :, rows], lse[:, :, rows] = 0, -math.inf
         else:
-            out[:, :, rows], lse[:, :, rows] = run(q[:, :, rows], k[:, :, keys], v[:, :, keys], part)
-    return out, lse
+            results = run(q[:, :, rows], k[:, :, keys], v[:, :, keys], part)
+            out[:, :, rows], lse[:, :, rows], rest[:, :, rows] = results
+    return out, lse, rest
 
 
 def backward(
     run, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    score: Score, with_grad_bias: bool,
+    rest: Tensor, score: Score, with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """`run`: the engine's backward. In float32, since the gradients of the parts are added up."""
     dtypes = [x.dtype for x in (q, k, v)]
@@ -102,7 +104,7 @@ def backward(
         grad_lse_rows = None if grad_lse is None else grad_lse[:, :, rows]
         grad_q[:, :, rows], part_k, part_v, part_bias = run(
             grad_out[:, :, rows], grad_lse_rows, q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-            lse[:, :, rows].contiguous(), part, with_grad_bias,
+            lse[:, :, rows].contiguous(), rest[:, :, rows].contiguous(), part, with_grad_bias,
         )  # fmt: skip
         grad_k[:, :, keys] += part_k
         grad_v[:, :, keys] += part_v

@@ -279,16 +279,17 @@ def softmax_weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tenso
     return torch.where(empty, 0, weights / total), lse
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """out = softmax(s) v and lse = log(sum(exp(s))), with the scores s and a sink among what is summed."""
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, None]:
+    """out = softmax(s) v and lse = log(sum(exp(s))), with the scores s and a sink among what is summed. Backward forms
+    the weights anew."""
     if score.cu_seqlens is None:
-        return dense_forward(q, k, v, score)
+        return *dense_forward(q, k, v, score), None
     out, lse = result_like(q, v.shape[-1], True), new_lse(q, score, accumulate_dtype(q))
     for one in sequences(score):
         one.of_queries(out)[:], one.of_queries(lse)[:] = dense_forward(
             one.of_queries(q), one.of_keys(k), one.of_keys(v), one.score, one.batch
         )
-    return out, lse
+    return out, lse, None
 
 
 @autocast.off
@@ -310,8 +311,8 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: in
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
-    with_grad_bias: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rest: Tensor | None, score: Score, with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """With the weights p, dropped to p', and dp' = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
     if score.cu_seqlens is None:

@@ -190,7 +190,7 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
 
 
 @on_its_device
-def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, None]:
     q, k, v = readable(q), readable(k), readable(v)
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
@@ -198,20 +198,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     roles = triton_hopper.roles("forward", q, k, v, score)
     if roles is not None:
         triton_hopper.forward(q, k, v, heads_arg(out), lse, attention_args(q, k, v, score), roles)
-        return out, lse
+        return out, lse, None
     meta = attention_meta("forward", q, v, score)
     programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         forward_kernels.attention_forward[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), lse, *attention_args(q, k, v, score), **meta
         )
-    return out, lse
+    return out, lse, None
 
 
 @on_its_device
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: Score,
-    with_grad_bias: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rest: Tensor | None, score: Score, with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     q, k, v, grad_out = (readable(x) for x in (q, k, v, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

@@ -45,7 +45,7 @@ def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple
     """(out, lse), out in memory as PyTorch's own kernels leave it, which compiled graphs count on."""
     call = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
     with torch.no_grad():
-        out, lse = ops.attention(*call)
+        out, lse, _ = ops.attention(*call)
     return layout.follow(out, query), lse
 
 
@@ -53,7 +53,7 @@ def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, 
     q, k, v, bias, sinks, score, backend = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
     score = ops.whole(score, bias, sinks)
     lse = lse.contiguous()
-    gradients = list(backends.BACKENDS[backend].backward(grad_out, None, q, k, v, out, lse, score, False)[:3])
+    gradients = list(backends.BACKENDS[backend].backward(grad_out, None, q, k, v, out, lse, None, score, False)[:3])
     for i, x in ((1, key), (2, value)):
         if gradients[i].shape != x.shape:  # keys that no query sees, which were cut off
             whole = x.new_zeros(x.shape)
