@@ -26,7 +26,8 @@ def backward(
 
 
 def pairs(q, k, settings: tuple) -> int:
-    """Of all heads and sequences; packed ones whose lengths cannot be read count as if all were as long as the longest."""
+    """Of all heads and sequences; packed ones whose lengths cannot be read count as if all were as long as the
+    longest."""
     score = Score(*settings[: fields_of(Score)])
     heads = q.shape[1]
     if score.cu_seqlens is None:

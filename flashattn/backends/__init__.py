@@ -2,8 +2,8 @@
 
 A backend is a module of the same few verbs: `forward`, which gives out, lse and, or None, the rest that rounding took
 from lse (weights exp(s - lse - rest) sum to one however large the scores are), `backward`, `norm_forward`,
-`norm_backward`, and two that say what it cannot do, each a reason or None: `unusable(device)`, which depends on the machine, and `refuses(dtype, wide)`,
-which depends on the call.
+`norm_backward`, and two that say what it cannot do, each a reason or None: `unusable(device)`, which depends on the
+machine, and `refuses(dtype, wide)`, which depends on the call.
 """
 
 from __future__ import annotations
