@@ -82,7 +82,7 @@ static inline vf rounded(vf x) {
   return x;
 }
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float LOG2E = 1.4426950408889634f;
 
 // 2^f for |f| <= 1/2 by a polynomial that is exactly 1 at 0, so that a rescale by 2^0 changes nothing. Largest relative
 // error: degree 6 2.0e-9 (with the rounding of float32, 1.2e-7), degree 4 2.8e-6. Minimax under that constraint.
