@@ -107,6 +107,7 @@ static void normalise(const Norm& n, int64_t r, const char* h, char* y) {
     float shift = d.sum / width;
     n.mean[r] = mean += shift;
     if (d.sum * shift > d.squares * 0x1p-10f) d = deviations<DTYPE>(h, width, mean);
+    else d.squares -= d.sum * shift;
   }
   const float rstd = 1 / __builtin_sqrtf(d.squares / width + n.eps);
   n.rstd[r] = rstd;

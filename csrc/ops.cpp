@@ -199,6 +199,16 @@ struct ScoreArgs {
   }
 };
 
+// Python has checked them, but not where a graph was compiled.
+void check_starts(const char* side, const int32_t* starts, int64_t batch, int64_t total, int64_t longest) {
+  STD_TORCH_CHECK(starts[0] == 0 && starts[batch] <= total, "cu_seqlens_", side, " must begin with 0 and end at most at ",
+                  total, ", got ", starts[0], " and ", starts[batch]);
+  for (int64_t b = 0; b < batch; b++)
+    STD_TORCH_CHECK(starts[b] <= starts[b + 1] && starts[b + 1] - starts[b] <= longest, "cu_seqlens_", side,
+                    " must never fall, nor rise by more than max_seqlen_", side, " ", longest, ", got ", starts[b],
+                    " before ", starts[b + 1]);
+}
+
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                     const OptionalTensor& rest, ScoreArgs& score) {
   Attention a = {};
@@ -210,6 +220,8 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   if (score.cu_seqlens) {
     const int32_t* starts = pointer<int32_t>(score.cu_seqlens);
     a.ragged = true, a.batch = score.cu_seqlens->size(1) - 1;
+    check_starts("q", starts, a.batch, a.seq_q, *score.max_seqlen_q);
+    check_starts("k", starts + a.batch + 1, a.batch, a.seq_k, *score.max_seqlen_k);
     a.packing = {starts, starts + a.batch + 1, a.seq_q};
     a.seq_q = std::min(a.seq_q, *score.max_seqlen_q), a.seq_k = std::min(a.seq_k, *score.max_seqlen_k);
     for (Heads* x : {&a.q, &a.k, &a.v, &a.out}) x->stride_batch = 0;

@@ -87,7 +87,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.
-        IndexError: where a pair that attends points outside of what a score_mod captured (on a GPU its row is NaN).
+        IndexError: where a pair that attends points outside of what a score_mod captured (on a GPU, which cannot raise,
+            a floating tensor reads as NaN there and others as 0).
         NotImplementedError: in forward mode (`torch.func.jvp`, dual tensors), whose derivatives are not there.
 
     >>> import torch, flashattn

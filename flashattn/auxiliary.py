@@ -61,7 +61,7 @@ def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Sco
     for rows in query_blocks(shape):
         keys = keys_of(score, rows, seq_k, q.device)
         scores, _ = masked_scores(q, keys.of(k, 2), score, shape, rows, keys)
-        p, _ = softmax_weights(scores, score.sinks)
+        p, *_ = softmax_weights(scores, score.sinks)
         some = scores.shape[-1] > 0
         largest[:, :, rows] = scores.amax(-1) if some else -math.inf
         entropy[:, :, rows] = -torch.xlogy(p, p).sum(-1)

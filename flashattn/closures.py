@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import types
 from collections.abc import Callable
 
@@ -43,6 +44,8 @@ class Closure:
     def _key_of_function(self, function) -> tuple:
         if not isinstance(function, types.FunctionType):
             raise UnknownError
+        if _looks_up_more(function.__code__):
+            raise UnknownError
         if function in self._entered:  # it calls itself, or one that it calls does
             return ("function", self._entered.index(function))
         self._entered.append(function)
@@ -60,12 +63,13 @@ class Closure:
     def _key_of(self, value) -> tuple:
         if isinstance(value, Tensor):
             self.tensors.append(value)
-            return "tensor", Identity(value), value.shape, value.dtype, value.device
-        if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device)):
+            settings = value.shape, value.dtype, value.device, value.requires_grad
+            return "tensor", Identity(value), *settings, *map(self._key_of, vars(value).items())
+        if value is None or type(value) in (bool, int, str, torch.dtype, torch.device):
             return type(value), value
-        if isinstance(value, float):
+        if type(value) is float:
             return float, value.hex()  # 0.0 == -0.0
-        if isinstance(value, tuple):
+        if type(value) is tuple:
             return (tuple, *map(self._key_of, value))
         if is_constant(value):
             return "object", Identity(value)
@@ -78,6 +82,15 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+def _looks_up_more(code: types.CodeType) -> bool:
+    """Whether code, or a function inside it, sees more than its names say: what it imports, and globals by a call."""
+    if {"globals", "vars", "eval", "exec", "__import__"} & set(code.co_names):
+        return True
+    if any(instruction.opname.startswith("IMPORT_") for instruction in dis.get_instructions(code)):
+        return True
+    return any(_looks_up_more(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
 def is_constant(value) -> bool:
     """Whether it is a module, or a function without a closure of one, that nobody changes."""
     if isinstance(value, types.ModuleType):
@@ -85,5 +98,5 @@ def is_constant(value) -> bool:
     if isinstance(value, types.BuiltinFunctionType):  # as `torch.where`, not a method as `table.get`
         return value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type))
     if isinstance(value, types.FunctionType) and not value.__closure__:
-        return (value.__module__ or "").split(".")[0] in CONSTANT_MODULES
+        return value.__globals__.get("__name__", "").split(".")[0] in CONSTANT_MODULES  # `wraps` copies __module__
     return False

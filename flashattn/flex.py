@@ -65,6 +65,6 @@ class Flex(torch.autograd.Function):
                 grad_out, grad_lse, q, k, v, out, lse, rest, score, with_grad_bias
             )
         grad_bias = grad_bias.to(bias.dtype) if with_grad_bias else None
-        grad_sinks = None if sinks is None else ops.sink_gradient(grad_out, grad_lse, out, lse, score)
+        grad_sinks = None if sinks is None else ops.sink_gradient(grad_out, grad_lse, out, lse, rest, score)
         sums = [None if total is None else total.to(x.dtype) for total, x in zip(sums, captured, strict=True)]
         return *gradients, grad_bias, grad_sinks, None, None, *sums

@@ -98,28 +98,37 @@ def hoist(graph: fx.Graph, arguments: int) -> tuple[fx.Graph | None, fx.Graph]:
     for node in nodes:
         if any(x in depends for x in node.all_input_nodes):
             depends.add(node)
-    constant = [n for n in nodes if n.op == "call_function" and n not in depends and not _is_number(n)]
-    if not constant:
+    numbers: set[fx.Node] = set()  # made of nothing; both graphs may have them
+    for node in nodes:
+        if _is_number(node, numbers):
+            numbers.add(node)
+    constant = [n for n in nodes if n.op == "call_function" and n not in depends]
+    if numbers.issuperset(constant):
         return None, graph
     before, after = fx.Graph(), fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in (*inputs[arguments:], *constant):
         made[node] = before.node_copy(node, made.__getitem__)
-    taken = [n for n in made if any(user not in made for user in n.users)]
+    taken = [n for n in made if n not in numbers and any(user not in made for user in n.users)]
     before.output(tuple(made[n] for n in taken))
+    before.eliminate_dead_code()
     copies = {node: after.node_copy(node) for node in inputs[:arguments]}
     for number, node in enumerate(taken):
         copies[node] = after.placeholder(f"captured_{number}")
         copies[node].meta.update(node.meta)
     for node in nodes:
-        if node not in made and node not in copies:
+        if (node in numbers or node not in made) and node not in copies:
             copies[node] = after.node_copy(node, copies.__getitem__)
+    after.eliminate_dead_code()
     return before, after
 
 
-def _is_number(node: fx.Node) -> bool:
-    """Whether it makes a number out of nothing, such as torch.zeros(())."""
-    return not node.all_input_nodes and node.target in ALLOWED and node.meta["val"].dim() == 0
+def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
+    """Whether it makes a number out of nothing, such as torch.zeros(()), or of such `numbers`."""
+    if node.op != "call_function" or not numbers.issuperset(node.all_input_nodes):
+        return False
+    single = node.target in ALLOWED or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return single and node.meta["val"].dim() == 0
 
 
 def join_indices(graph: fx.Graph) -> None:

@@ -180,7 +180,7 @@ CU_SEQLENS = (
 def _(q, k, v, *settings):
     packed = settings[-CU_SEQLENS] is not None
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
-    return result_like(q, v.shape[-1], packed), lse, lse.new_empty(q.shape[:3] if settings[-1] == "cpu" else 0)
+    return result_like(q, v.shape[-1], packed), lse, lse.new_empty(0 if settings[-1] == "triton" else q.shape[:3])
 
 
 def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, score, backend):
@@ -189,16 +189,17 @@ def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest
     *gradients, grad_bias = BACKENDS[backend].backward(
         grad_out, grad_lse, q, k, v, out, lse, rest, score, with_grad_bias
     )
-    grad_sinks = None if sinks is None else sink_gradient(grad_out, grad_lse, out, lse, score)
+    grad_sinks = None if sinks is None else sink_gradient(grad_out, grad_lse, out, lse, rest, score)
     return *gradients, empty_if_none(grad_bias, lse), empty_if_none(grad_sinks, lse)
 
 
-def sink_gradient(grad_out, grad_lse, out, lse, score: Score) -> Tensor:
-    """A sink is a key of value 0 that every query sees, so its ds is p (0 - delta) with p = exp(sink - lse)."""
+def sink_gradient(grad_out, grad_lse, out, lse, rest, score: Score) -> Tensor:
+    """A sink is a key of value 0 that every query sees, so its ds is p (0 - delta) with p = exp(sink - lse - rest)."""
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    p = torch.exp(score.sinks.to(lse.dtype)[:, None] - lse)
+    exponent = score.sinks.to(lse.dtype)[:, None] - lse
+    p = torch.exp(exponent if rest is None else exponent - rest)
     ds = torch.where(lse == -math.inf, 0, -p * delta)  # a row with nothing to attend to has no gradient
     return ds.sum((0, 2)).to(score.sinks.dtype)
 

@@ -49,7 +49,7 @@ class Score(NamedTuple):
         """Those that no gradient goes to. Autograd saves them, not for their contents, but because it notices then
         where one is changed between forward and backward."""
         fields = (self.q_lengths, self.kv_lengths, self.slopes, self.mask, self.seed, self.cu_seqlens)
-        tensors = [x for x in fields if x is not None]
+        tensors = [x for x in fields if x is not None and not x.is_inference()]  # which nobody can change in place
         return tensors if self.block_mask is None else [*tensors, *self.block_mask.mask.captured]
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:

@@ -65,12 +65,15 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
 
 
 class NumbersRead(TorchDispatchMode):
-    """Notices where a tensor's number becomes Python's, a constant in a trace: by float(x), or in an operation."""
+    """Notices where a tensor's numbers become Python's, a constant in a trace: by float(x), or as a shape."""
 
+    TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
     found = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found = self.found or function is aten._local_scalar_dense.default
+        # (An index of positions reads none of them, one of a mask does.)
+        by_position = function is aten.index.Tensor and not any(x.dtype == torch.bool for x in args[1] if x is not None)
+        self.found = self.found or not (by_position or self.TAGS.isdisjoint(function.tags))
         return function(*args, **(kwargs or {}))
 
 

@@ -92,6 +92,29 @@ def test_of_overlapping_blocks_the_last_to_begin_counts():
     assert backends._forced.value is None
 
 
+def test_patch_puts_back_what_it_found(monkeypatch):
+    def theirs(*args, **options):
+        pass
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", theirs)
+    with sdpa.patch(), sdpa.patch():
+        assert torch.nn.functional.scaled_dot_product_attention is sdpa.scaled_dot_product_attention
+    assert torch.nn.functional.scaled_dot_product_attention is theirs
+
+
+def test_use_backend_in_a_compiled_function():
+    @torch.compile(fullgraph=True, backend="eager")
+    def call(q):
+        with flashattn.use_backend("reference"):
+            return flashattn.attention(q, q, q)
+
+    q = torch.randn(1, 2, 9, 8)
+    with flashattn.use_backend("reference"):
+        expected = flashattn.attention(q, q, q)
+    assert torch.equal(call(q), expected)
+    assert backends._forced.value is None
+
+
 def test_backward_uses_the_backend_of_forward(monkeypatch):
     used = []
     real = backends.reference.backward

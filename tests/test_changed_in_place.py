@@ -79,3 +79,13 @@ def test_what_was_copied_may_change(name, backend):
         x.zero_()
         (found,) = torch.autograd.grad(y.sum(), q)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["mask", "kv_lengths"])
+def test_tensors_of_inference_mode(name):
+    """They have no version to save, and nothing changes them."""
+    with torch.inference_mode():
+        x = TENSORS[name]()
+    q = torch.randn(1, 2, SEQ, 8, requires_grad=True)
+    attention(q, **{name: x}).sum().backward()
+    assert q.grad.isfinite().all()

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import types
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -534,6 +535,64 @@ def by_number_that_an_operation_reads():
 def by_tensor_computed_from_another():
     factor = torch.tensor(0.5)
     return lambda score, *_: score * (factor * 2), lambda value: factor.fill_(value / 2)
+
+
+def by_import():
+    sys.modules["settings_of_a_test"] = SETTINGS
+    SETTINGS.factor = 1.0
+
+    def mod(score, b, h, i, j):
+        from settings_of_a_test import factor
+
+        return score * factor
+
+    return mod, lambda value: setattr(SETTINGS, "factor", value)
+
+
+def by_globals():
+    return lambda score, *_: score * globals()["FACTOR"], lambda value: globals().update(FACTOR=value)
+
+
+def by_shape_of_a_selection():
+    ones = torch.tensor([1, 0])
+    return lambda score, *_: score * ones.nonzero().shape[0], lambda value: ones.fill_(1)
+
+
+def by_comparison_of_tensors():
+    ones, same = torch.ones(2), torch.ones(2)
+    return lambda score, *_: score * (1.0 if torch.equal(ones, same) else 2.0), ones.fill_
+
+
+def by_kind_of_a_tuple():
+    class Order(NamedTuple):
+        factor: float
+        other: float
+
+    class Reverse(NamedTuple):
+        other: float
+        factor: float
+
+    pair = Order(1.0, 2.0)
+
+    def change(value):
+        nonlocal pair
+        pair = Reverse(1.0, 2.0)
+
+    return lambda score, *_: score * pair.factor, change
+
+
+def by_wrapper_of_a_function_of_torch():
+    @functools.wraps(torch.nn.functional.relu)
+    def scaled(x):
+        return x * FACTOR
+
+    return lambda score, *_: scaled(score), lambda value: globals().update(FACTOR=value)
+
+
+def by_attribute_of_a_tensor():
+    table = torch.ones(1)
+    table.factor = 1.0
+    return lambda score, *_: score * table.factor, lambda value: setattr(table, "factor", value)
 
 
 def by_sign_of_zero():

@@ -240,3 +240,21 @@ def test_a_mask_of_numbers_is_refused():
     block_mask.mask_mod = lambda b, h, i, j: (i >= j) * 2
     with pytest.raises(TypeError, match=r"block_mask\.mask_mod must return a bool tensor, got torch.int64"):
         flex_attention(*torch.randn(3, BATCH, HEADS, SEQ, DIM), block_mask=block_mask)
+
+
+NUMBERS = {
+    "negative": lambda score, b, h, i, j: torch.where(i >= j, score, -torch.full((), 1e9)),
+    "product": lambda score, b, h, i, j: score * (torch.ones(()) * 2),
+    "logarithm": lambda score, b, h, i, j: score + torch.log2(torch.full((), 8.0)) * j,
+    "beside_a_table": lambda score, b, h, i, j: score + (RAMP + torch.ones(()))[j],
+}
+RAMP = torch.linspace(-1, 1, 20)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_made_of_nothing(name):
+    q = torch.randn(1, 2, 20, 8)
+    i, j = torch.arange(20)[:, None], torch.arange(20)
+    scores = NUMBERS[name](q @ q.mT * 8**-0.5, 0, torch.arange(2)[:, None, None], i, j)
+    found = flashattn.attention(q, q, q, score_mod=NUMBERS[name])
+    torch.testing.assert_close(found, scores.softmax(-1) @ q, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import assert_as_exact_as_torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import flashattn
 from flashattn.compat import sdpa
@@ -335,3 +336,15 @@ def test_provider_is_activated_only_when_asked():
     """In a process of its own: the dispatcher is the process's."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROVIDER], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_a_causal_bias_beside_a_subclass(bias):
+    class Subclass(torch.Tensor):
+        pass
+
+    q, k, v = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias(4, 6)._materialize())
+    for inputs in ((q.as_subclass(Subclass), k, v), (q, k, v.as_subclass(Subclass))):
+        found = sdpa.scaled_dot_product_attention(*inputs, bias(4, 6))
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)

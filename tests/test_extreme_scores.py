@@ -59,6 +59,14 @@ def formed(q, k, v, bias, options, dtype):
     return weights @ v.to(dtype)
 
 
+def cancelled(q, k, v, bias, options, grad) -> list:
+    """How large the terms are whose sums `results` gives: in ds = p (dp - delta), dp and delta may cancel."""
+    p = formed(q, k, torch.eye(k.shape[2]).expand(1, 2, -1, -1), bias, options, torch.float64)
+    dp = grad.double().abs() @ v.double().abs().mT
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    return [0.0, ds @ k.double().abs(), ds.mT @ q.double().abs(), 0.0]
+
+
 def results(function, inputs, grad):
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*inputs)
@@ -75,8 +83,9 @@ def test_weights_sum_to_one(name, backend):
     theirs = results(lambda *x: formed(*x, bias, options, torch.float32), inputs, grad)
     with flashattn.use_backend(backend):
         ours = results(lambda *x: flashattn.attention(*x, bias=bias, **options), inputs, grad)
-    for which, x, y, t in zip(("out", "grad_q", "grad_k", "grad_v"), ours, theirs, truth, strict=True):
-        assert_as_exact_as_torch(x, y, t, which)
+    names, terms = ("out", "grad_q", "grad_k", "grad_v"), cancelled(*inputs, bias, options, grad)
+    for which, x, y, t, summed in zip(names, ours, theirs, truth, terms, strict=True):
+        assert_as_exact_as_torch(x, y, t, which, summed)
     # Whatever rounding did to single scores, the weights of each query sum to one.
     with flashattn.use_backend(backend):
         ones = flashattn.attention(*inputs[:2], torch.ones_like(v), bias=bias, **options)
@@ -133,3 +142,16 @@ def test_entropy(backend):
         _, aux = flashattn.attention(q, q, q, bias=torch.full((8, 8), -1e9), return_aux=request)
     torch.testing.assert_close(aux.entropy, torch.full((1, 1, 8), 8.0).log())
     torch.testing.assert_close(aux.column_sums, torch.ones(1, 1, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [8e3, 1e6, 1e9])
+def test_the_gradient_of_a_sink(backend, size):
+    """Of 64 keys whose scores are the sink's own."""
+    q, k, v = torch.ones(1, 1, 16, 1), torch.full((1, 1, 64, 1), size), torch.randn(1, 1, 64, 4)
+    sinks, grad = torch.full((1,), size, requires_grad=True), torch.randn(1, 1, 16, 4)
+    with flashattn.use_backend(backend):
+        out = flashattn.attention(q, k, v, sinks=sinks, scale=1.0)
+    (found,) = torch.autograd.grad(out, sinks, grad)
+    truth = -(v.double().sum(2, keepdim=True) / 65**2 * grad.double()).sum()
+    torch.testing.assert_close(found.double(), truth[None], rtol=1e-5, atol=1e-7)

@@ -295,6 +295,16 @@ def test_wrong_arguments_are_named(name):
         flashattn.attention_varlen(**arguments)
 
 
+@pytest.mark.parametrize("changed", [dict(max_seqlen_q=4), dict(max_seqlen_k=4), dict(cu_seqlens_k=CU_K * 2)])
+def test_a_compiled_graph_reads_nothing_outside(changed):
+    """It has no numbers to check when it is traced, so the engine does when it runs."""
+    torch._dynamo.reset()
+    arguments = GOOD | changed
+    compiled = torch.compile(flashattn.attention_varlen, backend="eager", fullgraph=True)
+    with flashattn.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cu_seqlens_. must"):
+        compiled(**arguments)
+
+
 def test_nested_is_not_mixed_with_padding():
     x = torch.nested.nested_tensor([torch.zeros(3, 2, 8)], layout=torch.jagged)
     with pytest.raises(ValueError, match="k must be nested"):

@@ -78,16 +78,17 @@ def _choose(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype,
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Within the block the triton backend takes CPU tensors: for who gives Triton a driver that launches on them."""
-    with triton.takes_cpu.during(True):
-        yield
+    try:
+        with triton.takes_cpu.during(True):
+            _forget_choices()
+            yield
+    finally:
+        _forget_choices()
 
 
-def _forget_choices(takes_cpu: bool) -> None:
+def _forget_choices() -> None:
     triton.unusable.cache_clear()
     _choose_once.cache_clear()
-
-
-triton.takes_cpu.changed = _forget_choices
 
 
 @functools.cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,29 +14,32 @@ from torch import Tensor
 from ..score import Score
 
 
+class Block:
+    """One of those that set something: itself and no other, as `list.remove` compares them."""
+
+    def __init__(self, value):
+        self.value = value
+
+
 class Setting:
     """What a block of code sets for the whole process while it lasts. Blocks of several threads may overlap: of those
-    that have not ended, the one that began last counts. `changed` is called with each new value."""
+    that have not ended, the one that began last counts."""
 
-    def __init__(self, value, changed: Callable[[Any], None] = lambda value: None):
-        self.value, self.changed = value, changed
-        self._blocks = [[value]]
-        self._lock = threading.Lock()
+    def __init__(self, value):
+        self._blocks = [Block(value)]
+
+    @property
+    def value(self):
+        return self._blocks[-1].value
 
     @contextlib.contextmanager
     def during(self, value: Any) -> Iterator[None]:
-        block = [value]
-        with self._lock:
-            self._change([*self._blocks, block])
+        block = Block(value)
+        self._blocks.append(block)
         try:
             yield
         finally:
-            with self._lock:
-                self._change([other for other in self._blocks if other is not block])
-
-    def _change(self, blocks: list) -> None:
-        self._blocks, self.value = blocks, blocks[-1][0]
-        self.changed(self.value)
+            self._blocks.remove(block)
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:

@@ -259,12 +259,13 @@ def kept_weights(
     return (keys.of(words) >> 1 >= dropout_threshold(score.dropout_p)).to(dtype) / (1 - score.dropout_p)
 
 
-def softmax_weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(exp(s) / (sum(exp(s)) + exp(sink)), the logarithm of what it is divided by), and 0 and -inf of a row without a
-    key. Not exp(s - lse): beside scores of -1e9 the logarithm of a sum of a thousand is rounded away, and such weights
-    would sum to a thousand."""
+def softmax_weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(s) / (sum(exp(s)) + exp(sink)), lse, the logarithm of what it is divided by, and the rest that rounding took
+    from it); 0, -inf and 0 of a row without a key. Not exp(s - lse): beside scores of -1e9 the logarithm of a sum of a
+    thousand is rounded away, and such weights would sum to a thousand."""
     if scores.shape[-1] == 0:
-        return scores, scores.new_full((*scores.shape[:-1], 1), -math.inf)
+        lse = scores.new_full((*scores.shape[:-1], 1), -math.inf)
+        return scores, lse, torch.zeros_like(lse)
     top = scores.amax(-1, keepdim=True)
     empty = top == -math.inf
     top = torch.where(empty, 0, top)
@@ -275,39 +276,42 @@ def softmax_weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tenso
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - top)
-    lse = torch.where(empty, -math.inf, top + total.log())
-    return torch.where(empty, 0, weights / total), lse
+    log = total.log()
+    lse = top + log
+    rest = log - (lse - top)
+    return torch.where(empty, 0, weights / total), torch.where(empty, -math.inf, lse), torch.where(empty, 0, rest)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, None]:
-    """out = softmax(s) v and lse = log(sum(exp(s))), with the scores s and a sink among what is summed. Backward forms
-    the weights anew."""
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
+    """out = softmax(s) v and lse = log(sum(exp(s))), with the scores s and a sink among what is summed, and the rest of
+    lse."""
     if score.cu_seqlens is None:
-        return *dense_forward(q, k, v, score), None
+        return dense_forward(q, k, v, score)
     out, lse = result_like(q, v.shape[-1], True), new_lse(q, score, accumulate_dtype(q))
+    rest = torch.zeros_like(lse)
     for one in sequences(score):
-        one.of_queries(out)[:], one.of_queries(lse)[:] = dense_forward(
+        one.of_queries(out)[:], one.of_queries(lse)[:], one.of_queries(rest)[:] = dense_forward(
             one.of_queries(q), one.of_keys(k), one.of_keys(v), one.score, one.batch
         )
-    return out, lse, None
+    return out, lse, rest
 
 
 @autocast.off
-def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: int = 0) -> tuple[Tensor, Tensor]:
+def dense_forward(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q = existing(q, score.q_lengths)
     k, v = (existing(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    lse, rest = (torch.empty(q.shape[:3], dtype=q.dtype, device=q.device) for _ in range(2))
     shape = (*q.shape[:3], k.shape[2])
     for rows in query_blocks(shape):
         keys = keys_of(score, rows, k.shape[2], q.device)
         scores, _ = masked_scores(q, keys.of(k, 2), score, shape, rows, keys)
-        weights, lse_rows = softmax_weights(scores, score.sinks)
+        weights, *logarithms = softmax_weights(scores, score.sinks)
         weights = weights * kept_weights(score, shape, first_batch, rows, keys, q.dtype)
         out[:, :, rows] = (weights @ keys.of(v, 2)).to(dtype)
-        lse[:, :, rows] = lse_rows.squeeze(-1)
-    return out, lse
+        lse[:, :, rows], rest[:, :, rows] = (x.squeeze(-1) for x in logarithms)
+    return out, lse, rest
 
 
 def backward(
@@ -348,7 +352,7 @@ def dense_backward(
         keys = keys_of(score, rows, k.shape[2], q.device)
         k_rows, v_rows = keys.of(k, 2), keys.of(v, 2)
         scores, pull = masked_scores(q, k_rows, score, shape, rows, keys)
-        p, _ = softmax_weights(scores, score.sinks)
+        p, *_ = softmax_weights(scores, score.sinks)
         kept = kept_weights(score, shape, first_batch, rows, keys, q.dtype)
         do = grad_out[:, :, rows]
         dp = do @ v_rows.mT * kept
@@ -414,7 +418,7 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
     for batch, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         one = Sequence(batch, slice(0, count), slice(0, length), score).alone()
         k, v = (existing_rows(x, cached.page_table, batch, length) for x in (cached.k, cached.v))
-        out[batch, :, :count], lse[batch, :, :count] = dense_forward(q[batch : batch + 1, :, :count], k, v, one)
+        out[batch, :, :count], lse[batch, :, :count], _ = dense_forward(q[batch : batch + 1, :, :count], k, v, one)
     return out, lse
 
 

@@ -320,7 +320,8 @@ def _cache_lengths(
             raise ValueError(f"cache_seqlens must be between 0 and the capacity {capacity}, got {cache_seqlens}")
         return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device), cache_seqlens + new
     starts = arguments.check_lengths("cache_seqlens", cache_seqlens, batch, capacity, device)
-    if checks.is_capturing() or not checks.has_data(cache_seqlens):
+    # (A graph that is compiled ends here, so that they are checked.)
+    if checks.is_capturing() or not (torch.compiler.is_compiling() or checks.has_data(cache_seqlens)):
         return starts.clamp(0, max(0, capacity - new)), max(capacity, new)
     lengths = cache_seqlens.tolist()
     if min(lengths, default=0) < 0:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..attention import attention
-from ..backends.common import Setting
 from ..errors import as_torch_raises
 from . import layout, sdpa_provider  # noqa: F401  (the provider makes its name known to PyTorch)
 
@@ -61,14 +60,14 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask must be None where is_causal is True, as PyTorch has it")
     if torch.onnx.is_in_onnx_export():  # ONNX knows PyTorch's own
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    others = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    lower_right = False
-    if isinstance(attn_mask, CausalBias):
-        is_causal, lower_right = True, attn_mask.variant == CausalVariant.LOWER_RIGHT
-        attn_mask = None
-    subclasses = [x for x in (query, key, value, attn_mask) if _overrides(x)]
+    is_bias = isinstance(attn_mask, CausalBias)  # a subclass that is known here
+    subclasses = [x for x in (query, key, value, None if is_bias else attn_mask) if _overrides(x)]
     if subclasses:
-        return _overridden(subclasses, query, key, value, attn_mask, **others)
+        options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        return _overridden(subclasses, query, key, value, attn_mask, **options)
+    lower_right = is_bias and attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if is_bias:
+        is_causal, attn_mask = True, None
     if dropout_p == 1:  # nothing is left
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa) * 0
     if query.is_nested or key.is_nested or value.is_nested:
@@ -171,10 +170,7 @@ def _merged(x: Tensor, start: int, stop: int, full: torch.Size | None = None) ->
     return x.flatten(start, stop - 1)
 
 
-_patched = Setting(
-    torch.nn.functional.scaled_dot_product_attention,
-    lambda function: setattr(torch.nn.functional, "scaled_dot_product_attention", function),
-)
+_found: list[Callable] = []  # what each block that has not ended found in PyTorch's place
 
 
 @contextlib.contextmanager
@@ -186,5 +182,10 @@ def patch() -> Iterator[None]:
     >>> with flashattn.compat.sdpa.patch():
     ...     y = torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 8))
     """
-    with _patched.during(scaled_dot_product_attention):
+    functional = torch.nn.functional
+    _found.append(functional.scaled_dot_product_attention)
+    functional.scaled_dot_product_attention = scaled_dot_product_attention
+    try:
         yield
+    finally:  # in whatever order blocks of several threads end
+        functional.scaled_dot_product_attention = _found.pop()

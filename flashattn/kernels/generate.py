@@ -186,7 +186,7 @@ class Printer(NamedTuple):
         values = [self.value(index) for index in indices]
         offsets = [f"wrapped({x}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, x in enumerate(values)]
         there = " & ".join(f"inside({x}, {arg}.sizes[{d}])" for d, x in enumerate(values))
-        # Where a pair that attends points outside, its score shall be NaN: a GPU's kernel cannot raise.
+        # Where a pair that attends points outside, its score is to be NaN: a GPU's kernel cannot raise.
         other = 'float("nan")' if self.captured[which].is_floating_point() else "0"
         return self.loaded(which, f"{arg}.ptr + {' + '.join(offsets)}, mask={there}, other={other}")
 
