@@ -165,6 +165,7 @@ def check_slopes(slopes, whole: tuple[int, ...], device: torch.device) -> Tensor
 
 def four_dimensions(name: str, x: Tensor, whole: tuple[int, ...], device: torch.device) -> Tensor:
     """x as (batch, heads, seq_q, seq_k), each as it is or 1, the last contiguous."""
+    checks.refuse_own_operations(name, x)
     checks.on_device(name, x, "q", device)
     shape = (*[1] * (4 - x.dim()), *x.shape)
     if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, whole, strict=True)):

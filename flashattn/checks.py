@@ -17,6 +17,15 @@ def tensor(name: str, x) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
+def refuse_own_operations(name: str, x: Tensor) -> None:
+    """Say of a subclass such as PyTorch's CausalBias that its memory is not what it stands for."""
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return
+    own, usual = type(x).__torch_function__, Tensor.__torch_function__
+    if own is not torch._C._disabled_torch_function_impl and getattr(own, "__func__", None) is not usual.__func__:
+        raise TypeError(f"{name} must be a plain tensor, got {type(x).__name__}, which has operations of its own")
+
+
 def floating(name: str, x) -> None:
     if not isinstance(x, Tensor):
         tensor(name, x)

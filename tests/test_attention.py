@@ -28,6 +28,7 @@ from common import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
@@ -156,6 +157,16 @@ def test_a_mask_of_any_bytes(dimensions, backend):
         for others in ({}, {"block_mask": blocks}):
             found, expected = (flashattn.attention(*inputs, mask=m, **others) for m in (odd, mask))
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_a_subclass_with_operations_of_its_own_is_refused(name):
+    """The memory of PyTorch's CausalBias is not what it stands for."""
+    x = torch.randn(1, 2, 6, 8)
+    other = causal_lower_right(6, 6)
+    other = other.bool().as_subclass(type(other)) if name == "mask" else other
+    with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got CausalBias"):
+        flashattn.attention(x, x, x, **{name: other})
 
 
 FEATURES = dict(
