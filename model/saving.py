@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +70,8 @@ def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer
     from safetensors.torch import save_file
 
     hf = FAMILIES[config.family].to_hf(config) | {"dtype": str(weights["token_embedding.weight"].dtype).split(".")[1]}
-    if config.causal and not config.head:
-        hf["architectures"] = [f"{hf['architectures'][0].removesuffix('ForCausalLM')}Model"]
+    if config.causal and not config.head:  # a bare decoder
+        hf["architectures"] = [re.sub("(ForCausalLM|LMHeadModel)$", "Model", hf["architectures"][0])]
     if tokenizer is not None:
         tokenizer.write(directory)
     if config.pooling is not None:
