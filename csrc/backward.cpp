@@ -121,7 +121,10 @@ static void backward_delta(const Attention& a, const Tile& tile, Scratch scratch
   }
   if (is_decode(a)) return sum_weights<Dot>(a, tile, to, scratch);  // so is_modified(a) is false
   const int64_t at = statistics_at(a, tile.batch, tile.head);
-  for (int64_t i = tile.rows.begin; i < tile.rows.end; i++) to.lse[i] = a.lse[at + i], to.rest[i] = a.rest ? a.rest[at + i] : 0;
+  for (int64_t i = tile.rows.begin; i < tile.rows.end; i++) {
+    to.lse[i] = a.lse[at + i];
+    to.rest[i] = a.rest ? a.rest[at + i] : 0;
+  }
 }
 
 int64_t backward_delta_tiles(const Attention& a) { return query_slots(a); }

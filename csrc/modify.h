@@ -84,7 +84,7 @@ static inline size_t planes_floats(const Attention& a, int64_t block_n) {
          (a.score.mask.data ? (block_n / 32 + 1) * BLOCK_M + 16 : 0);
 }
 
-// Scores, scale * q.k, to what softmax takes, in place: s[key][stride]. `slope`, where given, becomes the derivative of the
+// Scores, scale * q.k, to what softmax takes, in place: s[key][stride]. `slope`, if given, becomes the derivative of the
 // softcap; `m`, where given, the maximum of what it was and the scores.
 template <class Dot>
 static inline void modify(const Attention& a, const Spot& at, Range keys, bool edge, Planes planes, float* s,

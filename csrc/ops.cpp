@@ -201,8 +201,8 @@ struct ScoreArgs {
 
 // Python has checked them, but not where a graph was compiled.
 void check_starts(const char* side, const int32_t* starts, int64_t batch, int64_t total, int64_t longest) {
-  STD_TORCH_CHECK(starts[0] == 0 && starts[batch] <= total, "cu_seqlens_", side, " must begin with 0 and end at most at ",
-                  total, ", got ", starts[0], " and ", starts[batch]);
+  STD_TORCH_CHECK(starts[0] == 0 && starts[batch] <= total, "cu_seqlens_", side,
+                  " must begin with 0 and end at most at ", total, ", got ", starts[0], " and ", starts[batch]);
   for (int64_t b = 0; b < batch; b++)
     STD_TORCH_CHECK(starts[b] <= starts[b + 1] && starts[b + 1] - starts[b] <= longest, "cu_seqlens_", side,
                     " must never fall, nor rise by more than max_seqlen_", side, " ", longest, ", got ", starts[b],
@@ -265,10 +265,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
 
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor rest,
-    double scale, std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths, OptionalTensor kv_lengths,
-    std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask, double dropout_p, OptionalTensor seed,
-    OptionalTensor cu_seqlens, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-    OptionalTensor bias, OptionalTensor sinks, bool with_grad_bias) {
+    double scale, std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths,
+    OptionalTensor kv_lengths, std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask,
+    double dropout_p, OptionalTensor seed, OptionalTensor cu_seqlens, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, OptionalTensor bias, OptionalTensor sinks, bool with_grad_bias) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
   grad_out = last_dim_contiguous(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
@@ -485,7 +485,8 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
       "Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? rest, float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
+      "Tensor? rest, float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, "
+      "Tensor? slopes, "
       "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, "
       "Tensor? bias, Tensor? sinks, bool with_grad_bias) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");

@@ -17,12 +17,22 @@ def tensor(name: str, x) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
-def refuse_own_operations(name: str, x: Tensor) -> None:
-    """Say of a subclass such as PyTorch's CausalBias that its memory is not what it stands for."""
+def overrides(x: Tensor) -> bool:
+    """Whether x is of a subclass that PyTorch asks before it calls a function."""
     if type(x) is Tensor or type(x) is torch.nn.Parameter:
-        return
+        return False
+    return type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+def has_own_operations(x: Tensor) -> bool:
+    """Whether that subclass, such as PyTorch's CausalBias, answers in another way than Tensor's: then its memory may
+    not be what it stands for."""
     own, usual = type(x).__torch_function__, Tensor.__torch_function__
-    if own is not torch._C._disabled_torch_function_impl and getattr(own, "__func__", None) is not usual.__func__:
+    return overrides(x) and getattr(own, "__func__", None) is not usual.__func__
+
+
+def refuse_own_operations(name: str, x: Tensor) -> None:
+    if has_own_operations(x):
         raise TypeError(f"{name} must be a plain tensor, got {type(x).__name__}, which has operations of its own")
 
 

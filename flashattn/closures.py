@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import types
 from collections.abc import Callable
 
@@ -76,12 +77,14 @@ class Closure:
         return self._key_of_function(value)
 
 
+@functools.lru_cache  # of each code object once: a call of attention asks, and takes microseconds
 def _names(code: types.CodeType) -> set[str]:
     """The names of globals that code may look up, in functions inside it too."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*inner)
 
 
+@functools.lru_cache
 def _looks_up_more(code: types.CodeType) -> bool:
     """Whether code, or a function inside it, sees more than its names say: what it imports, and globals by a call."""
     if {"globals", "vars", "eval", "exec", "__import__"} & set(code.co_names):

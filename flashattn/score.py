@@ -47,10 +47,10 @@ class Score(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Those that no gradient goes to. Autograd saves them, not for their contents, but because it notices then
-        where one is changed between forward and backward."""
+        where one is changed between forward and backward. One of inference mode it cannot save."""
         fields = (self.q_lengths, self.kv_lengths, self.slopes, self.mask, self.seed, self.cu_seqlens)
-        tensors = [x for x in fields if x is not None and not x.is_inference()]  # which nobody can change in place
-        return tensors if self.block_mask is None else [*tensors, *self.block_mask.mask.captured]
+        captured = () if self.block_mask is None else self.block_mask.mask.captured
+        return [x for x in (*fields, *captured) if x is not None and not x.is_inference()]
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
         """(batch, seq_q, seq_k): of packed sequences how many there are and the longest that can be."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import of_rows, positions
+from .reference import is_set, of_rows, positions
 
 if TYPE_CHECKING:
     from ..score import Score
@@ -49,7 +49,7 @@ def part_of(score: Score, batch: int, heads: int, seq_q: int, seq_k: int, rows: 
     mask = score.block_mask.visible(*positions(batch, heads, i, j))
     mask = mask.expand(*mask.shape[:2], i.shape[0], j.shape[0])
     if score.mask is not None:
-        mask = mask & (of_keys(of_rows(score.mask, rows), keys).view(torch.uint8) != 0)
+        mask = mask & is_set(of_keys(of_rows(score.mask, rows), keys))
     # The diagonal of the whole, seen from the part, is so far from the part's own.
     moved = (rows.start + seq_k - seq_q - keys.start) - (j.shape[0] - i.shape[0])
     return score._replace(

@@ -120,8 +120,7 @@ def visible(score: Score, shape: tuple[int, ...], rows: slice, keys: Keys) -> Te
     if score.kv_lengths is not None:
         keep = keep & (j < score.kv_lengths.view(-1, 1, 1, 1))
     if score.mask is not None:
-        mask = keys.of(of_rows(score.mask, rows))
-        keep = keep & (mask.view(torch.uint8) != 0)  # a view as bool may hold other bytes than 0 and 1
+        keep = keep & is_set(keys.of(of_rows(score.mask, rows)))
     if score.block_mask is not None:
         keep = keep & score.block_mask.visible(*positions(batch, heads, i, j))
     return keep
@@ -131,6 +130,11 @@ def positions(batch: int, heads: int, i: Tensor, j: Tensor) -> tuple[Tensor, Ten
     """Batch rows, heads, queries and keys as a score_mod takes them: int32, and they broadcast."""
     b, h = torch.arange(batch, device=j.device).view(-1, 1, 1, 1), torch.arange(heads, device=j.device).view(-1, 1, 1)
     return tuple(x.int() for x in (b, h, i, j))
+
+
+def is_set(mask: Tensor) -> Tensor:
+    """The mask in bytes of 0 and 1: a view of other bytes as bool has others, and & takes them bit by bit."""
+    return mask.view(torch.uint8) != 0
 
 
 def of_rows(x: Tensor, rows: slice) -> Tensor:
@@ -221,7 +225,7 @@ def modified_at(mod: Traced, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Te
         of = [inputs[0], *(inputs[n + 1] for n in wanted)]
         if not result.requires_grad:
             return [torch.zeros_like(x) for x in of]
-        return torch.autograd.grad(result, of, gradient, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(result, of, gradient, allow_unused=True, materialize_grads=True)
 
     return result.detach(), gradients
 
