@@ -97,18 +97,21 @@ def normalized(hidden, mean, rstd, CENTER: tl.constexpr):
 
 @triton.jit
 def statistics(hidden, mask, count, width, mean, squares, CENTER: tl.constexpr):
-    """Fold a chunk into (mean, sum of squared deviations) of `count` columns seen so far. Chan et al. (1979):
-    the deviations of a chunk are taken from its own mean, so nothing cancels. The mean of what a first mean leaves
-    corrects the rounding of its sum: of equal numbers the mean is that number."""
+    """Fold a chunk into (mean, sum of squared deviations) of `count` columns seen so far. The deviations of a chunk are
+    taken from its own mean, so nothing cancels, and their mean corrects both for what rounding took from that mean: of
+    equal numbers the mean is that number. Chan, Golub and LeVeque, "Algorithms for computing the sample variance"
+    (1983), the corrected two-pass algorithm, and how to update it.
+    """
     if CENTER:
         chunk = tl.minimum(width - count, hidden.shape[1]).to(tl.float32)
         chunk_mean = tl.sum(hidden, 1) / chunk
-        chunk_mean += tl.sum(tl.where(mask, hidden - chunk_mean[:, None], 0.0), 1) / chunk
         deviation = tl.where(mask, hidden - chunk_mean[:, None], 0.0)
-        shift = chunk_mean - mean
+        lost = tl.sum(deviation, 1) / chunk
+        chunk_squares = tl.sum(rounded_product(deviation, deviation), 1) - lost * lost * chunk
+        shift = chunk_mean + lost - mean
         share = chunk / (count + chunk)
         mean += shift * share
-        squares += tl.sum(rounded_product(deviation, deviation), 1) + shift * shift * (count * share)
+        squares += tl.maximum(chunk_squares, 0.0) + shift * shift * (count * share)
     else:
         squares += tl.sum(rounded_product(hidden, hidden), 1)
     return mean, squares
