@@ -69,8 +69,8 @@ def kernels(architecture: str, head_dim: int, causal: bool = False) -> dict[str,
     q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
     score = Score(head_dim**-0.5, right=0 if causal else None)
     with compile_for(architecture) as found:
-        out, lse, _ = backend.forward(q, q, q, score)
-        backend.backward(out, None, q, q, q, out, lse, None, score, False)
+        out, lse, rest = backend.forward(q, q, q, score)
+        backend.backward(out, None, q, q, q, out, lse, rest, score, False)
     return {kernel.name.removeprefix("attention_").removesuffix("_hopper"): kernel for kernel in found}
 
 

@@ -180,7 +180,9 @@ CU_SEQLENS = (
 def _(q, k, v, *settings):
     packed = settings[-CU_SEQLENS] is not None
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
-    return result_like(q, v.shape[-1], packed), lse, lse.new_empty(0 if settings[-1] == "triton" else q.shape[:3])
+    score = whole(Score(*settings[2:-1]), *settings[:2])
+    raw = settings[-1] == "triton" and BACKENDS["triton"].stays_raw(q, score)
+    return result_like(q, v.shape[-1], packed), lse, lse.new_empty(0 if raw else q.shape[:3])
 
 
 def _attention_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, score, backend):

@@ -160,8 +160,8 @@ def test_autotune_searches_once_for_each_kind_of_call(gpu, autotune):
 
 
 def test_autotune_searches_each_pass_of_backward(gpu, autotune):
-    out, lse, _ = forward()
-    arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Q, K, V, out, lse, None, CAUSAL, False)
+    out, lse, rest = forward()
+    arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Q, K, V, out, lse, rest, CAUSAL, False)
     expected = backend.backward(*arguments)
     assert tune.is_same(tune.call(backend.backward, *arguments), expected)
     assert {kind[0] for kind in tune._chosen} == {"backward_q", "backward_kv"}

@@ -40,8 +40,8 @@ def compile_attention(
     some = torch.zeros(2, dtype=torch.int32) if lengths else None
     score = Score(0.125, window, 0 if causal else None, some, some, **features)
     with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
-        out, lse, _ = backend.forward(q, k, v, score)
-        backend.backward(out, lse if lengths else None, q, k, v, out, lse, None, score, "bias" in features)
+        out, lse, rest = backend.forward(q, k, v, score)
+        backend.backward(out, lse if lengths else None, q, k, v, out, lse, rest, score, "bias" in features)
     names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
     assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
     return kernels
@@ -96,8 +96,8 @@ def test_sizes_of_one(shape, lengths):
     k = torch.empty(batch, kv_heads, seq_k, 64, dtype=torch.float16)
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
     with compiled.compile_for("sm_90") as kernels, plain_kernels():
-        out, lse, _ = backend.forward(q, k, k, Score(0.125, None, None, some, some))
-        backend.backward(out, None, q, k, k, out, lse, None, Score(0.125, None, None, some, some), False)
+        out, lse, rest = backend.forward(q, k, k, Score(0.125, None, None, some, some))
+        backend.backward(out, None, q, k, k, out, lse, rest, Score(0.125, None, None, some, some), False)
     check(kernels)
 
 

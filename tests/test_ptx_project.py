@@ -12,6 +12,7 @@ if INTERPRETED:
 import test_attention
 import test_compat_flex
 import test_decode
+import test_extreme_scores
 import test_norm
 import test_varlen
 from ptx_text import STRICT
@@ -160,6 +161,38 @@ def test_score_mod_and_block_mask(gpu, mod, block_mask):
 
 def test_hidden_pairs_read_nothing_outside_of_what_is_captured(gpu):
     test_compat_flex.test_pairs_that_are_hidden_are_not_asked(test_compat_flex.short_table, "triton")
+
+
+EXTREME = (
+    "some_least", "largest_apart", "largest_softcap", "minus_1e9", "thousands_causal", "thousands_and_sinks",
+    "minus_1e9_and_sinks", "ten_thousand_millions", "slopes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu, name", [(("sm_80", "sm_90")[n % 2], x) for n, x in enumerate(EXTREME)], indirect=["gpu"])
+def test_weights_of_extreme_scores(gpu, name):
+    test_extreme_scores.test_weights_sum_to_one(name, "triton")
+
+
+@pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_extreme_scores_in_roles(gpu, dtype):
+    test_extreme_scores.test_the_least_number_as_a_mask(dtype, "triton")
+    assert in_roles(gpu) == BACKWARD
+
+
+@pytest.mark.parametrize("gpu, size", [("sm_80", 1), ("sm_90", 90)], indirect=["gpu"])
+def test_decoding_extreme_scores(gpu, size):
+    test_extreme_scores.test_decoding("triton", size)
+
+
+def test_scores_that_no_exponent_has_room_for_are_nan(gpu):
+    """Raw ones, from 2^26 on: float32 and scores that something changes are exact there."""
+    q, k = torch.empty(1, 1, 64, 16).uniform_(2e4, 6e4).half(), torch.full((1, 1, 1, 16), 6e4).half()
+    with flashattn.use_backend("triton"):
+        out = flashattn.attention(q, k, torch.ones_like(k), scale=1.0)
+    assert out.isnan().any()
+    assert (out.isnan() | (out == 1)).all()
 
 
 def test_usual_sizes(gpu):

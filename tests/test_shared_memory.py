@@ -156,8 +156,8 @@ def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
     q, k = torch.empty(2, 4, 512, head_dim, dtype=dtype), torch.empty(2, 2, 512, head_dim, dtype=dtype)
     score = Score(0.125, None, 0, **FEATURES[feature])
     with compiled.compile_for(arch) as used, plain_kernels():  # those in roles have tiles that all features fit
-        out, lse, _ = backend.forward(q, k, k, score)
-        backend.backward(out, None, q, k, k, out, lse, None, score, score.bias is not None)
+        out, lse, rest = backend.forward(q, k, k, score)
+        backend.backward(out, None, q, k, k, out, lse, rest, score, score.bias is not None)
     passes = ["forward", "backward_q", "backward_kv"] + ["backward_q"] * (score.bias is not None)
     for direction, bytes_used in zip(passes, used, strict=True):
         modified, pairs = score.score_mod is not None, backend.pairs(score)

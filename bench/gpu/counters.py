@@ -154,8 +154,8 @@ def attention_forward(device: torch.device) -> None:
 def attention_backward_kv(device: torch.device) -> None:
     q, k, v, grad = itertools.islice(numbers(device, *SHAPE), 4)
     score = Score(SHAPE[3] ** -0.5, right=0)
-    out, lse, _ = backend.forward(q, k, v, score)
-    backend.backward(grad, None, q, k, v, out, lse, None, score, False)
+    out, lse, rest = backend.forward(q, k, v, score)
+    backend.backward(grad, None, q, k, v, out, lse, rest, score, False)
 
 
 def norm_forward(device: torch.device) -> None:

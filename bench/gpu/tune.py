@@ -230,8 +230,8 @@ def calls(row: Row, size: Size, device: torch.device) -> Callable[..., Callable[
             return lambda: verbs.decode(q, cached, score._replace(kv_lengths=lengths))
         if row.direction == "forward":
             return lambda: verbs.forward(q, k, v, score)[:2]  # the third is what rounding took from the second
-        out, lse, _ = verbs.forward(q, k, v, score)
-        return lambda: verbs.backward(grad_out, None, q, k, v, out, lse, None, score, False)
+        out, lse, rest = verbs.forward(q, k, v, score)
+        return lambda: verbs.backward(grad_out, None, q, k, v, out, lse, rest, score, False)
 
     return make
 

@@ -103,6 +103,7 @@ def refuses(dtype: torch.dtype, wide: bool) -> str | None:
 # ------------------------------------------------------------------------------------------------ attention
 
 
+LARGEST = torch.finfo(torch.float32).max
 MAX_ROW_STRIDE = 2**23  # elements: 256 rows, as many as a tile has, are less than 2**31 from each other
 
 
@@ -129,27 +130,34 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     batches, seq_q, seq_k = score.sizes(q, k)
     args = ScoreArgs(
         score.scale, *score.bounds(0, 0), score.q_lengths, score.kv_lengths, score.softcap,
-        score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
+        None if score.softcap is None else min(1 / score.softcap, LARGEST), score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
         None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),
-        generate.blocks_arg(score.block_mask), tl.constexpr(stays_raw(score)),
+        generate.blocks_arg(score.block_mask), tl.constexpr(stays_raw(q, score)),
         tl.constexpr(input_precision(q, v)),
     )  # fmt: skip
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
-def new_statistics(lse: Tensor, sequences: int) -> Tensor:
-    """Room for what a backward's first pass leaves of each query: (2, batch * heads, stride). `sequences`: those packed
-    into a row, each of which starts at a multiple of 16 bytes, as rows do."""
-    rows, seq = lse.shape[:-1].numel(), configs.cdiv(lse.shape[-1] + 4 * sequences, 4) * 4
-    return torch.empty(2, rows, seq, dtype=torch.float32, device=lse.device)
+def new_statistics(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, Statistics]:
+    """Room for what a backward's first pass leaves of each query, (2 or 4, batch * heads, stride), and how kernels take
+    it. `sequences`: those packed into a row, each of which starts at a multiple of 16 bytes, as rows do."""
+    lines, seq = lse.shape[:-1].numel(), configs.cdiv(lse.shape[-1] + 4 * sequences, 4) * 4
+    # Three where scores are not raw; but a tile that is copied in bulk has a power of two.
+    rows = torch.empty(2 if raw else 4, lines, seq, dtype=torch.float32, device=lse.device)
+    return rows, Statistics(rows[0], rows[1], rows[1 if raw else 2], rows.stride(1))
 
 
-def stays_raw(score: Score) -> bool:
-    """Whether base-2 scores are q.k times a positive factor, with which the maximum of a row commutes."""
+def stays_raw(q: Tensor, score: Score) -> bool:
+    """Whether scores are q.k times a positive factor, with which the maximum of a row commutes, of numbers of 16 bits.
+
+    A raw score s puts the weights of a backward off by 6e-8 s: less than its results are rounded by, up to scores of
+    thousands in float16 and tens of thousands in bfloat16; and rows from LARGEST_RAW on are NaN. What else changes
+    scores can make them as large as float32 has room for, and float32 results show it: those stay in natural units.
+    """
     changed = (score.softcap, score.slopes, score.bias, score.score_mod)
-    return score.scale > 0 and all(x is None for x in changed)
+    return q.element_size() == 2 and score.scale > 0 and all(x is None for x in changed)
 
 
 def pairs(score: Score) -> configs.Pairs:
@@ -190,22 +198,24 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
 
 
 @on_its_device
-def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, None]:
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v = readable(q), readable(k), readable(v)
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
+    rest = None if stays_raw(q, score) else new_lse(q, score, torch.float32)
     roles = triton_hopper.roles("forward", q, k, v, score)
     if roles is not None:
-        triton_hopper.forward(q, k, v, heads_arg(out), lse, attention_args(q, k, v, score), roles)
-        return out, lse, None
+        triton_hopper.forward(q, k, v, heads_arg(out), lse, rest, attention_args(q, k, v, score), roles)
+        return out, lse, rest
     meta = attention_meta("forward", q, v, score)
     programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         forward_kernels.attention_forward[(programs,)](
-            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), lse, *attention_args(q, k, v, score), **meta
-        )
-    return out, lse, None
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), lse, rest, *attention_args(q, k, v, score),
+            **meta,
+        )  # fmt: skip
+    return out, lse, rest
 
 
 @on_its_device
@@ -218,20 +228,19 @@ def backward(
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
-    rows = new_statistics(lse, batch if packed else 0)
-    statistics = Statistics(*rows, rows.stride(1))
+    rows, statistics = new_statistics(lse, batch if packed else 0, stays_raw(q, score))
     args = attention_args(q, k, v, score)
     roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
     if roles is not None:
         triton_hopper.backward_q(
-            q, k, v, heads_arg(out), grad_out, lse, grad_lse, heads_arg(grad_q), statistics, args, roles
+            q, k, v, heads_arg(out), grad_out, lse, rest, grad_lse, heads_arg(grad_q), statistics, args, roles
         )
     else:
         meta = attention_meta("backward_q", q, v, score)
         programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
         if programs:
             backward_kernels.attention_backward_q[(programs,)](
-                heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, grad_lse,
+                heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, rest, grad_lse,
                 heads_arg(grad_q), statistics, *args, **meta,
             )  # fmt: skip
     roles = triton_hopper.roles("backward_kv", q, k, v, score, grad_out)

@@ -79,33 +79,35 @@ def columns(x: Tensor) -> int:
 
 
 def statistics_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
-    """lse and delta (2, batch * heads, stride) of queries as bulk copies read them: both of `count` queries."""
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [2, 1, count], ROWS)
+    """Statistics (2 or 4, batch * heads, stride) of queries as bulk copies read them: all of `count` queries."""
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [rows.shape[0], 1, count], ROWS)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, args: tuple, row: Roles) -> None:
-    """Fills out and lse; `args` are those that all attention kernels share."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, rest: Tensor | None, args: tuple, row: Roles
+) -> None:
+    """Fills out, lse and its rest; `args` are those that all attention kernels share."""
     _, batches, heads, _, seq_q, _ = args
     programs = configs.cdiv(seq_q, row.owned) * heads * batches
     if row.persistent:
         programs = min(programs, configs.multiprocessors(q.device))
     launch(
         hopper_forward.attention_forward_hopper, programs, row,
-        descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, *args,
+        descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, rest, *args,
         HEAD_DIM_V=v.shape[-1], PINGPONG=row.pingpong, PERSISTENT=row.persistent,
     )  # fmt: skip
 
 
 def backward_q(
-    q: Tensor, k: Tensor, v: Tensor, out: Heads, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, grad_q: Heads,
-    rows: Statistics, args: tuple, row: Roles,
+    q: Tensor, k: Tensor, v: Tensor, out: Heads, grad_out: Tensor, lse: Tensor, rest: Tensor | None,
+    grad_lse: Tensor | None, grad_q: Heads, rows: Statistics, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
     """Fills grad_q and the queries' statistics."""
     _, batches, heads, _, seq_q, _ = args
     launch(
         hopper_backward.attention_backward_q_hopper, configs.cdiv(seq_q, row.owned) * heads * batches, row,
         descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
-        grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+        rest, grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
     )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, rows: Tensor, grad_k: Heads,
     grad_v: Heads, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
-    """Fills grad_k and grad_v. `rows`: the queries' statistics, (2, batch * heads, stride)."""
+    """Fills grad_k and grad_v. `rows`: the queries' statistics, (2 or 4, batch * heads, stride)."""
     _, batches, _, kv_heads, _, seq_k = args
     launch(
         hopper_backward.attention_backward_kv_hopper, configs.cdiv(seq_k, row.owned) * kv_heads * batches, row,

@@ -10,6 +10,8 @@ process keeps flashattn). Importing this module (which
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from ..score import Score
 from . import layout
 
 NAME = "flashattn"
+# PyTorch's operators hand on lse without what rounding took from it: 6e-8 of its size, in every weight of a backward.
+# Of an lse beyond this, which masks of -1e9 give, forward runs once more. (On a GPU the operator takes no such mask.)
+LARGE = 128
 
 
 class Handle:
@@ -51,9 +56,11 @@ def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple
 
 def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, scale, seed):
     q, k, v, bias, sinks, score, backend = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
-    score = ops.whole(score, bias, sinks)
-    lse = lse.contiguous()
-    gradients = list(backends.BACKENDS[backend].backward(grad_out, None, q, k, v, out, lse, None, score, False)[:3])
+    score, verbs = ops.whole(score, bias, sinks), backends.BACKENDS[backend]
+    lse, rest = lse.contiguous(), None
+    if not lse.is_cuda and largest_of(lse) > LARGE:
+        _, lse, rest = verbs.forward(q, k, v, score)
+    gradients = list(verbs.backward(grad_out, None, q, k, v, out, lse, rest, score, False)[:3])
     for i, x in ((1, key), (2, value)):
         if gradients[i].shape != x.shape:  # keys that no query sees, which were cut off
             whole = x.new_zeros(x.shape)
@@ -112,6 +119,11 @@ def cuda_backward(
     seed = philox_seed if dropout_p > 0 else None
     gradients = backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, None, scale, seed)
     return tuple(map(layout.follow, gradients, (query, key, value)))
+
+
+def largest_of(lse: Tensor) -> float:
+    """How large it gets where there is something to attend to."""
+    return torch.where(lse == -math.inf, 0, lse).abs().max().item() if lse.numel() else 0.0
 
 
 def new_seed(x: Tensor, dropout_p: float) -> Tensor | None:

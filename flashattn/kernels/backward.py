@@ -4,7 +4,8 @@
 2. `attention_backward_kv`: a program owns BLOCK_N keys of one key/value head, visits the queries of every head in
    the group, writes grad_k and grad_v.
 
-With s = q k^T * scale, p = exp(s - lse), do = grad_out:
+With s = q k^T * scale, p = exp(s - lse), do = grad_out (p = exp(s - lse - rest) where forward kept what rounding took
+from lse):
 
     delta = rowsum(do * out) - grad_lse
     ds    = p * (do v^T - delta)
@@ -33,6 +34,7 @@ from .scores import (
     key_tiles,
     looks,
     query_tiles,
+    scaled,
     sequence,
     shift,
     statistics_at,
@@ -44,18 +46,29 @@ from .tiles import load_tile, one_head, owned_queries, rounded_product, store_ti
 
 
 class Statistics(NamedTuple):
-    """What pass 1 leaves the others of each query, float32, (batch * heads, stride), packed (heads, stride): its lse in
-    base 2, +inf where it attends to nothing, so that exp2(s - lse) is 0, and its delta. Rows and packed sequences start
-    at multiples of 16 bytes: an H200 takes no bulk copy of numbers from elsewhere."""
+    """What pass 1 leaves the others of each query, float32, (batch * heads, stride), packed (heads, stride): what
+    `exponents` returned, and its delta. Rows and packed sequences start at multiples of 16 bytes: an H200 takes no bulk
+    copy of numbers from elsewhere."""
 
     lse: tl.tensor
     delta: tl.tensor
+    rest: tl.tensor  # raw scores have none: not written or read
     stride: tl.tensor
 
 
 @triton.jit
-def base_2(lse):
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def exponents(lse, rest, score, at, exists):
+    """(lse, rest) of queries as `weights` takes them. lse is +inf where a query attends to nothing, so that its weights
+    are 0; that of raw scores is in base 2, as rest is, which raw scores do not have."""
+    lse_row = tl.load(lse + at, mask=exists, other=float("-inf"))
+    rest_row = lse_row
+    if score.raw:
+        lse_row *= LOG2E
+    elif rest is not None:
+        rest_row = tl.load(rest + at, mask=exists, other=0.0) * LOG2E
+    else:
+        rest_row = tl.where(exists, 0.0, 0.0)  # without naming a layout, which Gluon asks for
+    return tl.where(lse_row == float("-inf"), float("inf"), lse_row), rest_row
 
 
 @triton.jit
@@ -74,28 +87,45 @@ def of_head(score, rows, seq, batch, head, heads):
     """The statistics of one head's queries."""
     line, start = statistics_place(score, seq, batch, head, heads)
     at = tl.cast(line, tl.int64) * rows.stride + start
-    return Statistics(rows.lse + at, rows.delta + at, rows.stride)
+    return Statistics(rows.lse + at, rows.delta + at, rows.rest + at, rows.stride)
 
 
 @triton.jit
-def load_statistics(rows, queries, query_end, CHECK_ROWS: tl.constexpr):
-    """(lse, delta) of queries; of those at or past `query_end` (looked at only with CHECK_ROWS), +inf and 0."""
+def store_statistics(rows, lse, delta, rest, queries, end, RAW: tl.constexpr):
+    """Of queries before `end`."""
+    tl.store(rows.lse + queries, lse, mask=queries < end)
+    tl.store(rows.delta + queries, delta, mask=queries < end)
+    if not RAW:
+        tl.store(rows.rest + queries, rest, mask=queries < end)
+
+
+@triton.jit
+def load_statistics(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """(lse, delta, rest) of queries; of those at or past `query_end` (looked at only with CHECK_ROWS) +inf, 0 and 0."""
     if CHECK_ROWS:
         lse = tl.load(rows.lse + queries, mask=queries < query_end, other=float("inf"))
         delta = tl.load(rows.delta + queries, mask=queries < query_end, other=0.0)
     else:
         lse = tl.load(rows.lse + queries)
         delta = tl.load(rows.delta + queries)
-    return lse, delta
+    rest = lse
+    if not RAW and CHECK_ROWS:
+        rest = tl.load(rows.rest + queries, mask=queries < query_end, other=0.0)
+    elif not RAW:
+        rest = tl.load(rows.rest + queries)
+    return lse, delta, rest
 
 
 @triton.jit
-def weights(products, lse, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
-    """(p, slope) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse`, `queries` and
-    `keys` broadcast to its shape; `state`: its `block_state`."""
-    scores, slope = cap(score, products * (score.scale * LOG2E))
+def weights(products, lse, rest, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
+    """(p, slope) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse`, `rest`,
+    `queries` and `keys` broadcast to its shape; `state`: its `block_state`."""
+    scores, slope = cap(score, scaled(score, products))
     scores, slope = shift(score, seq, scores, slope, batch, head, queries, keys, state)
-    p = tl.exp2(scores - lse)
+    if score.raw:
+        p = tl.exp2(scores * (score.scale * LOG2E) - lse)
+    else:
+        p = tl.exp2((scores - lse) * LOG2E - rest)
     if EDGE:
         p = tl.where(visible(score, seq, queries, keys), p, 0.0)
     return p, slope
@@ -103,7 +133,7 @@ def weights(products, lse, score, seq, batch, head, queries, keys, state, EDGE: 
 
 @triton.jit
 def score_gradients(
-    q, grad_out, lse, delta, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
+    q, grad_out, lse, delta, rest, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """(ds, slope) of a tile (queries, keys): the gradient of the scores as softmax takes them, and the softcap's
@@ -112,7 +142,9 @@ def score_gradients(
     queries = start_m + tl.arange(0, BLOCK_M)
     keys = start_n + tl.arange(0, BLOCK_N)[None, :]
     state = block_state(score, batch, head, start_m, start_n)
-    p, slope = weights(products, lse[:, None], score, seq, batch, head, queries[:, None], keys, state, EDGE)
+    p, slope = weights(
+        products, lse[:, None], rest[:, None], score, seq, batch, head, queries[:, None], keys, state, EDGE
+    )
     v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
     dp = tl.dot(grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
@@ -122,14 +154,14 @@ def score_gradients(
 
 @triton.jit
 def visit_keys(
-    acc, q, grad_out, lse, delta, k, v, score, seq, batch, head, heads, start_m, start_n,
+    acc, q, grad_out, lse, delta, rest, k, v, score, seq, batch, head, heads, start_m, start_n,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of pass 1: acc += ds k."""
     k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
     ds, slope = score_gradients(
-        q, grad_out, lse, delta, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
+        q, grad_out, lse, delta, rest, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
         HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE,
     )  # fmt: skip
     ds = gradient_through(score, ds, slope)
@@ -138,7 +170,7 @@ def visit_keys(
 
 @kernel(do_not_specialize=SIZES)
 def attention_backward_q(
-    q, k, v, out, grad_out, lse, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, grad_out, lse, rest, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -163,10 +195,9 @@ def attention_backward_q(
     delta_row = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
     if grad_lse is not None:
         delta_row -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
-    lse_row = base_2(tl.load(lse + row + queries, mask=exists, other=float("-inf")))
+    lse_row, rest_row = exponents(lse, rest, score, row + queries, exists)
     rows = of_head(score, rows, seq, batch, head, heads)
-    tl.store(rows.lse + queries, lse_row, mask=queries < seq.seq_q)
-    tl.store(rows.delta + queries, delta_row, mask=queries < seq.seq_q)
+    store_statistics(rows, lse_row, delta_row, rest_row, queries, seq.seq_q, score.raw)
 
     q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -174,14 +205,16 @@ def attention_backward_q(
     for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
         if looks(score, batch, head, start_m, start_n):
             acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, seq, batch, head, heads, start_m, start_n,
+                acc, q_tile, do_tile, lse_row, delta_row, rest_row, k, v, score, seq, batch, head, heads, start_m,
+                start_n,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
             )  # fmt: skip
     for index in tl.range(0, tiles.edges, num_stages=1):
         start_n = edge_start(tiles, index, BLOCK_N)
         if looks(score, batch, head, start_m, start_n):
             acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta_row, k, v, score, seq, batch, head, heads, start_m, start_n,
+                acc, q_tile, do_tile, lse_row, delta_row, rest_row, k, v, score, seq, batch, head, heads, start_m,
+                start_n,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
             )  # fmt: skip
     store_tile(
@@ -201,8 +234,10 @@ def visit_queries(
     products = tl.dot(k, tl.trans(q_tile), input_precision=score.precision)
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
     state = block_state(score, batch, head, start_m, start_n)
-    lse, delta = load_statistics(rows, queries, seq.query_end, EDGE)
-    p, slope = weights(products, lse[None, :], score, seq, batch, head, queries[None, :], keys, state, EDGE)
+    lse, delta, rest = load_statistics(rows, queries, seq.query_end, score.raw, EDGE)
+    p, slope = weights(
+        products, lse[None, :], rest[None, :], score, seq, batch, head, queries[None, :], keys, state, EDGE
+    )
     do_tile = load_tile(grad_out, start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
     dropped = p
     if score.dropout is not None:
@@ -324,13 +359,14 @@ def attention_backward_bias(
                     BLOCK_DV,
                     True,
                 )
-                lse, delta = load_statistics(rows_head, queries, seq.query_end, True)
+                lse, delta, rest = load_statistics(rows_head, queries, seq.query_end, score.raw, True)
                 begin, end = visible_keys(score, seq, start_m, BLOCK_M)
                 begin = tl.maximum(first_n, begin // BLOCK_N * BLOCK_N)
                 for start_n in range(begin, tl.minimum(last_n, end), BLOCK_N):
                     k_tile = load_tile(k_head, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
                     ds, _ = score_gradients(
-                        q_tile, do_tile, lse, delta, k_tile, v_head, score, seq, batch, head, heads, start_m, start_n,
+                        q_tile, do_tile, lse, delta, rest, k_tile, v_head, score, seq, batch, head, heads, start_m,
+                        start_n,
                         HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
                     )  # fmt: skip
                     acc += ds

@@ -92,7 +92,7 @@ ATTENTION = {
             (64, "tf32", Tiles(128, 32, 4, 2)),
             (128, "tf32", Tiles(64, 32, 8, 2)),
             (256, "tf32", Tiles(32, 16, 8, 2)),
-            (64, "tf32x3", Tiles(32, 64, 4, 2)),
+            (64, "tf32x3", Tiles(32, 64, 8, 2)),
             (128, "tf32x3", Tiles(16, 32, 8, 2)),
         ],
         "sm_90": [
@@ -126,6 +126,7 @@ ATTENTION = {
             (128, 2, Tiles(32, 128, 8, 2)),
             (256, 2, Tiles(16, 64, 8, 1)),
             (64, 4, Tiles(32, 32, 8, 2)),
+            (128, 4, Tiles(16, 16, 8, 1)),
             (256, 4, Tiles(16, 16, 8, 2)),
             (64, "tf32", Tiles(16, 128, 4, 2)),
             (128, "tf32", Tiles(32, 64, 8, 2)),
@@ -419,7 +420,9 @@ def shared_bytes(
     tensor_cores = itemsize == 2 or precision != "ieee"
     reads_shared = nvidia and tensor_cores and int(arch.removeprefix("sm_")) in range(90, 120)  # wgmma, tcgen05.mma
     copies = max(staged + reads_shared, 1)  # one is read while the next ones are on their way
-    rows = copies * visited * (sum(cols) * itemsize + 8) + nvidia * owned * owned_cols * itemsize
+    # Of each query that is visited lse and delta, and where scores are not raw the rest of lse.
+    numbers = 12 if direction == "backward_kv" and (itemsize == 4 or pairs.changed) else 8
+    rows = copies * visited * (sum(cols) * itemsize + numbers) + nvidia * owned * owned_cols * itemsize
     if precision == "tf32x3":  # big and small: of what is owned, and of the wider of k and v in place of a copy of each
         rows += (owned * owned_cols + visited * (max(cols) - min(cols))) * itemsize
     if nvidia and (staged == 0 or precision == "tf32"):  # ldmatrix transposes 16-bit elements alone

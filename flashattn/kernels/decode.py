@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .compiler import kernel
 from .configs import cdiv
-from .forward import fold
+from .forward import close, fold
 from .scores import SIZES, Sequence, visible_keys
-from .softmax import join_sink, logsumexp
+from .softmax import power
 from .tiles import rounded_product, tile_mask
 
 SPLIT_KEYS = tl.constexpr(256)  # for each new token: so what a split writes stays little beside what it reads
@@ -169,7 +169,7 @@ def attention_merge(
     statistics, partial, out, lse, score, heads, seq_q, rows, splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """out = sum(2^(m_i - m) partial_i) / sum(2^(m_i - m) l_i) over the splits i of a row, m the largest m_i.
+    """out = sum(e^(m_i - m) partial_i) / sum(e^(m_i - m) l_i) over the splits i of a row, m the largest m_i.
 
     One tile of SPLITS splits, whatever the grid of the first kernel had room for: the order of the sums, and so their
     bits, are the same. Grid: (tiles of BLOCK_ROWS rows,).
@@ -187,18 +187,18 @@ def attention_merge(
     maxima = tl.load(statistics + number * 2 * splits + split, mask=there, other=float("-inf"))
     sums = tl.load(statistics + number * 2 * splits + splits + split, mask=there, other=0.0)
     m_i = tl.max(maxima, 1)
-    factors = tl.exp2(maxima - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
+    factors = power(maxima - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None], score.raw)
     l_i = tl.sum(rounded_product(sums, factors), 1)
     cols = tl.arange(0, BLOCK_DV)
     parts = partial + (number * splits + split)[:, :, None] * HEAD_DIM_V + cols[None, None, :]
     parts = tl.load(parts, mask=there[:, :, None] & (cols < HEAD_DIM_V)[None, None, :], other=0.0)
     acc = tl.sum(rounded_product(parts, factors[:, :, None]), 1)
+    l_i, alpha, lse_row, _ = close(m_i, l_i, score, head)
     if score.sinks is not None:
-        m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
         acc *= alpha[:, None]
     result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
     to = out.ptr + batch.to(tl.int64) * out.stride_batch + head.to(tl.int64) * out.stride_head
     to += query.to(tl.int64) * out.stride_seq
     mask = exists[:, None] & (cols < HEAD_DIM_V)[None, :]
     tl.store(to[:, None] + cols[None, :], result.to(out.ptr.dtype.element_ty), mask=mask)
-    tl.store(lse + row, logsumexp(m_i, l_i), mask=exists)
+    tl.store(lse + row, lse_row, mask=exists)

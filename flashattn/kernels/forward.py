@@ -21,7 +21,7 @@ from .scores import (
     statistics_at,
     visible,
 )
-from .softmax import join_sink, logsumexp, online_softmax
+from .softmax import LARGEST_RAW, LOG2E, join_sink, logsumexp, online_softmax
 from .tiles import load_tile, one_head, owned_queries, store_tile
 
 
@@ -29,28 +29,41 @@ from .tiles import load_tile, one_head, owned_queries, store_tile
 def fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
     """(weights, alpha, m_i, l_i): a tile of q k^T folded into the softmax. `queries` and `keys` broadcast to its shape;
     `state`: its `block_state`."""
-    scores, factor = scaled(score, products)
-    scores, slope = cap(score, scores)
+    scores, slope = cap(score, scaled(score, products))
     scores, _ = shift(score, seq, scores, slope, batch, head, queries, keys, state)
     if EDGE:
         scores = tl.where(visible(score, seq, queries, keys), scores, float("-inf"))
     # What gives -inf can leave a row of any tile without a key.
     MASKED: tl.constexpr = score.mask is not None or score.bias is not None
     EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
-    return online_softmax(scores, factor, m_i, l_i, EMPTY)
+    return online_softmax(scores, score.scale * LOG2E, m_i, l_i, score.raw, EMPTY)
 
 
 @triton.jit
-def finish(lse, m_i, l_i, score, seq, batch, head, heads, queries):
-    """(l_i, alpha) once every key is folded in: the sum of the weights, and what the output so far is multiplied by
-    where a sink joins. Stores lse."""
-    if score.q_lengths is not None:
-        l_i = tl.where(queries < seq.query_end, l_i, 0.0)
+def close(m_i, l_i, score, head):
+    """(l, alpha, lse, rest) once every key is folded in: the sum of the weights, 0 where there are none, what the output
+    so far is multiplied by where a sink joins, and the two parts of the sum's logarithm."""
     alpha = 1.0
     if score.sinks is not None:
-        m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head))
-    lse += statistics_at(score, seq, batch, head, heads)
-    tl.store(lse + queries, logsumexp(m_i, l_i), mask=queries < seq.seq_q)
+        m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head), score.raw)
+    if score.raw:
+        # The rounding of m is a factor of all weights of a row; from here on float16 has no room for it: NaN, not 0.
+        l_i = tl.where((tl.abs(m_i) >= LARGEST_RAW) & (m_i > float("-inf")), float("nan"), l_i)
+    lse, rest = logsumexp(m_i, l_i, score.raw)
+    return l_i, alpha, lse, rest
+
+
+@triton.jit
+def finish(lse, rest, m_i, l_i, score, seq, batch, head, heads, queries):
+    """(l, alpha) of `close`. Stores lse and, if asked for, its rest."""
+    if score.q_lengths is not None:
+        m_i = tl.where(queries < seq.query_end, m_i, float("-inf"))
+        l_i = tl.where(queries < seq.query_end, l_i, 0.0)
+    l_i, alpha, lse_row, rest_row = close(m_i, l_i, score, head)
+    at = statistics_at(score, seq, batch, head, heads)
+    tl.store(lse + at + queries, lse_row, mask=queries < seq.seq_q)
+    if rest is not None:
+        tl.store(rest + at + queries, rest_row, mask=queries < seq.seq_q)
     return l_i, alpha
 
 
@@ -76,11 +89,12 @@ def attend(
 
 @kernel(do_not_specialize=SIZES)
 def attention_forward(
-    q, k, v, out, lse, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, lse, rest, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q k^T * scale) v and lse = logsumexp(q k^T * scale), one pass over the keys.
+    """out = softmax(q k^T * scale) v and lse = logsumexp(q k^T * scale), one pass over the keys; if `rest` is given,
+    also what rounding took from lse.
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
@@ -110,7 +124,7 @@ def attention_forward(
             )  # fmt: skip
 
     queries = start_m + tl.arange(0, BLOCK_M)
-    l_i, alpha = finish(lse, m_i, l_i, score, seq, batch, head, heads, queries)
+    l_i, alpha = finish(lse, rest, m_i, l_i, score, seq, batch, head, heads, queries)
     if score.sinks is not None:
         acc *= alpha[:, None]
     result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])

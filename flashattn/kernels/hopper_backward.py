@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import base_2, of_head, statistics_place, weights
+from .backward import exponents, of_head, statistics_place, store_statistics, weights
 from .compiler import gluon_kernel
 from .hopper import (
     Ring,
@@ -81,7 +81,7 @@ def load_keys(q, k, v, do, rings, landing, score, work):
 
 
 @gluon.jit
-def visit_keys(acc, q_tile, do_tile, lse, delta, rings, number, index, score, work, start_m, EDGE: gl.constexpr):
+def visit_keys(acc, q_tile, do_tile, lse, delta, rest, rings, number, index, score, work, start_m, EDGE: gl.constexpr):
     """Key tile `index`, the ring's tile `number`: acc += ds k."""
     LAYOUT: gl.constexpr = product_layout(rings.k.tiles.shape[3])
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
@@ -96,8 +96,9 @@ def visit_keys(acc, q_tile, do_tile, lse, delta, rings, number, index, score, wo
     state = block_state(score, work.batch, work.head, work.start_m, start_n)
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = weights(
-        s, lse[:, None], score, work.seq, work.batch, work.head, queries[:, None], keys[None, :], state, EDGE
-    )
+        s, lse[:, None], rest[:, None], score, work.seq, work.batch, work.head, queries[:, None], keys[None, :], state,
+        EDGE,
+    )  # fmt: skip
     wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays behind the exponentials
     dp = warpgroup_mma_wait(0, deps=(dp,))
     release(rings.v, number)
@@ -130,7 +131,7 @@ def row_exists(tile, start, end):
 
 @gluon.jit
 def sum_keys(
-    rings, out, lse, grad_lse, grad_q, rows, score, work,
+    rings, out, lse, rest, grad_lse, grad_q, rows, score, work,
     ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
 ):  # fmt: skip
     """Consumer ME: 64 queries against all key tiles."""
@@ -152,10 +153,9 @@ def sum_keys(
     row = statistics_at(score, seq, work.batch, work.head, work.heads)
     if grad_lse is not None:
         delta -= gl.load(grad_lse + row + queries, mask=exists, other=0.0)
-    lse_row = base_2(gl.load(lse + row + queries, mask=exists, other=float("-inf")))
+    lse_row, rest_row = exponents(lse, rest, score, row + queries, exists)
     rows = of_head(score, rows, seq, work.batch, work.head, work.heads)
-    gl.store(rows.lse + queries, lse_row, mask=queries < seq.seq_q)
-    gl.store(rows.delta + queries, gl.where(exists, delta, 0.0), mask=queries < seq.seq_q)
+    store_statistics(rows, lse_row, gl.where(exists, delta, 0.0), rest_row, queries, seq.seq_q, score.raw)
 
     acc = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     count = tile_count(work.tiles, BLOCK_N)
@@ -165,7 +165,9 @@ def sum_keys(
     for EDGE in gl.static_range(1, -1, -1):
         for index in range(begin, end):
             if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-                acc = visit_keys(acc, q_tile, do_tile, lse_row, delta, rings, number, index, score, work, start_m, EDGE)
+                acc = visit_keys(
+                    acc, q_tile, do_tile, lse_row, delta, rest_row, rings, number, index, score, work, start_m, EDGE
+                )
                 number += 1
         begin, end = end, count
     grad = acc * score.scale
@@ -176,7 +178,7 @@ def sum_keys(
 
 @gluon_kernel(do_not_specialize=SIZES)
 def attention_backward_q_hopper(
-    q, k, v, out, do, lse, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, do, lse, rest, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -199,8 +201,8 @@ def attention_backward_q_hopper(
         gl.warp_specialize(
             [
                 (load_keys, (q, k, v, do, rings, landing, score, work)),
-                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -209,9 +211,9 @@ def attention_backward_q_hopper(
         gl.warp_specialize(
             [
                 (load_keys, (q, k, v, do, rings, landing, score, work)),
-                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, out, lse, grad_lse, grad_q, rows, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -226,7 +228,7 @@ class QueryRings(NamedTuple):
     v: Ring
     q: Ring
     do: Ring
-    rows: Ring  # of Statistics: lse, then delta
+    rows: Ring  # of Statistics: lse, delta and, if scores are not raw, rest and a row of nothing
 
 
 class Keys(NamedTuple):
@@ -243,7 +245,7 @@ class Keys(NamedTuple):
 
 @gluon.jit
 def fill_statistics(ring, number, descriptor, line, column):
-    """`fill` of a ring whose tiles are lse and delta of some queries."""
+    """`fill` of a ring whose tiles are the statistics of some queries."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]
     mbarrier.wait(empty(ring, number), number // SLOTS & 1 ^ 1)
     mbarrier.expect(full(ring, number), descriptor.block_type.nbytes)
@@ -252,10 +254,10 @@ def fill_statistics(ring, number, descriptor, line, column):
 
 @gluon.jit
 def statistic(ring, number, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
-    """One of what `fill_statistics` brought: 0 lse, 1 delta."""
+    """One of what `fill_statistics` brought: 0 lse, 1 delta, 2 rest."""
     COUNT: gl.constexpr = ring.tiles.shape[3]
-    both = ring.tiles.index(number % ring.tiles.shape[0]).reshape([2 * COUNT])
-    return both.slice(WHICH * COUNT, COUNT).load(LAYOUT)
+    every = ring.tiles.index(number % ring.tiles.shape[0]).reshape([ring.tiles.shape[1] * COUNT])
+    return every.slice(WHICH * COUNT, COUNT).load(LAYOUT)
 
 
 @gluon.jit
@@ -310,7 +312,12 @@ def visit_queries(
     wait_full(rings.rows, number)
     s = warpgroup_mma_wait(GRAD_K, deps=(s,))  # as many products as were issued after it
     lse = statistic(rings.rows, number, 0, COLS)  # only now: before, the registers are needed
-    p, slope = weights(s, lse[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE)
+    rest = lse
+    if not score.raw:
+        rest = statistic(rings.rows, number, 2, COLS)
+    p, slope = weights(
+        s, lse[None, :], rest[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE
+    )
     DTYPE: gl.constexpr = q_tile.dtype
     dropped = p
     if score.dropout is not None:

@@ -157,7 +157,7 @@ def step(
 
 
 @gluon.jit
-def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+def attend(rings, turns, out, lse, rest, score, work, done, read, ME: gl.constexpr, HEAD_DIM_V: gl.constexpr,
            PINGPONG: gl.constexpr):  # fmt: skip
     """Consumer ME's 64 queries of a work item against all its key tiles. `done` items and `read` key tiles came
     before."""
@@ -206,7 +206,7 @@ def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HE
     release(rings.v, number - 1)
 
     queries = start_m + gl.arange(0, 64, ROW)
-    l_i, alpha = finish(lse, m_i, l_i, score, seq, work.batch, work.head, work.heads, queries)
+    l_i, alpha = finish(lse, rest, m_i, l_i, score, seq, work.batch, work.head, work.heads, queries)
     if score.sinks is not None:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     total = gl.convert_layout(l_i, gl.SliceLayout(1, OUT))[:, None]
@@ -217,7 +217,7 @@ def attend(rings, turns, out, lse, score, work, done, read, ME: gl.constexpr, HE
 
 @gluon.jit
 def consume(
-    rings, turns, out, lse, score, sizes, items,
+    rings, turns, out, lse, rest, score, sizes, items,
     ME: gl.constexpr, HEAD_DIM_V: gl.constexpr, PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
@@ -227,12 +227,12 @@ def consume(
         read = 0
         for program in range(gl.program_id(0), items, gl.num_programs(0)):
             work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
-            read = attend(rings, turns, out, lse, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
+            read = attend(rings, turns, out, lse, rest, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
             done += 1  # noqa: SIM113
     else:
         work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
         none = gl.to_tensor(0)
-        attend(rings, turns, out, lse, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
+        attend(rings, turns, out, lse, rest, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
@@ -240,7 +240,7 @@ def consume(
 
 @gluon_kernel(do_not_specialize=SIZES)
 def attention_forward_hopper(
-    q, k, v, out, lse, score, batches, heads, kv_heads, seq_q, seq_k,
+    q, k, v, out, lse, rest, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
     PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
@@ -268,8 +268,8 @@ def attention_forward_hopper(
         gl.warp_specialize(
             [
                 (produce, (q, k, v, rings, landing, score, sizes, items, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, rest, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, rest, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -278,9 +278,9 @@ def attention_forward_hopper(
         gl.warp_specialize(
             [
                 (produce, (q, k, v, rings, landing, score, sizes, items, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, score, sizes, items, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, rest, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, rest, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, out, lse, rest, score, sizes, items, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import DropoutArgs
-from .softmax import LN2, LOG2E
+from .softmax import LOG2E
+from .tiles import rounded_product
 
 # Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
 # with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward.
@@ -70,6 +71,7 @@ class ScoreArgs(NamedTuple):
     q_lengths: tl.tensor | None  # (batch,) int32: queries at or past it attend to nothing
     kv_lengths: tl.tensor | None  # (batch,) int32: keys at or past it are masked
     softcap: tl.tensor | None = None  # float
+    inverse_softcap: tl.tensor | None = None  # which a GPU's division takes for 0 from a softcap of 2^126 on
     slopes: tl.tensor | None = None  # (batch or 1, heads) float32
     slopes_stride: tl.tensor | None = None  # from batch to batch
     mask: Plane | None = None  # of bytes
@@ -80,7 +82,7 @@ class ScoreArgs(NamedTuple):
     total_q: tl.tensor | None = None  # tokens in packed q
     score_mod: ModArgs | None = None
     blocks: BlocksArgs | None = None
-    raw: tl.constexpr = tl.constexpr(False)  # q.k stays unscaled until the softmax, whose exponents take the scale in
+    raw: tl.constexpr = tl.constexpr(False)  # scores are q.k, unscaled: the exponents of softmax take the scale in
     precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32 (`precision.py`)
 
 
@@ -213,37 +215,45 @@ def visible(score, seq, queries, keys):
 
 
 @triton.jit
-def tanh(x):
-    """An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. Largest error 2e-7, relative."""
+def tanh_parts(x):
+    """(near, p, far): tanh(x) is x + p x where `near`, else `far`. An odd polynomial near 0, where 1 - 2 / (e^2x + 1)
+    would cancel. Largest error 2e-7, relative."""
     square = x * x
     p = square * -5.70498872745e-3 + 2.06390887954e-2
     p = p * square - 5.37397155531e-2
     p = p * square + 1.33314422036e-1
-    p = p * square - 3.33332819422e-1
+    p = (p * square - 3.33332819422e-1) * square
     magnitude = tl.abs(x)
-    large = 1 - 2 / (tl.exp2(tl.minimum(magnitude, 20.0) * (2 * LOG2E)) + 1)
-    return tl.where(magnitude < 0.625, p * square * x + x, tl.where(x < 0, -large, large))
+    far = 1 - 2 / (tl.exp2(tl.minimum(magnitude, 20.0) * (2 * LOG2E)) + 1)
+    return magnitude < 0.625, p, tl.where(x < 0, -far, far)
+
+
+@triton.jit
+def tanh(x):
+    near, p, far = tanh_parts(x)
+    return tl.where(near, p * x + x, far)
 
 
 @triton.jit
 def scaled(score, products):
-    """(scores, factor) of q.k: base-2 scores are scores * factor. Where nothing but a positive scale and masks change
-    scores, they stay the products and the exponent's multiply-add takes the factor in: one multiply a score less."""
-    factor = score.scale * LOG2E
+    """The scores that pieces change, from q.k; raw ones stay what they are. A bare product would be contracted into the
+    subtraction of the maximum, where it loses the rounding that the maximum has."""
     if not score.raw:
-        products = products * factor
-        factor = 1.0
-    return products, factor
+        products = rounded_product(products, score.scale)
+    return products
 
 
 @triton.jit
 def cap(score, scores):
-    """(capped scores, derivative) of base-2 scores. Without a softcap the scores and 1."""
+    """(softcap * tanh(scores / softcap), derivative); without a softcap the scores and 1. A score beside which the
+    softcap is huge stays what it is, though their quotient may be 0."""
     slope = 1.0
     if score.softcap is not None:
-        t = tanh(scores / (score.softcap * LOG2E))
-        scores = t * (score.softcap * LOG2E)
+        x = scores * score.inverse_softcap
+        near, p, far = tanh_parts(x)
+        t = tl.where(near, p * x + x, far)
         slope = 1 - t * t
+        scores = tl.where(near, p * scores + scores, rounded_product(far, score.softcap))
     return scores, slope
 
 
@@ -288,24 +298,24 @@ def signed_infinity(keep):
 
 @triton.jit
 def shift(score, seq, scores, slope, batch, head, queries, keys, state):
-    """(scores, slope): ALiBi, bias, score_mod and masks on capped base-2 scores, and their derivative by scale * q.k.
+    """(scores, slope): ALiBi, bias, score_mod and masks on capped scores, and their derivative by scale * q.k.
     `queries` and `keys` broadcast to their shape; `state`: the tile's `block_state`."""
     if score.slopes is not None:
-        alibi = tl.load(score.slopes + batch * score.slopes_stride + head) * LOG2E
+        alibi = tl.load(score.slopes + batch * score.slopes_stride + head)
         scores -= alibi * tl.abs(queries + seq.diagonal - keys).to(tl.float32)
     exists = (queries < seq.query_end) & (keys < seq.key_end)
     if score.bias is not None:
         bias = tl.load(plane_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
-        scores += bias.to(tl.float32) * LOG2E
+        scores += bias.to(tl.float32)
     if score.score_mod is not None:
         # A tile may go past the end of what exists: there positions stay, so that captured tensors are read inside.
         i = tl.minimum(queries, seq.query_end - 1)
         j = tl.minimum(keys, seq.key_end - 1)
-        natural = scores * LN2
         # (A tuple that holds a function cannot be assigned to a name.)
         captured = score.score_mod.captured
-        slope, _ = tl.broadcast(slope * score.score_mod.slope(natural, batch, head, i, j, captured), natural)
-        scores, _ = tl.broadcast(score.score_mod.value(natural, batch, head, i, j, captured) * LOG2E, natural)
+        slope, _ = tl.broadcast(slope * score.score_mod.slope(scores, batch, head, i, j, captured), scores)
+        value = score.score_mod.value(scores, batch, head, i, j, captured)
+        scores, _ = tl.broadcast(rounded_product(value, 1.0), scores)  # for the reason that `scaled` gives
     if score.mask is not None:
         keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.minimum(scores, signed_infinity(keep))
