@@ -126,12 +126,12 @@ def test_compile_decoding(architecture):
 def test_the_fault_is_there_without_fences(monkeypatch):
     """Else the way round it could go, or proves nothing."""
     monkeypatch.setattr(compiler, "ADDS_FENCES", False)
-    monkeypatch.setattr(triton_hopper, "ENABLED", False)
     monkeypatch.setattr(forward, "attention_forward", compiler.kernel(forward.SIZES)(forward.attention_forward.fn))
     q, k, v = (torch.randn(1, 1, seq, 64, dtype=BF16) for seq in (130, 300, 300))
     with (
         ptx.device("sm_90", on_fault=STRICT),
         flashattn.use_backend("triton"),
+        triton_hopper.plain_kernels(),
         pytest.raises(Fault, match=r"written with no fence.proxy.async since"),
     ):
         flashattn.attention(q, k, v)
