@@ -170,8 +170,7 @@ def hide_past_lengths(case: Case, inputs, gradients) -> None:
 
 
 def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
-    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel; in
-    p = exp(s - lse), s and lse, which is kept rounded, half a unit in its last place off."""
+    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
     q, k, v, *others = (x.double() for x in inputs)
     grad_out, grad_lse = grad_out.double(), grad_lse.double()
     with torch.enable_grad():  # the weights before dropout are the gradient of lse by a bias of every score
@@ -187,9 +186,7 @@ def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[tor
     dp = grad_out.abs() @ v.abs().mT * keep
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse.abs()[..., None])
     grad_k = (ds.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)
-    rounded = p * keep * torch.where(lse.isfinite(), lse.detach().abs() / 2, 0)[..., None]
-    grad_v = (rounded.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2)
-    terms = [0.0, 0.0, ds @ k.abs() * scale, grad_k * scale, grad_v]
+    terms = [0.0, 0.0, ds @ k.abs() * scale, grad_k * scale, 0.0]
     if case.bias is not None:
         terms.append(ds.sum_to_size(inputs[3].shape))
     if case.sinks:
