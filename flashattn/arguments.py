@@ -27,7 +27,7 @@ def modified(score: Score, whole: tuple[int, ...], device, mask, alibi_slopes, s
 def with_callables(score: Score, mod, block_mask, whole: tuple[int, ...], device: torch.device) -> Score:
     """The score with its traced callables; `whole`: (batch, heads, seq_q, seq_k)."""
     if mod is not None:
-        mod = score_mod.move_numbers("score_mod", score_mod.trace("score_mod", mod, 1), device)
+        mod = score_mod.on("score_mod", mod, 1, device)
     if block_mask is not None:
         block_mask = score_mod.read_block_mask(block_mask, *whole, device)
     return score._replace(score_mod=mod, block_mask=block_mask)

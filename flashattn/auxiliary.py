@@ -9,9 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, checks
+from . import autocast, checks, flex, ops
 from .backends.reference import existing, keys_of, masked_scores, query_blocks, softmax_weights
-from .score import Score
+from .score import SCHEMA, Score
+
+torch.library.define(
+    "flashattn::auxiliary",
+    f"(Tensor q, Tensor k, Tensor? bias, Tensor? sinks, {SCHEMA}, str backend, {flex.BLOCKS}, {flex.MODS}) "
+    "-> (Tensor max_scores, Tensor max_logit, Tensor entropy, Tensor column_sums)",
+)
 
 
 class AuxRequest(NamedTuple):
@@ -53,6 +59,15 @@ def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Sco
         return AuxOutput(lse if request.lse else None)
     if score.score_mod is not None or score.block_mask is not None:
         checks.refuse_capture("return_aux", "with a score_mod or a block_mask it copies from the CPU")
+    if ops.is_watched() or q.is_meta:
+        computed = flex.call("auxiliary", (q, k, score.bias, score.sinks), score, "reference")
+    else:
+        computed = compute(q, k, score)
+    return AuxOutput(*(x if asked else None for x, asked in zip((lse, *computed), request, strict=True)))
+
+
+def compute(q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(max_scores, max_logit, entropy, column_sums)"""
     shape = (*q.shape[:3], k.shape[2])
     batch, heads, seq_q, seq_k = shape
     q, k = existing(q, score.q_lengths), existing(k, score.kv_lengths).repeat_interleave(heads // k.shape[1], dim=1)
@@ -67,5 +82,18 @@ def auxiliary(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Sco
         entropy[:, :, rows] = -torch.xlogy(p, p).sum(-1)
         keys.add_to(column_sums[..., None], p.sum(2)[..., None])
     max_logit = largest.amax((0, 2)) if batch * seq_q else largest.new_full((heads,), -math.inf)
-    computed = AuxOutput(lse, largest, max_logit, entropy, column_sums)
-    return AuxOutput(*(x if asked else None for x, asked in zip(computed, request, strict=True)))
+    return largest, max_logit, entropy, column_sums
+
+
+@flex.implement("auxiliary")
+@torch.no_grad()
+def _(q, k, bias, sinks, *settings):
+    score, _ = flex.unflat(bias, sinks, settings)
+    return compute(q, k, score)
+
+
+@torch.library.register_fake("flashattn::auxiliary")
+def _(q, k, bias, sinks, *_):
+    batch, heads, seq_q, _ = q.shape
+    shapes = (batch, heads, seq_q), (heads,), (batch, heads, seq_q), (batch, heads, k.shape[2])
+    return tuple(q.new_empty(shape, dtype=ops.lse_dtype(q)) for shape in shapes)

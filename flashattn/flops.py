@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import checks
+from . import checks, flex  # noqa: F401  (which registers operators too)
 from .ops import fields_of
 from .score import Score
 
 
-@register_flop_formula(torch.ops.flashattn.attention_forward, get_raw=True)
+@register_flop_formula([torch.ops.flashattn.attention_forward, torch.ops.flashattn.flex_forward], get_raw=True)
 def forward(q, k, v, bias, sinks, *settings, out_val=None, **_) -> int:
     """q k^T and p v."""
     return 2 * pairs(q, k, settings) * (q.shape[3] + v.shape[3])
@@ -23,6 +23,13 @@ def backward(
 ) -> int:  # fmt: skip
     """q k^T again, the gradients of q, k and v, and that of p."""
     return 2 * pairs(q, k, settings) * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+@register_flop_formula(torch.ops.flashattn.flex_backward, get_raw=True)
+def flex_backward(
+    grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, with_grad_captured, *settings, **_
+) -> int:  # fmt: skip
+    return backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings)
 
 
 def pairs(q, k, settings: tuple) -> int:

@@ -133,13 +133,14 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
     return call
 
 
+def not_twice(ctx, *_):
+    raise RuntimeError("flashattn's gradients cannot be differentiated: a second derivative is not implemented")
+
+
 def gradient(name: str, settings: type, run: Callable) -> Callable:
     """Give the operator `name`, which computes gradients, its implementation, and return the shortest way to call it:
     call(*inputs, settings, backend), as in `differentiable`. Differentiating it raises an error."""
     fields = fields_of(settings)
-
-    def not_twice(ctx, *_):
-        raise RuntimeError("flashattn's gradients cannot be differentiated: a second derivative is not implemented")
 
     torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(
         lambda *flat: run(*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
@@ -177,7 +178,7 @@ CU_SEQLENS = (
 
 
 @torch.library.register_fake("flashattn::attention_forward")
-def _(q, k, v, *settings):
+def fake_forward(q, k, v, *settings):
     packed = settings[-CU_SEQLENS] is not None
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     score = whole(Score(*settings[2:-1]), *settings[:2])
@@ -207,7 +208,7 @@ def sink_gradient(grad_out, grad_lse, out, lse, rest, score: Score) -> Tensor:
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings):
+def fake_backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings):
     packed = settings[-CU_SEQLENS] is not None
     others = (
         lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias if with_grad_bias else None, sinks)

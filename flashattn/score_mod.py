@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import checks, mod_graph
 from .closures import Closure
@@ -46,8 +47,6 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     Raises:
         TypeError: for what is not a function of one score: control flow on it, reductions, mutation.
     """
-    if not callable(function):
-        raise TypeError(f"{name} must be a callable, got {type(function).__name__}")
     closure = Closure(function)
     key = None if closure.key is None else (closure.key, scores)
     with tracing:
@@ -55,6 +54,7 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
             return _traces[key]
         with NumbersRead() as numbers, ListsRead() as lists:
             traced = _trace(name, function, scores)
+        checks.refuse_tangents(*lists.seen)
         # A number read off a tensor, and a tensor computed from others, are as they were in this call.
         read, seen = numbers.found or lists.found, {id(x) for x in closure.tensors}
         if key is not None and not read and all(id(x) in seen for x in traced.captured):
@@ -78,32 +78,56 @@ class NumbersRead(TorchDispatchMode):
 
 
 class ListsRead(TorchFunctionMode):
-    """Likewise where all of them do, for which no operation is called."""
+    """Likewise where all of them do, for which no operation is called. Keeps what may have a tangent: a trace drops
+    it."""
 
-    found = False
+    def __init__(self):
+        super().__init__()
+        self.found, self.seen = False, []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if checks.is_forward_mode():
+            self.seen += tree_leaves((args, kwargs))
         self.found = self.found or function in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
         return function(*args, **(kwargs or {}))
 
 
 def _trace(name: str, function: Callable, scores: int) -> Traced:
+    checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
+    module = _make_fx(name, function, example_scalars(scores))
+    captured = _lift_captured(module)
+    return _of_single_numbers(name, module.graph, scores, captured)
+
+
+def trace_graph(name: str, graph: fx.GraphModule, scores: int, captured: list[Tensor]) -> Traced:
+    """What a callable became elsewhere, which takes what it captured behind its arguments, likewise. Of these
+    only dtypes and shapes count."""
+    module = _make_fx(name, graph, [*example_scalars(scores), *captured], "fake")
+    if any(node.op == "get_attr" for node in module.graph.nodes):
+        raise TypeError(f"{name} must make no tensor of numbers that depends on its arguments")
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for number, node in enumerate(inputs[scores + 4 :]):
+        node.name = node.target = f"captured_{number}"
+    return _of_single_numbers(name, module.graph, scores, tuple(captured))
+
+
+def _make_fx(name: str, function: Callable, examples: list[Tensor], mode: str = "real") -> fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
-    examples = example_scalars(scores)
     try:
         # A tangent is refused by name later.
         with torch._C._DisableAutocast(), forward_ad._set_fwd_grad_enabled(False), mod_graph.IndexByPosition():
-            module = make_fx(function)(*examples)
+            return make_fx(lambda *args: function(*args), tracing_mode=mode)(*examples)  # which counts a method's self
     except Exception as error:
         what = str(error).strip().split("\n")[0]
         raise TypeError(
             f"{name} must be traceable for one score, without control flow on its arguments: {what}"
         ) from error
-    captured = _lift_captured(module)
-    mod_graph.check(name, module.graph, is_mask=scores == 0)
-    before, graph = mod_graph.hoist(module.graph, len(examples))
+
+
+def _of_single_numbers(name: str, graph: fx.Graph, scores: int, captured: tuple[Tensor, ...]) -> Traced:
+    mod_graph.check(name, graph, is_mask=scores == 0)
+    before, graph = mod_graph.hoist(graph, scores + 4)
     mod_graph.join_indices(graph)
     mod_graph.check_numbers(name, graph)
     return Traced(fx.GraphModule({}, graph), captured, None if before is None else fx.GraphModule({}, before))
@@ -135,26 +159,38 @@ def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
     return tuple(captured)
 
 
+def on(name: str, function: Callable, scores: int, device: torch.device) -> Traced | Callable:
+    """A callable for a call on tensors of this device; itself in what Dynamo traces, which traces it then."""
+    if not callable(function):
+        raise TypeError(f"{name} must be a callable, got {type(function).__name__}")
+    if torch.compiler.is_dynamo_compiling():
+        return function
+    return move_numbers(name, trace(name, function, scores), device)
+
+
 def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
     """With all that it captured on q's device. A tensor of one number may be elsewhere, as in PyTorch's own operations
     (torch.tensor(0.5) is on the CPU), and its gradient goes back there; a kernel can only read what is on its GPU."""
-    for x in traced.captured:
-        if x.device == device:
-            continue
-        if x.dim() > 0:
-            raise ValueError(f"{name} must capture tensors on q's device {device}, got one on {x.device}")
-        checks.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
-    captured = tuple(x.to(device) for x in traced.captured)
+    captured = tuple(moved(name, x, device) for x in traced.captured)
     if traced.before is not None:
         with torch._C._DisableAutocast():
             captured = tuple(x.to(device) for x in traced.before(*captured))
     return Traced(traced.graph, captured)
 
 
+def moved(name: str, x: Tensor, device: torch.device) -> Tensor:
+    if x.device == device:
+        return x
+    if x.dim() > 0:
+        raise ValueError(f"{name} must capture tensors on q's device {device}, got one on {x.device}")
+    checks.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
+    return x.to(device)
+
+
 class BlockMask(NamedTuple):
     """What attends, by blocks: `partial` ones as mask_mod says, `full` ones whole, the others not."""
 
-    mask: Traced
+    mask: Traced  # in what Dynamo traces the callable itself
     partial: Tensor  # (batch or 1, heads or 1, blocks of queries, blocks of keys) bool
     full: Tensor
     block_q: int
@@ -191,18 +227,30 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
         raise ValueError(f"block_mask must be on q's device {device}, got {block_mask.kv_num_blocks.device}")
     block_q, block_k = map(_block_size, block_mask.BLOCK_SIZE, (seq_q, seq_k))
     blocks = -(-seq_k // block_k)
-    partial = _dense(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
+    listed_ones = torch.ops.flashattn.listed_blocks if torch.compiler.is_dynamo_compiling() else _dense
+    partial = listed_ones(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None:
-        full = _dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
-    name = "block_mask.mask_mod"
-    mask = move_numbers(name, trace(name, block_mask.mask_mod, 0), device)
+        full = listed_ones(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
+    mask = on("block_mask.mask_mod", block_mask.mask_mod, 0, device)
     return BlockMask(mask, partial, full, block_q, block_k)
 
 
 def _block_size(size: int, seq: int) -> int:
     """A block larger than the sequence is made smaller: memory is taken for what its blocks cover."""
-    return min(size, max(128, 1 << (seq - 1).bit_length()))
+    enough = 128
+    while enough < seq and enough < size:  # each a guard of a graph, which serves other lengths up to the next power
+        enough *= 2
+    return size if size <= enough else enough
+
+
+# In a graph this is one operation, whose sizes are nobody's concern.
+torch.library.define("flashattn::listed_blocks", "(Tensor counts, Tensor indices, SymInt blocks) -> Tensor")
+
+
+@torch.library.register_fake("flashattn::listed_blocks")
+def _(counts, indices, blocks):
+    return indices.new_empty(*indices.shape[:-1], blocks, dtype=torch.bool)
 
 
 def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
@@ -211,3 +259,6 @@ def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     dense = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
     dense.scatter_(-1, torch.where(listed, indices, blocks).long(), True)
     return dense[..., :blocks]
+
+
+torch.library.impl("flashattn::listed_blocks", "CompositeExplicitAutograd")(lambda *args: _dense(*args).contiguous())

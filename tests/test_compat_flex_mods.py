@@ -179,6 +179,17 @@ def test_what_comes_first_is_computed_in_every_call(backend):
     torch.testing.assert_close(changed, expected, rtol=1e-5, atol=1e-5)
 
 
+class Scaled:
+    def mod(self, score, b, h, i, j):
+        return score * 2.0
+
+
+def test_a_method_is_a_callable():
+    q = torch.randn(1, HEADS, SEQ, DIM)
+    out = flex_attention(q, q, q, score_mod=Scaled().mod)
+    torch.testing.assert_close(out, flashattn.attention(q, q, q, scale=2 * DIM**-0.5), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_without_a_mask_mod(backend):
     """`from_kv_blocks` alone: its blocks attend whole, and no other."""

@@ -12,7 +12,9 @@ def follow(out: Tensor, query: Tensor) -> Tensor:
     strides = query.stride()
     if strides[3] != 1 or 0 in strides:
         return out
-    order = sorted(range(3), key=lambda d: strides[d], reverse=True)
+    order: list[int] = []
+    for d in range(3):  # of strides that are symbols Dynamo can compare two, and not sort
+        order.insert(sum(strides[d] <= strides[other] for other in order), d)
     if order == [0, 1, 2]:
         return out.contiguous()
     back = sorted(range(3), key=lambda d: order[d])
