@@ -1,7 +1,7 @@
 """Exact fused softmax attention and LayerNorm/RMSNorm: Triton GPU kernels, a native CPU engine and a reference,
 behind one call each. `python -m flashattn` prints what is usable here."""
 
-from . import flops, ops  # noqa: F401  (they register the operators, and what they count as)
+from . import decode_ops, flops, ops  # noqa: F401  (they register the operators, and what they count as)
 from .attention import attention, attention_varlen
 from .auxiliary import AuxOutput, AuxRequest
 from .backends import use_backend

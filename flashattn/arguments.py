@@ -155,7 +155,7 @@ def check_slopes(slopes, whole: tuple[int, ...], device: torch.device) -> Tensor
     checks.on_device("alibi_slopes", slopes, "q", device)
     checks.refuse_tangents(slopes)
     batch, heads = whole[:2]
-    if slopes.shape not in ((heads,), (batch, heads)):
+    if slopes.shape != (heads,) and slopes.shape != (batch, heads):  # `in` does not compare symbols
         raise ValueError(
             f"alibi_slopes must be (heads,) = ({heads},) or (batch, heads) = {(batch, heads)}, "
             f"got shape {tuple(slopes.shape)}"
@@ -168,7 +168,7 @@ def four_dimensions(name: str, x: Tensor, whole: tuple[int, ...], device: torch.
     checks.refuse_own_operations(name, x)
     checks.on_device(name, x, "q", device)
     shape = (*[1] * (4 - x.dim()), *x.shape)
-    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, whole, strict=True)):
+    if len(shape) != 4 or any(size != 1 and size != full for size, full in zip(shape, whole, strict=True)):
         raise ValueError(
             f"{name} must be broadcastable to (batch, heads, seq_q, seq_k) = {whole}, got shape {tuple(x.shape)}"
         )

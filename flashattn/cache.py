@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +24,40 @@ class Cached(NamedTuple):
     longest: int  # the largest of them; the capacity where they are not known, in the capture of a CUDA graph
 
 
-class KVCache:
+_numbers = itertools.count()
+_caches: weakref.WeakValueDictionary[int, Numbered] = weakref.WeakValueDictionary()
+
+
+class Numbered:
+    """A cache that a graph can name, by a tensor: what it knows of its tokens is not for graphs to see."""
+
+    def __init__(self):
+        outside_graphs("made")
+        number = next(_numbers)
+        _caches[number] = self
+        self._number = torch.tensor(number, device="cpu")
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_number"}
+
+    def __setstate__(self, state: dict) -> None:  # of a copy, which is another cache
+        Numbered.__init__(self)
+        vars(self).update(state)
+
+
+def numbered(number: int) -> Numbered:
+    if number not in _caches:
+        raise ValueError("cache must be one of this process, got one that is gone or of an exported program")
+    return _caches[number]
+
+
+def outside_graphs(what: str) -> None:
+    """Its numbers are not known where a graph is traced, but when it runs."""
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(f"a cache must be {what} outside of what torch.compile traces; decode moves it on inside")
+
+
+class KVCache(Numbered):
     """Contiguous keys and values of one layer, for a batch whose rows may differ in length.
 
     Args:
@@ -43,23 +78,26 @@ class KVCache:
         self, batch: int, kv_heads: int, capacity: int, head_dim: int, head_dim_v: int | None = None, *,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):  # fmt: skip
+        super().__init__()
         self.k, self.v = _memory(batch, kv_heads, capacity, head_dim, head_dim_v, dtype, device)
         self._lengths = [0] * batch
 
     @property
     def lengths(self) -> list[int]:
+        outside_graphs("asked for its lengths")
         return list(self._lengths)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what lies at and past `lengths`, one number a row; 0 empties a row."""
+        outside_graphs("truncated")
         if len(lengths) != len(self._lengths):
             raise ValueError(f"lengths must be one number for each of {len(self._lengths)} rows, got {len(lengths)}")
         for length, present in zip(lengths, self._lengths, strict=True):
             _check_length(length, present)
         self._lengths = list(lengths)
 
-    def _grow(self, new: list[int]) -> Cached:
-        """Make room for so many new tokens a row, or raise before anything changes."""
+    def _grow(self, new: list[int], k: Tensor, v: Tensor) -> Cached:
+        """Make room for so many new tokens a row in this memory, or raise before anything changes."""
         capacity, before = self.k.shape[2], self._lengths
         after = [a + b for a, b in zip(before, new, strict=True)]
         for row, length in enumerate(after):
@@ -69,10 +107,10 @@ class KVCache:
                     f"{new[row]} are new"
                 )
         self._lengths = after
-        return _cached(self.k, self.v, None, before, after)
+        return _cached(k, v, None, before, after)
 
 
-class PagedKVCache:
+class PagedKVCache(Numbered):
     """Keys and values of one layer in pages of a common pool, for sequences that come and go and may share pages.
 
     Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023).
@@ -100,6 +138,7 @@ class PagedKVCache:
         self, pages: int, page_size: int, kv_heads: int, head_dim: int, head_dim_v: int | None = None, *,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):  # fmt: skip
+        super().__init__()
         self.k, self.v = _memory(pages, kv_heads, page_size, head_dim, head_dim_v, dtype, device)
         self.page_size = page_size
         self._free = list(range(pages - 1, -1, -1))  # taken from the end
@@ -110,22 +149,27 @@ class PagedKVCache:
 
     @property
     def free_pages(self) -> int:
+        outside_graphs("asked for its pages")
         return len(self._free)
 
     @property
     def sequences(self) -> list[int]:
+        outside_graphs("asked for its sequences")
         return list(self._pages)
 
     def length(self, sequence: int) -> int:
+        outside_graphs("asked for its lengths")
         self._check(sequence)
         return self._lengths[sequence]
 
     def add(self) -> int:
         """Begin an empty sequence; returns its number."""
+        outside_graphs("given a sequence")
         return self._new([], 0)
 
     def fork(self, sequence: int) -> int:
         """Begin a sequence with the tokens of another, whose pages they share; returns its number."""
+        outside_graphs("forked")
         self._check(sequence)
         for page in self._pages[sequence]:
             self._users[page] += 1
@@ -138,6 +182,7 @@ class PagedKVCache:
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what lies at and past `length`."""
+        outside_graphs("truncated")
         self._check(sequence)
         _check_length(length, self._lengths[sequence])
         pages, kept = self._pages[sequence], self._pages_for(length)
@@ -148,6 +193,8 @@ class PagedKVCache:
 
     def select(self, sequences: Sequence[int]) -> Selection:
         """These sequences as the batch of a `decode`, in this order."""
+        if torch.compiler.is_dynamo_compiling():  # the graph does it, and checks them, when it runs
+            return Selection(self, tuple(sequences))
         for sequence in sequences:
             self._check(sequence)
         if len(set(sequences)) != len(sequences):
@@ -193,8 +240,8 @@ class PagedKVCache:
                 copies.append(sequence)
         return copies
 
-    def _grow(self, sequences: Sequence[int], new: list[int]) -> Cached:
-        """Make room for so many new tokens each, or raise before anything changes."""
+    def _grow(self, sequences: Sequence[int], new: list[int], k: Tensor, v: Tensor) -> Cached:
+        """Make room for so many new tokens each in this memory, or raise before anything changes."""
         before = [self._lengths[s] for s in sequences]
         after = [a + b for a, b in zip(before, new, strict=True)]
         copies = self._copies(sequences, new)
@@ -207,7 +254,7 @@ class PagedKVCache:
                 f"{len(self._free)} are free"
             )
         for sequence in copies:
-            self._copy_last_page(sequence)
+            self._copy_last_page(sequence, k, v)
         for sequence, length in zip(sequences, after, strict=True):
             pages = self._pages[sequence]
             pages.extend(self._take() for _ in range(self._pages_for(length) - len(pages)))
@@ -215,11 +262,11 @@ class PagedKVCache:
         tables = [self._pages[s] for s in sequences]
         width = max([1, *map(len, tables)])
         table = int32_on(self.k.device, [pages + [0] * (width - len(pages)) for pages in tables])
-        return _cached(self.k, self.v, table.view(len(tables), width), before, after)
+        return _cached(k, v, table.view(len(tables), width), before, after)
 
-    def _copy_last_page(self, sequence: int) -> None:
+    def _copy_last_page(self, sequence: int, k: Tensor, v: Tensor) -> None:
         shared, own = self._pages[sequence][-1], self._take()
-        self.k[own], self.v[own] = self.k[shared], self.v[shared]
+        k[own], v[own] = k[shared], v[shared]
         self._pages[sequence][-1] = own
         self._give_back(shared)
 
@@ -242,8 +289,8 @@ class Selection(NamedTuple):
     def lengths(self) -> list[int]:
         return [self.cache.length(s) for s in self.sequences]
 
-    def _grow(self, new: list[int]) -> Cached:
-        return self.cache._grow(self.sequences, new)
+    def _grow(self, new: list[int], k: Tensor, v: Tensor) -> Cached:
+        return self.cache._grow(self.sequences, new, k, v)
 
 
 def _memory(rows, kv_heads, seq, head_dim, head_dim_v, dtype, device) -> tuple[Tensor, Tensor]:

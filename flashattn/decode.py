@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments, autocast, backends, checks
+from . import arguments, autocast, backends, checks, ops
 from .backends import BACKENDS
 from .cache import Cached, KVCache, PagedKVCache, Selection
 from .score import Score
@@ -84,41 +84,78 @@ def decode(
     >>> flashattn.decode(q, cache, k, v).shape
     torch.Size([1, 4, 1, 32])
     """
-    if isinstance(cache, PagedKVCache):
-        cache = cache.select(cache.sequences)
-    if not isinstance(cache, (KVCache, Selection)):
+    if not isinstance(cache, (KVCache, PagedKVCache, Selection)):
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
-    checks.refuse_capture("cache", "a replay would not move its lengths on; flash_attn_with_kvcache can be captured")
+    in_graph = torch.compiler.is_dynamo_compiling()
+    if isinstance(cache, PagedKVCache) and not in_graph:
+        cache = cache.select(cache.sequences)
     if autocast.is_on(q):
         q, k, v = autocast.cast(cache.k.dtype, q, k, v)
     _check_inputs(q, cache, k, v, dropout_p)
-    batch, heads, seq_q, head_dim = q.shape
+    scale = q.shape[3] ** -0.5 if scale is None else arguments.check_scale(scale)
+    window = (None, None) if window is None else arguments.check_window(window)
+    backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3]))
+    how = How(causal, *window, mask, bias, alibi_slopes, softcap, sinks, q_lengths, scale, backend)
+    if in_graph:
+        out, lse = _step_in_graph(q, cache, k, v, rotary, how)
+    else:
+        checks.refuse_capture("cache", NOT_CAPTURED)
+        out, lse = step(q, cache, (cache.k, cache.v), k, v, rotary, how)
+    return (out, lse) if return_lse else out
+
+
+NOT_CAPTURED = "a replay would not move its lengths on; flash_attn_with_kvcache can be captured"
+
+
+class How(NamedTuple):
+    """The options of a `decode`."""
+
+    causal: bool
+    left: int | None
+    right: int | None
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    q_lengths: Tensor | None
+    scale: float
+    backend: str
+
+
+def _step_in_graph(q, cache, k, v, rotary, how: How) -> tuple[Tensor, Tensor]:
+    """`step` when the graph runs: lengths and pages are those of that time."""
+    kept, sequences = (cache.cache, cache.sequences) if isinstance(cache, Selection) else (cache, None)
+    if rotary is not None:
+        check_rotary(rotary, q, 0)
+    cos, sin, interleaved = (None, None, False) if rotary is None else rotary
+    return torch.ops.flashattn.step(q, kept.k, kept.v, k, v, kept._number, sequences, cos, sin, interleaved, *how)
+
+
+def step(
+    q: Tensor, cache: KVCache | Selection, memory: tuple[Tensor, Tensor], k: Tensor | None, v: Tensor | None,
+    rotary: Rotary | None, how: How,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`decode` of checked inputs, (out, lse). `memory`: the cache's k and v, or copies in which a graph writes."""
+    batch, heads, seq_q, _ = q.shape
     lengths = cache.lengths
-    counts = _counts(q_lengths, batch, seq_q)
+    counts = _counts(how.q_lengths, batch, seq_q)
     new = [0] * batch if k is None else counts
     after = [a + b for a, b in zip(lengths, new, strict=True)]
     if rotary is not None:
         check_rotary(rotary, q, max(after, default=0))
         if any(count > length for count, length in zip(counts, after, strict=True)):
             raise ValueError("q must not have more tokens than the cache, whose last they are, where none are new")
-    left, right = (None, None) if window is None else arguments.check_window(window)
-    score = Score(
-        head_dim**-0.5 if scale is None else arguments.check_scale(scale),
-        left,
-        0 if causal else right,
-        None if q_lengths is None else checks.int32_on(q.device, counts),
-    )
+    q_counts = None if how.q_lengths is None else checks.int32_on(q.device, counts)
+    score = Score(how.scale, how.left, 0 if how.causal else how.right, q_counts)
     whole = (batch, heads, seq_q, max(after, default=0))
-    score = arguments.modified(score, whole, q.device, mask, alibi_slopes, softcap, 0.0, None)
-    if bias is not None:
-        bias = arguments.check_bias(bias, q, whole)
-    if sinks is not None:
-        arguments.check_sinks(sinks, q)
-    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, cache.v.shape[3]))
-    cached = cache._grow(new)
-    score = score._replace(kv_lengths=cached.lengths, bias=bias, sinks=sinks)
-    out, lse = append_and_attend(q, cached, k, v, rotary, score, backend)
-    return (out, lse) if return_lse else out
+    score = arguments.modified(score, whole, q.device, how.mask, how.alibi_slopes, how.softcap, 0.0, None)
+    bias = None if how.bias is None else arguments.check_bias(how.bias, q, whole)
+    if how.sinks is not None:
+        arguments.check_sinks(how.sinks, q)
+    cached = cache._grow(new, *memory)
+    score = score._replace(kv_lengths=cached.lengths, bias=bias, sinks=how.sinks)
+    return append_and_attend(q, cached, k, v, rotary, score, how.backend)
 
 
 def append_and_attend(
@@ -126,6 +163,19 @@ def append_and_attend(
 ) -> tuple[Tensor, Tensor]:
     """`decode` of checked arguments, in a cache that has room."""
     checks.refuse_tangents(q, cached.k, cached.v, k, v, score.bias, score.sinks, *(rotary or ()))
+    if not (ops.is_watched() or q.is_meta):
+        return run(q, cached, k, v, rotary, score, backend)
+    checks.refuse_onnx("decode")
+    cos, sin, interleaved = (None, None, False) if rotary is None else rotary
+    return torch.ops.flashattn.decode(
+        q, cached.k, cached.v, k, v, cached.page_table, cached.starts, cached.longest, cos, sin, interleaved,
+        score.bias, score.sinks, *score[: ops.fields_of(Score)], backend,
+    )  # fmt: skip
+
+
+def run(
+    q: Tensor, cached: Cached, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
+) -> tuple[Tensor, Tensor]:
     verbs = BACKENDS[backend]
     if k is not None:
         q = verbs.append(q, k, v, cached, score.q_lengths, rotary)
@@ -133,6 +183,12 @@ def append_and_attend(
         starts = cached.lengths - (q.shape[2] if score.q_lengths is None else score.q_lengths)
         q = verbs.rotate(q, starts, score.q_lengths, rotary)
     return verbs.decode(q, cached, score)
+
+
+def rotate(x: Tensor, starts: Tensor, rotary: Rotary, backend: str) -> Tensor:
+    if not (ops.is_watched() or x.is_meta):
+        return BACKENDS[backend].rotate(x, starts, None, rotary)
+    return torch.ops.flashattn.rotate(x, starts, *rotary, backend)
 
 
 def _counts(q_lengths: Tensor | None, batch: int, seq_q: int) -> list[int]:
@@ -159,8 +215,8 @@ def _check_inputs(q, cache, k, v, dropout_p) -> None:
             raise ValueError(f"{name} must not require a gradient: decode is for inference; use torch.no_grad()")
     batch, heads, seq_q, head_dim = q.shape
     kv_heads = cache.k.shape[1]
-    if batch != len(cache.lengths):
-        raise ValueError(f"q must have the cache's batch {len(cache.lengths)}, got {batch}")
+    if not torch.compiler.is_dynamo_compiling():  # else the operator does
+        check_batch(q, cache)
     if heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"q must have a number of heads that the cache's {kv_heads} divide, got {heads}")
     if head_dim != cache.k.shape[3]:
@@ -169,6 +225,11 @@ def _check_inputs(q, cache, k, v, dropout_p) -> None:
         expected = (batch, kv_heads, seq_q, kept.shape[3])
         if x is not None and x.shape != expected:
             raise ValueError(f"{name} must be (batch, kv_heads, seq_q, dim) = {expected}, got shape {tuple(x.shape)}")
+
+
+def check_batch(q: Tensor, cache: KVCache | Selection) -> None:
+    if q.shape[0] != len(cache.lengths):
+        raise ValueError(f"q must have the cache's batch {len(cache.lengths)}, got {q.shape[0]}")
 
 
 def check_rotary(rotary, q: Tensor, positions: int) -> None:

@@ -219,7 +219,7 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
         raise TypeError(f"block_mask must be a BlockMask of create_block_mask, got {type(block_mask).__name__}")
     size, wanted = tuple(block_mask.shape), (batch, heads, seq_q, seq_k)
     of_any_length = tuple(block_mask.BLOCK_SIZE) == (ANY_LENGTH, ANY_LENGTH)
-    if any(s not in (1, w) for s, w in zip(size[:2], wanted[:2], strict=True)) or (
+    if any(s != 1 and s != w for s, w in zip(size[:2], wanted[:2], strict=True)) or (
         size[2:] != wanted[2:] and not of_any_length
     ):
         raise ValueError(f"block_mask must be made for (batch or 1, heads or 1, seq_q, seq_k) = {wanted}, got {size}")

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import flashattn
 from flashattn import flex
 from flashattn.arguments import with_callables
+from flashattn.compat.flash_attn import flash_attn_func
 from flashattn.compat.flex import flex_attention
+from flashattn.compat.sdpa import scaled_dot_product_attention
 from flashattn.score import Score
 
 OPS = torch.ops.flashattn
@@ -187,6 +189,24 @@ def test_autocast():
     tensors = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(compiled(step)(*tensors), step(*tensors))
+
+
+def test_sizes_that_are_symbols():
+    """Where shapes and strides are compared."""
+
+    def step(q, k, v, slopes, mask):
+        flash = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), alibi_slopes=slopes, window_size=(3, 1))
+        return flash, scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    ours, frames = compiled(step, dynamic=True), 0
+    for seq in (20, 33):
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(seq, requires_grad=False)]
+        others = torch.rand(4), torch.rand(seq, seq) > 0.2
+        found, expected = ours(*tensors, *others), step(*tensors, *others)
+        assert_same(found, expected)
+        assert [x.stride() for x in found] == [x.stride() for x in expected]
+        frames = frames or ours.counter.frame_count
+    assert ours.counter.frame_count == frames
 
 
 WRONG = {

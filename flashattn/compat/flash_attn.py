@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import arguments, autocast, backends, checks
 from ..attention import attention, attention_varlen
 from ..cache import Cached
-from ..decode import Rotary, append_and_attend, check_rotary
+from ..decode import Rotary, append_and_attend, check_rotary, rotate
 from ..errors import as_torch_raises
 from ..score import Score
 
@@ -294,7 +294,7 @@ def flash_attn_with_kvcache(
     cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
     if rotary is not None and not causal and window == (None, None):
         q = _rotated_by_one(q, starts, rotary, backend)
-        k = backends.BACKENDS[backend].rotate(k, starts, None, rotary)
+        k = rotate(k, starts, rotary, backend)
         rotary = None
     out, lse = append_and_attend(q, cached, k, v, rotary, score, backend)
     out = out.transpose(1, 2)
@@ -305,7 +305,7 @@ def _rotated_by_one(q: Tensor, starts: Tensor, rotary: Rotary, backend: str) -> 
     """Every query of a row by the same position."""
     batch, heads, seq_q, head_dim = q.shape
     each = q.transpose(1, 2).reshape(batch * seq_q, heads, 1, head_dim)
-    each = backends.BACKENDS[backend].rotate(each, starts.repeat_interleave(seq_q), None, rotary)
+    each = rotate(each, starts.repeat_interleave(seq_q), rotary, backend)
     return each.view(batch, seq_q, heads, head_dim).transpose(1, 2)
 
 
@@ -320,8 +320,9 @@ def _cache_lengths(
             raise ValueError(f"cache_seqlens must be between 0 and the capacity {capacity}, got {cache_seqlens}")
         return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device), cache_seqlens + new
     starts = arguments.check_lengths("cache_seqlens", cache_seqlens, batch, capacity, device)
-    # (A graph that is compiled ends here, so that they are checked.)
-    if checks.is_capturing() or not (torch.compiler.is_compiling() or checks.has_data(cache_seqlens)):
+    if not checks.has_data(cache_seqlens):  # (The operator checks what it reads on the CPU.)
+        return (starts.clamp(0, max(0, capacity - new)) if starts.is_cuda else starts), max(capacity, new)
+    if checks.is_capturing():
         return starts.clamp(0, max(0, capacity - new)), max(capacity, new)
     lengths = cache_seqlens.tolist()
     if min(lengths, default=0) < 0:
