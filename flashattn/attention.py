@@ -236,7 +236,10 @@ def _nested(q, k, v, q_lengths, kv_lengths, return_lse, **options):
     )
     (rows_q, starts_q), (rows_k, starts_k), (rows_v, starts_v) = map(nested.pack, (q, k, v))
     nested.check_same("v", starts_v, "k", starts_k)
-    out = attention_varlen(rows_q, rows_k, rows_v, starts_q.int(), starts_k.int(), return_lse=return_lse, **options)
+    longest = map(nested.longest, (rows_q, rows_k))
+    out = attention_varlen(
+        rows_q, rows_k, rows_v, starts_q.int(), starts_k.int(), *longest, return_lse=return_lse, **options
+    )
     if not return_lse:
         return nested.unpack(out, starts_q, q.layout).transpose(1, 2)
     results = out[0], out[1].transpose(0, 1)

@@ -15,7 +15,12 @@ def is_on(x) -> bool:
     if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return False
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _is_available(kind) and torch.is_autocast_enabled(kind)
+
+
+@torch.compiler.assume_constant_result  # Dynamo before 2.12 cannot trace it
+def _is_available(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def attention_inputs(q, *others) -> tuple:

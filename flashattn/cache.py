@@ -53,7 +53,7 @@ def numbered(number: int) -> Numbered:
 
 def outside_graphs(what: str) -> None:
     """Its numbers are not known where a graph is traced, but when it runs."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_compiling():
         raise RuntimeError(f"a cache must be {what} outside of what torch.compile traces; decode moves it on inside")
 
 
@@ -193,7 +193,7 @@ class PagedKVCache(Numbered):
 
     def select(self, sequences: Sequence[int]) -> Selection:
         """These sequences as the batch of a `decode`, in this order."""
-        if torch.compiler.is_dynamo_compiling():  # the graph does it, and checks them, when it runs
+        if torch.compiler.is_compiling():  # the graph does it, and checks them, when it runs
             return Selection(self, tuple(sequences))
         for sequence in sequences:
             self._check(sequence)

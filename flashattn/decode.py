@@ -63,6 +63,9 @@ def decode(
             appended, and give out 0 and lse -inf. Best on the CPU, where reading it waits for nothing.
         mask, bias: broadcastable to (batch, heads, seq_q, seq_k), seq_k the longest length after appending.
 
+    A graph of `torch.compile` moves the cache on when it runs, whatever its lengths and pages are then; a cache's own
+    methods, but for `select`, are for outside of it.
+
     window, alibi_slopes, softcap, sinks and scale are those of `attention`; the diagonal ends at the last new token and
     the last key of each sequence.
 
@@ -86,7 +89,7 @@ def decode(
     """
     if not isinstance(cache, (KVCache, PagedKVCache, Selection)):
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
-    in_graph = torch.compiler.is_dynamo_compiling()
+    in_graph = torch.compiler.is_compiling()
     if isinstance(cache, PagedKVCache) and not in_graph:
         cache = cache.select(cache.sequences)
     if autocast.is_on(q):
@@ -215,7 +218,7 @@ def _check_inputs(q, cache, k, v, dropout_p) -> None:
             raise ValueError(f"{name} must not require a gradient: decode is for inference; use torch.no_grad()")
     batch, heads, seq_q, head_dim = q.shape
     kv_heads = cache.k.shape[1]
-    if not torch.compiler.is_dynamo_compiling():  # else the operator does
+    if not torch.compiler.is_compiling():  # else the operator does
         check_batch(q, cache)
     if heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"q must have a number of heads that the cache's {kv_heads} divide, got {heads}")

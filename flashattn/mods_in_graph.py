@@ -7,13 +7,11 @@ the plain operator in its place, with each graph module as text: what is compile
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import mod_graph, mod_text, score_mod
 
@@ -113,21 +111,7 @@ def as_tensor(value: Tensor | torch.SymInt | torch.SymFloat, q: Tensor) -> Tenso
 
 def retraced(name: str, graph: fx.GraphModule, scores: int, values: list[Tensor], any_size: int):
     """(text, before): as `score_mod.trace` does it, of tensors that have the dtypes and dimensions of these."""
-    with without_modes(), score_mod.tracing:
-        traced = score_mod.trace_graph(name, graph, scores, [stand_in(x, any_size) for x in values])
-        return mod_text.write(traced.graph.graph, scores + 4), traced.before
-
-
-@contextlib.contextmanager
-def without_modes() -> Iterator[None]:
-    """Nothing of what is done within is seen by who traces."""
-    with contextlib.ExitStack() as removed:
-        for _ in range(torch._C._len_torch_function_stack()):
-            removed.enter_context(torch.overrides._pop_mode_temporarily())
-        removed.enter_context(_disable_current_modes())
-        yield
-
-
-def stand_in(x: Tensor, any_size: int) -> Tensor:
-    shape = [size if isinstance(size, int) else any_size for size in x.shape]
-    return torch.zeros((), dtype=x.dtype, device="cpu").expand(shape)
+    shapes = [(x.dtype, [size if isinstance(size, int) else any_size for size in x.shape]) for x in values]
+    with score_mod.tracing:
+        traced = score_mod.in_clean_thread(score_mod.trace_graph, name, graph, scores, shapes)
+    return mod_text.write(traced.graph.graph, scores + 4), traced.before

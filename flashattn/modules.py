@@ -195,7 +195,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         nested.check_same("value", starts_v, "key", starts_k)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        out = attention_varlen(q, k, v, starts_q.int(), starts_k.int(), dropout_p=dropout_p)
+        longest = map(nested.longest, (q, k))
+        out = attention_varlen(q, k, v, starts_q.int(), starts_k.int(), *longest, dropout_p=dropout_p)
         out = functional.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
         return nested.unpack(out, starts_q, query.layout)
 

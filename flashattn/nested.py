@@ -33,6 +33,11 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), torch.tensor([0, *(part.shape[0] for part in parts)], device=x.device).cumsum(0)
 
 
+def longest(rows: Tensor) -> int | None:
+    """What to say of the longest sequence: in a graph, where lengths are not read, that none is longer than all."""
+    return rows.shape[0] if torch.compiler.is_compiling() else None
+
+
 def check_same(name: str, starts: Tensor, other_name: str, other: Tensor) -> None:
     """That two nested tensors have sequences of the same lengths."""
     if starts is not other and not torch.equal(starts, other):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .score_mod import BlockMask, Traced
 
 # The part of an operator's schema that carries a Score: one entry a field, in Score's order, up to bias. Bias and sinks
-# get gradients, so operators take them beside q, k and v; callables and what they capture do not go through operators.
+# get gradients, so operators take them beside q, k and v. Those of `flex.py` take callables too, as text.
 SCHEMA = (
     "float scale, SymInt? left, SymInt? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
     "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, SymInt? max_seqlen_q, SymInt? max_seqlen_k"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,13 @@ class ListsRead(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def in_clean_thread(function: Callable, *args):
+    """The function's result, from a thread with no modes and with every dispatch key: who asks may be in the middle of
+    PyTorch's own tracing, or in an operator, below autograd."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
 def _trace(name: str, function: Callable, scores: int) -> Traced:
     checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
     module = _make_fx(name, function, example_scalars(scores))
@@ -99,9 +107,9 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
     return _of_single_numbers(name, module.graph, scores, captured)
 
 
-def trace_graph(name: str, graph: fx.GraphModule, scores: int, captured: list[Tensor]) -> Traced:
-    """What a callable became elsewhere, which takes what it captured behind its arguments, likewise. Of these
-    only dtypes and shapes count."""
+def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tuple[torch.dtype, list[int]]]) -> Traced:
+    """What a callable became elsewhere; behind its arguments it takes what it captured, of these dtypes and sizes."""
+    captured = [torch.zeros((), dtype=dtype, device="cpu").expand(shape) for dtype, shape in shapes]
     module = _make_fx(name, graph, [*example_scalars(scores), *captured], "fake")
     if any(node.op == "get_attr" for node in module.graph.nodes):
         raise TypeError(f"{name} must make no tensor of numbers that depends on its arguments")

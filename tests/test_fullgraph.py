@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from common import device_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import and_masks
 from torch.nn.attention.flex_attention import create_block_mask as torch_block_mask
@@ -179,6 +180,28 @@ def test_inductor():
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.interpreter
+def test_triton():
+    """Whose kernels are made from the text, in the operator, and which decodes too."""
+    with device_of("triton") as device, flashattn.use_backend("triton"):
+        table = torch.randn(2, 40, requires_grad=True)
+        block_mask = torch_block_mask(causal, None, None, 20, 20, device)
+        q, k, v = (torch.randn(1, heads, 20, 16, requires_grad=True) for heads in (2, 1, 1))
+
+        def attend(q, k, v):
+            mod = lambda score, b, h, i, j: torch.tanh(score) + table[h, i - j + 20]  # noqa: E731
+            return flashattn.attention(q, k, v, score_mod=mod, block_mask=block_mask).square().sum()
+
+        gradients = (torch.autograd.grad(f(q, k, v), (q, k, v, table)) for f in (compiled(attend), attend))
+        assert_same(*gradients)
+
+        def step(cache, q, k, v):
+            return flashattn.decode(q.detach(), cache, k.detach(), v.detach(), return_lse=True)
+
+        caches = (flashattn.KVCache(1, 1, 30, 16, device=device) for _ in range(2))
+        assert_same(*(f(cache, q, k, v) for f, cache in zip((compiled(step), step), caches, strict=True)))
+
+
 def test_autocast():
     """A table that is computed from what was captured is computed as without a graph: without autocast."""
     table = torch.randn(4, 4)
@@ -207,6 +230,25 @@ def test_sizes_that_are_symbols():
         assert [x.stride() for x in found] == [x.stride() for x in expected]
         frames = frames or ours.counter.frame_count
     assert ours.counter.frame_count == frames
+
+
+def test_nested_tensors():
+    """Whose lengths a graph does not read."""
+    layer = flashattn.MultiheadAttention(16, 2, batch_first=True)
+
+    def step(x):
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        heads = flashattn.attention(heads, heads, heads, causal=True).transpose(1, 2)
+        return layer(x, x, x, need_weights=False)[0].values() + heads.values().flatten(1)
+
+    ours = compiled(step, dynamic=True)
+    for lengths in ((3, 5), (7, 2)):
+        rows = [torch.randn(n, 16) for n in lengths]
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+        found, expected = ours(x), step(x)
+        torch.testing.assert_close(found, expected)
+        gradients = (torch.autograd.grad(out.square().sum(), x)[0].values() for out in (found, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 WRONG = {

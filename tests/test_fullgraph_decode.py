@@ -175,6 +175,21 @@ def test_a_copy_is_another_cache(duplicate):
     assert torch.equal(cache.k[:, :, :3], other.k[:, :, :3])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_step_moves_the_cache_on(strict):
+    cache, arguments = contiguous(), step_inputs(2)
+
+    class Step(torch.nn.Module):
+        def forward(self, q, k, v):
+            return step(cache, q, k, v)
+
+    program = torch.export.export(Step(), tuple(arguments), strict=strict).module()
+    assert cache.lengths == [0, 0]
+    for _ in range(2):
+        program(*arguments)
+    assert cache.lengths == [4, 4]
+
+
 def test_what_an_operator_got_of_a_cache_that_is_gone():
     number = contiguous()._number
     q, k, v = step_inputs(1)

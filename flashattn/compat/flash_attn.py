@@ -222,8 +222,9 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: (positions, n), n at most head_dim / 2. k is rotated by its positions; q likewise where
             causal or in a window, else all of it by position cache_seqlens.
         cache_seqlens: (batch,) int32 or one int: tokens that the cache has; None: all of capacity. A tensor on a GPU is
-            read back, but for the capture of a CUDA graph: then it is clamped, a replay reads it anew, and rotary_cos
-            has a row for each position of capacity (and of queries past it, where they are more than new keys).
+            read back, but in a CUDA graph and one of torch.compile: there it is clamped, and each run reads it anew. In
+            these, on the CPU too, rotary_cos has a row for each position of capacity (and of queries past it, where
+            they are more than new keys).
         cache_batch_idx: (batch,) int32: which row of the cache belongs to a row of q.
         cache_leftpad: (batch,) int32: where the tokens of a row of the cache begin.
         block_table: (batch, n) int32.

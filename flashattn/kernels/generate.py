@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
-from ..score_mod import example_scalars, tracing
+from ..score_mod import example_scalars, in_clean_thread, tracing
 from .scores import BlocksArgs, ModArgs, plane_arg, tanh
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
         return None
     with tracing:
         if mod.graph not in _mods:
-            slope = derivative(mod.graph, mod.captured)
+            slope = in_clean_thread(derivative, mod.graph, mod.captured)
             _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, slope))
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
 
