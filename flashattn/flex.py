@@ -179,7 +179,8 @@ def _(q, k, v, bias, sinks, *settings):
 
 @torch.library.register_fake("flashattn::flex_forward")
 def _(q, k, v, bias, sinks, *settings):
-    return ops.fake_forward(q, k, v, bias, sinks, *settings[: FIELDS + 1])
+    out, lse, rest = ops.fake_forward(q, k, v, bias, sinks, *settings[: FIELDS + 1])
+    return out, lse, rest if settings[-3] is None else lse.new_empty(lse.shape)  # no score_mod leaves scores raw
 
 
 def _context(ctx, inputs, output):
