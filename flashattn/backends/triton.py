@@ -130,7 +130,8 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     batches, seq_q, seq_k = score.sizes(q, k)
     args = ScoreArgs(
         score.scale, *score.bounds(0, 0), score.q_lengths, score.kv_lengths, score.softcap,
-        None if score.softcap is None else min(1 / score.softcap, LARGEST), score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
+        None if score.softcap is None else min(1 / score.softcap, LARGEST),
+        score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
         None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),

@@ -41,8 +41,8 @@ def fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE
 
 @triton.jit
 def close(m_i, l_i, score, head):
-    """(l, alpha, lse, rest) once every key is folded in: the sum of the weights, 0 where there are none, what the output
-    so far is multiplied by where a sink joins, and the two parts of the sum's logarithm."""
+    """(l, alpha, lse, rest) once every key is folded in: the sum of the weights, 0 where there are none, what the
+    output so far is multiplied by where a sink joins, and the two parts of the sum's logarithm."""
     alpha = 1.0
     if score.sinks is not None:
         m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head), score.raw)

@@ -1,6 +1,6 @@
-"""The online softmax. Scores and their maxima stay in natural units, so that a difference of two is as exact as they are
-and none near the end of float32 becomes infinite: e^(s - m) = 2^((s - m) log2(e)). Raw scores, q.k of 16-bit numbers,
-are multiplied to base 2 on the way: one multiply-add and one exp2 a score."""
+"""The online softmax. Scores and their maxima stay in natural units, so that a difference of two is as exact as they
+are and none near the end of float32 becomes infinite: e^(s - m) = 2^((s - m) log2(e)). Raw scores, q.k of 16-bit
+numbers, go to base 2 on the way: one multiply-add and one exp2 a score."""
 
 import triton
 import triton.language as tl
@@ -60,8 +60,8 @@ def join_sink(m_i, l_i, sink, RAW: tl.constexpr):
 
 @triton.jit
 def logsumexp(m_i, l_i, RAW: tl.constexpr):
-    """(lse, rest) of a row: the natural logarithm of its sum, -inf where nothing was attended to, and what rounding took
-    from it, with which e^(s - lse - rest) sums to one however large the scores are. Raw scores have no rest."""
+    """(lse, rest) of a row: the natural logarithm of its sum, -inf where nothing was attended to, and what rounding
+    took from it, with which e^(s - lse - rest) sums to one however large the scores are. Raw scores have no rest."""
     log = tl.log2(l_i)
     if RAW:
         lse = (m_i + log) * LN2
