@@ -16,6 +16,7 @@ import test_extreme_scores
 import test_norm
 import test_varlen
 from ptx_text import STRICT
+from torch.nn.attention.flex_attention import BlockMask
 
 import flashattn
 from bench import ptx
@@ -157,6 +158,28 @@ def test_norm_of_very_wide_rows(gpu, center, monkeypatch):
 def test_score_mod_and_block_mask(gpu, mod, block_mask):
     test_compat_flex.test_gradients_against_float64(torch.bfloat16, mod, block_mask, "triton")
     assert ran(gpu) >= BACKWARD
+
+
+@pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("options", [dict(scale=-0.25), dict(softcap=2.0)], ids=str)
+def test_queries_whose_blocks_are_all_hidden(gpu, options):
+    """By the list of blocks alone; kernels in roles begin with a tile even there."""
+    counts, indices = torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([[[[0, 1]] * 2]], dtype=torch.int32)
+    block_mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=128)
+    q, k, v = (torch.randn(1, 1, 256, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    ours, reference = (
+        (out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+        for out in (attend_on(backend, q, k, v, block_mask=block_mask, **options) for backend in ("triton", "cpu"))
+    )
+    assert in_roles(gpu) == BACKWARD
+    assert not any(x[:, :, :128].any() for x in ours[:2])
+    for x, y in zip(ours, reference, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.02, atol=0.02)
+
+
+def attend_on(backend: str, *args, **options):
+    with flashattn.use_backend(backend):
+        return flashattn.attention(*args, **options)
 
 
 def test_hidden_pairs_read_nothing_outside_of_what_is_captured(gpu):

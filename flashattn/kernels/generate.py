@@ -166,7 +166,7 @@ class Printer(NamedTuple):
 
     def constant(self, number: float, dtype: torch.dtype) -> str:
         if dtype == torch.bool:  # not Python's own: a mask must be a tensor
-            return f"tl.full((), {bool(number)}, tl.int1)"
+            return f"tl.cast({bool(number)}, tl.int1)"
         return self.value(float(number) if dtype.is_floating_point else int(number))
 
     def power(self, base: fx.Node, exponent: float) -> str:

@@ -38,7 +38,7 @@ from .hopper import (
     tile_start,
     wait_full,
 )
-from .scores import SIZES, block_state, looks
+from .scores import SIZES, Sequence, block_state, looks
 from .tiles import one_head
 
 
@@ -96,15 +96,13 @@ def produce(q, k, v, rings, landing, score, sizes, items, PERSISTENT: gl.constex
 
 
 @gluon.jit
-def softmax(products, m_i, l_i, score, work, start_m, start_n, EDGE: gl.constexpr):
+def softmax(products, m_i, l_i, score, work, seq, start_m, start_n, EDGE: gl.constexpr):
     """(weights, alpha, m_i, l_i) of one key tile from q k^T."""
     LAYOUT: gl.constexpr = products.type.layout
     queries = start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     keys = start_n + gl.arange(0, products.shape[1], gl.SliceLayout(0, LAYOUT))
     state = block_state(score, work.batch, work.head, work.start_m, start_n)
-    return fold(
-        products, m_i, l_i, score, work.seq, work.batch, work.head, queries[:, None], keys[None, :], state, EDGE
-    )
+    return fold(products, m_i, l_i, score, seq, work.batch, work.head, queries[:, None], keys[None, :], state, EDGE)
 
 
 @gluon.jit
@@ -146,7 +144,7 @@ def step(
     s = warpgroup_mma_wait(1, deps=(s,))
     release(rings.k, number)
     start_n = tile_start(work.tiles, index, s.shape[1])
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, start_m, start_n, EDGE)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, work.seq, start_m, start_n, EDGE)
     weights = dropped(weights, score, work, start_m, start_n)
     # The next V tile is waited for here: what waits ends a block of code, so that the assembler cannot move the wait
     # for the product up, in front of the exponentials that it is to run beside.
@@ -182,9 +180,11 @@ def attend(rings, turns, out, lse, rest, score, work, done, read, ME: gl.constex
     s = warpgroup_mma_wait(0, deps=(s,))
     release(rings.k, read)
     start_n = tile_start(work.tiles, first, BLOCK_N)
-    if score.blocks is not None:  # the block mask may hide every tile: then the first counts as masked
-        s = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), s, float("-inf"))
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, start_m, start_n, EDGE=True)
+    key_end = seq.key_end
+    if score.blocks is not None:  # the block mask may hide every tile: then the first has no key
+        key_end = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), key_end, 0)
+    there = Sequence(seq.seq_q, seq.seq_k, seq.query_end, key_end, seq.q_start, seq.k_start, seq.diagonal)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, there, start_m, start_n, EDGE=True)
     weights = dropped(weights, score, work, start_m, start_n)
     wait_full(rings.v, read)
 
