@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .checks import int32_on
 
 
@@ -24,7 +25,6 @@ class Cached(NamedTuple):
     longest: int  # the largest of them; the capacity where they are not known, in the capture of a CUDA graph
 
 
-_numbers = itertools.count()
 _caches: weakref.WeakValueDictionary[int, Numbered] = weakref.WeakValueDictionary()
 
 
@@ -33,7 +33,7 @@ class Numbered:
 
     def __init__(self):
         outside_graphs("made")
-        number = next(_numbers)
+        number = secrets.randbits(62)  # so that a program of another process finds none that is not its own
         _caches[number] = self
         self._number = torch.tensor(number, device="cpu")
 
@@ -53,7 +53,7 @@ def numbered(number: int) -> Numbered:
 
 def outside_graphs(what: str) -> None:
     """Its numbers are not known where a graph is traced, but when it runs."""
-    if torch.compiler.is_compiling():
+    if checks.is_traced():
         raise RuntimeError(f"a cache must be {what} outside of what torch.compile traces; decode moves it on inside")
 
 
@@ -193,7 +193,7 @@ class PagedKVCache(Numbered):
 
     def select(self, sequences: Sequence[int]) -> Selection:
         """These sequences as the batch of a `decode`, in this order."""
-        if torch.compiler.is_compiling():  # the graph does it, and checks them, when it runs
+        if checks.is_traced():  # the graph does it, and checks them, when it runs
             return Selection(self, tuple(sequences))
         for sequence in sequences:
             self._check(sequence)

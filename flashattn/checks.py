@@ -65,6 +65,13 @@ def probability(name: str, p) -> float:
     return float(p)
 
 
+def is_traced() -> bool:
+    """Whether this thread traces a graph. PyTorch's own flag is up for every thread while one of them does."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_forward_mode() -> bool:
     """Whether forward-mode derivatives are computed: somebody is in `forward_ad.dual_level` or `torch.func.jvp`."""
     return forward_ad._current_level >= 0

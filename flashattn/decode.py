@@ -89,12 +89,13 @@ def decode(
     """
     if not isinstance(cache, (KVCache, PagedKVCache, Selection)):
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
-    in_graph = torch.compiler.is_compiling()
+    in_graph = checks.is_traced()
     if isinstance(cache, PagedKVCache) and not in_graph:
         cache = cache.select(cache.sequences)
     if autocast.is_on(q):
         q, k, v = autocast.cast(cache.k.dtype, q, k, v)
     _check_inputs(q, cache, k, v, dropout_p)
+    _refuse_gradients(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
     scale = q.shape[3] ** -0.5 if scale is None else arguments.check_scale(scale)
     window = (None, None) if window is None else arguments.check_window(window)
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3]))
@@ -156,6 +157,8 @@ def step(
     bias = None if how.bias is None else arguments.check_bias(how.bias, q, whole)
     if how.sinks is not None:
         arguments.check_sinks(how.sinks, q)
+    checks.refuse_tangents(q, *memory, k, v, bias, how.sinks, *(rotary or ()))  # before the cache has moved on
+    checks.refuse_onnx("decode")
     cached = cache._grow(new, *memory)
     score = score._replace(kv_lengths=cached.lengths, bias=bias, sinks=how.sinks)
     return append_and_attend(q, cached, k, v, rotary, score, how.backend)
@@ -214,11 +217,9 @@ def _check_inputs(q, cache, k, v, dropout_p) -> None:
         if x.dtype != cache.k.dtype:
             raise TypeError(f"{name} must have the cache's dtype {cache.k.dtype}, got {x.dtype}")
         checks.on_device(name, x, "the cache", cache.k.device)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require a gradient: decode is for inference; use torch.no_grad()")
     batch, heads, seq_q, head_dim = q.shape
     kv_heads = cache.k.shape[1]
-    if not torch.compiler.is_compiling():  # else the operator does
+    if not checks.is_traced():  # else the operator does
         check_batch(q, cache)
     if heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"q must have a number of heads that the cache's {kv_heads} divide, got {heads}")
@@ -228,6 +229,13 @@ def _check_inputs(q, cache, k, v, dropout_p) -> None:
         expected = (batch, kv_heads, seq_q, kept.shape[3])
         if x is not None and x.shape != expected:
             raise ValueError(f"{name} must be (batch, kv_heads, seq_q, dim) = {expected}, got shape {tuple(x.shape)}")
+
+
+def _refuse_gradients(**inputs) -> None:
+    if torch.is_grad_enabled():
+        for name, x in inputs.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise ValueError(f"{name} must not require a gradient: decode is for inference; use torch.no_grad()")
 
 
 def check_batch(q: Tensor, cache: KVCache | Selection) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 # Besides those that PyTorch tags as pointwise.
@@ -54,16 +55,32 @@ def _take(x: Tensor, key: tuple) -> Tensor:
     return aten.index.Tensor(x, [k if isinstance(k, Tensor) else None for k in left])
 
 
+def refuse(name: str, operation) -> None:
+    """That it changes nothing and draws nothing."""
+    schema = getattr(operation, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise TypeError(f"{name} must not change a tensor, got {operation}")
+    if torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ()):
+        raise TypeError(f"{name} must give the same for the same arguments, got {operation}")
+
+
+class Refused(TorchDispatchMode):
+    """`refuse` what runs meanwhile."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        refuse(self.name, function)
+        return function(*args, **(kwargs or {}))
+
+
 def check(name: str, graph: fx.Graph, is_mask: bool) -> None:
     """That a graph changes nothing, draws nothing and returns a tensor, of a mask a bool one."""
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            raise TypeError(f"{name} must not change a tensor, got {node.target}")
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise TypeError(f"{name} must give the same for the same arguments, got {node.target}")
+        if node.op == "call_function":
+            refuse(name, node.target)
     result = result_of(graph)
     if not isinstance(result, fx.Node):
         raise TypeError(f"{name} must return a tensor, got {type(result).__name__}")

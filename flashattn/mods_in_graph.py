@@ -56,7 +56,7 @@ def call(operator: str, operands: tuple, mod: Callable | None, mask: Callable | 
 def lowered(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: Tensor) -> tuple[str, list[Tensor]]:
     """What Dynamo traced, as text and the tensors that it takes."""
     with torch._C._DisableAutocast():
-        graph, values = split(module, scores + 4, captured)
+        graph, values = split(name, module, scores + 4, captured)
         values = [score_mod.moved(name, as_tensor(x, q), q.device) for x in values]
         text, before = retraced(name, graph, scores, values, ANY_SIZES[0])
         some_change = any(isinstance(size, torch.SymInt) for x in values for size in x.shape)
@@ -65,7 +65,7 @@ def lowered(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: 
         return text, values if before is None else [x.to(q.device) for x in before(*values)]
 
 
-def split(module: fx.GraphModule, arguments: int, captured: tuple) -> tuple[fx.GraphModule, list]:
+def split(name: str, module: fx.GraphModule, arguments: int, captured: tuple) -> tuple[fx.GraphModule, list]:
     """(graph, values): a graph that takes the arguments and values, where the module takes the arguments and what was
     captured. What does not depend on the arguments is computed here; so are sizes."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -77,7 +77,8 @@ def split(module: fx.GraphModule, arguments: int, captured: tuple) -> tuple[fx.G
         if node.op in ("placeholder", "output"):
             continue
         if depends.isdisjoint(node.all_input_nodes):
-            known[node] = interpreter.run_node(node)
+            with mod_graph.Refused(name):
+                known[node] = interpreter.run_node(node)
         elif is_size(node.meta.get("example_value")):
             known[node] = node.meta["example_value"]
         else:

@@ -35,7 +35,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def longest(rows: Tensor) -> int | None:
     """What to say of the longest sequence: in a graph, where lengths are not read, that none is longer than all."""
-    return rows.shape[0] if torch.compiler.is_compiling() else None
+    return rows.shape[0] if checks.is_traced() else None
 
 
 def check_same(name: str, starts: Tensor, other_name: str, other: Tensor) -> None:

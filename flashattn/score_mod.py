@@ -7,6 +7,8 @@ a whole tile of scores at once. Dong et al., "Flex Attention" (2024), arXiv:2412
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +31,16 @@ _traces: dict[tuple, Traced] = {}
 tracing = threading.RLock()  # PyTorch's tracing is for one thread at a time
 
 
+def no_compilation() -> contextlib.AbstractContextManager:
+    """Keeps torch.compile out meanwhile: it and FX's tracing, for which all modules are patched, break each other. Who
+    compiles asks for `tracing` within it, so this comes first."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")  # where nobody has compiled yet, there is none to wait for
+    return getattr(dynamo, "compile_lock", None) or contextlib.nullcontext()
+
+
 class Traced(NamedTuple):
-    """A callable as a graph of its arguments and of the tensors it captured, in that order."""
+    """A callable as a graph of its arguments and of the tensors it captured, in that order. It is run by `forward`: a
+    call would run the hooks that somebody has set for all modules."""
 
     graph: fx.GraphModule  # its arguments may be tensors that broadcast, too
     captured: tuple[Tensor, ...]
@@ -50,7 +60,9 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     """
     closure = Closure(function)
     key = None if closure.key is None else (closure.key, scores)
-    with tracing:
+    if (traced := _traces.get(key)) is not None:
+        return traced
+    with no_compilation(), tracing:
         if key in _traces:
             return _traces[key]
         with NumbersRead() as numbers, ListsRead() as lists:
@@ -182,7 +194,7 @@ def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
     captured = tuple(moved(name, x, device) for x in traced.captured)
     if traced.before is not None:
         with torch._C._DisableAutocast():
-            captured = tuple(x.to(device) for x in traced.before(*captured))
+            captured = tuple(x.to(device) for x in traced.before.forward(*captured))
     return Traced(traced.graph, captured)
 
 
@@ -209,7 +221,7 @@ class BlockMask(NamedTuple):
         and heads h."""
         rows, columns = i.view(-1) // self.block_q, j // self.block_k
         full, partial = (x.index_select(2, rows).index_select(3, columns) for x in (self.full, self.partial))
-        return full | (partial & self.mask.graph(b, h, i, j, *self.mask.captured))
+        return full | (partial & self.mask.graph.forward(b, h, i, j, *self.mask.captured))
 
     def keys_of(self, rows: slice, seq_k: int) -> Tensor:
         """The keys of all blocks that some of these queries of any batch row and head look at."""

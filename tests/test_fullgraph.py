@@ -3,10 +3,12 @@ for bit, and a graph serves other tensors and lengths."""
 
 import functools
 import io
+import threading
 
 import pytest
 import torch
 from common import device_of
+from torch._dynamo import convert_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import and_masks
 from torch.nn.attention.flex_attention import create_block_mask as torch_block_mask
@@ -326,3 +328,56 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         flashattn.attention(q, k, v, block_mask=create_block_mask(causal, None, None, 20, 20))
     assert counter.get_total_flops() == 2 * 2 * 4 * 20 * 20 * (8 + 8)
+
+
+def test_in_inference_mode():
+    table, (q, k, v) = torch.randn(20), inputs(requires_grad=False)
+
+    def attend(q):
+        return flashattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + table[i])
+
+    with torch.inference_mode():
+        assert_same(compiled(attend)(q), attend(q))
+
+
+def drawing(s, b, h, i, j):
+    return s + torch.rand(())
+
+
+CHANGED = torch.zeros(20)
+
+
+def changing(s, b, h, i, j):
+    return s + CHANGED.add_(1)[i]
+
+
+@pytest.mark.parametrize("mod, why", [(drawing, "must give the same"), (changing, "must not change a tensor")])
+def test_what_a_mod_must_not_do(mod, why):
+    q, k, v = inputs(requires_grad=False)
+    for attend in (flashattn.attention, compiled(flashattn.attention)):
+        with pytest.raises(Exception, match=f"score_mod {why}"):
+            attend(q, k, v, score_mod=mod)
+
+
+def test_flops_of_a_backward():
+    q, k, v = inputs()
+    with FlopCounterMode(display=False) as forward:
+        out = flashattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s * 0.5)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() > 2 * forward.get_total_flops() > 0
+
+
+def test_tracing_waits_for_a_compilation_elsewhere():
+    """FX's patches are every thread's."""
+    q, k, v = inputs(requires_grad=False)
+
+    def attend():
+        flashattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s * 0.25)
+
+    thread = threading.Thread(target=attend)
+    with convert_frame.compile_lock:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join()

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import flashattn
@@ -283,3 +285,51 @@ def test_opcheck(backend):
     for cache, table in ((contiguous, None), (paged, TABLE)):
         arguments = q, *cache, k, v, table, starts, 10, *ROTARY, None, torch.randn(4), *score, backend
         torch.library.opcheck(OPS.decode.default, arguments)
+
+
+def test_a_graph_is_the_thread_s_that_traces_it():
+    """While one thread exports, another decodes and looks at its cache."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Waiting(torch.nn.Module):
+        def forward(self, x):
+            inside.set()
+            assert done.wait(60)
+            return x + 1
+
+    thread = threading.Thread(target=lambda: torch.export.export(Waiting(), (torch.ones(2),), strict=False))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        cache = contiguous()
+        flashattn.decode(step_inputs(3)[0], cache, *step_inputs(3)[1:])
+        assert cache.lengths == [3, 3]
+        cache.truncate([1, 1])
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_no_two_processes_give_caches_the_same_numbers():
+    """A program that one saved would find the other's cache."""
+    numbers = {int(contiguous()._number) for _ in range(8)}
+    assert len(numbers) == 8 and min(numbers) > 2**32
+
+
+@pytest.mark.parametrize("name", ["bias", "sinks", "alibi_slopes"])
+def test_gradients_that_decode_does_not_have_are_refused(name):
+    x = {"bias": torch.zeros(1, 3), "sinks": torch.zeros(4), "alibi_slopes": torch.zeros(4)}[name].requires_grad_()
+    cache, (q, k, v) = contiguous(), step_inputs(3)
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+        flashattn.decode(q, cache, k, v, **{name: x})
+    with torch.no_grad():
+        flashattn.decode(q, cache, k, v, **{name: x})
+
+
+def test_a_refused_tangent_leaves_the_cache_as_it_was():
+    cache, (q, k, v) = contiguous(), step_inputs(3)
+    with torch.no_grad(), forward_ad.dual_level():
+        bias = forward_ad.make_dual(torch.zeros(1, 3), torch.ones(1, 3))
+        with pytest.raises(NotImplementedError):
+            flashattn.decode(q, cache, k, v, bias=bias)
+    assert cache.lengths == [0, 0]

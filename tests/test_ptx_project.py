@@ -218,6 +218,28 @@ def test_scores_that_no_exponent_has_room_for_are_nan(gpu):
     assert (out.isnan() | (out == 1)).all()
 
 
+def test_gradients_of_scores_that_lse_is_too_coarse_for_are_nan(gpu):
+    q, k, v = (torch.randn(1, 1, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    found = attend_on("triton", q, k, v, scale=1e6)
+    torch.testing.assert_close(found, attend_on("reference", q, k, v, scale=1e6))
+    gradients = torch.autograd.grad(found.sum(), (q, k, v))
+    assert all(x.isnan().all() for x in gradients)
+
+
+def test_nan_beside_sinks(gpu):
+    """A maximum leaves NaN out; a sink that is larger than all scores can be."""
+    q = torch.randn(1, 2, 16, 16, dtype=torch.bfloat16)
+    q[0, 0, 3] = torch.nan
+    sinks = torch.tensor([0.0, 1e8])
+    for options in (dict(sinks=sinks), {}):
+        found, expected = (
+            attend_on(backend, q, q[:, :, :9], q[:, :, :9].nan_to_num(), return_lse=True, **options)
+            for backend in ("triton", "reference")
+        )
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0.02, atol=0.02, equal_nan=True)
+
+
 def test_usual_sizes(gpu):
     """The tiles of a usual model: several blocks, several tiles in each, all loops with their steady part."""
     case = test_attention.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)

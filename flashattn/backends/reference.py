@@ -219,7 +219,7 @@ def modified_at(mod: Traced, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Te
     with torch.enable_grad():
         inputs = [scores.detach().requires_grad_()]
         inputs += [x.detach().requires_grad_(x.is_floating_point()) for x in mod.captured]
-        result = mod.graph(inputs[0], *at, *inputs[1:]).to(scores.dtype).broadcast_to(scores.shape)
+        result = mod.graph.forward(inputs[0], *at, *inputs[1:]).to(scores.dtype).broadcast_to(scores.shape)
 
     def gradients(gradient: Tensor, wanted: list[int]) -> list[Tensor]:
         of = [inputs[0], *(inputs[n + 1] for n in wanted)]

@@ -154,7 +154,7 @@ def stays_raw(q: Tensor, score: Score) -> bool:
     """Whether scores are q.k times a positive factor, with which the maximum of a row commutes, of numbers of 16 bits.
 
     A raw score s puts the weights of a backward off by 6e-8 s: less than its results are rounded by, up to scores of
-    thousands in float16 and tens of thousands in bfloat16; and rows from LARGEST_RAW on are NaN. What else changes
+    thousands in float16 and tens of thousands in bfloat16; larger ones (`softmax.py`) are NaN. What else changes
     scores can make them as large as float32 has room for, and float32 results show it: those stay in natural units.
     """
     changed = (score.softcap, score.slopes, score.bias, score.score_mod)

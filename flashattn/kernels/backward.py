@@ -41,7 +41,7 @@ from .scores import (
     visible,
     visible_keys,
 )
-from .softmax import LOG2E
+from .softmax import LARGEST_RAW_LSE, LOG2E
 from .tiles import load_tile, one_head, owned_queries, rounded_product, store_tile
 
 
@@ -64,6 +64,8 @@ def exponents(lse, rest, score, at, exists):
     rest_row = lse_row
     if score.raw:
         lse_row *= LOG2E
+        too_large = (tl.abs(lse_row) >= LARGEST_RAW_LSE) & (lse_row > float("-inf"))
+        lse_row = tl.where(too_large, float("nan"), lse_row)  # gradients that are NaN, not wrong
     elif rest is not None:
         rest_row = tl.load(rest + at, mask=exists, other=0.0) * LOG2E
     else:

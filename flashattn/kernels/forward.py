@@ -44,11 +44,10 @@ def close(m_i, l_i, score, head):
     """(l, alpha, lse, rest) once every key is folded in: the sum of the weights, 0 where there are none, what the
     output so far is multiplied by where a sink joins, and the two parts of the sum's logarithm."""
     alpha = 1.0
+    if score.raw:  # beyond that weights do not fit float16: NaN, not 0
+        l_i = tl.where((tl.abs(m_i) >= LARGEST_RAW) & (m_i > float("-inf")), float("nan"), l_i)
     if score.sinks is not None:
         m_i, l_i, alpha = join_sink(m_i, l_i, tl.load(score.sinks + head), score.raw)
-    if score.raw:
-        # The rounding of m is a factor of all weights of a row; from here on float16 has no room for it: NaN, not 0.
-        l_i = tl.where((tl.abs(m_i) >= LARGEST_RAW) & (m_i > float("-inf")), float("nan"), l_i)
     lse, rest = logsumexp(m_i, l_i, score.raw)
     return l_i, alpha, lse, rest
 

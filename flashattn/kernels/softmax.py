@@ -7,7 +7,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e)
 LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
-LARGEST_RAW = tl.constexpr(2.0**26)  # of a row's base-2 maximum: it is rounded by 4 at most, its weights are 1/16 to 16
+# Of a row's base-2 maximum, whose rounding is a factor of all its weights: 1/16 to 16 here. Forward divides by it.
+LARGEST_RAW = tl.constexpr(2.0**26)
+LARGEST_RAW_LSE = tl.constexpr(2.0**16)  # in base 2, of a backward, which does not: off by 0.3%, as bfloat16 is rounded
 
 
 @triton.jit
@@ -46,13 +48,19 @@ def online_softmax(scores, factor, m_i, l_i, RAW: tl.constexpr, EMPTY: tl.conste
 
 
 @triton.jit
+def is_empty(m_i, l_i):
+    """Whether a row has nothing to attend to. A maximum leaves NaN out, a sum does not."""
+    return (m_i == float("-inf")) & (l_i == 0.0)
+
+
+@triton.jit
 def join_sink(m_i, l_i, sink, RAW: tl.constexpr):
     """Let a sink, a natural logarithm, join the sums. Returns (m, l, the factor of what was accumulated); a row with
     nothing to attend to stays as it is."""
     sink = sink.to(tl.float32)
     if RAW:
         sink *= LOG2E
-    empty = m_i == float("-inf")
+    empty = is_empty(m_i, l_i)
     m_new = tl.where(empty, m_i, tl.maximum(m_i, sink))
     alpha = tl.where(empty, 1.0, power(m_i - m_new, RAW))
     return m_new, tl.where(empty, 0.0, l_i * alpha + power(sink - m_new, RAW)), alpha
@@ -70,5 +78,5 @@ def logsumexp(m_i, l_i, RAW: tl.constexpr):
         log *= LN2
         lse = m_i + log
         rest = log - (lse - m_i)
-    empty = m_i == float("-inf")
+    empty = is_empty(m_i, l_i)
     return tl.where(empty, float("-inf"), lse), tl.where(empty, 0.0, rest)
