@@ -313,7 +313,8 @@ def test_a_graph_is_the_thread_s_that_traces_it():
 def test_no_two_processes_give_caches_the_same_numbers():
     """A program that one saved would find the other's cache."""
     numbers = {int(contiguous()._number) for _ in range(8)}
-    assert len(numbers) == 8 and min(numbers) > 2**32
+    assert len(numbers) == 8
+    assert min(numbers) > 2**32
 
 
 @pytest.mark.parametrize("name", ["bias", "sinks", "alibi_slopes"])
