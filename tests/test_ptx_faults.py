@@ -394,6 +394,17 @@ def test_faults_in_a_pipelined_product(architecture):
                 run_matmul(less, shared)
 
 
+def test_warps_meet_again_where_a_wgmma_takes_them_together():
+    """Two of four go a way round, behind the others in the text, as libdevice's functions make them."""
+    text, shared = compiled_matmul("sm_90")
+    way = "mov.u32 %way0, %tid.x;\nsetp.ge.u32 %goes0, %way0, 64;\n@%goes0 bra $WAY;\n$BACK:\n"
+    text = re.sub(r"^.*wgmma\.mma_async", lambda found: way + found.group(), text, count=1, flags=re.M)
+    text = re.sub(r"^.*\.reg \.pred", lambda x: f".reg .pred %goes<1>; .reg .b32 %way<1>;\n{x.group()}", text, count=1,
+                  flags=re.M)  # fmt: skip
+    end = text.rindex("ret;") + len("ret;")
+    run_matmul(f"{text[:end]}\n$WAY:\nbra.uni $BACK;\n{text[end:]}", shared)
+
+
 def test_a_bulk_copy_without_its_wait(monkeypatch):
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -173,13 +173,13 @@ def run_carefully(program: Program, unit: Unit, pc: int, end: int, mask: np.ndar
     while n < end:
         if n in unit.waiting and n != pc:
             mask = mask | unit.waiting.pop(n)
-        ragged = unit.split_whole_warps(mask)[1].any()
+        ragged = unit.split_whole_warps(mask, 128)[1].any()
         if ragged and n in program.convergent:
-            mask, rest = unit.split_whole_warps(mask)
-            unit.wait_for_warp(n, rest)
+            mask, rest = unit.split_whole_warps(mask, program.convergent[n])
+            if rest.any():
+                unit.wait_for_warp(n, rest, program.convergent[n])
             if not mask.any():
                 return mask
-            ragged = False
         active, count = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
         while n < end:  # as far as the same lanes go
             if unit.products:
@@ -267,7 +267,8 @@ def deadlock(program: Program, wave: Wave, units: list[Unit]) -> Fault:
     without a role wait for the end."""
     for unit in units:
         for pc, mask in unit.waiting.items():
-            message = "not all lanes of the warp reach this instruction, which takes them together"
+            lanes = "its four warps" if program.convergent[pc] > 32 else "the warp"
+            message = f"not all lanes of {lanes} reach this instruction, which takes them together"
             return unit.fault("barrier", message, program.instructions[pc], int(np.argmax(mask)))
     parked: Parked
     at = [(unit, parked) for unit in units for parked in unit.parked]

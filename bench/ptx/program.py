@@ -63,7 +63,8 @@ class Program:
             else:
                 self.steps.append(self.step(instruction))
         self.ends = self.block_ends()
-        self.convergent = {n for n, i in enumerate(self.instructions) if is_convergent(i)}
+        together = {n: lanes_together(i) for n, i in enumerate(self.instructions)}
+        self.convergent = {n: lanes for n, lanes in together.items() if lanes > 1}
         self.origins_of: frozenset[str] | None = None  # the parameters that the instructions' origins are told by
         self.careful = any(i.parts[0] == "wgmma" for i in self.instructions)
 
@@ -306,11 +307,13 @@ def results_of(instruction: Instruction) -> frozenset[str]:
     return frozenset(x.name for x in (first.items if isinstance(first, Group) else (first,)) if isinstance(x, Register))
 
 
-def is_convergent(instruction: Instruction) -> bool:
-    """Whether all lanes of a warp must be there together."""
+def lanes_together(instruction: Instruction) -> int:
+    """How many lanes must be there together: those of a warp, or of the four that a wgmma takes."""
     if instruction.parts[0] in ("mbarrier", "cp", "fence", "membar", "tensormap"):
-        return False
-    return "sync" in instruction.parts or "aligned" in instruction.parts
+        return 1
+    if instruction.parts[:2] == ("wgmma", "mma_async"):
+        return 128
+    return 32 if "sync" in instruction.parts or "aligned" in instruction.parts else 1
 
 
 # ------------------------------------------------------------------------------------------------ moves

@@ -138,10 +138,10 @@ class Unit:
             mask = mask | self.waiting.pop(pc)
         return pc, mask
 
-    def wait_for_warp(self, pc: int, mask: np.ndarray) -> None:
+    def wait_for_warp(self, pc: int, mask: np.ndarray, together: int = 32) -> None:
         there = self.waiting.get(pc)
         mask = mask if there is None else there | mask
-        whole, rest = self.split_whole_warps(mask)
+        whole, rest = self.split_whole_warps(mask, together)
         self.waiting.pop(pc, None)
         if rest.any():
             self.waiting[pc] = rest
@@ -162,10 +162,11 @@ class Unit:
     def leave(self, mask: np.ndarray) -> None:
         self.alive &= ~mask
 
-    def split_whole_warps(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(lanes whose warp is all there, those whose warp is not)."""
-        rows, alive = mask.reshape(-1, 32), self.alive.reshape(-1, 32)
-        whole = np.repeat((rows == alive).all(1), 32)
+    def split_whole_warps(self, mask: np.ndarray, together: int = 32) -> tuple[np.ndarray, np.ndarray]:
+        """(lanes whose warp, or group of warps, is all there, those whose is not)."""
+        together = together if self.count % together == 0 else 32
+        rows, alive = mask.reshape(-1, together), self.alive.reshape(-1, together)
+        whole = np.repeat((rows == alive).all(1), together)
         return mask & whole, mask & ~whole
 
     def lanes(self, mask: np.ndarray | None) -> np.ndarray:
