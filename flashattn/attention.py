@@ -80,9 +80,8 @@ def attention(
     On NVIDIA GPUs float32 is multiplied as `torch.set_float32_matmul_precision` says: "highest" without tensor cores,
     "high" (up to head_dim 128) by three products of TF32, "medium" by one; a backward by the setting of its own time.
 
-    Weights sum to one however large the scores are, -1e9 or the least float as a mask included. On a GPU those of 16-bit
-    tensors that nothing but scale and masks changes are in float32's reach to 4e7, their gradients to 4e4, beyond which
-    they are NaN.
+    Weights sum to one however large the scores are, with -1e9 or the least float as a mask too. On a GPU, where nothing
+    but scale and masks changes the scores of 16-bit tensors, results are NaN beyond 4e7, and gradients beyond 4e4.
 
     On a GPU nothing waits for it, and a CUDA graph can capture it, forward and backward, after a first call, which
     compiles: with tensors that are all on the GPU, lengths too. In a replay an int for a seed drops the same weights
