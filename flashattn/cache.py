@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import int32_on
 
 
 class Cached(NamedTuple):
@@ -261,7 +260,7 @@ class PagedKVCache(Numbered):
             self._lengths[sequence] = length
         tables = [self._pages[s] for s in sequences]
         width = max([1, *map(len, tables)])
-        table = int32_on(self.k.device, [pages + [0] * (width - len(pages)) for pages in tables])
+        table = checks.int32_on(self.k.device, [pages + [0] * (width - len(pages)) for pages in tables])
         return _cached(k, v, table.view(len(tables), width), before, after)
 
     def _copy_last_page(self, sequence: int, k: Tensor, v: Tensor) -> None:
@@ -307,5 +306,5 @@ def _check_length(length: int, present: int) -> None:
 
 
 def _cached(k: Tensor, v: Tensor, page_table: Tensor | None, before: list[int], after: list[int]) -> Cached:
-    starts, lengths = int32_on(k.device, (before, after)).unbind()
+    starts, lengths = checks.int32_on(k.device, (before, after)).unbind()
     return Cached(k, v, page_table, starts, lengths, max(after, default=0))

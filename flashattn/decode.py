@@ -157,21 +157,24 @@ def step(
     bias = None if how.bias is None else arguments.check_bias(how.bias, q, whole)
     if how.sinks is not None:
         arguments.check_sinks(how.sinks, q)
-    checks.refuse_tangents(q, *memory, k, v, bias, how.sinks, *(rotary or ()))  # before the cache has moved on
-    checks.refuse_onnx("decode")
+    refuse_derivatives_and_onnx(q, *memory, k, v, bias, how.sinks, *(rotary or ()))
     cached = cache._grow(new, *memory)
     score = score._replace(kv_lengths=cached.lengths, bias=bias, sinks=how.sinks)
     return append_and_attend(q, cached, k, v, rotary, score, how.backend)
+
+
+def refuse_derivatives_and_onnx(*tensors: Tensor | None) -> None:
+    """Before a cache has moved on."""
+    checks.refuse_tangents(*tensors)
+    checks.refuse_onnx("decode")
 
 
 def append_and_attend(
     q: Tensor, cached: Cached, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`decode` of checked arguments, in a cache that has room."""
-    checks.refuse_tangents(q, cached.k, cached.v, k, v, score.bias, score.sinks, *(rotary or ()))
     if not (ops.is_watched() or q.is_meta):
         return run(q, cached, k, v, rotary, score, backend)
-    checks.refuse_onnx("decode")
     cos, sin, interleaved = (None, None, False) if rotary is None else rotary
     return torch.ops.flashattn.decode(
         q, cached.k, cached.v, k, v, cached.page_table, cached.starts, cached.longest, cos, sin, interleaved,

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 from common import device_of
+from graphs import compiled, no_graphs  # noqa: F401  (a fixture)
 from torch._dynamo import convert_frame
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import and_masks
 from torch.nn.attention.flex_attention import create_block_mask as torch_block_mask
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,21 +27,11 @@ BACKENDS = ["cpu", "reference"]
 create_block_mask = functools.partial(torch_block_mask, device="cpu", BLOCK_SIZE=16)
 
 
-@pytest.fixture(autouse=True)
-def no_graphs():
-    torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 def inputs(seq: int = 20, requires_grad: bool = True, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [torch.randn(2, heads, seq, 8, dtype=dtype, requires_grad=requires_grad) for heads in (4, 2, 2)]
-
-
-def compiled(function, dynamic: bool | None = None):
-    counter = CompileCounterWithBackend("aot_eager")
-    result = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
-    result.counter = counter
-    return result
 
 
 def causal(b, h, i, j):

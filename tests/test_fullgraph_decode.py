@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from graphs import compiled, no_graphs  # noqa: F401  (a fixture)
 from torch._inductor.utils import run_and_get_code
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
@@ -20,17 +20,7 @@ OPS = torch.ops.flashattn
 ROTARY = flashattn.Rotary(torch.randn(40, 4), torch.randn(40, 4))
 
 
-@pytest.fixture(autouse=True)
-def no_graphs():
-    torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
-
-
-def compiled(function, dynamic: bool | None = None):
-    counter = CompileCounterWithBackend("aot_eager")
-    result = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
-    result.counter = counter
-    return result
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 def step_inputs(seq: int, batch: int = 2, heads: int = 4) -> list[torch.Tensor]:

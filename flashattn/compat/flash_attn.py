@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import arguments, autocast, backends, checks
 from ..attention import attention, attention_varlen
 from ..cache import Cached
-from ..decode import Rotary, append_and_attend, check_rotary, rotate
+from ..decode import Rotary, append_and_attend, check_rotary, refuse_derivatives_and_onnx, rotate
 from ..errors import as_torch_raises
 from ..score import Score
 
@@ -293,6 +293,7 @@ def flash_attn_with_kvcache(
     score = arguments.modified(score, whole, q.device, mask, alibi_slopes, _softcap(softcap), 0.0, None)
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v_cache.shape[3]))
     cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
+    refuse_derivatives_and_onnx(q, k_cache, v_cache, k, v, *(rotary or ()))
     if rotary is not None and not causal and window == (None, None):
         q = _rotated_by_one(q, starts, rotary, backend)
         k = rotate(k, starts, rotary, backend)
