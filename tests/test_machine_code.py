@@ -142,8 +142,8 @@ SINK = (
     "    if score.sinks is not None:\n        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]\n"
 )
 BLOCKS = (
-    "    if score.blocks is not None:  # the block mask may hide every tile: then the first counts as masked\n"
-    '        s = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), s, float("-inf"))\n'
+    "    if score.blocks is not None:  # the block mask may hide every tile: then the first has no key\n"
+    "        key_end = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), key_end, 0)\n"
 )
 
 
