@@ -36,8 +36,9 @@ def speculate(
     """The tokens of `generate(model, [prompt], max_new_tokens)`, with fewer steps of the model.
 
     On the CPU engine the logits are those of `generate` to the bit, with up to 7 guesses, for models without experts
-    whose widths are multiples of 16. Elsewhere a product of several rows may round another way than that of one, and
-    where two tokens are equally likely up to rounding the other one may be taken: in 16 bits now and then.
+    whose feed-forward networks are a multiple of 64 wide: PyTorch takes another exp for what does not fill its vectors.
+    Elsewhere a product of several rows may round another way than that of one, and where two tokens are equally likely
+    up to rounding the other one may be taken: in 16 bits now and then.
 
     Args:
         draft: a smaller model of the same vocabulary.
