@@ -85,7 +85,7 @@ def compute(q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor,
     return largest, max_logit, entropy, column_sums
 
 
-@flex.implement("auxiliary")
+@flex.implement_with_autograd("auxiliary")
 @torch.no_grad()
 def _(q, k, bias, sinks, *settings):
     score, _ = flex.unflat(bias, sinks, settings)

@@ -52,7 +52,7 @@ def check_starts(starts: Tensor, most: int) -> None:
         raise ValueError(f"cache_seqlens must be between 0 and {most}, got {low if low < 0 else high}")
 
 
-@torch.library.impl("flashattn::rotate", "CompositeExplicitAutograd")
+@ops.implement("rotate")
 def _(x, starts, cos, sin, interleaved, backend):
     check_starts(starts, cos.shape[0] - x.shape[2])
     return BACKENDS[backend].rotate(x, starts, None, Rotary(cos, sin, interleaved))
@@ -63,7 +63,7 @@ def _(x, *_):
     return x.new_empty(x.shape)
 
 
-@torch.library.impl("flashattn::decode", "CompositeExplicitAutograd")
+@ops.implement("decode")
 def _(q, k_cache, v_cache, k, v, page_table, starts, longest, cos, sin, interleaved, bias, sinks, *settings):
     *fields, backend = settings
     score = Score(*fields, bias, sinks)
@@ -82,7 +82,7 @@ def _(q, k_cache, v_cache, *_):
     return result_like(q, v_cache.shape[3], True), q.new_empty(q.shape[:3], dtype=ops.lse_dtype(q))
 
 
-@torch.library.impl("flashattn::step", "CompositeExplicitAutograd")
+@ops.implement("step")
 def _(q, k_cache, v_cache, k, v, number, sequences, cos, sin, interleaved, *how):
     checks.refuse_capture("cache", calls.NOT_CAPTURED)
     kept = cache.numbered(int(number))

@@ -152,7 +152,7 @@ def differentiate(
 # ------------------------------------------------------------------------------------------------ operators
 
 
-def implement(operator: str) -> Callable:
+def implement_with_autograd(operator: str) -> Callable:
     """Register the implementation of an operator that differentiates callables. The dispatcher runs it below autograd,
     where that would give zeros."""
 
@@ -167,12 +167,12 @@ def implement(operator: str) -> Callable:
                     enabled.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
                 return run(*args)
 
-        torch.library.impl(f"flashattn::{operator}", "CompositeExplicitAutograd")(implementation)
+        ops.implement(operator)(implementation)
 
     return register
 
 
-@implement("flex_forward")
+@implement_with_autograd("flex_forward")
 def _(q, k, v, bias, sinks, *settings):
     score, backend = unflat(bias, sinks, settings)
     out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
@@ -220,7 +220,7 @@ def _gradients(ctx, grad_out, grad_lse, grad_rest):
 torch.library.register_autograd("flashattn::flex_forward", _gradients, setup_context=_context)
 
 
-@implement("flex_backward")
+@implement_with_autograd("flex_backward")
 def _(
     grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, with_grad_captured, *settings
 ):  # fmt: skip

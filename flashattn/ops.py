@@ -43,6 +43,13 @@ torch.library.define(
 )
 
 
+def implement(operator: str) -> Callable:
+    """Register the implementation of an operator. Dynamo comes upon its frame where a graph has broken off around the
+    operator; it must leave it alone, since the engine's own operators, which it calls, have no fakes."""
+    register = torch.library.impl(f"flashattn::{operator}", "CompositeExplicitAutograd")
+    return lambda run: register(torch.compiler.disable(run))
+
+
 def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
@@ -93,7 +100,7 @@ def differentiable(name: str, settings: type, run: Callable, context: Callable, 
         checks.refuse_tangents(*flat)
         return (*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
 
-    torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(lambda *flat: run(*pack(flat)))
+    implement(name)(lambda *flat: run(*pack(flat)))
     torch.library.register_autograd(
         f"flashattn::{name}",
         lambda ctx, *grads: (*gradients(ctx, *grads), *[None] * (fields + 1)),
@@ -142,9 +149,7 @@ def gradient(name: str, settings: type, run: Callable) -> Callable:
     call(*inputs, settings, backend), as in `differentiable`. Differentiating it raises an error."""
     fields = fields_of(settings)
 
-    torch.library.impl(f"flashattn::{name}", "CompositeExplicitAutograd")(
-        lambda *flat: run(*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1])
-    )
+    implement(name)(lambda *flat: run(*flat[: -1 - fields], settings(*flat[-1 - fields : -1]), flat[-1]))
     torch.library.register_autograd(f"flashattn::{name}", not_twice)
     operator = getattr(torch.ops.flashattn, name).default
 

@@ -75,17 +75,27 @@ def run(function, sample, dtype) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, leaves, gradient_like(out))]
 
 
-def by_kernel(q, k, v, **options):
+def of_each_head(q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """k or v with as many heads as q."""
+    return x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+
+
+def by_kernel(q, k, v, enable_gqa=False, **options):
     """PyTorch's SDPA on its kernel, which samples of other than four contiguous dimensions do not reach."""
+    if enable_gqa:
+        k, v = of_each_head(q, k), of_each_head(q, v)
     leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
     q, k, v = (x.expand(*leading, *x.shape[-2:])[(None,) * (2 - len(leading))].contiguous() for x in (q, k, v))
     return theirs("scaled_dot_product_attention")(q, k, v, **options).reshape(*leading, q.shape[-2], v.shape[-1])
 
 
-def cancelled(q, k, v, grad, attn_mask=None, is_causal=False, dropout_p=0.0) -> list[torch.Tensor | float]:
+def cancelled(q, k, v, grad, attn_mask=None, is_causal=False, dropout_p=0.0, enable_gqa=False) -> list[torch.Tensor]:
     """How large the float32 terms are whose sums SDPA's gradients are: these samples have scores of up to 200, so that
     weights are 0 or 1, and dp and delta in ds = p (dp - delta) nearly the same."""
     q, k, v, grad = (x.detach().double() for x in (q, k, v, grad))
+    kv_heads = k.shape[-3] if enable_gqa else 0
+    if enable_gqa:
+        k, v = of_each_head(q, k), of_each_head(q, v)
     scale = q.shape[-1] ** -0.5
     scores = q @ k.mT * scale + (0 if attn_mask is None else attn_mask.detach())
     if is_causal:
@@ -95,6 +105,8 @@ def cancelled(q, k, v, grad, attn_mask=None, is_causal=False, dropout_p=0.0) -> 
     ds = rounded * (dp + (p * dp).sum(-1, keepdim=True))
     of_keys = (ds.mT @ q.abs() * scale).sum_to_size(k.shape)
     of_values = (rounded.mT @ grad.abs()).sum_to_size(v.shape)
+    if enable_gqa:
+        of_keys, of_values = (x.unflatten(-3, (kv_heads, -1)).sum(-3) for x in (of_keys, of_values))
     terms = [rounded @ v.abs(), (ds @ k.abs() * scale).sum_to_size(q.shape), of_keys, of_values]
     return terms if attn_mask is None else [*terms, ds.sum_to_size(attn_mask.shape)]
 
