@@ -99,6 +99,8 @@ def check_shapes(q, k, v) -> tuple[int, int, int, int, int]:
 def check_scale(scale) -> float:
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 
 

@@ -288,6 +288,11 @@ class Selection(NamedTuple):
     def lengths(self) -> list[int]:
         return [self.cache.length(s) for s in self.sequences]
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what lies at and past `lengths`, one number a sequence."""
+        for sequence, length in zip(self.sequences, lengths, strict=True):
+            self.cache.truncate(sequence, length)
+
     def _grow(self, new: list[int], k: Tensor, v: Tensor) -> Cached:
         return self.cache._grow(self.sequences, new, k, v)
 

@@ -160,7 +160,11 @@ def step(
     refuse_derivatives_and_onnx(q, *memory, k, v, bias, how.sinks, *(rotary or ()))
     cached = cache._grow(new, *memory)
     score = score._replace(kv_lengths=cached.lengths, bias=bias, sinks=how.sinks)
-    return append_and_attend(q, cached, k, v, rotary, score, how.backend)
+    try:
+        return append_and_attend(q, cached, k, v, rotary, score, how.backend)
+    except BaseException:  # no memory, or the user's interrupt: the same call may come again
+        cache.truncate(lengths)
+        raise
 
 
 def refuse_derivatives_and_onnx(*tensors: Tensor | None) -> None:

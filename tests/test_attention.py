@@ -1,6 +1,7 @@
 """Attention on every backend against the float64 reference, gradients included; and what it refuses."""
 
 import itertools
+import math
 import subprocess
 import sys
 
@@ -403,6 +404,7 @@ WRONG = {
     "heads": ((Q[:, :3], K, V), {}, ValueError, "k must have a number of heads that divides q's 3, got 2"),
     "no_heads": ((Q, K[:, :0], V[:, :0]), {}, ValueError, "k must have at least one head"),
     "scale": ((Q, K, V), {"scale": "big"}, TypeError, "scale must be a float, got str"),
+    "scale_nan": ((Q, K, V), {"scale": math.nan}, ValueError, "scale must be finite, got nan"),
     "mask_dtype": ((Q, K, V), {"mask": torch.ones(5, 7)}, TypeError, "mask must be bool.*got torch.float32"),
     "mask_shape": ((Q, K, V), {"mask": torch.ones(5, 6).bool()}, ValueError, r"mask must be.*shape \(5, 6\)"),
     "mask_rank": ((Q, K, V), {"mask": torch.ones(1, 1, 1, 1, 1).bool()}, ValueError, "mask must be broadcastable"),

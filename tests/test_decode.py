@@ -323,6 +323,26 @@ def test_a_full_cache_is_left_as_it_is(paged):
     assert step(cache, 2).shape == (1, 2, 2, 8)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_step_that_breaks_off_leaves_lengths_and_pages(paged, monkeypatch):
+    cache = flashattn.PagedKVCache(3, 4, 1, 8) if paged else flashattn.KVCache(1, 1, 12, 8)
+    rows = cache.select([cache.add()]) if paged else cache
+    q, k, v = tokens(5)
+    flashattn.decode(q[:, :, :3], rows, k[:, :, :3], v[:, :, :3])
+
+    def break_off(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BACKENDS_BY_NAME["cpu"], "decode", break_off)
+        with pytest.raises(MemoryError):
+            step(rows, 6)
+    assert rows.lengths == [3]
+    assert not paged or cache.free_pages == 2
+    again = flashattn.decode(q[:, :, 3:], rows, k[:, :, 3:], v[:, :, 3:])
+    torch.testing.assert_close(again, flashattn.attention(q, k, v, causal=True)[:, :, 3:])
+
+
 def test_a_batch_without_room_takes_no_page():
     cache = flashattn.PagedKVCache(3, 4, 1, 8)
     a, b = cache.add(), cache.add()
