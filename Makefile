@@ -92,8 +92,10 @@ torch-versions: $(READY)
 	for built in $(OLDEST_TORCH) $(NEWEST_TORCH); do for torch in $(OLDEST_TORCH) $(NEWEST_TORCH); do \
 		echo "built with $$built, run with $$torch" && python=build/torch/$$torch/bin/python && \
 		$$python -m pip install --quiet --no-deps --force-reinstall build/torch/of-$$built/*.whl && \
-		PYTHONSAFEPATH=1 $$python -m pytest -p no:cacheprovider -k "(cpu and causal) or modules or multihead or compat" \
-		tests/test_attention.py tests/test_modules.py tests/test_multihead.py tests/test_compat_sdpa.py || exit 1; done; done
+		PYTHONSAFEPATH=1 $$python -m pytest -p no:cacheprovider \
+		-k "(cpu and causal) or modules or multihead or compat or fullgraph or forward_mode" \
+		tests/test_attention.py tests/test_modules.py tests/test_multihead.py tests/test_compat_sdpa.py \
+		tests/test_fullgraph.py tests/test_fullgraph_decode.py tests/test_forward_mode.py || exit 1; done; done
 	rm -rf build/torch
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import weakref
 from collections.abc import Sequence
@@ -270,7 +271,8 @@ class PagedKVCache(Numbered):
         self._give_back(shared)
 
 
-class Selection(NamedTuple):
+@dataclasses.dataclass
+class Selection:
     """Some sequences of a `PagedKVCache`, as the batch of a `decode`."""
 
     cache: PagedKVCache

@@ -286,7 +286,7 @@ def test_export(strict):
 def flex_arguments(backend: str, dtype: torch.dtype) -> tuple:
     table = torch.randn(4, 40, requires_grad=True)
     mod = lambda score, b, h, i, j: score * 0.5 + table[h, i - j + 20].exp()  # noqa: E731
-    block_mask = create_block_mask(lambda b, h, i, j: (i >= j) & (table[0, j] < 1), None, None, 20, 20)
+    block_mask = create_block_mask(lambda b, h, i, j: (i >= j) & (table[h, j] < 1), None, None, 20, 20)
     score = with_callables(Score(0.3, left=9), mod, block_mask, (2, 4, 20, 20), torch.device("cpu"))
     q, k, v = inputs(dtype=dtype)
     return (q, k, v, None, torch.randn(4, requires_grad=True)), *flex.flat(score, backend), *flex.mods(score)

@@ -17,6 +17,9 @@ from . import layout, sdpa_provider  # noqa: F401  (the provider makes its name 
 
 original = torch.nn.functional.scaled_dot_product_attention
 
+# Whether results of three dimensions lie in memory as the query does, which those of four always do.
+THREE_FOLLOW = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
+
 
 @as_torch_raises
 def scaled_dot_product_attention(
@@ -39,9 +42,9 @@ def scaled_dot_product_attention(
         is_causal: query i sees keys j <= i, counted from the top left whatever the lengths; without attn_mask.
         enable_gqa: the heads of key and value may divide those of query.
 
-    The result lies in memory in the order of query's dimensions. A query with nothing to attend to gives 0. Dropout
-    draws from PyTorch's generator, but drops other weights than PyTorch's own would. In an export to ONNX the call is
-    PyTorch's own.
+    The result lies in memory in the order of query's dimensions, where PyTorch's own does. A query with nothing to
+    attend to gives 0. Dropout draws from PyTorch's generator, but drops other weights than PyTorch's own would. In an
+    export to ONNX the call is PyTorch's own.
 
     Raises:
         RuntimeError: as PyTorch does, naming the argument. It is a ValueError or a TypeError too.
@@ -86,8 +89,11 @@ def scaled_dot_product_attention(
         window = (None, seq_q - k.shape[2])  # counted from our diagonal, which ends at the bottom right
     options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
     out = attention(q, k, v, window=window, dropout_p=dropout_p, scale=scale, **options)
-    if query.dim() == len(leading) + 2 == 4:
+    dims = len(leading) + 2
+    if query.dim() == dims == 4:
         return layout.follow(out, query)
+    if query.dim() == dims == 3 and THREE_FOLLOW:
+        out = layout.follow(out, query[None])
     return out.reshape(*leading, seq_q, v.shape[-1])
 
 
