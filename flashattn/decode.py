@@ -64,7 +64,8 @@ def decode(
         mask, bias: broadcastable to (batch, heads, seq_q, seq_k), seq_k the longest length after appending.
 
     A graph of `torch.compile` moves the cache on when it runs, whatever its lengths and pages are then; a cache's own
-    methods, but for `select`, are for outside of it.
+    methods, but for `select`, are for outside of it. A step that breaks off, for want of memory or by an interrupt,
+    leaves the cache's lengths as they were.
 
     window, alibi_slopes, softcap, sinks and scale are those of `attention`; the diagonal ends at the last new token and
     the last key of each sequence.
