@@ -129,7 +129,7 @@ def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device
         raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"{name} must be (batch,) = ({batch},), got shape {tuple(lengths.shape)}")
-    if lengths.device != device and not torch.compiler.is_compiling():
+    if lengths.device != device and not checks.is_traced():
         checks.refuse_capture(name, f"it must be on {device}, as what a replay reads anew is; got {lengths.device}")
     if lengths.device.type == "cpu" and batch > 0 and checks.has_data(lengths):
         low, high = int(lengths.min()), int(lengths.max())

@@ -105,7 +105,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 def has_data(x: Tensor) -> bool:
     """Whether x's numbers can be read: not where a graph is compiled, nor those of a meta or a fake tensor."""
-    return not (torch.compiler.is_compiling() or x.is_meta or type(x).__name__ == "FakeTensor")
+    return not (is_traced() or x.is_meta or type(x).__name__ == "FakeTensor")
 
 
 def refuse_onnx(operator: str) -> None:

@@ -278,7 +278,7 @@ def test_opcheck(backend):
 
 
 def test_a_graph_is_the_thread_s_that_traces_it():
-    """While one thread exports, another decodes and looks at its cache."""
+    """While one thread exports, another decodes and looks at its cache, and its lengths are checked."""
     inside, done = threading.Event(), threading.Event()
 
     class Waiting(torch.nn.Module):
@@ -295,6 +295,9 @@ def test_a_graph_is_the_thread_s_that_traces_it():
         flashattn.decode(step_inputs(3)[0], cache, *step_inputs(3)[1:])
         assert cache.lengths == [3, 3]
         cache.truncate([1, 1])
+        q = torch.zeros(2, 2, 5, 8)
+        with pytest.raises(ValueError, match="kv_lengths must be between 0 and the sequence length 5, got 6"):
+            flashattn.attention(q, q, q, kv_lengths=torch.tensor([3, 6]))
     finally:
         done.set()
         thread.join()
