@@ -53,7 +53,7 @@ matrix: $(READY) $(call folders_of,$(TRITONS))
 
 roles: $(READY) $(call folders_of,$(OLDEST_AND_NEWEST))
 	for folder in $(call folders_of,$(OLDEST_AND_NEWEST)); do \
-		PYTHONPATH=$$folder $(RUN) -m pytest -n 2 --dist worksteal -p no:cacheprovider $(ARGS) tests/every_case_in_roles.py || exit 1; done
+		PYTHONPATH=$$folder $(RUN) -m pytest -n 2 --dist worksteal -p no:cacheprovider $(ARGS) tests/kernels/every_case_in_roles.py || exit 1; done
 
 $(VENV)/triton/%: | $(READY)
 	rm -rf $@ $@.part
@@ -76,8 +76,8 @@ sanitize: $(READY)
 		echo "$$isa" && FLASHATTN_CPU_ISA=$$isa PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine or random) and not memory and not compilers" \
-		tests/test_attention.py tests/test_extreme_scores.py tests/test_varlen.py tests/test_decode.py tests/test_norm.py tests/test_linear.py \
-		tests/test_engine.py || exit 1; done
+		tests/attention/test_attention.py tests/attention/test_extreme_scores.py tests/attention/test_varlen.py tests/attention/test_decode.py tests/norm/test_norm.py tests/backends/test_linear.py \
+		tests/backends/test_engine.py || exit 1; done
 
 # From a source distribution: in build/ the engine of one PyTorch would count as built for the other.
 OLDEST_TORCH := 2.10.0
@@ -94,8 +94,8 @@ torch-versions: $(READY)
 		$$python -m pip install --quiet --no-deps --force-reinstall build/torch/of-$$built/*.whl && \
 		PYTHONSAFEPATH=1 $$python -m pytest -p no:cacheprovider \
 		-k "(cpu and causal) or modules or multihead or compat or fullgraph or forward_mode" \
-		tests/test_attention.py tests/test_modules.py tests/test_multihead.py tests/test_compat_sdpa.py \
-		tests/test_fullgraph.py tests/test_fullgraph_decode.py tests/test_forward_mode.py || exit 1; done; done
+		tests/attention/test_attention.py tests/norm/test_modules.py tests/attention/test_multihead.py tests/compat/test_sdpa.py \
+		tests/operators/test_fullgraph.py tests/operators/test_fullgraph_decode.py tests/operators/test_forward_mode.py || exit 1; done; done
 	rm -rf build/torch
 
 clean:

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from common import INTERPRETED
 
 import flashattn
+from tests.common import INTERPRETED
 
 
 def pytest_addoption(parser):

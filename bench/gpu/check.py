@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from .card import ROOT, cores
 from .context import Context
 
-TESTS = "tests/test_gpu.py"
+TESTS = "tests/gpu/test_gpu.py"
 REHEARSED = 150  # a rehearsal runs each so-many-th test
 
 

@@ -5,15 +5,15 @@ The first: Triton puts no `fence.proxy.async` between a pipelined loop's `cp.asy
 #10537) and since then not where a loop waits for its second copy behind its first product, as with a bias of 16-byte
 pieces. On Hopper and datacenter Blackwell the tensor cores may then read shared memory before the copy is there: wrong
 results that change between runs. Here a fence follows each wait that has none before the next product: the loops stay
-pipelined. `tests/every_triton.py` proves on the PTX machine that the fault is there without the fences and gone with
-them.
+pipelined. `tests/kernels/every_triton.py` proves on the PTX machine that the fault is there without the fences and gone
+with them.
 
 The second is the assembler's: ptxas before 12.9, which Triton brings before 3.8, loses the address in the descriptor by
 which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and lies where k has
 lain before: wrong results, or an illegal access. An H100 showed it and the machine code explains it: the address is
 that of k's descriptor, and the copy of its register is left out. So there `configs.attention_cols` widens v.
-`bench/descriptors.py` finds such a descriptor in machine code; `tests/test_compiled.py` checks every kernel with it,
-and shows the fault where nothing is widened.
+`bench/descriptors.py` finds such a descriptor in machine code; `tests/kernels/test_compiled.py` checks every kernel
+with it, and shows the fault where nothing is widened.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ first row that is large enough is taken, and made smaller where a call's feature
 In place of bytes "tf32" and "tf32x3" stand for float32 on tensor cores (`precision.py`), where of two rows with counts
 within a twentieth the one with more warps is taken.
 A row is the one with the fewest issue slots for its tensor FLOPs among those whose steady loop keeps out of local
-memory (on sm_80 and sm_90, at head_dim 64 and 128; `tests/test_machine_code.py`). The rows were chosen by that count
-and not by timing: `python -m bench gpu --only tune` times their neighbours.
+memory (on sm_80 and sm_90, at head_dim 64 and 128; `tests/kernels/test_machine_code.py`). The rows were chosen by that
+count and not by timing: `python -m bench gpu --only tune` times their neighbours.
 """
 
 from __future__ import annotations
@@ -407,8 +407,8 @@ def halved(row: Roles) -> Roles:
 def shared_bytes(
     arch: str, direction: str, tiles: Tiles, cols: tuple[int, int], itemsize: int, pairs: Pairs, precision: str = "ieee"
 ) -> int:
-    """At most how much shared memory a pass is compiled to use. `tests/test_shared_memory.py` holds it against what
-    Triton makes of the kernels.
+    """At most how much shared memory a pass is compiled to use. `tests/kernels/test_shared_memory.py` holds it against
+    what Triton makes of the kernels.
 
     A loop has copies of what it visits and loads; what a program owns lies there once, where tensor cores or ldmatrix
     read it. AMD's compiler keeps that, and what is loaded of each pair, in registers.

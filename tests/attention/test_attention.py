@@ -1,0 +1,441 @@
+"""Attention on every backend against the float64 reference, gradients included; and what it refuses."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask
+
+import flashattn
+from tests.attention.truth import (
+    Case,
+    cancelled,
+    gradients_for,
+    hide_past_lengths,
+    make_inputs,
+    names_of,
+    ours,
+    run,
+    torch_attention,
+)
+from tests.common import (
+    BACKENDS,
+    DTYPES,
+    INTERPRETED,
+    assert_as_exact_as_torch,
+    device_of,
+    randn,
+    skip_if_wrong_there,
+)
+
+CASES = [
+    Case("full"),
+    Case("causal", causal=True),
+    Case("one_query_one_key", seq_q=1, seq_k=1, head_dim=1, head_dim_v=1),
+    Case("one_key", seq_q=5, seq_k=1),
+    Case("no_keys", seq_q=5, seq_k=0, causal=True),
+    Case("no_queries", seq_q=0, seq_k=7),
+    Case("no_batch", batch=0),
+    Case("grouped", heads=6, kv_heads=2, seq_q=37, seq_k=111, causal=True),
+    Case("one_kv_head", heads=4, kv_heads=1, seq_q=40, seq_k=40, head_dim=20, head_dim_v=20),
+    Case("more_queries_than_keys", seq_q=111, seq_k=40, causal=True),  # the first 71 queries see nothing
+    Case("more_keys_than_queries", seq_q=33, seq_k=111, causal=True),
+    Case("decode", heads=4, kv_heads=2, seq_q=1, seq_k=111, head_dim=64, head_dim_v=64, causal=True),
+    Case("wider_v", seq_q=40, seq_k=70, head_dim=5, head_dim_v=40, causal=True),
+    Case("narrower_v", seq_q=40, seq_k=70, head_dim=72, head_dim_v=3),
+    Case("head_dim_64", heads=1, kv_heads=1, seq_q=111, seq_k=111, head_dim=64, head_dim_v=64, causal=True),
+    Case("head_dim_128", heads=1, kv_heads=1, seq_q=70, seq_k=70, head_dim=128, head_dim_v=128),
+    Case("head_dim_256", heads=1, kv_heads=1, seq_q=35, seq_k=63, head_dim=256, head_dim_v=256, causal=True),
+    Case("head_dim_200", heads=1, kv_heads=1, seq_q=17, seq_k=35, head_dim=200, head_dim_v=136),
+    Case("scale", scale=0.7, causal=True),
+    Case("negative_scale", scale=-0.3),
+    Case("kv_lengths", batch=4, kv_lengths=(0, 1, 40, 63)),
+    Case("kv_lengths_causal", batch=3, seq_q=40, seq_k=70, kv_lengths=(0, 35, 70), causal=True),
+    Case("q_lengths", batch=3, q_lengths=(0, 33, 63)),
+    Case("q_lengths_of_many_keys", batch=2, seq_q=40, seq_k=300, head_dim=64, head_dim_v=64, q_lengths=(20, 40)),
+    Case("both_lengths", batch=4, heads=4, q_lengths=(0, 20, 63, 1), kv_lengths=(63, 0, 33, 40), causal=True),
+    Case("window", seq_q=111, seq_k=111, window=(17, 5)),
+    Case("window_left", batch=2, heads=4, seq_q=130, seq_k=111, window=(33, None), q_lengths=(130, 77)),
+    Case("window_right", seq_q=40, seq_k=230, window=(None, 3), head_dim=64),
+    Case("window_causal", heads=4, seq_q=333, seq_k=350, window=(64, 9), causal=True),
+    Case("window_of_one", seq_q=70, seq_k=70, window=(0, 0)),
+    Case("decode_narrow", heads=8, kv_heads=1, seq_q=2, seq_k=600, head_dim=24, head_dim_v=9, causal=True),
+    Case("window_decode", heads=8, seq_q=3, seq_k=700, window=(130, None), causal=True),
+    Case("window_of_everything", seq_q=40, seq_k=70, window=(2**31 - 1, 2**62)),
+    Case("window_past_the_keys", batch=2, seq_q=63, seq_k=63, window=(5, 0), kv_lengths=(20, 63)),
+    Case("softcap", softcap=2.0),
+    Case("softcap_of_large_scores", softcap=5.0, scale=2.0, causal=True),
+    Case("slopes", batch=2, heads=4, seq_q=40, seq_k=70, slopes="h"),
+    Case("slopes_of_each_batch", batch=2, heads=4, slopes="bh", causal=True),
+    Case("mask", batch=2, mask="bhqk"),
+    Case("mask_of_keys", batch=2, heads=4, mask="bk", causal=True),
+    Case("mask_of_queries", seq_q=111, seq_k=40, mask="q"),
+    Case("bias", batch=2, seq_q=40, seq_k=111, bias="bhqk", head_dim=40),
+    Case("bias_of_heads", batch=2, heads=4, seq_q=111, bias="hqk", causal=True),
+    Case("bias_of_keys", batch=2, heads=4, seq_q=130, seq_k=130, bias="k", window=(20, 20)),
+    Case("bias_of_queries", batch=3, bias="hq"),
+    Case("bias_of_batches", batch=8, bias="b"),
+    Case("bias_of_a_batch", batch=3, heads=4, seq_q=130, seq_k=200, bias="bqk", kv_lengths=(200, 0, 77)),
+    Case("sinks", batch=2, heads=4, sinks=True),
+    Case("sinks_and_nothing_to_see", seq_q=111, seq_k=40, sinks=True, causal=True, window=(30, None)),
+    Case("sinks_decode", batch=2, heads=4, seq_q=2, seq_k=700, sinks=True, window=(600, 0)),
+    Case("dropout", batch=2, heads=4, dropout_p=0.3),
+    Case("dropout_causal", seq_q=130, seq_k=150, head_dim=64, causal=True, dropout_p=0.1),
+    Case("features_decode", batch=2, heads=4, seq_q=2, seq_k=130, softcap=3.0, slopes="h", bias="hk", sinks=True),
+    Case(
+        "everything",
+        batch=3,
+        heads=4,
+        seq_q=111,
+        seq_k=130,
+        causal=True,
+        window=(70, 5),
+        kv_lengths=(130, 0, 77),
+        q_lengths=(111, 50, 0),
+        softcap=3.0,
+        slopes="bh",
+        mask="bqk",
+        bias="hqk",
+        sinks=True,
+        dropout_p=0.2,
+    ),
+    Case("long", heads=1, kv_heads=1, seq_q=35, seq_k=1000, head_dim=40, head_dim_v=40, causal=True),
+]
+
+
+def check(case: Case, dtype: torch.dtype, backend: str) -> None:
+    device = device_of(backend)
+    inputs, options = make_inputs(case, dtype, device)
+    gradients = gradients_for(case, options, dtype, device)
+
+    def theirs(*x):
+        return torch_attention(case, options, *x)
+
+    truth = run(theirs, [x.double() for x in inputs], *gradients)
+    by_torch = run(theirs, inputs, *gradients)
+    terms = cancelled(case, options, inputs, *gradients)
+    hide_past_lengths(case, inputs, gradients)
+    with flashattn.use_backend(backend):
+        results = run(ours(case, options), inputs, *gradients)
+    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    for name, x, y, t, summed in zip(names, results, by_torch, truth, terms, strict=True):
+        assert_as_exact_as_torch(x, y, t, name, summed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_float64(case, dtype, backend):
+    skip_if_wrong_there(backend, dtype)
+    check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reference_is_the_truth_in_float64(case):
+    inputs, options = make_inputs(case, torch.float64, "cpu")
+    gradients = gradients_for(case, options, torch.float64, "cpu")
+    truth = run(lambda *x: torch_attention(case, options, *x), inputs, *gradients)
+    for x, t in zip(run(ours(case, options), inputs, *gradients), truth, strict=True):
+        torch.testing.assert_close(x, t, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dimensions", ["bhqk", "k", "q"])
+def test_a_mask_of_any_bytes(dimensions, backend):
+    """A view of other bytes as bool: what is not 0 is True."""
+    case = Case("", batch=2, seq_q=40, seq_k=70, mask=dimensions)
+    inputs, options = make_inputs(case, torch.float32, device_of(backend))
+    mask = options["mask"]
+    odd = torch.where(mask, torch.randint_like(mask, 2, 256, dtype=torch.uint8), 0).view(torch.bool)
+    blocks = create_block_mask(lambda b, h, i, j: i >= i, None, None, 40, 70, mask.device, BLOCK_SIZE=16)
+    with flashattn.use_backend(backend):
+        for others in ({}, {"block_mask": blocks}):
+            found, expected = (flashattn.attention(*inputs, mask=m, **others) for m in (odd, mask))
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_a_subclass_with_operations_of_its_own_is_refused(name):
+    """The memory of PyTorch's CausalBias is not what it stands for."""
+    x = torch.randn(1, 2, 6, 8)
+    other = causal_lower_right(6, 6)
+    other = other.bool().as_subclass(type(other)) if name == "mask" else other
+    with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got CausalBias"):
+        flashattn.attention(x, x, x, **{name: other})
+
+
+FEATURES = dict(
+    causal=True, window=(40, 9), q_lengths=(70, 33, 0), kv_lengths=(90, 0, 64), softcap=3.0, slopes="bh", mask="bk",
+    bias="hqk", sinks=True, dropout_p=0.2, kv_heads=2, scale=0.4,
+)  # fmt: skip
+
+
+def pairwise() -> list[Case]:
+    """Cases in which every two features meet, and each is met without the other: feature n is in the cases of the n-th
+    four of 1 .. 6, and in none but those, so that of any two each has a case the other lacks.
+
+    Kleitman and Spencer, "Families of k-independent sets" (1973).
+    """
+    fours = dict(zip(FEATURES, itertools.combinations(range(1, 7), 4), strict=False))
+    base = Case("", batch=3, heads=4, kv_heads=4, seq_q=70, seq_k=90, head_dim=24, head_dim_v=40)
+    return [
+        base._replace(name=f"pairs_{n}", **{name: FEATURES[name] for name, four in fours.items() if n in four})
+        for n in range(7)
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: case.name)
+def test_pairs_of_features(case, dtype, backend):
+    skip_if_wrong_there(backend, dtype)
+    check(case, dtype, backend)
+
+
+def test_pairs_are_all_there():
+    present = [{name for name in FEATURES if getattr(case, name) == FEATURES[name]} for case in pairwise()]
+    for a, b in itertools.permutations(FEATURES, 2):
+        assert any(a in p and b in p for p in present)
+        assert any(a in p and b not in p for p in present)
+        assert any(a not in p and b not in p for p in present)
+
+
+dimensions = st.sampled_from(["".join(d) for n in range(5) for d in itertools.combinations("bhqk", n)])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_cases(data):
+    """At least 16 keys: on fewer numbers an error is a matter of luck, PyTorch's as well as ours (CASES has those)."""
+    batch, kv_heads = 4, data.draw(st.integers(1, 3))
+    seq_q, seq_k = data.draw(st.integers(8, 150)), data.draw(st.integers(32, 230))
+    case = Case(
+        "random", batch, kv_heads * data.draw(st.integers(1, 3)), kv_heads, seq_q, seq_k,
+        data.draw(st.integers(4, 256)), data.draw(st.integers(4, 256)), data.draw(st.booleans()),
+        data.draw(st.none() | st.tuples(st.none() | st.integers(16, 200), st.none() | st.integers(0, 200))),
+        *(data.draw(st.none() | st.tuples(*[st.integers(n // 2, n)] * batch)) for n in (seq_q, seq_k)),
+        softcap=data.draw(st.none() | st.floats(1, 30)),
+        slopes=data.draw(st.sampled_from([None, "h", "bh"])),
+        mask=data.draw(st.none() | dimensions),
+        bias=data.draw(st.none() | dimensions),
+        sinks=data.draw(st.booleans()),
+        dropout_p=data.draw(st.sampled_from([0.0, 0.0, 0.2])),
+    )  # fmt: skip
+    check(case, data.draw(st.sampled_from(DTYPES)), "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_every_run(backend):
+    if INTERPRETED and backend == "triton":
+        pytest.skip("the interpreter runs one program after another")
+    device = device_of(backend)
+    case = Case(
+        "", batch=2, heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True, bias="hk", sinks=True, dropout_p=0.1
+    )
+    inputs, options = make_inputs(case, torch.float16, device)
+    gradients = gradients_for(case, options, torch.float16, device)
+    with flashattn.use_backend(backend):
+        first, second = (run(ours(case, options), inputs, *gradients) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": lambda x: torch.nn.functional.pad(x, (3, 5, 2, 1))[:, :, 2:-1, 3:-5],
+    "last_dim_strided": lambda x: x.mT.contiguous().mT,
+    "every_second": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "backwards_batch": lambda x: torch.stack([x[0], x[0]], 0)[:1].expand(x.shape[0], -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_are_honoured(view, backend):
+    device = device_of(backend)
+    case = Case("", batch=1, heads=4, kv_heads=2, seq_q=40, seq_k=50, head_dim=24, causal=True)
+    inputs, options = make_inputs(case, torch.float32, device)
+    views = [VIEWS[view](x) for x in inputs]
+    grad_out, grad_lse = gradients_for(case, options, torch.float32, device)
+
+    def both(tensors):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        out, lse = flashattn.attention(*tensors, return_lse=True, **options)
+        return [out, lse, *torch.autograd.grad((out, lse), tensors, (VIEWS[view](grad_out), grad_lse))]
+
+    with flashattn.use_backend(backend):
+        for a, b in zip(both(views), both(inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend):
+    q, k, v = make_inputs(Case(""), torch.float32, device_of(backend))[0]
+    q.requires_grad_()
+    with flashattn.use_backend(backend):
+        flashattn.attention(q, k, v).sum().backward()  # its gradient is one number, expanded
+        (expected,) = torch.autograd.grad(flashattn.attention(q, k, v), q, torch.ones_like(q))
+    assert torch.equal(q.grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_lse_is_used(backend):
+    q, k, v = make_inputs(Case("", causal=True), torch.float32, device_of(backend))[0]
+    q.requires_grad_(), v.requires_grad_()
+    with flashattn.use_backend(backend):
+        _, lse = flashattn.attention(q, k, v, causal=True, return_lse=True)
+        grad_q, grad_v = torch.autograd.grad(lse.sum(), (q, v))
+    exact = q.detach().double().requires_grad_()
+    scores = exact @ k.double().mT * 0.25
+    scores = scores.masked_fill(torch.ones(63, 63, device=q.device).triu(1).bool(), -torch.inf)
+    (truth,) = torch.autograd.grad(scores.logsumexp(-1).sum(), exact)
+    torch.testing.assert_close(grad_q.double(), truth, rtol=1e-5, atol=1e-6)
+    assert (grad_v == 0).all()
+
+
+def test_error_does_not_grow_with_length():
+    """A rescale factor that is not exactly 1 while the maximum stays would show at 16,384 keys."""
+    q, k, v = (randn(1, 1, n, 16, dtype=torch.float32) for n in (64, 16384, 16384))
+    k[:, :, 0] = 3 * q[:, :, 0].sign()  # the maximum of the first query comes first
+    truth = torch_attention(Case("", 1, 1, 1, 64, 16384), {}, q.double(), k.double(), v.double())
+    theirs = torch_attention(Case("", 1, 1, 1, 64, 16384), {}, q, k, v)
+    with flashattn.use_backend("cpu"):
+        results = flashattn.attention(q, k, v, return_lse=True)
+    for name, x, y, t in zip(("out", "lse"), results, theirs, truth, strict=True):
+        assert_as_exact_as_torch(x, y, t, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_is_a_mask(backend):
+    """Also where it leaves a query, or the first tile of its keys, without any."""
+    case = Case("", batch=2, seq_q=40, seq_k=230, causal=True)
+    inputs, options = make_inputs(case, torch.float32, device_of(backend))
+    keep = torch.rand(2, 1, 40, 230, device=inputs[0].device) > 0.5
+    keep[0, :, :, :200] = False
+    keep[1, :, 7] = False
+    bias = torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+    grad_out, grad_lse = gradients_for(case, {"mask": keep}, torch.float32, keep.device)
+    with flashattn.use_backend(backend):
+        by_mask, by_bias = (
+            run(lambda *x, o=o: flashattn.attention(*x, return_lse=True, **options, **o), inputs, grad_out, grad_lse)
+            for o in ({"mask": keep}, {"bias": bias})
+        )
+    for a, b in zip(by_mask, by_bias, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_nan_in_the_input_shows(backend):
+    q, k, v = make_inputs(Case(""), torch.float32, "cpu")[0]
+    k[0, 0, 5, 3] = torch.nan
+    with flashattn.use_backend(backend):
+        out = flashattn.attention(q, k, v)
+    assert out[0, 0].isnan().all()
+    assert not out[0, 1].isnan().any()
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = make_inputs(Case("", causal=True), torch.float32, "cpu")[0]
+    for backend in ("cpu", "reference"):
+        with flashattn.use_backend(backend):
+            out, lse = flashattn.attention(q * 1e4, k * 1e4, v, causal=True, return_lse=True)
+        assert out.isfinite().all()
+        assert lse.isfinite().all()
+
+
+MEMORY = """
+import resource, sys, torch, flashattn
+q, k, v = (torch.randn(1, 1, 16384, 8).requires_grad_() for _ in range(3))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+with flashattn.use_backend(sys.argv[1]):
+    flashattn.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64]).sum().backward()
+    before = peak()
+    flashattn.attention(q, k, v, causal=True).sum().backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("backend, mebibytes", [("cpu", 16), ("reference", 400)])
+def test_memory_is_linear(backend, mebibytes):
+    """Forward and backward over 16,384 tokens, where one matrix of scores would be 1,024 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, backend], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < mebibytes
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads(threads):
+    """Any number of threads gives the same bits."""
+    case = Case(
+        "", batch=2, heads=4, kv_heads=2, seq_q=200, seq_k=230, causal=True, bias="hk", sinks=True, dropout_p=0.1
+    )
+    inputs, options = make_inputs(case, torch.float32, "cpu")
+    gradients = gradients_for(case, options, torch.float32, "cpu")
+    before = torch.get_num_threads()
+
+    def go(n):
+        torch.set_num_threads(n)
+        with flashattn.use_backend("cpu"):
+            return run(ours(case, options), inputs, *gradients)
+
+    try:
+        for a, b in zip(go(threads), go(1), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 3)
+WRONG = {
+    "q_not_a_tensor": ((Q.numpy(), K, V), {}, TypeError, "q must be a torch.Tensor, got ndarray"),
+    "q_rank": ((Q[0], K, V), {}, ValueError, r"q must be \(batch, heads, seq, head_dim\), got shape \(4, 5, 8\)"),
+    "integers": ((Q.int(), K, V), {}, TypeError, "q must be float32.*got torch.int32"),
+    "dtype": ((Q, K.half(), V), {}, TypeError, "k must have q's dtype torch.float32, got torch.float16"),
+    "device": ((Q, K, V.to("meta")), {}, ValueError, "v must be on q's device cpu, got meta"),
+    "batch": ((Q, K[:1], V), {}, ValueError, "k must have q's batch 2, got 1"),
+    "head_dim": ((Q, K[..., :7], V), {}, ValueError, "k must have q's head_dim 8, got 7"),
+    "no_head_dim": ((Q[..., :0], K[..., :0], V), {}, ValueError, "q must have at least one head and head_dim 1"),
+    "seq": ((Q, K, V[:, :, :6]), {}, ValueError, r"v must have k's \(kv_heads, seq_k\) \(2, 7\), got \(2, 6\)"),
+    "heads": ((Q[:, :3], K, V), {}, ValueError, "k must have a number of heads that divides q's 3, got 2"),
+    "no_heads": ((Q, K[:, :0], V[:, :0]), {}, ValueError, "k must have at least one head"),
+    "scale": ((Q, K, V), {"scale": "big"}, TypeError, "scale must be a float, got str"),
+    "scale_nan": ((Q, K, V), {"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+    "mask_dtype": ((Q, K, V), {"mask": torch.ones(5, 7)}, TypeError, "mask must be bool.*got torch.float32"),
+    "mask_shape": ((Q, K, V), {"mask": torch.ones(5, 6).bool()}, ValueError, r"mask must be.*shape \(5, 6\)"),
+    "mask_rank": ((Q, K, V), {"mask": torch.ones(1, 1, 1, 1, 1).bool()}, ValueError, "mask must be broadcastable"),
+    "mask_list": ((Q, K, V), {"mask": [True]}, TypeError, "mask must be a torch.Tensor, got list"),
+    "bias_dtype": ((Q, K, V), {"bias": torch.ones(5, 7).half()}, TypeError, "bias must be torch.float32.*float16"),
+    "bias_integers": ((Q, K, V), {"bias": torch.ones(5, 7).int()}, TypeError, "bias must be float32.*got torch.int32"),
+    "bias_shape": ((Q, K, V), {"bias": torch.ones(3, 5, 7)}, ValueError, r"bias must be broad.*got shape \(3, 5, 7\)"),
+    "slopes_shape": ((Q, K, V), {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must be \(heads,\)"),
+    "slopes_dtype": ((Q, K, V), {"alibi_slopes": torch.ones(4).half()}, TypeError, "alibi_slopes must be float32"),
+    "softcap": ((Q, K, V), {"softcap": 0.0}, ValueError, "softcap must be above 0 and finite.*got 0.0"),
+    "softcap_text": ((Q, K, V), {"softcap": "5"}, TypeError, "softcap must be a float, got str"),
+    "sinks_shape": ((Q, K, V), {"sinks": torch.ones(2)}, ValueError, r"sinks must be \(heads,\) = \(4,\), got.*\(2,\)"),
+    "dropout": ((Q, K, V), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    "seed": ((Q, K, V), {"dropout_p": 0.5, "seed": -1}, ValueError, "seed must be an int in"),
+    "length_past": ((Q, K, V), {"kv_lengths": torch.tensor([1, 8])}, ValueError, "kv_lengths must be.*7, got 8"),
+    "length_negative": ((Q, K, V), {"q_lengths": torch.tensor([-1, 3])}, ValueError, "q_lengths must be.*got -1"),
+    "length_shape": ((Q, K, V), {"kv_lengths": torch.tensor([1])}, ValueError, r"kv_lengths must be \(batch,\)"),
+    "length_dtype": ((Q, K, V), {"kv_lengths": torch.ones(2)}, TypeError, "kv_lengths must be int32 or int64, got"),
+    "length_list": ((Q, K, V), {"kv_lengths": [1, 2]}, TypeError, "kv_lengths must be a torch.Tensor, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    arguments, options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        flashattn.attention(*arguments, **options)
+
+
+def test_double_backward_is_refused():
+    q, k, v = (x.requires_grad_() for x in make_inputs(Case(""), torch.float32, "cpu")[0])
+    (grad,) = torch.autograd.grad(flashattn.attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()

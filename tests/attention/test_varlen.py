@@ -1,0 +1,313 @@
+"""Packed sequences on every backend against the float64 truth of each alone; nested tensors; what is refused."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flashattn
+from tests.attention.truth import Case, cancelled, make_inputs, names_of, run, torch_attention
+from tests.common import BACKENDS, DTYPES, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
+
+REST = 5  # rows past the last sequence
+
+
+def packed(case: Case, lengths_q, lengths_k) -> Case:
+    """The case of a batch of these lengths."""
+    return case._replace(batch=len(lengths_q), seq_q=max(lengths_q), seq_k=max(lengths_k))
+
+
+def starts(lengths, device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def inputs_of(case: Case, lengths_q, lengths_k, dtype, device):
+    inputs, options = make_inputs(case, dtype, device)
+    totals = [sum(lengths_q), sum(lengths_k), sum(lengths_k)]
+    packed = [
+        randn(total + REST, x.shape[1], x.shape[3], dtype=dtype, device=device)
+        for total, x in zip(totals, inputs, strict=False)
+    ]
+    options = {name: value for name, value in options.items() if name not in ("q_lengths", "kv_lengths")}
+    return packed + inputs[3:], options
+
+
+def sequences(case: Case, lengths_q, lengths_k, options, inputs):
+    """Each sequence as a case, options and inputs of its own."""
+    ends_q, ends_k = itertools.accumulate(lengths_q), itertools.accumulate(lengths_k)
+    for b, (n, m, end_q, end_k) in enumerate(zip(lengths_q, lengths_k, ends_q, ends_k, strict=True)):
+
+        def plane(x, b=b, n=n, m=m):
+            x = x[b : b + 1] if x.shape[0] > 1 else x
+            return x[:, :, : n if x.shape[2] > 1 else 1, : m if x.shape[3] > 1 else 1]
+
+        one = case._replace(batch=1, seq_q=n, seq_k=m, first_batch=b)
+        own = dict(options)
+        if "mask" in own:
+            own["mask"] = plane(own["mask"])
+        if case.slopes == "bh":
+            own["alibi_slopes"] = own["alibi_slopes"][b : b + 1]
+        q, k, v = (x[end - size : end].transpose(0, 1)[None] for x, end, size in zip(
+            inputs, (end_q, end_k, end_k), (n, m, m), strict=False))  # fmt: skip
+        others = [plane(x) if x.dim() == 4 else x for x in inputs[3:]]
+        yield one, own, [q, k, v, *others]
+
+
+def truth(case: Case, lengths_q, lengths_k, options):
+    """(out, lse) of packed inputs, sequence by sequence."""
+
+    def attention(*inputs):
+        outs, lses = [], []
+        for one, own, x in sequences(case, lengths_q, lengths_k, options, inputs):
+            out, lse = torch_attention(one, own, *x)
+            outs.append(out[0].transpose(0, 1)), lses.append(lse[0])
+        q, v = inputs[0], inputs[2]
+        outs.append(q.new_zeros(REST, case.heads, v.shape[-1]))
+        lses.append(lses[0].new_full((case.heads, REST), -torch.inf))
+        return torch.cat(outs), torch.cat(lses, 1)
+
+    return attention
+
+
+def summed(case: Case, lengths_q, lengths_k, options, inputs, grad_out, grad_lse):
+    """How large the terms of the sums are, as `cancelled` has it."""
+    parts = []
+    at = 0
+    for one, own, x in sequences(case, lengths_q, lengths_k, options, inputs):
+        rows = slice(at, at + one.seq_q)
+        at += one.seq_q
+        parts.append(cancelled(one, own, x, grad_out[rows].transpose(0, 1)[None], grad_lse[None, :, rows]))
+    q, k = (torch.cat([p[i] for p in parts], 2) for i in (2, 3))
+    largest = [max(p[i].abs().max().item() if p[i].numel() else 0 for p in parts) for i in range(5, len(parts[0]))]
+    return [0.0, 0.0, q, k, 0.0, *largest]
+
+
+def ours(case: Case, lengths_q, lengths_k, options):
+    def attention(*x):
+        others = dict(zip(names_of(case)[3:], x[3:], strict=True))
+        cu_q, cu_k = starts(lengths_q, x[0].device), starts(lengths_k, x[0].device)
+        return flashattn.attention_varlen(
+            *x[:3], cu_q, cu_k, case.seq_q, case.seq_k, return_lse=True, **options, **others
+        )
+
+    return attention
+
+
+def gradients_for(case, out, lse, dtype, device):
+    grad_out = randn(*out.shape, dtype=dtype, device=device)
+    return grad_out, torch.where(lse.isfinite(), randn(*lse.shape, dtype=torch.float32, device=device), 0)
+
+
+def check(case: Case, lengths_q, lengths_k, dtype, backend):
+    device = device_of(backend)
+    case = packed(case, lengths_q, lengths_k)
+    inputs, options = inputs_of(case, lengths_q, lengths_k, dtype, device)
+    theirs = truth(case, lengths_q, lengths_k, options)
+    gradients = gradients_for(case, *theirs(*inputs), dtype, device)
+    exact = run(theirs, [x.double() for x in inputs], *gradients)
+    by_torch = run(theirs, inputs, *gradients)
+    terms = summed(case, lengths_q, lengths_k, options, inputs, *gradients)
+    for x, length in zip(inputs, (lengths_q, lengths_k, lengths_k), strict=False):
+        x[sum(length) :] = torch.nan  # nothing is read there
+    with flashattn.use_backend(backend):
+        results = run(ours(case, lengths_q, lengths_k, options), inputs, *gradients)
+    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    for name, x, y, t, s in zip(names, results, by_torch, exact, terms, strict=True):
+        assert_as_exact_as_torch(x, y, t, name, s)
+    for x, length in zip(results[2:5], (lengths_q, lengths_k, lengths_k), strict=True):
+        assert (x[sum(length) :] == 0).all()
+
+
+LENGTHS = [(40, 0, 63, 1, 130, 64), (40, 33, 0, 9, 111, 100)]
+CASES = [
+    Case("full"),
+    Case("causal", heads=4, head_dim=64, head_dim_v=40, causal=True),
+    Case("window", window=(30, 4)),
+    Case("softcap", softcap=3.0, causal=True),
+    Case("slopes", heads=4, slopes="bh"),
+    Case("mask", mask="bqk", causal=True),
+    Case("bias", bias="hqk"),
+    Case("bias_of_batches", bias="bk", causal=True),
+    Case("sinks", sinks=True, causal=True),
+    Case("dropout", heads=4, dropout_p=0.2),
+    Case(
+        "everything", heads=4, causal=True, window=(50, 0), softcap=4.0, slopes="h", mask="bk", bias="bhqk", sinks=True,
+        dropout_p=0.1,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_float64(case, dtype, backend):
+    skip_if_wrong_there(backend, dtype)
+    check(case, *LENGTHS, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_few_queries_each(backend):
+    """What the CPU engine takes as decoding."""
+    check(
+        Case("decode", heads=4, causal=True, sinks=True),
+        (1, 8, 0, 3, 5),
+        (700, 40, 30, 513, 512),
+        torch.float32,
+        backend,
+    )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_cases(data):
+    """Four heads and more, and a bias by queries or keys: the error of a gradient of one number is a matter of luck,
+    PyTorch's as well as ours (CASES has those)."""
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))  # so that what fails fails again
+    dimensions = st.sampled_from(["".join(d) for n in range(5) for d in itertools.combinations("bhqk", n)])
+    batch, kv_heads = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 2))
+    lengths = [[*data.draw(st.lists(st.integers(0, 200), min_size=batch, max_size=batch)), 40] for _ in range(2)]
+    case = Case(
+        "random", heads=kv_heads * data.draw(st.integers(4 // kv_heads, 6 // kv_heads)), kv_heads=kv_heads,
+        head_dim=data.draw(st.integers(8, 96)),
+        head_dim_v=data.draw(st.integers(8, 96)), causal=data.draw(st.booleans()),
+        window=data.draw(st.none() | st.tuples(st.none() | st.integers(16, 99), st.none() | st.integers(0, 99))),
+        softcap=data.draw(st.none() | st.floats(1, 30)), slopes=data.draw(st.sampled_from([None, "h", "bh"])),
+        mask=data.draw(st.none() | dimensions),
+        bias=data.draw(st.none() | dimensions.filter(lambda d: "q" in d or "k" in d)),
+        sinks=data.draw(st.booleans()),
+        dropout_p=data.draw(st.sampled_from([0.0, 0.0, 0.2])),
+    )  # fmt: skip
+    check(case, *lengths, data.draw(st.sampled_from(DTYPES)), "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_a_padded_batch_bit_for_bit_on_dropout(backend):
+    """The same seed drops the same weights, packed or padded."""
+    lengths, device = (17, 40), device_of(backend)
+    q, k, v = (randn(57, 2, 16, dtype=torch.float32, device=device) for _ in range(3))
+    padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
+    both = torch.tensor(lengths, device=device)
+    with flashattn.use_backend(backend):
+        out = flashattn.attention_varlen(q, k, v, *[starts(lengths, device)] * 2, dropout_p=0.5, seed=3)
+        expected = flashattn.attention(*padded, q_lengths=both, kv_lengths=both, dropout_p=0.5, seed=3)
+    for x, y, n in zip(out.split(lengths), expected, lengths, strict=True):
+        torch.testing.assert_close(x.transpose(0, 1), y[:, :n], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nested_tensors(backend):
+    device = device_of(backend)
+    lengths = (5, 33, 0, 20)
+    parts = [[randn(n, 2, 16, dtype=torch.float32, device=device) for n in lengths] for _ in range(3)]
+    nested = [torch.nested.nested_tensor(x, layout=torch.jagged, requires_grad=True) for x in parts]
+    flat = [torch.cat(x).requires_grad_() for x in parts]
+    with flashattn.use_backend(backend):
+        out, lse = flashattn.attention(*(x.transpose(1, 2) for x in nested), causal=True, return_lse=True)
+        expected, expected_lse = flashattn.attention_varlen(
+            *flat, *[starts(lengths, device)] * 2, causal=True, return_lse=True
+        )
+        assert torch.equal(out.transpose(1, 2).values(), expected)
+        assert torch.equal(lse.transpose(1, 2).values(), expected_lse.transpose(0, 1))
+        gradients = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), nested)
+        expected = torch.autograd.grad(expected.square().sum(), flat)
+    for x, y in zip(gradients, expected, strict=True):
+        assert torch.equal(x.values(), y)
+
+
+@pytest.mark.parametrize("bias", ["h", "hqk"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_longest_of_more_than_all(backend, bias):
+    """max_seqlen says how long a sequence may be at most: larger than all of them together it changes nothing."""
+    case, lengths, device = Case("", bias=bias, head_dim=8, head_dim_v=8), (5, 20, 7), device_of(backend)
+    most = 2**31 - 1 if bias == "h" else 100
+    inputs, _ = inputs_of(packed(case, lengths, lengths), lengths, lengths, torch.float32, device)
+    whole = torch.zeros(1, 2, *[100 if bias == "hqk" else 1] * 2, device=device)
+    whole[:, :, :20, :20] = inputs[3]
+    cu = starts(lengths, device)
+
+    def call(longest, bias):
+        x = [x.clone().requires_grad_() for x in (*inputs[:3], bias)]
+        with flashattn.use_backend(backend):
+            out = flashattn.attention_varlen(*x[:3], cu, cu, longest, longest, bias=x[3], window=(4, 9))
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    *results, grad_bias = call(most, whole)
+    *expected, grad_expected = call(20, inputs[3])
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(grad_bias[:, :, :20, :20], grad_expected)
+    assert (grad_bias[:, :, 20:] == 0).all()
+    assert (grad_bias[..., 20:] == 0).all()
+
+
+MEMORY = """
+import resource, torch, flashattn
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def go(lengths):
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    q = torch.randn(sum(lengths), 1, 8).requires_grad_()
+    out = flashattn.attention_varlen(q, q, q, starts, starts, causal=True)
+    out.sum().backward()
+    return q, out
+go([64, 1])
+before = peak()
+q, out = go([4000] + [1] * 3000)
+torch.testing.assert_close(out[4000:], q[4000:])  # a token alone attends to itself
+print(peak() - before)
+"""
+
+
+def test_memory_follows_the_tokens():
+    """One long sequence among many short ones; a buffer of each one's longest would be 366 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40
+
+
+Q, K = torch.zeros(10, 4, 8), torch.zeros(12, 2, 8)
+CU_Q, CU_K = torch.tensor([0, 4, 10], dtype=torch.int32), torch.tensor([0, 5, 12], dtype=torch.int32)
+GOOD = dict(q=Q, k=K, v=K, cu_seqlens_q=CU_Q, cu_seqlens_k=CU_K, max_seqlen_q=6, max_seqlen_k=7)
+WRONG = {
+    "rank": (dict(q=Q[None]), ValueError, r"q must be \(total, heads, head_dim\), got shape \(1, 10, 4, 8\)"),
+    "falling": (dict(cu_seqlens_q=CU_Q.flip(0)), ValueError, r"cu_seqlens_q must begin with 0.*\[10, 4, 0\]"),
+    "not_monotone": (dict(cu_seqlens_k=CU_K[[0, 2, 1]]), ValueError, r"cu_seqlens_k must begin with 0, never fall"),
+    "past_the_end": (dict(cu_seqlens_k=CU_K * 2), ValueError, "cu_seqlens_k must.*end at most at k's 12 rows"),
+    "dtype": (dict(cu_seqlens_q=CU_Q.long()), TypeError, "cu_seqlens_q must be int32, got torch.int64"),
+    "list": (dict(cu_seqlens_q=[0, 4, 10]), TypeError, "cu_seqlens_q must be a torch.Tensor, got list"),
+    "shape": (dict(cu_seqlens_q=CU_Q[None]), ValueError, r"cu_seqlens_q must be \(batch \+ 1,\), got shape \(1, 3\)"),
+    "lengths": (dict(cu_seqlens_k=CU_K[:2]), ValueError, "cu_seqlens_k must be as long as cu_seqlens_q, 3, got 2"),
+    "max": (dict(max_seqlen_q=5), ValueError, "max_seqlen_q must be at least the longest sequence's 6, got 5"),
+    "max_type": (dict(max_seqlen_k=7.0), TypeError, "max_seqlen_k must be an int or None, got float"),
+    "mask": (dict(mask=torch.ones(10, 12).bool()), ValueError, r"mask must be.*\(2, 4, 6, 7\), got shape \(10, 12\)"),
+    "slopes": (dict(alibi_slopes=torch.ones(3)), ValueError, r"alibi_slopes must be \(heads,\) = \(4,\) or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    changed, kind, message = WRONG[name]
+    arguments = GOOD | changed
+    flashattn.attention_varlen(**GOOD)
+    with pytest.raises(kind, match=message):
+        flashattn.attention_varlen(**arguments)
+
+
+@pytest.mark.parametrize("changed", [dict(max_seqlen_q=4), dict(max_seqlen_k=4), dict(cu_seqlens_k=CU_K * 2)])
+def test_a_compiled_graph_reads_nothing_outside(changed):
+    """It has no numbers to check when it is traced, so the engine does when it runs."""
+    torch._dynamo.reset()
+    arguments = GOOD | changed
+    compiled = torch.compile(flashattn.attention_varlen, backend="eager", fullgraph=True)
+    with flashattn.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cu_seqlens_. must"):
+        compiled(**arguments)
+
+
+def test_nested_is_not_mixed_with_padding():
+    x = torch.nested.nested_tensor([torch.zeros(3, 2, 8)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="k must be nested"):
+        flashattn.attention(x.transpose(1, 2), torch.zeros(1, 2, 3, 8), x.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"q must be nested.*jagged along seq"):
+        flashattn.attention(x, x, x)

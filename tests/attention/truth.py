@@ -1,0 +1,195 @@
+"""What the attention tests share: a case, its inputs, and its truth by PyTorch's own operations."""
+
+from typing import NamedTuple
+
+import torch
+
+import flashattn
+from flashattn.backends.reference import philox
+from tests.common import randn
+
+
+class Case(NamedTuple):
+    name: str
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    seq_q: int = 63
+    seq_k: int = 63
+    head_dim: int = 16
+    head_dim_v: int = 16
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    q_lengths: tuple[int, ...] | None = None
+    kv_lengths: tuple[int, ...] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    slopes: str | None = None  # the dimensions of each tensor, of "bhqk"; one that is missing is broadcast
+    mask: str | None = None
+    bias: str | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+    first_batch: int = 0  # of a sequence of its own: which batch row it is for dropout
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.seq_q
+
+    def shape(self, dimensions: str) -> list[int]:
+        sizes = zip("bhqk", (*self.rows, self.seq_k), strict=True)
+        return [size if name in dimensions else 1 for name, size in sizes]
+
+
+SEED = 2**40 + 17
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device) -> tuple[list[torch.Tensor], dict]:
+    """What gets gradients (q, k, v and, where the case has them, bias and sinks) and the other options."""
+    inputs = [
+        randn(case.batch, case.heads, case.seq_q, case.head_dim, dtype=dtype, device=device),
+        randn(case.batch, case.kv_heads, case.seq_k, case.head_dim, dtype=dtype, device=device),
+        randn(case.batch, case.kv_heads, case.seq_k, case.head_dim_v, dtype=dtype, device=device),
+    ]
+    if case.bias is not None:
+        inputs.append(randn(*case.shape(case.bias), dtype=dtype, device=device))
+    if case.sinks:
+        inputs.append(randn(case.heads, dtype=dtype, device=device))
+    lengths = {
+        name: None if value is None else torch.tensor(value, device=device)
+        for name, value in (("q_lengths", case.q_lengths), ("kv_lengths", case.kv_lengths))
+    }
+    options = dict(causal=case.causal, window=case.window, scale=case.scale, softcap=case.softcap, **lengths)
+    if case.slopes is not None:
+        options["alibi_slopes"] = torch.rand(*case.shape(case.slopes)[2 - len(case.slopes) : 2], device=device)
+    if case.mask is not None:
+        options["mask"] = torch.rand(*case.shape(case.mask), device=device) > 0.3
+    if case.dropout_p:
+        options |= dict(dropout_p=case.dropout_p, seed=SEED)
+    return inputs, options
+
+
+def names_of(case: Case) -> list[str]:
+    return ["q", "k", "v", *["bias"] * (case.bias is not None), *["sinks"] * case.sinks]
+
+
+def ours(case: Case, options: dict):
+    """flashattn.attention as a function of the inputs alone."""
+    names = names_of(case)
+    return lambda *x: flashattn.attention(
+        *x[:3], return_lse=True, **options, **dict(zip(names[3:], x[3:], strict=True))
+    )
+
+
+def visible(case: Case, options: dict, device) -> torch.Tensor:
+    """The mask written out, independently of the reference: (batch, 1 or heads, seq_q, seq_k)."""
+    i = torch.arange(case.seq_q, device=device)[:, None]
+    j = torch.arange(case.seq_k, device=device)[None, :]
+    keep = torch.ones(case.batch, 1, case.seq_q, case.seq_k, dtype=torch.bool, device=device)
+    if case.causal:
+        keep &= j - i <= case.seq_k - case.seq_q
+    left, right = case.window or (None, None)
+    if left is not None:
+        keep &= j - i >= case.seq_k - case.seq_q - left
+    if right is not None:
+        keep &= j - i <= case.seq_k - case.seq_q + right
+    for b in range(case.batch):
+        if case.q_lengths is not None:
+            keep[b, :, case.q_lengths[b] :] = False
+        if case.kv_lengths is not None:
+            keep[b, :, :, case.kv_lengths[b] :] = False
+    return keep & options["mask"] if "mask" in options else keep
+
+
+def kept(case: Case, device) -> torch.Tensor | float:
+    """What dropout multiplies the weights by, from its definition: word key % 4 of Philox at (key // 4, query,
+    batch * heads + head)."""
+    if not case.dropout_p:
+        return 1.0
+    head = torch.arange(case.batch * case.heads).view(case.batch, case.heads, 1, 1) + case.first_batch * case.heads
+    i, j = torch.arange(case.seq_q)[:, None], torch.arange(case.seq_k)
+    words = torch.stack(philox(SEED, j // 4, i, head, rounds=7))
+    bits = words.gather(0, (j % 4).expand(words.shape[1:])[None])[0]
+    return ((bits >> 1) >= int(case.dropout_p * 2**31)).double().to(device) / (1 - case.dropout_p)
+
+
+def torch_attention(case: Case, options: dict, q, k, v, *others):
+    """(out, lse) by PyTorch's own operations in the inputs' dtype; a row that attends to nothing gives 0 and -inf."""
+    others = dict(zip(names_of(case)[3:], others, strict=True))
+    group = case.heads // case.kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    keep = visible(case, options, q.device)
+    some = keep.any(-1, keepdim=True)
+    scores = q @ k.mT * (case.head_dim**-0.5 if case.scale is None else case.scale)
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if case.slopes is not None:
+        i = torch.arange(case.seq_q, device=q.device)[:, None] + case.seq_k - case.seq_q
+        distance = (i - torch.arange(case.seq_k, device=q.device)).abs()
+        scores = scores - (options["alibi_slopes"].to(scores.dtype)[..., None, None] * distance).to(scores.dtype)
+    if case.bias is not None:
+        scores = scores + others["bias"]
+    scores = scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0)  # 0 keeps NaN out of the gradient
+    # float64 for the truth, float32 for the 16-bit dtypes: lse is float32 there.
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    if case.sinks:
+        sinks = others["sinks"].view(-1, 1, 1).expand(*case.rows, 1)
+        weights = torch.cat([scores, sinks.to(scores)], -1).softmax(-1)[..., :-1]
+        wide = torch.cat([wide, sinks.to(wide)], -1)
+    else:
+        weights = scores.softmax(-1)
+    weights = torch.where(some & keep, weights, 0) * torch.as_tensor(kept(case, q.device)).to(scores)
+    lse = torch.where(some[..., 0], torch.logsumexp(wide, -1) if case.seq_k else wide.sum(-1), -torch.inf)
+    return weights @ v, lse
+
+
+def run(function, inputs, grad_out, grad_lse):
+    """out, lse and the gradients of the inputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = function(*inputs)
+    gradients = torch.autograd.grad((out, lse), inputs, (grad_out.to(out), grad_lse.to(lse)))
+    return [out, lse, *gradients]
+
+
+def gradients_for(case: Case, options: dict, dtype: torch.dtype, device):
+    grad_out = randn(case.batch, case.heads, case.seq_q, case.head_dim_v, dtype=dtype, device=device)
+    grad_lse = randn(case.batch, case.heads, case.seq_q, dtype=torch.float32, device=device)
+    some = visible(case, options, device).any(-1).expand_as(grad_lse)
+    return grad_out, torch.where(some, grad_lse, 0)  # lse is constant -inf elsewhere
+
+
+def hide_past_lengths(case: Case, inputs, gradients) -> None:
+    """NaN where nothing may be read."""
+    q, k, v = inputs[:3]
+    for b in range(case.batch):
+        if case.q_lengths is not None:
+            for x in (q, *gradients):
+                x[b, :, case.q_lengths[b] :] = torch.nan
+        if case.kv_lengths is not None:
+            k[b, :, case.kv_lengths[b] :] = torch.nan
+            v[b, :, case.kv_lengths[b] :] = torch.nan
+
+
+def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
+    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
+    q, k, v, *others = (x.double() for x in inputs)
+    grad_out, grad_lse = grad_out.double(), grad_lse.double()
+    with torch.enable_grad():  # the weights before dropout are the gradient of lse by a bias of every score
+        every = torch.zeros(*case.rows, case.seq_k, dtype=torch.float64, device=q.device).requires_grad_()
+        plain = case._replace(bias="bhqk", dropout_p=0.0)
+        bias = every + (others[0] if case.bias is not None else 0)
+        sinks = [others[-1]] if case.sinks else []
+        _, lse = torch_attention(plain, options, q, k, v, bias, *sinks)
+        (p,) = torch.autograd.grad(lse[lse.isfinite()].sum(), every)
+    group, scale = case.heads // case.kv_heads, abs(case.head_dim**-0.5 if case.scale is None else case.scale)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    keep = kept(case, q.device)
+    dp = grad_out.abs() @ v.abs().mT * keep
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse.abs()[..., None])
+    grad_k = (ds.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)
+    terms = [0.0, 0.0, ds @ k.abs() * scale, grad_k * scale, 0.0]
+    if case.bias is not None:
+        terms.append(ds.sum_to_size(inputs[3].shape))
+    if case.sinks:
+        out = torch.matmul(p, v.abs())
+        terms.append(((grad_out.abs() * out).sum(-1) + grad_lse.abs()).sum((0, 2)))
+    return terms

@@ -1,0 +1,511 @@
+"""Every kernel on a GPU: the case tables of the other backends on CUDA tensors, forward and backward, under the same
+error rule; and what only a GPU has: streams, graphs, several devices, memory, and as many bits as runs.
+
+`pytest tests/gpu/test_gpu.py -n 16 --dist worksteal` on a GPU: nearly all of its time goes to compiling. With
+`--rehearse-gpu sm_90` the PTX machine takes the launches.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flashattn
+from flashattn.compat import flash_attn
+from tests.attention import test_attention, test_decode, test_multihead, test_varlen
+from tests.common import DTYPES, assert_as_exact_as_torch
+from tests.compat import test_flash_attn, test_flex, test_sdpa
+from tests.gpu.calls import TO_CAPTURE, normed, packed, tensors, trained
+from tests.gpu.machine import Gpu, Rehearsal
+from tests.norm import test_modules, test_norm
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu(request, monkeypatch):
+    architecture = request.config.getoption("--rehearse-gpu")
+    if architecture is None:
+        with flashattn.use_backend("triton"):
+            yield (real := Gpu())
+        real.give_memory_back()
+        return
+    from bench import ptx
+
+    with ptx.device(architecture), flashattn.use_backend("triton"):
+        yield Rehearsal(monkeypatch)
+
+
+def in_turn(cases, everywhere=()) -> list:
+    """Each case in one dtype, the dtypes in turn, and those whose names are in `everywhere` in each: a kernel takes
+    seconds to compile."""
+    chosen = [
+        (case, dtype)
+        for number, case in enumerate(cases)
+        for place, dtype in enumerate(DTYPES)
+        if case.name in everywhere or place == number % len(DTYPES)
+    ]
+    return [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for case, dtype in chosen]
+
+
+# ------------------------------------------------------------------------------------------------ every case
+
+PAIRS = test_attention.pairwise()
+HEAD_DIMS = ["one_query_one_key", "wider_v", "head_dim_64", "head_dim_128", "head_dim_256", "everything", "long"]
+
+
+@pytest.mark.parametrize(
+    "case, dtype", in_turn([*test_attention.CASES, *PAIRS], [*HEAD_DIMS, *(case.name for case in PAIRS)])
+)
+def test_attention_cases(case, dtype):
+    test_attention.check(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("case, dtype", in_turn(test_varlen.CASES, ["everything", "causal"]))
+def test_packed_cases(case, dtype):
+    test_varlen.check(case, *test_varlen.LENGTHS, dtype, "triton")
+
+
+@pytest.mark.parametrize("step, dtype", in_turn([*test_decode.STEPS, *test_decode.LONG], ["everything", "pages"]))
+def test_decode_steps(step, dtype):
+    test_decode.check(step, dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", test_norm.CASES, ids=lambda case: case.name)
+def test_norm_cases(case, dtype):
+    if case.name == "width_1" and dtype == torch.float32:
+        pytest.skip("the truth is 0, and a fused multiply-add leaves the rounding of a product (test_norm_of_width_1)")
+    test_norm.check(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("width", [16384, 70001])
+def test_norms_of_wide_rows(width, center):
+    test_norm.check(test_norm.Case("", (2, width), center, bias=center), torch.bfloat16, "triton")
+
+
+@pytest.mark.parametrize(
+    "mod, block_mask, dtype",
+    [
+        ("identity", None, torch.float32),
+        ("alibi", "documents", torch.bfloat16),
+        ("relative_bias", None, torch.bfloat16),
+        ("relative_bias", "by_head", torch.float32),
+        ("softcap_and_scale", "nothing_in_some_rows", torch.bfloat16),
+    ],
+)
+def test_callables(gpu, mod, block_mask, dtype):
+    torch.use_deterministic_algorithms(False)
+    with torch.device(gpu.device):
+        test_flex.test_gradients_against_float64(dtype, mod, block_mask, "triton")
+
+
+def test_callables_with_every_feature(gpu):
+    torch.use_deterministic_algorithms(False)
+    with torch.device(gpu.device):
+        test_flex.test_with_every_other_feature("triton", True)
+
+
+def test_every_operation_of_callables(gpu):
+    with torch.device(gpu.device):
+        test_flex.test_every_operation("triton")
+
+
+@pytest.mark.parametrize("view", test_attention.VIEWS)
+def test_views(view):
+    """Bit for bit: transposed, sliced so that nothing is aligned, strided."""
+    test_attention.test_strides_are_honoured(view, "triton")
+
+
+@pytest.mark.parametrize("view", test_norm.VIEWS)
+def test_views_of_norms(view):
+    test_norm.test_strides_are_honoured(view, "triton")
+
+
+def test_nested_tensors():
+    test_varlen.test_nested_tensors("triton")
+
+
+def test_the_batch_and_the_pages_change_no_bit():
+    test_decode.test_same_bits_whatever_the_batch_and_the_pages((1, 1, 1), "triton")
+    test_decode.test_same_bits_whatever_the_longest_row_and_the_capacity("triton")
+
+
+def test_dropout_drops_what_the_other_backends_drop():
+    test_norm.test_every_backend_drops_the_same("triton")
+    test_varlen.test_equals_a_padded_batch_bit_for_bit_on_dropout("triton")
+
+
+# ------------------------------------------------------------------------------------------------ drop-ins
+
+
+@pytest.mark.parametrize("name", ["causal_more_keys", "grouped", "five_dimensions_masked", "broadcast"])
+def test_sdpa_drop_in(gpu, name):
+    with torch.device(gpu.device), sdpa_kernel(SDPBackend.MATH):
+        test_sdpa.test_as_pytorch(name, "float")
+
+
+def test_provider_of_pytorchs_flash_attention(gpu):
+    """PyTorch's own call, on our kernels, dropout and gradients too."""
+    q, k, v = (torch.randn(2, 4, 70, 32, device=gpu.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def call(function, x, **options):
+        out = function(*x, is_causal=True, **options)
+        return [out, *torch.autograd.grad(out, x, torch.ones_like(out))]
+
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(SDPBackend.MATH):
+        truth, by_torch = call(sdpa, exact), call(sdpa, (q, k, v))
+    torch.nn.attention.activate_flash_attention_impl("flashattn")
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            results = call(sdpa, (q, k, v))
+            dropped = None if gpu.rehearsed else call(sdpa, (q, k, v), dropout_p=0.5)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    for name, x, y, t in zip(("out", "grad_q", "grad_k", "grad_v"), results, by_torch, truth, strict=True):
+        assert_as_exact_as_torch(x, y, t, name)
+    assert torch.equal(results[0], flashattn.attention(q, k, v, causal=True))
+    if dropped is not None:  # PyTorch's operator for the CPU keeps no seed
+        assert all(x.isfinite().all() for x in dropped)
+        assert not torch.equal(dropped[0], results[0])
+
+
+@pytest.mark.parametrize("name", ["window_causal", "softcap"])
+def test_flash_attn_drop_in(gpu, name):
+    with torch.device(gpu.device):
+        test_flash_attn.test_as_attention(name)
+
+
+@pytest.mark.parametrize("lies", ["rows", "pages", "chosen"])
+def test_flash_attn_with_kvcache(gpu, lies):
+    with torch.device(gpu.device):
+        test_flash_attn.test_with_kvcache(lies, "causal")
+        test_flash_attn.test_with_kvcache_rotates(True, True)
+
+
+def test_flash_attn_varlen_of_pages(gpu, monkeypatch):
+    for name in ("STARTS_Q", "STARTS_K"):
+        monkeypatch.setattr(test_flash_attn, name, getattr(test_flash_attn, name).to(gpu.device))
+    with torch.device(gpu.device):
+        test_flash_attn.test_varlen_of_pages()
+
+
+def test_flex_attention(gpu):
+    torch.use_deterministic_algorithms(False)
+    with torch.device(gpu.device):
+        test_flex.test_as_flex_attention("alibi", "causal", "triton")
+
+
+def test_modules_as_in_torch(gpu):
+    with torch.device(gpu.device), sdpa_kernel(SDPBackend.MATH):
+        test_multihead.test_as_torch("everything", "both_float", False)
+        test_modules.test_layer_norm_is_a_drop_in({})
+        test_modules.test_rms_norm_is_a_drop_in({"eps": 1e-6})
+
+
+# ------------------------------------------------------------------------------------------------ what only a GPU has
+
+
+def assert_same(results, expected) -> None:
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_call_waits_for_what_its_stream_does(gpu):
+    """A launch on another stream would read what is there before the stream has written."""
+    sizes = (1, 2, 70, 64) if gpu.rehearsed else (2, 8, 512, 64)
+    inputs, width = tensors(gpu.device, *sizes), sizes[-1]
+    weight = torch.randn(width, device=gpu.device)
+    expected = trained(*inputs) + normed(inputs[0], weight)
+    late = [torch.full_like(x, torch.nan) for x in inputs]
+    gpu.synchronize()
+    stream = gpu.stream()
+    with gpu.on(stream):
+        gpu.sleep()
+        for x, y in zip(late, inputs, strict=True):
+            x.copy_(y)
+        results = trained(*late) + normed(late[0], weight)
+    gpu.synchronize()
+    assert_same(results, expected)
+
+
+def test_two_streams_at_once(gpu):
+    sizes = (1, 2, 70, 64) if gpu.rehearsed else (1, 4, 1024, 64)
+    both = [tensors(gpu.device, *sizes) for _ in range(2)]
+    expected = [trained(*inputs) for inputs in both]
+    gpu.synchronize()
+    streams, results = [gpu.stream() for _ in both], ([], [])
+    for _ in range(gpu.runs // 2):
+        for stream, inputs, kept in zip(streams, both, results, strict=True):
+            with gpu.on(stream):
+                kept.append(trained(*inputs))
+    gpu.synchronize()
+    for kept, wanted in zip(results, expected, strict=True):
+        for result in kept:
+            assert_same(result, wanted)
+
+
+def test_threads_that_compile_at_once(gpu):
+    """Each thread's first call of a kernel that nobody has compiled."""
+    if gpu.rehearsed:
+        pytest.skip("needs a GPU: the PTX machine runs one launch at a time")
+    every = [tensors(gpu.device, 1, 2, 70, dim) for dim in (24, 40, 56, 24)]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda inputs: trained(*inputs), every))
+    for inputs, result in zip(every, results, strict=True):
+        assert_same(result, trained(*inputs))
+
+
+def test_a_second_device(gpu):
+    """While the first is the current one."""
+    if gpu.rehearsed or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs, weight = tensors(gpu.device, 2, 4, 111, 64), torch.randn(64, device=gpu.device)
+    expected = trained(*inputs, dropout_p=0.2, seed=3) + normed(inputs[0], weight)
+    other = torch.device("cuda", 1 - gpu.device.index)
+    results = trained(*(x.to(other) for x in inputs), dropout_p=0.2, seed=3)
+    results += normed(inputs[0].to(other), weight.to(other))
+    assert all(x.device == other for x in results)
+    assert torch.cuda.current_device() == gpu.device.index
+    for x, y in zip(results, expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y.cpu(), rtol=2e-2, atol=2e-2)  # the cards may differ
+    cache = flashattn.KVCache(2, 2, 128, 64, dtype=torch.bfloat16, device=other)
+    q, k, v = (x.to(other) for x in inputs)
+    out = flashattn.decode(q, cache, k, v)
+    torch.testing.assert_close(out.cpu(), flashattn.attention(*inputs, causal=True).cpu(), rtol=2e-2, atol=2e-2)
+
+
+def test_nothing_waits_for_the_gpu(gpu):
+    q, k, v = tensors(gpu.device, 2, 4, 63, 64)
+    starts = torch.tensor([0, 30, 63], dtype=torch.int32, device=gpu.device)
+    weight, lengths = torch.randn(64, device=gpu.device), torch.tensor([20, 63])
+    kinds = dict(dtype=torch.bfloat16, device=gpu.device)
+    cache, pages = flashattn.KVCache(2, 2, 64, 64, **kinds), flashattn.PagedKVCache(16, 8, 2, 64, **kinds)
+    both = [pages.add(), pages.add()]
+    rotary = flashattn.Rotary(*torch.randn(2, 64, 32, device=gpu.device))
+    whole = torch.zeros(2, 2, 80, 2, 64, **kinds)
+
+    def call():
+        trained(q, k, v, dropout_p=0.1)
+        flashattn.attention(q, k, v, kv_lengths=lengths)
+        packed(*(x[0].transpose(0, 1) for x in (q, k, v)), starts, 33)
+        normed(q, weight)
+        flashattn.decode(q[:, :, :1], cache, k[:, :, :1], v[:, :, :1], rotary)
+        flashattn.decode(q[:, :, :1], pages.select(both), k[:, :, :1], v[:, :, :1], rotary)
+        flash_attn.flash_attn_with_kvcache(q[:, :, :3].transpose(1, 2), *whole, cache_seqlens=50)
+
+    call()  # compiles
+    with gpu.without_waiting():
+        call()
+
+
+def test_same_bits_in_every_run(gpu):
+    """Each kernel, many programs at once: a race shows as bits that change."""
+    batch, heads, seq = (1, 2, 130) if gpu.rehearsed else (2, 8, 1111)
+    q, k, v = tensors(gpu.device, batch, heads, seq, 64)
+    wide = tensors(gpu.device, 1, 2, seq, 128, dtype=torch.float16)
+    starts = torch.tensor([0, 40, 41, seq], dtype=torch.int32, device=gpu.device)
+    bias = torch.randn(1, q.shape[1], 1, seq, device=gpu.device, dtype=q.dtype, requires_grad=True)
+    weight = torch.randn(64, device=gpu.device)
+    cache = flashattn.KVCache(*k.shape[:2], seq, 64, dtype=k.dtype, device=gpu.device)
+    flashattn.decode(q, cache, k, v)
+
+    def call():
+        out = flashattn.attention(q, k, v, bias=bias, softcap=5.0, dropout_p=0.1, seed=7)
+        results = [*torch.autograd.grad(out, bias, out.detach())]
+        results += trained(q, k, v) + trained(*wide)
+        results += packed(*(x[0].transpose(0, 1) for x in (q, k, v)), starts, seq - 41)
+        results += [flashattn.decode(q[:, :, -1:], cache)]
+        return results + normed(q, weight)
+
+    first = call()
+    for _ in range(gpu.runs - 1):
+        assert_same(call(), first)
+
+
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+
+
+def renew(x: torch.Tensor, most: int) -> None:
+    """Other numbers in the same memory."""
+    x.copy_(torch.randint(1, most, x.shape)) if x.dtype == torch.int32 else x.copy_(torch.randn(x.shape))
+
+
+@pytest.mark.parametrize("name", TO_CAPTURE)
+def test_graphs(gpu, name):
+    """Forward and backward, captured once, replayed on new data, lengths too."""
+    torch.use_deterministic_algorithms(name != "callables")
+    inputs, function = TO_CAPTURE[name](gpu.device)
+    results, replay = gpu.capture(function)
+    for most in (100, 30)[: gpu.replays]:
+        for x in inputs:
+            renew(x, most)
+        expected = [x.clone() for x in function()]
+        replay()
+        assert_same(results, expected)
+
+
+def test_a_captured_step_follows_lengths_that_grow(gpu):
+    """From one split of the keys to more than there was need of in the capture."""
+    q, k, v = (torch.randn(2, 1, heads, 64, device=gpu.device).bfloat16() for heads in (4, 2, 2))
+    caches = torch.randn(2, 2, 1000, 2, 64, device=gpu.device).bfloat16()
+    lengths = torch.tensor([20, 7], dtype=torch.int32, device=gpu.device)
+
+    def step():
+        here = caches.clone()
+        return [flash_attn.flash_attn_with_kvcache(q, *here, k, v, cache_seqlens=lengths, causal=True), here]
+
+    results, replay = gpu.capture(step)
+    for grown in ([300, 8], [999, 640]):
+        lengths.copy_(torch.tensor(grown))
+        expected = step()
+        replay()
+        assert_same(results, expected)
+
+
+def test_a_graph_draws_new_seeds(gpu):
+    x = torch.ones(64, 128, device=gpu.device)
+    (y,), replay = gpu.capture(lambda: [flashattn.rms_norm(x, dropout_p=0.5, prenorm=True)[1]])
+    drawn = []
+    for _ in range(2):
+        replay()
+        drawn.append(y.clone())
+    assert not torch.equal(*drawn)
+
+
+def test_what_cannot_be_captured_is_said(gpu):
+    q, k, v = tensors(gpu.device, 2, 4, 20, 32)
+    cache = flashattn.KVCache(2, 2, 64, 32, dtype=q.dtype, device=gpu.device)
+    flat, starts = [x[0].transpose(0, 1) for x in (q, k, v)], torch.tensor([0, 20], dtype=torch.int32).to(gpu.device)
+    refused = {
+        "cache": lambda: flashattn.decode(q, cache, k, v),
+        "score_mod": lambda: flashattn.attention(q, k, v, score_mod=lambda score, b, h, i, j: score * 0.123),
+        "block_table": lambda: flash_attn.flash_attn_varlen_func(
+            flat[0], q, q, starts, starts, 20, 20, block_table=torch.zeros(1, 3, dtype=torch.int32)
+        ),
+    }
+    if not gpu.rehearsed:  # what lies on the CPU, or is read back from a GPU
+        refused |= {
+            "kv_lengths": lambda: flashattn.attention(q, k, v, kv_lengths=torch.tensor([3, 4])),
+            "max_seqlen_q": lambda: flashattn.attention_varlen(*flat, starts, starts),
+        }
+    for x in refused:
+        with gpu.capturing(), pytest.raises(ValueError, match=f"{x} (cannot be captured|must be given)"):
+            refused[x]()
+    with gpu.capturing(), flashattn.use_backend("reference"), pytest.raises(ValueError, match="cu_seqlens cannot be"):
+        flashattn.attention_varlen(*flat, starts, starts, 20, 20)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def spread(gpu, dim: int, stride: int, *like: torch.Tensor) -> list[torch.Tensor]:
+    """Views with the numbers of `like`, all of one shape, whose dimension `dim` has this stride, in elements."""
+    stacked = torch.stack([x.detach() for x in like])
+    strides = list(stacked.stride())
+    strides[dim + 1] = stride
+    elements = 1 + sum((size - 1) * step for size, step in zip(stacked.shape, strides, strict=True))
+    assert elements > 2**31
+    return list(gpu.memory(elements, stacked.dtype).as_strided(stacked.shape, strides).copy_(stacked))
+
+
+@pytest.mark.parametrize("dim, stride", [(0, 2**31), (1, 2**31), (2, 2**25)], ids=["batch", "heads", "seq"])
+def test_offsets_past_2_31_elements(gpu, dim, stride):
+    inputs = [torch.randn(2, 2, 65, 32, device=gpu.device).bfloat16() for _ in range(3)]
+    assert_same(trained(*spread(gpu, dim, stride, *inputs)), trained(*inputs))
+
+
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_offsets_past_2_31_elements_of_planes(gpu, kind):
+    inputs = tensors(gpu.device, 1, 2, 70, 32)
+    plane = torch.randn(1, 1, 70, 70, device=gpu.device).bfloat16()
+    plane = plane > 0 if kind == "mask" else plane
+    (far,) = spread(gpu, 2, 2**25, plane)
+    assert_same(trained(*inputs, **{kind: far}), trained(*inputs, **{kind: plane}))
+
+
+def test_offsets_past_2_31_elements_of_norms(gpu):
+    x, weight = torch.randn(40, 64, device=gpu.device).bfloat16(), torch.randn(64, device=gpu.device)
+    assert_same(normed(*spread(gpu, 0, 2**26, x), weight), normed(x, weight))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_offsets_past_2_31_elements_of_caches(gpu, page_size):
+    q, k, v = tensors(gpu.device, 2, 4, 40, 32)
+    sizes, kinds = (2, 48, 32), dict(dtype=q.dtype, device=gpu.device)
+    results = []
+    for far in (False, True):
+        if page_size is None:
+            cache = selected = flashattn.KVCache(2, *sizes, **kinds)
+        else:
+            cache = flashattn.PagedKVCache(6, page_size, 2, 32, **kinds)
+            selected = cache.select([cache.add(), cache.add()])
+        if far:
+            zeros = torch.zeros_like(cache.k)
+            cache.k, cache.v = spread(gpu, 0, 2**31 // (cache.k.shape[0] - 1) + 2**20, zeros, zeros)
+        results.append([flashattn.decode(q, selected, k, v), flashattn.decode(q[:, :, -1:], selected)])
+    assert_same(*results)
+
+
+def test_results_of_more_than_2_31_elements(gpu):
+    """Few keys, so that it is quick. Rows do not depend on each other: the last of them alone give the same bits."""
+    if gpu.rehearsed:
+        pytest.skip("needs a GPU: 20 GiB and as many bytes of work")
+    seq, last = 2**21 + 128, slice(-128, None)
+    memory = gpu.memory(5 * 8 * seq * 128, torch.bfloat16)  # the room for all that follows
+    del memory
+    q = torch.empty(1, 8, seq, 128, dtype=torch.bfloat16, device=gpu.device).normal_()
+    k, v = (torch.randn(1, 8, 16, 128, device=gpu.device).bfloat16() for _ in range(2))
+    q.requires_grad_()
+    out, lse = flashattn.attention(q, k, v, return_lse=True)
+    (grad,) = torch.autograd.grad(out, q, q.detach())
+    tail = q[:, -1:, last].detach().requires_grad_()
+    expected, expected_lse = flashattn.attention(tail, k[:, -1:], v[:, -1:], return_lse=True)
+    (expected_grad,) = torch.autograd.grad(expected, tail, tail.detach())
+    assert_same([out[:, -1:, last], lse[:, -1:, last], grad[:, -1:, last]], [expected, expected_lse, expected_grad])
+    del out, lse, grad
+    flat = q.detach().view(-1, 128)
+    weight = torch.randn(128, device=gpu.device)
+    assert torch.equal(flashattn.rms_norm(flat, weight)[last], flashattn.rms_norm(flat[last], weight))
+
+
+def linear_in(seq: int, device) -> dict:
+    """Calls on so many tokens."""
+    q, k, v = tensors(device, 1, 4, seq, 64)
+    flat, starts = [x[0].transpose(0, 1) for x in (q, k, v)], torch.tensor([0, seq], dtype=torch.int32, device=device)
+    bias = torch.randn(1, 1, 1, seq, device=device).bfloat16().requires_grad_()
+    cache = flashattn.KVCache(1, 2, seq, 64, dtype=q.dtype, device=device)
+    table = torch.randn(4, 2 * seq, device=device)
+
+    def mod(score, b, h, i, j):
+        return score + table[h, i - j + seq]
+
+    def decoded():
+        cache.truncate([0])
+        return flashattn.decode(q, cache, k, v)
+
+    return {
+        "attention": lambda: trained(q, k, v, dropout_p=0.1),
+        "bias": lambda: torch.autograd.grad(flashattn.attention(q, k, v, bias=bias).sum(), bias),
+        "packed": lambda: packed(*flat, starts, seq),
+        "decode": decoded,
+        "norm": lambda: normed(q, torch.ones(64, device=device)),
+        "score_mod": lambda: trained(q, k, v, score_mod=mod),
+    }
+
+
+def test_memory_is_linear(gpu):
+    """One matrix of the scores of 8,192 tokens would be 512 MiB."""
+    small, large = (linear_in(seq, gpu.device) for seq in ((17, 34) if gpu.rehearsed else (4096, 8192)))
+    for name in small:
+        small[name](), large[name]()  # compiles
+    if gpu.rehearsed:
+        pytest.skip("needs a GPU: its allocator counts the memory")
+    for name in small:
+        some, more = gpu.peak(small[name]), gpu.peak(large[name])
+        assert more <= 2.1 * some + 2**20, f"{name}: {some >> 20} MiB for 4,096 tokens, {more >> 20} for 8,192"
+        assert more < 128 << 20, f"{name}: {more >> 20} MiB for 8,192 tokens"

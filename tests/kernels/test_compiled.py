@@ -1,0 +1,329 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: it compiles, fits in shared memory (which Triton does not
+check), uses the matrix instructions, and at the usual head dimensions spills no register."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from tests.common import INTERPRETED
+
+compiled = pytest.importorskip("bench.compiled")
+
+from bench.descriptors import lost_descriptors  # noqa: E402
+from bench.sass import steady_loops, tensor_loops  # noqa: E402
+from flashattn.backends import triton as backend  # noqa: E402
+from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
+from flashattn.cache import Cached  # noqa: E402
+from flashattn.decode import Rotary  # noqa: E402
+from flashattn.kernels import compiler, configs  # noqa: E402
+from flashattn.norm_settings import Norm  # noqa: E402
+from flashattn.score import Score  # noqa: E402
+from flashattn.score_mod import read_block_mask, trace  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
+ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_backward_kv"]
+
+
+def compile_attention(
+    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None,
+    plain=True, **features,
+):  # fmt: skip
+    """All three kernels, four with a bias, as a launch on these tensors would compile them; plain: as if there were
+    none in roles, which take the assembler ten times as long and of which `test_machine_code.py` has more."""
+    torch.use_deterministic_algorithms(False)
+    q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
+    k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
+    v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
+    some = torch.zeros(2, dtype=torch.int32) if lengths else None
+    score = Score(0.125, window, 0 if causal else None, some, some, **features)
+    with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
+        out, lse, rest = backend.forward(q, k, v, score)
+        backend.backward(out, lse if lengths else None, q, k, v, out, lse, rest, score, "bias" in features)
+    names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
+    assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
+    return kernels
+
+
+def in_roles(kernels) -> list[str]:
+    return [kernel.name.removesuffix("_hopper") for kernel in kernels if kernel.name.endswith("_hopper")]
+
+
+def check(kernels, tensor_cores=True, spills=True):
+    """Without spills: none where time goes, in loops over whole tiles."""
+    for kernel in kernels:
+        assert 0 < kernel.shared_bytes <= configs.SHARED_MEMORY[kernel.architecture], kernel
+        if tensor_cores:
+            assert kernel.tensor_instructions > 0, kernel
+        if kernel.architecture == "sm_90":
+            assert not lost_descriptors(kernel.code), kernel
+        if not spills and kernel.tensor_instructions:
+            assert not any(loop.mix.get("local") for loop in steady_loops(tensor_loops(kernel.code))), kernel
+        elif not spills:
+            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention(architecture, head_dim):
+    usual = head_dim in (64, 128) and architecture in ("sm_80", "sm_90")
+    check(compile_attention(architecture, head_dim), spills=not usual)
+
+
+def test_who_serves_hopper():
+    """16 bits, and head dimensions that are multiples of 16 bytes."""
+
+    def serves(architecture: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> set[bool]:
+        q = torch.empty(1, 2, 100, head_dim, dtype=dtype)
+        with compiled.driver(compiled.NoDriver(architecture)):
+            passes = "forward", "backward_q", "backward_kv"
+            return {roles(direction, q, q, q, Score(1.0)) is not None for direction in passes}
+
+    for head_dim in (8, 16, 40, 136, 256):
+        assert serves("sm_90", head_dim) == {True}
+    assert serves("sm_90", 44) == serves("sm_90", 64, torch.float32) == serves("sm_100", 64) == {False}
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 2, 1, 1, 100), (2, 2, 2, 100, 1)], ids=str)
+def test_sizes_of_one(shape, lengths):
+    """Triton folds a constant 1 into the kernel, unless told not to; the assembler crashed on what came of it."""
+    torch.use_deterministic_algorithms(False)
+    batch, heads, kv_heads, seq_q, seq_k = shape
+    q = torch.empty(batch, heads, seq_q, 64, dtype=torch.float16)
+    k = torch.empty(batch, kv_heads, seq_k, 64, dtype=torch.float16)
+    some = torch.ones(batch, dtype=torch.int32) if lengths else None
+    with compiled.compile_for("sm_90") as kernels, plain_kernels():
+        out, lse, rest = backend.forward(q, k, k, Score(0.125, None, None, some, some))
+        backend.backward(out, None, q, k, k, out, lse, rest, Score(0.125, None, None, some, some), False)
+    check(kernels)
+
+
+@pytest.mark.parametrize("features", [{}, dict(dropout_p=0.1, seed=torch.tensor(5))], ids=["plain", "dropout"])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 16), (24, 9), (128, 32)])
+def test_narrow_values(head_dim, head_dim_v, features):
+    check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
+
+
+def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
+    """Else the way round it could go, or `lost_descriptors` finds nothing."""
+    monkeypatch.setattr(configs, "loses_descriptors", lambda: False)
+    forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16)[0]
+    assert bool(lost_descriptors(forward.code)) == compiler.loses_descriptors()
+
+
+def test_faults_of_the_compiler_are_told(monkeypatch):
+    for fences, descriptors in ((True, True), (True, False), (False, True), (False, False)):
+        monkeypatch.setattr(compiler, "LACKS_FENCES", fences)
+        monkeypatch.setattr(compiler, "loses_descriptors", lambda lost=descriptors: lost)
+        told = " ".join(compiler.faults())
+        assert ("memory fences" in told, "loses addresses" in told) == (fences, descriptors)
+
+
+def test_a_length_compiles_nothing_new():
+    torch.use_deterministic_algorithms(False)
+    cached = []
+    for seq in (1, 16, 17, 512):
+        q = torch.empty(1, 1, seq, 32, dtype=torch.float16)
+        with compiled.compile_for("sm_80") as kernels:
+            backend.forward(q, q, q, Score(0.125, None, 0))
+        cached += kernels
+    assert len(set(cached)) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": False}, {"lengths": True}, {"window": 512}, {"dtype": torch.float16}], ids=str
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_spills_nothing(architecture, head_dim, options):
+    check(compile_attention(architecture, head_dim, **options), spills=False)
+
+
+FEATURES = {
+    "softcap": dict(softcap=20.0),
+    "slopes": dict(slopes=torch.ones(1, 4)),
+    "mask": dict(mask=torch.ones(1, 1, 512, 512, dtype=torch.bool)),
+    "bias": dict(bias=torch.ones(1, 4, 512, 512, dtype=torch.bfloat16)),
+    "sinks": dict(sinks=torch.ones(4)),
+    "dropout": dict(dropout_p=0.1, seed=torch.tensor(5)),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_features(architecture, feature):
+    check(compile_attention(architecture, 64, **FEATURES[feature]))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_in_roles(feature):
+    kernels = compile_attention("sm_90", 64, plain=False, **FEATURES[feature])
+    assert in_roles(kernels) == ATTENTION_KERNELS
+    check(kernels[:3], spills=False)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_features_at_once(architecture):
+    every = {name: value for options in FEATURES.values() for name, value in options.items()}
+    check(compile_attention(architecture, 128, lengths=True, window=100, **every))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_packed_sequences(architecture, head_dim):
+    starts = torch.zeros(2, 3, dtype=torch.int32)
+    usual = (architecture, head_dim) in (("sm_80", 64), ("sm_90", 64), ("sm_90", 128))
+    packed = dict(cu_seqlens=starts, max_seqlen_q=300, max_seqlen_k=300)
+    check(compile_attention(architecture, head_dim, **packed), spills=not usual)
+
+
+TABLE = torch.ones(4, 1024)
+DOCUMENTS = torch.zeros(2, 512, dtype=torch.int32)
+
+
+def relative_bias(score, b, h, i, j):
+    return 20 * torch.tanh(score / 20) + TABLE[h, i - j + 512]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("what", ["score_mod", "block_mask", "both"])
+def test_score_mod_and_block_mask(architecture, what):
+    features = {}
+    if what != "block_mask":
+        features["score_mod"] = trace("score_mod", relative_bias, 1)
+    if what != "score_mod":
+        block_mask = create_block_mask(
+            lambda b, h, i, j: (DOCUMENTS[b, i] == DOCUMENTS[b, j]) & (i >= j), 2, None, 512, 512, "cpu"
+        )
+        features["block_mask"] = read_block_mask(block_mask, 2, 4, 512, 512, torch.device("cpu"))
+    usual = what == "score_mod" and architecture != "gfx942"
+    check(compile_attention(architecture, 64, causal=False, **features), spills=not usual)
+
+
+DECODING = {
+    "plain": {},
+    "window_sinks": dict(left=100, sinks=torch.ones(4)),
+    "modified": dict(softcap=20.0, slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("features", DECODING)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoding(architecture, features, dtype, paged):
+    """One new token against a cache of 512, of 4 query heads on 2 key/value heads, rotated."""
+    torch.use_deterministic_algorithms(False)
+    q, new = torch.empty(2, 4, 1, 128, dtype=dtype), torch.empty(2, 2, 1, 128, dtype=dtype)
+    cache = torch.empty(64 if paged else 2, 2, 16 if paged else 512, 128, dtype=dtype)
+    table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
+    lengths = torch.full((2,), 512, dtype=torch.int32)
+    cached = Cached(cache, cache, table, lengths, lengths, 512)
+    rotary = Rotary(torch.empty(512, 32), torch.empty(512, 32), interleaved=paged)
+    with compiled.compile_for(architecture) as kernels:
+        q = backend.append(q, new, new, cached, None, rotary)
+        backend.decode(q, cached, Score(0.1, right=0, kv_lengths=lengths, **DECODING[features]))
+    assert [kernel.name for kernel in kernels] == ["rotate_and_store", "attention_decode", "attention_merge"]
+    for kernel in kernels:
+        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
+        if architecture in ("sm_80", "sm_90") and dtype == torch.bfloat16:
+            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+    if dtype == torch.bfloat16:
+        assert kernels[1].tensor_instructions > 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "gfx1100", "gfx1201"])
+def test_attention_on_smaller_gpus(architecture):
+    check(compile_attention(architecture, 128))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_padded_head_dims(architecture):
+    check(compile_attention(architecture, 40, head_dim_v=72))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_float32_spills_nothing(architecture, head_dim):
+    """Full float32 has no matrix instruction on NVIDIA GPUs (tf32 keeps 10 bits of the fraction)."""
+    check(compile_attention(architecture, head_dim, torch.float32), tensor_cores=False, spills=False)
+
+
+@pytest.mark.parametrize("architecture", ["sm_120", "gfx942"])
+def test_attention_float32_fits(architecture):
+    check(compile_attention(architecture, 256, torch.float32), tensor_cores=False)
+
+
+@pytest.mark.parametrize("width", [64, 1000, 4096, 40000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms(architecture, width):
+    """LayerNorm with every option, and RMSNorm per head with none."""
+    torch.use_deterministic_algorithms(False)
+    x, parameter = torch.empty(8, 4, width, dtype=torch.bfloat16), torch.empty(width)
+    layer = Norm(True, 1e-5, 1.0, 0.1, torch.tensor(5))
+    rms = Norm(False, 1e-6)
+    with compiled.compile_for(architecture) as kernels:
+        y, hidden, mean, rstd = backend.norm_forward(x, x, parameter, parameter, torch.float32, True, layer)
+        backend.norm_backward(y, hidden, hidden, parameter, parameter, mean, rstd, x.dtype, torch.float32, layer)
+        weight = torch.empty(4, width, dtype=torch.bfloat16)
+        y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
+        backend.norm_backward(y, None, x, weight, None, rstd, rstd, x.dtype, None, rms)
+    means = ["norm_backward_means"] * (width > configs.NORM_COLS["backward"])
+    expected = ["norm_forward", *means, "norm_backward", "norm_backward_parameters"]
+    assert [kernel.name for kernel in kernels] == expected * 2
+    for kernel in kernels:
+        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
+        if architecture in ("sm_80", "sm_90"):
+            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
+    torch.use_deterministic_algorithms(False)
+    norm = Norm(center, 1e-5)
+    with compiled.compile_for(architecture) as kernels:
+        x, weight = (torch.empty(*shape, configs.NORM_COLS["forward"], dtype=dtype) for shape in ((2,), ()))
+        backend.norm_forward(x, x, weight, weight if center else None, dtype, True, norm)
+        x, weight = (torch.empty(*shape, configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
+        mean = rstd = torch.empty(2)
+        backend.norm_backward(x, None, x, weight, weight if center else None, mean, rstd, dtype, None, norm)
+    assert [kernel.name for kernel in kernels] == ["norm_forward", "norm_backward", "norm_backward_parameters"]
+    for kernel in kernels:
+        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
+        assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_two_programs_with_a_row_of_16384_run_at_a_time(architecture, center, dtype):
+    x, weight = torch.empty(2, 16384, dtype=dtype), torch.empty(16384, dtype=dtype)
+    with compiled.compile_for(architecture) as kernels:
+        backend.norm_forward(x, None, weight, weight if center else None, dtype, False, Norm(center, 1e-5))
+    assert kernels[0].occupancy == 1.0
+    assert kernels[0].spills <= (15 if center else 0)
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "gfx942"])
+def test_the_widest_copies_of_rows_fit(architecture):
+    """Backward, three tensors of float32 are copied while others are worked on."""
+    torch.use_deterministic_algorithms(False)
+    x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
+    mean = rstd = torch.empty(2)
+    with compiled.compile_for(architecture) as kernels:
+        backend.norm_backward(x, x, x, weight, weight, mean, rstd, x.dtype, x.dtype, Norm(True, 1e-5))
+    assert kernels[0].shared_bytes <= configs.SHARED_MEMORY[architecture]
+
+
+def test_an_absent_piece_is_compiled_away():
+    """Lengths that are not given cost nothing: the kernel is the one without them."""
+    without, with_lengths = (compile_attention("sm_90", 64, lengths=x)[0] for x in (False, True))
+    again = compile_attention("sm_90", 64)[0]
+    assert without == again
+    assert with_lengths != without

@@ -1,0 +1,205 @@
+"""The tasks in a short form, each of which still has to learn; what they are compared with; their data."""
+
+import hashlib
+import http.server
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from model import EncoderDecoder
+from model.layers import initialise
+from model.tasks import answers, data, ngram, sentiment, sequences, tags, text, translation
+from model.tokenizer import Tokenizer
+from model.train import Training, train
+from tests.packages import needs_minilm
+
+
+def needs_data(*names):
+    """Fetches what a test reads; where that cannot be had, the test is skipped, and says why."""
+
+    def fetch():
+        try:
+            for name in names:
+                data.fetch(name)
+        except OSError as error:
+            pytest.skip(str(error))
+
+    return fetch
+
+
+def test_sequences():
+    """Copying, reversing and sorting up to eight numbers."""
+    result = sequences.run(steps=350, longest=8)
+    assert all(share > 0.8 for share in result["exact"].values()), result
+
+
+def test_text():
+    """Below what the frequencies of tokens alone give, and on its way to 5-grams."""
+    needs_data("austen")()
+    result = text.run(steps=120, layers=2, width=128)
+    learned, held_out = text.split()
+    tokenizer = Tokenizer.train(learned, text.VOCAB)
+    alone = ngram.KneserNey(np.array(tokenizer.encode(learned)), tokenizer.size, order=1)
+    p = alone.probabilities(np.array(tokenizer.encode(held_out)))
+    frequencies = -np.log2(p).sum() / len(held_out.encode())
+    assert result["five_grams_of_tokens"] < result["bits_per_byte"] < 0.95 * frequencies
+    assert result["five_grams_of_tokens"] == pytest.approx(1.517, abs=1e-3)
+
+
+@needs_minilm
+def test_sentiment():
+    """Ten of the words' worth: better than chance by five standard deviations, after a fiftieth of the examples."""
+    needs_data("vader")()
+    result = sentiment.run(steps=50, measured=250)
+    assert result["accuracy"] > 0.5 + 5 * math.sqrt(0.25 / 250), result
+    assert result["accuracy_frozen"] > 0.65
+
+
+@needs_minilm
+def test_tags():
+    needs_data("brown")()
+    result = tags.run(steps=50, measured=100)
+    assert result["accuracy"] > 0.75, result
+    assert 0.85 < result["most_frequent"] < 0.95
+
+
+@needs_minilm
+def test_answers():
+    needs_data("trivia")()
+    result = answers.run(steps=30, measured=50)
+    assert result["exact"] > 0.4, result
+    assert 0.7 < result["bag_of_words"] < 0.95
+    found = result["sample"]["found"][0]
+    assert result["sample"]["passage"][found["start"] : found["end"]] == found["text"]
+
+
+def test_translation():
+    """Verses by heart: what beam search makes of them is what stands there."""
+    needs_data("bible-en", "bible-es")()
+    pairs = [(a, b) for a, b in data.verses() if len(a) < 60][:40]
+    joined = "\n".join(f"{a}\n{b}" for a, b in pairs)
+    tokenizer = Tokenizer.train(joined, 600, (translation.START, translation.STOP), translation.STOP)
+    examples = translation.encoded(pairs, tokenizer)
+    torch.manual_seed(0)
+    model = EncoderDecoder(translation.make_config(tokenizer.size, width=128, layers=1, dropout=0.0))
+    initialise(model, 1)
+    settings = Training(steps=150, learning_rate=2e-3, warmup=30, label_smoothing=0.1)
+    train(model, lambda i: translation.batch(examples, i, seed=0), settings, progress=False)
+    found = translation.translate(model, tokenizer, [a for a, _ in pairs])
+    assert translation.bleu(found, [b for _, b in pairs]) > 80
+
+
+def test_ibm_model_1():
+    """The textbook's example: which word means what follows from where they stand together."""
+    pairs = [("the house", "das Haus"), ("the book", "das Buch"), ("a book", "ein Buch")]
+    known = translation.dictionary(pairs, rounds=20)
+    assert known == {"the": "das", "house": "Haus", "book": "Buch", "a": "ein"}
+    assert translation.word_by_word("a house, the book.", known) == "ein Haus, das Buch."
+
+
+def test_the_bibles():
+    needs_data("bible-en", "bible-es")()
+    pairs = data.verses()
+    assert len(pairs) == 31_084
+    assert pairs[0][0] == "In the beginning God created the heaven and the earth."
+    assert pairs[-1][1].startswith("La gracia de nuestro Señor Jesucristo sea con todos vosotros")
+    assert not any(set("<>\n") & set(a + b) for a, b in pairs)
+
+
+def test_the_novels():
+    needs_data("austen")()
+    novels = data.novels()
+    assert len(novels) == 6
+    assert (
+        "\nIt is a truth universally acknowledged, that a single man in possession of a good fortune, must be in"
+        in (novels["Pride And Prejudice"])
+    )
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_kneser_ney_is_a_distribution(order):
+    """Over the next token, behind contexts that were seen and others; and what was seen is likelier."""
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(rng.geometric(0.3, 2000) - 1, 9)
+    model = ngram.KneserNey(tokens, vocab_size=11, order=order)
+    for context in ([0, 1], [9, 9], [10, 3], [10, 10]):
+        total = sum(model.probabilities(np.array([*context, token]))[-1] for token in range(11))
+        assert total == pytest.approx(1)
+    assert model.probabilities(np.array([0, 0, 0]))[-1] > model.probabilities(np.array([0, 0, 9]))[-1]
+
+
+def test_kneser_ney_by_hand():
+    """Tokens a b a b a c: of bigrams, counts 2 (ab), 2 (ba), 1 (ac). With n1 = 1, n2 = 2, the rest taken as 1, the
+    discounts are 1 - 2 Y 2 = 0.2 and 2 - 3 Y 1/2 = 1.7, with Y = 1/5."""
+    model = ngram.KneserNey(np.array([0, 1, 0, 1, 0, 2]), vocab_size=3, order=2)
+    y = 1 / 5
+    one, two = 1 - 2 * y * 2 / 1, 2 - 3 * y * 1 / 2
+    # Unigrams: each of a, b, c follows one kind of token; n1 = 3, the rest taken as 1.
+    y = 3 / 5
+    lower_one = 1 - 2 * y * 1 / 3
+    unigram = (1 - lower_one + 3 * lower_one / 3) / 3
+    b_after_a = (2 - two + (one + two) * unigram) / 3
+    c_after_a = (1 - one + (one + two) * unigram) / 3
+    found = [model.probabilities(np.array([0, token]))[1] for token in (1, 2)]
+    assert found == pytest.approx([b_after_a, c_after_a])
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Serves `answer`, and says that it is `length` bytes long."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(self.server.length))
+            self.end_headers()
+            self.wfile.write(self.server.answer)
+
+        def log_message(self, *args):
+            pass
+
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.status, served.answer, served.length = 200, b"data", 4
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{served.server_port}/x.tgz"
+    package = data.Package(url, hashlib.sha256(b"data").hexdigest(), "none")
+    monkeypatch.setitem(data.PACKAGES, "x", package)
+    monkeypatch.setenv("FLASHATTN_DATA", str(tmp_path))
+    yield served
+    served.shutdown()
+
+
+def test_a_download_is_kept(server, tmp_path):
+    assert data.fetch("x").read_bytes() == b"data"
+    server.shutdown()
+    assert data.fetch("x") == tmp_path / "x.tgz"
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "length", "message"),
+    [
+        (200, b"da", 4, "not to be had: 2 of 4 bytes came"),
+        (200, b"Data", 4, "not the file it should be: SHA-256"),
+        (404, b"", 0, "not to be had: HTTP Error 404"),
+    ],
+)
+def test_a_download_that_fails_leaves_nothing(server, tmp_path, status, answer, length, message):
+    server.status, server.answer, server.length = status, answer, length
+    with pytest.raises(OSError, match=message):
+        data.fetch("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_file_is_fetched_again(server, tmp_path):
+    (tmp_path / "x.tgz").write_bytes(b"da")
+    assert data.fetch("x").read_bytes() == b"data"
+
+
+def test_not_a_debian_package(server):
+    server.answer, server.length = b"!<arch>\n", 8
+    data.PACKAGES["x"] = data.PACKAGES["x"]._replace(sha256=hashlib.sha256(b"!<arch>\n").hexdigest())
+    with pytest.raises(OSError, match=r"no data\.tar in it"):
+        data.debian_files("x")
