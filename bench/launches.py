@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 
 import flashattn
-from flashattn.cache import KVCache
-from flashattn.decode import Rotary
+from flashattn.cache import KVCache, Rotary
 
 
 class Work(NamedTuple):

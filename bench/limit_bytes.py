@@ -9,7 +9,7 @@ import torch
 
 import flashattn
 from flashattn.backends import triton as backend
-from flashattn.cache import Cached
+from flashattn.cache import CacheView
 from flashattn.score import Score
 
 from . import launches, ptx
@@ -61,6 +61,6 @@ def decode(keys: int, page_size: int | None = None, capacity: int | None = None)
     length = torch.tensor([keys], dtype=torch.int32)
     with ptx.device("sm_90") as gpu:
         backend.decode(
-            q, Cached(k, v, table, length - 1, length, capacity or keys), Score(0.1, right=0, kv_lengths=length)
+            q, CacheView(k, v, table, length - 1, length, capacity or keys), Score(0.1, right=0, kv_lengths=length)
         )
     return gpu.launches, 2 * (2 * q.numel() + k.numel() + v.numel())

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashattn.backends import triton as backend
+from flashattn.protocol import Saved
 from flashattn.score import Score
 
 from . import limit_bytes
@@ -70,7 +71,7 @@ def kernels(architecture: str, head_dim: int, causal: bool = False) -> dict[str,
     score = Score(head_dim**-0.5, right=0 if causal else None)
     with compile_for(architecture) as found:
         out, lse, rest = backend.forward(q, q, q, score)
-        backend.backward(out, None, q, q, q, out, lse, rest, score, False)
+        backend.backward(out, None, Saved(q, q, q, out, lse, rest), score, False, [])
     return {kernel.name.removeprefix("attention_").removesuffix("_hopper"): kernel for kernel in found}
 
 

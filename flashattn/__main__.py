@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import __version__
-from .backends import BACKENDS, choose, cpu, triton, why_not
+from .backends import BACKENDS, choose, cpu, triton, unavailable_reason
 
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -35,13 +35,13 @@ def main() -> None:
     print(f"GPU: {torch.cuda.get_device_name() if device.type == 'cuda' else 'none'}\n")
     for name in BACKENDS:
         kinds = {device.type, "cpu"}
-        reasons = {kind: why_not(name, kind, torch.float32) for kind in kinds}
+        reasons = {kind: unavailable_reason(name, kind, torch.float32) for kind in kinds}
         usable = [kind for kind, reason in reasons.items() if reason is None]
         note = f"runs on {', '.join(sorted(usable))}" if usable else reasons[device.type]
         if name == "cpu" and usable:
             note += f", instruction set {cpu.isa()}"
         print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
-    for fault in BACKENDS["triton"].compiler_faults():
+    for fault in triton.compiler_faults():
         print(f"\n{fault}")
     forced = os.environ.get("FLASHATTN_BACKEND")
     try:

@@ -1,5 +1,5 @@
-"""The checks of attention's arguments. Each names the argument, what it got and what it takes, and returns what the
-kernels read."""
+"""The checks of arguments. Each names the argument, what it got and what it takes, and returns what the kernels read.
+`build_score` is the one place where a `Score` is made of them."""
 
 from __future__ import annotations
 
@@ -9,75 +9,126 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, score_mod
+from . import score_mod as mods
+from . import tracing
+from .cache import KVCache, PagedBatch, Rotary
 from .score import Score
 
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
-def modified(score: Score, whole: tuple[int, ...], device, mask, alibi_slopes, softcap, dropout_p, seed) -> Score:
-    """The score with its checked modifications; `whole`: (batch, heads, seq_q, seq_k)."""
-    return score._replace(
+
+def build_score(
+    q: Tensor, shape: tuple[int, int, int, int], *, scale=None, causal=False, window=None, mask=None, bias=None,
+    alibi_slopes=None, softcap=None, sinks=None, q_lengths=None, kv_lengths=None, dropout_p=0.0, seed=None,
+    score_mod=None, block_mask=None, cu_seqlens: Tensor | None = None,
+) -> Score:  # fmt: skip
+    """The `Score` of a call's options, all checked. `shape`: (batch, heads, seq_q, seq_k); of packed sequences, where
+    cu_seqlens is (2, batch + 1), their number and the longest lengths."""
+    batch, _, seq_q, seq_k = shape
+    left, right = (None, None) if window is None else check_window(window)
+    return Score(
+        scale=q.shape[3] ** -0.5 if scale is None else check_scale(scale),
+        left=left,
+        right=0 if causal else right,
+        q_lengths=None if q_lengths is None else check_lengths("q_lengths", q_lengths, batch, seq_q, q.device),
+        kv_lengths=None if kv_lengths is None else check_lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
         softcap=None if softcap is None else check_softcap(softcap),
-        slopes=None if alibi_slopes is None else check_slopes(alibi_slopes, whole, device),
-        mask=None if mask is None else check_mask(mask, whole, device),
-        dropout_p=checks.probability("dropout_p", dropout_p),
-        seed=checks.seed(seed, device) if dropout_p > 0 else None,
+        alibi_slopes=None if alibi_slopes is None else check_alibi_slopes(alibi_slopes, shape, q.device),
+        mask=None if mask is None else check_mask(mask, shape, q.device),
+        dropout_p=check_probability("dropout_p", dropout_p),
+        seed=make_seed(seed, q.device) if dropout_p > 0 else None,
+        cu_seqlens=cu_seqlens,
+        max_seqlen_q=None if cu_seqlens is None else seq_q,
+        max_seqlen_k=None if cu_seqlens is None else seq_k,
+        bias=None if bias is None else check_bias(bias, q, shape),
+        sinks=None if sinks is None else check_sinks(sinks, q),
+        score_mod=None if score_mod is None else mods.trace_for("score_mod", score_mod, 1, q.device),
+        block_mask=None if block_mask is None else mods.read_block_mask(block_mask, *shape, q.device),
     )
 
 
-def with_callables(score: Score, mod, block_mask, whole: tuple[int, ...], device: torch.device) -> Score:
-    """The score with its traced callables; `whole`: (batch, heads, seq_q, seq_k)."""
-    if mod is not None:
-        mod = score_mod.on("score_mod", mod, 1, device)
-    if block_mask is not None:
-        block_mask = score_mod.read_block_mask(block_mask, *whole, device)
-    return score._replace(score_mod=mod, block_mask=block_mask)
+# ------------------------------------------------------------------------------------------------ tensors and numbers
 
 
-def longest_of(side: str, cu_seqlens, max_seqlen: int | None, x: Tensor) -> int:
-    """The longest length that (batch + 1,) starts and ends of sequences in x may have."""
-    name = f"cu_seqlens_{side}"
-    checks.tensor(name, cu_seqlens)
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name} must be (batch + 1,), got shape {tuple(cu_seqlens.shape)}")
-    checks.same_device(name, cu_seqlens, "q", x)
-    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
-        raise TypeError(f"max_seqlen_{side} must be an int or None, got {type(max_seqlen).__name__}")
-    has_data = checks.has_data(cu_seqlens)
-    if not has_data or (cu_seqlens.is_cuda and (max_seqlen is not None or checks.is_capturing())):
-        if max_seqlen is None:
-            where = "in a CUDA graph" if has_data else f"under torch.compile and where {name} has no data"
-            raise ValueError(f"max_seqlen_{side} must be given {where}, got None")
-        return max_seqlen
-    starts, total = cu_seqlens.tolist(), x.shape[2]
-    steps = [b - a for a, b in itertools.pairwise(starts)]
-    if starts[0] != 0 or min(steps) < 0 or starts[-1] > total:
-        raise ValueError(
-            f"{name} must begin with 0, never fall and end at most at {side}'s {total} rows, got {shortened(starts)}"
-        )
-    if max_seqlen is None:
-        return max(steps)
-    if max_seqlen < max(steps):
-        raise ValueError(f"max_seqlen_{side} must be at least the longest sequence's {max(steps)}, got {max_seqlen}")
-    return max_seqlen
+def check_tensor(name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
-def shortened(numbers: list[int]) -> str:
-    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
+def check_floating(name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        check_tensor(name, x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
-def check_shapes(q, k, v) -> tuple[int, int, int, int, int]:
-    """(batch, seq_q, seq_k, head_dim, head_dim_v) of arguments that fit each other."""
-    # One test where nothing is wrong, for its microseconds; which argument is wrong is found out only then.
+def check_device(name: str, x: Tensor, owner: str, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {owner}'s device {device}, got {x.device}")
+
+
+def check_dtype(name: str, x: Tensor, owner: str, dtype: torch.dtype) -> None:
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have {owner}'s dtype {dtype}, got {x.dtype}")
+
+
+def overrides_functions(x: Tensor) -> bool:
+    """Whether PyTorch asks x's class before it calls a function."""
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return False
+    return type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+def has_own_operations(x: Tensor) -> bool:
+    """Whether x's class, such as PyTorch's CausalBias, answers differently than Tensor: its memory may not be its
+    value."""
+    own, usual = type(x).__torch_function__, Tensor.__torch_function__
+    return overrides_functions(x) and getattr(own, "__func__", None) is not usual.__func__
+
+
+def refuse_own_operations(name: str, x: Tensor) -> None:
+    if has_own_operations(x):
+        raise TypeError(f"{name} must be a plain tensor, got {type(x).__name__}, which has operations of its own")
+
+
+def check_probability(name: str, p) -> float:
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"{name} must be a float, got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
+    return float(p)
+
+
+def make_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed of a dropout as the kernels read it: an int64 on the device; None draws one."""
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int or an int64 tensor of one element on {device}, "
+                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def check_shapes(q, k, v) -> tuple[int, int, int, int]:
+    """(batch, heads, seq_q, seq_k) of q, k and v that fit each other."""
+    # One test where nothing is wrong, for its microseconds; the loop says which argument is.
     plain = type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4
-    if not (plain and k.dtype == v.dtype == q.dtype in checks.DTYPES and k.device == v.device == q.device):
+    if not (plain and k.dtype == v.dtype == q.dtype in DTYPES and k.device == v.device == q.device):
         for name, x in (("q", q), ("k", k), ("v", v)):
-            checks.floating(name, x)
+            check_floating(name, x)
             if x.dim() != 4:
                 raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
-            checks.same_dtype(name, x, "q", q)
-            checks.same_device(name, x, "q", q)
+            check_dtype(name, x, "q", q.dtype)
+            check_device(name, x, "q", q.device)
     batch, heads, seq_q, head_dim = q.shape
     k_batch, kv_heads, seq_k, k_head_dim = k.shape
     v_batch, v_heads, v_seq, head_dim_v = v.shape
@@ -93,7 +144,42 @@ def check_shapes(q, k, v) -> tuple[int, int, int, int, int]:
         raise ValueError(f"v must have k's (kv_heads, seq_k) {(kv_heads, seq_k)}, got {(v_heads, v_seq)}")
     if heads % kv_heads != 0:
         raise ValueError(f"k must have a number of heads that divides q's {heads}, got {kv_heads}")
-    return batch, seq_q, seq_k, head_dim, head_dim_v
+    return batch, heads, seq_q, seq_k
+
+
+def check_cu_seqlens(side: str, cu_seqlens, max_seqlen: int | None, x: Tensor) -> int:
+    """An upper bound of the lengths of the sequences in x whose boundaries these are, (batch + 1,)."""
+    name = f"cu_seqlens_{side}"
+    check_tensor(name, cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name} must be (batch + 1,), got shape {tuple(cu_seqlens.shape)}")
+    check_device(name, cu_seqlens, "q", x.device)
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
+        raise TypeError(f"max_seqlen_{side} must be an int or None, got {type(max_seqlen).__name__}")
+    has_data = tracing.has_data(cu_seqlens)
+    if not has_data or (cu_seqlens.is_cuda and (max_seqlen is not None or tracing.is_capturing())):
+        if max_seqlen is None:
+            where = "in a CUDA graph" if has_data else f"under torch.compile and where {name} has no data"
+            raise ValueError(f"max_seqlen_{side} must be given {where}, got None")
+        return max_seqlen
+    starts, total = cu_seqlens.tolist(), x.shape[2]
+    steps = [b - a for a, b in itertools.pairwise(starts)]
+    if starts[0] != 0 or min(steps) < 0 or starts[-1] > total:
+        raise ValueError(
+            f"{name} must begin with 0, never fall and end at most at {side}'s {total} rows, "
+            f"got {truncate_repr(starts)}"
+        )
+    if max_seqlen is None:
+        return max(steps)
+    if max_seqlen < max(steps):
+        raise ValueError(f"max_seqlen_{side} must be at least the longest sequence's {max(steps)}, got {max_seqlen}")
+    return max_seqlen
+
+
+def truncate_repr(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
 
 
 def check_scale(scale) -> float:
@@ -124,14 +210,14 @@ def check_window(window) -> tuple[int | None, int | None]:
 
 def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> Tensor:
     """Lengths as the kernels read them: contiguous int32 on q's device."""
-    checks.tensor(name, lengths)
+    check_tensor(name, lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"{name} must be (batch,) = ({batch},), got shape {tuple(lengths.shape)}")
-    if lengths.device != device and not checks.is_traced():
-        checks.refuse_capture(name, f"it must be on {device}, as what a replay reads anew is; got {lengths.device}")
-    if lengths.device.type == "cpu" and batch > 0 and checks.has_data(lengths):
+    if lengths.device != device and not tracing.is_traced():
+        tracing.refuse_capture(name, f"it must be on {device}, as what a replay reads anew is; got {lengths.device}")
+    if lengths.device.type == "cpu" and batch > 0 and tracing.has_data(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > seq:
             raise ValueError(f"{name} must be between 0 and the sequence length {seq}, got {low if low < 0 else high}")
@@ -149,14 +235,14 @@ def check_softcap(softcap) -> float:
     return float(softcap)
 
 
-def check_slopes(slopes, whole: tuple[int, ...], device: torch.device) -> Tensor:
-    """Slopes as the kernels read them: contiguous (batch or 1, heads)."""
-    checks.tensor("alibi_slopes", slopes)
+def check_alibi_slopes(slopes, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The slopes as the kernels read them: contiguous (batch or 1, heads)."""
+    check_tensor("alibi_slopes", slopes)
     if slopes.dtype != torch.float32:
         raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
-    checks.on_device("alibi_slopes", slopes, "q", device)
-    checks.refuse_tangents(slopes)
-    batch, heads = whole[:2]
+    check_device("alibi_slopes", slopes, "q", device)
+    tracing.refuse_tangents(slopes)
+    batch, heads = shape[:2]
     if slopes.shape != (heads,) and slopes.shape != (batch, heads):  # `in` does not compare symbols
         raise ValueError(
             f"alibi_slopes must be (heads,) = ({heads},) or (batch, heads) = {(batch, heads)}, "
@@ -165,56 +251,113 @@ def check_slopes(slopes, whole: tuple[int, ...], device: torch.device) -> Tensor
     return slopes.detach().contiguous().view(-1, heads)
 
 
-def four_dimensions(name: str, x: Tensor, whole: tuple[int, ...], device: torch.device) -> Tensor:
-    """x as (batch, heads, seq_q, seq_k), each as it is or 1, the last contiguous."""
-    checks.refuse_own_operations(name, x)
-    checks.on_device(name, x, "q", device)
+def as_4d(name: str, x: Tensor, full: tuple[int, ...], device: torch.device) -> Tensor:
+    """x, broadcastable to `full`, as a view of four dimensions, the last contiguous."""
+    refuse_own_operations(name, x)
+    check_device(name, x, "q", device)
     shape = (*[1] * (4 - x.dim()), *x.shape)
-    if len(shape) != 4 or any(size != 1 and size != full for size, full in zip(shape, whole, strict=True)):
+    if len(shape) != 4 or any(size != 1 and size != wanted for size, wanted in zip(shape, full, strict=True)):
         raise ValueError(
-            f"{name} must be broadcastable to (batch, heads, seq_q, seq_k) = {whole}, got shape {tuple(x.shape)}"
+            f"{name} must be broadcastable to (batch, heads, seq_q, seq_k) = {full}, got shape {tuple(x.shape)}"
         )
     x = x[(None,) * (4 - x.dim())]
     return x if x.stride(3) in (0, 1) or x.shape[3] == 1 else x.contiguous()
 
 
-def check_mask(mask, whole: tuple[int, ...], device: torch.device) -> Tensor:
-    checks.tensor("mask", mask)
+def check_mask(mask, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}; what is added to scores is a bias")
-    return four_dimensions("mask", mask, whole, device)
+    return as_4d("mask", mask, shape, device)
 
 
-def check_bias(bias, q: Tensor, whole: tuple[int, ...]) -> Tensor:
-    checks.floating("bias", bias)
+def check_bias(bias, q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    check_floating("bias", bias)
     if bias.dtype not in (q.dtype, torch.float32):
         raise TypeError(f"bias must be {q.dtype}, as q, or float32, got {bias.dtype}")
-    return four_dimensions("bias", bias, whole, q.device)
+    return as_4d("bias", bias, shape, q.device)
 
 
-def check_sinks(sinks, q: Tensor) -> None:
-    checks.floating("sinks", sinks)
-    checks.same_device("sinks", sinks, "q", q)
+def check_sinks(sinks, q: Tensor) -> Tensor:
+    check_floating("sinks", sinks)
+    check_device("sinks", sinks, "q", q.device)
     if sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be (heads,) = ({q.shape[1]},), got shape {tuple(sinks.shape)}")
+    return sinks
+
+
+# ------------------------------------------------------------------------------------------------ decoding
 
 
 def check_page_table(name: str, table, batch: int, device: torch.device) -> int:
     """How many pages a row of a page table (batch, n) has."""
-    checks.tensor(name, table)
+    check_tensor(name, table)
     if table.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {table.dtype}")
     if table.dim() != 2 or table.shape[0] != batch:
         raise ValueError(f"{name} must be (batch, n) = ({batch}, n), got shape {tuple(table.shape)}")
-    checks.on_device(name, table, "q", device)
+    check_device(name, table, "q", device)
     return table.shape[1]
 
 
 def check_pages(name: str, table: Tensor, pages: int, page_size: int, lengths: Tensor) -> None:
     """That each row's first pages, which its length needs, lie in the cache. On a GPU they are not read back."""
-    if table.is_cuda or not checks.has_data(table):
+    if table.is_cuda or not tracing.has_data(table):
         return
     for row, length in zip(table.tolist(), lengths.tolist(), strict=True):
         for page in row[: -(-length // page_size)]:
             if not 0 <= page < pages:
                 raise ValueError(f"{name} must point at pages 0 to {pages - 1} of the cache, got {page}")
+
+
+def check_decode_inputs(q, cache, k, v, dropout_p) -> None:
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0: decode is for inference, got {dropout_p}")
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together, or neither")
+    inputs = [("q", q)] if k is None else [("q", q), ("k", k), ("v", v)]
+    for name, x in inputs:
+        check_floating(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
+        if x.dtype != cache.k.dtype:
+            raise TypeError(f"{name} must have the cache's dtype {cache.k.dtype}, got {x.dtype}")
+        check_device(name, x, "the cache", cache.k.device)
+    batch, heads, seq_q, head_dim = q.shape
+    kv_heads = cache.k.shape[1]
+    if not tracing.is_traced():  # else the operator does
+        check_batch(q, cache)
+    if heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"q must have a number of heads that the cache's {kv_heads} divide, got {heads}")
+    if head_dim != cache.k.shape[3]:
+        raise ValueError(f"q must have the cache's head_dim {cache.k.shape[3]}, got {head_dim}")
+    for name, x, kept in (("k", k, cache.k), ("v", v, cache.v)):
+        expected = (batch, kv_heads, seq_q, kept.shape[3])
+        if x is not None and x.shape != expected:
+            raise ValueError(f"{name} must be (batch, kv_heads, seq_q, dim) = {expected}, got shape {tuple(x.shape)}")
+
+
+def refuse_gradients(**inputs) -> None:
+    if torch.is_grad_enabled():
+        for name, x in inputs.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise ValueError(f"{name} must not require a gradient: decode is for inference; use torch.no_grad()")
+
+
+def check_batch(q: Tensor, cache: KVCache | PagedBatch) -> None:
+    if q.shape[0] != len(cache.lengths):
+        raise ValueError(f"q must have the cache's batch {len(cache.lengths)}, got {q.shape[0]}")
+
+
+def check_rotary(rotary, q: Tensor, positions: int) -> None:
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a flashattn.Rotary(cos, sin), got {type(rotary).__name__}")
+    for name, x in (("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)):
+        check_floating(name, x)
+        check_device(name, x, "q", q.device)
+        if x.dim() != 2 or x.shape != rotary.cos.shape or 2 * x.shape[1] > q.shape[3]:
+            raise ValueError(
+                f"{name} must be (positions, n), n at most half of head_dim {q.shape[3]}, got shape {tuple(x.shape)}"
+            )
+    if rotary.cos.shape[0] < positions:
+        raise ValueError(f"rotary.cos must have a row for each of {positions} positions, got {rotary.cos.shape[0]}")

@@ -1,21 +1,79 @@
-"""`attention` and `attention_varlen`: check the arguments, build the call."""
+"""`attention`, `attention_varlen` and `decode`: each checks its arguments, builds the Score, chooses a backend and
+calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from . import arguments, autocast, backends, checks, flex, nested, ops
-from .auxiliary import AuxOutput, AuxRequest, auxiliary, read_request
-from .score import Score
+from . import arguments, autocast, auxiliary, backends, nested, ops, tracing
+from .auxiliary import AuxOutput, AuxRequest
+from .cache import KVCache, PagedBatch, PagedKVCache, Rotary
+from .ops.decode import DecodeOptions
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+    from typing_extensions import Unpack
 
 
+class ScoreOptions(TypedDict, total=False):
+    """What `attention` and `attention_varlen` share besides q, k and v, for type checkers."""
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
+    seed: int | Tensor | None
+    scale: float | None
+
+
+class AttentionOptions(ScoreOptions, total=False):
+    kv_lengths: Tensor | None
+    q_lengths: Tensor | None
+    score_mod: Callable | None
+    block_mask: BlockMask | None
+
+
+class DecodeCallOptions(TypedDict, total=False):
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    q_lengths: Tensor | None
+    dropout_p: float
+    scale: float | None
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_aux: None = ...,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], return_aux: None = ...,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_aux: AuxRequest,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_aux: AuxRequest | None = ...,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,
@@ -109,35 +167,35 @@ def attention(
             q, k, v, q_lengths, kv_lengths, return_lse, causal=causal, window=window, mask=mask, bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed, scale=scale,
         )  # fmt: skip
-    request = None if return_aux is None else read_request(return_aux, return_lse)
-    batch, seq_q, seq_k, head_dim, head_dim_v = arguments.check_shapes(q, k, v)
-    left, right = (None, None) if window is None else arguments.check_window(window)
-    score = Score(
-        head_dim**-0.5 if scale is None else arguments.check_scale(scale),
-        left,
-        0 if causal else right,
-        None if q_lengths is None else arguments.check_lengths("q_lengths", q_lengths, batch, seq_q, q.device),
-        None if kv_lengths is None else arguments.check_lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
-    )
-    if mask is not None or alibi_slopes is not None or softcap is not None or dropout_p != 0:
-        whole = (*q.shape[:3], seq_k)
-        score = arguments.modified(score, whole, q.device, mask, alibi_slopes, softcap, dropout_p, seed)
-    if bias is not None:
-        bias = arguments.check_bias(bias, q, (*q.shape[:3], seq_k))
-    if sinks is not None:
-        arguments.check_sinks(sinks, q)
-    widest = head_dim if head_dim > head_dim_v else head_dim_v
-    backend = backends.choose(q.device, q.dtype, head_dim=widest)
-    if score_mod is None and block_mask is None:
-        out, lse, _ = ops.attention(q, k, v, bias, sinks, score, backend)
-    else:
-        score = arguments.with_callables(score, score_mod, block_mask, (*q.shape[:3], seq_k), q.device)
-        out, lse = flex.attention(q, k, v, bias, sinks, score, backend)
+    request = None if return_aux is None else auxiliary.read_request(return_aux, return_lse)
+    shape = arguments.check_shapes(q, k, v)
+    score = arguments.build_score(
+        q, shape, scale=scale, causal=causal, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
+        softcap=softcap, sinks=sinks, q_lengths=q_lengths, kv_lengths=kv_lengths, dropout_p=dropout_p, seed=seed,
+        score_mod=score_mod, block_mask=block_mask,
+    )  # fmt: skip
+    backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
+    out, lse = ops.attention.attention(q, k, v, score, backend)
     if request is not None:
-        return out, auxiliary(request, q, k, lse, ops.whole(score, bias, sinks))
+        return out, auxiliary.compute(request, q, k, lse, score)
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., *, return_lse: Literal[False] = ..., **options: Unpack[ScoreOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., *, return_lse: Literal[True], **options: Unpack[ScoreOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., *, return_lse: bool = ..., **options: Unpack[ScoreOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -191,35 +249,120 @@ def attention_varlen(
     """
     q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.floating(name, x)
+        arguments.check_floating(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must be (total, heads, head_dim), got shape {tuple(x.shape)}")
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    _, _, _, head_dim, head_dim_v = arguments.check_shapes(q, k, v)
-    max_seqlen_q = arguments.longest_of("q", cu_seqlens_q, max_seqlen_q, q)
-    max_seqlen_k = arguments.longest_of("k", cu_seqlens_k, max_seqlen_k, k)
+    _, heads, _, _ = arguments.check_shapes(q, k, v)
+    max_seqlen_q = arguments.check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q)
+    max_seqlen_k = arguments.check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
             f"cu_seqlens_k must be as long as cu_seqlens_q, {cu_seqlens_q.shape[0]}, got {cu_seqlens_k.shape[0]}"
         )
-    left, right = (None, None) if window is None else arguments.check_window(window)
-    score = Score(
-        head_dim**-0.5 if scale is None else arguments.check_scale(scale),
-        left,
-        0 if causal else right,
+    shape = (cu_seqlens_q.shape[0] - 1, heads, max_seqlen_q, max_seqlen_k)
+    score = arguments.build_score(
+        q, shape, scale=scale, causal=causal, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed,
         cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)),
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
-    whole = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
-    score = arguments.modified(score, whole, q.device, mask, alibi_slopes, softcap, dropout_p, seed)
-    if bias is not None:
-        bias = arguments.check_bias(bias, q, whole)
-    if sinks is not None:
-        arguments.check_sinks(sinks, q)
-    backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, head_dim_v))
-    out, lse, _ = ops.attention(q, k, v, bias, sinks, score, backend)
+    )  # fmt: skip
+    backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
+    out, lse = ops.attention.attention(q, k, v, score, backend)
     out, lse = out[0].transpose(0, 1), lse[0]
+    return (out, lse) if return_lse else out
+
+
+@overload
+def decode(
+    q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
+    rotary: Rotary | None = ..., *, return_lse: Literal[False] = ..., **options: Unpack[DecodeCallOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def decode(
+    q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
+    rotary: Rotary | None = ..., *, return_lse: Literal[True], **options: Unpack[DecodeCallOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def decode(
+    q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
+    rotary: Rotary | None = ..., *, return_lse: bool = ..., **options: Unpack[DecodeCallOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def decode(
+    q: Tensor,
+    cache: KVCache | PagedKVCache | PagedBatch,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary: Rotary | None = None,
+    *,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of generation: append new keys and values to the cache, in place, and attend to all of it.
+
+    The first call, of whole prompts, is a step like any other. It is inference only: no dropout, no gradients. On a GPU
+    nothing waits for it, but for a q_lengths that lies there.
+
+    Args:
+        q: (batch, heads, seq_q, head_dim), in the cache's dtype and on its device. Under autocast q, k and v are cast
+            to this dtype.
+        cache: a `KVCache`, sequences of a `PagedKVCache` (`select`), or a `PagedKVCache` for all of its sequences.
+        k: (batch, kv_heads, seq_q, head_dim) new keys; None appends nothing.
+        v: (batch, kv_heads, seq_q, head_dim_v) new values.
+        rotary: rotates q and k by their positions, counted from the beginning of each sequence.
+        causal: a new token sees those before it and itself; False: all.
+        q_lengths: (batch,) int: how many of the new tokens of a row exist, where rows differ; the others are not
+            appended, and give out 0 and lse -inf. Best on the CPU, where reading it waits for nothing.
+        mask, bias: broadcastable to (batch, heads, seq_q, seq_k), seq_k the longest length after appending.
+
+    A graph of `torch.compile` moves the cache on when it runs, whatever its lengths and pages are then; a cache's own
+    methods, but for `select`, are for outside of it. A step that breaks off, for want of memory or by an interrupt,
+    leaves the cache's lengths as they were.
+
+    window, alibi_slopes, softcap, sinks and scale are those of `attention`; the diagonal ends at the last new token and
+    the last key of each sequence.
+
+    Returns:
+        out (batch, heads, seq_q, head_dim_v); with `return_lse` (out, lse), lse (batch, heads, seq_q) float32.
+        The bits of a sequence's result depend neither on what else is in the batch nor on the cache's capacity or page
+        size; a batch padded to another seq_q may be computed in another order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is written; a cache without room is one of them, and
+            one in the capture of a CUDA graph: its lengths are Python's numbers, which a replay would not move on.
+            `flashattn.compat.flash_attn.flash_attn_with_kvcache` can be captured.
+
+    >>> import torch, flashattn
+    >>> cache = flashattn.KVCache(batch=1, kv_heads=2, capacity=64, head_dim=32)
+    >>> q, k, v = (torch.randn(1, heads, 10, 32) for heads in (4, 2, 2))
+    >>> prompt = flashattn.decode(q, cache, k, v)
+    >>> q, k, v = (torch.randn(1, heads, 1, 32) for heads in (4, 2, 2))
+    >>> flashattn.decode(q, cache, k, v).shape
+    torch.Size([1, 4, 1, 32])
+    """
+    if not isinstance(cache, (KVCache, PagedKVCache, PagedBatch)):
+        raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    if isinstance(cache, PagedKVCache) and not tracing.is_traced():
+        cache = cache.select(cache.sequences)
+    if autocast.is_on(q):
+        q, k, v = autocast.cast(cache.k.dtype, q, k, v)
+    arguments.check_decode_inputs(q, cache, k, v, dropout_p)
+    arguments.refuse_gradients(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    left, right = (None, None) if window is None else arguments.check_window(window)
+    options = DecodeOptions(
+        scale=q.shape[3] ** -0.5 if scale is None else arguments.check_scale(scale), causal=causal, left=left,
+        right=right, mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
+        q_lengths=q_lengths, backend=backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3])),
+    )  # fmt: skip
+    out, lse = ops.decode.step(q, cache, k, v, rotary, options)
     return (out, lse) if return_lse else out
 
 
@@ -230,16 +373,16 @@ def _nested(q, k, v, q_lengths, kv_lengths, return_lse, **options):
             raise ValueError(f"{name} must be nested as q, k or v is, got {type(x).__name__}")
     q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        nested.check(name, x, 4, "(batch, heads, seq, head_dim), jagged along seq")
+        nested.check_nested(name, x, 4, "(batch, heads, seq, head_dim), jagged along seq")
     for name, x in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
         if x is not None:
             raise ValueError(f"{name} must be None where q is nested, which has lengths of its own")
-    checks.refuse_capture(
+    tracing.refuse_capture(
         "q", "where its lengths are is read back; attention_varlen takes max_seqlen_q and max_seqlen_k"
     )
     (rows_q, starts_q), (rows_k, starts_k), (rows_v, starts_v) = map(nested.pack, (q, k, v))
-    nested.check_same("v", starts_v, "k", starts_k)
-    longest = map(nested.longest, (rows_q, rows_k))
+    nested.check_same_lengths("v", starts_v, "k", starts_k)
+    longest = map(nested.bound_longest, (rows_q, rows_k))
     out = attention_varlen(
         rows_q, rows_k, rows_v, starts_q.int(), starts_k.int(), *longest, return_lse=return_lse, **options
     )

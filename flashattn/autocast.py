@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .tracing import mark_constant
+
 
 def is_on(x) -> bool:
     """Whether autocast is enabled for x's device."""
@@ -18,7 +20,7 @@ def is_on(x) -> bool:
     return _is_available(kind) and torch.is_autocast_enabled(kind)
 
 
-@torch.compiler.assume_constant_result  # Dynamo before 2.12 cannot trace it
+@mark_constant  # Dynamo before 2.12 cannot trace it
 def _is_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import tracing
 
 
-class Cached(NamedTuple):
+class CacheView(NamedTuple):
     """What a backend reads of a cache: for each batch row, keys and values 0 .. lengths[b]."""
 
     k: Tensor  # (batch, kv_heads, capacity, head_dim); with a page table (pages, kv_heads, page_size, head_dim)
@@ -25,14 +25,28 @@ class Cached(NamedTuple):
     longest: int  # the largest of them; the capacity where they are not known, in the capture of a CUDA graph
 
 
-_caches: weakref.WeakValueDictionary[int, Numbered] = weakref.WeakValueDictionary()
+class Rotary(NamedTuple):
+    """Rotary position embedding: the cosine and sine of each position's angles.
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
+
+    The pairs (x[i], x[i + n]) of the first 2 n numbers of a head are rotated, n = cos.shape[1]; interleaved (x[2i],
+    x[2i + 1]). The rest of a head stays as it is.
+    """
+
+    cos: Tensor  # (positions, n) floating
+    sin: Tensor
+    interleaved: bool = False
 
 
-class Numbered:
+_caches: weakref.WeakValueDictionary[int, NumberedCache] = weakref.WeakValueDictionary()
+
+
+class NumberedCache:
     """A cache that a graph can name, by a tensor: what it knows of its tokens is not for graphs to see."""
 
     def __init__(self):
-        outside_graphs("made")
+        refuse_in_graph("made")
         number = secrets.randbits(62)  # so that a program of another process finds none that is not its own
         _caches[number] = self
         self._number = torch.tensor(number, device="cpu")
@@ -41,23 +55,23 @@ class Numbered:
         return {name: value for name, value in vars(self).items() if name != "_number"}
 
     def __setstate__(self, state: dict) -> None:  # of a copy, which is another cache
-        Numbered.__init__(self)
+        NumberedCache.__init__(self)
         vars(self).update(state)
 
 
-def numbered(number: int) -> Numbered:
+def find_cache(number: int) -> NumberedCache:
     if number not in _caches:
         raise ValueError("cache must be one of this process, got one that is gone or of an exported program")
     return _caches[number]
 
 
-def outside_graphs(what: str) -> None:
+def refuse_in_graph(what: str) -> None:
     """Its numbers are not known where a graph is traced, but when it runs."""
-    if checks.is_traced():
+    if tracing.is_traced():
         raise RuntimeError(f"a cache must be {what} outside of what torch.compile traces; decode moves it on inside")
 
 
-class KVCache(Numbered):
+class KVCache(NumberedCache):
     """Contiguous keys and values of one layer, for a batch whose rows may differ in length.
 
     Args:
@@ -79,24 +93,24 @@ class KVCache(Numbered):
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):  # fmt: skip
         super().__init__()
-        self.k, self.v = _memory(batch, kv_heads, capacity, head_dim, head_dim_v, dtype, device)
+        self.k, self.v = _allocate(batch, kv_heads, capacity, head_dim, head_dim_v, dtype, device)
         self._lengths = [0] * batch
 
     @property
     def lengths(self) -> list[int]:
-        outside_graphs("asked for its lengths")
+        refuse_in_graph("asked for its lengths")
         return list(self._lengths)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what lies at and past `lengths`, one number a row; 0 empties a row."""
-        outside_graphs("truncated")
+        refuse_in_graph("truncated")
         if len(lengths) != len(self._lengths):
             raise ValueError(f"lengths must be one number for each of {len(self._lengths)} rows, got {len(lengths)}")
         for length, present in zip(lengths, self._lengths, strict=True):
             _check_length(length, present)
         self._lengths = list(lengths)
 
-    def _grow(self, new: list[int], k: Tensor, v: Tensor) -> Cached:
+    def _reserve(self, new: list[int], k: Tensor, v: Tensor) -> CacheView:
         """Make room for so many new tokens a row in this memory, or raise before anything changes."""
         capacity, before = self.k.shape[2], self._lengths
         after = [a + b for a, b in zip(before, new, strict=True)]
@@ -107,10 +121,10 @@ class KVCache(Numbered):
                     f"{new[row]} are new"
                 )
         self._lengths = after
-        return _cached(k, v, None, before, after)
+        return _make_view(k, v, None, before, after)
 
 
-class PagedKVCache(Numbered):
+class PagedKVCache(NumberedCache):
     """Keys and values of one layer in pages of a common pool, for sequences that come and go and may share pages.
 
     Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023).
@@ -139,7 +153,7 @@ class PagedKVCache(Numbered):
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):  # fmt: skip
         super().__init__()
-        self.k, self.v = _memory(pages, kv_heads, page_size, head_dim, head_dim_v, dtype, device)
+        self.k, self.v = _allocate(pages, kv_heads, page_size, head_dim, head_dim_v, dtype, device)
         self.page_size = page_size
         self._free = list(range(pages - 1, -1, -1))  # taken from the end
         self._users = [0] * pages  # sequences that hold a page
@@ -149,27 +163,27 @@ class PagedKVCache(Numbered):
 
     @property
     def free_pages(self) -> int:
-        outside_graphs("asked for its pages")
+        refuse_in_graph("asked for its pages")
         return len(self._free)
 
     @property
     def sequences(self) -> list[int]:
-        outside_graphs("asked for its sequences")
+        refuse_in_graph("asked for its sequences")
         return list(self._pages)
 
     def length(self, sequence: int) -> int:
-        outside_graphs("asked for its lengths")
+        refuse_in_graph("asked for its lengths")
         self._check(sequence)
         return self._lengths[sequence]
 
     def add(self) -> int:
         """Begin an empty sequence; returns its number."""
-        outside_graphs("given a sequence")
+        refuse_in_graph("given a sequence")
         return self._new([], 0)
 
     def fork(self, sequence: int) -> int:
         """Begin a sequence with the tokens of another, whose pages they share; returns its number."""
-        outside_graphs("forked")
+        refuse_in_graph("forked")
         self._check(sequence)
         for page in self._pages[sequence]:
             self._users[page] += 1
@@ -182,24 +196,24 @@ class PagedKVCache(Numbered):
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what lies at and past `length`."""
-        outside_graphs("truncated")
+        refuse_in_graph("truncated")
         self._check(sequence)
         _check_length(length, self._lengths[sequence])
         pages, kept = self._pages[sequence], self._pages_for(length)
         for page in reversed(pages[kept:]):
-            self._give_back(page)
+            self._release_page(page)
         del pages[kept:]
         self._lengths[sequence] = length
 
-    def select(self, sequences: Sequence[int]) -> Selection:
+    def select(self, sequences: Sequence[int]) -> PagedBatch:
         """These sequences as the batch of a `decode`, in this order."""
-        if checks.is_traced():  # the graph does it, and checks them, when it runs
-            return Selection(self, tuple(sequences))
+        if tracing.is_traced():  # the graph does it, and checks them, when it runs
+            return PagedBatch(self, tuple(sequences))
         for sequence in sequences:
             self._check(sequence)
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences must be different ones, got {list(sequences)}")
-        return Selection(self, tuple(sequences))
+        return PagedBatch(self, tuple(sequences))
 
     def _check(self, sequence: int) -> None:
         if sequence not in self._pages:
@@ -213,12 +227,12 @@ class PagedKVCache(Numbered):
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def _give_back(self, page: int) -> None:
+    def _release_page(self, page: int) -> None:
         self._users[page] -= 1
         if self._users[page] == 0:
             self._free.append(page)
 
-    def _take(self) -> int:
+    def _alloc_page(self) -> int:
         page = self._free.pop()
         self._users[page] = 1
         return page
@@ -240,7 +254,7 @@ class PagedKVCache(Numbered):
                 copies.append(sequence)
         return copies
 
-    def _grow(self, sequences: Sequence[int], new: list[int], k: Tensor, v: Tensor) -> Cached:
+    def _reserve(self, sequences: Sequence[int], new: list[int], k: Tensor, v: Tensor) -> CacheView:
         """Make room for so many new tokens each in this memory, or raise before anything changes."""
         before = [self._lengths[s] for s in sequences]
         after = [a + b for a, b in zip(before, new, strict=True)]
@@ -257,22 +271,22 @@ class PagedKVCache(Numbered):
             self._copy_last_page(sequence, k, v)
         for sequence, length in zip(sequences, after, strict=True):
             pages = self._pages[sequence]
-            pages.extend(self._take() for _ in range(self._pages_for(length) - len(pages)))
+            pages.extend(self._alloc_page() for _ in range(self._pages_for(length) - len(pages)))
             self._lengths[sequence] = length
         tables = [self._pages[s] for s in sequences]
         width = max([1, *map(len, tables)])
-        table = checks.int32_on(self.k.device, [pages + [0] * (width - len(pages)) for pages in tables])
-        return _cached(k, v, table.view(len(tables), width), before, after)
+        table = to_int32(self.k.device, [pages + [0] * (width - len(pages)) for pages in tables])
+        return _make_view(k, v, table.view(len(tables), width), before, after)
 
     def _copy_last_page(self, sequence: int, k: Tensor, v: Tensor) -> None:
-        shared, own = self._pages[sequence][-1], self._take()
+        shared, own = self._pages[sequence][-1], self._alloc_page()
         k[own], v[own] = k[shared], v[shared]
         self._pages[sequence][-1] = own
-        self._give_back(shared)
+        self._release_page(shared)
 
 
 @dataclasses.dataclass
-class Selection:
+class PagedBatch:
     """Some sequences of a `PagedKVCache`, as the batch of a `decode`."""
 
     cache: PagedKVCache
@@ -295,11 +309,11 @@ class Selection:
         for sequence, length in zip(self.sequences, lengths, strict=True):
             self.cache.truncate(sequence, length)
 
-    def _grow(self, new: list[int], k: Tensor, v: Tensor) -> Cached:
-        return self.cache._grow(self.sequences, new, k, v)
+    def _reserve(self, new: list[int], k: Tensor, v: Tensor) -> CacheView:
+        return self.cache._reserve(self.sequences, new, k, v)
 
 
-def _memory(rows, kv_heads, seq, head_dim, head_dim_v, dtype, device) -> tuple[Tensor, Tensor]:
+def _allocate(rows, kv_heads, seq, head_dim, head_dim_v, dtype, device) -> tuple[Tensor, Tensor]:
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim), ("head_dim_v", head_dim_v), ("page_size", seq)):
         if not isinstance(size, int) or size < 1:
@@ -312,6 +326,12 @@ def _check_length(length: int, present: int) -> None:
         raise ValueError(f"length must be between 0 and the {present} tokens that are there, got {length}")
 
 
-def _cached(k: Tensor, v: Tensor, page_table: Tensor | None, before: list[int], after: list[int]) -> Cached:
-    starts, lengths = checks.int32_on(k.device, (before, after)).unbind()
-    return Cached(k, v, page_table, starts, lengths, max(after, default=0))
+def _make_view(k: Tensor, v: Tensor, page_table: Tensor | None, before: list[int], after: list[int]) -> CacheView:
+    starts, lengths = to_int32(k.device, (before, after)).unbind()
+    return CacheView(k, v, page_table, starts, lengths, max(after, default=0))
+
+
+def to_int32(device: torch.device, numbers: Sequence) -> Tensor:
+    """Python's numbers as a tensor on the device. A GPU gets them from pinned memory, so that nobody waits for it."""
+    on_cpu = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    return on_cpu.to(device, non_blocking=True)

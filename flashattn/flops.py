@@ -6,40 +6,32 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import checks, flex  # noqa: F401  (which registers operators too)
-from .ops import fields_of
-from .score import Score
+from . import ops, tracing  # noqa: F401  (ops registers the operators)
+from .score import SCORE_FIELDS, Score
 
 
-@register_flop_formula([torch.ops.flashattn.attention_forward, torch.ops.flashattn.flex_forward], get_raw=True)
-def forward(q, k, v, bias, sinks, *settings, out_val=None, **_) -> int:
+@register_flop_formula(torch.ops.flashattn.attention_forward, get_raw=True)
+def forward(q, k, v, *flat, out_val=None, **_) -> int:
     """q k^T and p v."""
-    return 2 * pairs(q, k, settings) * (q.shape[3] + v.shape[3])
+    return 2 * count_pairs(q, k, flat) * (q.shape[3] + v.shape[3])
 
 
 @register_flop_formula(torch.ops.flashattn.attention_backward, get_raw=True)
 def backward(
-    grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings, out_val=None, **_
+    grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat, out_val=None, **_
 ) -> int:  # fmt: skip
     """q k^T again, the gradients of q, k and v, and that of p."""
-    return 2 * pairs(q, k, settings) * (3 * q.shape[3] + 2 * v.shape[3])
+    return 2 * count_pairs(q, k, flat) * (3 * q.shape[3] + 2 * v.shape[3])
 
 
-@register_flop_formula(torch.ops.flashattn.flex_backward, get_raw=True)
-def flex_backward(
-    grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, with_grad_captured, *settings, **_
-) -> int:  # fmt: skip
-    return backward(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, rest, with_grad_bias, *settings)
-
-
-def pairs(q, k, settings: tuple) -> int:
+def count_pairs(q, k, flat: tuple) -> int:
     """Of all heads and sequences; packed ones whose lengths cannot be read count as if all were as long as the
     longest."""
-    score = Score(*settings[: fields_of(Score)])
+    score = Score(*flat[:SCORE_FIELDS])
     heads = q.shape[1]
     if score.cu_seqlens is None:
         return q.shape[0] * heads * q.shape[2] * k.shape[2]
-    if checks.has_data(score.cu_seqlens):
+    if tracing.has_data(score.cu_seqlens):
         lengths_q, lengths_k = score.cu_seqlens.diff().tolist()
         return heads * sum(a * b for a, b in zip(lengths_q, lengths_k, strict=True))
     batch, seq_q, seq_k = score.sizes(q, k)

@@ -30,9 +30,9 @@ class ModsInGraph(HigherOrderOperator):
         """FlexAttention's query, key, value, score_mod, block_mask, scale, kernel_options, and what the callables
         captured. Dynamo hands on as it is what is no callable."""
         *operands, mask = operands_and_mask
-        text, captured = lowered("score_mod", mod, 1, captured, operands[0]) if has_mod else (None, [])
+        text, captured = lower("score_mod", mod, 1, captured, operands[0]) if has_mod else (None, [])
         mask_text, mask_captured = (
-            lowered("block_mask.mask_mod", mask, 0, mask_captured, operands[0]) if has_mask else (None, [])
+            lower("block_mask.mask_mod", mask, 0, mask_captured, operands[0]) if has_mask else (None, [])
         )
         return getattr(torch.ops.flashattn, operator).default(*operands, captured, text, mask_captured, mask_text)
 
@@ -40,7 +40,7 @@ class ModsInGraph(HigherOrderOperator):
 mods_in_graph = ModsInGraph()
 
 
-def unchanged(score, batch, head, q_idx, kv_idx):
+def identity_mod(score, batch, head, q_idx, kv_idx):
     """Where there is no score_mod."""
     return score
 
@@ -50,17 +50,17 @@ def call(operator: str, operands: tuple, mod: Callable | None, mask: Callable | 
     its text, and likewise of the mask_mod. The first of the operands is q."""
     number = torch.zeros((), dtype=torch.float32, device="cpu")  # Dynamo makes its example of a score like it
     has_mod, has_mask = mod is not None, mask is not None
-    return mods_in_graph(number, operator, has_mod, mod if has_mod else unchanged, (*operands, mask), has_mask, {})
+    return mods_in_graph(number, operator, has_mod, mod if has_mod else identity_mod, (*operands, mask), has_mask, {})
 
 
-def lowered(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: Tensor) -> tuple[str, list[Tensor]]:
+def lower(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: Tensor) -> tuple[str, list[Tensor]]:
     """What Dynamo traced, as text and the tensors that it takes."""
     with torch._C._DisableAutocast():
         graph, values = split(name, module, scores + 4, captured)
-        values = [score_mod.moved(name, as_tensor(x, q), q.device) for x in values]
-        text, before = retraced(name, graph, scores, values, ANY_SIZES[0])
+        values = [score_mod.move_captured(name, as_tensor(x, q), q.device) for x in values]
+        text, before = retrace(name, graph, scores, values, ANY_SIZES[0])
         some_change = any(isinstance(size, torch.SymInt) for x in values for size in x.shape)
-        if some_change and retraced(name, graph, scores, values, ANY_SIZES[1])[0] != text:
+        if some_change and retrace(name, graph, scores, values, ANY_SIZES[1])[0] != text:
             raise TypeError(f"{name} must not depend on the sizes of tensors that it captured, which may change")
         return text, values if before is None else [x.to(q.device) for x in before(*values)]
 
@@ -110,9 +110,9 @@ def as_tensor(value: Tensor | torch.SymInt | torch.SymFloat, q: Tensor) -> Tenso
     )
 
 
-def retraced(name: str, graph: fx.GraphModule, scores: int, values: list[Tensor], any_size: int):
+def retrace(name: str, graph: fx.GraphModule, scores: int, values: list[Tensor], any_size: int):
     """(text, before): as `score_mod.trace` does it, of tensors that have the dtypes and dimensions of these."""
     shapes = [(x.dtype, [size if isinstance(size, int) else any_size for size in x.shape]) for x in values]
-    with score_mod.tracing:
+    with score_mod.trace_lock:
         traced = score_mod.in_clean_thread(score_mod.trace_graph, name, graph, scores, shapes)
     return mod_text.write(traced.graph.graph, scores + 4), traced.before

@@ -188,14 +188,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             name = "need_weights" if need_weights else "add_zero_attn"
             raise ValueError(f"{name} must be False where query is nested")
         for name, x in (("query", query), ("key", key), ("value", value)):
-            nested.check(name, x, 3, "(batch, seq, embed_dim), as query, key or value is")
+            nested.check_nested(name, x, 3, "(batch, seq, embed_dim), as query, key or value is")
         q, starts_q = nested.pack(query)
         k, starts_k = (q, starts_q) if key is query else nested.pack(key)
         v, starts_v = (k, starts_k) if value is key else nested.pack(value)
-        nested.check_same("value", starts_v, "key", starts_k)
+        nested.check_same_lengths("value", starts_v, "key", starts_k)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        longest = map(nested.longest, (q, k))
+        longest = map(nested.bound_longest, (q, k))
         out = attention_varlen(q, k, v, starts_q.int(), starts_k.int(), *longest, dropout_p=dropout_p)
         out = functional.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
         return nested.unpack(out, starts_q, query.layout)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import arguments, tracing
 
 
 def is_nested(x) -> bool:
     return isinstance(x, Tensor) and x.is_nested
 
 
-def check(name: str, x, dims: int, shape: str) -> None:
+def check_nested(name: str, x, dims: int, shape: str) -> None:
     """That x is nested (batch, seq, ...) of so many dimensions, and its sequences differ in seq alone."""
-    checks.floating(name, x)
+    arguments.check_floating(name, x)
     if not x.is_nested or x.dim() != dims or not _is_ragged_by_token(x):
         raise ValueError(f"{name} must be nested, {shape}")
 
@@ -33,12 +33,12 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), torch.tensor([0, *(part.shape[0] for part in parts)], device=x.device).cumsum(0)
 
 
-def longest(rows: Tensor) -> int | None:
-    """What to say of the longest sequence: in a graph, where lengths are not read, that none is longer than all."""
-    return rows.shape[0] if checks.is_traced() else None
+def bound_longest(rows: Tensor) -> int | None:
+    """An upper bound of the longest sequence in a graph, where lengths are not read; else None."""
+    return rows.shape[0] if tracing.is_traced() else None
 
 
-def check_same(name: str, starts: Tensor, other_name: str, other: Tensor) -> None:
+def check_same_lengths(name: str, starts: Tensor, other_name: str, other: Tensor) -> None:
     """That two nested tensors have sequences of the same lengths."""
     if starts is not other and not torch.equal(starts, other):
         raise ValueError(

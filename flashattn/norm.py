@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import autocast, backends, checks, nested, ops
-from .norm_settings import Norm
+from . import arguments, autocast, backends, nested, ops
+from .score import Norm
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...,
+    dropout_p: float = ..., seed: int | Tensor | None = ..., prenorm: Literal[False] = ..., weight_offset: float = ...,
+    residual_in_fp32: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...,
+    dropout_p: float = ..., seed: int | Tensor | None = ..., *, prenorm: Literal[True], weight_offset: float = ...,
+    residual_in_fp32: bool = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...,
+    dropout_p: float = ..., seed: int | Tensor | None = ..., prenorm: bool = ..., weight_offset: float = ...,
+    residual_in_fp32: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -59,6 +78,24 @@ def layer_norm(
     )  # fmt: skip
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...,
+    dropout_p: float = ..., seed: int | Tensor | None = ..., prenorm: Literal[False] = ..., weight_offset: float = ...,
+    residual_in_fp32: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...,
+    dropout_p: float = ..., seed: int | Tensor | None = ..., *, prenorm: Literal[True], weight_offset: float = ...,
+    residual_in_fp32: bool = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., eps: float = ..., residual: Tensor | None = ...,
+    dropout_p: float = ..., seed: int | Tensor | None = ..., prenorm: bool = ..., weight_offset: float = ...,
+    residual_in_fp32: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -89,7 +126,7 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
         return _nested(x, residual, lambda x, residual: _norm(x, weight, bias, residual, *rest))
     x, weight, bias, residual = autocast.norm_inputs(x, weight, bias, residual)
     _check(x, weight, bias, residual, eps, dropout_p)
-    seed = checks.seed(seed, x.device) if dropout_p > 0 else None
+    seed = arguments.make_seed(seed, x.device) if dropout_p > 0 else None
     hidden_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     # Without residual, dropout or a change of dtype, h is x itself: nothing to write, and autograd adds its gradients.
     fused = residual is not None or dropout_p > 0 or (prenorm and hidden_dtype != x.dtype)
@@ -98,10 +135,9 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     )
     dtypes = [t.dtype for t in (x, residual, weight, bias) if t is not None]
     keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
-    y, hidden, _, _ = ops.norm(
-        x, residual, weight, bias, hidden_dtype if fused else x.dtype, keep,
-        Norm(center, float(eps), float(weight_offset), float(dropout_p), seed), backends.choose(x.device, *dtypes),
-    )  # fmt: skip
+    settings = Norm(center, float(eps), float(weight_offset), float(dropout_p), seed)
+    backend = backends.choose(x.device, *dtypes)
+    y, hidden = ops.norm.norm(x, residual, weight, bias, hidden_dtype if fused else x.dtype, keep, settings, backend)
     if not prenorm:
         return y
     return y, hidden if fused else x
@@ -109,12 +145,12 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
 
 def _nested(x: Tensor, residual: Tensor | None, run) -> Tensor | tuple[Tensor, ...]:
     """Of nested (batch, seq, ..., width), all rows at once. `run`: (rows, residual's) to one or several results."""
-    nested.check("x", x, x.dim(), "(batch, seq, ..., width), jagged along seq")
+    nested.check_nested("x", x, x.dim(), "(batch, seq, ..., width), jagged along seq")
     (rows, starts), residual_rows = nested.pack(x), None
     if residual is not None:
-        nested.check("residual", residual, x.dim(), "as x is")
+        nested.check_nested("residual", residual, x.dim(), "as x is")
         residual_rows, residual_starts = nested.pack(residual)
-        nested.check_same("residual", residual_starts, "x", starts)
+        nested.check_same_lengths("residual", residual_starts, "x", starts)
     results = run(rows, residual_rows)
     if isinstance(results, tuple):
         return tuple(nested.unpack(y, starts, x.layout) for y in results)
@@ -122,14 +158,14 @@ def _nested(x: Tensor, residual: Tensor | None, run) -> Tensor | tuple[Tensor, .
 
 
 def _check(x, weight, bias, residual, eps, dropout_p):
-    checks.floating("x", x)
+    arguments.check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., width) with width at least 1, got shape {tuple(x.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue
-        checks.floating(name, p)
-        checks.same_device(name, p, "x", x)
+        arguments.check_floating(name, p)
+        arguments.check_device(name, p, "x", x.device)
         if p.shape != x.shape[-1:] and not (p.dim() == 2 and p.shape == x.shape[-2:]):
             raise ValueError(
                 f"{name} must be (width,) or, per head, (heads, width) where x is (..., heads, width); "
@@ -138,10 +174,10 @@ def _check(x, weight, bias, residual, eps, dropout_p):
     if weight is not None and bias is not None and weight.shape != bias.shape:
         raise ValueError(f"bias must have weight's shape {tuple(weight.shape)}, got {tuple(bias.shape)}")
     if residual is not None:
-        checks.floating("residual", residual)
-        checks.same_device("residual", residual, "x", x)
+        arguments.check_floating("residual", residual)
+        arguments.check_device("residual", residual, "x", x.device)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not -math.inf < eps < math.inf:  # math.isfinite cannot be compiled
         raise ValueError(f"eps must be a finite number, got {eps}")
-    checks.probability("dropout_p", dropout_p)
+    arguments.check_probability("dropout_p", dropout_p)

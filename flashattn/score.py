@@ -1,4 +1,5 @@
-"""`Score`: everything between q.k and softmax, validated once, read by every backend."""
+"""`Score` and `Norm`: what happens between the inputs and the outputs of attention and of a norm, checked once and read
+by every backend; and how operators carry them, field by field."""
 
 from __future__ import annotations
 
@@ -9,60 +10,94 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .score_mod import BlockMask, Traced
 
-# The part of an operator's schema that carries a Score: one entry a field, in Score's order, up to bias. Bias and sinks
-# get gradients, so operators take them beside q, k and v. Those of `flex.py` take callables too, as text.
-SCHEMA = (
-    "float scale, SymInt? left, SymInt? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, "
-    "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
-)
-
 
 class Score(NamedTuple):
-    """How weights are made from q.k:
+    """How attention weights are made from q.k:
 
-        s = scale * q.k;  s = softcap * tanh(s / softcap);  s += bias - slope * distance;  s = -inf where masked
-        p = exp(s) / (sum(exp(s)) + exp(sink)), then dropout
+        s = scale * q.k;  s = softcap * tanh(s / softcap);  s += bias - slope * distance;  s = score_mod(s)
+        s = -inf where masked;  p = exp(s) / (sum(exp(s)) + exp(sink)), then dropout
 
-    A new feature is one field here, one line in `backends/reference.py`, one piece in `kernels/scores.py` and its
-    twin in `csrc/score.h`. The checks stand in `flashattn/attention.py`, where the arguments still have their names.
+    This is the one list of its fields: operators take them in this order. `CONTRIBUTING.md`, "Add a feature of
+    attention", lists where a new one has a meaning. `arguments.build_score` checks the arguments and fills it.
     """
 
     scale: float
-    left: int | None = None  # query i sees keys i - left <= j + seq_q - seq_k <= i + right, None = all on that side;
+    left: int | None = None  # query i attends to keys i - left <= j + seq_q - seq_k <= i + right, None = all on a side;
     right: int | None = None  # causal is right = 0
     q_lengths: Tensor | None = None  # (batch,) int32; queries at or past it attend to nothing
     kv_lengths: Tensor | None = None  # (batch,) int32; keys at or past it are masked
     softcap: float | None = None
-    slopes: Tensor | None = None  # (batch or 1, heads) float32: of ALiBi
+    alibi_slopes: Tensor | None = None  # (batch or 1, heads) float32
     mask: Tensor | None = None  # bool, four dimensions, each that of the scores or 1; True = attend
     dropout_p: float = 0.0
     seed: Tensor | None = None  # () int64
-    cu_seqlens: Tensor | None = None  # (2, batch + 1) int32: where packed sequences begin and end, in q and in k
-    max_seqlen_q: int | None = None  # of the longest of them
+    cu_seqlens: Tensor | None = None  # (2, batch + 1) int32: boundaries of packed sequences, in q and in k
+    max_seqlen_q: int | None = None  # an upper bound of their lengths
     max_seqlen_k: int | None = None
-    bias: Tensor | None = None  # floating, four dimensions, each that of the scores or 1
-    sinks: Tensor | None = None  # (heads,) floating
-    score_mod: Traced | None = None  # what is done to scores behind the bias
+    bias: Tensor | None = None  # floating, four dimensions, each that of the scores or 1; has a gradient
+    sinks: Tensor | None = None  # (heads,) floating; has a gradient
+    score_mod: Traced | None = None
     block_mask: BlockMask | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """Those that no gradient goes to. Autograd saves them, not for their contents, but because it notices then
-        where one is changed between forward and backward. One of inference mode it cannot save."""
-        fields = (self.q_lengths, self.kv_lengths, self.slopes, self.mask, self.seed, self.cu_seqlens)
+    def saved_tensors(self) -> list[Tensor]:
+        """The tensors without a gradient. Autograd saves them to notice a change in place between forward and backward,
+        not for their contents. It cannot save tensors of inference mode."""
+        fields = (self.q_lengths, self.kv_lengths, self.alibi_slopes, self.mask, self.seed, self.cu_seqlens)
         captured = () if self.block_mask is None else self.block_mask.mask.captured
         return [x for x in (*fields, *captured) if x is not None and not x.is_inference()]
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
-        """(batch, seq_q, seq_k): of packed sequences how many there are and the longest that can be."""
+        """(batch, seq_q, seq_k); of packed sequences their number and the largest possible lengths."""
         if self.cu_seqlens is None:
             return q.shape[0], q.shape[2], k.shape[2]
         longest = min(self.max_seqlen_q, q.shape[2]), min(self.max_seqlen_k, k.shape[2])
         return self.cu_seqlens.shape[1] - 1, *longest
 
     def bounds(self, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
-        """(first, last): query i sees keys i + first <= j <= i + last. None where nothing limits them."""
+        """(first, last): query i attends to keys i + first <= j <= i + last; None is no limit."""
         diagonal = seq_k - seq_q
         return (
             None if self.left is None else diagonal - self.left,
             None if self.right is None else diagonal + self.right,
         )
+
+
+class Norm(NamedTuple):
+    """What a norm does to a row: y = (h - mean) / sqrt(var + eps) * (weight + weight_offset) + bias, of
+    h = residual + dropout(x)."""
+
+    center: bool  # subtract the mean: LayerNorm does, RMSNorm does not
+    eps: float
+    weight_offset: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # () int64
+
+
+SCHEMA_TYPES = {
+    "bool": "bool", "float": "float", "float | None": "float?", "int": "SymInt", "int | None": "SymInt?", "str": "str",
+    "Tensor | None": "Tensor?",
+}  # fmt: skip
+
+
+def operator_fields(settings: type) -> dict[str, str]:
+    """{name: type in an operator's schema} of the fields of a named tuple that an operator takes one by one: those
+    before the first whose type no operator has."""
+    fields = {}
+    for name, annotation in settings.__annotations__.items():
+        annotation = getattr(annotation, "__forward_arg__", annotation)
+        if annotation not in SCHEMA_TYPES:
+            break
+        fields[name] = SCHEMA_TYPES[annotation]
+    return fields
+
+
+def operator_schema(settings: type) -> str:
+    """Those fields as arguments of an operator's schema.
+
+    >>> operator_schema(Norm)
+    'bool center, float eps, float weight_offset, float dropout_p, Tensor? seed'
+    """
+    return ", ".join(f"{kind} {name}" for name, kind in operator_fields(settings).items())
+
+
+SCORE_FIELDS = len(operator_fields(Score))  # all but the callables

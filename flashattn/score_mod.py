@@ -21,20 +21,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import checks, mod_graph
+from . import mod_graph, tracing
 from .closures import Closure
 
 aten = torch.ops.aten
 MAX_TRACES = 16
 ANY_LENGTH = 1 << 30  # FlexAttention's block size of a mask that was made for no length
 _traces: dict[tuple, Traced] = {}
-tracing = threading.RLock()  # PyTorch's tracing is for one thread at a time
+trace_lock = threading.RLock()  # PyTorch's tracing is for one thread at a time
 
 
 def no_compilation() -> contextlib.AbstractContextManager:
-    """Keeps torch.compile out meanwhile: it and FX's tracing, for which all modules are patched, break each other. Who
-    compiles asks for `tracing` within it, so this comes first."""
-    dynamo = sys.modules.get("torch._dynamo.convert_frame")  # where nobody has compiled yet, there is none to wait for
+    """Keeps torch.compile out meanwhile: it and FX's tracing, which patches all modules, break each other. A
+    compilation takes `trace_lock` within its own lock, so this comes first."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")  # absent where nobody has compiled yet
     return getattr(dynamo, "compile_lock", None) or contextlib.nullcontext()
 
 
@@ -62,12 +62,12 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     key = None if closure.key is None else (closure.key, scores)
     if (traced := _traces.get(key)) is not None:
         return traced
-    with no_compilation(), tracing:
+    with no_compilation(), trace_lock:
         if key in _traces:
             return _traces[key]
         with NumbersRead() as numbers, ListsRead() as lists:
             traced = _trace(name, function, scores)
-        checks.refuse_tangents(*lists.seen)
+        tracing.refuse_tangents(*lists.seen)
         # A number read off a tensor, and a tensor computed from others, are as they were in this call.
         read, seen = numbers.found or lists.found, {id(x) for x in closure.tensors}
         if key is not None and not read and all(id(x) in seen for x in traced.captured):
@@ -99,7 +99,7 @@ class ListsRead(TorchFunctionMode):
         self.found, self.seen = False, []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if checks.is_forward_mode():
+        if tracing.is_forward_mode():
             self.seen += tree_leaves((args, kwargs))
         self.found = self.found or function in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
         return function(*args, **(kwargs or {}))
@@ -113,10 +113,10 @@ def in_clean_thread(function: Callable, *args):
 
 
 def _trace(name: str, function: Callable, scores: int) -> Traced:
-    checks.refuse_capture(name, "it is traced in its first call, which must come before the capture")
+    tracing.refuse_capture(name, "it is traced in its first call, which must come before the capture")
     module = _make_fx(name, function, example_scalars(scores))
     captured = _lift_captured(module)
-    return _of_single_numbers(name, module.graph, scores, captured)
+    return _make_pointwise(name, module.graph, scores, captured)
 
 
 def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tuple[torch.dtype, list[int]]]) -> Traced:
@@ -128,7 +128,7 @@ def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tupl
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for number, node in enumerate(inputs[scores + 4 :]):
         node.name = node.target = f"captured_{number}"
-    return _of_single_numbers(name, module.graph, scores, tuple(captured))
+    return _make_pointwise(name, module.graph, scores, tuple(captured))
 
 
 def _make_fx(name: str, function: Callable, examples: list[Tensor], mode: str = "real") -> fx.GraphModule:
@@ -145,7 +145,7 @@ def _make_fx(name: str, function: Callable, examples: list[Tensor], mode: str = 
         ) from error
 
 
-def _of_single_numbers(name: str, graph: fx.Graph, scores: int, captured: tuple[Tensor, ...]) -> Traced:
+def _make_pointwise(name: str, graph: fx.Graph, scores: int, captured: tuple[Tensor, ...]) -> Traced:
     mod_graph.check(name, graph, is_mask=scores == 0)
     before, graph = mod_graph.hoist(graph, scores + 4)
     mod_graph.join_indices(graph)
@@ -179,7 +179,7 @@ def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
     return tuple(captured)
 
 
-def on(name: str, function: Callable, scores: int, device: torch.device) -> Traced | Callable:
+def trace_for(name: str, function: Callable, scores: int, device: torch.device) -> Traced | Callable:
     """A callable for a call on tensors of this device; itself in what Dynamo traces, which traces it then."""
     if not callable(function):
         raise TypeError(f"{name} must be a callable, got {type(function).__name__}")
@@ -191,19 +191,19 @@ def on(name: str, function: Callable, scores: int, device: torch.device) -> Trac
 def move_numbers(name: str, traced: Traced, device: torch.device) -> Traced:
     """With all that it captured on q's device. A tensor of one number may be elsewhere, as in PyTorch's own operations
     (torch.tensor(0.5) is on the CPU), and its gradient goes back there; a kernel can only read what is on its GPU."""
-    captured = tuple(moved(name, x, device) for x in traced.captured)
+    captured = tuple(move_captured(name, x, device) for x in traced.captured)
     if traced.before is not None:
         with torch._C._DisableAutocast():
             captured = tuple(x.to(device) for x in traced.before.forward(*captured))
     return Traced(traced.graph, captured)
 
 
-def moved(name: str, x: Tensor, device: torch.device) -> Tensor:
+def move_captured(name: str, x: Tensor, device: torch.device) -> Tensor:
     if x.device == device:
         return x
     if x.dim() > 0:
         raise ValueError(f"{name} must capture tensors on q's device {device}, got one on {x.device}")
-    checks.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
+    tracing.refuse_capture(name, f"it captured a number on {x.device}, which must be on {device}")
     return x.to(device)
 
 
@@ -216,16 +216,16 @@ class BlockMask(NamedTuple):
     block_q: int
     block_k: int
 
-    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def attend_mask(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """(batch or 1, heads or 1, queries, keys): which of queries i (a column) and keys j attend, of all batch rows b
         and heads h."""
         rows, columns = i.view(-1) // self.block_q, j // self.block_k
         full, partial = (x.index_select(2, rows).index_select(3, columns) for x in (self.full, self.partial))
         return full | (partial & self.mask.graph.forward(b, h, i, j, *self.mask.captured))
 
-    def keys_of(self, rows: slice, seq_k: int) -> Tensor:
-        """The keys of all blocks that some of these queries of any batch row and head look at."""
-        first, last = rows.start // self.block_q, (rows.stop - 1) // self.block_q
+    def select_keys(self, queries: slice, seq_k: int) -> Tensor:
+        """The keys of the blocks that are active for some of these queries, in any batch row and head."""
+        first, last = queries.start // self.block_q, (queries.stop - 1) // self.block_q
         some = (self.partial | self.full)[:, :, first : last + 1].flatten(0, 2).any(0)
         keys = some.repeat_interleave(self.block_k)[:seq_k]
         return keys.nonzero().view(-1)
@@ -247,12 +247,12 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
         raise ValueError(f"block_mask must be on q's device {device}, got {block_mask.kv_num_blocks.device}")
     block_q, block_k = map(_block_size, block_mask.BLOCK_SIZE, (seq_q, seq_k))
     blocks = -(-seq_k // block_k)
-    listed_ones = torch.ops.flashattn.listed_blocks if torch.compiler.is_dynamo_compiling() else _dense
-    partial = listed_ones(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
+    list_ones = torch.ops.flashattn.list_blocks if torch.compiler.is_dynamo_compiling() else _densify
+    partial = list_ones(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None:
-        full = listed_ones(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
-    mask = on("block_mask.mask_mod", block_mask.mask_mod, 0, device)
+        full = list_ones(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
+    mask = trace_for("block_mask.mask_mod", block_mask.mask_mod, 0, device)
     return BlockMask(mask, partial, full, block_q, block_k)
 
 
@@ -265,15 +265,15 @@ def _block_size(size: int, seq: int) -> int:
 
 
 # In a graph this is one operation, whose sizes are nobody's concern.
-torch.library.define("flashattn::listed_blocks", "(Tensor counts, Tensor indices, SymInt blocks) -> Tensor")
+torch.library.define("flashattn::list_blocks", "(Tensor counts, Tensor indices, SymInt blocks) -> Tensor")
 
 
-@torch.library.register_fake("flashattn::listed_blocks")
+@torch.library.register_fake("flashattn::list_blocks")
 def _(counts, indices, blocks):
     return indices.new_empty(*indices.shape[:-1], blocks, dtype=torch.bool)
 
 
-def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
+def _densify(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     """(..., blocks of queries, blocks of keys) bool from how many blocks each row has, and which come first in it."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     dense = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
@@ -281,4 +281,4 @@ def _dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     return dense[..., :blocks]
 
 
-torch.library.impl("flashattn::listed_blocks", "CompositeExplicitAutograd")(lambda *args: _dense(*args).contiguous())
+torch.library.impl("flashattn::list_blocks", "CompositeExplicitAutograd")(lambda *args: _densify(*args).contiguous())

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from flashattn.backends import why_not
+from flashattn.backends import unavailable_reason
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [pytest.param("triton", marks=pytest.mark.interpreter), "cpu", "reference"]
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def device_of(backend: str) -> torch.device:
     """Triton's tensors lie on the GPU, unless its interpreter or the PTX machine takes those of the CPU."""
-    return torch.device("cpu" if backend != "triton" or why_not("triton", "cpu") is None else "cuda")
+    return torch.device("cpu" if backend != "triton" or unavailable_reason("triton", "cpu") is None else "cuda")
 
 
 def skip_if_wrong_there(backend: str, dtype: torch.dtype) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from flashattn.backends import triton as backend
-from flashattn.norm_settings import Norm
-from flashattn.score import Score
+from flashattn.protocol import Saved
+from flashattn.score import Norm, Score
 
 from .. import ptx
 from ..ptx.counts import Counts
@@ -155,7 +155,7 @@ def attention_backward_kv(device: torch.device) -> None:
     q, k, v, grad = itertools.islice(numbers(device, *SHAPE), 4)
     score = Score(SHAPE[3] ** -0.5, right=0)
     out, lse, rest = backend.forward(q, k, v, score)
-    backend.backward(grad, None, q, k, v, out, lse, rest, score, False)
+    backend.backward(grad, None, Saved(q, k, v, out, lse, rest), score, False, [])
 
 
 def norm_forward(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashattn.backends import BACKENDS
-from flashattn.cache import Cached
+from flashattn.cache import CacheView
 from flashattn.score import Score
 
 from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn
@@ -81,7 +81,7 @@ def comparison(context: Context, case: Case) -> Comparison:
     )  # fmt: skip
 
 
-def call_of(q: Tensor, cached: Cached, score: Score) -> Call:
+def call_of(q: Tensor, cached: CacheView, score: Score) -> Call:
     return lambda: BACKENDS["triton"].decode(q, cached, score)
 
 
@@ -90,7 +90,7 @@ def name_of(case: Case) -> str:
     return f"{case.batch} x {case.keys} keys, {layout}" + (", warm" if case.warm else "")
 
 
-def make_inputs(context: Context, case: Case) -> tuple[Tensor, Cached]:
+def make_inputs(context: Context, case: Case) -> tuple[Tensor, CacheView]:
     """q and a full cache; its pages lie in random order."""
     q = context.randn(case.batch, case.heads, 1, case.head_dim)
     lengths = torch.full((case.batch,), case.keys, dtype=torch.int32, device=context.device)
@@ -102,14 +102,14 @@ def make_inputs(context: Context, case: Case) -> tuple[Tensor, Cached]:
         shape = (case.batch * pages, case.kv_heads, case.page, case.head_dim)
         table = torch.randperm(case.batch * pages, device=context.device).int().view(case.batch, pages)
     k, v = context.randn(*shape), context.randn(*shape)
-    return q, Cached(k, v, table, starts, lengths, case.keys)
+    return q, CacheView(k, v, table, starts, lengths, case.keys)
 
 
-def truth_of(case: Case, q: Tensor, cached: Cached, score: Score) -> Truth:
+def truth_of(case: Case, q: Tensor, cached: CacheView, score: Score) -> Truth:
     """Of batch row 0 and its first key/value head, its pages put together."""
     k, v = (first_row(x, cached.page_table)[:, :1, : case.keys] for x in (cached.k, cached.v))
     q = q[:1, : case.heads // case.kv_heads]
-    one = Cached(k, v, None, cached.starts[:1], cached.lengths[:1], case.keys)
+    one = CacheView(k, v, None, cached.starts[:1], cached.lengths[:1], case.keys)
     score = score._replace(kv_lengths=one.lengths)
     exact, theirs = (
         BACKENDS["reference"].decode(q.to(dtype), one._replace(k=k.to(dtype), v=v.to(dtype)), score)[0]

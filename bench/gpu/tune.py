@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashattn.backends import reference
+from flashattn import reference
 from flashattn.backends import triton as backend
-from flashattn.cache import Cached
+from flashattn.cache import CacheView
 from flashattn.kernels import configs, tune
 from flashattn.kernels.configs import Roles
+from flashattn.protocol import Saved
 from flashattn.score import Score
 
 from ..compiled import Kernel, compile_for
@@ -226,12 +227,12 @@ def calls(row: Row, size: Size, device: torch.device) -> Callable[..., Callable[
         q, grad_out, k, v = (x.to(dtype) for x in tensors)
         if row.direction == "decode":
             lengths = torch.full((size.batch,), size.seq_k, dtype=torch.int32, device=device)
-            cached = Cached(k, v, None, lengths - 1, lengths, size.seq_k)
+            cached = CacheView(k, v, None, lengths - 1, lengths, size.seq_k)
             return lambda: verbs.decode(q, cached, score._replace(kv_lengths=lengths))
         if row.direction == "forward":
             return lambda: verbs.forward(q, k, v, score)[:2]  # the third is what rounding took from the second
         out, lse, rest = verbs.forward(q, k, v, score)
-        return lambda: verbs.backward(grad_out, None, q, k, v, out, lse, rest, score, False)
+        return lambda: verbs.backward(grad_out, None, Saved(q, k, v, out, lse, rest), score, False, [])
 
     return make
 

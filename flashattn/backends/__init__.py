@@ -1,30 +1,27 @@
-"""The backends, and the one table that chooses among them.
-
-A backend is a module of the same few verbs: `forward`, which gives out, lse and, or None, the rest that rounding took
-from lse (weights exp(s - lse - rest) sum to one however large the scores are), `backward`, `norm_forward`,
-`norm_backward`, and two that say what it cannot do, each a reason or None: `unusable(device)`, which depends on the
-machine, and `refuses(dtype, wide)`, which depends on the call.
-"""
+"""The backends, and the one table that chooses among them. `flashattn/protocol.py` says what a backend is."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
 import torch
 
-from . import cpu, reference, triton
-from .common import Setting
+from .. import reference
+from ..protocol import Backend
+from ..tracing import mark_constant
+from . import cpu, triton
+from .setting import Setting
 
 # In order of preference: the first that takes a call serves it.
-BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
-MAX_HEAD_DIM = 256  # wider heads are left to the reference
+BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
-def known(name: str) -> str:
+def check_name(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -32,7 +29,7 @@ def known(name: str) -> str:
 
 _forced = Setting(os.environ.get("FLASHATTN_BACKEND") or None)
 if _forced.value is not None:
-    known(_forced.value)
+    check_name(_forced.value)
 
 
 @contextlib.contextmanager
@@ -45,41 +42,50 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with flashattn.use_backend("reference"):
     ...     pass
     """
-    with _forced.during(known(name)):
+    with _forced.during(check_name(name)):
         yield
 
 
-def why_not(name: str, device: torch.device | str, *dtypes: torch.dtype, wide: bool = False) -> str | None:
-    """Why this backend does not take a call, None if it does. `wide`: a head_dim over MAX_HEAD_DIM."""
+def unavailable_reason(name: str, device: torch.device | str, *dtypes: torch.dtype, head_dim: int = 1) -> str | None:
+    """Why this backend does not take a call on tensors like these; None if it does."""
     backend = BACKENDS[name]
-    reasons = (backend.refuses(dtype, wide) for dtype in dtypes)
-    return backend.unusable(torch.device(device)) or next((reason for reason in reasons if reason), None)
+    if (reason := backend.unavailable_reason(torch.device(device))) is not None:
+        return reason
+    for dtype in dtypes:
+        if dtype in backend.CAPABILITIES.refused_dtypes:
+            return backend.CAPABILITIES.refused_dtypes[dtype]
+    limit = backend.CAPABILITIES.max_head_dim
+    return None if limit is None or head_dim <= limit else f"it does not take a head_dim over {limit}"
+
+
+HEAD_DIM_LIMITS = sorted({b.CAPABILITIES.max_head_dim for b in BACKENDS.values()} - {None})
 
 
 def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
     """The name of the backend that takes a call on tensors of these dtypes."""
-    wide = True if head_dim > MAX_HEAD_DIM else False  # noqa: SIM210  (a symbolic head_dim is decided by a guard)
-    return _choose(_forced.value, device, dtypes, wide)
+    # Rounded up to a limit, so that a symbolic head_dim is decided by a guard and the cache has few entries.
+    rounded = next((limit for limit in HEAD_DIM_LIMITS if head_dim <= limit), sys.maxsize)
+    return _choose(_forced.value, device, dtypes, rounded)
 
 
-def serves(name: str, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether a call on tensors like these goes to this backend. False where one is forced that cannot take it."""
+def find(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`choose`, or None where a backend is forced that cannot take such tensors."""
     try:
-        return _choose_once(_forced.value, torch.device(device), (dtype,), False) == name
+        return _choose_once(_forced.value, device, (dtype,), 1)
     except RuntimeError:
-        return False
+        return None
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the name; it is traced anew when _forced changes
-def _choose(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
-    return _choose_once(forced, device, dtypes, wide)
+@mark_constant  # a compiled graph holds the name; it is traced anew when _forced changes
+def _choose(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str:
+    return _choose_once(forced, device, dtypes, head_dim)
 
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Within the block the triton backend takes CPU tensors: for who gives Triton a driver that launches on them."""
+    """Within the block the triton backend takes CPU tensors, for callers that give Triton a driver for them."""
     try:
-        with triton.takes_cpu.during(True):
+        with triton.accepts_cpu_tensors.during(True):
             _forget_choices()
             yield
     finally:
@@ -87,7 +93,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 
 def _forget_choices() -> None:
-    triton.unusable.cache_clear()
+    triton.unavailable_reason.cache_clear()
     _choose_once.cache_clear()
 
 
@@ -97,12 +103,12 @@ def warn_once(message: str) -> None:
 
 
 @functools.cache  # by device and not by its type: the GPUs of a machine may differ
-def _choose_once(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...], wide: bool) -> str:
-    reasons = {name: why_not(name, device, *dtypes, wide=wide) for name in BACKENDS}
+def _choose_once(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str:
+    reasons = {name: unavailable_reason(name, device, *dtypes, head_dim=head_dim) for name in BACKENDS}
     if forced is None:
-        chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference refuses nothing
+        chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference takes every call
         if chosen == "reference" and device.type == "cpu" and cpu.missing is not None:
-            warn_once(f"flashattn: the native CPU engine is not there, the slower reference serves: {cpu.missing}")
+            warn_once(f"flashattn: the native CPU engine is missing, the slower reference serves: {cpu.missing}")
         return chosen
     if reasons[forced] is not None:
         raise RuntimeError(f"backend {forced!r} cannot take this call: {reasons[forced]}")

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..norm_settings import Norm
-from ..score import Score
-from . import cpu_blocks, reference
-from .common import last_dim_contiguous
+from .. import reference
+from ..protocol import Capabilities, Saved, SavedNorm
+from ..score import SCORE_FIELDS, Norm, Score
+from ..tensors import last_dim_contiguous
+from . import cpu_block_mask
 
 if TYPE_CHECKING:
-    from ..cache import Cached
-    from ..decode import Rotary
+    from ..cache import CacheView, Rotary
 
-TENSORS = Score._fields.index("score_mod")  # the fields before callables, which the engine reads
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
@@ -61,7 +61,10 @@ def isas() -> list[str]:
     return [] if missing is not None else [name for name in ISAS if ops.supports.default(name)]
 
 
-def unusable(device: torch.device) -> str | None:
+CAPABILITIES = Capabilities(refused_dtypes={torch.float64: "it does not take float64"}, max_head_dim=256)
+
+
+def unavailable_reason(device: torch.device) -> str | None:
     if missing is not None:
         return missing
     if device.type != "cpu":
@@ -69,49 +72,42 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def refuses(dtype: torch.dtype, wide: bool) -> str | None:
-    if dtype == torch.float64:
-        return "it does not take float64"
-    if wide:
-        return "it does not take a head_dim over 256"
-    return None
-
-
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
     if score.score_mod is None and score.block_mask is None:
         return engine_forward(q, k, v, score)
-    if cpu_blocks.takes(score):
-        return cpu_blocks.forward(engine_forward, q, k, v, score)
+    if cpu_block_mask.supports(score):
+        return cpu_block_mask.forward(engine_forward, q, k, v, score)
     return reference.forward(q, k, v, score)
 
 
 def engine_forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.attention_forward.default(q, k, v, *score[:TENSORS])
+    return ops.attention_forward.default(q, k, v, *score[:SCORE_FIELDS])
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    rest: Tensor | None, score: Score, with_grad_bias: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool,
+    grad_captured: list[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    args = (grad_out, grad_lse, q, k, v, out, lse, rest, score, with_grad_bias)
     if score.score_mod is None and score.block_mask is None:
-        return engine_backward(*args)
-    if cpu_blocks.takes(score):
-        return cpu_blocks.backward(engine_backward, *args)
-    return reference.backward(*args)
+        return engine_backward(grad_out, grad_lse, saved, score, with_grad_bias)
+    if cpu_block_mask.supports(score):
+        return cpu_block_mask.backward(engine_backward, grad_out, grad_lse, saved, score, with_grad_bias)
+    return reference.backward(grad_out, grad_lse, saved, score, with_grad_bias, grad_captured)
 
 
 def engine_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    rest: Tensor | None, score: Score, with_grad_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     *gradients, grad_bias = ops.attention_backward.default(
-        grad_out, grad_lse, q, k, v, out, lse, rest, *score[:TENSORS], with_grad_bias
+        grad_out, grad_lse, *saved, *score[:SCORE_FIELDS], with_grad_bias
     )
     return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
+
+
+attention_stats = reference.attention_stats
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -123,24 +119,24 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
     return out
 
 
-def append(q: Tensor, k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
+def append(q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
     store(k, cached.k, cached, counts, rotary)
     store(v, cached.v, cached, counts, None)
     return q if rotary is None else rotate(q, cached.starts, counts, rotary)
 
 
-def store(x: Tensor, cache: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> None:
-    if cache.stride(3) != 1 and cache.shape[3] != 1:  # only a cache of the caller's own can be like that
-        return reference.store(x, cache, cached, counts, rotary)
+def store(x: Tensor, cache: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None) -> None:
+    if cache.stride(3) != 1 and cache.shape[3] != 1:  # only a cache that the caller made can be like that
+        return reference.decode.store(x, cache, cached, counts, rotary)
     tables = (None, None, False) if rotary is None else rotary
     ops.rotate_and_store.default(x, cache, cached.page_table, cached.starts, counts, *tables, True)
 
 
-def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
+def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     k, v = (last_dim_contiguous(x) for x in (cached.k, cached.v))
     return ops.attention_decode.default(
         q, k, v, cached.page_table, cached.longest, score.scale, score.left, score.right, score.q_lengths,
-        score.kv_lengths, score.softcap, score.slopes, score.mask, score.bias, score.sinks,
+        score.kv_lengths, score.softcap, score.alibi_slopes, score.mask, score.bias, score.sinks,
     )  # fmt: skip
 
 
@@ -148,29 +144,37 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
 
 
 def norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    hidden_dtype: torch.dtype,
-    keep_hidden: bool,
-    norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden_dtype: torch.dtype,
+    keep_hidden: bool, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     return ops.norm_forward.default(x, residual, weight, bias, hidden_dtype, keep_hidden, *norm)
 
 
 def norm_backward(
-    grad_y: Tensor,
-    grad_hidden: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    return ops.norm_backward.default(
-        grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *norm
-    )
+    grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    return ops.norm_backward.default(grad_y, grad_hidden, *saved, x_dtype, residual_dtype, *norm)
+
+
+# ------------------------------------------------------------------------------------------------ linear layers
+
+MAX_ENGINE_ROWS = 32  # more of them are faster in PyTorch's product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _fits_engine(x, weight, bias):
+        return functional.linear(x, weight, bias)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    ops.linear.default(x.contiguous(), weight, None if bias is None else bias.float(), y)
+    return y
+
+
+def _fits_engine(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    # Counted in microseconds: a decode step asks it hundreds of times. Cheap tests that often fail come first.
+    count, shape = x.numel(), weight.shape
+    if len(shape) != 2 or not 0 < count <= MAX_ENGINE_ROWS * shape[1] or x.shape[-1:] != shape[1:]:
+        return False
+    if weight.dtype != x.dtype or weight.stride(1) != 1:
+        return False
+    return bias is None or (bias.dtype == x.dtype and bias.shape == shape[:1])

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..norm_settings import Norm
-from ..score import Score
-from .common import (
-    Setting,
+from .. import reference
+from ..protocol import Capabilities, Saved, SavedNorm
+from ..score import Norm, Score
+from ..tensors import (
+    as_rows,
     contiguous,
+    count_norm_heads,
     dropout_threshold,
     last_dim_contiguous,
     new_lse,
-    norm_heads,
-    result_like,
-    rows,
-)  # fmt: skip
+    new_result,
+)
+from .setting import Setting
 
 if TYPE_CHECKING:
-    from ..cache import Cached
-    from ..decode import Rotary
+    from ..cache import CacheView, Rotary
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -51,7 +51,7 @@ else:
 
 
 # Whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so.
-takes_cpu = Setting(False)
+accepts_cpu_tensors = Setting(False)
 
 
 def compiler_faults() -> list[str]:
@@ -60,12 +60,12 @@ def compiler_faults() -> list[str]:
 
 
 @functools.cache
-def unusable(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     if triton is None:
         return "the triton package is not installed (a PyTorch for GPUs brings it)"
     if triton.knobs.runtime.interpret:
         return None
-    if device.type == "cpu" and takes_cpu.value:
+    if device.type == "cpu" and accepts_cpu_tensors.value:
         return None
     if device.type != "cuda":  # PyTorch calls AMD's devices cuda too
         return f"it runs on GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)"
@@ -90,14 +90,10 @@ def on_its_device(verb):
     return guarded
 
 
-def refuses(dtype: torch.dtype, wide: bool) -> str | None:
-    if dtype == torch.float64:
-        return "it does not take float64"
-    if wide:
-        return "it does not take a head_dim over 256"
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return "Triton's interpreter computes bfloat16 wrongly"
-    return None
+REFUSED_DTYPES = {torch.float64: "it does not take float64"}
+if triton is not None and triton.knobs.runtime.interpret:
+    REFUSED_DTYPES[torch.bfloat16] = "Triton's interpreter computes bfloat16 wrongly"
+CAPABILITIES = Capabilities(REFUSED_DTYPES, max_head_dim=256)
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -128,10 +124,11 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     """The arguments all attention kernels share: (score, batches, heads, kv_heads, seq_q, seq_k). The score's limits
     count from each batch row's own diagonal, which kernels add."""
     batches, seq_q, seq_k = score.sizes(q, k)
+    slopes = score.alibi_slopes
     args = ScoreArgs(
         score.scale, *score.bounds(0, 0), score.q_lengths, score.kv_lengths, score.softcap,
         None if score.softcap is None else min(1 / score.softcap, LARGEST),
-        score.slopes, None if score.slopes is None else score.slopes.stride(0) * (score.slopes.shape[0] > 1),
+        slopes, None if slopes is None else slopes.stride(0) * (slopes.shape[0] > 1),
         plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
         contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
         None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),
@@ -157,7 +154,7 @@ def stays_raw(q: Tensor, score: Score) -> bool:
     thousands in float16 and tens of thousands in bfloat16; larger ones (`softmax.py`) are NaN. What else changes
     scores can make them as large as float32 has room for, and float32 results show it: those stay in natural units.
     """
-    changed = (score.softcap, score.slopes, score.bias, score.score_mod)
+    changed = (score.softcap, score.alibi_slopes, score.bias, score.score_mod)
     return q.element_size() == 2 and score.scale > 0 and all(x is None for x in changed)
 
 
@@ -203,7 +200,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     q, k, v = readable(q), readable(k), readable(v)
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
-    out, lse = result_like(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
+    out, lse = new_result(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
     rest = None if stays_raw(q, score) else new_lse(q, score, torch.float32)
     roles = triton_hopper.roles("forward", q, k, v, score)
     if roles is not None:
@@ -219,16 +216,25 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     return out, lse, rest
 
 
-@on_its_device
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    rest: Tensor | None, score: Score, with_grad_bias: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool,
+    grad_captured: list[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    q, k, v, grad_out = (readable(x) for x in (q, k, v, grad_out))
+    if any(x is not None for x in grad_captured):  # a kernel would have to add these atomically
+        reference.backward(grad_out, grad_lse, saved, score, False, grad_captured)
+    return launch_backward(grad_out, grad_lse, saved, score, with_grad_bias)
+
+
+@on_its_device  # which may run it several times, to search for tiles
+def launch_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    q, k, v, grad_out = (readable(x) for x in (*saved[:3], grad_out))
+    out, lse, rest = saved[3:]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
-    grad_q, grad_k, grad_v = (result_like(x, x.shape[-1], packed) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], packed) for x in (q, k, v))
     rows, statistics = new_statistics(lse, batch if packed else 0, stays_raw(q, score))
     args = attention_args(q, k, v, score)
     roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
@@ -269,6 +275,9 @@ def backward(
     return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)
 
 
+attention_stats = reference.attention_stats
+
+
 # ------------------------------------------------------------------------------------------------ decoding
 
 
@@ -278,7 +287,7 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
 
 
 @on_its_device
-def append(q: Tensor, k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
+def append(q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
     # Other caches than these only where they are of the caller's own making.
     whole = cached._replace(k=last_dim_contiguous(cached.k), v=last_dim_contiguous(cached.v))
     turned = rotate_and_store(None if rotary is None else q, k, v, whole, cached.starts, counts, rotary)
@@ -289,8 +298,8 @@ def append(q: Tensor, k: Tensor, v: Tensor, cached: Cached, counts: Tensor | Non
 
 
 def rotate_and_store(
-    q: Tensor | None, k: Tensor | None, v: Tensor | None, cached: Cached | None, starts: Tensor, counts: Tensor | None,
-    rotary: Rotary | None,
+    q: Tensor | None, k: Tensor | None, v: Tensor | None, cached: CacheView | None, starts: Tensor,
+    counts: Tensor | None, rotary: Rotary | None,
 ) -> Tensor | None:  # fmt: skip
     """One launch: returns q rotated, and writes k, rotated, and v to the cache, each if given."""
     q, k, v = (None if x is None else last_dim_contiguous(x) for x in (q, k, v))
@@ -321,7 +330,7 @@ def rotate_and_store(
 
 
 @on_its_device
-def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
+def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     q, k, v = (last_dim_contiguous(x) for x in (q, cached.k, cached.v))
     batch, heads, seq_q, _ = q.shape
     kv_heads, head_dim_v = k.shape[1], v.shape[3]
@@ -357,13 +366,13 @@ def decode(q: Tensor, cached: Cached, score: Score) -> tuple[Tensor, Tensor]:
 def row_arg(x: Tensor | None) -> RowView | None:
     if x is None:
         return None
-    x = rows(x)
+    x = as_rows(x)
     return RowView(x, x.shape[1], x.shape[2], *x.stride()[:3])
 
 
 def norm_parameter_heads(*parameters: Tensor | None) -> int:
     """Heads that have parameters of their own: one dimension of the grid, which ends at 65,535."""
-    heads = norm_heads(*parameters)
+    heads = count_norm_heads(*parameters)
     if heads > 65535:
         raise ValueError(f"weight and bias must be of at most 65,535 heads on the triton backend, got {heads}")
     return heads
@@ -376,14 +385,9 @@ def tile_meta(tile: configs.NormTile, norm: Norm) -> dict:
 
 @on_its_device
 def norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    hidden_dtype: torch.dtype,
-    keep_hidden: bool,
-    norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden_dtype: torch.dtype,
+    keep_hidden: bool, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     width, row_count, device = x.shape[-1], x.shape[:-1].numel(), x.device
     y = torch.empty(x.shape, dtype=x.dtype, device=device)
     hidden = torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None
@@ -402,17 +406,10 @@ def norm_forward(
 
 @on_its_device
 def norm_backward(
-    grad_y: Tensor,
-    grad_hidden: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    hidden, weight, bias, mean, rstd = saved
     width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
     grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
@@ -453,3 +450,6 @@ def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tenso
             *parts, *gradients, programs, heads * width, BLOCK_PARTS=64, BLOCK_COLS=32, num_warps=4
         )
     return gradients
+
+
+linear = reference.linear

@@ -15,7 +15,7 @@ from ..kernels.backward import Statistics
 from ..kernels.configs import Roles
 from ..kernels.tiles import Heads
 from ..score import Score
-from .common import Setting
+from .setting import Setting
 
 # FLASHATTN_HOPPER=0: the plain kernels, to compare or where these are at fault.
 ENABLED = Setting(os.environ.get("FLASHATTN_HOPPER") != "0")
@@ -52,7 +52,7 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
 
 def changes(score: Score) -> bool:
     """Whether scores or weights change by more than a scale and positions."""
-    pieces = (score.softcap, score.slopes, score.bias, score.mask, score.score_mod)
+    pieces = (score.softcap, score.alibi_slopes, score.bias, score.mask, score.score_mod)
     return score.dropout_p > 0 or any(x is not None for x in pieces)
 
 

@@ -14,12 +14,11 @@ import operator
 import torch
 from torch import Tensor
 
-from .. import arguments, autocast, backends, checks
+from .. import arguments, autocast, backends, tracing
 from ..attention import attention, attention_varlen
-from ..cache import Cached
-from ..decode import Rotary, append_and_attend, check_rotary, refuse_derivatives_and_onnx, rotate
+from ..cache import CacheView, Rotary
 from ..errors import as_torch_raises
-from ..score import Score
+from ..ops.decode import append_and_attend, refuse_derivatives_and_onnx, rotate
 
 
 @as_torch_raises
@@ -246,8 +245,8 @@ def flash_attn_with_kvcache(
     named += [("k", k), ("v", v)] if k is not None else []
     for name, x in named:
         _check_four(name, x)
-        checks.same_dtype(name, x, "q", q)
-        checks.same_device(name, x, "q", q)
+        arguments.check_dtype(name, x, "q", q.dtype)
+        arguments.check_device(name, x, "q", q.device)
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient: decoding is inference; use torch.no_grad()")
     q, k_cache, v_cache = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
@@ -261,7 +260,7 @@ def flash_attn_with_kvcache(
             raise ValueError("cache_batch_idx must be None with block_table")
         capacity = page_size * arguments.check_page_table("block_table", block_table, batch, q.device)
     elif cache_batch_idx is not None:  # a row of the cache is one page
-        checks.tensor("cache_batch_idx", cache_batch_idx)
+        arguments.check_tensor("cache_batch_idx", cache_batch_idx)
         if cache_batch_idx.dim() != 1:
             raise ValueError(f"cache_batch_idx must be (batch,) = ({batch},), got shape {tuple(cache_batch_idx.shape)}")
         arguments.check_page_table("cache_batch_idx", cache_batch_idx[:, None], batch, q.device)
@@ -280,19 +279,17 @@ def flash_attn_with_kvcache(
         if k is None:
             raise ValueError("k must be given with rotary_cos: rotary positions are those of new tokens")
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
-        check_rotary(rotary, q, longest - new + max(seq_q, new))  # there may be more queries than new keys
-    window = _window(window_size)
-    score = Score(
-        head_dim**-0.5 if softmax_scale is None else arguments.check_scale(_scale(softmax_scale)), window[0],
-        0 if causal else window[1], kv_lengths=lengths,
-    )  # fmt: skip
-    whole, mask = (batch, heads, seq_q, longest), None
+        arguments.check_rotary(rotary, q, longest - new + max(seq_q, new))  # there may be more queries than new keys
+    window, mask = _window(window_size), None
     if cache_leftpad is not None:
         leftpad = arguments.check_lengths("cache_leftpad", cache_leftpad, batch, capacity, q.device)
         mask = (torch.arange(longest, device=q.device) >= leftpad[:, None])[:, None, None]
-    score = arguments.modified(score, whole, q.device, mask, alibi_slopes, _softcap(softcap), 0.0, None)
+    score = arguments.build_score(
+        q, (batch, heads, seq_q, longest), scale=_scale(softmax_scale), causal=causal, window=window, mask=mask,
+        alibi_slopes=alibi_slopes, softcap=_softcap(softcap),
+    )._replace(kv_lengths=lengths)  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v_cache.shape[3]))
-    cached = Cached(k_cache, v_cache, table, starts, lengths, longest)
+    cached = CacheView(k_cache, v_cache, table, starts, lengths, longest)
     refuse_derivatives_and_onnx(q, k_cache, v_cache, k, v, *(rotary or ()))
     if rotary is not None and not causal and window == (None, None):
         q = _rotated_by_one(q, starts, rotary, backend)
@@ -322,9 +319,9 @@ def _cache_lengths(
             raise ValueError(f"cache_seqlens must be between 0 and the capacity {capacity}, got {cache_seqlens}")
         return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device), cache_seqlens + new
     starts = arguments.check_lengths("cache_seqlens", cache_seqlens, batch, capacity, device)
-    if not checks.has_data(cache_seqlens):  # (The operator checks what it reads on the CPU.)
+    if not tracing.has_data(cache_seqlens):  # (The operator checks what it reads on the CPU.)
         return (starts.clamp(0, max(0, capacity - new)) if starts.is_cuda else starts), max(capacity, new)
-    if checks.is_capturing():
+    if tracing.is_capturing():
         return starts.clamp(0, max(0, capacity - new)), max(capacity, new)
     lengths = cache_seqlens.tolist()
     if min(lengths, default=0) < 0:
@@ -353,8 +350,8 @@ def _check_sizes(q, k_cache, v_cache, k, v) -> None:
 def _gathered(k: Tensor, v: Tensor, cu_seqlens: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
     """Pages (pages, page_size, kv_heads, head_dim) as packed rows."""
     _check_four("k", k), _check_four("v", v)
-    checks.tensor("cu_seqlens_k", cu_seqlens)
-    checks.refuse_capture("block_table", "how many tokens it gathers is read back; flash_attn_with_kvcache can be")
+    arguments.check_tensor("cu_seqlens_k", cu_seqlens)
+    tracing.refuse_capture("block_table", "how many tokens it gathers is read back; flash_attn_with_kvcache can be")
     batch, page_size = cu_seqlens.numel() - 1, k.shape[1]
     arguments.check_page_table("block_table", block_table, batch, k.device)
     lengths = cu_seqlens.diff()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from .. import checks
+from .. import arguments
 from ..attention import attention
 from ..errors import as_torch_raises
 from . import layout, sdpa_provider  # noqa: F401  (the provider makes its name known to PyTorch)
@@ -99,7 +99,7 @@ def scaled_dot_product_attention(
 
 def _overrides(x) -> bool:
     """Whether x is of a subclass that wants to be asked, as PyTorch asks it."""
-    if not isinstance(x, Tensor) or not checks.overrides(x) or x.is_nested:
+    if not isinstance(x, Tensor) or not arguments.overrides_functions(x) or x.is_nested:
         return False
     return torch._C._is_torch_function_enabled()
 
@@ -107,7 +107,7 @@ def _overrides(x) -> bool:
 def _overridden(subclasses: list[Tensor], *args, **options) -> Tensor:
     """What subclasses make of the call. One that is asked in Tensor's own way gets this function to run, one with a way
     of its own PyTorch's, which it knows."""
-    function = original if any(map(checks.has_own_operations, subclasses)) else scaled_dot_product_attention
+    function = original if any(map(arguments.has_own_operations, subclasses)) else scaled_dot_product_attention
     return torch.overrides.handle_torch_function(function, subclasses, *args, **options)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
+from ..protocol import Saved
 from ..score import Score
 from . import layout
 
@@ -50,17 +51,16 @@ def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple
     """(out, lse), out in memory as PyTorch's own kernels leave it, which compiled graphs count on."""
     call = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
     with torch.no_grad():
-        out, lse, _ = ops.attention(*call)
+        out, lse = ops.attention.attention(*call)
     return layout.follow(out, query), lse
 
 
 def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, scale, seed):
-    q, k, v, bias, sinks, score, backend = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
-    score, verbs = ops.whole(score, bias, sinks), backends.BACKENDS[backend]
-    lse, rest = lse.contiguous(), None
+    q, k, v, score, backend = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
+    verbs, lse, rest = backends.BACKENDS[backend], lse.contiguous(), None
     if not lse.is_cuda and largest_of(lse) > LARGE:
         _, lse, rest = verbs.forward(q, k, v, score)
-    gradients = list(verbs.backward(grad_out, None, q, k, v, out, lse, rest, score, False)[:3])
+    gradients = list(verbs.backward(grad_out, None, Saved(q, k, v, out, lse, rest), score, False, [])[:3])
     for i, x in ((1, key), (2, value)):
         if gradients[i].shape != x.shape:  # keys that no query sees, which were cut off
             whole = x.new_zeros(x.shape)
@@ -70,7 +70,7 @@ def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, 
 
 
 def arguments(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple:
-    """Those of `ops.attention`. PyTorch has checked them; its causal mask is aligned top-left."""
+    """Those of `ops.attention.attention`. PyTorch has checked them; its causal mask is aligned top-left."""
     seq_q = query.shape[2]
     right = None
     if is_causal:
@@ -83,10 +83,10 @@ def arguments(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tup
         if mask.dtype != torch.bool:
             mask, bias = None, mask
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    score = Score(scale, right=right, mask=mask, dropout_p=dropout_p, seed=seed)
+    score = Score(scale, right=right, mask=mask, bias=bias, dropout_p=dropout_p, seed=seed)
     head_dim = max(query.shape[3], value.shape[3])
     backend = backends.choose(query.device, query.dtype, head_dim=head_dim)
-    return query.detach(), key.detach(), value.detach(), bias, None, score, backend
+    return query.detach(), key.detach(), value.detach(), score, backend
 
 
 def cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, tracing
 from ..attention import attention, attention_varlen
 
 NAME = "flashattn"
@@ -82,7 +82,7 @@ def attention_mask(
 def is_padded(mask: Tensor | None) -> bool:
     """Whether some token of a (batch, seq) mask is masked. A compiled graph and a CUDA graph cannot ask, and take it to
     be so; on a GPU to ask is to wait for it, once in a forward pass."""
-    if mask is None or checks.is_traced() or checks.is_capturing():
+    if mask is None or tracing.is_traced() or tracing.is_capturing():
         return mask is not None
     return not bool(mask.all())
 

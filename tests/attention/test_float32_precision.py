@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import flashattn
 from flashattn.kernels import precision, tune
+from flashattn.protocol import Saved
 from flashattn.score import Score
 
 if not INTERPRETED:
@@ -238,7 +239,7 @@ def test_loops_over_whole_tiles_keep_out_of_local_memory(architecture):
     q, k, score = torch.empty(1, 1, 40, 64), torch.empty(1, 1, 200, 64), Score(0.125, right=0)
     with compiled.compile_for(architecture) as kernels:
         out, lse, rest = backend.forward(q, k, k, score)
-        backend.backward(out, lse, q, k, k, out, lse, rest, score, False)
+        backend.backward(out, lse, Saved(q, k, k, out, lse, rest), score, False, [])
     assert len(kernels) == 3
     for kernel in kernels:
         assert all("local" not in loop.mix for loop in sass.steady_loops(sass.tensor_loops(kernel.code))), kernel

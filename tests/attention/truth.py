@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 import flashattn
-from flashattn.backends.reference import philox
+from flashattn.reference.philox import philox
 from tests.common import randn
 
 

@@ -24,7 +24,7 @@ def python(*arguments, **environment):
 
 
 def test_the_extension_is_built():
-    assert backends.why_not("cpu", "cpu", torch.float32) is None
+    assert backends.unavailable_reason("cpu", "cpu", torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_the_extension_is_built():
     ],
 )
 def test_the_choice_on_a_cpu(dtype, head_dim, expected, monkeypatch):
-    monkeypatch.setattr(backends.triton, "unusable", lambda device_type: "no GPU")
+    monkeypatch.setattr(backends.triton, "unavailable_reason", lambda device_type: "no GPU")
     backends._choose_once.cache_clear()
     assert backends.choose(torch.device("cpu"), dtype, head_dim=head_dim) == expected
     backends._choose_once.cache_clear()
@@ -77,7 +77,7 @@ def test_overlapping_blocks_leave_nothing_behind():
     overlapping(triton_hopper.plain_kernels)
     overlapping(sdpa.patch)
     assert backends._forced.value is None
-    assert not backends.triton.takes_cpu.value
+    assert not backends.triton.accepts_cpu_tensors.value
     assert triton_hopper.ENABLED.value
     assert torch.nn.functional.scaled_dot_product_attention is theirs
 

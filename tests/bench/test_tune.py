@@ -23,6 +23,7 @@ from flashattn.backends import triton as backend
 from flashattn.kernels import configs, tune
 from flashattn.kernels.configs import Tiles
 from flashattn.kernels.tune import Times
+from flashattn.protocol import Saved
 from flashattn.score import Score
 
 ROW = Tiles(64, 64, 8, 2)
@@ -162,9 +163,9 @@ def test_autotune_searches_once_for_each_kind_of_call(gpu, autotune):
 
 def test_autotune_searches_each_pass_of_backward(gpu, autotune):
     out, lse, rest = forward()
-    arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Q, K, V, out, lse, rest, CAUSAL, False)
-    expected = backend.backward(*arguments)
-    assert tune.is_same(tune.call(backend.backward, *arguments), expected)
+    arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Saved(Q, K, V, out, lse, rest), CAUSAL, False)
+    expected = backend.launch_backward(*arguments)
+    assert tune.is_same(tune.call(backend.launch_backward, *arguments), expected)
     assert {kind[0] for kind in tune._chosen} == {"backward_q", "backward_kv"}
 
 

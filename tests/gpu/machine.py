@@ -117,7 +117,7 @@ class Rehearsal:
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
         with self.monkeypatch.context() as patched:
-            patched.setattr(flashattn.checks, "is_capturing", lambda: True)
+            patched.setattr(flashattn.tracing, "is_capturing", lambda: True)
             yield
 
     def capture(self, function: Callable[[], list]) -> tuple[list, Callable[[], None]]:

@@ -15,11 +15,10 @@ from bench.descriptors import lost_descriptors  # noqa: E402
 from bench.sass import steady_loops, tensor_loops  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
 from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
-from flashattn.cache import Cached  # noqa: E402
-from flashattn.decode import Rotary  # noqa: E402
+from flashattn.cache import CacheView, Rotary  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
-from flashattn.norm_settings import Norm  # noqa: E402
-from flashattn.score import Score  # noqa: E402
+from flashattn.protocol import Saved, SavedNorm  # noqa: E402
+from flashattn.score import Norm, Score  # noqa: E402
 from flashattn.score_mod import read_block_mask, trace  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -42,7 +41,8 @@ def compile_attention(
     score = Score(0.125, window, 0 if causal else None, some, some, **features)
     with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
         out, lse, rest = backend.forward(q, k, v, score)
-        backend.backward(out, lse if lengths else None, q, k, v, out, lse, rest, score, "bias" in features)
+        saved = Saved(q, k, v, out, lse, rest)
+        backend.backward(out, lse if lengths else None, saved, score, "bias" in features, [])
     names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
     assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
     return kernels
@@ -98,7 +98,8 @@ def test_sizes_of_one(shape, lengths):
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
     with compiled.compile_for("sm_90") as kernels, plain_kernels():
         out, lse, rest = backend.forward(q, k, k, Score(0.125, None, None, some, some))
-        backend.backward(out, None, q, k, k, out, lse, rest, Score(0.125, None, None, some, some), False)
+        saved = Saved(q, k, k, out, lse, rest)
+        backend.backward(out, None, saved, Score(0.125, None, None, some, some), False, [])
     check(kernels)
 
 
@@ -145,7 +146,7 @@ def test_attention_spills_nothing(architecture, head_dim, options):
 
 FEATURES = {
     "softcap": dict(softcap=20.0),
-    "slopes": dict(slopes=torch.ones(1, 4)),
+    "slopes": dict(alibi_slopes=torch.ones(1, 4)),
     "mask": dict(mask=torch.ones(1, 1, 512, 512, dtype=torch.bool)),
     "bias": dict(bias=torch.ones(1, 4, 512, 512, dtype=torch.bfloat16)),
     "sinks": dict(sinks=torch.ones(4)),
@@ -207,7 +208,7 @@ def test_score_mod_and_block_mask(architecture, what):
 DECODING = {
     "plain": {},
     "window_sinks": dict(left=100, sinks=torch.ones(4)),
-    "modified": dict(softcap=20.0, slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
+    "modified": dict(softcap=20.0, alibi_slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
 }
 
 
@@ -222,7 +223,7 @@ def test_decoding(architecture, features, dtype, paged):
     cache = torch.empty(64 if paged else 2, 2, 16 if paged else 512, 128, dtype=dtype)
     table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
     lengths = torch.full((2,), 512, dtype=torch.int32)
-    cached = Cached(cache, cache, table, lengths, lengths, 512)
+    cached = CacheView(cache, cache, table, lengths, lengths, 512)
     rotary = Rotary(torch.empty(512, 32), torch.empty(512, 32), interleaved=paged)
     with compiled.compile_for(architecture) as kernels:
         q = backend.append(q, new, new, cached, None, rotary)
@@ -268,10 +269,11 @@ def test_norms(architecture, width):
     rms = Norm(False, 1e-6)
     with compiled.compile_for(architecture) as kernels:
         y, hidden, mean, rstd = backend.norm_forward(x, x, parameter, parameter, torch.float32, True, layer)
-        backend.norm_backward(y, hidden, hidden, parameter, parameter, mean, rstd, x.dtype, torch.float32, layer)
+        saved = SavedNorm(hidden, parameter, parameter, mean, rstd)
+        backend.norm_backward(y, hidden, saved, x.dtype, torch.float32, layer)
         weight = torch.empty(4, width, dtype=torch.bfloat16)
         y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
-        backend.norm_backward(y, None, x, weight, None, rstd, rstd, x.dtype, None, rms)
+        backend.norm_backward(y, None, SavedNorm(x, weight, None, rstd, rstd), x.dtype, None, rms)
     means = ["norm_backward_means"] * (width > configs.NORM_COLS["backward"])
     expected = ["norm_forward", *means, "norm_backward", "norm_backward_parameters"]
     assert [kernel.name for kernel in kernels] == expected * 2
@@ -292,7 +294,8 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
         backend.norm_forward(x, x, weight, weight if center else None, dtype, True, norm)
         x, weight = (torch.empty(*shape, configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
         mean = rstd = torch.empty(2)
-        backend.norm_backward(x, None, x, weight, weight if center else None, mean, rstd, dtype, None, norm)
+        saved = SavedNorm(x, weight, weight if center else None, mean, rstd)
+        backend.norm_backward(x, None, saved, dtype, None, norm)
     assert [kernel.name for kernel in kernels] == ["norm_forward", "norm_backward", "norm_backward_parameters"]
     for kernel in kernels:
         assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
@@ -317,7 +320,7 @@ def test_the_widest_copies_of_rows_fit(architecture):
     x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
     mean = rstd = torch.empty(2)
     with compiled.compile_for(architecture) as kernels:
-        backend.norm_backward(x, x, x, weight, weight, mean, rstd, x.dtype, x.dtype, Norm(True, 1e-5))
+        backend.norm_backward(x, x, SavedNorm(x, weight, weight, mean, rstd), x.dtype, x.dtype, Norm(True, 1e-5))
     assert kernels[0].shared_bytes <= configs.SHARED_MEMORY[architecture]
 
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import flashattn
-from flashattn import arguments, backends, checks
-from flashattn.auxiliary import auxiliary
+from flashattn import arguments, auxiliary, backends, tracing
 from flashattn.backends import triton
 from flashattn.compat import flash_attn
 from flashattn.score import Score
@@ -20,14 +19,14 @@ def test_gpus_of_a_machine_are_told_apart(monkeypatch):
     capabilities = {0: (7, 5), 1: (9, 0)}
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
-    triton.unusable.cache_clear()
+    triton.unavailable_reason.cache_clear()
     backends._choose_once.cache_clear()
     pytest.importorskip("triton")
     chosen = [backends.choose(torch.device("cuda", index), torch.float16) for index in (0, 1)]
-    triton.unusable.cache_clear()
+    triton.unavailable_reason.cache_clear()
     backends._choose_once.cache_clear()
     assert chosen == ["reference", "triton"]
-    assert "8.0 or later" in backends.why_not("triton", "cuda:0")
+    assert "8.0 or later" in backends.unavailable_reason("triton", "cuda:0")
 
 
 @pytest.fixture
@@ -87,14 +86,14 @@ def test_a_derivative_is_traced_whatever_the_default_device(default_device):
 def test_numbers_that_a_callable_captured_go_to_q():
     """A kernel cannot read them elsewhere; their gradient comes back."""
     factor = torch.tensor(0.5, requires_grad=True)
-    whole = (1, 1, 4, 4)
-    score = arguments.with_callables(Score(1.0), lambda s, b, h, i, j: s * factor, None, whole, META)
+    q, shape = torch.empty(1, 1, 4, 8, device=META), (1, 1, 4, 4)
+    score = arguments.build_score(q, shape, score_mod=lambda s, b, h, i, j: s * factor)
     (moved,) = score.score_mod.captured
     assert moved.device == META
     assert moved.grad_fn is not None
     table = torch.ones(3)
     with pytest.raises(ValueError, match="score_mod must capture tensors on q's device meta, got one on cpu"):
-        arguments.with_callables(Score(1.0), lambda s, b, h, i, j: s * table[h], None, whole, META)
+        arguments.build_score(q, shape, score_mod=lambda s, b, h, i, j: s * table[h])
 
 
 def test_rows_far_apart_are_copied():
@@ -111,7 +110,7 @@ def test_rows_far_apart_are_copied():
 def test_a_grid_of_more_heads_than_there_are_is_refused():
     pytest.importorskip("triton")
     x, weight = torch.empty(1, 65536, 8, device=META), torch.empty(65536, 8, device=META)
-    norm = flashattn.norm_settings.Norm(False, 1e-6)
+    norm = flashattn.score.Norm(False, 1e-6)
     with pytest.raises(ValueError, match="of at most 65,535 heads on the triton backend, got 65536"):
         triton.norm_forward(x, None, weight, None, torch.float32, False, norm)
 
@@ -137,7 +136,9 @@ REFUSED = {
         FLAT, CACHES[0], CACHES[1], STARTS, STARTS, 5, 5, block_table=torch.zeros(1, 1, dtype=torch.int32)
     ),
     "block_mask": nothing_masked,
-    "return_aux": lambda: auxiliary(flashattn.AuxRequest(entropy=True), Q, K, Q[..., 0], Score(1.0, block_mask=())),
+    "return_aux": lambda: auxiliary.compute(
+        flashattn.AuxRequest(entropy=True), Q, K, Q[..., 0], Score(1.0, block_mask=())
+    ),
 }
 
 
@@ -147,7 +148,7 @@ def test_what_cannot_be_captured_is_said(name, monkeypatch):
     with flashattn.use_backend("reference"):
         if name == "block_mask":
             REFUSED[name]()  # traced
-        monkeypatch.setattr(checks, "is_capturing", lambda: True)
+        monkeypatch.setattr(tracing, "is_capturing", lambda: True)
         with pytest.raises(ValueError, match=f"^{name} cannot be captured in a CUDA graph: "):
             REFUSED[name]()
 
@@ -155,14 +156,14 @@ def test_what_cannot_be_captured_is_said(name, monkeypatch):
 def test_a_number_on_another_device_cannot_be_captured(monkeypatch):
     factor = torch.tensor(0.5)
     traced = flashattn.score_mod.trace("score_mod", lambda score, b, h, i, j: score * factor, 1)
-    monkeypatch.setattr(checks, "is_capturing", lambda: True)
+    monkeypatch.setattr(tracing, "is_capturing", lambda: True)
     with pytest.raises(ValueError, match="score_mod cannot be captured in a CUDA graph: it captured a number on cpu"):
         flashattn.score_mod.move_numbers("score_mod", traced, META)
 
 
 def test_lengths_of_a_cache_are_clamped_in_a_capture(monkeypatch):
     """They are not read, so the longest is the capacity, and a replay with too many tokens writes over the last."""
-    monkeypatch.setattr(checks, "is_capturing", lambda: True)
+    monkeypatch.setattr(tracing, "is_capturing", lambda: True)
     starts, longest = flash_attn._cache_lengths(torch.tensor([3, 0, 16]), 3, 16, 2, torch.device("cpu"))
     assert (starts.tolist(), longest) == ([3, 0, 14], 16)
 
@@ -171,10 +172,10 @@ def test_a_mask_is_not_asked_in_a_capture(monkeypatch):
     transformers = pytest.importorskip("flashattn.compat.transformers")
     mask = torch.ones(2, 5, dtype=torch.bool)
     assert not transformers.is_padded(mask)
-    monkeypatch.setattr(checks, "is_capturing", lambda: True)
+    monkeypatch.setattr(tracing, "is_capturing", lambda: True)
     assert transformers.is_padded(mask)
     assert not transformers.is_padded(None)
 
 
 def test_nothing_is_being_captured_without_a_gpu():
-    assert checks.is_capturing() is False
+    assert tracing.is_capturing() is False

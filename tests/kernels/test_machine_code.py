@@ -16,6 +16,7 @@ from bench.descriptors import lost_descriptors
 from flashattn.backends import triton as backend
 from flashattn.backends import triton_hopper
 from flashattn.kernels import configs, hopper_backward, hopper_forward
+from flashattn.protocol import Saved
 from flashattn.score import Score
 
 CONSUMER, PRODUCER = 240, 24  # registers of a thread
@@ -99,7 +100,8 @@ def test_candidates(direction, head_dim, row, monkeypatch):
         if direction == "forward":
             backend.forward(q, q, q, score)
         else:
-            backend.backward(q, None, q, q, q, q, torch.empty(1, 4, 1024), None, score, False)
+            saved = Saved(q, q, q, q, torch.empty(1, 4, 1024), None)
+            backend.backward(q, None, saved, score, False, [])
     (kernel,) = (kernel for kernel in kernels if kernel.name == f"attention_{direction}_hopper")
     assert kernel.shared_bytes <= configs.SHARED_MEMORY["sm_90"]
     assert not any("local" in loop.mix for loop in sass.steady_loops(sass.tensor_loops(kernel.code)))
@@ -124,7 +126,8 @@ def compiled_backward(head_dim: int) -> list[Kernel]:
     """dQ, then dK and dV."""
     q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
     with compile_for("sm_90") as kernels:
-        backend.backward(q, None, q, q, q, q, torch.empty(1, 4, 1024), None, Score(head_dim**-0.5), False)
+        saved = Saved(q, q, q, q, torch.empty(1, 4, 1024), None)
+        backend.backward(q, None, saved, Score(head_dim**-0.5), False, [])
     return kernels
 
 

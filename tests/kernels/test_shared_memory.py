@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 from bench import compiled
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import plain_kernels
-from flashattn.cache import Cached
+from flashattn.cache import CacheView
 from flashattn.kernels import configs, generate
 from flashattn.kernels.configs import Pairs
 from flashattn.kernels.precision import WIDEST_SPLIT, input_precision
+from flashattn.protocol import Saved
 from flashattn.score import Score
 from flashattn.score_mod import trace
 
@@ -132,7 +133,7 @@ def test_decoding_uses_no_more(without_assembler, arch, dtype, page_size):
     q, cache = torch.empty(2, 4, 1, 128, dtype=dtype), torch.empty(64, 2, page_size or 512, 128, dtype=dtype)
     table = None if page_size is None else torch.zeros(2, 32, dtype=torch.int32)
     lengths = torch.full((2,), 512, dtype=torch.int32)
-    cached = Cached(cache, cache, table, lengths, lengths, 512)
+    cached = CacheView(cache, cache, table, lengths, lengths, 512)
     with compiled.compile_for(arch) as used:
         backend.decode(q, cached, Score(0.1, right=0, kv_lengths=lengths))
     tiles = configs.fitting_tiles(arch, "decode", (128, 128), dtype.itemsize, configs.PLAIN, False)
@@ -158,7 +159,7 @@ def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
     score = Score(0.125, None, 0, **FEATURES[feature])
     with compiled.compile_for(arch) as used, plain_kernels():  # those in roles have tiles that all features fit
         out, lse, rest = backend.forward(q, k, k, score)
-        backend.backward(out, None, q, k, k, out, lse, rest, score, score.bias is not None)
+        backend.backward(out, None, Saved(q, k, k, out, lse, rest), score, score.bias is not None, [])
     passes = ["forward", "backward_q", "backward_kv"] + ["backward_q"] * (score.bias is not None)
     for direction, bytes_used in zip(passes, used, strict=True):
         modified, pairs = score.score_mod is not None, backend.pairs(score)

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import flashattn
-from flashattn.backends.reference import dropout_threshold, philox
+from flashattn.reference.philox import philox
+from flashattn.tensors import dropout_threshold
 from tests.common import BACKENDS, DTYPES, INTERPRETED, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
 
 

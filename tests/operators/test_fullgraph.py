@@ -13,12 +13,11 @@ from torch.nn.attention.flex_attention import create_block_mask as torch_block_m
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashattn
-from flashattn import flex
-from flashattn.arguments import with_callables
+from flashattn import ops
+from flashattn.arguments import build_score
 from flashattn.compat.flash_attn import flash_attn_func
 from flashattn.compat.flex import flex_attention
 from flashattn.compat.sdpa import scaled_dot_product_attention
-from flashattn.score import Score
 from tests.common import device_of
 from tests.operators.graphs import compiled, no_graphs  # noqa: F401  (a fixture)
 
@@ -287,26 +286,30 @@ def flex_arguments(backend: str, dtype: torch.dtype) -> tuple:
     table = torch.randn(4, 40, requires_grad=True)
     mod = lambda score, b, h, i, j: score * 0.5 + table[h, i - j + 20].exp()  # noqa: E731
     block_mask = create_block_mask(lambda b, h, i, j: (i >= j) & (table[h, j] < 1), None, None, 20, 20)
-    score = with_callables(Score(0.3, left=9), mod, block_mask, (2, 4, 20, 20), torch.device("cpu"))
     q, k, v = inputs(dtype=dtype)
-    return (q, k, v, None, torch.randn(4, requires_grad=True)), *flex.flat(score, backend), *flex.mods(score)
+    score = build_score(
+        q, (2, 4, 20, 20), scale=0.3, window=(9, None), sinks=torch.randn(4, requires_grad=True), score_mod=mod,
+        block_mask=block_mask,
+    )  # fmt: skip
+    return (q, k, v), (*ops.attention.flatten(score, backend), *ops.attention.flatten_mods(score))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("cpu", torch.bfloat16), ("reference", torch.float32)])
 def test_opcheck(backend, dtype):
-    tensors, *settings = flex_arguments(backend, dtype)
-    torch.library.opcheck(OPS.flex_forward.default, (*tensors, *settings))
-    settings = [[x.detach() for x in s] if isinstance(s, list) else s for s in settings]
-    q, k, _, bias, sinks = tensors = [x if x is None else x.detach() for x in tensors]
-    out, lse, rest = OPS.flex_forward(*tensors, *settings)
+    tensors, settings = flex_arguments(backend, dtype)
+    torch.library.opcheck(OPS.attention_forward.default, (*tensors, *settings))
+    detach = lambda x: x.detach() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    settings = [[detach(x) for x in s] if isinstance(s, list) else detach(s) for s in settings]
+    tensors = [x.detach() for x in tensors]
+    out, lse, rest = OPS.attention_forward(*tensors, *settings)
     arguments = torch.randn_like(out), torch.randn_like(lse), *tensors, out, lse, rest, False, [True], *settings
-    torch.library.opcheck(OPS.flex_backward.default, arguments)
-    torch.library.opcheck(OPS.auxiliary.default, (q, k, bias, sinks, *settings))
+    torch.library.opcheck(OPS.attention_backward.default, arguments)
+    torch.library.opcheck(OPS.attention_stats.default, (*tensors[:2], *settings))
 
 
 def test_a_second_derivative_is_refused():
-    tensors, *settings = flex_arguments("cpu", torch.float32)
-    out, *_ = OPS.flex_forward(*tensors, *settings)
+    tensors, settings = flex_arguments("cpu", torch.float32)
+    out, *_ = OPS.attention_forward(*tensors, *settings)
     (gradient,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="a second derivative is not implemented"):
         gradient.sum().backward()

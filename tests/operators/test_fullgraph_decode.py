@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import flashattn
 from flashattn.compat.flash_attn import flash_attn_with_kvcache
-from flashattn.ops import fields_of
-from flashattn.score import Score
+from flashattn.score import SCORE_FIELDS, Score
 from tests.operators.graphs import compiled, no_graphs  # noqa: F401  (a fixture)
 
 OPS = torch.ops.flashattn
@@ -270,10 +269,10 @@ def test_opcheck(backend):
     q, k, v = step_inputs(2)
     starts = int32(3, 8)
     torch.library.opcheck(OPS.rotate.default, (q, starts, *ROTARY, backend))
-    score = Score(0.3, right=0, kv_lengths=starts + 2, softcap=3.0)[: fields_of(Score)]
+    score = Score(0.3, right=0, kv_lengths=starts + 2, softcap=3.0, sinks=torch.randn(4))[:SCORE_FIELDS]
     contiguous, paged = (x.transpose(1, 2) for x in caches()), (x.transpose(1, 2) for x in pages())
     for cache, table in ((contiguous, None), (paged, TABLE)):
-        arguments = q, *cache, k, v, table, starts, 10, *ROTARY, None, torch.randn(4), *score, backend
+        arguments = q, *cache, k, v, table, starts, 10, *ROTARY, *score, backend
         torch.library.opcheck(OPS.decode.default, arguments)
 
 

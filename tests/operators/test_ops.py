@@ -5,11 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashattn
-from flashattn.ops import fields_of
+from flashattn import ops
 from flashattn.score import Score
 
 OPS = torch.ops.flashattn
-FIELDS = fields_of(Score)  # of a Score that operators take one by one
 BACKENDS = ["cpu", "reference"]
 
 
@@ -18,25 +17,30 @@ def attention_inputs(dtype=torch.float32, requires_grad=True):
     return [x.to(dtype).requires_grad_(requires_grad) for x in (q, k, v)]
 
 
+def flatten(score: Score, backend: str) -> tuple:
+    """As operators take a score."""
+    return *ops.attention.flatten(score, backend), *ops.attention.flatten_mods(score)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [None, (40, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_attention_forward(backend, lengths, dtype):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs' whole storage
     kv_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    arguments = (*attention_inputs(dtype), None, None, *Score(0.25, right=0, kv_lengths=kv_lengths)[:FIELDS], backend)
-    torch.library.opcheck(OPS.attention_forward.default, arguments)
+    score = flatten(Score(0.25, right=0, kv_lengths=kv_lengths), backend)
+    torch.library.opcheck(OPS.attention_forward.default, (*attention_inputs(dtype), *score))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_opcheck_attention_backward(backend, with_lse):
     q, k, v = attention_inputs(requires_grad=False)
-    score = Score(0.25, softcap=5.0, slopes=torch.rand(1, 4), dropout_p=0.1, seed=torch.tensor(5))[:FIELDS]
-    bias, sinks = torch.randn(1, 4, 1, 40), torch.randn(4)
-    out, lse, rest = OPS.attention_forward(q, k, v, bias, sinks, *score, backend)
+    score = Score(0.25, softcap=5.0, alibi_slopes=torch.rand(1, 4), dropout_p=0.1, seed=torch.tensor(5))
+    score = flatten(score._replace(bias=torch.randn(1, 4, 1, 40), sinks=torch.randn(4)), backend)
+    out, lse, rest = OPS.attention_forward(q, k, v, *score)
     grad_lse = torch.randn_like(lse) if with_lse else None
-    arguments = (torch.randn_like(out), grad_lse, q, k, v, bias, sinks, out, lse, rest, True, *score, backend)
+    arguments = (torch.randn_like(out), grad_lse, q, k, v, out, lse, rest, True, [], *score)
     torch.library.opcheck(OPS.attention_backward.default, arguments)
 
 
@@ -191,8 +195,8 @@ def test_opcheck_packed_sequences(backend):
     torch.use_deterministic_algorithms(False)
     *inputs, starts = packed_inputs()
     q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in inputs)
-    score = Score(0.25, right=0, cu_seqlens=torch.stack((starts, starts)), max_seqlen_q=25, max_seqlen_k=25)[:FIELDS]
-    torch.library.opcheck(OPS.attention_forward.default, (q, k, v, None, None, *score, backend))
+    score = Score(0.25, right=0, cu_seqlens=torch.stack((starts, starts)), max_seqlen_q=25, max_seqlen_k=25)
+    torch.library.opcheck(OPS.attention_forward.default, (q, k, v, *flatten(score, backend)))
 
 
 def test_compile_of_packed_sequences():

@@ -117,7 +117,7 @@ def test_without_the_engine_the_first_call_says_why(clone, site):
     script.write_text(CALL + "\nflashattn.layer_norm(torch.randn(2, 8))\nimport flashattn.__main__ as m; m.main()\n")
     done = run(sys.executable, script, cwd=clone.parent, PYTHONPATH=site)
     assert done.stdout.startswith(f"{site}/flashattn/__init__.py torch.Size([1, 2, 5, 8])\n"), done.stderr
-    assert done.stderr.count("UserWarning: flashattn: the native CPU engine is not there") == 1
+    assert done.stderr.count("UserWarning: flashattn: the native CPU engine is missing") == 1
     for text in (done.stderr, done.stdout):
         assert "flashattn was built without it: no C++ compiler that works was found" in text
         assert "/no/compiler" in text

@@ -1,0 +1,111 @@
+"""Block masks on the CPU engine: some hundred queries at a time, with the keys from the first to the last of their
+active blocks, under a mask written out for these alone. Memory stays linear; the engine does the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..protocol import Saved
+from ..reference.scores import Block, Keys, is_set
+from ..score import Score
+
+QUERIES = 256  # at a time
+
+
+class Part(NamedTuple):
+    """Some queries, the keys they are compared with, and their Score."""
+
+    queries: slice
+    keys: slice
+    score: Score
+
+
+def supports(score: Score) -> bool:
+    """Whether a part's Score can say what the whole one says: ALiBi and dropout count from positions that it does not
+    know."""
+    return score.score_mod is None and score.alibi_slopes is None and score.dropout_p == 0
+
+
+def split_queries(score: Score, shape: tuple[int, int, int, int]) -> Iterator[Part]:
+    """The queries of a call of this (batch, heads, seq_q, seq_k) in parts; one without keys has an empty slice."""
+    seq_q, seq_k = shape[2:]
+    for start in range(0, seq_q, QUERIES):
+        queries = slice(start, min(start + QUERIES, seq_q))
+        active = score.block_mask.select_keys(queries, seq_k)
+        keys = slice(int(active[0]), int(active[-1]) + 1) if active.numel() else slice(0, 0)
+        yield Part(queries, keys, make_part_score(score, shape, queries, keys))
+
+
+def make_part_score(score: Score, shape: tuple[int, int, int, int], queries: slice, keys: slice) -> Score:
+    seq_q, seq_k = shape[2:]
+    positions = torch.arange(keys.start, keys.stop, device=score.block_mask.partial.device)
+    block = Block(shape, queries, Keys(positions, positions))
+    mask = score.block_mask.attend_mask(*block.indices)
+    mask = mask.expand(*mask.shape[:2], queries.stop - queries.start, keys.stop - keys.start)
+    if score.mask is not None:
+        mask = mask & is_set(slice_keys(block.slice_queries(score.mask), keys))
+    # How far the diagonal of the whole is from the part's own, both counted in the part.
+    moved = (queries.start + seq_k - seq_q - keys.start) - (mask.shape[3] - mask.shape[2])
+    return score._replace(
+        left=None if score.left is None else score.left - moved,
+        right=None if score.right is None else score.right + moved,
+        q_lengths=shift_lengths(score.q_lengths, queries),
+        kv_lengths=shift_lengths(score.kv_lengths, keys),
+        mask=mask.contiguous(),
+        bias=None if score.bias is None else slice_keys(block.slice_queries(score.bias), keys),
+        block_mask=None,
+    )
+
+
+def slice_keys(x: Tensor, keys: slice) -> Tensor:
+    """The part of a mask or a bias for these keys."""
+    return x if x.shape[3] == 1 else x[..., keys]
+
+
+def shift_lengths(lengths: Tensor | None, part: slice) -> Tensor | None:
+    return None if lengths is None else (lengths - part.start).clamp(0, part.stop - part.start).int()
+
+
+def forward(run: Callable, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
+    """`run`: the engine's forward, of a Score without callables."""
+    batch, heads, seq_q, _ = q.shape
+    out = q.new_empty(batch, heads, seq_q, v.shape[3])
+    lse, rest = (q.new_zeros(batch, heads, seq_q, dtype=torch.float32) for _ in range(2))
+    for i, j, part in split_queries(score, (batch, heads, seq_q, k.shape[2])):
+        if j.start == j.stop:
+            out[:, :, i], lse[:, :, i] = 0, -math.inf
+        else:
+            out[:, :, i], lse[:, :, i], rest[:, :, i] = run(q[:, :, i], k[:, :, j], v[:, :, j], part)
+    return out, lse, rest
+
+
+def backward(
+    run: Callable, grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`run`: the engine's backward. In float32, since the gradients of the parts are summed."""
+    dtypes = [x.dtype for x in saved[:3]]
+    q, k, v, out, grad_out = (x.float() for x in (*saved[:4], grad_out))
+    bias = score.bias
+    if bias is not None:
+        score = score._replace(bias=bias.float())
+    grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+    grad_bias = q.new_zeros(bias.shape) if with_grad_bias else None
+    for i, j, part in split_queries(score, (*q.shape[:3], k.shape[2])):
+        if j.start == j.stop:
+            continue
+        statistics = (x[:, :, i].contiguous() for x in (saved.lse, saved.rest))
+        own = Saved(q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], *statistics)
+        of_lse = None if grad_lse is None else grad_lse[:, :, i]
+        grad_q[:, :, i], part_k, part_v, part_bias = run(grad_out[:, :, i], of_lse, own, part, with_grad_bias)
+        grad_k[:, :, j] += part_k
+        grad_v[:, :, j] += part_v
+        if with_grad_bias:
+            rows = grad_bias if grad_bias.shape[2] == 1 else grad_bias[:, :, i]
+            slice_keys(rows, j).add_(part_bias)
+    gradients = (x.to(dtype) for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
+    return *gradients, grad_bias.to(bias.dtype) if with_grad_bias else None

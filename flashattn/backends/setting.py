@@ -1,0 +1,35 @@
+"""A setting of the whole process that a block of code changes while it lasts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+class Block:
+    """One of those that set something: itself and no other, as `list.remove` compares them."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Setting:
+    """What a block of code sets for the whole process while it lasts. Blocks of several threads may overlap: of those
+    that have not ended, the one that began last counts."""
+
+    def __init__(self, value):
+        self._blocks = [Block(value)]
+
+    @property
+    def value(self):
+        return self._blocks[-1].value
+
+    @contextlib.contextmanager
+    def during(self, value: Any) -> Iterator[None]:
+        block = Block(value)
+        self._blocks.append(block)
+        try:
+            yield
+        finally:
+            self._blocks.remove(block)

@@ -1,0 +1,3 @@
+"""The torch.library operators, by subject. Importing this registers them."""
+
+from . import attention, decode, norm  # noqa: F401

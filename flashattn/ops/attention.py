@@ -1,0 +1,278 @@
+"""The torch.library operators of attention: schema, implementation, fake and autograd of each.
+
+They take a Score field by field, its callables as text (`mod_text.py`) with the tensors that these captured, and the
+backend by name, so that forward and backward use the same one and a compiled graph says which. A tensor that a call
+does not produce is returned empty, of size (0,).
+
+The dispatcher and the autograd of an operator cost several times what a kernel launch does. A call that needs neither
+runs the implementation itself, under an autograd function of the same formulas where it needs a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import mod_text, mods_in_graph, tracing
+from ..backends import BACKENDS
+from ..protocol import Saved
+from ..score import SCORE_FIELDS, Score, operator_schema
+from ..score_mod import BlockMask, Traced
+from ..tensors import accumulate_dtype, empty_if_none, new_result
+from .register import implement_with_autograd, raise_double_backward
+
+# A Score as operators take it: its fields, the backend, the blocks of a block mask, and the callables.
+BLOCKS = "Tensor? partial, Tensor? full, SymInt? block_q, SymInt? block_k"
+MODS = "Tensor[] captured, str? score_mod, Tensor[] mask_captured, str? mask_mod"
+SCORE = f"{operator_schema(Score)}, str backend, {BLOCKS}, {MODS}"
+
+torch.library.define(
+    "flashattn::attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {SCORE}) -> (Tensor out, Tensor lse, Tensor rest)",
+)
+torch.library.define(
+    "flashattn::attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rest, "
+    f"bool with_grad_bias, bool[] with_grad_captured, {SCORE}) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks, Tensor[] grad_captured)",
+)
+torch.library.define(
+    "flashattn::attention_stats",
+    f"(Tensor q, Tensor k, {SCORE}) -> (Tensor max_scores, Tensor max_logit, Tensor entropy, Tensor column_sums)",
+)
+
+
+# ------------------------------------------------------------------------------------------------ scores as arguments
+
+
+def flatten(score: Score, backend: str) -> tuple:
+    """A score and the backend as operators take them, up to the callables."""
+    blocks = (None,) * 4 if score.block_mask is None else score.block_mask[1:]
+    return *score[:SCORE_FIELDS], backend, *blocks
+
+
+def flatten_mods(score: Score) -> tuple:
+    """A score's callables as operators take them."""
+    written: tuple = ()
+    for mod, arguments in ((score.score_mod, 5), (score.block_mask and score.block_mask.mask, 4)):
+        written += ([], None) if mod is None else (list(mod.captured), mod_text.write(mod.graph.graph, arguments))
+    return written
+
+
+def unflatten(flat: Sequence) -> tuple[Score, str]:
+    """(score, backend) from the arguments of an operator."""
+    fields, (backend, *blocks, captured, mod, mask_captured, mask) = flat[:SCORE_FIELDS], flat[SCORE_FIELDS:]
+    score = Score(
+        *fields,
+        score_mod=None if mod is None else Traced(mod_text.read(mod), tuple(captured)),
+        block_mask=None if mask is None else BlockMask(Traced(mod_text.read(mask), tuple(mask_captured)), *blocks),
+    )
+    return score, backend
+
+
+def dispatch(operator: str, tensors: tuple, score: Score, backend: str):
+    """Call an operator of ours. The first of the tensors is q."""
+    operands = (*tensors, *flatten(score, backend))
+    has_mods = score.score_mod is not None or score.block_mask is not None
+    if has_mods and torch.compiler.is_dynamo_compiling():
+        mask = None if score.block_mask is None else score.block_mask.mask
+        return mods_in_graph.call(operator, operands, score.score_mod, mask)
+    return getattr(torch.ops.flashattn, operator).default(*operands, *flatten_mods(score))
+
+
+# ------------------------------------------------------------------------------------------------ the calls
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable in q, k, v, bias, sinks and the tensors that a score_mod captured."""
+    must_dispatch = tracing.must_dispatch() or q.is_meta
+    has_mods = score.score_mod is not None or score.block_mask is not None
+    captured = () if score.score_mod is None or torch.compiler.is_dynamo_compiling() else score.score_mod.captured
+    requires_grad = False
+    for x in (q, k, v, score.bias, score.sinks, *captured):  # a loop: this is the path that is counted in microseconds
+        if x is None:
+            continue
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            requires_grad = requires_grad or x.requires_grad
+        else:
+            must_dispatch = True  # a subclass may override dispatch
+    if has_mods and not torch.compiler.is_dynamo_compiling():
+        _refuse_capture_of_mods(score, captured, backend)
+    if must_dispatch:
+        tracing.refuse_tangents(q, k, v, score.bias, score.sinks, *captured)
+        tracing.refuse_onnx("attention_forward")
+        out, lse, _ = dispatch("attention_forward", (q, k, v), score, backend)
+        return out, lse
+    if requires_grad and torch.is_grad_enabled():
+        return Attention.apply(q, k, v, score.bias, score.sinks, score, backend, *captured)
+    out, lse, _ = BACKENDS[backend].forward(q, k, v, score)
+    return out, lse
+
+
+def _refuse_capture_of_mods(score: Score, captured: tuple[Tensor, ...], backend: str) -> None:
+    if backend != "triton" or (torch.is_grad_enabled() and any(x.requires_grad for x in captured)):
+        name = "block_mask" if score.score_mod is None else "score_mod"
+        tracing.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
+
+
+class Attention(torch.autograd.Function):
+    """The operator's shortcut past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, sinks, score, backend, *captured):
+        out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
+        ctx.score, ctx.backend, ctx.captured = score._replace(bias=None, sinks=None), backend, len(captured)
+        ctx.save_for_backward(q, k, v, out, lse, rest, bias, sinks, *captured, *score.saved_tensors())
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: 8 + ctx.captured]
+        tracing.refuse_tangents(grad_out, grad_lse)
+        if grad_out is None and grad_lse is None:
+            return (None,) * (7 + len(captured))
+        gradients = differentiate(
+            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, Saved(q, k, v, out, lse, rest),
+            ctx.score._replace(bias=bias, sinks=sinks), ctx.backend, ctx.needs_input_grad[3], ctx.needs_input_grad[7:],
+        )  # fmt: skip
+        return *gradients[:5], None, None, *gradients[5]
+
+
+def differentiate(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, backend: str, with_grad_bias: bool,
+    with_grad_captured: Sequence[bool],
+) -> tuple:  # fmt: skip
+    """The gradients of q, k, v, bias and sinks, and a list of those of the tensors that a score_mod captured; None for
+    one that is not needed."""
+    captured = () if score.score_mod is None else score.score_mod.captured
+    totals = [
+        torch.zeros_like(x, dtype=saved.lse.dtype) if needed else None
+        for x, needed in zip(captured, with_grad_captured, strict=True)
+    ]
+    with_grad_bias = with_grad_bias and score.bias is not None
+    *gradients, grad_bias = BACKENDS[backend].backward(grad_out, grad_lse, saved, score, with_grad_bias, totals)
+    grad_sinks = None if score.sinks is None else sink_gradient(grad_out, grad_lse, saved, score.sinks)
+    grad_captured = [None if total is None else total.to(x.dtype) for total, x in zip(totals, captured, strict=True)]
+    return *gradients, grad_bias, grad_sinks, grad_captured
+
+
+def sink_gradient(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, sinks: Tensor) -> Tensor:
+    """A sink is a key of value 0 that every query attends to: its ds is p (0 - delta), p = exp(sink - lse - rest)."""
+    lse = saved.lse
+    delta = (grad_out.to(lse.dtype) * saved.out).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    exponent = sinks.to(lse.dtype)[:, None] - lse
+    p = torch.exp(exponent if saved.rest is None else exponent - saved.rest)
+    ds = torch.where(lse == -math.inf, 0, -p * delta)  # a fully masked row has no gradient
+    return ds.sum((0, 2)).to(sinks.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ attention_forward
+
+
+@implement_with_autograd("attention_forward")
+def _(q, k, v, *flat):
+    score, backend = unflatten(flat)
+    out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
+    return out, lse, empty_if_none(rest, lse)
+
+
+@torch.library.register_fake("flashattn::attention_forward")
+def _(q, k, v, *flat):
+    # (The callables stay text: reading one makes a graph.)
+    score, backend, has_score_mod = Score(*flat[:SCORE_FIELDS]), flat[SCORE_FIELDS], flat[-3] is not None
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
+    raw = not has_score_mod and backend == "triton" and BACKENDS["triton"].stays_raw(q, score)
+    packed = score.cu_seqlens is not None
+    return new_result(q, v.shape[-1], packed), lse, lse.new_empty(0 if raw else q.shape[:3])
+
+
+def _set_up_context(ctx, inputs, output):
+    q, k, v, *settings, captured, ctx.mod, ctx.mask_captured, ctx.mask = inputs
+    bias, sinks, settings[BIAS], settings[SINKS] = settings[BIAS], settings[SINKS], None, None
+    ctx.settings, ctx.captured = settings, len(captured)
+    # The last ones as in `Score.saved_tensors`, so that autograd notices a change.
+    watched = [x for x in (*settings, *ctx.mask_captured) if isinstance(x, Tensor) and not x.is_inference()]
+    ctx.save_for_backward(q, k, v, *output, bias, sinks, *captured, *watched)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+BIAS, SINKS = Score._fields.index("bias"), Score._fields.index("sinks")
+
+
+def _backward(ctx, grad_out, grad_lse, _):
+    q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: 8 + ctx.captured]
+    no_mask_captured = [None] * len(ctx.mask_captured)
+    grad_settings: list = [None] * len(ctx.settings)
+    if grad_out is None and grad_lse is None:
+        return None, None, None, *grad_settings, [None] * ctx.captured, None, no_mask_captured, None
+    settings = [*ctx.settings]
+    settings[BIAS], settings[SINKS] = bias, sinks
+    with_grad_bias = bias is not None and ctx.needs_input_grad[3 + BIAS]
+    with_grad_captured = list(ctx.needs_input_grad[-4])
+    *gradients, grad_bias, grad_sinks, grad_captured = torch.ops.flashattn.attention_backward.default(
+        torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias,
+        with_grad_captured, *settings, captured, ctx.mod, ctx.mask_captured, ctx.mask,
+    )  # fmt: skip
+    grad_settings[BIAS] = grad_bias if with_grad_bias else None
+    grad_settings[SINKS] = None if sinks is None else grad_sinks
+    grad_captured = [x if needed else None for x, needed in zip(grad_captured, with_grad_captured, strict=True)]
+    return *gradients, *grad_settings, grad_captured, None, no_mask_captured, None
+
+
+torch.library.register_autograd("flashattn::attention_forward", _backward, setup_context=_set_up_context)
+
+
+# ------------------------------------------------------------------------------------------------ attention_backward
+
+
+@implement_with_autograd("attention_backward")
+def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
+    score, backend = unflatten(flat)
+    saved = Saved(q, k, v, out, lse, rest if rest.shape == lse.shape else None)
+    *gradients, grad_bias, grad_sinks, grad_captured = differentiate(
+        grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured
+    )
+    others = (empty_if_none(x, lse) for x in (grad_bias, grad_sinks))
+    return *gradients, *others, [empty_if_none(x, lse) for x in grad_captured]
+
+
+@torch.library.register_fake("flashattn::attention_backward")
+def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
+    score, captured = Score(*flat[:SCORE_FIELDS]), flat[-4]
+    packed = score.cu_seqlens is not None
+    needed = (score.bias if with_grad_bias else None, score.sinks)
+    others = (lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in needed)
+    grad_captured = [
+        x.new_empty(x.shape) if needed else lse.new_empty(0)
+        for x, needed in zip(captured, with_grad_captured, strict=True)
+    ]
+    return *(new_result(x, x.shape[-1], packed) for x in (q, k, v)), *others, grad_captured
+
+
+torch.library.register_autograd("flashattn::attention_backward", raise_double_backward)
+
+
+# ------------------------------------------------------------------------------------------------ attention_stats
+
+
+@implement_with_autograd("attention_stats")
+@torch.no_grad()
+def _(q, k, *flat):
+    score, backend = unflatten(flat)
+    return BACKENDS[backend].attention_stats(q, k, score)
+
+
+@torch.library.register_fake("flashattn::attention_stats")
+def _(q, k, *_):
+    batch, heads, seq_q, _ = q.shape
+    shapes = (batch, heads, seq_q), (heads,), (batch, heads, seq_q), (batch, heads, k.shape[2])
+    return tuple(q.new_empty(shape, dtype=accumulate_dtype(q)) for shape in shapes)

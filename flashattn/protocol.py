@@ -1,0 +1,87 @@
+"""What a backend is: a module with these verbs. Tensors are checked and on one device; those that a call does not
+need are None."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .cache import CacheView, Rotary
+    from .score import Norm, Score
+
+
+class Capabilities(NamedTuple):
+    refused_dtypes: dict[torch.dtype, str]  # and why
+    max_head_dim: int | None  # of head_dim and head_dim_v; None is no limit
+
+
+class Saved(NamedTuple):
+    """What attention's forward leaves to its backward."""
+
+    q: Tensor  # (batch, heads, seq_q, head_dim)
+    k: Tensor  # (batch, kv_heads, seq_k, head_dim)
+    v: Tensor  # (batch, kv_heads, seq_k, head_dim_v)
+    out: Tensor  # (batch, heads, seq_q, head_dim_v)
+    lse: Tensor  # (batch, heads, seq_q), natural logarithm
+    rest: Tensor | None  # likewise, or None: what rounding took from lse; weights exp(s - lse - rest) sum to one
+
+
+class SavedNorm(NamedTuple):
+    """What a norm's forward leaves to its backward."""
+
+    hidden: Tensor  # what was normalised
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor  # (rows,), empty for RMSNorm
+    rstd: Tensor  # (rows,)
+
+
+class Backend(Protocol):
+    CAPABILITIES: Capabilities
+
+    def unavailable_reason(self, device: torch.device) -> str | None:
+        """Why this machine cannot run it on tensors of the device; None if it can."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(out, lse, rest), as in `Saved`."""
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool,
+        grad_captured: list[Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """The gradients of q, k, v and, with_grad_bias, of the bias. Those of what a score_mod captured are added to
+        grad_captured, where that has a tensor."""
+
+    def attention_stats(self, q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(max_scores, max_logit, entropy, column_sums), as in `AuxOutput`."""
+
+    def rotate(self, x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
+        """x (batch, heads, seq, dim), rotated; token t of batch row b is at position starts[b] + t. Tokens at and past
+        counts[b] do not exist."""
+
+    def append(
+        self, q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None
+    ) -> Tensor:
+        """Write the first counts[b] new keys of each batch row, rotated, and values to the cache after those that it
+        has. Returns q, rotated to the same positions."""
+
+    def decode(self, q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
+        """(out, lse) of queries that are the last tokens of the cache."""
+
+    def norm_forward(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+        hidden_dtype: torch.dtype, keep_hidden: bool, norm: Norm,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+        """(y, hidden, mean, rstd); hidden if keep_hidden, mean of LayerNorm."""
+
+    def norm_backward(
+        self, grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
+        residual_dtype: torch.dtype | None, norm: Norm,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """The gradients of x, of the residual where it has a dtype, of weight and bias."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight^T + bias, without a gradient."""

@@ -1,0 +1,34 @@
+"""The reference backend: eager PyTorch, on any device that PyTorch runs on. Every other backend is tested against this
+one in float64, and it takes every call that others refuse.
+
+Read `naive.py` first: the formulas in one page. `attention.py` computes the same in blocks of queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from ..protocol import Capabilities
+from .attention import backward, forward
+from .decode import append, decode, rotate
+from .norm import norm_backward, norm_forward
+from .stats import attention_stats
+
+__all__ = [
+    "append",
+    "attention_stats",
+    "backward",
+    "decode",
+    "forward",
+    "linear",
+    "norm_backward",
+    "norm_forward",
+    "rotate",
+]
+
+CAPABILITIES = Capabilities(refused_dtypes={}, max_head_dim=None)
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    return None

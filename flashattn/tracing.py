@@ -1,0 +1,108 @@
+"""What PyTorch does with a call besides running it: graphs, transforms, dispatch modes, captures. Calls ask here what
+they may read, what they must pass on to the dispatcher, and what they have to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+
+
+def is_traced() -> bool:
+    """Whether this thread traces a graph. PyTorch's own flag is up for every thread while one of them does."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def must_dispatch() -> bool:
+    """True under torch.compile, functorch transforms, forward mode or a TorchDispatchMode: a call must pass through
+    PyTorch's dispatcher, and not take the shortcut past it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or is_forward_mode()
+    )
+
+
+def has_no_subclass(*tensors: Tensor | None) -> bool:
+    """Whether all are plain tensors. A subclass may override dispatch."""
+    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+
+
+def has_data(x: Tensor) -> bool:
+    """Whether x's values can be read: not while a graph is compiled, nor of a meta or fake tensor."""
+    return not (is_traced() or x.is_meta or type(x).__name__ == "FakeTensor")
+
+
+def keep_from_dynamo(function: Callable) -> Callable:
+    """`torch.compiler.disable`, which imports torch._dynamo (seconds) where it decorates. This imports it in the first
+    call; only watched calls come here."""
+    return _disable_dynamo(function)
+
+
+def mark_constant(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result` without its import of torch._dynamo: a graph holds the result."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+# ------------------------------------------------------------------------------------------------ forward mode
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed, in `forward_ad.dual_level` or `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_tangents(*tensors) -> None:
+    """Raise for a tensor with a tangent: forward mode is not implemented, and PyTorch would drop the tangent."""
+    if is_forward_mode():
+        _refuse_tangents(tensors)
+
+
+@keep_from_dynamo  # a graph would hide the tangents
+def _refuse_tangents(tensors: Sequence) -> None:
+    # In a compiled graph no tangents are left.
+    compiled = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView)
+    if not compiled and any(isinstance(x, Tensor) and _has_tangent(x) for x in tensors):
+        raise NotImplementedError(
+            "flashattn has no forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors): an argument carries a "
+            "tangent; use reverse mode (backward, torch.autograd.grad)"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x, level=0).tangent is None:
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = functorch.get_unwrapped(x)  # the tensor inside a transform's wrapper may have the tangent
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ exports, captures
+
+
+def refuse_onnx(operator: str) -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            f"flashattn::{operator} has no form in ONNX: export the model with PyTorch's own attention and norms "
+            "(flashattn.compat.sdpa exports as PyTorch's own by itself)"
+        )
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can be read back from the GPU, nor copied from the CPU."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(name: str, why: str) -> None:
+    """Raise by name where CUDA would break off a capture without one."""
+    if is_capturing():
+        raise ValueError(f"{name} cannot be captured in a CUDA graph: {why}")
