@@ -8,6 +8,10 @@ import torch
 import flashattn
 from tests.common import INTERPRETED
 
+# Plain modules of checks, whose assertions should show their values as test modules' do.
+for _folder in ("attention", "compat", "gpu", "kernels", "norm"):
+    pytest.register_assert_rewrite(f"tests.{_folder}")
+
 
 def pytest_addoption(parser):
     parser.addoption(

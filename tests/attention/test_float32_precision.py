@@ -19,7 +19,7 @@ if not INTERPRETED:
     from bench import compiled, ptx, sass
     from bench.descriptors import lost_descriptors
     from flashattn.backends import triton as backend
-    from tests.attention import test_decode
+    from tests.attention import decode_cases
     from tests.ptx import kernels as ptx_kernels
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -216,15 +216,15 @@ def test_attention(gpu, case, setting):
 @compiles
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_decoding(gpu, setting):
-    (step,) = (step for step in test_decode.STEPS if step.name == "window_sinks")
-    q, k, v, options, others, table = test_decode.inputs_of(step, torch.float32, "cpu")
+    (step,) = (step for step in decode_cases.STEPS if step.name == "window_sinks")
+    q, k, v, options, others, table = decode_cases.inputs_of(step, torch.float32, "cpu")
     exact_table = None if table is None else [x.double() for x in table]
-    truth = test_decode.expected(step, options, others, exact_table, q.double(), k.double(), v.double())
+    truth = decode_cases.expected(step, options, others, exact_table, q.double(), k.double(), v.double())
     with Multiplied(setting):
-        theirs = test_decode.expected(step, options, others, table, q, k, v)
+        theirs = decode_cases.expected(step, options, others, table, q, k, v)
     torch.set_float32_matmul_precision(setting)
-    cache = test_decode.make_cache(step, torch.float32, "cpu")
-    results = test_decode.decoded(step, cache, options, others, table, q, k, v, "triton")
+    cache = decode_cases.make_cache(step, torch.float32, "cpu")
+    results = decode_cases.decoded(step, cache, options, others, table, q, k, v, "triton")
     for name, x, y, t in zip(("out", "lse"), results, theirs, truth, strict=True):
         assert_as_exact_as_torch(x, y, t, name)
 

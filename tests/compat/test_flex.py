@@ -17,10 +17,30 @@ import flashattn
 from flashattn import score_mod
 from flashattn.compat.flex import flex_attention
 from flashattn.score_mod import trace
-from tests.common import BACKENDS, INTERPRETED, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
-
-BATCH, HEADS, DIM = 2, 4, 16
-SEQ_Q, SEQ_K = (40, 50) if INTERPRETED else (150, 170)
+from tests.common import BACKENDS, device_of, randn
+from tests.compat.flex_cases import (
+    BATCH,
+    BLOCK_MASKS,
+    DIM,
+    HEADS,
+    SCORE_MODS,
+    SEQ_K,
+    SEQ_Q,
+    captured,
+    causal,
+    check_as_flex_attention,
+    check_every_operation,
+    check_gradients,
+    check_hidden_pairs,
+    check_with_every_other_feature,
+    create_block_mask,
+    dense,
+    inputs,
+    logarithms,
+    long_rows,
+    roots,
+    short_table,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,70 +58,6 @@ def default_device(request):
         yield
 
 
-def create_block_mask(mask_mod, batch, heads, seq_q, seq_k, block_size=128):
-    return theirs.create_block_mask(mask_mod, batch, heads, seq_q, seq_k, torch.get_default_device(), block_size)
-
-
-def captured(*shape, dtype=torch.float32):
-    return torch.randn(*shape, dtype=dtype, requires_grad=True)
-
-
-def relative_bias(dtype):
-    table = captured(HEADS, SEQ_Q + SEQ_K, dtype=dtype)
-    return (lambda score, b, h, i, j: score + table[h, i - j + SEQ_K]), [table]
-
-
-def softcap_and_scale(dtype):
-    factor, shift = captured(HEADS, dtype=dtype), torch.nn.Parameter(torch.randn(BATCH, SEQ_K, dtype=dtype))
-
-    def mod(score, b, h, i, j):
-        return 3 * torch.tanh(score * factor[h].exp() / 3) + shift[b, j]
-
-    return mod, [factor, shift]
-
-
-def causal(score, b, h, i, j):
-    return torch.where(i >= j, score, -float("inf"))
-
-
-SCORE_MODS = {
-    "identity": lambda dtype: (lambda score, b, h, i, j: score, []),
-    "causal": lambda dtype: (causal, []),
-    "alibi": lambda dtype: (lambda score, b, h, i, j: score - (i - j).abs() * torch.exp2(-(h + 1.0)), []),
-    "relative_bias": relative_bias,
-    "softcap_and_scale": softcap_and_scale,
-    "a_number": lambda dtype: (lambda score, b, h, i, j: score * 0 + 1.5, []),
-}
-
-
-def documents():
-    document = torch.randint(0, 3, (BATCH, max(SEQ_Q, SEQ_K))).sort(-1).values
-    return create_block_mask(
-        lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j), BATCH, None, SEQ_Q, SEQ_K, 32
-    )
-
-
-def by_head():
-    width = torch.tensor([5, 20, 80, 1000])
-    return create_block_mask(lambda b, h, i, j: (i - j).abs() <= width[h], None, HEADS, SEQ_Q, SEQ_K, (32, 16))
-
-
-BLOCK_MASKS = {
-    "causal": lambda: create_block_mask(lambda b, h, i, j: i >= j, None, None, SEQ_Q, SEQ_K),
-    "window": lambda: create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 40), None, None, SEQ_Q, SEQ_K, 16),
-    "documents": documents,
-    "by_head": by_head,
-    "nothing_in_some_rows": lambda: create_block_mask(
-        lambda b, h, i, j: (i >= SEQ_Q // 2) & (j < SEQ_K // 4), None, None, SEQ_Q, SEQ_K, 32
-    ),
-}
-
-
-def inputs(kv_heads=HEADS, dtype=torch.float32):
-    shapes = (HEADS, SEQ_Q), (kv_heads, SEQ_K), (kv_heads, SEQ_K)
-    return [torch.randn(BATCH, heads, seq, DIM, dtype=dtype, requires_grad=True) for heads, seq in shapes]
-
-
 def test_signature():
     """Names, order, kinds and defaults, as PyTorch has them."""
 
@@ -115,56 +71,7 @@ def test_signature():
 @pytest.mark.parametrize("block_mask", [None, *BLOCK_MASKS])
 @pytest.mark.parametrize("mod", SCORE_MODS)
 def test_as_flex_attention(mod, block_mask, backend):
-    q, k, v = (x.detach() for x in inputs())  # FlexAttention refuses inputs with gradients on the CPU
-    mod, tables = SCORE_MODS[mod](torch.float32)
-    for table in tables:
-        table.requires_grad_(False)
-    options = dict(score_mod=mod, block_mask=None if block_mask is None else BLOCK_MASKS[block_mask](), scale=0.3)
-    with flashattn.use_backend(backend), torch.no_grad():
-        out, lse = flex_attention(q, k, v, **options, return_lse=True)
-        expected, aux = theirs.flex_attention(q, k, v, **options, return_aux=theirs.AuxRequest(lse=True))
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lse, aux.lse, rtol=1e-5, atol=1e-5)
-
-
-def places():
-    """b, h, i and j of every score, as a mod takes them."""
-    return [torch.arange(n).view(-1, *[1] * (3 - d)) for d, n in enumerate((BATCH, HEADS, SEQ_Q, SEQ_K))]
-
-
-def modified(mod, q, k):
-    """Every score, in q's dtype."""
-    scores = q @ k.repeat_interleave(HEADS // k.shape[1], 1).mT * DIM**-0.5
-    return mod(scores, *places()).to(scores.dtype).broadcast_to(scores.shape)
-
-
-def weights_of(scores, block_mask):
-    if block_mask is None:
-        return scores.softmax(-1)
-    keep = block_mask.mask_mod(*places())
-    some = keep.any(-1, keepdim=True)
-    return torch.where(some, scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0).softmax(-1), 0)
-
-
-def dense(mod, block_mask, q, k, v):
-    """Softmax of the whole matrix, in q's dtype."""
-    return weights_of(modified(mod, q, k), block_mask) @ v.repeat_interleave(HEADS // k.shape[1], 1)
-
-
-def cancelled(mod, block_mask, q, k, v, tables, grad):
-    """How large the float32 terms are whose sums the gradients of `tables` are: ds = p (dp - delta), where dp and delta
-    may cancel (as in tests/attention/truth.py), times what the score changes by with its entry of the table."""
-    scores = modified(mod, q.detach(), k.detach())
-    p = weights_of(scores.detach(), block_mask)
-    dp = grad.abs() @ v.detach().abs().repeat_interleave(HEADS // v.shape[1], 1).mT
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
-    terms = []
-    for table in tables:
-        of_each = torch.zeros_like(ds).requires_grad_()
-        (summed,) = torch.autograd.grad(scores, table, of_each, create_graph=True)
-        (change,) = torch.autograd.grad(summed.sum(), of_each, retain_graph=True)  # a score has one entry of a table
-        terms += torch.autograd.grad(scores, table, ds * change.sign(), retain_graph=True)
-    return terms
+    check_as_flex_attention(mod, block_mask, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,66 +79,13 @@ def cancelled(mod, block_mask, q, k, v, tables, grad):
 @pytest.mark.parametrize("mod", ["identity", "alibi", "relative_bias", "softcap_and_scale"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_against_float64(dtype, mod, block_mask, backend):
-    """Of q, k, v and of what the score_mod captured, with grouped heads."""
-    skip_if_wrong_there(backend, dtype)
-    torch.manual_seed(0)
-    block_mask = None if block_mask is None else BLOCK_MASKS[block_mask]()
-    grad = torch.randn(BATCH, HEADS, SEQ_Q, DIM)
-    results = []
-    for kind, function in ((dtype, "ours"), (dtype, "torch"), (torch.float64, "torch")):
-        torch.manual_seed(1)
-        x = [t.detach().to(dtype).to(kind).requires_grad_() for t in inputs(kv_heads=2)]
-        torch.manual_seed(2)
-        made, tables = SCORE_MODS[mod](torch.float32)
-        if kind == torch.float64:
-            cells = {id(t): t.detach().double().requires_grad_() for t in tables}
-            for cell in made.__closure__ or ():
-                if id(cell.cell_contents) in cells:
-                    cell.cell_contents = cells[id(cell.cell_contents)]
-            tables = list(cells.values())
-        with flashattn.use_backend(backend):
-            if function == "ours":
-                out = flex_attention(*x, score_mod=made, block_mask=block_mask, enable_gqa=True)
-            else:
-                out = dense(made, block_mask, *x)
-        results.append([out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))])
-    terms = [0.0] * 4 + cancelled(made, block_mask, *x, tables, grad.double())  # of the last of the three, in float64
-    for n, (ours, by_torch, truth, summed) in enumerate(zip(*results, terms, strict=True)):
-        assert_as_exact_as_torch(ours, by_torch, truth, f"result {n}", summed)
+    check_gradients(dtype, mod, block_mask, backend)
 
 
 @pytest.mark.parametrize("by_position", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_every_other_feature(backend, by_position):
-    """A score_mod that does nothing, and a block mask that is a window, change nothing. Without features that count
-    from positions the CPU engine takes the block mask."""
-    q, k, v = inputs()
-    options = dict(
-        bias=captured(HEADS, 1, SEQ_K), softcap=3.0, sinks=captured(HEADS), mask=torch.rand(BATCH, 1, 1, SEQ_K) > 0.2,
-        kv_lengths=torch.tensor([SEQ_K, SEQ_K - 20]), q_lengths=torch.tensor([SEQ_Q - 3, SEQ_Q]),
-    )  # fmt: skip
-    if by_position:
-        options |= dict(alibi_slopes=torch.rand(HEADS), dropout_p=0.2, seed=5)
-    window = create_block_mask(
-        lambda b, h, i, j: (j <= i + SEQ_K - SEQ_Q + 9) & (j >= i + SEQ_K - SEQ_Q - 50),
-        None,
-        None,
-        SEQ_Q,
-        SEQ_K,
-        32,
-    )
-    results = []
-    for other in (
-        dict(window=(50, 9)), dict(block_mask=window), dict(score_mod=lambda s, b, h, i, j: s, window=(50, 9))
-    ):  # fmt: skip
-        with flashattn.use_backend(backend):
-            out, lse = flashattn.attention(q, k, v, **options, **other, return_lse=True)
-        wanted = (q, k, v, options["bias"], options["sinks"])
-        loss = out.square().sum() + lse[lse.isfinite()].sum()
-        results.append([out, lse, *torch.autograd.grad(loss, wanted)])
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    check_with_every_other_feature(backend, by_position)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
@@ -401,53 +255,10 @@ def test_a_trace_is_used_again_only_while_it_is_the_same():
     assert (flex_attention(q, k, v, score_mod=mod) - doubled).abs().max() > 0.1
 
 
-def short_table():
-    """As long as the window: other pairs would read outside of it."""
-    table = captured(9)
-    return (lambda score, b, h, i, j: score * 2 + table[i - j]), [table]
-
-
-def long_rows():
-    """Of two dimensions, past the end by far, and a table of whole numbers that points into another."""
-    table, steps = captured(2, 9), torch.arange(9)
-    return (lambda score, b, h, i, j: score + table[h, steps[i - j]] + table[h, (i - j) * 1]), [table]
-
-
-def roots():
-    """A number whose derivative is NaN where it is not seen."""
-    factor = torch.tensor(0.5, requires_grad=True)
-    return (lambda score, b, h, i, j: score + factor * torch.sqrt(i - j + 0.0) / 3), [factor]
-
-
-def logarithms():
-    """Derivatives by the score and by a number of a table that are NaN where they are not seen."""
-    factor = captured(2)
-    return (lambda score, b, h, i, j: score * torch.log(i - j + 2.0) + factor[h] * torch.log(i - j + 1.5)), [factor]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [short_table, long_rows, roots, logarithms], ids=lambda make: make.__name__)
 def test_pairs_that_are_hidden_are_not_asked(make, backend):
-    """Nothing is read outside of what is captured, and no gradient is NaN, where only hidden pairs would do either."""
-    torch.manual_seed(1)
-    mod, others = make()
-    seq, x = 40, [torch.randn(1, 2, 40, DIM, requires_grad=True) for _ in range(3)]
-    inputs_and_captured = [*x, *others]
-    with flashattn.use_backend(backend):
-        ours = flashattn.attention(*x, score_mod=mod, window=(8, 0))
-        gradients = torch.autograd.grad(ours.square().sum(), inputs_and_captured)
-    exact = [t.detach().double().requires_grad_() for t in x]
-    scores = exact[0] @ exact[1].mT * DIM**-0.5
-    i, j = torch.arange(seq)[:, None], torch.arange(seq)
-    pairs = torch.where((j <= i) & (j >= i - 8))  # of every head
-    heads = []
-    for h in range(2):
-        seen = mod(scores[0, h][pairs], 0, torch.tensor(h), *pairs)
-        heads.append(torch.full_like(scores[0, h], -math.inf).index_put(pairs, seen))
-    truth = torch.stack(heads)[None].softmax(-1) @ exact[2]
-    expected = torch.autograd.grad(truth.square().sum(), [*exact, *others])
-    for found, right in zip([ours, *gradients], [truth, *expected], strict=True):
-        torch.testing.assert_close(found.double(), right.double(), rtol=3e-5, atol=3e-5)
+    check_hidden_pairs(make, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -608,7 +419,7 @@ def by_sign_of_zero():
     return mod, change
 
 
-SEEN = [value for name, value in globals().items() if name.startswith("by_") and name != "by_head"]
+SEEN = [value for name, value in globals().items() if name.startswith("by_")]
 
 
 @pytest.mark.parametrize("make", SEEN, ids=lambda make: make.__name__)
@@ -649,31 +460,9 @@ def test_threads_trace_at_once():
             assert torch.equal(found, truth)
 
 
-def every_operation(score, b, h, i, j):
-    """One of each kind that the Triton functions are generated from."""
-    x = torch.clamp(score, -3, 3) + torch.relu(score - 1) + torch.maximum(score, -score) * torch.sign(score + 0.01)
-    x = x + torch.exp(-(score**2)) + torch.log(score.abs() + 1) + torch.sqrt(score**2 + 1)
-    x = x + torch.sin(score) * torch.cos(score) + torch.sigmoid(score) + torch.tanh(score) + torch.erf(score)
-    x = x + 2.0 ** (-(h + 1.0)) + (i % 3) - (i - j) // 4 + score.pow(0.0) + 1 / (score**3 + 40)
-    x = x + torch.where((i > j) | ~(i != 5) & (b == 0), score / (1 + j), torch.rsqrt(score * score + 2))
-    return x + torch.floor(score.detach()) * 0.1 + torch.exp2(score.clamp(max=1.0)) + score.reciprocal().clamp(-1, 1)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_operation(backend):
-    torch.manual_seed(0)
-    x = [t.detach().requires_grad_() for t in inputs()]
-    exact = [t.detach().double().requires_grad_() for t in inputs()]
-    for a, b in zip(exact, x, strict=True):
-        a.data.copy_(b.data)
-    with flashattn.use_backend(backend):
-        ours = flex_attention(*x, score_mod=every_operation)
-        gradients = torch.autograd.grad(ours.square().sum(), x)
-    truth = dense(every_operation, None, *exact)
-    expected = torch.autograd.grad(truth.square().sum(), exact)
-    torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
-    for a, b in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+    check_every_operation(backend)
 
 
 def test_block_mask_of_several_parts_on_the_engine():

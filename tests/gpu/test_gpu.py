@@ -13,12 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashattn
 from flashattn.compat import flash_attn
-from tests.attention import test_attention, test_decode, test_multihead, test_varlen
+from tests.attention import cases, decode_cases, multihead_cases, packed_cases
 from tests.common import DTYPES, assert_as_exact_as_torch
-from tests.compat import test_flash_attn, test_flex, test_sdpa
+from tests.compat import flash_attn_cases, flex_cases, sdpa_cases
 from tests.gpu.calls import TO_CAPTURE, normed, packed, tensors, trained
 from tests.gpu.machine import Gpu, Rehearsal
-from tests.norm import test_modules, test_norm
+from tests.norm import cases as norm_cases
+from tests.norm import module_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -51,39 +52,37 @@ def in_turn(cases, everywhere=()) -> list:
 
 # ------------------------------------------------------------------------------------------------ every case
 
-PAIRS = test_attention.pairwise()
+PAIRS = cases.pairwise()
 HEAD_DIMS = ["one_query_one_key", "wider_v", "head_dim_64", "head_dim_128", "head_dim_256", "everything", "long"]
 
 
-@pytest.mark.parametrize(
-    "case, dtype", in_turn([*test_attention.CASES, *PAIRS], [*HEAD_DIMS, *(case.name for case in PAIRS)])
-)
+@pytest.mark.parametrize("case, dtype", in_turn([*cases.CASES, *PAIRS], [*HEAD_DIMS, *(case.name for case in PAIRS)]))
 def test_attention_cases(case, dtype):
-    test_attention.check(case, dtype, "triton")
+    cases.check(case, dtype, "triton")
 
 
-@pytest.mark.parametrize("case, dtype", in_turn(test_varlen.CASES, ["everything", "causal"]))
+@pytest.mark.parametrize("case, dtype", in_turn(packed_cases.CASES, ["everything", "causal"]))
 def test_packed_cases(case, dtype):
-    test_varlen.check(case, *test_varlen.LENGTHS, dtype, "triton")
+    packed_cases.check(case, *packed_cases.LENGTHS, dtype, "triton")
 
 
-@pytest.mark.parametrize("step, dtype", in_turn([*test_decode.STEPS, *test_decode.LONG], ["everything", "pages"]))
+@pytest.mark.parametrize("step, dtype", in_turn([*decode_cases.STEPS, *decode_cases.LONG], ["everything", "pages"]))
 def test_decode_steps(step, dtype):
-    test_decode.check(step, dtype, "triton")
+    decode_cases.check(step, dtype, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", test_norm.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", norm_cases.CASES, ids=lambda case: case.name)
 def test_norm_cases(case, dtype):
     if case.name == "width_1" and dtype == torch.float32:
         pytest.skip("the truth is 0, and a fused multiply-add leaves the rounding of a product (test_norm_of_width_1)")
-    test_norm.check(case, dtype, "triton")
+    norm_cases.check(case, dtype, "triton")
 
 
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("width", [16384, 70001])
 def test_norms_of_wide_rows(width, center):
-    test_norm.check(test_norm.Case("", (2, width), center, bias=center), torch.bfloat16, "triton")
+    norm_cases.check(norm_cases.Case("", (2, width), center, bias=center), torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize(
@@ -99,43 +98,43 @@ def test_norms_of_wide_rows(width, center):
 def test_callables(gpu, mod, block_mask, dtype):
     torch.use_deterministic_algorithms(False)
     with torch.device(gpu.device):
-        test_flex.test_gradients_against_float64(dtype, mod, block_mask, "triton")
+        flex_cases.check_gradients(dtype, mod, block_mask, "triton")
 
 
 def test_callables_with_every_feature(gpu):
     torch.use_deterministic_algorithms(False)
     with torch.device(gpu.device):
-        test_flex.test_with_every_other_feature("triton", True)
+        flex_cases.check_with_every_other_feature("triton", True)
 
 
 def test_every_operation_of_callables(gpu):
     with torch.device(gpu.device):
-        test_flex.test_every_operation("triton")
+        flex_cases.check_every_operation("triton")
 
 
-@pytest.mark.parametrize("view", test_attention.VIEWS)
+@pytest.mark.parametrize("view", cases.VIEWS)
 def test_views(view):
     """Bit for bit: transposed, sliced so that nothing is aligned, strided."""
-    test_attention.test_strides_are_honoured(view, "triton")
+    cases.check_strides(view, "triton")
 
 
-@pytest.mark.parametrize("view", test_norm.VIEWS)
+@pytest.mark.parametrize("view", norm_cases.VIEWS)
 def test_views_of_norms(view):
-    test_norm.test_strides_are_honoured(view, "triton")
+    norm_cases.check_strides(view, "triton")
 
 
 def test_nested_tensors():
-    test_varlen.test_nested_tensors("triton")
+    packed_cases.check_nested_tensors("triton")
 
 
 def test_the_batch_and_the_pages_change_no_bit():
-    test_decode.test_same_bits_whatever_the_batch_and_the_pages((1, 1, 1), "triton")
-    test_decode.test_same_bits_whatever_the_longest_row_and_the_capacity("triton")
+    decode_cases.check_bits_of_batch_and_pages((1, 1, 1), "triton")
+    decode_cases.check_bits_of_longest_row_and_capacity("triton")
 
 
 def test_dropout_drops_what_the_other_backends_drop():
-    test_norm.test_every_backend_drops_the_same("triton")
-    test_varlen.test_equals_a_padded_batch_bit_for_bit_on_dropout("triton")
+    norm_cases.check_dropout("triton")
+    packed_cases.check_dropout_of_padded_batch("triton")
 
 
 # ------------------------------------------------------------------------------------------------ drop-ins
@@ -144,7 +143,7 @@ def test_dropout_drops_what_the_other_backends_drop():
 @pytest.mark.parametrize("name", ["causal_more_keys", "grouped", "five_dimensions_masked", "broadcast"])
 def test_sdpa_drop_in(gpu, name):
     with torch.device(gpu.device), sdpa_kernel(SDPBackend.MATH):
-        test_sdpa.test_as_pytorch(name, "float")
+        sdpa_cases.check(name, "float")
 
 
 def test_provider_of_pytorchs_flash_attention(gpu):
@@ -177,34 +176,34 @@ def test_provider_of_pytorchs_flash_attention(gpu):
 @pytest.mark.parametrize("name", ["window_causal", "softcap"])
 def test_flash_attn_drop_in(gpu, name):
     with torch.device(gpu.device):
-        test_flash_attn.test_as_attention(name)
+        flash_attn_cases.check_as_attention(name)
 
 
 @pytest.mark.parametrize("lies", ["rows", "pages", "chosen"])
 def test_flash_attn_with_kvcache(gpu, lies):
     with torch.device(gpu.device):
-        test_flash_attn.test_with_kvcache(lies, "causal")
-        test_flash_attn.test_with_kvcache_rotates(True, True)
+        flash_attn_cases.check_kvcache(lies, "causal")
+        flash_attn_cases.check_kvcache_rotates(True, True)
 
 
 def test_flash_attn_varlen_of_pages(gpu, monkeypatch):
     for name in ("STARTS_Q", "STARTS_K"):
-        monkeypatch.setattr(test_flash_attn, name, getattr(test_flash_attn, name).to(gpu.device))
+        monkeypatch.setattr(flash_attn_cases, name, getattr(flash_attn_cases, name).to(gpu.device))
     with torch.device(gpu.device):
-        test_flash_attn.test_varlen_of_pages()
+        flash_attn_cases.check_varlen_of_pages()
 
 
 def test_flex_attention(gpu):
     torch.use_deterministic_algorithms(False)
     with torch.device(gpu.device):
-        test_flex.test_as_flex_attention("alibi", "causal", "triton")
+        flex_cases.check_as_flex_attention("alibi", "causal", "triton")
 
 
 def test_modules_as_in_torch(gpu):
     with torch.device(gpu.device), sdpa_kernel(SDPBackend.MATH):
-        test_multihead.test_as_torch("everything", "both_float", False)
-        test_modules.test_layer_norm_is_a_drop_in({})
-        test_modules.test_rms_norm_is_a_drop_in({"eps": 1e-6})
+        multihead_cases.check("everything", "both_float", False)
+        module_cases.check_layer_norm({})
+        module_cases.check_rms_norm({"eps": 1e-6})
 
 
 # ------------------------------------------------------------------------------------------------ what only a GPU has

@@ -8,10 +8,10 @@ import torch
 
 from bench import ptx
 from flashattn.kernels import configs
-from tests.attention import test_attention, test_varlen
+from tests.attention import cases, packed_cases
 from tests.attention.truth import Case
-from tests.compat import test_flex
-from tests.kernels.test_machine_code import CANDIDATES
+from tests.compat import flex_cases
+from tests.kernels.compile_cases import CANDIDATES
 from tests.ptx.text import STRICT
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -34,9 +34,9 @@ def check_launches(device, case) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("case", [*test_attention.CASES, *test_attention.pairwise()], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.CASES, *cases.pairwise()], ids=lambda case: case.name)
 def test_attention_cases(case, dtype, in_roles):
-    test_attention.check(case, dtype, "triton")
+    cases.check(case, dtype, "triton")
     check_launches(in_roles, case)
 
 
@@ -47,23 +47,23 @@ def test_candidates(direction, head_dim, row, dtype, in_roles, monkeypatch):
     monkeypatch.setitem(configs.HOPPER[direction], head_dim, row)
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)
     case = Case("", 2, 2, 1, 250, 330, head_dim, head_dim, causal=True, q_lengths=(250, 90), kv_lengths=(330, 200))
-    test_attention.check(case, dtype, "triton")
+    cases.check(case, dtype, "triton")
     check_launches(in_roles, case)
 
 
 @DTYPES
-@pytest.mark.parametrize("case", test_varlen.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", packed_cases.CASES, ids=lambda case: case.name)
 def test_packed_cases(case, dtype, in_roles):
-    test_varlen.check(case, *test_varlen.LENGTHS, dtype, "triton")
+    packed_cases.check(case, *packed_cases.LENGTHS, dtype, "triton")
     check_launches(in_roles, case)
 
 
 @DTYPES
-@pytest.mark.parametrize("block_mask", [None, *test_flex.BLOCK_MASKS])
-@pytest.mark.parametrize("mod", test_flex.SCORE_MODS)
+@pytest.mark.parametrize("block_mask", [None, *flex_cases.BLOCK_MASKS])
+@pytest.mark.parametrize("mod", flex_cases.SCORE_MODS)
 def test_flex_cases(mod, block_mask, dtype, in_roles, monkeypatch):
     """With blocks of 128, in one of which a tile lies."""
-    made = test_flex.create_block_mask
-    monkeypatch.setattr(test_flex, "create_block_mask", lambda *args: made(*args[:5]))  # of 128, its default
-    test_flex.test_gradients_against_float64(dtype, mod, block_mask, "triton")
+    made = flex_cases.create_block_mask
+    monkeypatch.setattr(flex_cases, "create_block_mask", lambda *args: made(*args[:5]))  # of 128, its default
+    flex_cases.check_gradients(dtype, mod, block_mask, "triton")
     assert {launch.kernel for launch in in_roles.launches} >= PASSES

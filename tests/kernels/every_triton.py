@@ -13,11 +13,11 @@ from bench.ptx import Fault
 from flashattn.backends import triton_hopper
 from flashattn.kernels import compiler, configs, forward
 from flashattn.score_mod import read_block_mask, trace
-from tests.attention import test_attention, test_decode, test_varlen
+from tests.attention import cases, decode_cases, packed_cases
 from tests.attention.truth import Case
-from tests.compat import test_flex
-from tests.kernels import test_compiled
-from tests.norm import test_norm
+from tests.compat import flex_cases
+from tests.kernels import compile_cases
+from tests.norm import cases as norm_cases
 from tests.ptx import rings as ptx_rings
 from tests.ptx.text import STRICT
 
@@ -46,34 +46,34 @@ def gpu(request):
 
 
 def test_dense(gpu):
-    test_attention.check(PLAIN._replace(seq_k=KEYS[gpu.architecture]), BF16, "triton")
+    cases.check(PLAIN._replace(seq_k=KEYS[gpu.architecture]), BF16, "triton")
 
 
 @ON_SM_90
 def test_lengths_and_features(gpu):
-    test_attention.check(LENGTHS, BF16, "triton")
+    cases.check(LENGTHS, BF16, "triton")
 
 
 @ON_SM_90
 def test_packed_sequences(gpu):
-    test_varlen.check(PACKED, (20, 9), (330, 20), BF16, "triton")
+    packed_cases.check(PACKED, (20, 9), (330, 20), BF16, "triton")
 
 
 @ON_SM_90
 def test_score_mod_and_block_mask(gpu):
-    test_flex.test_gradients_against_float64(BF16, "relative_bias", "documents", "triton")
+    flex_cases.check_gradients(BF16, "relative_bias", "documents", "triton")
 
 
 def test_compile_callables_that_capture_nothing_for_sm_90():
     score_mod = trace("score_mod", lambda score, b, h, i, j: score * 0.5, 1)
     causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, 512, 512, "cpu")
     block_mask = read_block_mask(causal, 2, 4, 512, 512, torch.device("cpu"))
-    test_compiled.check(test_compiled.compile_attention("sm_90", 32, score_mod=score_mod, block_mask=block_mask))
+    compile_cases.check(compile_cases.compile_attention("sm_90", 32, score_mod=score_mod, block_mask=block_mask))
 
 
 def test_compile_narrow_values_for_sm_90():
     """Where the assembler of older versions loses the address of v."""
-    test_compiled.check(test_compiled.compile_attention("sm_90", 64, head_dim_v=16))
+    compile_cases.check(compile_cases.compile_attention("sm_90", 64, head_dim_v=16))
 
 
 def test_descriptors_made_in_a_kernel():
@@ -83,41 +83,41 @@ def test_descriptors_made_in_a_kernel():
 
 
 def test_decoding(gpu):
-    (step,) = (s for s in test_decode.STEPS if s.name == "everything")
-    test_decode.check(step, BF16, "triton")
+    (step,) = (s for s in decode_cases.STEPS if s.name == "everything")
+    decode_cases.check(step, BF16, "triton")
     assert {launch.kernel for launch in gpu.launches} == {"rotate_and_store", "attention_decode", "attention_merge"}
 
 
 @ON_SM_90
 def test_norms(gpu):
-    test_norm.check(test_norm.Case("", (2, 9000), residual="same", dropout_p=0.1, prenorm=True), BF16, "triton")
-    test_norm.check(test_norm.Case("", (5, 3, 40), False, bias=False, per_head=True), BF16, "triton")
+    norm_cases.check(norm_cases.Case("", (2, 9000), residual="same", dropout_p=0.1, prenorm=True), BF16, "triton")
+    norm_cases.check(norm_cases.Case("", (5, 3, 40), False, bias=False, per_head=True), BF16, "triton")
 
 
 @ONLY_COMPILED
 def test_compile_attention(architecture):
-    every = {name: value for options in test_compiled.FEATURES.values() for name, value in options.items()}
-    kernels = test_compiled.compile_attention(architecture, 32, lengths=True, window=100, **every)
-    test_compiled.check(kernels)
+    every = {name: value for options in compile_cases.FEATURES.values() for name, value in options.items()}
+    kernels = compile_cases.compile_attention(architecture, 32, lengths=True, window=100, **every)
+    compile_cases.check(kernels)
 
 
 @ONLY_COMPILED
 def test_compile_callables(architecture):
-    test_compiled.test_score_mod_and_block_mask(architecture, "both")
+    compile_cases.check_score_mod_and_block_mask(architecture, "both")
 
 
 def test_compile_packed_sequences_for_sm_80():
-    test_compiled.test_packed_sequences("sm_80", 128)
+    compile_cases.check_packed_sequences("sm_80", 128)
 
 
 @ONLY_COMPILED
 def test_compile_norms(architecture):
-    test_compiled.test_norms(architecture, 40000)
+    compile_cases.check_norms(architecture, 40000)
 
 
 @pytest.mark.parametrize("architecture", ["gfx942"])
 def test_compile_decoding(architecture):
-    test_compiled.test_decoding(architecture, "modified", BF16, True)
+    compile_cases.check_decoding(architecture, "modified", BF16, True)
 
 
 @pytest.mark.skipif(not compiler.LACKS_FENCES, reason="this Triton puts its own fences")

@@ -1,69 +1,37 @@
 """Every Triton kernel compiled ahead of time, without a GPU: it compiles, fits in shared memory (which Triton does not
 check), uses the matrix instructions, and at the usual head dimensions spills no register."""
 
-import contextlib
-
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.common import INTERPRETED
 
 compiled = pytest.importorskip("bench.compiled")
 
 from bench.descriptors import lost_descriptors  # noqa: E402
-from bench.sass import steady_loops, tensor_loops  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
 from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
-from flashattn.cache import CacheView, Rotary  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
-from flashattn.protocol import Saved, SavedNorm  # noqa: E402
-from flashattn.score import Norm, Score  # noqa: E402
-from flashattn.score_mod import read_block_mask, trace  # noqa: E402
+from flashattn.norm_settings import Norm  # noqa: E402
+from flashattn.score import Score  # noqa: E402
+from tests.kernels.compile_cases import (  # noqa: E402
+    ARCHITECTURES,
+    ATTENTION_KERNELS,
+    DECODING,
+    FEATURES,
+    check,
+    check_decoding,
+    check_norms,
+    check_packed_sequences,
+    check_score_mod_and_block_mask,
+    compile_attention,
+)
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
-ATTENTION_KERNELS = ["attention_forward", "attention_backward_q", "attention_backward_kv"]
-
-
-def compile_attention(
-    architecture, head_dim, dtype=torch.bfloat16, causal=True, lengths=False, head_dim_v=None, window=None,
-    plain=True, **features,
-):  # fmt: skip
-    """All three kernels, four with a bias, as a launch on these tensors would compile them; plain: as if there were
-    none in roles, which take the assembler ten times as long and of which `test_machine_code.py` has more."""
-    torch.use_deterministic_algorithms(False)
-    q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
-    k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
-    v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
-    some = torch.zeros(2, dtype=torch.int32) if lengths else None
-    score = Score(0.125, window, 0 if causal else None, some, some, **features)
-    with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
-        out, lse, rest = backend.forward(q, k, v, score)
-        saved = Saved(q, k, v, out, lse, rest)
-        backend.backward(out, lse if lengths else None, saved, score, "bias" in features, [])
-    names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
-    assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
-    return kernels
 
 
 def in_roles(kernels) -> list[str]:
     return [kernel.name.removesuffix("_hopper") for kernel in kernels if kernel.name.endswith("_hopper")]
-
-
-def check(kernels, tensor_cores=True, spills=True):
-    """Without spills: none where time goes, in loops over whole tiles."""
-    for kernel in kernels:
-        assert 0 < kernel.shared_bytes <= configs.SHARED_MEMORY[kernel.architecture], kernel
-        if tensor_cores:
-            assert kernel.tensor_instructions > 0, kernel
-        if kernel.architecture == "sm_90":
-            assert not lost_descriptors(kernel.code), kernel
-        if not spills and kernel.tensor_instructions:
-            assert not any(loop.mix.get("local") for loop in steady_loops(tensor_loops(kernel.code))), kernel
-        elif not spills:
-            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
@@ -98,8 +66,7 @@ def test_sizes_of_one(shape, lengths):
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
     with compiled.compile_for("sm_90") as kernels, plain_kernels():
         out, lse, rest = backend.forward(q, k, k, Score(0.125, None, None, some, some))
-        saved = Saved(q, k, k, out, lse, rest)
-        backend.backward(out, None, saved, Score(0.125, None, None, some, some), False, [])
+        backend.backward(out, None, q, k, k, out, lse, rest, Score(0.125, None, None, some, some), False)
     check(kernels)
 
 
@@ -144,16 +111,6 @@ def test_attention_spills_nothing(architecture, head_dim, options):
     check(compile_attention(architecture, head_dim, **options), spills=False)
 
 
-FEATURES = {
-    "softcap": dict(softcap=20.0),
-    "slopes": dict(alibi_slopes=torch.ones(1, 4)),
-    "mask": dict(mask=torch.ones(1, 1, 512, 512, dtype=torch.bool)),
-    "bias": dict(bias=torch.ones(1, 4, 512, 512, dtype=torch.bfloat16)),
-    "sinks": dict(sinks=torch.ones(4)),
-    "dropout": dict(dropout_p=0.1, seed=torch.tensor(5)),
-}
-
-
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 def test_features(architecture, feature):
@@ -176,40 +133,13 @@ def test_all_features_at_once(architecture):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 def test_packed_sequences(architecture, head_dim):
-    starts = torch.zeros(2, 3, dtype=torch.int32)
-    usual = (architecture, head_dim) in (("sm_80", 64), ("sm_90", 64), ("sm_90", 128))
-    packed = dict(cu_seqlens=starts, max_seqlen_q=300, max_seqlen_k=300)
-    check(compile_attention(architecture, head_dim, **packed), spills=not usual)
-
-
-TABLE = torch.ones(4, 1024)
-DOCUMENTS = torch.zeros(2, 512, dtype=torch.int32)
-
-
-def relative_bias(score, b, h, i, j):
-    return 20 * torch.tanh(score / 20) + TABLE[h, i - j + 512]
+    check_packed_sequences(architecture, head_dim)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("what", ["score_mod", "block_mask", "both"])
 def test_score_mod_and_block_mask(architecture, what):
-    features = {}
-    if what != "block_mask":
-        features["score_mod"] = trace("score_mod", relative_bias, 1)
-    if what != "score_mod":
-        block_mask = create_block_mask(
-            lambda b, h, i, j: (DOCUMENTS[b, i] == DOCUMENTS[b, j]) & (i >= j), 2, None, 512, 512, "cpu"
-        )
-        features["block_mask"] = read_block_mask(block_mask, 2, 4, 512, 512, torch.device("cpu"))
-    usual = what == "score_mod" and architecture != "gfx942"
-    check(compile_attention(architecture, 64, causal=False, **features), spills=not usual)
-
-
-DECODING = {
-    "plain": {},
-    "window_sinks": dict(left=100, sinks=torch.ones(4)),
-    "modified": dict(softcap=20.0, alibi_slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
-}
+    check_score_mod_and_block_mask(architecture, what)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -217,24 +147,7 @@ DECODING = {
 @pytest.mark.parametrize("features", DECODING)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decoding(architecture, features, dtype, paged):
-    """One new token against a cache of 512, of 4 query heads on 2 key/value heads, rotated."""
-    torch.use_deterministic_algorithms(False)
-    q, new = torch.empty(2, 4, 1, 128, dtype=dtype), torch.empty(2, 2, 1, 128, dtype=dtype)
-    cache = torch.empty(64 if paged else 2, 2, 16 if paged else 512, 128, dtype=dtype)
-    table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
-    lengths = torch.full((2,), 512, dtype=torch.int32)
-    cached = CacheView(cache, cache, table, lengths, lengths, 512)
-    rotary = Rotary(torch.empty(512, 32), torch.empty(512, 32), interleaved=paged)
-    with compiled.compile_for(architecture) as kernels:
-        q = backend.append(q, new, new, cached, None, rotary)
-        backend.decode(q, cached, Score(0.1, right=0, kv_lengths=lengths, **DECODING[features]))
-    assert [kernel.name for kernel in kernels] == ["rotate_and_store", "attention_decode", "attention_merge"]
-    for kernel in kernels:
-        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
-        if architecture in ("sm_80", "sm_90") and dtype == torch.bfloat16:
-            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
-    if dtype == torch.bfloat16:
-        assert kernels[1].tensor_instructions > 0
+    check_decoding(architecture, features, dtype, paged)
 
 
 @pytest.mark.parametrize("architecture", ["sm_89", "gfx1100", "gfx1201"])
@@ -262,25 +175,7 @@ def test_attention_float32_fits(architecture):
 @pytest.mark.parametrize("width", [64, 1000, 4096, 40000])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norms(architecture, width):
-    """LayerNorm with every option, and RMSNorm per head with none."""
-    torch.use_deterministic_algorithms(False)
-    x, parameter = torch.empty(8, 4, width, dtype=torch.bfloat16), torch.empty(width)
-    layer = Norm(True, 1e-5, 1.0, 0.1, torch.tensor(5))
-    rms = Norm(False, 1e-6)
-    with compiled.compile_for(architecture) as kernels:
-        y, hidden, mean, rstd = backend.norm_forward(x, x, parameter, parameter, torch.float32, True, layer)
-        saved = SavedNorm(hidden, parameter, parameter, mean, rstd)
-        backend.norm_backward(y, hidden, saved, x.dtype, torch.float32, layer)
-        weight = torch.empty(4, width, dtype=torch.bfloat16)
-        y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
-        backend.norm_backward(y, None, SavedNorm(x, weight, None, rstd, rstd), x.dtype, None, rms)
-    means = ["norm_backward_means"] * (width > configs.NORM_COLS["backward"])
-    expected = ["norm_forward", *means, "norm_backward", "norm_backward_parameters"]
-    assert [kernel.name for kernel in kernels] == expected * 2
-    for kernel in kernels:
-        assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
-        if architecture in ("sm_80", "sm_90"):
-            assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+    check_norms(architecture, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -294,8 +189,7 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
         backend.norm_forward(x, x, weight, weight if center else None, dtype, True, norm)
         x, weight = (torch.empty(*shape, configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
         mean = rstd = torch.empty(2)
-        saved = SavedNorm(x, weight, weight if center else None, mean, rstd)
-        backend.norm_backward(x, None, saved, dtype, None, norm)
+        backend.norm_backward(x, None, x, weight, weight if center else None, mean, rstd, dtype, None, norm)
     assert [kernel.name for kernel in kernels] == ["norm_forward", "norm_backward", "norm_backward_parameters"]
     for kernel in kernels:
         assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
@@ -320,7 +214,7 @@ def test_the_widest_copies_of_rows_fit(architecture):
     x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
     mean = rstd = torch.empty(2)
     with compiled.compile_for(architecture) as kernels:
-        backend.norm_backward(x, x, SavedNorm(x, weight, weight, mean, rstd), x.dtype, x.dtype, Norm(True, 1e-5))
+        backend.norm_backward(x, x, x, weight, weight, mean, rstd, x.dtype, x.dtype, Norm(True, 1e-5))
     assert kernels[0].shared_bytes <= configs.SHARED_MEMORY[architecture]
 
 

@@ -9,7 +9,7 @@ from flashattn import arguments, auxiliary, backends, tracing
 from flashattn.backends import triton
 from flashattn.compat import flash_attn
 from flashattn.score import Score
-from tests.compat.test_flex import create_block_mask
+from tests.compat.flex_cases import create_block_mask
 
 META = torch.device("meta")
 

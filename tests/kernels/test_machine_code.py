@@ -18,6 +18,7 @@ from flashattn.backends import triton_hopper
 from flashattn.kernels import configs, hopper_backward, hopper_forward
 from flashattn.protocol import Saved
 from flashattn.score import Score
+from tests.kernels.compile_cases import CANDIDATES
 
 CONSUMER, PRODUCER = 240, 24  # registers of a thread
 
@@ -81,14 +82,6 @@ def test_registers_by_role(head_dim):
         assert len(producers) == 1
         assert max(map(sass.highest_register, consumers)) < CONSUMER
         assert sass.highest_register(producers[0]) < PRODUCER
-
-
-CANDIDATES = [
-    (direction, head_dim, row)
-    for direction, by_dim in configs.HOPPER_CANDIDATES.items()
-    for head_dim, rows in by_dim.items()
-    for row in rows
-]
 
 
 @pytest.mark.parametrize("direction, head_dim, row", CANDIDATES, ids=str)

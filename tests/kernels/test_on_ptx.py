@@ -15,9 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 import flashattn
 from bench import ptx
 from flashattn.kernels import configs
-from tests.attention import test_attention, test_decode, test_extreme_scores, test_varlen
-from tests.compat import test_flex
-from tests.norm import test_norm
+from tests.attention import cases, decode_cases, extreme_cases, packed_cases
+from tests.compat import flex_cases
+from tests.norm import cases as norm_cases
 from tests.ptx.text import STRICT
 
 HALF = [torch.bfloat16, torch.float16]
@@ -59,13 +59,13 @@ BACKWARD = {"attention_forward", "attention_backward_q", "attention_backward_kv"
 @pytest.mark.parametrize("number", range(7))
 def test_attention_features(gpu, number):
     """Every two features together, and each without the other; each case in one 16-bit dtype on each architecture."""
-    case = test_attention.pairwise()[number]
-    test_attention.check(case, HALF[(number + (gpu.architecture == "sm_90")) % 2], "triton")
+    case = cases.pairwise()[number]
+    cases.check(case, HALF[(number + (gpu.architecture == "sm_90")) % 2], "triton")
     assert ran(gpu) == BACKWARD | ({"attention_backward_bias"} if case.bias else set())
 
 
 SHAPES = named(
-    test_attention.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
+    cases.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
     "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "window_of_everything",
     "bias_of_keys", "everything",
     "everything",  # on both
@@ -74,23 +74,23 @@ SHAPES = named(
 
 @in_turn(SHAPES, (torch.bfloat16,))
 def test_attention_shapes(gpu, case, dtype):
-    test_attention.check(case, dtype, "triton")
+    cases.check(case, dtype, "triton")
 
 
 @pytest.mark.parametrize("name", ["head_dim_64", "pairs_0"])  # the first is causal
 def test_attention_float32(gpu, name):
     """Without tensor cores: tf32 would not be float32."""
-    (case,) = named([*test_attention.CASES, *test_attention.pairwise()], name)
-    test_attention.check(case, torch.float32, "triton")
+    (case,) = named([*cases.CASES, *cases.pairwise()], name)
+    cases.check(case, torch.float32, "triton")
 
 
 def test_packed_sequences(gpu):
-    (case,) = named(test_varlen.CASES, "everything")
-    test_varlen.check(case, *test_varlen.LENGTHS, torch.bfloat16, "triton")
+    (case,) = named(packed_cases.CASES, "everything")
+    packed_cases.check(case, *packed_cases.LENGTHS, torch.bfloat16, "triton")
 
 
 DECODED = named(
-    test_decode.STEPS,
+    decode_cases.STEPS,
     "one_token",
     "pages_of_seven",
     "several_tokens",
@@ -102,35 +102,35 @@ DECODED = named(
 
 @in_turn(DECODED, (torch.bfloat16, torch.float32))
 def test_decoding(gpu, case, dtype):
-    test_decode.check(case, dtype, "triton")
+    decode_cases.check(case, dtype, "triton")
     assert "attention_decode" in ran(gpu)
     assert "rotate_and_store" in ran(gpu)
 
 
 def test_decoding_long_caches(gpu):
     """Five splits of the keys, merged."""
-    features = test_decode.features(heads=2, kv_heads=1, window=(540, None), sinks=True)
-    test_decode.check(test_decode.Step("", (550, 3), (1, 1), features), torch.bfloat16, "triton")
+    features = decode_cases.features(heads=2, kv_heads=1, window=(540, None), sinks=True)
+    decode_cases.check(decode_cases.Step("", (550, 3), (1, 1), features), torch.bfloat16, "triton")
     assert "attention_merge" in ran(gpu)
 
 
 def test_the_grid_of_decoding_changes_no_bit(gpu):
-    test_decode.test_same_bits_whatever_the_longest_row_and_the_capacity("triton")
+    decode_cases.check_bits_of_longest_row_and_capacity("triton")
 
 
 def test_a_step_of_decoding_is_three_launches(gpu):
     """With new keys and values and a rotary embedding of q and k."""
-    (step,) = named(test_decode.STEPS, "rotary")
-    test_decode.check(step, torch.bfloat16, "triton")
+    (step,) = named(decode_cases.STEPS, "rotary")
+    decode_cases.check(step, torch.bfloat16, "triton")
     kernels = ["rotate_and_store", "attention_decode", "attention_merge"]
     assert [launch.kernel for launch in gpu.launches] == kernels * 2  # the tokens before and the new ones
 
 
-@in_turn(test_norm.CASES, (torch.bfloat16, torch.float32))
+@in_turn(norm_cases.CASES, (torch.bfloat16, torch.float32))
 def test_norms(gpu, case, dtype):
     if case.name == "width_1" and dtype == torch.float32:
         pytest.skip("below: the truth is 0, and a fused multiply-add leaves the rounding of a product")
-    test_norm.check(case, dtype, "triton")
+    norm_cases.check(case, dtype, "triton")
 
 
 def test_norm_of_width_1(gpu):
@@ -146,7 +146,7 @@ def test_norm_of_width_1(gpu):
 @pytest.mark.parametrize("center", [True, False])
 def test_norm_of_very_wide_rows(gpu, center, monkeypatch):
     monkeypatch.setattr(configs, "NORM_COLS", {"forward": 4096, "backward": 4096})
-    test_norm.check(test_norm.Case("", (2, 9000), center, bias=center), torch.bfloat16, "triton")
+    norm_cases.check(norm_cases.Case("", (2, 9000), center, bias=center), torch.bfloat16, "triton")
     kernels = {"norm_forward", "norm_backward_means", "norm_backward", "norm_backward_parameters"}
     assert ran(gpu) == kernels
 
@@ -154,7 +154,7 @@ def test_norm_of_very_wide_rows(gpu, center, monkeypatch):
 @pytest.mark.parametrize("block_mask", [None, "documents"])
 @pytest.mark.parametrize("mod", ["relative_bias"])
 def test_score_mod_and_block_mask(gpu, mod, block_mask):
-    test_flex.test_gradients_against_float64(torch.bfloat16, mod, block_mask, "triton")
+    flex_cases.check_gradients(torch.bfloat16, mod, block_mask, "triton")
     assert ran(gpu) >= BACKWARD
 
 
@@ -181,7 +181,7 @@ def attend_on(backend: str, *args, **options):
 
 
 def test_hidden_pairs_read_nothing_outside_of_what_is_captured(gpu):
-    test_flex.test_pairs_that_are_hidden_are_not_asked(test_flex.short_table, "triton")
+    flex_cases.check_hidden_pairs(flex_cases.short_table, "triton")
 
 
 EXTREME = (
@@ -192,19 +192,19 @@ EXTREME = (
 
 @pytest.mark.parametrize("gpu, name", [(("sm_80", "sm_90")[n % 2], x) for n, x in enumerate(EXTREME)], indirect=["gpu"])
 def test_weights_of_extreme_scores(gpu, name):
-    test_extreme_scores.test_weights_sum_to_one(name, "triton")
+    extreme_cases.check_weights(name, "triton")
 
 
 @pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_extreme_scores_in_roles(gpu, dtype):
-    test_extreme_scores.test_the_least_number_as_a_mask(dtype, "triton")
+    extreme_cases.check_least_number_as_mask(dtype, "triton")
     assert in_roles(gpu) == BACKWARD
 
 
 @pytest.mark.parametrize("gpu, size", [("sm_80", 1), ("sm_90", 90)], indirect=["gpu"])
 def test_decoding_extreme_scores(gpu, size):
-    test_extreme_scores.test_decoding("triton", size)
+    extreme_cases.check_decoding("triton", size)
 
 
 def test_scores_that_no_exponent_has_room_for_are_nan(gpu):
@@ -240,8 +240,8 @@ def test_nan_beside_sinks(gpu):
 
 def test_usual_sizes(gpu):
     """The tiles of a usual model: several blocks, several tiles in each, all loops with their steady part."""
-    case = test_attention.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)
-    test_attention.check(case, torch.bfloat16, "triton")
+    case = cases.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)
+    cases.check(case, torch.bfloat16, "triton")
 
 
 def test_same_bits_every_run(gpu):

@@ -16,7 +16,7 @@ from bench.ptx import Fault
 from flashattn.backends import triton_hopper
 from flashattn.kernels import configs, hopper_backward, hopper_forward
 from flashattn.kernels.configs import Roles
-from tests.attention import test_attention
+from tests.attention import cases
 from tests.attention.truth import Case
 from tests.ptx.text import STRICT
 
@@ -41,7 +41,7 @@ LONG = [
 
 @pytest.mark.parametrize("case, dtype", LONG, ids=lambda x: getattr(x, "name", str(x)))
 def test_whole_tiles(gpu, case, dtype):
-    test_attention.check(case, dtype, "triton")
+    cases.check(case, dtype, "triton")
     assert {launch.kernel for launch in gpu.launches} == PASSES
 
 
@@ -61,7 +61,7 @@ def test_ways_to_share_the_work_out(gpu, name, monkeypatch):
     monkeypatch.setitem(configs.HOPPER[direction], 64, row)
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)  # fewer programs than there are work items
     case = Case("", 1, 2, 1, 250, 250, 64, 64, causal=True, scale=0.2)
-    test_attention.check(case, torch.bfloat16, "triton")
+    cases.check(case, torch.bfloat16, "triton")
 
 
 SEQUENCES = slice(0, 70), slice(70, 140)

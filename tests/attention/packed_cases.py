@@ -1,0 +1,168 @@
+"""The cases of packed sequences, and what checks one against the float64 truth of each sequence alone."""
+
+import itertools
+
+import torch
+
+import flashattn
+from tests.attention.truth import Case, cancelled, make_inputs, names_of, run, torch_attention
+from tests.common import assert_as_exact_as_torch, device_of, randn
+
+REST = 5  # rows past the last sequence
+
+
+def packed(case: Case, lengths_q, lengths_k) -> Case:
+    """The case of a batch of these lengths."""
+    return case._replace(batch=len(lengths_q), seq_q=max(lengths_q), seq_k=max(lengths_k))
+
+
+def starts(lengths, device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def inputs_of(case: Case, lengths_q, lengths_k, dtype, device):
+    inputs, options = make_inputs(case, dtype, device)
+    totals = [sum(lengths_q), sum(lengths_k), sum(lengths_k)]
+    packed = [
+        randn(total + REST, x.shape[1], x.shape[3], dtype=dtype, device=device)
+        for total, x in zip(totals, inputs, strict=False)
+    ]
+    options = {name: value for name, value in options.items() if name not in ("q_lengths", "kv_lengths")}
+    return packed + inputs[3:], options
+
+
+def sequences(case: Case, lengths_q, lengths_k, options, inputs):
+    """Each sequence as a case, options and inputs of its own."""
+    ends_q, ends_k = itertools.accumulate(lengths_q), itertools.accumulate(lengths_k)
+    for b, (n, m, end_q, end_k) in enumerate(zip(lengths_q, lengths_k, ends_q, ends_k, strict=True)):
+
+        def plane(x, b=b, n=n, m=m):
+            x = x[b : b + 1] if x.shape[0] > 1 else x
+            return x[:, :, : n if x.shape[2] > 1 else 1, : m if x.shape[3] > 1 else 1]
+
+        one = case._replace(batch=1, seq_q=n, seq_k=m, first_batch=b)
+        own = dict(options)
+        if "mask" in own:
+            own["mask"] = plane(own["mask"])
+        if case.slopes == "bh":
+            own["alibi_slopes"] = own["alibi_slopes"][b : b + 1]
+        q, k, v = (x[end - size : end].transpose(0, 1)[None] for x, end, size in zip(
+            inputs, (end_q, end_k, end_k), (n, m, m), strict=False))  # fmt: skip
+        others = [plane(x) if x.dim() == 4 else x for x in inputs[3:]]
+        yield one, own, [q, k, v, *others]
+
+
+def truth(case: Case, lengths_q, lengths_k, options):
+    """(out, lse) of packed inputs, sequence by sequence."""
+
+    def attention(*inputs):
+        outs, lses = [], []
+        for one, own, x in sequences(case, lengths_q, lengths_k, options, inputs):
+            out, lse = torch_attention(one, own, *x)
+            outs.append(out[0].transpose(0, 1)), lses.append(lse[0])
+        q, v = inputs[0], inputs[2]
+        outs.append(q.new_zeros(REST, case.heads, v.shape[-1]))
+        lses.append(lses[0].new_full((case.heads, REST), -torch.inf))
+        return torch.cat(outs), torch.cat(lses, 1)
+
+    return attention
+
+
+def summed(case: Case, lengths_q, lengths_k, options, inputs, grad_out, grad_lse):
+    """How large the terms of the sums are, as `cancelled` has it."""
+    parts = []
+    at = 0
+    for one, own, x in sequences(case, lengths_q, lengths_k, options, inputs):
+        rows = slice(at, at + one.seq_q)
+        at += one.seq_q
+        parts.append(cancelled(one, own, x, grad_out[rows].transpose(0, 1)[None], grad_lse[None, :, rows]))
+    q, k = (torch.cat([p[i] for p in parts], 2) for i in (2, 3))
+    largest = [max(p[i].abs().max().item() if p[i].numel() else 0 for p in parts) for i in range(5, len(parts[0]))]
+    return [0.0, 0.0, q, k, 0.0, *largest]
+
+
+def ours(case: Case, lengths_q, lengths_k, options):
+    def attention(*x):
+        others = dict(zip(names_of(case)[3:], x[3:], strict=True))
+        cu_q, cu_k = starts(lengths_q, x[0].device), starts(lengths_k, x[0].device)
+        return flashattn.attention_varlen(
+            *x[:3], cu_q, cu_k, case.seq_q, case.seq_k, return_lse=True, **options, **others
+        )
+
+    return attention
+
+
+def gradients_for(case, out, lse, dtype, device):
+    grad_out = randn(*out.shape, dtype=dtype, device=device)
+    return grad_out, torch.where(lse.isfinite(), randn(*lse.shape, dtype=torch.float32, device=device), 0)
+
+
+def check(case: Case, lengths_q, lengths_k, dtype, backend):
+    device = device_of(backend)
+    case = packed(case, lengths_q, lengths_k)
+    inputs, options = inputs_of(case, lengths_q, lengths_k, dtype, device)
+    theirs = truth(case, lengths_q, lengths_k, options)
+    gradients = gradients_for(case, *theirs(*inputs), dtype, device)
+    exact = run(theirs, [x.double() for x in inputs], *gradients)
+    by_torch = run(theirs, inputs, *gradients)
+    terms = summed(case, lengths_q, lengths_k, options, inputs, *gradients)
+    for x, length in zip(inputs, (lengths_q, lengths_k, lengths_k), strict=False):
+        x[sum(length) :] = torch.nan  # nothing is read there
+    with flashattn.use_backend(backend):
+        results = run(ours(case, lengths_q, lengths_k, options), inputs, *gradients)
+    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    for name, x, y, t, s in zip(names, results, by_torch, exact, terms, strict=True):
+        assert_as_exact_as_torch(x, y, t, name, s)
+    for x, length in zip(results[2:5], (lengths_q, lengths_k, lengths_k), strict=True):
+        assert (x[sum(length) :] == 0).all()
+
+
+LENGTHS = [(40, 0, 63, 1, 130, 64), (40, 33, 0, 9, 111, 100)]
+CASES = [
+    Case("full"),
+    Case("causal", heads=4, head_dim=64, head_dim_v=40, causal=True),
+    Case("window", window=(30, 4)),
+    Case("softcap", softcap=3.0, causal=True),
+    Case("slopes", heads=4, slopes="bh"),
+    Case("mask", mask="bqk", causal=True),
+    Case("bias", bias="hqk"),
+    Case("bias_of_batches", bias="bk", causal=True),
+    Case("sinks", sinks=True, causal=True),
+    Case("dropout", heads=4, dropout_p=0.2),
+    Case(
+        "everything", heads=4, causal=True, window=(50, 0), softcap=4.0, slopes="h", mask="bk", bias="bhqk", sinks=True,
+        dropout_p=0.1,
+    ),
+]  # fmt: skip
+
+
+def check_dropout_of_padded_batch(backend):
+    """The same seed drops the same weights, packed or padded."""
+    lengths, device = (17, 40), device_of(backend)
+    q, k, v = (randn(57, 2, 16, dtype=torch.float32, device=device) for _ in range(3))
+    padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
+    both = torch.tensor(lengths, device=device)
+    with flashattn.use_backend(backend):
+        out = flashattn.attention_varlen(q, k, v, *[starts(lengths, device)] * 2, dropout_p=0.5, seed=3)
+        expected = flashattn.attention(*padded, q_lengths=both, kv_lengths=both, dropout_p=0.5, seed=3)
+    for x, y, n in zip(out.split(lengths), expected, lengths, strict=True):
+        torch.testing.assert_close(x.transpose(0, 1), y[:, :n], rtol=1e-6, atol=1e-6)
+
+
+def check_nested_tensors(backend):
+    device = device_of(backend)
+    lengths = (5, 33, 0, 20)
+    parts = [[randn(n, 2, 16, dtype=torch.float32, device=device) for n in lengths] for _ in range(3)]
+    nested = [torch.nested.nested_tensor(x, layout=torch.jagged, requires_grad=True) for x in parts]
+    flat = [torch.cat(x).requires_grad_() for x in parts]
+    with flashattn.use_backend(backend):
+        out, lse = flashattn.attention(*(x.transpose(1, 2) for x in nested), causal=True, return_lse=True)
+        expected, expected_lse = flashattn.attention_varlen(
+            *flat, *[starts(lengths, device)] * 2, causal=True, return_lse=True
+        )
+        assert torch.equal(out.transpose(1, 2).values(), expected)
+        assert torch.equal(lse.transpose(1, 2).values(), expected_lse.transpose(0, 1))
+        gradients = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), nested)
+        expected = torch.autograd.grad(expected.square().sum(), flat)
+    for x, y in zip(gradients, expected, strict=True):
+        assert torch.equal(x.values(), y)
