@@ -4,7 +4,11 @@ The error rule, from the design: the error against the float64 reference is at m
 mathematics makes in the same dtype, plus one unit in the last place.
 """
 
+import copy
+import functools
 import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,6 +40,32 @@ def largest(x: torch.Tensor) -> float:
 
 def root_mean_square(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+class Truth(NamedTuple):
+    """What does not depend on the backend: a case's inputs, and the results and gradients that they should give."""
+
+    inputs: Sequence[torch.Tensor | None]
+    options: dict
+    gradients: Sequence[torch.Tensor]  # of the results
+    exact: list[torch.Tensor]  # in float64
+    by_torch: list[torch.Tensor]  # by PyTorch's operations in the inputs' dtype
+    terms: list[torch.Tensor | float]  # `summed` of the error rule
+
+    def fresh(self) -> tuple[list, dict, list]:
+        """Copies of inputs, options and gradients, which a test may spoil."""
+        return copy.deepcopy((list(self.inputs), self.options, list(self.gradients)))
+
+
+def once_per_case(make: Callable[..., Truth]) -> Callable[..., Truth]:
+    """The truth of the same arguments is made once for the backends that follow one another, from seed 0."""
+
+    @functools.lru_cache(maxsize=8)
+    def made(*arguments):
+        torch.manual_seed(0)
+        return make(*arguments)
+
+    return made
 
 
 def difference(x: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,7 @@ from tests.attention.truth import (
     run,
     torch_attention,
 )
-from tests.common import (
-    assert_as_exact_as_torch,
-    device_of,
-)
+from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case
 
 CASES = [
     Case("full"),
@@ -96,22 +93,29 @@ CASES = [
 ]
 
 
-def check(case: Case, dtype: torch.dtype, backend: str) -> None:
-    device = device_of(backend)
+def make_truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
     inputs, options = make_inputs(case, dtype, device)
     gradients = gradients_for(case, options, dtype, device)
 
     def theirs(*x):
         return torch_attention(case, options, *x)
 
-    truth = run(theirs, [x.double() for x in inputs], *gradients)
+    exact = run(theirs, [x.double() for x in inputs], *gradients)
     by_torch = run(theirs, inputs, *gradients)
-    terms = cancelled(case, options, inputs, *gradients)
+    return Truth(inputs, options, gradients, exact, by_torch, cancelled(case, options, inputs, *gradients))
+
+
+truth_of = once_per_case(make_truth)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, truth_of=truth_of) -> None:
+    truth = truth_of(case, dtype, device_of(backend))
+    inputs, options, gradients = truth.fresh()
     hide_past_lengths(case, inputs, gradients)
     with flashattn.use_backend(backend):
         results = run(ours(case, options), inputs, *gradients)
     names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
-    for name, x, y, t, summed in zip(names, results, by_torch, truth, terms, strict=True):
+    for name, x, y, t, summed in zip(names, results, truth.by_torch, truth.exact, truth.terms, strict=True):
         assert_as_exact_as_torch(x, y, t, name, summed)
 
 

@@ -10,7 +10,7 @@ from flashattn.backends import BACKENDS as BACKENDS_BY_NAME
 from flashattn.cache import Cached
 from flashattn.score import Score
 from tests.attention.truth import Case, names_of, torch_attention
-from tests.common import assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
+from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn, skip_if_wrong_there
 
 
 class Step(NamedTuple):
@@ -155,14 +155,21 @@ def decoded(step: Step, cache, options, others, table, q, k, v, backend):
     return (torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(step.counts)]) for x in (out, lse))
 
 
-def check(step: Step, dtype, backend):
-    device = device_of(backend)
+@once_per_case
+def truth_of(step: Step, dtype, device) -> Truth:
     q, k, v, options, others, table = inputs_of(step, dtype, device)
     exact_table = None if table is None else [x.double() for x in table]
-    truth = expected(step, options, others, exact_table, q.double(), k.double(), v.double())
-    theirs = expected(step, options, others, table, q, k, v)
-    ours = decoded(step, make_cache(step, dtype, device), options, others, table, q, k, v, backend)
-    for name, x, y, t in zip(("out", "lse"), ours, theirs, truth, strict=True):
+    exact = expected(step, options, others, exact_table, q.double(), k.double(), v.double())
+    by_torch = expected(step, options, others, table, q, k, v)
+    return Truth((q, k, v, others, table), options, (), exact, by_torch, [0.0, 0.0])
+
+
+def check(step: Step, dtype, backend):
+    device = device_of(backend)
+    truth = truth_of(step, dtype, device)
+    (q, k, v, others, table), options, _ = truth.fresh()
+    results = decoded(step, make_cache(step, dtype, device), options, others, table, q, k, v, backend)
+    for name, x, y, t in zip(("out", "lse"), results, truth.by_torch, truth.exact, strict=True):
         assert_as_exact_as_torch(x, y, t, name)
 
 

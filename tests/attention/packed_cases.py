@@ -6,7 +6,7 @@ import torch
 
 import flashattn
 from tests.attention.truth import Case, cancelled, make_inputs, names_of, run, torch_attention
-from tests.common import assert_as_exact_as_torch, device_of, randn
+from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn
 
 REST = 5  # rows past the last sequence
 
@@ -52,8 +52,8 @@ def sequences(case: Case, lengths_q, lengths_k, options, inputs):
         yield one, own, [q, k, v, *others]
 
 
-def truth(case: Case, lengths_q, lengths_k, options):
-    """(out, lse) of packed inputs, sequence by sequence."""
+def sequence_by_sequence(case: Case, lengths_q, lengths_k, options):
+    """PyTorch's (out, lse) as a function of packed inputs."""
 
     def attention(*inputs):
         outs, lses = [], []
@@ -97,21 +97,29 @@ def gradients_for(case, out, lse, dtype, device):
     return grad_out, torch.where(lse.isfinite(), randn(*lse.shape, dtype=torch.float32, device=device), 0)
 
 
-def check(case: Case, lengths_q, lengths_k, dtype, backend):
-    device = device_of(backend)
-    case = packed(case, lengths_q, lengths_k)
+def make_truth(case: Case, lengths_q, lengths_k, dtype, device) -> Truth:
     inputs, options = inputs_of(case, lengths_q, lengths_k, dtype, device)
-    theirs = truth(case, lengths_q, lengths_k, options)
+    theirs = sequence_by_sequence(case, lengths_q, lengths_k, options)
     gradients = gradients_for(case, *theirs(*inputs), dtype, device)
     exact = run(theirs, [x.double() for x in inputs], *gradients)
     by_torch = run(theirs, inputs, *gradients)
     terms = summed(case, lengths_q, lengths_k, options, inputs, *gradients)
+    return Truth(inputs, options, gradients, exact, by_torch, terms)
+
+
+truth_of = once_per_case(make_truth)
+
+
+def check(case: Case, lengths_q, lengths_k, dtype, backend, truth_of=truth_of):
+    case = packed(case, lengths_q, lengths_k)
+    truth = truth_of(case, lengths_q, lengths_k, dtype, device_of(backend))
+    inputs, options, gradients = truth.fresh()
     for x, length in zip(inputs, (lengths_q, lengths_k, lengths_k), strict=False):
         x[sum(length) :] = torch.nan  # nothing is read there
     with flashattn.use_backend(backend):
         results = run(ours(case, lengths_q, lengths_k, options), inputs, *gradients)
     names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
-    for name, x, y, t, s in zip(names, results, by_torch, exact, terms, strict=True):
+    for name, x, y, t, s in zip(names, results, truth.by_torch, truth.exact, truth.terms, strict=True):
         assert_as_exact_as_torch(x, y, t, name, s)
     for x, length in zip(results[2:5], (lengths_q, lengths_k, lengths_k), strict=True):
         assert (x[sum(length) :] == 0).all()

@@ -17,6 +17,7 @@ from tests.attention.packed_cases import (
     check_dropout_of_padded_batch,
     check_nested_tensors,
     inputs_of,
+    make_truth,
     packed,
     starts,
 )
@@ -64,7 +65,7 @@ def test_random_cases(data):
         sinks=data.draw(st.booleans()),
         dropout_p=data.draw(st.sampled_from([0.0, 0.0, 0.2])),
     )  # fmt: skip
-    check(case, *lengths, data.draw(st.sampled_from(DTYPES)), "cpu")
+    check(case, *lengths, data.draw(st.sampled_from(DTYPES)), "cpu", make_truth)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

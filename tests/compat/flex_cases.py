@@ -7,7 +7,7 @@ from torch.nn.attention import flex_attention as theirs
 
 import flashattn
 from flashattn.compat.flex import flex_attention
-from tests.common import INTERPRETED, assert_as_exact_as_torch, skip_if_wrong_there
+from tests.common import INTERPRETED, Truth, assert_as_exact_as_torch, once_per_case, skip_if_wrong_there
 
 BATCH, HEADS, DIM = 2, 4, 16
 SEQ_Q, SEQ_K = (40, 50) if INTERPRETED else (150, 170)
@@ -130,33 +130,53 @@ def cancelled(mod, block_mask, q, k, v, tables, grad):
     return terms
 
 
+def mask_and_grad(block_mask: str | None):
+    """The block mask of this name, and the gradient of the output."""
+    torch.manual_seed(0)
+    made = None if block_mask is None else BLOCK_MASKS[block_mask]()
+    return made, torch.randn(BATCH, HEADS, SEQ_Q, DIM)
+
+
+def leaves(mod: str, dtype, kind):
+    """The callable, q, k and v as `dtype` rounds them, and the tensors that the callable captured, all in `kind`."""
+    torch.manual_seed(1)
+    x = [t.detach().to(dtype).to(kind).requires_grad_() for t in inputs(kv_heads=2)]
+    torch.manual_seed(2)
+    made, tables = SCORE_MODS[mod](torch.float32)
+    if kind == torch.float64:
+        cells = {id(t): t.detach().double().requires_grad_() for t in tables}
+        for cell in made.__closure__ or ():
+            if id(cell.cell_contents) in cells:
+                cell.cell_contents = cells[id(cell.cell_contents)]
+        tables = list(cells.values())
+    return made, x, tables
+
+
+@once_per_case
+def truth_of(dtype, mod: str, block_mask: str | None, device: torch.device) -> Truth:
+    block_mask, grad = mask_and_grad(block_mask)
+    results = []
+    for kind in (dtype, torch.float64):
+        made, x, tables = leaves(mod, dtype, kind)
+        out = dense(made, block_mask, *x)
+        results.append([out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))])
+    terms = [0.0] * 4 + cancelled(made, block_mask, *x, tables, grad.double())
+    return Truth((), {}, (), results[1], results[0], terms)
+
+
 def check_gradients(dtype, mod, block_mask, backend):
     """Of q, k, v and of what the score_mod captured, with grouped heads."""
     skip_if_wrong_there(backend, dtype)
-    torch.manual_seed(0)
-    block_mask = None if block_mask is None else BLOCK_MASKS[block_mask]()
-    grad = torch.randn(BATCH, HEADS, SEQ_Q, DIM)
-    results = []
-    for kind, function in ((dtype, "ours"), (dtype, "torch"), (torch.float64, "torch")):
-        torch.manual_seed(1)
-        x = [t.detach().to(dtype).to(kind).requires_grad_() for t in inputs(kv_heads=2)]
-        torch.manual_seed(2)
-        made, tables = SCORE_MODS[mod](torch.float32)
-        if kind == torch.float64:
-            cells = {id(t): t.detach().double().requires_grad_() for t in tables}
-            for cell in made.__closure__ or ():
-                if id(cell.cell_contents) in cells:
-                    cell.cell_contents = cells[id(cell.cell_contents)]
-            tables = list(cells.values())
-        with flashattn.use_backend(backend):
-            if function == "ours":
-                out = flex_attention(*x, score_mod=made, block_mask=block_mask, enable_gqa=True)
-            else:
-                out = dense(made, block_mask, *x)
-        results.append([out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))])
-    terms = [0.0] * 4 + cancelled(made, block_mask, *x, tables, grad.double())  # of the last of the three, in float64
-    for n, (ours, by_torch, truth, summed) in enumerate(zip(*results, terms, strict=True)):
-        assert_as_exact_as_torch(ours, by_torch, truth, f"result {n}", summed)
+    truth = truth_of(dtype, mod, block_mask, torch.get_default_device())
+    block_mask, grad = mask_and_grad(block_mask)
+    made, x, tables = leaves(mod, dtype, dtype)
+    with flashattn.use_backend(backend):
+        out = flex_attention(*x, score_mod=made, block_mask=block_mask, enable_gqa=True)
+        results = [out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))]
+    for n, (ours, by_torch, exact, summed) in enumerate(
+        zip(results, truth.by_torch, truth.exact, truth.terms, strict=True)
+    ):
+        assert_as_exact_as_torch(ours, by_torch, exact, f"result {n}", summed)
 
 
 def check_with_every_other_feature(backend, by_position):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import flashattn
 from flashattn.backends.reference import dropout_threshold, philox
-from tests.common import assert_as_exact_as_torch, device_of, randn
+from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn
 
 
 class Case(NamedTuple):
@@ -130,19 +130,25 @@ def gradients_for(case: Case, dtype, device):
     return [randn(*case.shape, dtype=dtype, device=device) for _ in range(2)]
 
 
-def check(case: Case, dtype: torch.dtype, backend: str) -> None:
-    device = device_of(backend)
+@once_per_case
+def truth_of(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
     inputs, gradients = make_inputs(case, dtype, device), gradients_for(case, dtype, device)
-    truth = run(by_torch, case, inputs.map(torch.Tensor.double), [g.double() for g in gradients])
+    exact = run(by_torch, case, inputs.map(torch.Tensor.double), [g.double() for g in gradients])
     theirs = run(by_torch, case, inputs, gradients)
+    return Truth(inputs, {}, gradients, exact, theirs, [0.0] * len(theirs))
+
+
+def check(case: Case, dtype: torch.dtype, backend: str) -> None:
+    truth = truth_of(case, dtype, device_of(backend))
+    inputs, _, gradients = truth.fresh()
     with flashattn.use_backend(backend):
-        results = run(ours, case, inputs, gradients)
+        results = run(ours, case, Inputs(*inputs), gradients)
     names = [
         "y",
         *["hidden"] * case.prenorm,
         *(n for n, t in zip(Inputs._fields, inputs, strict=True) if t is not None),
     ]
-    for name, a, b, t in zip(names, results, theirs, truth, strict=True):
+    for name, a, b, t in zip(names, results, truth.by_torch, truth.exact, strict=True):
         assert a.dtype == b.dtype
         assert_as_exact_as_torch(a, b, t, name)
 
