@@ -31,7 +31,8 @@ struct Dropout {
   float scale;         // of what is kept; 0: no dropout
 };
 
-// Everything between q.k and softmax: flashattn/score.py. A new piece is one field here and one place in score.h.
+// Everything between q.k and softmax: flashattn/score.py. A new option is a line in score_fields.h, a field here, its
+// conversion in ScoreArgs (ops.cpp), and its meaning in score.h (masks) or modify.h (scores).
 struct Score {
   float scale;
   int64_t first, last;        // query i sees keys i + first <= j <= i + last
@@ -39,8 +40,8 @@ struct Score {
   const int32_t* q_lengths;   // (batch,) or null
   const int32_t* kv_lengths;  // (batch,) or null
   float softcap;              // 0: none
-  const float* slopes;        // (batch, heads) or null
-  int64_t slopes_stride;      // from batch to batch
+  const float* alibi_slopes;  // (batch, heads) or null
+  int64_t alibi_slopes_stride;  // from batch to batch
   Plane mask, bias;
   const float* sinks;  // (heads,) or null
   Dropout dropout;

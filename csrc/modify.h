@@ -93,7 +93,7 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
   if (planes.bias) load_bias(a, at, keys, planes.bias);
   if (planes.mask) load_mask(a, at, keys, planes.mask);
   const float cap = score.softcap, inverse = score.softcap ? 1 / cap : 0;
-  const float alibi = score.slopes ? score.slopes[at.batch * score.slopes_stride + at.head] : 0;
+  const float alibi = score.alibi_slopes ? score.alibi_slopes[at.batch * score.alibi_slopes_stride + at.head] : 0;
   const vf lane = __builtin_convertvector((vi)lane_numbers(), vf);
   for (int64_t i = 0; i < at.lanes; i += W) {
     vf top = m ? load<vf>(m + i) : vf{};
@@ -105,7 +105,7 @@ static inline void modify(const Attention& a, const Spot& at, Range keys, bool e
         if (slope) store(slope + row * stride + i, 1 - t * t);
         x = t * cap;
       }
-      if (score.slopes) {
+      if (score.alibi_slopes) {
         vf distance = lane + (float)(at.query + i + score.diagonal - j);
         x -= (distance < 0 ? -distance : distance) * alibi;
       }

@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "engine.h"
+#include "norm_fields.h"
+#include "score_fields.h"
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -136,6 +138,13 @@ T* pointer(const OptionalTensor& x) {
   return x ? static_cast<T*>(x->data_ptr()) : nullptr;
 }
 
+// What one field of a list becomes: FLASHATTN_SCORE_FIELDS(FLASHATTN_MEMBER), and so on. A parameter and a schema entry
+// begin with a comma, so they follow at least one other.
+#define FLASHATTN_MEMBER(type, schema, name) type name;
+#define FLASHATTN_PARAMETER(type, schema, name) , type name
+#define FLASHATTN_ARGUMENT(type, schema, name) name,
+#define FLASHATTN_SCHEMA(type, schema, name) ", " schema " " #name
+
 // ------------------------------------------------------------------------------------------------ attention
 
 Heads heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
@@ -171,17 +180,9 @@ const float* floats(OptionalTensor& p) {
   return pointer<float>(p);
 }
 
-// flashattn/score.py, field by field; keeps alive what the kernels read.
+// Keeps alive the tensors that the kernels read.
 struct ScoreArgs {
-  double scale;
-  std::optional<int64_t> left, right;
-  OptionalTensor q_lengths, kv_lengths;
-  std::optional<double> softcap;
-  OptionalTensor slopes, mask;
-  double dropout_p;
-  OptionalTensor seed, cu_seqlens;
-  std::optional<int64_t> max_seqlen_q, max_seqlen_k;
-  OptionalTensor bias, sinks;
+  FLASHATTN_SCORE_FIELDS(FLASHATTN_MEMBER)
 
   Score score(int64_t seq_q, int64_t seq_k) {
     constexpr int64_t far = int64_t{1} << 60;
@@ -190,7 +191,8 @@ struct ScoreArgs {
     s.first = left ? s.diagonal - *left : -far, s.last = right ? s.diagonal + *right : far;
     s.q_lengths = pointer<int32_t>(q_lengths), s.kv_lengths = pointer<int32_t>(kv_lengths);
     s.softcap = static_cast<float>(softcap.value_or(0));
-    s.slopes = pointer<float>(slopes), s.slopes_stride = slopes && slopes->size(0) > 1 ? slopes->size(1) : 0;
+    s.alibi_slopes = pointer<float>(alibi_slopes);
+    s.alibi_slopes_stride = alibi_slopes && alibi_slopes->size(0) > 1 ? alibi_slopes->size(1) : 0;
     s.mask = plane(mask), s.bias = plane(bias);
     if (bias) s.bias.dtype = dtype_of(*bias);
     s.sinks = floats(sinks);
@@ -248,15 +250,10 @@ Tensor new_lse(const Tensor& q, const ScoreArgs& score) {
   return lse;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(
-    Tensor q, Tensor k, Tensor v, double scale, std::optional<int64_t> left, std::optional<int64_t> right,
-    OptionalTensor q_lengths, OptionalTensor kv_lengths, std::optional<double> softcap, OptionalTensor slopes,
-    OptionalTensor mask, double dropout_p, OptionalTensor seed, OptionalTensor cu_seqlens,
-    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, OptionalTensor bias,
-    OptionalTensor sinks) {
+std::tuple<Tensor, Tensor, Tensor> attention_forward(Tensor q, Tensor k,
+                                                     Tensor v FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER)) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
-  ScoreArgs score = {scale,     left, right,      q_lengths,    kv_lengths,   softcap, slopes, mask,
-                     dropout_p, seed, cu_seqlens, max_seqlen_q, max_seqlen_k, bias,    sinks};
+  ScoreArgs score = {FLASHATTN_SCORE_FIELDS(FLASHATTN_ARGUMENT)};
   Tensor out = result(q, v.size(3), score, true), lse = new_lse(q, score), rest = new_like(lse);
   if (score.cu_seqlens) torch::stable::zero_(rest);
   run(engine().attention_forward, attention(q, k, v, out, lse, rest, score));
@@ -264,16 +261,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
-    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor rest,
-    double scale, std::optional<int64_t> left, std::optional<int64_t> right, OptionalTensor q_lengths,
-    OptionalTensor kv_lengths, std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask,
-    double dropout_p, OptionalTensor seed, OptionalTensor cu_seqlens, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k, OptionalTensor bias, OptionalTensor sinks, bool with_grad_bias) {
+    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    OptionalTensor rest FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER), bool with_grad_bias) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
   grad_out = last_dim_contiguous(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
-  ScoreArgs score = {scale,     left, right,      q_lengths,    kv_lengths,   softcap, slopes, mask,
-                     dropout_p, seed, cu_seqlens, max_seqlen_q, max_seqlen_k, bias,    sinks};
+  ScoreArgs score = {FLASHATTN_SCORE_FIELDS(FLASHATTN_ARGUMENT)};
   Tensor grad_q = result(q, q.size(3), score, true), grad_k = result(k, k.size(3), score, false);
   Tensor grad_v = result(v, v.size(3), score, false);
   OptionalTensor grad_bias;
@@ -289,13 +282,10 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
 }
 
 // Against a cache: keys 0 .. kv_lengths[b] of each batch row, in pages where there is a table.
-std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k, Tensor v, OptionalTensor page_table, int64_t longest,
-                                            double scale, std::optional<int64_t> left, std::optional<int64_t> right,
-                                            OptionalTensor q_lengths, OptionalTensor kv_lengths,
-                                            std::optional<double> softcap, OptionalTensor slopes, OptionalTensor mask,
-                                            OptionalTensor bias, OptionalTensor sinks) {
+std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k, Tensor v, OptionalTensor page_table,
+                                            int64_t longest FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER)) {
   q = last_dim_contiguous(q);
-  ScoreArgs score = {scale, left, right, q_lengths, kv_lengths, softcap, slopes, mask, 0, {}, {}, {}, {}, bias, sinks};
+  ScoreArgs score = {FLASHATTN_SCORE_FIELDS(FLASHATTN_ARGUMENT)};
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), v.size(3)});  // token after token
   out = torch::stable::transpose(out, 1, 2);
   Tensor lse = new_lse(q, score);
@@ -362,11 +352,8 @@ int64_t norm_heads(const OptionalTensor& weight, const OptionalTensor& bias) {
   return 1;
 }
 
-// flashattn/norm_settings.py, field by field.
 struct NormArgs {
-  bool center;
-  double eps, weight_offset, dropout_p;
-  const OptionalTensor& seed;
+  FLASHATTN_NORM_FIELDS(FLASHATTN_MEMBER)
 };
 
 Norm norm(const Tensor& x, const NormArgs& args) {
@@ -380,8 +367,8 @@ Norm norm(const Tensor& x, const NormArgs& args) {
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm_forward(
     Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, ScalarType hidden_dtype,
-    bool keep_hidden, bool center, double eps, double weight_offset, double dropout_p, OptionalTensor seed) {
-  Norm n = norm(x, {center, eps, weight_offset, dropout_p, seed});
+    bool keep_hidden FLASHATTN_NORM_FIELDS(FLASHATTN_PARAMETER)) {
+  Norm n = norm(x, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
   Tensor y = new_like(x), rstd = torch::stable::new_empty(x, {n.rows}, ScalarType::Float);
   OptionalTensor hidden, mean;
   if (keep_hidden) hidden = torch::stable::new_empty(x, x.sizes(), hidden_dtype);
@@ -396,9 +383,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm_forward(
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward(
     Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, OptionalTensor weight, OptionalTensor bias, Tensor mean,
-    Tensor rstd, ScalarType x_dtype, std::optional<ScalarType> residual_dtype, bool center, double eps,
-    double weight_offset, double dropout_p, OptionalTensor seed) {
-  Norm n = norm(hidden, {center, eps, weight_offset, dropout_p, seed});
+    Tensor rstd, ScalarType x_dtype, std::optional<ScalarType> residual_dtype FLASHATTN_NORM_FIELDS(
+                                         FLASHATTN_PARAMETER)) {
+  Norm n = norm(hidden, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
   Tensor grad_x = torch::stable::new_empty(hidden, hidden.sizes(), x_dtype);
   OptionalTensor grad_residual, grad_weight, grad_bias;
   if (residual_dtype) grad_residual = torch::stable::new_empty(hidden, hidden.sizes(), *residual_dtype);
@@ -472,32 +459,25 @@ STABLE_TORCH_LIBRARY(flashattn_cpu, m) {
   m.def("read(Tensor memory) -> int");
   m.def("exp2(Tensor x, Tensor(a!) y, ScalarType dtype) -> ()");
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, Tensor? q_lengths, "
-      "Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, float dropout_p, Tensor? seed, "
-      "Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, Tensor? bias, Tensor? sinks) "
-      "-> (Tensor out, Tensor lse, Tensor rest)");
+      "attention_forward(Tensor q, Tensor k, Tensor v" FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA)
+      ") -> (Tensor out, Tensor lse, Tensor rest)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? rest" FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA) ", bool with_grad_bias) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
+  m.def(
+      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int longest"
+      FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA) ") -> (Tensor out, Tensor lse)");
   m.def(
       "rotate_and_store(Tensor x, Tensor(a!) to, Tensor? page_table, Tensor starts, Tensor? counts, Tensor? cos, "
       "Tensor? sin, bool interleaved, bool append) -> ()");
   m.def(
-      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int longest, float scale, int? left, "
-      "int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, Tensor? slopes, Tensor? mask, Tensor? bias, "
-      "Tensor? sinks) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? rest, float scale, int? left, int? right, Tensor? q_lengths, Tensor? kv_lengths, float? softcap, "
-      "Tensor? slopes, "
-      "Tensor? mask, float dropout_p, Tensor? seed, Tensor? cu_seqlens, int? max_seqlen_q, int? max_seqlen_k, "
-      "Tensor? bias, Tensor? sinks, bool with_grad_bias) "
-      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
-  m.def(
       "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, "
-      "bool keep_hidden, bool center, float eps, float weight_offset, float dropout_p, Tensor? seed) "
+      "bool keep_hidden" FLASHATTN_NORM_FIELDS(FLASHATTN_SCHEMA) ") "
       "-> (Tensor y, Tensor? hidden, Tensor? mean, Tensor rstd)");
   m.def(
       "norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype, bool center, float eps, float weight_offset, "
-      "float dropout_p, Tensor? seed) "
+      "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype" FLASHATTN_NORM_FIELDS(FLASHATTN_SCHEMA) ") "
       "-> (Tensor grad_x, Tensor? grad_residual, Tensor? grad_weight, Tensor? grad_bias)");
 }
 

@@ -72,7 +72,7 @@ static inline vi visible(const Attention& a, int64_t query, int64_t key) {
 
 // Whether scores become anything else than scale * q.k, apart from what `visible` masks.
 static inline bool is_modified(const Attention& a) {
-  return a.score.softcap != 0 || a.score.slopes || a.score.mask.data || a.score.bias.data;
+  return a.score.softcap != 0 || a.score.alibi_slopes || a.score.mask.data || a.score.bias.data;
 }
 
 // 1 / x to 2e-7.

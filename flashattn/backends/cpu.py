@@ -134,10 +134,7 @@ def store(x: Tensor, cache: Tensor, cached: CacheView, counts: Tensor | None, ro
 
 def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     k, v = (last_dim_contiguous(x) for x in (cached.k, cached.v))
-    return ops.attention_decode.default(
-        q, k, v, cached.page_table, cached.longest, score.scale, score.left, score.right, score.q_lengths,
-        score.kv_lengths, score.softcap, score.alibi_slopes, score.mask, score.bias, score.sinks,
-    )  # fmt: skip
+    return ops.attention_decode.default(q, k, v, cached.page_table, cached.longest, *score[:SCORE_FIELDS])
 
 
 # ------------------------------------------------------------------------------------------------ norms
