@@ -16,7 +16,7 @@ from build_backend import find_torch
 
 # The kernels are compiled once per instruction set, each into a namespace of its own, and chosen at load time.
 KERNELS = [
-    f"csrc/{name}.cpp" for name in ("forward", "decode", "backward", "norm", "linear", "rotary", "probes", "engine")
+    f"csrc/{name}.cpp" for name in ("forward", "decode", "backward", "norm", "linear", "rotary", "peaks", "engine")
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"portable": []}
@@ -94,7 +94,7 @@ def sources():
 
 ENGINE = Extension(
     "flashattn._C",
-    ["csrc/ops.cpp"],
+    ["csrc/bindings.cpp", "csrc/bindings_attention.cpp", "csrc/bindings_norm.cpp"],
     define_macros=[("Py_LIMITED_API", "0x030a0000")],
     py_limited_api=True,
     language="c++",

@@ -67,11 +67,11 @@ def ceilings() -> dict[str, float]:
 
     memory = torch.ones(64 * 2**20)
     float32, bfloat16 = (
-        best(lambda d=d: ops.spin(torch.empty(0, dtype=d), 10**7)) for d in (torch.float32, torch.bfloat16)
+        best(lambda d=d: ops.peak_fma_probe(torch.empty(0, dtype=d), 10**7)) for d in (torch.float32, torch.bfloat16)
     )
     return {
         "float32": float32, "bfloat16": bfloat16, "float16": float32,  # float16 goes through float32
-        "GB/s": best(lambda: ops.read(memory)),
+        "GB/s": best(lambda: ops.read_bandwidth_probe(memory)),
     }  # fmt: skip
 
 

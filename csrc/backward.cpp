@@ -370,7 +370,7 @@ static int64_t bias_query_tiles(const Attention& a) { return (a.grad_bias.size_q
 static int64_t bias_key_tiles(const Attention& a) { return (a.grad_bias.size_k + BLOCK_N - 1) / BLOCK_N; }
 
 int64_t backward_bias_tiles(const Attention& a) {
-  const Plane& x = a.grad_bias;
+  const ScoreTensor& x = a.grad_bias;
   return x.data ? x.size_batch * x.size_head * bias_query_tiles(a) * bias_key_tiles(a) : 0;
 }
 
@@ -404,7 +404,7 @@ static void add_bias_gradient(const Attention& a, int64_t batch, int64_t head, R
 template <class Dot>
 static void backward_bias(const Attention& all, int64_t batch, int64_t head, int64_t query_tile, int64_t key_tile,
                           Scratch scratch) {
-  const Plane& x = all.grad_bias;
+  const ScoreTensor& x = all.grad_bias;
   auto shared = [](int64_t size, int64_t at, int64_t all) { return size == 1 ? Range{0, all} : Range{at, at + 1}; };
   Range batches = shared(x.size_batch, batch, all.batch), heads = shared(x.size_head, head, all.heads);
   Range tiles = shared(x.size_q, query_tile, query_tiles(all));

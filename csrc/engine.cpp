@@ -13,9 +13,9 @@ const Engine engine = {
     {norm_backward_workspace, {KERNEL(norm_backward), KERNEL(norm_parameters)}},
     {nullptr, {KERNEL(linear)}},
     {nullptr, {KERNEL(rotary)}},
-    spin,
-    read,
-    exp2_of,
+    peak_fma_probe,
+    read_bandwidth_probe,
+    exp2_probe,
 };
 
 }  // namespace FLASHATTN_ISA

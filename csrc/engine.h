@@ -1,5 +1,5 @@
-// What the bindings (ops.cpp, compiled once) and the kernels (compiled once per instruction set) share: plain structs
-// and a table of functions. No torch header here: the kernels see memory, sizes and strides.
+// What the bindings (compiled once) and the kernels (compiled once per instruction set) share: plain structs and a table
+// of functions. The kernels include no torch header: they get pointers, sizes and strides.
 #pragma once
 
 #include <stddef.h>
@@ -17,7 +17,7 @@ struct Heads {
 
 // A (batch, heads, seq_q, seq_k) mask or bias, or null. Its own sizes are 1 where it is broadcast, and strides 0 there.
 // Strides in elements; the last is 0 or 1.
-struct Plane {
+struct ScoreTensor {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;  // of a bias; a mask has bytes
   int64_t size_batch = 1, size_head = 1, size_q = 1, size_k = 1;
@@ -32,7 +32,7 @@ struct Dropout {
 };
 
 // Everything between q.k and softmax: flashattn/score.py. A new option is a line in score_fields.h, a field here, its
-// conversion in ScoreArgs (ops.cpp), and its meaning in score.h (masks) or modify.h (scores).
+// conversion in ScoreArgs (bindings_attention.cpp), and its meaning in score.h (masks) or modify.h (scores).
 struct Score {
   float scale;
   int64_t first, last;        // query i sees keys i + first <= j <= i + last
@@ -42,7 +42,7 @@ struct Score {
   float softcap;              // 0: none
   const float* alibi_slopes;  // (batch, heads) or null
   int64_t alibi_slopes_stride;  // from batch to batch
-  Plane mask, bias;
+  ScoreTensor mask, bias;
   const float* sinks;  // (heads,) or null
   Dropout dropout;
 };
@@ -68,7 +68,7 @@ struct Attention {
   Pages pages;
   Score score;
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-  Plane grad_bias;        // float32, contiguous
+  ScoreTensor grad_bias;        // float32, contiguous
   float* lse;             // (batch, heads, seq_q); packed (heads, total_q)
   float* rest;            // likewise: what rounding took from lse; or null
   const float* grad_lse;  // likewise, or null
@@ -144,9 +144,9 @@ struct Engine {
   Operation<Norm> norm_forward, norm_backward;
   Operation<Linear> linear;
   Operation<Rotary> rotary;
-  int64_t (*spin)(Dtype, int64_t iterations);
-  float (*read)(const float*, int64_t n);
-  void (*exp2_of)(Dtype, const float* x, float* y, int64_t n);
+  int64_t (*peak_fma_probe)(Dtype, int64_t iterations);
+  float (*read_bandwidth_probe)(const float*, int64_t n);
+  void (*exp2_probe)(Dtype, const float* x, float* y, int64_t n);
 };
 
 }  // namespace flashattn

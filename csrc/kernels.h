@@ -9,9 +9,9 @@ namespace FLASHATTN_ISA {
 size_t forward_workspace(const Attention&);
 size_t backward_workspace(const Attention&);
 size_t norm_backward_workspace(const Norm&);
-int64_t spin(Dtype, int64_t iterations);
-float read(const float* memory, int64_t n);
-void exp2_of(Dtype, const float* x, float* y, int64_t n);
+int64_t peak_fma_probe(Dtype, int64_t iterations);
+float read_bandwidth_probe(const float* memory, int64_t n);
+void exp2_probe(Dtype, const float* x, float* y, int64_t n);
 
 #define DECLARE_KERNEL(name, Call)    \
   int64_t name##_tiles(const Call&);  \

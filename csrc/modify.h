@@ -15,14 +15,14 @@ struct Spot {
   int64_t batch, head, query, lanes;
 };
 
-static inline char* plane_row(const Plane& x, int64_t size, const Spot& at, int64_t query, int64_t key) {
+static inline char* plane_row(const ScoreTensor& x, int64_t size, const Spot& at, int64_t query, int64_t key) {
   int64_t element = at.batch * x.stride_batch + at.head * x.stride_head + query * x.stride_q + key * x.stride_k;
   return (char*)x.data + element * size;
 }
 
 // What a tile needs of a bias: [key][lanes]; one key where it is the same for all; [key] where it is for all queries.
 static inline void load_bias(const Attention& a, const Spot& at, Range keys, float* out) {
-  const Plane& x = a.score.bias;
+  const ScoreTensor& x = a.score.bias;
   int64_t size = element_size(x.dtype), n = x.stride_k ? keys.end - keys.begin : 1;
   Matrix rows = {plane_row(x, size, at, 0, keys.begin), x.dtype, x.stride_q * size, n};
   if (x.stride_q)
@@ -30,7 +30,7 @@ static inline void load_bias(const Attention& a, const Spot& at, Range keys, flo
   else
     load_floats(out, rows.data, x.dtype, n);
 }
-static inline vf bias_at(const Plane& x, const float* bias, int64_t key, int64_t lanes, int64_t lane) {
+static inline vf bias_at(const ScoreTensor& x, const float* bias, int64_t key, int64_t lanes, int64_t lane) {
   if (!x.stride_q) return broadcast(bias[x.stride_k ? key : 0]);
   return load<vf>(bias + (x.stride_k ? key : 0) * lanes + lane);
 }
@@ -54,7 +54,7 @@ static inline uint32_t bits_of(const char* bytes, int64_t n) {
 
 // What a tile needs of a mask: [key / 32][lanes] words, a bit a key.
 static inline void load_mask(const Attention& a, const Spot& at, Range keys, uint32_t* out) {
-  const Plane& x = a.score.mask;
+  const ScoreTensor& x = a.score.mask;
   int64_t queries = min(at.lanes, a.seq_q - at.query);
   for (int64_t j = keys.begin; j < keys.end; j += 32, out += at.lanes)
     for (int64_t i = 0; i < at.lanes; i++) {

@@ -1,4 +1,4 @@
-"""The native CPU backend: the verbs are the operators of `csrc/ops.cpp`."""
+"""The native CPU backend: the verbs are the operators of `csrc/bindings*.cpp`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def why_missing(error: ImportError) -> str:
 
 
 try:
-    from .. import _C  # noqa: F401  (registers the operators of csrc/ops.cpp)
+    from .. import _C  # noqa: F401  (registers the operators of csrc/bindings*.cpp)
 
     ops = torch.ops.flashattn_cpu
     missing = None  # why the engine is not there

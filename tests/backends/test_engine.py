@@ -12,7 +12,7 @@ import flashattn
 from flashattn import backends
 
 ROOT = Path(__file__).parents[2]
-KERNELS = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name != "ops.cpp"]
+KERNELS = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if not path.name.startswith("bindings")]
 
 
 @pytest.fixture(autouse=True)

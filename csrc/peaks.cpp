@@ -8,7 +8,7 @@ namespace FLASHATTN_ISA {
 constexpr int CHAINS = 12;  // independent sums: enough to hide the latency of a multiply-add, few enough for registers
 
 // Nothing but multiply-adds, on registers. Returns how many multiplications and additions that were.
-int64_t spin(Dtype dtype, int64_t iterations) {
+int64_t peak_fma_probe(Dtype dtype, int64_t iterations) {
   int64_t flops = 0;
   with_dot(dtype, [&](auto dot) {
     using Dot = decltype(dot);
@@ -24,7 +24,7 @@ int64_t spin(Dtype dtype, int64_t iterations) {
 }
 
 // y = 2^x as the attention kernels compute it for weights that are kept in this dtype.
-void exp2_of(Dtype dtype, const float* x, float* y, int64_t n) {
+void exp2_probe(Dtype dtype, const float* x, float* y, int64_t n) {
   with_dot(dtype, [&](auto dot) {
     for (int64_t i = 0; i < n; i += W) {
       float numbers[2 * W];
@@ -36,7 +36,7 @@ void exp2_of(Dtype dtype, const float* x, float* y, int64_t n) {
 }
 
 // Nothing but reading.
-float read(const float* memory, int64_t n) {
+float read_bandwidth_probe(const float* memory, int64_t n) {
   vf sums[8] = {};
   for (int64_t i = 0; i + 8 * W <= n; i += 8 * W)
     UNROLL for (int c = 0; c < 8; c++) sums[c] += load<vf>(memory + i + c * W);
