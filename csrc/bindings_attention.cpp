@@ -163,17 +163,16 @@ void rotate_and_store(Tensor x, Tensor to, OptionalTensor page_table, Tensor sta
 }  // namespace
 }  // namespace flashattn
 
+#define SCORE_SCHEMA FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA)
+
 STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_cpu, m) {
-  m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v" FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA)
-      ") -> (Tensor out, Tensor lse, Tensor rest)");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v" SCORE_SCHEMA ") -> (Tensor out, Tensor lse, Tensor rest)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? rest" FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA) ", bool with_grad_bias) "
-      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
-  m.def(
-      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int max_kv_length"
-      FLASHATTN_SCORE_FIELDS(FLASHATTN_SCHEMA) ") -> (Tensor out, Tensor lse)");
+      "Tensor? rest" SCORE_SCHEMA
+      ", bool with_grad_bias) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
+  m.def("attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int max_kv_length" SCORE_SCHEMA
+        ") -> (Tensor out, Tensor lse)");
   m.def(
       "rotate_and_store(Tensor x, Tensor(a!) to, Tensor? page_table, Tensor starts, Tensor? counts, Tensor? cos, "
       "Tensor? sin, bool interleaved, bool append) -> ()");

@@ -7,15 +7,15 @@
 namespace flashattn {
 namespace {
 
-// Row blocks of a norm's backward, each with its own partial sums: at most PARTS, of PART_ROWS rows, because long sums are
-// inexact, or of PART_ELEMENTS elements, so that every thread has work.
+// Row blocks of a norm's backward, each with its own partial sums: at most PARTS, of PART_ROWS rows, because long sums
+// are inexact, or of PART_ELEMENTS elements, so that every thread has work.
 constexpr int64_t PARTS = 32, PART_ROWS = 32, PART_ELEMENTS = 1 << 16;
 int64_t num_parts(const Norm& n) {
   return std::min({PARTS, n.rows, std::max({int64_t{1}, n.rows / PART_ROWS, n.rows * n.width / PART_ELEMENTS})});
 }
 
-// x as rows: its leading dimensions merged in row-major order, unused ones last with size 1. If three do not suffice, or
-// the last dimension is not contiguous, x becomes a copy.
+// x as rows: its leading dimensions merged in row-major order, unused ones last with size 1. If three do not suffice,
+// or the last dimension is not contiguous, x becomes a copy.
 Rows as_rows(Tensor& x) {
   Rows r = {x.data_ptr(), dtype_of(x)};
   int64_t sizes[3] = {1, 1, 1}, strides[3] = {0, 0, 0};
@@ -74,8 +74,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm_forward(
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward(
     Tensor grad_y, OptionalTensor grad_hidden, Tensor hidden, OptionalTensor weight, OptionalTensor bias, Tensor mean,
-    Tensor rstd, ScalarType x_dtype, std::optional<ScalarType> residual_dtype FLASHATTN_NORM_FIELDS(
-                                         FLASHATTN_PARAMETER)) {
+    Tensor rstd, ScalarType x_dtype,
+    std::optional<ScalarType> residual_dtype FLASHATTN_NORM_FIELDS(FLASHATTN_PARAMETER)) {
   Norm n = norm(hidden, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
   Tensor grad_x = torch::stable::new_empty(hidden, hidden.sizes(), x_dtype);
   OptionalTensor grad_residual, grad_weight, grad_bias;
@@ -104,14 +104,18 @@ void linear(Tensor x, Tensor weight, OptionalTensor bias, Tensor y) {
 }  // namespace
 }  // namespace flashattn
 
+#define NORM_SCHEMA FLASHATTN_NORM_FIELDS(FLASHATTN_SCHEMA)
+
 STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_cpu, m) {
   m.def(
       "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, "
-      "bool keep_hidden" FLASHATTN_NORM_FIELDS(FLASHATTN_SCHEMA) ") "
+      "bool keep_hidden" NORM_SCHEMA
+      ") "
       "-> (Tensor y, Tensor? hidden, Tensor? mean, Tensor rstd)");
   m.def(
       "norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype" FLASHATTN_NORM_FIELDS(FLASHATTN_SCHEMA) ") "
+      "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype" NORM_SCHEMA
+      ") "
       "-> (Tensor grad_x, Tensor? grad_residual, Tensor? grad_weight, Tensor? grad_bias)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()");
 }

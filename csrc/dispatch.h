@@ -25,9 +25,9 @@
 
 namespace flashattn {
 
-#define FLASHATTN_DECLARE(isa)  \
-  namespace isa {               \
-  extern const Engine engine;   \
+#define FLASHATTN_DECLARE(isa) \
+  namespace isa {              \
+  extern const Engine engine;  \
   }
 FLASHATTN_DECLARE(portable)
 #if defined(FLASHATTN_X86)

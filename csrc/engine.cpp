@@ -1,4 +1,4 @@
-// The table of kernels of one instruction set. Compiled once for each, like the kernels themselves.
+// The table of the kernels of one instruction set, compiled once for each like the kernels.
 #include "kernels.h"
 
 namespace flashattn {

@@ -1,5 +1,5 @@
-// What the bindings (compiled once) and the kernels (compiled once per instruction set) share: plain structs and a table
-// of functions. The kernels include no torch header: they get pointers, sizes and strides.
+// What the bindings (compiled once) and the kernels (compiled once per instruction set) share: plain structs and a
+// table of functions. The kernels include no torch header: they get pointers, sizes and strides.
 #pragma once
 
 #include <stddef.h>
@@ -24,37 +24,38 @@ struct ScoreTensor {
   int64_t stride_batch = 0, stride_head = 0, stride_q = 0, stride_k = 0;
 };
 
-// 0 where there is none.
+// All 0 without dropout.
 struct Dropout {
   uint64_t seed;
-  uint32_t threshold;  // dropped where 31 random bits are below it
-  float scale;         // of what is kept; 0: no dropout
+  uint32_t threshold;  // an element is dropped if 31 random bits are below it
+  float scale;         // of kept elements
 };
 
 // Everything between q.k and softmax: flashattn/score.py. A new option is a line in score_fields.h, a field here, its
-// conversion in ScoreArgs (bindings_attention.cpp), and its meaning in score.h (masks) or modify.h (scores).
+// conversion in ScoreArgs (bindings_attention.cpp), and its meaning in score.h (masks by position) or score_mods.h
+// (scores).
 struct Score {
   float scale;
-  int64_t first, last;        // query i sees keys i + first <= j <= i + last
-  int64_t diagonal;           // seq_k - seq_q
-  const int32_t* q_lengths;   // (batch,) or null
-  const int32_t* kv_lengths;  // (batch,) or null
-  float softcap;              // 0: none
-  const float* alibi_slopes;  // (batch, heads) or null
+  int64_t first, last;          // query i attends to keys i + first <= j <= i + last
+  int64_t diagonal;             // seq_k - seq_q
+  const int32_t* q_lengths;     // (batch,) or null
+  const int32_t* kv_lengths;    // (batch,) or null
+  float softcap;                // 0: none
+  const float* alibi_slopes;    // (batch, heads) or null
   int64_t alibi_slopes_stride;  // from batch to batch
   ScoreTensor mask, bias;
   const float* sinks;  // (heads,) or null
   Dropout dropout;
 };
 
-// Sequences one behind the other: batch row b is tokens starts[b] .. starts[b + 1] of tensors without a batch.
+// Sequences packed back to back: batch row b is tokens starts[b] .. starts[b + 1] of tensors without a batch dimension.
 struct Packing {
   const int32_t *q_starts, *k_starts;  // (batch + 1,) or null: not packed
   int64_t total_q;                     // tokens in q
 };
 
-// Keys and values in pages: key j of a batch row is row j % size of page table[j / size], which stands where a batch
-// row does otherwise.
+// Keys and values in pages: key j of a batch row b is row j % size of page table[b][j / size]. The page takes the place
+// of the batch row in the strides of k and v.
 struct Pages {
   const int32_t* table;  // (batch, stride) or null
   int64_t stride, size;
@@ -62,20 +63,20 @@ struct Pages {
 
 struct Attention {
   Dtype dtype;
-  int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;  // seq: the longest, where they differ
-  bool ragged;  // the diagonal of a batch row ends at its own lengths
+  int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;  // seq: of the longest batch row
+  bool ragged;  // the diagonal of each batch row depends on its own lengths
   Packing packing;
   Pages pages;
   Score score;
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-  ScoreTensor grad_bias;        // float32, contiguous
+  ScoreTensor grad_bias;  // float32, contiguous
   float* lse;             // (batch, heads, seq_q); packed (heads, total_q)
-  float* rest;            // likewise: what rounding took from lse; or null
+  float* rest;            // likewise, or null: the rounding residue of lse, whose exact value is lse + rest
   const float* grad_lse;  // likewise, or null
   float* workspace;
 };
 
-// A tensor of up to three leading dimensions seen as rows; the last dimension is contiguous.
+// A tensor of up to three leading dimensions as rows; the last dimension is contiguous.
 struct Rows {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -83,20 +84,20 @@ struct Rows {
 };
 
 // The gradient of parameters (heads, width), in their dtype, or null.
-struct Parameters {
+struct ParameterGrad {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
 };
 
 struct Norm {
-  int64_t rows, width, heads, parts;  // parts: row blocks of the backward, each with its own sums
+  int64_t rows, width, heads, parts;  // parts: row blocks of the backward, each with its own partial sums
   bool center;
   float eps, weight_offset;
   Rows x, residual, y, hidden, grad_y, grad_hidden, grad_x, grad_residual;
   Dtype hidden_dtype;
   const float *weight, *bias;  // (heads, width) or null
   float *mean, *rstd;          // (rows,)
-  Parameters grad_weight, grad_bias;
+  ParameterGrad grad_weight, grad_bias;
   float* workspace;
   Dropout dropout;
 };
@@ -111,20 +112,20 @@ struct Linear {
   float* workspace;
 };
 
-// Tokens (batch, heads, seq, dim), rotated, to another tensor, or to their positions in a cache.
+// Rotates tokens (batch, heads, seq, dim) and stores them in another tensor, or at their positions in a cache.
 struct Rotary {
   Dtype dtype, table_dtype;
-  int64_t batch, heads, seq, dim, pairs;  // pairs that are rotated; 0: none
+  int64_t batch, heads, seq, dim, pairs;  // pairs: how many are rotated; 0: none
   bool interleaved, append;
   Heads x, to;
   Pages pages;            // of `to`
   const int32_t* starts;  // (batch,): the position of the first token
-  const int32_t* counts;  // (batch,): how many tokens there are; or null
+  const int32_t* counts;  // (batch,): the number of tokens; or null
   const char *cos, *sin;  // (positions, pairs), contiguous
   float* workspace;
 };
 
-// Work is a number of independent tiles; each thread takes the next one and lends it scratch memory of its own.
+// A kernel computes independent tiles. A thread that is free takes the next one, and has scratch memory of its own.
 template <class Call>
 struct Kernel {
   int64_t (*tiles)(const Call&);
@@ -132,7 +133,7 @@ struct Kernel {
   void (*run)(const Call&, int64_t tile, float* scratch);
 };
 
-// Passes over shared workspace, one after the other; a pass without tiles has nothing to do.
+// Passes in order, with a common workspace; a pass without tiles is skipped.
 template <class Call>
 struct Operation {
   size_t (*workspace_floats)(const Call&);

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, by name, for the table in engine.cpp.
+// The kernels of one instruction set, for the table in engine.cpp.
 #pragma once
 
 #include "engine.h"

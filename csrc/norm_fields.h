@@ -2,9 +2,9 @@
 // generate NormArgs and the parameters and schemas of both norm operators from this list.
 #pragma once
 
-#define FLASHATTN_NORM_FIELDS(X)      \
-  X(bool, "bool", center)             \
-  X(double, "float", eps)             \
-  X(double, "float", weight_offset)   \
-  X(double, "float", dropout_p)       \
+#define FLASHATTN_NORM_FIELDS(X)    \
+  X(bool, "bool", center)           \
+  X(double, "float", eps)           \
+  X(double, "float", weight_offset) \
+  X(double, "float", dropout_p)     \
   X(OptionalTensor, "Tensor?", seed)

@@ -10,8 +10,8 @@ namespace FLASHATTN_ISA {
 
 typedef uint64_t vl __attribute__((vector_size(W * 4)));  // half as many lanes of 64 bits
 
-// high and low words of x * multiplier, lane by lane.
-static inline void multiply(vu x, uint32_t multiplier, vu& high, vu& low) {
+// The high and low words of x * multiplier, lane by lane.
+static inline void multiply_wide(vu x, uint32_t multiplier, vu& high, vu& low) {
   vl even = ((vl)x & 0xFFFFFFFFu) * (uint64_t)multiplier, odd = ((vl)x >> 32) * (uint64_t)multiplier;
   const vl upper = vl{} + 0xFFFFFFFF00000000u;
   high = (vu)((even >> 32) | (odd & upper));
@@ -19,7 +19,7 @@ static inline void multiply(vu x, uint32_t multiplier, vu& high, vu& low) {
 }
 
 struct Words {
-  vu at[4];
+  vu word[4];
 };
 
 template <int ROUNDS>
@@ -28,8 +28,8 @@ static inline Words philox(uint64_t seed, vu c0, vu c1, uint32_t head) {
   vu c2 = vu{} + head, c3 = {};
   for (int round = 0; round < ROUNDS; round++) {
     vu high_0, low_0, high_2, low_2;
-    multiply(c0, 0xD2511F53u, high_0, low_0);
-    multiply(c2, 0xCD9E8D57u, high_2, low_2);
+    multiply_wide(c0, 0xD2511F53u, high_0, low_0);
+    multiply_wide(c2, 0xCD9E8D57u, high_2, low_2);
     c0 = high_2 ^ c1 ^ key_0, c1 = low_2, c2 = high_0 ^ c3 ^ key_1, c3 = low_0;
     key_0 += 0x9E3779B9u;
     key_1 += 0xBB67AE85u;
@@ -37,15 +37,9 @@ static inline Words philox(uint64_t seed, vu c0, vu c1, uint32_t head) {
   return {{c0, c1, c2, c3}};
 }
 
-// What random bits multiply by: 0, or the scale of what is kept.
-static inline vf kept(const Dropout& dropout, vu bits) {
+// 0 where the random bits drop an element, else the scale of kept ones.
+static inline vf dropout_multiplier(const Dropout& dropout, vu bits) {
   return (vi)(bits >> 1) >= (vi)(vu{} + dropout.threshold) ? broadcast(dropout.scale) : vf{};
-}
-
-static inline vu lane_numbers() {
-  vu i;
-  for (int lane = 0; lane < W; lane++) i[lane] = lane;
-  return i;
 }
 
 }  // namespace FLASHATTN_ISA

@@ -1,15 +1,15 @@
-// Rotary position embedding, and the writing of new keys and values into a cache. The twin of kernels/rotary.py.
+// Rotary position embedding, and the appending of keys and values to a cache. The twin of kernels/rotary.py.
 //
 // Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
 #include "kernels.h"
-#include "tiles.h"
+#include "matrix.h"
 
 namespace flashattn {
 namespace FLASHATTN_ISA {
 
-constexpr int64_t TOKENS = 64;  // of a tile
+constexpr int64_t TOKENS = 64;  // tokens of a tile
 
-// y = x with its first 2 n numbers rotated, in pairs (i, i + n) or (2 i, 2 i + 1).
+// y = x with its first 2 n elements rotated, in pairs (i, i + n) or (2 i, 2 i + 1).
 static void rotate(const float* x, const float* cos, const float* sin, int64_t n, bool interleaved, float* y) {
   if (interleaved)
     for (int64_t i = 0; i < n; i++) {
@@ -33,8 +33,8 @@ void rotary_tile(const Rotary& r, int64_t index, float* memory) {
   float *x = memory, *y = x + round_up(r.dim, W), *cos = y + round_up(r.dim, W), *sin = cos + round_up(r.pairs, W);
   for (int64_t token = begin; token < min(end, r.seq); token++) {
     int64_t position = r.starts[batch] + token;
-    const char* from = row_of({}, r.x, r.dtype, batch, head, token);
-    char* to = row_of(r.pages, r.to, r.dtype, batch, head, r.append ? position : token);
+    const char* from = row_pointer({}, r.x, r.dtype, batch, head, token);
+    char* to = row_pointer(r.pages, r.to, r.dtype, batch, head, r.append ? position : token);
     if (r.pairs == 0) {
       __builtin_memcpy(to, from, bytes);
       continue;

@@ -1,5 +1,5 @@
-// Vectors of the width the instruction set has, and the conversions and functions the kernels need on them.
-// Compiler vector types (GCC and clang) carry the arithmetic; intrinsics stand only where they cannot.
+// Vectors as wide as the instruction set has them, and the conversions and functions that the kernels need.
+// Arithmetic uses the vector types of GCC and clang, with intrinsics only for what these cannot express.
 #pragma once
 
 #include <stddef.h>
@@ -15,15 +15,15 @@ namespace flashattn {
 namespace FLASHATTN_ISA {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;  // floats in a vector
+constexpr int W = 16;  // float32 lanes in a vector
 #elif defined(__AVX2__)
 constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
 
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE __attribute__((always_inline)) static inline
+#define FLASHATTN_UNROLL _Pragma("GCC unroll 16")
+#define FLASHATTN_INLINE __attribute__((always_inline)) static inline
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
@@ -45,21 +45,28 @@ static inline void store(T* p, V v) {
 }
 static inline vf broadcast(float x) { return x - vf{}; }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
+static inline vu iota() {
+  vu i;
+  for (int lane = 0; lane < W; lane++) i[lane] = lane;
+  return i;
+}
 
-// The lane numbers 0 .. W - 1 as template arguments (std:: code would be shared between instruction sets).
+constexpr float NEG_INF = -__builtin_inff();
+
+// The lanes 0 .. W - 1 as template arguments (std::integer_sequence would be shared between instruction sets).
 template <int... I>
-struct Sequence {};
+struct LaneIndices {};
 template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
+struct MakeLaneIndices : MakeLaneIndices<N - 1, N - 1, I...> {};
 template <int... I>
-struct Count<0, I...> {
-  using type = Sequence<I...>;
+struct MakeLaneIndices<0, I...> {
+  using type = LaneIndices<I...>;
 };
-using Lanes = Count<W>::type;
+using AllLanes = MakeLaneIndices<W>::type;
 
 // Lane i of the result is lane i ^ STEP.
 template <int STEP, int... I>
-static inline vf swap_lanes(vf v, Sequence<I...>) {
+static inline vf swap_lanes(vf v, LaneIndices<I...>) {
   return __builtin_shufflevector(v, v, (I ^ STEP)...);
 }
 template <int STEP = W / 2>
@@ -67,11 +74,11 @@ static inline float sum(vf v) {
   if constexpr (STEP == 0)
     return v[0];
   else
-    return sum<STEP / 2>(v + swap_lanes<STEP>(v, Lanes{}));
+    return sum<STEP / 2>(v + swap_lanes<STEP>(v, AllLanes{}));
 }
 
-// x itself: a product passed through here is rounded, not fused into what it is added to.
-static inline vf rounded(vf x) {
+// x itself. The compiler cannot fuse a product passed through here into an addition, so it is rounded.
+static inline vf round_product(vf x) {
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__x86_64__)
@@ -107,7 +114,7 @@ static inline vf exp2_fraction(vf f) {
 template <int DEGREE = 6>
 static inline vf exp2(vf x) {
 #if defined(__AVX512F__)
-  // VRNDSCALE and VSCALEF do in an instruction each what takes five below.
+  // VRNDSCALE and VSCALEF each replace five of the instructions below.
   vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   vf f = x - n;
 #else
@@ -118,7 +125,7 @@ static inline vf exp2(vf x) {
 #endif
   vf p = exp2_fraction<DEGREE>(f);
 #if defined(__AVX512F__)
-  // Not below -126 (a NaN is not): else 0. At -inf f is a NaN, which the mask leaves out.
+  // 0 below -126; a NaN does not compare below. At -inf f is a NaN, which the mask zeroes.
   __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
@@ -128,9 +135,35 @@ static inline vf exp2(vf x) {
 #endif
 }
 
+// 1 / x to 2e-7.
+static inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  return y * (2 - x * y);
+#else
+  return 1 / x;
+#endif
+}
+
+// tanh = 1 - 2 / (e^2x + 1). DEGREE 6: near 0, where that cancels, an odd polynomial; largest relative error 3e-7.
+// DEGREE 4, for scores of bfloat16 tensors: largest absolute error 3e-6.
+template <int DEGREE>
+static inline vf tanh(vf x) {
+  vf magnitude = x < 0 ? -x : x, bounded = magnitude < 20 ? magnitude : vf{} + 20.0f;
+  vf large = 1 - 2 * reciprocal(exp2<DEGREE>(bounded * (2 * LOG2E)) + 1);
+  large = x == x ? (x < 0 ? -large : large) : x;
+  if constexpr (DEGREE < 6) return large;
+  vf square = x * x;
+  vf p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  return magnitude < 0.625f ? p * square * x + x : large;
+}
+
 // Transpose W vectors of 32-bit lanes: W / 2 exchanges in each of log2(W) rounds.
 template <int STEP, int... I>
-static inline void exchange(vf& a, vf& b, Sequence<I...>) {
+static inline void exchange(vf& a, vf& b, LaneIndices<I...>) {
   vf low = __builtin_shufflevector(a, b, (I & STEP ? W + I - STEP : I)...);
   b = __builtin_shufflevector(a, b, (I & STEP ? W + I : I + STEP)...);
   a = low;
@@ -138,15 +171,14 @@ static inline void exchange(vf& a, vf& b, Sequence<I...>) {
 template <int STEP = W / 2>
 static inline void transpose(vf (&v)[W]) {
   if constexpr (STEP > 0) {
-    UNROLL for (int i = 0; i < W; i++)
-      if (!(i & STEP)) exchange<STEP>(v[i], v[i + STEP], Lanes{});
+    FLASHATTN_UNROLL for (int i = 0; i < W; i++) if (!(i & STEP)) exchange<STEP>(v[i], v[i + STEP], AllLanes{});
     transpose<STEP / 2>(v);
   }
 }
 
 // ---------------------------------------------------------------- 16-bit floats
 
-// Round to nearest even; a NaN stays a (quiet) NaN. The instruction takes what is below 2^-126 for 0.
+// Round to nearest even; a NaN stays a (quiet) NaN. The instruction flushes numbers below 2^-126 to 0.
 static inline vh float_to_bfloat16(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
@@ -175,7 +207,7 @@ static inline vf float16_to_float(vh x) {
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps((__m128i)x);
 #else
-  // The exponent is biased by 15, not 127: a product with 2^112 mends it, of subnormal numbers too.
+  // The exponent is biased by 15, not 127: multiplying by 2^112 corrects it, for subnormal numbers too.
   vu bits = extend(x), magnitude = (bits & 0x7FFF) << 13;
   vf number = (vf)magnitude * 0x1p112f;
   vi special = magnitude >= 0x0F800000u;  // infinity or NaN
@@ -191,8 +223,9 @@ static inline vh float_to_float16(vf x) {
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
   vu bits = (vu)x, magnitude = bits & 0x7FFFFFFF;
-  // Below 2^-14: adding 0.5, whose last place is that of a subnormal number, rounds. Above, the bias is mended and the
-  // 13 bits that are dropped round what is kept; a carry into the exponent is right, up to infinity.
+  // Below 2^-14: adding 0.5, whose last place is that of a subnormal float16, rounds. Above: subtracting 112 << 23
+  // corrects the exponent's bias, and adding 0xFFF and the last kept bit rounds off the 13 dropped bits; a carry into
+  // the exponent is right, up to infinity.
   vu small = (vu)((vf)magnitude + 0.5f) - 0x3F000000;
   vu normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   vu special = magnitude > 0x7F800000u ? vu{} + 0x7E00 : vu{} + 0x7C00;
@@ -205,34 +238,34 @@ static inline vf widen(vh x, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? (vf)(extend(x) << 16) : float16_to_float(x);
 }
 
-// Call f with the dtype as a type: a Constant.
+// A dtype as a type. with_dtype calls f with the tag of a dtype.
 template <Dtype DTYPE>
-struct Constant {
+struct DtypeTag {
   static constexpr Dtype value = DTYPE;
 };
 template <class F>
 static inline void with_dtype(Dtype dtype, F f) {
-  if (dtype == Dtype::float32) return f(Constant<Dtype::float32>{});
-  if (dtype == Dtype::bfloat16) return f(Constant<Dtype::bfloat16>{});
-  f(Constant<Dtype::float16>{});
+  if (dtype == Dtype::float32) return f(DtypeTag<Dtype::float32>{});
+  if (dtype == Dtype::bfloat16) return f(DtypeTag<Dtype::bfloat16>{});
+  f(DtypeTag<Dtype::float16>{});
 }
 
-// W numbers from number c of a row on.
+// W elements of a row, from column c on, as float32.
 template <Dtype DTYPE>
-static inline vf load_numbers(const char* row, int64_t c) {
+static inline vf load_as_f32(const char* row, int64_t c) {
   if constexpr (DTYPE == Dtype::float32) return load<vf>((const float*)row + c);
   return widen(load<vh>((const uint16_t*)row + c), DTYPE);
 }
 
 template <Dtype DTYPE>
-static inline void store_numbers(char* row, int64_t c, vf x) {
+static inline void store_from_f32(char* row, int64_t c, vf x) {
   if constexpr (DTYPE == Dtype::float32)
     store((float*)row + c, x);
   else
     store((uint16_t*)row + c, DTYPE == Dtype::bfloat16 ? float_to_bfloat16(x) : float_to_float16(x));
 }
 
-// n elements of any dtype to float32. `dst` has room for n rounded up to whole vectors; the rest is set to 0.
+// Convert n elements of any dtype to float32. `dst` has room for n rounded up to whole vectors; the excess is set to 0.
 static inline void load_floats(float* dst, const void* src, Dtype dtype, int64_t n) {
   int64_t i = 0;
   if (dtype == Dtype::float32) {
@@ -251,7 +284,7 @@ static inline void load_floats(float* dst, const void* src, Dtype dtype, int64_t
   store(dst + i, widen(tail, dtype));
 }
 
-// n floats to any dtype, rounded to nearest even. `src` is readable to whole vectors.
+// Convert n floats to any dtype, rounded to nearest even. `src` is readable up to whole vectors.
 static inline void store_floats(void* dst, const float* src, Dtype dtype, int64_t n) {
   int64_t i = 0;
   if (dtype == Dtype::float32) {

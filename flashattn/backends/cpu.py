@@ -1,4 +1,4 @@
-"""The native CPU backend: the verbs are the operators of `csrc/bindings*.cpp`."""
+"""The native CPU backend: its verbs call the operators of `csrc/bindings*.cpp`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
 def why_missing(error: ImportError) -> str:
-    """What stands in the way of the engine. "cannot import name" is what a missing file reads as; any other text says
-    why an existing one did not load."""
+    """Why the engine does not load. The import of a missing file fails with "cannot import name"; any other text is the
+    reason why an existing one did not load."""
     if "cannot import name" not in str(error):
         return f"the extension flashattn._C does not load: {error}"
     package = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ try:
     from .. import _C  # noqa: F401  (registers the operators of csrc/bindings*.cpp)
 
     ops = torch.ops.flashattn_cpu
-    missing = None  # why the engine is not there
+    missing = None  # why the engine is unavailable
     if not ops.isa.default():
         raise ValueError(
             f"FLASHATTN_CPU_ISA must be one of {', '.join(ISAS)}, and one this processor has; "
@@ -52,12 +52,12 @@ except ImportError as error:
 
 
 def isa() -> str:
-    """The instruction set the engine runs on here: one of ISAS; "not built" without the engine."""
+    """The instruction set that the engine uses: one of ISAS, or "not built"."""
     return "not built" if missing is not None else ops.isa.default()
 
 
 def isas() -> list[str]:
-    """Those this processor has, the best first; FLASHATTN_CPU_ISA may name one of them."""
+    """The instruction sets that this processor supports, the best first; FLASHATTN_CPU_ISA may name one of them."""
     return [] if missing is not None else [name for name in ISAS if ops.supports.default(name)]
 
 
@@ -126,8 +126,8 @@ def append(q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | 
 
 
 def store(x: Tensor, cache: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None) -> None:
-    if cache.stride(3) != 1 and cache.shape[3] != 1:  # only a cache that the caller made can be like that
-        return reference.decode.store(x, cache, cached, counts, rotary)
+    if cache.stride(3) != 1 and cache.shape[3] != 1:  # possible only if the caller allocated the cache
+        return reference.store(x, cache, cached, counts, rotary)
     tables = (None, None, False) if rotary is None else rotary
     ops.rotate_and_store.default(x, cache, cached.page_table, cached.starts, counts, *tables, True)
 
