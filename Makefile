@@ -17,7 +17,7 @@ help:
 	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
 	@echo "make matrix every kernel on every supported version of Triton, $(firstword $(TRITONS)) to $(lastword $(TRITONS))"
 	@echo "make roles  every case table through the kernels for Hopper, on the oldest and the newest Triton: two hours"
-	@echo "make lint   ruff, rules and format"
+	@echo "make lint   ruff, rules and format, and clang-format"
 	@echo "make bench  attention and the CPU engine against PyTorch, the long lists, with a plot in bench/out/"
 	@echo "make sanitize  the CPU engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make torch-versions  the engine built with the oldest PyTorch, run with the newest, and the other way round"
@@ -63,6 +63,7 @@ $(VENV)/triton/%: | $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
 
 bench: $(READY)
 	mkdir -p bench/out
