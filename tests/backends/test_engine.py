@@ -1,4 +1,4 @@
-"""The native engine itself: its exponential, long sums, threads and processes, other compilers and processors."""
+"""The native engine itself: its operators, exponential, long sums, threads and processes, compilers and processors."""
 
 import concurrent.futures
 import shutil
@@ -10,6 +10,8 @@ import torch
 
 import flashattn
 from flashattn import backends
+from flashattn.norm_settings import Norm
+from flashattn.score import Score
 
 ROOT = Path(__file__).parents[2]
 KERNELS = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if not path.name.startswith("bindings")]
@@ -19,6 +21,23 @@ KERNELS = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if not path.na
 def on_the_engine():
     with flashattn.use_backend("cpu"):
         yield
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+@pytest.mark.parametrize(
+    "operator, fields",
+    [(f"attention_{name}", Score._fields[: backends.cpu.TENSORS]) for name in ("forward", "backward", "decode")]
+    + [(f"norm_{name}", Norm._fields) for name in ("forward", "backward")],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_fields(operator, fields):
+    """The lists of fields in csrc/ have the names and the order of Score and Norm."""
+    names = [argument.name for argument in getattr(backends.cpu.ops, operator).default._schema.arguments]
+    expected = ["alibi_slopes" if field == "slopes" else field for field in fields]
+    first = names.index(expected[0])
+    assert names[first : first + len(expected)] == expected
 
 
 # ------------------------------------------------------------------------------------------------ the exponential
@@ -40,8 +59,8 @@ def test_exp2(dtype, allowed):
     truth = torch.exp2(x.double())
     assert ((exp2(x, dtype).double() - truth) / truth).abs().max() < allowed
 
-    whole = torch.arange(-126, 128, dtype=torch.float32)
-    assert torch.equal(exp2(whole, dtype), torch.ldexp(torch.ones(254), whole.int()))  # 2^0 = 1 among them
+    integers = torch.arange(-126, 128, dtype=torch.float32)
+    assert torch.equal(exp2(integers, dtype), torch.ldexp(torch.ones(254), integers.int()))  # 2^0 = 1 among them
     tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30])
     assert torch.equal(exp2(tiny, dtype), torch.ones(6))
     assert torch.equal(exp2(torch.tensor([-126.001, -1e30, -torch.inf]), dtype), torch.zeros(3))
@@ -59,8 +78,8 @@ def test_every_float16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("queries", [1, 20])
 def test_the_error_does_not_grow_with_length(dtype, queries):
-    """Where the maximum stays, what was summed is rescaled by exactly 1. Equal scores over equal values give the value
-    whatever the length; a factor off by one unit in the last place would be off by 2^-24 * 65536 / 64 at the end."""
+    """While the maximum stays the same, earlier sums are rescaled by exactly 1. Equal scores over equal values give
+    that value at any length; a factor off by one unit in the last place would add up to 2^-24 * 65536 / 64."""
     seq = 65536
     q, k, v = torch.zeros(1, 1, queries, 16), torch.ones(1, 1, seq, 16), torch.full((1, 1, seq, 16), 0.75)
     out, lse = flashattn.attention(q.to(dtype), k.to(dtype), v.to(dtype), return_lse=True)
