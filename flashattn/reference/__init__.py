@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ..protocol import Capabilities
 from .attention import backward, forward
-from .decode import append, decode, rotate
+from .caches import append, decode, rotate, store
 from .norm import norm_backward, norm_forward
 from .stats import attention_stats
 
@@ -25,6 +25,7 @@ __all__ = [
     "norm_backward",
     "norm_forward",
     "rotate",
+    "store",
 ]
 
 CAPABILITIES = Capabilities(refused_dtypes={}, max_head_dim=None)
