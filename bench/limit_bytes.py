@@ -13,7 +13,7 @@ from flashattn.cache import CacheView
 from flashattn.score import Score
 
 from . import launches, ptx
-from .ptx.driver import Launch
+from .ptx import Launch
 from .ptx.norm_bytes import norm_bytes
 
 AT_MOST, AIM = 1.02, 1.00

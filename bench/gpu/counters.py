@@ -26,8 +26,8 @@ from flashattn.protocol import Saved
 from flashattn.score import Norm, Score
 
 from .. import ptx
-from ..ptx.counts import Counts
-from ..ptx.memory import SECTOR
+from ..ptx.machine.counts import Counts
+from ..ptx.memory.segments import SECTOR
 from .context import Context, first_line
 
 MARGIN = 2.0  # seconds before the part's end at which ncu is given up

@@ -22,7 +22,8 @@ warps of one block are not checked for races in global memory. A block that wait
 beside it (8192 threads do) counts as endless. Clusters and tcgen05 are not modelled.
 """
 
-from .driver import Device, Launch, device, run_text
+from .driver import Device, device, run_text
 from .faults import CHOICES, Fault
+from .machine.counts import Launch
 
 __all__ = ["CHOICES", "Device", "Fault", "Launch", "device", "run_text"]

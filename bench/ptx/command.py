@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
@@ -39,8 +40,6 @@ Python line.
 
 
 def add_parser(commands) -> None:
-    import argparse
-
     command = commands.add_parser(
         "ptx", help="compiled kernels executed and counted without a GPU", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -23,34 +23,21 @@ from triton.runtime.cache import get_cache_manager
 from flashattn.kernels.configs import SHARED_MEMORY
 
 from ..compiled import MULTIPROCESSOR, NoDriver, driver, unassembled
-from .counts import Counts
+from ..report import make_console
+from . import instructions, report  # noqa: F401  (instructions registers them)
 from .faults import Fault, Judge
-from .machine import MAX_INSTRUCTIONS, execute
-from .parse import parse
-from .program import Program
+from .frontend.parse import parse
+from .frontend.program import Program
+from .machine.counts import Counts, Launch
+from .machine.execute import MAX_INSTRUCTIONS, execute
+from .memory.tensor_maps import encode_map
+from .memory.tensors import Named, named, storage_tensor
+from .memory.uninitialised import Unwritten
 from .rates import bounds, gpu_of
-from .tensor_maps import encode_map
-from .tensors import Named, named, storage_tensor
-from .uninitialised import Unwritten
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 # From Triton 3.8 on it takes a third argument, which it does not use.
 UNUSED = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters) - 2)
-
-
-class Launch(NamedTuple):
-    """One launch that ran: what it was and what it did."""
-
-    kernel: str
-    architecture: str
-    grid: tuple[int, int, int]
-    threads: int  # of a block
-    shared_bytes: int
-    counts: Counts
-
-    @property
-    def blocks(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @contextlib.contextmanager
@@ -98,9 +85,6 @@ class Device(NoDriver, GPUDriver):
 
     def show(self, lines: bool = False) -> None:
         """Print what the launches did; lines: with the counts of each line of Python."""
-        from ..report import make_console
-        from . import report  # which knows of Launch
-
         console = make_console(200)
         for launch in self.launches:
             report.print_launch(console, launch)

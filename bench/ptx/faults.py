@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .syntax import Instruction
+from .frontend.syntax import Instruction
 
 RAISE, NOTE, IGNORE = "raise", "note", "ignore"
 # The kinds that a launch can go on after, with what is done where the caller says nothing. What is noted by default may

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .driver import Launch
+from .machine.counts import Launch
 
 
 class PassBytes(NamedTuple):

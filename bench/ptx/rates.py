@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .counts import Counts
+from .machine.counts import Counts
 
 
 class Gpu(NamedTuple):

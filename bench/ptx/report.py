@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .counts import PIPES, Counts, pipe
-from .driver import Launch
+from .frontend.syntax import Location
+from .machine.counts import PIPES, Counts, Launch, pipe
 from .rates import bounds, gpu_of
-from .syntax import Location
 
 TRITON = "/triton/language/"  # the library's own functions, whatever environment compiled them
 AROUND = 2  # lines shown around a counted one

@@ -426,8 +426,8 @@ def test_a_bulk_copy_without_its_wait(monkeypatch):
 
 def plant(compiled, text: str):
     """The program of a changed text for a compiled kernel."""
-    from bench.ptx.parse import parse
-    from bench.ptx.program import Program
+    from bench.ptx.frontend.parse import parse
+    from bench.ptx.frontend.program import Program
 
     module = parse(text)
     return Program(module.kernels[compiled.metadata.name], module, compiled.metadata.shared)

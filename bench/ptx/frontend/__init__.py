@@ -1,0 +1,1 @@
+"""PTX text into a program that the machine runs."""

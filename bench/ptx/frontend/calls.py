@@ -1,0 +1,109 @@
+"""Calls inlined, labels resolved: what the parser read becomes one flat list of instructions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..faults import Fault
+from .syntax import Address, Function, Group, Instruction, Operand, Register, Symbol
+
+
+def rename(operand: Operand, names: dict[str, str]) -> Operand:
+    if isinstance(operand, Register):
+        negated = operand.name.startswith("!")
+        name = operand.name[negated:]
+        return Register("!" * negated + names.get(name, name), operand.type)
+    if isinstance(operand, Symbol):
+        return Symbol(names.get(operand.name, operand.name))
+    if isinstance(operand, Address):
+        return Address(rename(operand.base, names), operand.offset)
+    if isinstance(operand, Group):
+        return Group(tuple(rename(x, names) for x in operand.items))
+    return operand
+
+
+def inline_calls(kernel: Function, functions: dict[str, Function]) -> None:
+    """Each call of a function of the module gives way to its instructions; its parameters are the memory that the
+    caller made for them.
+
+    `__assertfail` and other names from outside stay calls, for the machine to know or to refuse."""
+    calls = 0
+    while True:
+        at = next((i for i, x in enumerate(kernel.instructions) if callee(x) in functions), None)
+        if at is None:
+            return
+        calls += 1
+        insert(kernel, at, functions[callee(kernel.instructions[at])], f"#{calls}")
+
+
+def callee(instruction: Instruction) -> str | None:
+    """The name of a called function: `call (results), name, (arguments)` or `call name, (arguments)`."""
+    if instruction.parts[0] != "call":
+        return None
+    return next(x.name for x in instruction.operands if not isinstance(x, Group))
+
+
+def arguments(call: Instruction, returns: bool) -> tuple[list[str], list[str]]:
+    """(where a call wants its results, where its arguments are): names of the caller's variables."""
+    lists = [[x.name for x in operand.items] for operand in call.operands if isinstance(operand, Group)]
+    results = lists.pop(0) if returns else []
+    return results, lists[0] if lists else []
+
+
+def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
+    call = kernel.instructions[at]
+    results, given = arguments(call, bool(function.returns))
+    names = {name: name + suffix for name in function.registers}
+    kernel.registers.update({names[name]: kind for name, kind in function.registers.items()})
+    names |= {x.name: actual for x, actual in zip(function.returns + function.params, results + given, strict=True)}
+    for variable in function.variables.values():
+        kernel.variables[variable.name] = variable
+    body = []
+    for old in function.instructions:
+        new = replace(
+            old,
+            operands=tuple(rename(x, names) for x in old.operands),
+            guard=None if old.guard is None else rename(old.guard, names),
+            location=call.location,
+            scope=tuple(f"{s}{suffix}" for s in old.scope),
+        )
+        if old.parts[0] == "ret":
+            new.op, new.parts, new.operands = "bra.uni", ("bra", "uni"), (Symbol(f"$after{suffix}"),)
+            new.scope = (f"after{suffix}",)
+        body.append(new)
+    grown = len(body) - 1
+    kernel.labels = {key: n + grown * (n > at) for key, n in kernel.labels.items()}
+    kernel.labels |= {(f"{s}{suffix}", name): n + at for (s, name), n in function.labels.items()}
+    kernel.labels[f"after{suffix}", f"$after{suffix}"] = at + len(body)
+    kernel.tables |= {(f"{s}{suffix}", name): labels for (s, name), labels in function.tables.items()}
+    kernel.instructions[at : at + 1] = body
+
+
+def resolve(kernel: Function) -> None:
+    """Branch targets by number, and each register with its type."""
+    for instruction in kernel.instructions:
+        names = []
+        if instruction.parts[0] == "bra":
+            names = [instruction.operands[0].name]
+        elif instruction.parts[0] == "brx":
+            names = in_scope(kernel.tables, instruction.operands[1].name, instruction)
+        instruction.targets = tuple(in_scope(kernel.labels, name, instruction) for name in names)
+        instruction.operands = tuple(typed(x, kernel.registers) for x in instruction.operands)
+
+
+def in_scope(declared: dict, name: str, instruction: Instruction):
+    """What a name stands for at an instruction: the innermost scope that declares it."""
+    for scope in instruction.scope:
+        if (scope, name) in declared:
+            return declared[scope, name]
+    raise Fault("unsupported", f"no label {name}", instruction)
+
+
+def typed(operand: Operand, registers: dict[str, str]) -> Operand:
+    if isinstance(operand, Register):
+        return Register(operand.name, registers.get(operand.name.lstrip("!"), operand.type))
+    if isinstance(operand, Address):
+        return Address(typed(operand.base, registers), operand.offset)
+    if isinstance(operand, Group):
+        return Group(tuple(typed(x, registers) for x in operand.items))
+    return operand

@@ -1,0 +1,273 @@
+"""What each arithmetic instruction computes: functions on NumPy arrays, chosen by the instruction's parts.
+
+`value(parts)` gives (function, operand types, result types). Types are NumPy dtypes of the register's bits: a float32
+operand arrives as a float32 view. PTX ISA 8.7, chapter 9.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..frontend.program import (
+    Program,
+    Step,
+    assign,
+    builds,
+    put,
+)
+from ..frontend.syntax import Instruction, items
+from ..frontend.types import DTYPES
+from . import floats, integers
+from .convert import conversion
+from .integers import FLOATS, INTEGER, Value
+
+
+def value(parts: tuple[str, ...]) -> Value | None:
+    """None for an instruction that is not arithmetic."""
+    base = parts[0]
+    if base == "cvt":
+        return Value(*conversion(parts))
+    kind = parts[-1]
+    if kind in FLOATS and base in FLOAT:
+        return float_value(parts)
+    if base in INTEGER:
+        return INTEGER[base](parts)
+    return None
+
+
+def flush(x: np.ndarray) -> np.ndarray:
+    """.ftz: subnormals to zero, the sign kept."""
+    small = np.abs(x) < floats.TINY
+    return np.where(small, np.copysign(np.float32(0), x), x) if np.any(small) else x
+
+
+def canonical(x: np.ndarray) -> np.ndarray:
+    """NaN results are one NaN, as on the GPU."""
+    nan = np.isnan(x)
+    if not np.any(nan):
+        return x
+    return np.where(nan, floats.NAN32.view(np.float32) if x.dtype == np.float32 else np.nan, x)
+
+
+def directed(rounded: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
+    """A result to nearest, moved to the neighbour where the exact one (rounded + error) lies on the other side."""
+    toward = rounded.dtype.type({"rz": 0, "rm": -np.inf, "rp": np.inf}[mode])
+    moves = {"rz": rounded * error < 0, "rm": error < 0, "rp": error > 0}[mode]
+    return np.where(moves, np.nextafter(rounded, toward), rounded)
+
+
+def same_zeros(base: str, operands: tuple) -> np.ndarray:
+    """Where a sum is of two zeros, both positive: of others that cancel, rounding down makes -0."""
+    first = operands[0] * operands[1] if base == "fma" else operands[0]
+    last = -operands[-1] if base == "sub" else operands[-1]
+    return (first == 0) & (last == 0) & ~np.signbit(first) & ~np.signbit(last)
+
+
+def overflows(result: np.ndarray, operands: tuple, base: str) -> np.ndarray:
+    """Where an infinite result stands for a finite one that is too large."""
+    finite = np.isinf(result)
+    for x in operands:
+        finite = finite & np.isfinite(x)
+    return finite & (operands[1] != 0) if base in ("div", "rcp") else finite
+
+
+def largest(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarray:
+    """max or min of floats: a NaN gives way to the number, or stays (.NaN); -0 is less than +0."""
+    out = (np.fmin if least else np.fmax)(a, b)
+    kind = np.uint32 if out.dtype == np.float32 else np.uint64 if out.dtype == np.float64 else np.uint16
+    zeros = (a == b) & (out == 0)
+    if np.any(zeros):
+        x, y = (np.broadcast_to(v, out.shape).astype(out.dtype).view(kind) for v in (a, b))
+        out = np.where(zeros, (x | y if least else x & y).view(out.dtype), out)
+    return np.where(np.isnan(a) | np.isnan(b), out.dtype.type(np.nan), out) if nan else out
+
+
+def exact_error(base: str, result: np.ndarray, operands: tuple) -> np.ndarray:
+    """Exact result minus the rounded one, by sign: enough for a directed rounding."""
+    a, b = (np.asarray(x, np.float64) for x in operands[:2])
+    if base in ("add", "sub"):
+        s, error = floats.two_sum(a, -b if base == "sub" else b)
+        return np.where(s == result, error, s - result)
+    if base == "mul":
+        if result.dtype == np.float64:
+            return floats.two_product(a, b)[1]
+        return a * b - result
+    if base == "fma":
+        c = np.asarray(operands[2], np.float64)
+        if result.dtype == np.float64:
+            high, low = floats.two_product(a, b)
+            s, error = floats.two_sum(high, c)
+            return (s - result) + (error + low)
+        s, error = floats.two_sum(a * b, c)
+        return np.where(s == result, error, s - result)
+    if base == "div":
+        high, low = floats.two_product(np.asarray(result, np.float64), b)
+        return np.copysign(1.0, b) * ((a - high) - low)
+    high, low = floats.two_product(np.asarray(result, np.float64), np.asarray(result, np.float64))  # sqrt
+    return (a - high) - low
+
+
+def fused(a, b, c):
+    return floats.fma32(a, b, c) if np.result_type(a, b, c) == np.float32 else floats.fma64(a, b, c)
+
+
+# Approximations (ex2, lg2, sin …) are computed in float64 and rounded once: within the documented error, which is 1 ulp
+# or more of it (PTX ISA, tables under each instruction).
+def approximate(function: Callable) -> Callable:
+    def compute(a):
+        return function(np.asarray(a, np.float64)).astype(np.asarray(a).dtype)
+
+    return compute
+
+
+FLOAT = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused, "mad": fused, "div": np.divide,
+    "sqrt": np.sqrt, "rcp": lambda a: np.asarray(a).dtype.type(1) / a,
+    "min": lambda *x: largest(*x[:2], True, False), "max": lambda *x: largest(*x[:2], False, False),
+    "abs": np.abs, "neg": np.negative, "rsqrt": approximate(lambda a: 1 / np.sqrt(a)), "ex2": approximate(np.exp2),
+    "lg2": approximate(np.log2), "sin": approximate(np.sin), "cos": approximate(np.cos), "tanh": approximate(np.tanh),
+    "copysign": lambda a, b: np.copysign(b, a), "testp": None, "setp": None, "selp": None, "set": None,
+}  # fmt: skip
+OPERANDS = {"add": 2, "sub": 2, "mul": 2, "fma": 3, "mad": 3, "div": 2, "min": 2, "max": 2, "copysign": 2}
+ROUNDED = ("add", "sub", "mul", "fma", "div", "sqrt", "rcp")
+BITWISE = ("abs", "neg", "copysign", "min", "max")  # no arithmetic: a NaN keeps its bits
+
+
+def float_value(parts: tuple[str, ...]) -> Value:
+    base, kind = parts[0], parts[-1]
+    if base == "testp":
+        return test_property(parts)
+    if base in ("setp", "selp", "set"):
+        return INTEGER[base](parts)
+    count = OPERANDS.get(base, 1)
+    if kind in ("f16", "bf16", "f16x2", "bf16x2"):
+        return Value(half_function(parts, count), (DTYPES[half_bits(kind)],) * count, (DTYPES[half_bits(kind)],))
+    return Value(float_function(parts), (DTYPES[kind],) * count, (DTYPES[kind],))
+
+
+def half_bits(kind: str) -> str:
+    return "b32" if kind.endswith("x2") else "b16"
+
+
+def float_function(parts: tuple[str, ...]) -> Callable:
+    """The base function with the modifiers around it: .ftz, .sat, .rz …, .NaN."""
+    base, kind = parts[0], parts[-1]
+    function = FLOAT[base]
+    mode = next((m for m in ("rz", "rm", "rp") if m in parts), None)
+    ftz, sat = "ftz" in parts, "sat" in parts
+    coarse = base in ("rcp", "rsqrt") and kind == "f64"  # of .approx.ftz.f64 the lower 32 bits are zero
+    if "NaN" in parts:
+        function = lambda a, b: largest(a, b, base == "min", True)  # noqa: E731
+
+    def compute(*operands):
+        if ftz and kind == "f32":
+            operands = tuple(flush(x) for x in operands)
+        result = function(*operands)
+        if mode and base in ROUNDED:
+            left = (np.ones_like(operands[0]), operands[0]) if base == "rcp" else operands
+            error = exact_error("div" if base == "rcp" else base, result, (*left, left[0])[:3])
+            error = np.where(overflows(result, left, base), -np.sign(result), error)
+            result = directed(result, error, mode)
+            if mode == "rm" and base in ("add", "sub", "fma"):
+                exact_zero = (result == 0) & (error == 0) & ~same_zeros(base, operands)
+                result = np.where(exact_zero, -np.abs(result), result)
+        if base not in BITWISE:
+            result = canonical(result)
+        if ftz and kind == "f32":
+            result = flush(result)
+        if sat:
+            result = np.where(np.isnan(result), result.dtype.type(0), np.clip(result, 0, 1))
+        if coarse and "approx" in parts:
+            result = (result.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+        return result
+
+    return compute
+
+
+def half_function(parts: tuple[str, ...], count: int) -> Callable:
+    """16-bit arithmetic, alone or in pairs: exact or to odd in float64, rounded once to the format."""
+    base, kind = parts[0], parts[-1]
+    pair, name = kind.endswith("x2"), kind.removesuffix("x2")
+
+    def exact(*x):
+        if base == "fma":
+            return floats.sum_to_odd(x[0] * x[1], x[2])
+        if base in ("add", "sub"):
+            return floats.sum_to_odd(x[0], -x[1] if base == "sub" else x[1])
+        if base in ("min", "max"):
+            return largest(x[0], x[1], base == "min", "NaN" in parts)
+        return FLOAT[base](*x)
+
+    def one(*bits):
+        bits = tuple(np.asarray(b) for b in bits)
+        if base == "neg":
+            return bits[0] ^ np.uint16(0x8000)
+        if base == "abs":
+            return bits[0] & np.uint16(0x7FFF)
+        result = exact(*(np.atleast_1d(floats.decode(b, name)) for b in bits))
+        if "relu" in parts:
+            result = np.where(np.isnan(result), result, np.maximum(result, 0))
+        if "sat" in parts:
+            result = np.where(np.isnan(result), 0, np.clip(result, 0, 1))
+        return floats.encode(result, name)
+
+    def two(*bits):
+        low = one(*(np.asarray(b).astype(np.uint16) for b in bits))
+        high = one(*((np.asarray(b) >> np.uint32(16)).astype(np.uint16) for b in bits))
+        return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+
+    return two if pair else one
+
+
+def test_property(parts: tuple[str, ...]) -> Value:
+    tests = {
+        "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
+        "normal": lambda a: np.isfinite(a) & (np.abs(a) >= np.finfo(a.dtype).tiny),
+        "subnormal": lambda a: (a != 0) & (np.abs(a) < np.finfo(a.dtype).tiny),
+    }  # fmt: skip
+    return Value(tests[parts[1]], (DTYPES[parts[-1]],), (np.bool_,))
+
+
+# ------------------------------------------------------------------------------------------------ instructions
+
+
+@builds("cvt", *FLOAT, *INTEGER)
+def arithmetic(program: Program, instruction: Instruction) -> Step | None:
+    known = value(instruction.parts)
+    if known is None:
+        return None
+    first, *rest = instruction.operands
+    operands = [program.read(x, t) for x, t in zip(rest, known.operands, strict=True)]
+    out = [program.write(x, t) for x, t in zip(items(first), known.results, strict=False)]
+    return assign(known.compute, operands, out, len(known.results) > 1)
+
+
+@builds("add.cc", "addc", "sub.cc", "subc", "mad.lo", "mad.hi", "madc")
+def carried(program: Program, instruction: Instruction) -> Step | None:
+    """Additions with the carry flag in (addc, subc, madc) and out (.cc)."""
+    parts, base = instruction.parts, instruction.parts[0]
+    takes, gives = base in ("addc", "subc", "madc"), "cc" in parts
+    if not (takes or gives):
+        return arithmetic(program, instruction)
+    dtype = DTYPES[parts[-1]]
+    wide = integers.unsigned(dtype)
+    size = np.dtype(dtype).itemsize * 8
+    operands = [program.read(x, wide) for x in instruction.operands[1:]]
+    out = program.write(instruction.operands[0], wide)
+    times = integers.multiply_high if "hi" in parts else np.multiply
+    if size != 32:
+        return None
+
+    def run(unit, mask):
+        *factors, last = (np.asarray(unit.slots[i]) for i in operands)
+        first = times(*factors) if len(factors) == 2 else factors[0]
+        first, last = first.astype(np.int64), last.astype(np.int64)
+        carry = unit.carry if takes else 0
+        total = first - last - carry if base.startswith("sub") else first + last + carry
+        put(unit.slots[out], (total & 0xFFFFFFFF).astype(wide), mask)
+        if gives:
+            put(unit.carry, (total >> 32) & 1, mask)
+
+    return run

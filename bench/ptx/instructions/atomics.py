@@ -1,0 +1,152 @@
+"""atom and red, of global and of shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from ..frontend.program import (
+    Program,
+    Step,
+    builds,
+)
+from ..frontend.syntax import Instruction, items
+from ..frontend.types import BYTES, DTYPES, UNSIGNED
+from .accesses import (
+    by_space,
+    global_access,
+    in_space,
+    order_blocks,
+    report_race,
+    report_unwritten,
+    scatter,
+    shared_place,
+    space_of,
+    vector,
+)
+from .arithmetic import value
+
+
+def combine(parts: tuple[str, ...]) -> Callable:
+    operation = next(p for p in parts[1:] if p in ATOMICS)
+    return ATOMICS[operation]
+
+
+ATOMICS = {
+    "add": lambda old, x: old + x, "min": lambda old, x: np.minimum(old, x), "max": lambda old, x: np.maximum(old, x),
+    "and": lambda old, x: old & x, "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x,
+    "exch": lambda old, x: x,
+    "inc": lambda old, x: old.dtype.type(0) if old >= x else old + old.dtype.type(1),
+    "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
+    "cas": lambda old, expected, new: new if old == expected else old,
+}  # fmt: skip
+
+
+@builds("atom", "red")
+def atomics(program: Program, instruction: Instruction) -> Step:
+    """Lanes in order, blocks in order."""
+    parts = instruction.parts
+    if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector(instruction) > 1:
+        return half_atomics(program, instruction)
+    function, space = combine(parts), space_of(instruction)
+    dtype = DTYPES[instruction.type]
+    width = BYTES[instruction.type]
+    operands = list(instruction.operands)
+    out = program.write(operands.pop(0), dtype) if parts[0] == "atom" else None
+    address_of = program.address(operands.pop(0))
+    values_of = [program.read(x, dtype) for x in operands]
+    acquires = "acquire" in parts or "acq_rel" in parts
+    releases = "release" in parts or "acq_rel" in parts
+    pc = len(program.steps)
+
+    def run(unit, mask):
+        lanes = unit.lanes(mask)
+        address = address_of(unit)[lanes]
+        values = tuple(np.broadcast_to(unit.slots[s], unit.count)[lanes] for s in values_of)
+        for name, there in by_space(space, address):
+            chosen, where = lanes[there], in_space(name, address[there])
+            if acquires or releases:
+                order_blocks(unit, chosen, where, acquires, releases)
+            view, index = atomic_place(unit, pc, instruction, name, chosen, where, width)
+            view = view.view(dtype)
+            old = atomic(function, view, index, range(len(chosen)), tuple(v[there] for v in values))
+            note_change(unit, name, view, index, old)
+            if out is not None:
+                scatter(unit.slots[out], chosen, old)
+
+    return run
+
+
+def atomic_place(unit, pc, instruction, space, lanes, address, width) -> tuple[np.ndarray, np.ndarray]:
+    """(view, index of each lane's element)."""
+    if space == "shared":
+        shared = unit.wave.shared
+        shared_place(unit, instruction, lanes, address, width, width)
+        unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, width)
+        if problem := shared.check_atomic(unit.block[lanes], address, width, unit.thread[lanes]):
+            unit.report(problem, instruction, lanes)
+        return shared.views[width], shared.index(unit.block[lanes], address, width, 1)[:, 0]
+    memory = unit.wave.memory
+    global_access(unit, instruction, lanes, address, width, width, "updates")
+    unit.wave.counts.global_access(pc, lanes >> 5, address, width)
+    if race := memory.race_of_update(address, width, unit.number[lanes]):
+        report_race(unit, instruction, lanes, address, width, race, "updates", "read or wrote without an atomic")
+    report_unwritten(unit, instruction, lanes, address, width, "updates")
+    pieces = memory.split(address, width)
+    if len(pieces) > 1:
+        raise unit.fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
+    view, index = pieces[0][0].elements(address, width, 1)
+    return view, index[:, 0]
+
+
+def note_change(unit, space: str, view: np.ndarray, index: np.ndarray, old: np.ndarray) -> None:
+    memory = unit.wave.shared if space == "shared" else unit.wave.memory
+    memory.changes += bool((view[index] != old).any())
+
+
+def half_atomics(program: Program, instruction: Instruction) -> Step:
+    """add.noftz of float16 and bfloat16, alone or in pairs, and vectors of floats."""
+    kind, count = instruction.type, vector(instruction)
+    operation = next(p for p in instruction.parts[1:] if p in ATOMICS)
+    add = value((operation, kind)).compute
+    width = BYTES[kind]
+    dtype = UNSIGNED[width] if kind != "f32" else np.float32
+    operands = list(instruction.operands)
+    first = operands.pop(0) if instruction.parts[0] == "atom" else None
+    outs = [program.write(x, dtype) for x in items(first)] if first is not None else []
+    address_of = program.address(operands.pop(0))
+    values_of = [program.read(x, dtype) for x in items(operands[0])]
+    space = space_of(instruction)
+    pc = len(program.steps)
+
+    def function(old, x):
+        return add(np.atleast_1d(old), np.atleast_1d(x))[0]
+
+    def run(unit, mask):
+        lanes = unit.lanes(mask)
+        for name, there in by_space(space, address_of(unit)[lanes]):
+            chosen = lanes[there]
+            where = in_space(name, address_of(unit)[chosen])
+            for i in range(count):
+                place = where + where.dtype.type(i * width)
+                view, index = atomic_place(unit, pc, instruction, name, chosen, place, width)
+                x = np.broadcast_to(unit.slots[values_of[i]], unit.count)[chosen]
+                view = view.view(dtype)
+                old = atomic(function, view, index, range(len(chosen)), (x,))
+                note_change(unit, name, view, index, old)
+                if outs and outs[i] is not None:
+                    scatter(unit.slots[outs[i]], chosen, old)
+
+    return run
+
+
+def atomic(
+    function: Callable, view: np.ndarray, index: np.ndarray, lanes: Iterable[int], operands: tuple
+) -> np.ndarray:
+    """One after another: the old values. function(old, *operands) gives the new one."""
+    old = np.empty(len(index), view.dtype)
+    for i in lanes:
+        old[i] = view[index[i]]
+        view[index[i]] = function(old[i], *(x[i] for x in operands))
+    return old

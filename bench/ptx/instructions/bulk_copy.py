@@ -1,0 +1,160 @@
+"""cp.async.bulk.tensor: boxes of a tensor between global and shared memory, by a tensor map."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..frontend.program import (
+    Program,
+    Step,
+    builds,
+)
+from ..frontend.syntax import Instruction
+from ..memory.segments import SECTOR
+from ..memory.shared_memory import Barrier
+from ..memory.tensor_maps import TensorMap
+from .accesses import address_operand, global_access, in_space, report_race, report_unwritten, shared_place
+from .mbarriers import barrier_at
+from .tensormap import map_at
+
+
+class Box(NamedTuple):
+    """The elements of one bulk copy: offsets in global memory, which of them are in the tensor, offsets in shared."""
+
+    address: np.ndarray
+    inside: np.ndarray
+    shared: np.ndarray
+
+
+def box_of(tensor: TensorMap, coordinates: list[int], start: int) -> Box:
+    """Element by element. The swizzle exchanges 16-byte pieces of a row by bits of the shared address itself."""
+    index = np.indices(tensor.box[::-1]).reshape(len(tensor.box), -1)[::-1]  # innermost first
+    place = index + np.array(coordinates)[:, None]
+    inside = ((place >= 0) & (place < np.array(tensor.sizes)[:, None])).all(0)
+    address = tensor.base + (place * np.array(tensor.strides)[:, None]).sum(0)
+    linear = start + np.arange(index.shape[1]) * tensor.itemsize
+    return Box(address, inside, swizzle(linear, tensor.swizzle))
+
+
+def swizzle(address: np.ndarray, mode: int) -> np.ndarray:
+    """Bits 4 to 4 + mode - 1 of an address, exclusive-or with the bits from 7 on. mode 1, 2, 3: 32, 64, 128 bytes."""
+    return address ^ (((address >> 7) & ((1 << mode) - 1)) << 4)
+
+
+@builds("cp.async.bulk")
+def bulk(program: Program, instruction: Instruction) -> Step | None:
+    parts = instruction.parts
+    if "commit_group" in parts:
+        return lambda unit, mask: None
+    if "wait_group" in parts:
+        return finish_reads
+    if "tensor" not in parts:
+        return None
+    loads = parts.index("shared::cta") < parts.index("global") if "shared::cta" in parts else True
+    first, second, *rest = instruction.operands
+    (group, other) = (second, first) if loads else (first, second)
+    map_of = program.address(address_operand(group.items[0]))
+    coordinates = [program.read(x, np.int32) for x in group.items[1].items]
+    shared_of = program.address(address_operand(other))
+    barrier_of = program.address(address_operand(rest[0])) if loads else None
+    pc = len(program.steps)
+    if not loads and "bulk_group" not in parts:
+        return None
+
+    def run(unit, mask):
+        for lane in unit.lanes(mask).tolist():
+            tensor = map_at(unit, instruction, lane, int(map_of(unit)[lane]))
+            where = [int(np.broadcast_to(unit.slots[c], unit.count)[lane]) for c in coordinates]
+            start = int(in_space("shared", shared_of(unit))[lane])
+            if message := misplaced(tensor, where, start):
+                raise unit.fault("misaligned", message, instruction, lane)
+            box = box_of(tensor, where, start)
+            if loads:
+                barrier = barrier_at(unit, instruction, lane, int(in_space("shared", barrier_of(unit))[lane]))
+                start_load(unit, pc, instruction, lane, tensor, box, barrier)
+            else:
+                store_box(unit, pc, instruction, lane, tensor, box)
+
+    return run
+
+
+def misplaced(tensor: TensorMap, coordinates: list[int], start: int) -> str | None:
+    """What an H200 stopped at with "an illegal instruction was encountered": it copies 16 bytes at a time."""
+    into = coordinates[0] * tensor.itemsize
+    if into % 16:
+        return f"copies a box that starts {into} bytes into a row of its tensor; that must be a multiple of 16"
+    if start % 128:
+        return f"copies a box to or from shared memory at {start}; that must be a multiple of 128"
+    return None
+
+
+def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier: Barrier) -> None:
+    shared, n = unit.wave.shared, len(box.shared)
+    lanes, block = np.full(n, lane), np.full(n, unit.block[lane])
+    shared_place(unit, instruction, lanes, box.shared, tensor.itemsize, tensor.itemsize)
+    data = np.zeros((n, tensor.itemsize), np.uint8)
+    if tensor.fill:
+        data[:] = np.frombuffer(
+            {2: b"\xff\x7f", 4: b"\xff\xff\xff\x7f", 8: b"\xff" * 7 + b"\x7f"}[tensor.itemsize], np.uint8
+        )
+    if box.inside.any():
+        address = box.address[box.inside].astype(np.uint64)
+        data[box.inside] = read_box(unit, pc, instruction, lanes[box.inside], address, tensor.itemsize)
+    if problem := shared.check_copy(block, box.shared, tensor.itemsize, unit.thread[lanes]):
+        unit.report(problem, instruction, [lane])
+    shared.copying[shared.grains(block, box.shared, tensor.itemsize)] = True
+    barrier.deliveries.append((box.shared, data))
+
+
+def read_box(unit, pc, instruction, lanes, address, itemsize) -> np.ndarray:
+    global_access(unit, instruction, lanes, address, itemsize, itemsize, "copies")
+    count_box(unit, pc, address, itemsize)
+    memory = unit.wave.memory
+    if race := memory.race_of_read(address, itemsize, unit.number[lanes]):
+        report_race(unit, instruction, lanes, address, itemsize, race, "copies", "wrote")
+    report_unwritten(unit, instruction, lanes, address, itemsize, "copies", "uninitialised copy")
+    return memory.load(address, 1, itemsize)
+
+
+def count_box(unit, pc, address, itemsize) -> None:
+    counts = unit.wave.counts
+    if not counts.global_requests[pc]:
+        counts.first_address[pc] = address[0]
+    counts.global_requests[pc] += 1
+    counts.global_sectors[pc] += len(np.unique(address // np.uint64(SECTOR)))
+    counts.global_bytes[pc] += len(address) * itemsize
+
+
+def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
+    """From shared to global memory. The bytes are taken at once; the place may be written again after the wait."""
+    shared = unit.wave.shared
+    n = len(box.shared)
+    lanes, block = np.full(n, lane), np.full(n, unit.block[lane])
+    if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], agent=True):
+        unit.report(problem, instruction, [lane])
+    grains = np.unique(shared.grains(block, box.shared, tensor.itemsize))
+    shared.start_storing(grains)
+    unit.wave.stores.append((unit, lane, grains))
+    data = shared.load(block, box.shared, 1, tensor.itemsize)[box.inside]
+    if len(data) == 0:
+        return
+    address, lanes = box.address[box.inside].astype(np.uint64), lanes[box.inside]
+    global_access(unit, instruction, lanes, address, tensor.itemsize, tensor.itemsize, "writes")
+    count_box(unit, pc, address, tensor.itemsize)
+    if race := unit.wave.memory.race_of_write(address, data, unit.number[lanes]):
+        report_race(unit, instruction, lanes, address, tensor.itemsize, race, "writes", "read or wrote")
+    unit.wave.memory.store(address, data)
+
+
+def finish_reads(unit, mask) -> None:
+    """cp.async.bulk.wait_group: the stores of these lanes have read their source, those of open groups too."""
+    left = []
+    for record in unit.wave.stores:
+        owner, lane, grains = record
+        if owner is unit and (mask is None or mask[lane]):
+            unit.wave.shared.done_storing(grains, unit.block[lane], unit.warp[lane])
+        else:
+            left.append(record)
+    unit.wave.stores = left

@@ -1,0 +1,92 @@
+"""cp.async: asynchronous copies of up to 16 bytes a lane, waited for in groups.
+
+The data of a copy is taken when it starts and appears only where it is waited for; until then the place is marked, and
+a read of it is a fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..frontend.program import (
+    Program,
+    Step,
+    builds,
+    constant_bits,
+    put,
+)
+from ..frontend.syntax import Instruction
+from .accesses import global_read, in_space, shared_place
+
+
+@dataclass
+class Copy:
+    """One cp.async of some lanes: what goes where, and the group of each lane that it belongs to."""
+
+    lanes: np.ndarray
+    address: np.ndarray
+    data: np.ndarray  # (n, bytes)
+    group: np.ndarray
+
+
+@builds("cp.async")
+def copy_async(program: Program, instruction: Instruction) -> Step | None:
+    parts = instruction.parts
+    if "commit_group" in parts:
+        return commit
+    if "wait_group" in parts or "wait_all" in parts:
+        allowed = constant_bits(instruction.operands[0]) if "wait_group" in parts else None
+        return lambda unit, mask: wait(unit, mask, allowed)
+    if parts[2] not in ("ca", "cg"):
+        return None
+    to, source, size, *rest = instruction.operands
+    nbytes = constant_bits(size)
+    to_address, from_address = program.address(to), program.address(source)
+    source_bytes = program.read(rest[0], np.uint32) if rest else program.constant(np.uint32(nbytes))
+    pc = len(program.steps)
+
+    def run(unit, mask):
+        lanes = unit.lanes(mask)
+        where = in_space("shared", to_address(unit)[lanes])
+        taken = np.broadcast_to(unit.slots[source_bytes], unit.count)[lanes].astype(np.int64)
+        data = np.zeros((len(lanes), nbytes), np.uint8)
+        for size in np.unique(taken[taken > 0]):  # the rest of the bytes are zeros
+            chosen = taken == size
+            address = in_space("global", from_address(unit)[lanes[chosen]])
+            data[chosen, :size] = global_read(
+                unit, pc, instruction, lanes[chosen], address, 1, int(size), nbytes, "copies"
+            )
+        shared, block, thread = unit.wave.shared, unit.block[lanes], unit.thread[lanes]
+        shared_place(unit, instruction, lanes, where, nbytes, nbytes)
+        unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], where, nbytes)
+        if problem := shared.check_copy(block, where, nbytes, thread):
+            unit.report(problem, instruction, lanes)
+        shared.copying[shared.grains(block, where, nbytes)] = True
+        unit.copies.append(Copy(lanes, where, data, unit.copied[lanes]))
+
+    return run
+
+
+def commit(unit, mask) -> None:
+    put(unit.copied, unit.copied + 1, mask)
+
+
+def wait(unit, mask, allowed: int | None) -> None:
+    """All but the last `allowed` groups arrive; None: all copies, committed or not."""
+    active = np.ones(unit.count, bool) if mask is None else mask
+    shared, left = unit.wave.shared, []
+    for copy in unit.copies:
+        done = active[copy.lanes]
+        if allowed is not None:
+            done = done & (copy.group < unit.copied[copy.lanes] - allowed)
+        if done.any():
+            lanes, where, data = copy.lanes[done], copy.address[done], copy.data[done]
+            block, nbytes = unit.block[lanes], data.shape[1]
+            shared.copying[shared.grains(block, where, nbytes)] = False
+            shared.store(block, where, data)
+            shared.mark(block, where, nbytes, unit.thread[lanes])
+        if not done.all():
+            left.append(Copy(*(x[~done] for x in (copy.lanes, copy.address, copy.data, copy.group))))
+    unit.copies = left

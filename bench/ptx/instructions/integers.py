@@ -1,0 +1,366 @@
+"""Whole numbers, logic, comparisons and choices: what each instruction computes, and the types of operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ..frontend.types import DTYPES
+from . import floats
+
+FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+
+
+class Value(NamedTuple):
+    compute: Callable
+    operands: tuple[type, ...]
+    results: tuple[type, ...]
+
+
+def wide(dtype: type) -> type:
+    return np.dtype(dtype.__name__.replace("16", "x").replace("32", "64").replace("x", "32")).type
+
+
+def unsigned(dtype: type) -> type:
+    return np.dtype(dtype.__name__ if dtype.__name__[0] == "u" else "u" + dtype.__name__).type
+
+
+def multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The upper half of a product."""
+    dtype = np.result_type(a, b).type
+    size = np.dtype(dtype).itemsize * 8
+    if size < 64:
+        return ((a.astype(wide(dtype)) * b.astype(wide(dtype))) >> wide(dtype)(size)).astype(dtype)
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    ua, ub = np.asarray(a).astype(np.uint64), np.asarray(b).astype(np.uint64)
+    al, ah, bl, bh = ua & low, ua >> half, ub & low, ub >> half
+    middle = ah * bl + ((al * bl) >> half)
+    high = ah * bh + (middle >> half) + ((al * bh + (middle & low)) >> half)
+    if dtype == np.int64:
+        high = high - np.where(a < 0, ub, np.uint64(0)) - np.where(b < 0, ua, np.uint64(0))
+    return high.astype(dtype)
+
+
+def product(parts: tuple[str, ...]) -> Value:
+    """mul and mad: .lo, .hi or .wide."""
+    dtype = DTYPES[parts[-1]]
+    half = parts[1] if parts[1] in ("lo", "hi", "wide") else "lo"
+    if half == "wide":
+        out = wide(dtype)
+        times = lambda a, b: np.multiply(a, b, dtype=out)  # noqa: E731
+    else:
+        out = dtype
+        times = np.multiply if half == "lo" else multiply_high
+    if parts[0] == "mul":
+        return Value(times, (dtype, dtype), (out,))
+    return Value(lambda a, b, c: times(a, b) + c, (dtype, dtype, out), (out,))
+
+
+def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Toward zero. Division by zero gives all ones, as the hardware does (PTX leaves it open)."""
+    dtype = np.result_type(a, b).type
+    kind = unsigned(dtype)
+    zero = b == 0
+    ua, ub = magnitude(a, kind), magnitude(np.where(zero, dtype(1), b), kind)
+    q = ua // ub
+    q = np.where((a < 0) ^ (b < 0), kind(0) - q, q)
+    return np.where(zero, kind(0) - kind(1), q).astype(dtype)
+
+
+def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    dtype = np.result_type(a, b).type
+    return np.where(b == 0, a, a - quotient(a, b) * b).astype(dtype)
+
+
+def magnitude(x: np.ndarray, kind: type) -> np.ndarray:
+    x = np.asarray(x)
+    bits = x.astype(kind)
+    return np.where(x < 0, kind(0) - bits, bits)
+
+
+def shift_left(a: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """By more than the width gives 0; the amount is 32 bits whatever the type."""
+    dtype = np.asarray(a).dtype.type
+    size = np.dtype(dtype).itemsize * 8
+    return np.where(n >= size, dtype(0), a << np.minimum(n, size - 1).astype(dtype))
+
+
+def shift_right(a: np.ndarray, n: np.ndarray) -> np.ndarray:
+    dtype = np.asarray(a).dtype.type
+    size = np.dtype(dtype).itemsize * 8
+    shifted = a >> np.minimum(n, size - 1).astype(dtype)
+    return shifted if np.issubdtype(dtype, np.signedinteger) else np.where(n >= size, dtype(0), shifted)
+
+
+def shift(parts: tuple[str, ...]) -> Value:
+    dtype = DTYPES[parts[-1]]
+    return Value(shift_left if parts[0] == "shl" else shift_right, (dtype, np.uint32), (dtype,))
+
+
+def funnel(parts: tuple[str, ...]) -> Value:
+    """shf: 32 bits out of the 64 of (high, low), shifted by c modulo 32 (.wrap) or at most 32 (.clamp)."""
+    left, wrap = parts[1] == "l", parts[2] == "wrap"
+
+    def compute(low, high, n):
+        n = (n & np.uint32(31) if wrap else np.minimum(n, np.uint32(32))).astype(np.uint64)
+        both = (np.asarray(high).astype(np.uint64) << np.uint64(32)) | np.asarray(low).astype(np.uint64)
+        moved = (both << n) >> np.uint64(32) if left else both >> n
+        return moved.astype(np.uint32)
+
+    return Value(compute, (np.uint32,) * 3, (np.uint32,))
+
+
+def field(parts: tuple[str, ...]) -> Value:
+    """bfe: `length` bits from `start`, the sign bit repeated for signed types."""
+    dtype = DTYPES[parts[-1]]
+    size = np.dtype(dtype).itemsize * 8
+
+    def compute(a, start, length):
+        start, length = start & np.uint32(255), length & np.uint32(255)
+        bits = np.asarray(a).astype(unsigned(dtype))
+        kept = np.minimum(length, np.maximum(size - start.astype(np.int64), 0).astype(np.uint32))
+        mask = shift_left(unsigned(dtype)(1) + np.zeros_like(bits), kept) - unsigned(dtype)(1)
+        taken = shift_right(bits, start) & mask
+        if not np.issubdtype(dtype, np.signedinteger):
+            return taken
+        at = np.minimum(start + length - np.uint32(1), np.uint32(size - 1))
+        negative = (shift_right(bits, at) & unsigned(dtype)(1)).astype(bool) & (length != 0)
+        return np.where(negative, taken | ~mask, taken).astype(dtype)
+
+    return Value(compute, (dtype, np.uint32, np.uint32), (dtype,))
+
+
+def insert_field(parts: tuple[str, ...]) -> Value:
+    """bfi: `length` bits of a into b at `start`."""
+    dtype = DTYPES[parts[-1]]
+
+    def compute(a, b, start, length):
+        start, length = start & np.uint32(255), length & np.uint32(255)
+        one = dtype(1) + np.zeros_like(a + b)
+        mask = shift_left(shift_left(one, length) - dtype(1), start)
+        return (b & ~mask) | (shift_left(a + np.zeros_like(one), start) & mask)
+
+    return Value(compute, (dtype, dtype, np.uint32, np.uint32), (dtype,))
+
+
+def permute(parts: tuple[str, ...]) -> Value:
+    """prmt: each byte of the result is one of the eight of (b, a), or its sign repeated."""
+    mode = parts[2] if len(parts) > 2 else None
+    table = {
+        "f4e": lambda s, i: (s + i) & 7, "b4e": lambda s, i: (s - i) & 7, "rc8": lambda s, i: s & 3,
+        "ecl": lambda s, i: np.maximum(s & 3, i), "ecr": lambda s, i: np.minimum(s & 3, i),
+        "rc16": lambda s, i: (s & 1) * 2 + (i & 1),
+    }  # fmt: skip
+
+    def compute(a, b, selector):
+        both = (np.asarray(b).astype(np.uint64) << np.uint64(32)) | np.asarray(a).astype(np.uint64)
+        out = np.uint32(0)
+        for i in range(4):
+            nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
+            source = nibble & np.uint32(7) if mode is None else table[mode](selector.astype(np.int64), i)
+            byte = (both >> (np.asarray(source).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(255)
+            if mode is None:
+                sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+                byte = np.where(nibble & np.uint32(8), sign, byte)
+            out = out | (byte << np.uint32(8 * i))
+        return out
+
+    return Value(compute, (np.uint32,) * 3, (np.uint32,))
+
+
+def lookup(parts: tuple[str, ...]) -> Value:
+    """lop3: any function of three bits, its truth table in the last operand, which is a constant."""
+    dtype = np.uint32
+
+    def compute(a, b, c, table):
+        out = dtype(0)
+        for i in range(8):
+            if int(np.asarray(table).flat[0]) >> i & 1:
+                out = out | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
+        return out
+
+    return Value(compute, (dtype,) * 4, (dtype,))
+
+
+def count_bits(a: np.ndarray) -> np.ndarray:
+    return np.bitwise_count(a).astype(np.uint32)
+
+
+def leading_zeros(a: np.ndarray) -> np.ndarray:
+    a = np.asarray(a)
+    size = a.dtype.itemsize * 8
+    for step in (1, 2, 4, 8, 16, 32)[: size.bit_length() - 1]:  # fill with ones below the highest one
+        a = a | (a >> a.dtype.type(step))
+    return np.uint32(size) - count_bits(a)
+
+
+def reverse_bits(a: np.ndarray) -> np.ndarray:
+    a = np.ascontiguousarray(a)
+    flat = np.unpackbits(a.view(np.uint8).reshape(-1, a.dtype.itemsize), axis=1, bitorder="little")
+    return np.packbits(flat[:, ::-1], axis=1, bitorder="little").view(a.dtype).reshape(a.shape)
+
+
+def find_bit(parts: tuple[str, ...]) -> Value:
+    """bfind: the position of the highest one (of the highest bit that differs from the sign), -1 if none."""
+    dtype = DTYPES[parts[-1]]
+    size = np.dtype(dtype).itemsize * 8
+
+    def compute(a):
+        bits = np.where(a < 0, ~a, a).astype(unsigned(dtype))
+        zeros = leading_zeros(bits)
+        if "shiftamt" in parts:
+            return np.where(zeros == size, np.uint32(0xFFFFFFFF), zeros)
+        return np.uint32(size - 1) - zeros
+
+    return Value(compute, (dtype,), (np.uint32,))
+
+
+def dot_product(parts: tuple[str, ...]) -> Value:
+    """dp4a: c + the sum of four products of bytes."""
+    types = [np.int8 if kind == "s32" else np.uint8 for kind in parts[-2:]]
+
+    def compute(a, b, c):
+        lanes = np.broadcast(a, b).shape
+
+        def octets(x, t):
+            return np.ascontiguousarray(np.broadcast_to(x, lanes)).view(t).reshape(*lanes, 4)
+
+        return (octets(a, types[0]).astype(np.int64) * octets(b, types[1]).astype(np.int64)).sum(-1).astype(
+            np.uint32
+        ) + c
+
+    return Value(compute, (np.uint32,) * 3, (np.uint32,))
+
+
+def simple(function: Callable, count: int, out: type | None = None) -> Callable:
+    def build(parts):
+        dtype = DTYPES[parts[-1]]
+        return Value(function, (dtype,) * count, (out or dtype,))
+
+    return build
+
+
+def saturating(function: Callable) -> Callable:
+    """add and sub, with .sat of s32."""
+
+    def build(parts):
+        dtype = DTYPES[parts[-1]]
+        if "sat" not in parts:
+            return Value(function, (dtype, dtype), (dtype,))
+        limits = np.iinfo(dtype)
+        return Value(
+            lambda a, b: np.clip(function(np.int64(a), np.int64(b)), limits.min, limits.max).astype(dtype),
+            (dtype, dtype),
+            (dtype,),
+        )
+
+    return build
+
+
+def extremum(function: Callable) -> Callable:
+    def build(parts):
+        dtype = DTYPES[parts[-1]]
+        if "relu" not in parts:
+            return Value(function, (dtype, dtype), (dtype,))
+        return Value(lambda a, b: np.maximum(function(a, b), dtype(0)), (dtype, dtype), (dtype,))
+
+    return build
+
+
+ORDERED = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+def comparison(name: str, kind: str) -> Callable:
+    """Of floats: eq … ge are false for a NaN, equ … geu true."""
+    if name in ("num", "nan"):
+        return (lambda a, b: np.isnan(a) | np.isnan(b)) if name == "nan" else lambda a, b: ~(np.isnan(a) | np.isnan(b))
+    plain = ORDERED.get(name) or ORDERED.get(name[:-1])
+    if kind == "bf16":
+        inner, plain = plain, lambda a, b: inner(floats.bf16_to_f32(a), floats.bf16_to_f32(b))
+    if kind in FLOATS and name.endswith("u") and name != "u":
+        return lambda a, b: plain(a, b) | np.isnan(a) | np.isnan(b)
+    if kind in FLOATS and name == "ne":
+        return lambda a, b: plain(a, b) & ~(np.isnan(a) | np.isnan(b))
+    return plain
+
+
+COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def set_predicate(parts: tuple[str, ...]) -> Value:
+    """setp: p = compare(a, b), with .and/.or/.xor p2 after it; its second result is the opposite comparison's."""
+    kind = parts[-1]
+    dtype = DTYPES[kind]
+    compare = comparison(parts[1], kind)
+    combine = COMBINE.get(parts[2])
+    if combine is None:
+        return Value(lambda a, b: (compare(a, b), ~compare(a, b)), (dtype, dtype), (np.bool_, np.bool_))
+    return Value(
+        lambda a, b, c: (combine(compare(a, b), c), combine(~compare(a, b), c)),
+        (dtype, dtype, np.bool_), (np.bool_, np.bool_),
+    )  # fmt: skip
+
+
+def set_value(parts: tuple[str, ...]) -> Value:
+    """set: all ones, or 1.0, where the comparison holds."""
+    if parts[-1].endswith("x2"):
+        return set_halves(parts)
+    kind, out = DTYPES[parts[-1]], parts[-2]
+    compare = comparison(parts[1], parts[-1])
+    true = np.float32(1) if out == "f32" else DTYPES[out](np.iinfo(DTYPES[out]).max if out[0] == "u" else -1)
+    return Value(lambda a, b: np.where(compare(a, b), true, DTYPES[out](0)), (kind, kind), (DTYPES[out],))
+
+
+HALF_ONES = {"f16": 0x3C00, "bf16": 0x3F80}
+
+
+def set_halves(parts: tuple[str, ...]) -> Value:
+    """set of pairs of halves: in each 1.0, or all ones where the result is no pair of floats, if it holds there."""
+    kind, out = parts[-1].removesuffix("x2"), parts[-2].removesuffix("x2")
+    compare, true = comparison(parts[1], "f64"), HALF_ONES.get(out, 0xFFFF)
+
+    def compute(a, b):
+        x, y = (floats.decode(np.atleast_1d(v).astype(np.uint32).view(np.uint16), kind) for v in (a, b))
+        return np.where(compare(*np.broadcast_arrays(x, y)), np.uint16(true), np.uint16(0)).view(np.uint32)
+
+    return Value(compute, (np.uint32, np.uint32), (np.uint32,))
+
+
+def select(parts: tuple[str, ...]) -> Value:
+    dtype = DTYPES[parts[-1]]
+    return Value(lambda a, b, p: np.where(p, a, b), (dtype, dtype, np.bool_), (dtype,))
+
+
+def negate(a: np.ndarray) -> np.ndarray:
+    return np.logical_not(a) if np.asarray(a).dtype == np.bool_ else ~a
+
+
+def logic(ufunc: Callable, logical: Callable) -> Callable:
+    def build(parts):
+        dtype = DTYPES[parts[-1]]
+        return Value(logical if dtype is np.bool_ else ufunc, (dtype, dtype), (dtype,))
+
+    return build
+
+
+INTEGER = {
+    "add": saturating(np.add), "sub": saturating(np.subtract), "mul": product, "mad": product,
+    "div": simple(quotient, 2), "rem": simple(remainder, 2), "abs": simple(np.abs, 1),
+    "neg": simple(lambda a: np.asarray(a).dtype.type(0) - a, 1),
+    "min": extremum(np.minimum), "max": extremum(np.maximum),
+    "and": logic(np.bitwise_and, np.logical_and), "or": logic(np.bitwise_or, np.logical_or),
+    "xor": logic(np.bitwise_xor, np.logical_xor), "not": simple(negate, 1),
+    "cnot": simple(lambda a: (a == 0).astype(np.asarray(a).dtype), 1), "shl": shift, "shr": shift, "shf": funnel,
+    "bfe": field, "bfi": insert_field, "prmt": permute, "lop3": lookup, "popc": simple(count_bits, 1, np.uint32),
+    "clz": simple(leading_zeros, 1, np.uint32), "brev": simple(reverse_bits, 1), "bfind": find_bit,
+    "sad": simple(lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), 3), "dp4a": dot_product,
+    "setp": set_predicate, "set": set_value, "selp": select,
+    "slct": lambda parts: Value(
+        lambda a, b, c: np.where(c >= 0, a, b), (DTYPES[parts[1]],) * 2 + (DTYPES[parts[2]],), (DTYPES[parts[1]],)
+    ),
+}  # fmt: skip

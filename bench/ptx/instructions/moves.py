@@ -1,0 +1,69 @@
+"""mov and cvta: registers packed and unpacked, addresses between the generic space and others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..frontend.program import (
+    LOCAL_WINDOW,
+    PARAM_WINDOW,
+    SHARED_WINDOW,
+    Program,
+    Step,
+    assign,
+    builds,
+    put,
+)
+from ..frontend.syntax import Group, Instruction
+from ..frontend.types import BYTES, DTYPES, UNSIGNED
+
+# ------------------------------------------------------------------------------------------------ moves
+
+
+@builds("mov")
+def move(program: Program, instruction: Instruction) -> Step:
+    """Also packs and unpacks: mov.b64 {low, high}, x and mov.b64 x, {low, high}."""
+    kind = instruction.type
+    dtype = DTYPES[kind]
+    to, source = instruction.operands
+    if isinstance(to, Group):
+        part = UNSIGNED[BYTES[kind] // len(to.items)]
+        value = program.read(source, dtype)
+        outs = [program.write(x, part) for x in to.items]
+
+        def unpack(unit, mask):
+            whole = np.ascontiguousarray(np.broadcast_to(unit.slots[value], unit.count))
+            pieces = whole.view(part).reshape(unit.count, -1)
+            for i, out in enumerate(outs):
+                if out is not None:
+                    put(unit.slots[out], pieces[:, i], mask)
+
+        return unpack
+    if isinstance(source, Group):
+        part = UNSIGNED[BYTES[kind] // len(source.items)]
+        values = [program.read(x, part) for x in source.items]
+        out = program.write(to, UNSIGNED[BYTES[kind]])
+
+        def pack(unit, mask):
+            pieces = np.empty((unit.count, len(values)), part)
+            for i, value in enumerate(values):
+                pieces[:, i] = unit.slots[value]
+            put(unit.slots[out], pieces.view(UNSIGNED[BYTES[kind]])[:, 0], mask)
+
+        return pack
+    if dtype is not np.bool_:
+        dtype = UNSIGNED[BYTES[kind]]
+    return assign(lambda x: x, [program.read(source, dtype)], [program.write(to, dtype)], False)
+
+
+@builds("cvta")
+def convert_address(program: Program, instruction: Instruction) -> Step:
+    """Between a space's own addresses and generic ones. Global ones are generic already."""
+    window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
+    space = next(p for p in instruction.parts[1:] if p != "to").split("::")[0]
+    distance = window.get(space, 0) * (-1 if "to" in instruction.parts else 1)
+    step = np.uint64(distance % (1 << 64))
+    to, source = instruction.operands
+    return assign(
+        lambda x: x + step, [program.read(source, np.uint64)], [program.write(to, np.uint64)], False
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The lanes that run as one: some warps of all the blocks of a wave, their registers, and where each of them stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ..faults import Fault
+from ..frontend.program import Program
+from ..frontend.syntax import Instruction
+from ..frontend.types import BYTES, UNSIGNED
+from ..memory.shared_memory import Problem
+from .progress import Progress, changes
+from .wave import Wave
+
+
+class Parked(NamedTuple):
+    """Lanes that wait at an instruction: at a barrier (its number, how many threads it takes) or for an mbarrier."""
+
+    pc: int
+    mask: np.ndarray
+    barrier: np.ndarray | None = None
+    threads: np.ndarray | None = None
+    together: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
+    ready: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
+    missing: Callable | None = None  # and of the unit and a lane, in words what it waits for
+
+
+class Spinning(NamedTuple):
+    """Lanes that go round at an instruction until memory is changed, which it was so many times."""
+
+    pc: int
+    mask: np.ndarray
+    changes: int
+
+
+class Unit:
+    """Lanes are ordered by block, warp and lane."""
+
+    def __init__(self, program: Program, wave: Wave, warps: range):
+        blocks = len(wave.coordinates)
+        self.program, self.wave, self.warps = program, wave, warps
+        self.joined = len(warps) > 1 and not program.careful  # only to run faster
+        self.count = blocks * len(warps) * 32
+        shape = (blocks, len(warps), 32)
+        index = np.indices(shape).reshape(3, -1)
+        self.block, self.warp, self.lane = index[0], index[1] + warps.start, index[2]
+        self.thread = self.warp * 32 + self.lane
+        self.number = wave.numbers[self.block]  # of the block in the grid
+        self.alive = np.ones(self.count, bool)
+        self.ready: dict[int, np.ndarray] = {0: self.alive.copy()}
+        self.waiting: dict[int, np.ndarray] = {}  # lanes at an instruction that the rest of their warp has not reached
+        self.parked: list[Parked] = []
+        self.carry = np.zeros(self.count, np.int64)
+        self.local = np.zeros((self.count, max(program.local_bytes, 1)), np.uint8) if program.local_bytes else None
+        self.params = self.make_params()
+        self.picks = self.steps = 0
+        self.progress = Progress()
+        self.spinning: list[Spinning] = []
+        self.copies, self.copied = [], np.zeros(self.count, np.int64)  # cp.async: records, groups committed
+        self.products, self.committed = [], np.zeros(self.count, np.int64)  # wgmma: the same
+        self.slots = self.make_slots()
+
+    def make_params(self) -> np.ndarray:
+        """(1, bytes) of the kernel's parameters; (lanes, bytes) where parameters of calls lie behind them."""
+        own, size = self.wave.params, self.program.param_bytes
+        if size == self.program.function.param_bytes:
+            return own[None]
+        params = np.zeros((self.count, size), np.uint8)
+        params[:, : len(own)] = own
+        return params
+
+    def make_slots(self) -> list:
+        program = self.program
+        slots: list = [None] * program.size
+        rows: dict[str, tuple[int, int]] = {}
+        sizes: dict[int, int] = {}
+        for name in dict.fromkeys(slot.register for slot in program.slots):
+            width = BYTES[program.function.registers[name]]
+            rows[name] = width, sizes.get(width, 0)
+            sizes[width] = sizes.get(width, 0) + 1
+        self.files = files = {width: np.zeros((n, self.count), UNSIGNED[width]) for width, n in sizes.items()}
+        for slot, number in program.slots.items():
+            width, row = rows[slot.register]
+            view = files[width][row].view(slot.dtype)
+            slots[number] = view[:: len(view) // self.count]  # a narrower type sees the lower part
+        for number, value in program.constants.items():
+            slots[number] = value
+        for number, name in program.specials.items():
+            slots[number] = self.special(name)
+        return slots
+
+    def registers(self) -> list[np.ndarray]:
+        """All that a lane knows, lanes last."""
+        known = [*self.files.values(), self.carry, self.copied, self.committed]
+        return known + [x.T for x in (self.local, self.params) if x is not None and len(x) > 1]
+
+    def special(self, name: str) -> np.ndarray:
+        wave = self.wave
+        axis = "xyz".find(name[-1])
+        base = name.rsplit(".", 1)[0]
+        if base == "%tid":
+            return (self.thread if axis == 0 else np.zeros(self.count)).astype(np.uint32)
+        if base == "%ntid":
+            return np.uint32(wave.warps * 32 if axis == 0 else 1)
+        if base in ("%ctaid", "%clusterid"):
+            return wave.coordinates[self.block, axis].astype(np.uint32)
+        if base in ("%nctaid", "%nclusterid"):
+            return np.uint32(wave.grid[axis])
+        known = {
+            "%laneid": self.lane, "%warpid": self.warp, "%cluster_ctarank": 0, "%cluster_nctarank": 1,
+            "%cluster_ctaid": 0, "%cluster_nctaid": 1, "%dynamic_smem_size": self.program.shared_bytes, "%smid": 0,
+            "%lanemask_lt": (1 << self.lane) - 1, "%lanemask_le": (2 << self.lane) - 1, "%lanemask_eq": 1 << self.lane,
+            "%lanemask_ge": 0x100000000 - (1 << self.lane), "%lanemask_gt": 0x100000000 - (2 << self.lane),
+        }  # fmt: skip
+        if base not in known:
+            raise Fault("unknown instruction", f"special register {name}")
+        return np.asarray(known[base]).astype(np.uint32)
+
+    # -------------------------------------------------------------------------------------------- lanes
+
+    def push(self, pc: int, mask: np.ndarray) -> None:
+        if mask.any():
+            there = self.ready.get(pc)
+            self.ready[pc] = mask if there is None else there | mask
+
+    def pick(self) -> tuple[int, np.ndarray]:
+        """The lanes furthest behind, so that the others wait for them where paths meet; now and then those furthest
+        ahead, for they may hold what the ones behind spin on."""
+        self.picks += 1
+        pc = max(self.ready) if self.picks % 1024 == 0 else min(self.ready)
+        mask = self.ready.pop(pc)
+        if pc in self.waiting:
+            mask = mask | self.waiting.pop(pc)
+        return pc, mask
+
+    def wait_for_warp(self, pc: int, mask: np.ndarray, together: int = 32) -> None:
+        there = self.waiting.get(pc)
+        mask = mask if there is None else there | mask
+        whole, rest = self.split_whole_warps(mask, together)
+        self.waiting.pop(pc, None)
+        if rest.any():
+            self.waiting[pc] = rest
+        self.push(pc, whole)
+
+    def spin(self, pc: int, mask: np.ndarray) -> None:
+        """These lanes wait until memory is changed."""
+        self.spinning.append(Spinning(pc, mask, changes(self)))
+
+    def wake(self) -> bool:
+        """Lets those go on that waited for a change, if there was one; whether any lane can."""
+        now = changes(self)
+        for spinning in [s for s in self.spinning if s.changes != now]:
+            self.spinning.remove(spinning)
+            self.push(spinning.pc, spinning.mask)
+        return bool(self.ready)
+
+    def leave(self, mask: np.ndarray) -> None:
+        self.alive &= ~mask
+
+    def split_whole_warps(self, mask: np.ndarray, together: int = 32) -> tuple[np.ndarray, np.ndarray]:
+        """(lanes whose warp, or group of warps, is all there, those whose is not)."""
+        together = together if self.count % together == 0 else 32
+        rows, alive = mask.reshape(-1, together), self.alive.reshape(-1, together)
+        whole = np.repeat((rows == alive).all(1), together)
+        return mask & whole, mask & ~whole
+
+    def lanes(self, mask: np.ndarray | None) -> np.ndarray:
+        return np.arange(self.count) if mask is None else np.flatnonzero(mask)
+
+    def report(self, problem: Problem, instruction: Instruction, lanes) -> None:
+        """A problem with shared memory that the launch can go on after, if the caller wants it to."""
+        self.wave.judge(self.refuse(problem, instruction, lanes))
+
+    def refuse(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
+        """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
+        lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
+        other = None if problem.other is None else self.program.instructions[problem.other]
+        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory", other)
+
+    def fault(
+        self, kind: str, message: str, instruction: Instruction, lane: int,
+        tensor: str | None = None, other: Instruction | None = None, element: tuple[int, ...] | None = None,
+    ) -> Fault:  # fmt: skip
+        block = tuple(int(x) for x in self.wave.coordinates[self.block[lane]])
+        kernel = self.program.function.name
+        return Fault(kind, message, instruction, block, int(self.thread[lane]), tensor, other, kernel, element)

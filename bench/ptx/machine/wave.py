@@ -1,0 +1,51 @@
+"""The blocks that run together, and what they run on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..faults import Judge
+from ..frontend.program import Program
+from ..memory.global_memory import GlobalMemory
+from ..memory.shared_memory import Barrier, SharedMemory
+from .counts import Counts
+
+
+class Execution(NamedTuple):
+    """A program with what it runs on."""
+
+    program: Program
+    grid: tuple[int, int, int]
+    threads: int
+    params: np.ndarray
+    memory: GlobalMemory
+    counts: Counts
+    judge: Judge
+
+
+class Wave:
+    """Blocks that run together: their shared memory, and the tensors of the launch."""
+
+    def __init__(self, execution: Execution, numbers: np.ndarray):
+        program, self.grid, threads, self.params, self.memory, self.counts, self.judge = execution
+        self.numbers = numbers
+        x, y = self.grid[0], self.grid[1]
+        self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
+        self.warps = threads // 32
+        groups = -(-self.warps // 4) if program.careful else 0
+        self.shared = SharedMemory(len(numbers), program.shared_bytes, self.warps, program.shared_grain, groups)
+        self.mbarriers: dict[tuple[int, int], Barrier] = {}
+        self.stores: list = []  # bulk stores whose source has not been waited for
+        self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """A block of the grid by its number."""
+        x, y = self.grid[0], self.grid[1]
+        return number % x, number // x % y, number // (x * y)
+
+    def arrive(self, blocks: np.ndarray, barriers: np.ndarray) -> None:
+        for block, barrier in zip(blocks.tolist(), barriers.tolist(), strict=True):
+            self.arrived[block, barrier] = self.arrived.get((block, barrier), 0) + 1
+        self.shared.changes += 1

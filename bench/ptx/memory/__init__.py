@@ -1,0 +1,1 @@
+"""Global and shared memory: their bytes, and who read and wrote them when."""

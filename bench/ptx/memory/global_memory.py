@@ -1,0 +1,314 @@
+"""Global memory: the tensors' own bytes, and who touched them.
+
+A segment is a stretch of addresses that some tensor of the launch covers (tensors that overlap share one). An access
+outside every segment is a fault. For races between blocks each grain of a segment (as many bytes as the kernel's
+smallest global access) remembers the last block that wrote it and the blocks that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from ..frontend.types import UNSIGNED
+from .segments import SECTOR, SEVERAL, Segment, by_grain, foreign, of_other_warps
+from .tensors import Named, live_tensors, raw_bytes
+from .uninitialised import Unwritten
+
+
+class Traffic(NamedTuple):
+    """What a launch moved of one tensor, in bytes of whole sectors."""
+
+    name: str
+    size: int  # of the tensor
+    asked: int  # by the warps, each time they asked: what moves where nothing is cached
+    once: int  # each sector that was read, and each that was written
+
+
+def place_of(lanes: np.ndarray | slice, at: int) -> int:
+    """Which of all lanes is number `at` of these: a mask, or all of them."""
+    return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
+
+
+class WarpsMeet(Exception):  # noqa: N818  (nothing is wrong)
+    """Warps of one block meet in global memory while the machine runs several of them as one."""
+
+
+class OutsideError(Exception):
+    """Accesses that no segment holds: which of the lanes."""
+
+    def __init__(self, lanes: np.ndarray):
+        super().__init__(lanes)
+        self.lanes = lanes
+
+
+class GlobalMemory:
+    def __init__(self, tensors: Iterable[Named], constants: Iterable[Named], grain: int, unwritten: Unwritten):
+        """unwritten: what nothing has written so far."""
+        self.tensors, self.grain, self.unwritten = [*tensors, *constants], grain, unwritten
+        self.order, self.changes = Order(), 0
+        merged: list[list[int]] = []
+        for each in sorted(self.tensors, key=lambda t: t.start):
+            if merged and each.start <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], each.end)
+            else:
+                merged.append([each.start, each.end])
+        self.segments: list[Segment] = []
+        self.add_segments([Segment(start, end, grain) for start, end in merged])
+        self.gaps = any(t.elements is not None for t in self.tensors)
+        self.live: list[Named] | None = None  # the tensors of the process, once they are asked for
+        self.known: dict[frozenset[str], list[Named]] = {}
+
+    def add_segments(self, segments: list[Segment]) -> None:
+        self.unwritten.mark(segments)
+        self.segments = sorted([*self.segments, *segments], key=lambda segment: segment.start)
+        self.starts = np.array([s.start for s in self.segments], np.uint64)
+
+    def of(self, origin: frozenset[str] | None) -> list[Named]:
+        """The tensors that an address of this origin may be in; all of them where none is known."""
+        if origin is None:
+            return self.tensors
+        if origin not in self.known:
+            found = [t for t in self.tensors if t.parameter in origin]
+            self.known[origin] = found or self.tensors
+        return self.known[origin]
+
+    def strays(
+        self, origin: frozenset[str] | None, address: np.ndarray, nbytes: int, used: int | None
+    ) -> tuple[str, np.ndarray] | None:
+        """(kind, which lanes): accesses that no memory of the launch holds, or that touch what the tensors that their
+        addresses derive from do not show. None: none. used: the bytes that are looked at."""
+        tensors = self.of(origin)
+        if tensors is not self.tensors or self.gaps:
+            good = tensors[0].within(address, nbytes, used)
+            for tensor in tensors[1:]:
+                good |= tensor.within(address, nbytes, used)
+            if good.all():
+                return None
+        try:
+            self.split(address, nbytes)
+        except OutsideError as error:
+            if tensors is self.tensors and self.adopt(address[error.lanes], nbytes):
+                return self.strays(origin, address, nbytes, used)
+            return "out of bounds", error.lanes
+        return ("out of view", ~good) if tensors is not self.tensors or self.gaps else None
+
+    def nearest(self, address: int, tensors: list[Named] | None = None) -> Named | None:
+        tensors = tensors or self.tensors
+        inside = [t for t in tensors if t.start <= address < t.end]
+        return min(inside or tensors, key=lambda t: max(t.start - address, address - t.end, 0), default=None)
+
+    def adopt(self, address: np.ndarray, nbytes: int) -> bool:
+        """Takes in the tensors of this process that hold these addresses; whether there were any. For addresses that a
+        kernel loaded from memory: a table of pointers."""
+        if self.live is None:
+            self.live = live_tensors()
+        found = [tensor for tensor in self.live if tensor.within(address, nbytes, None).any()]
+        news = [Segment(*piece, self.grain) for piece in self.uncovered(found)]
+        self.tensors += found
+        self.gaps |= any(t.elements is not None for t in found)
+        self.add_segments(news)
+        return bool(news)
+
+    def uncovered(self, tensors: list[Named]) -> list[tuple[int, int]]:
+        """The stretches of these tensors that no segment holds."""
+        pieces, at = [], 0
+        for start, end in sorted((t.start, t.end) for t in tensors):
+            at = max(at, start)
+            for segment in self.segments:
+                if at < segment.start < end:
+                    pieces.append((at, segment.start))
+                if at < segment.end and segment.start < end:
+                    at = segment.end
+            if at < end:
+                pieces.append((at, end))
+                at = end
+        return pieces
+
+    def split(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
+        """Each segment with the lanes that fall in it."""
+        if not self.segments:
+            raise OutsideError(np.ones(len(address), bool))
+        number = np.searchsorted(self.starts, address, side="right") - 1
+        one = (number == number[0]).all()
+        found, outside = [], np.zeros(len(address), bool)
+        for n, lanes in [(number[0], slice(None))] if one else [(n, number == n) for n in np.unique(number)]:
+            there, segment = address[lanes], self.segments[n]
+            # Those before the first segment are bad too: -1 is the last one, whose start is past them.
+            outside[lanes] = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
+            found.append((segment, lanes))
+        if outside.any():
+            raise OutsideError(outside)
+        return found
+
+    def load(self, address: np.ndarray, width: int, count: int) -> np.ndarray:
+        """(n, count) elements of `width` bytes."""
+        out = np.empty((len(address), count), UNSIGNED[width])
+        for segment, lanes in self.split(address, width * count):
+            view, index = segment.elements(address[lanes], width, count)
+            out[lanes] = view[index]
+            segment.touch(address[lanes], False)
+        return out
+
+    def restore(self) -> None:
+        """Every byte as it was before the launch."""
+        for segment in self.segments:
+            if segment.before is not None:
+                raw_bytes(segment.start, segment.end - segment.start)[:] = segment.before
+
+    def store(self, address: np.ndarray, values: np.ndarray) -> None:
+        """Of lanes that write the same address the last one stays."""
+        width, count = values.dtype.itemsize, values.shape[1]
+        for segment, lanes in self.split(address, width * count):
+            view, index = segment.elements(address[lanes], width, count)
+            view[index] = values[lanes]
+            segment.touch(address[lanes], True)
+            if segment.unwritten is not None:
+                segment.unwritten[segment.grains(address[lanes], width * count)] = False
+
+    def never_written(self, address: np.ndarray, nbytes: int, used: int | None) -> int | None:
+        """The first lane that reads what nothing has written, in the bytes that are used."""
+        if all(segment.unwritten is None for segment in self.segments):
+            return None
+        for segment, lanes in self.split(address, nbytes):
+            if segment.unwritten is None:
+                continue
+            bad = segment.unwritten[segment.grains(address[lanes], nbytes)]
+            if used is not None:
+                whole = (1 << self.grain) - 1
+                bad = bad[:, [used >> i * self.grain & whole != 0 for i in range(bad.shape[1])]]
+            if bad.any():
+                return place_of(lanes, int(np.argmax(bad.any(1))))
+        return None
+
+    # -------------------------------------------------------------------------------------------- warps
+
+    def warps_meet(
+        self, pieces, address: np.ndarray, nbytes: int, block: np.ndarray, warp: np.ndarray, write: bool
+    ) -> bool:
+        """Whether one of these warps touches what another of its block wrote, or writes what another touched: then the
+        order of warps may matter. Notes the access, and the bytes before the first write. pieces: of `split`."""
+        for segment, lanes in pieces:
+            grains = segment.grains(address[lanes], nbytes)
+            mine = ((block[lanes].astype(np.int64) + 1) << 6 | warp[lanes])[:, None]
+            if of_other_warps(segment.written_by[grains], mine).any():
+                return True
+            read = of_other_warps(segment.read_by[grains], mine)
+            if not write:
+                segment.read_by[grains] = np.where(read, mine | SEVERAL, mine)
+                together = of_other_warps(segment.read_by[grains], mine)  # in this very access
+                segment.read_by[grains[together]] |= SEVERAL
+                continue
+            if read.any():
+                return True
+            segment.written_by[grains] = mine
+            if of_other_warps(segment.written_by[grains], mine).any():  # in this very access
+                return True
+            segment.save()
+        return False
+
+    # -------------------------------------------------------------------------------------------- races
+
+    def met(self, marks: tuple[np.ndarray, ...], mine: np.ndarray, lanes) -> tuple[int, int] | None:
+        """(lane, other block) where marks of blocks (n, grains) are of another one that nothing orders before."""
+        for other in marks:
+            bad = foreign(other, mine[:, None])
+            if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
+                return place_of(lanes, at[0]), at[1]
+        return None
+
+    def race_of_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of a read of what another block wrote, and these reads noted."""
+        for segment, lanes in self.split(address, nbytes):
+            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            if race := self.met((segment.writer[grains], segment.updater[grains]), mine, lanes):
+                return race
+            segment.note_reads(grains, np.broadcast_to(mine[:, None], grains.shape))
+        return None
+
+    def race_of_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of a write to what another block read or wrote. A write of what is there changes nothing
+        for others: it is noted as a read, which a write of something else would race with."""
+        nbytes = values.dtype.itemsize * values.shape[1]
+        for segment, lanes in self.split(address, nbytes):
+            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            view, index = segment.elements(address[lanes], values.dtype.itemsize, values.shape[1])
+            changes = by_grain(view[index] != values[lanes], grains.shape[1])
+            if changes.any():
+                self.changes += 1
+            mine = np.broadcast_to(mine[:, None], grains.shape)
+            segment.note_reads(grains[~changes], mine[~changes])
+            writer, reader = segment.writer[grains], segment.reader[grains]
+            writer = np.where(writer == 0, segment.updater[grains], writer)
+            bad = changes & (foreign(writer, mine) | foreign(reader, mine))
+            segment.writer[grains[changes]] = mine[changes]
+            clash = changes & (segment.writer[grains] != mine)  # two blocks in this very access
+            if not (bad | clash).any():
+                continue
+            view[index] = values[lanes]
+            disagrees = by_grain(view[index] != values[lanes], grains.shape[1])
+            other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
+            bad |= clash & disagrees
+            if bad.any() and (at := self.order.first_unordered(bad, other, mine[:, 0])):
+                return place_of(lanes, at[0]), at[1]
+        return None
+
+    def race_of_update(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of an atomic on what another block wrote or read without one. Notes the atomic."""
+        for segment, lanes in self.split(address, nbytes):
+            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
+            if race := self.met((segment.writer[grains], segment.reader[grains]), mine, lanes):
+                return race
+            segment.updater[grains] = np.broadcast_to(mine[:, None], grains.shape)
+            segment.touch(address[lanes], False)
+            segment.touch(address[lanes], True)
+        return None
+
+    def unique_bytes(self) -> tuple[int, int]:
+        """(read, written): the sectors touched at least once, in bytes."""
+        return tuple(SECTOR * sum(int(getattr(s, kind).sum()) for s in self.segments) for kind in ("read", "written"))
+
+    def traffic(self, address: np.ndarray, sectors: np.ndarray) -> list[Traffic]:
+        """Of each tensor that was touched. address, sectors: for each instruction that made accesses, the address of
+        the first and the sectors of all. An instruction counts for the tensor of its first access."""
+        tensors = sorted(self.tensors, key=lambda t: t.start)
+        starts = np.array([t.start for t in tensors], np.uint64)
+        asked = np.zeros(len(tensors), np.int64)
+        number = np.searchsorted(starts, address, side="right") - 1
+        np.add.at(asked, number, SECTOR * sectors)
+        return [
+            Traffic(t.name, t.end - t.start, int(bytes_asked), self.touched_bytes(t))
+            for t, bytes_asked in zip(tensors, asked, strict=True)
+            if bytes_asked
+        ]
+
+    def touched_bytes(self, tensor: Named) -> int:
+        segment = next(s for s in self.segments if s.start <= tensor.start < s.end)
+        there = slice(
+            *(address // SECTOR - segment.first_sector for address in (tensor.start, tensor.end + SECTOR - 1))
+        )
+        return SECTOR * int(segment.read[there].sum() + segment.written[there].sum())
+
+
+class Order:
+    """Which blocks an acquire has made visible to which: block b has seen all of the blocks in bits[b]."""
+
+    def __init__(self):
+        self.seen: dict[int, int] = {}
+        self.released: dict[int, int] = {}  # address -> blocks
+
+    def release(self, address: int, block: int) -> None:
+        self.released[address] = self.released.get(address, 0) | self.seen.get(block, 0) | (1 << block)
+
+    def acquire(self, address: int, block: int) -> None:
+        self.seen[block] = self.seen.get(block, 0) | self.released.get(address, 0)
+
+    def first_unordered(self, bad: np.ndarray, other: np.ndarray, mine: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of the first marked pair that no release and acquire order. Blocks come plus 1."""
+        for lane, grain in zip(*np.nonzero(bad), strict=True):
+            him, me = int(other[lane, grain]) - 1, int(mine[lane]) - 1
+            if him < 0 or not self.seen.get(me, 0) >> him & 1:
+                return int(lane), him
+        return None
