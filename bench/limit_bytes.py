@@ -14,7 +14,7 @@ from flashattn.score import Score
 
 from . import launches, ptx
 from .ptx import Launch
-from .ptx.norm_bytes import norm_bytes
+from .ptx.norm_bytes import count_norm_bytes
 
 AT_MOST, AIM = 1.02, 1.00
 WIDTHS = (4096, 8192, 16384, 32768, 65536)  # columns of a norm
@@ -42,7 +42,7 @@ def norm_ratios(width: int, rms: bool) -> dict[str, float]:
     torch.use_deterministic_algorithms(False)
     with ptx.device("sm_90") as gpu, flashattn.use_backend("triton"):
         launches.norm((max(1, 2**15 // width), width), backward=True, rms=rms).run()
-    return {direction: moved.moved for direction, moved in norm_bytes(gpu.launches).items()}
+    return {direction: moved.moved for direction, moved in count_norm_bytes(gpu.launches).items()}
 
 
 def decode_ratio(keys: int) -> float:

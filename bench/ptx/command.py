@@ -18,7 +18,7 @@ from ..named_kernel import UsageError
 from ..report import make_console
 from . import precision, report
 from .driver import ARCHITECTURES, device
-from .norm_bytes import norm_bytes
+from .norm_bytes import count_norm_bytes
 
 SHAPES = {
     "attention": (1, 2, 256, 64), "norm": (64, 1024), "decode": (2, 4, 300, 64), "precision": (1, 2, 200, 64),
@@ -65,7 +65,7 @@ def add_parser(commands) -> None:
     command.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all of it")
 
 
-def numbers(text: str, what: str) -> tuple[int, ...]:
+def parse_numbers(text: str, what: str) -> tuple[int, ...]:
     try:
         found = tuple(int(x) for x in text.split(","))
     except ValueError:
@@ -75,10 +75,10 @@ def numbers(text: str, what: str) -> tuple[int, ...]:
     return found
 
 
-def shape_of(args) -> tuple[int, ...]:
+def parse_shape(args) -> tuple[int, ...]:
     if args.arguments:
         raise UsageError(f"{args.what} takes options, no arguments: got {args.arguments[0]!r}")
-    shape = numbers(args.shape, "--shape") if args.shape else SHAPES[args.what]
+    shape = parse_numbers(args.shape, "--shape") if args.shape else SHAPES[args.what]
     if len(shape) != len(SHAPES[args.what]):
         raise UsageError(f"--shape of {args.what} takes {DIMENSIONS[args.what]}, got {args.shape!r}")
     if args.what in ("decode", "precision") and shape[2] < 2:
@@ -86,11 +86,11 @@ def shape_of(args) -> tuple[int, ...]:
     return shape
 
 
-def work_of(args) -> launches.Work | None:
+def make_work(args) -> launches.Work | None:
     """The project's call that `args` name, None for a kernel of a file."""
     if args.what not in SHAPES:
         return None
-    shape = shape_of(args)
+    shape = parse_shape(args)
     dtype = getattr(torch, args.dtype)
     if args.what == "attention":
         return launches.attention(shape, dtype, args.causal, args.backward)
@@ -99,20 +99,20 @@ def work_of(args) -> launches.Work | None:
     return launches.decode(shape, dtype)
 
 
-def call_of(args):
+def make_call(args):
     """What a kernel of a file runs."""
     if ":" not in args.what:
         raise UsageError(f"takes {', '.join(SHAPES)} or file.py:function, got {args.what!r}")
-    return named_kernel.launch(args.what, args.arguments, numbers(args.grid, "--grid"))
+    return named_kernel.launch(args.what, args.arguments, parse_numbers(args.grid, "--grid"))
 
 
 def run(args) -> int:
     """0: ran and, where there is a truth, is right; 1: wrong, or a fault."""
     console = make_console(200)
     if args.what == "precision":
-        return precision.run(shape_of(args), args.arch, console)
-    work = work_of(args)
-    call = work.run if work else call_of(args)
+        return precision.run(parse_shape(args), args.arch, console)
+    work = make_work(args)
+    call = work.run if work else make_call(args)
     start = time.perf_counter()
     with console.status(f"running {args.what} on {args.arch}"), device(args.arch) as gpu:
         if work:
@@ -127,16 +127,16 @@ def run(args) -> int:
     console.print(f"{work.text if work else args.what}: {launched} in {seconds:.1f} s\n")
     gpu.show(args.lines)
     if args.what == "norm":
-        for name, found in norm_bytes(gpu.launches).items():
+        for name, found in count_norm_bytes(gpu.launches).items():
             console.print(f"{name}: {found.text}")
     correct = print_errors(console, work, results) if work else True
     if args.json:
         args.json.write_text(
-            "".join(json.dumps(report.figures(launch)) + "\n" for launch in gpu.launches), encoding="utf-8"
+            "".join(json.dumps(report.make_record(launch)) + "\n" for launch in gpu.launches), encoding="utf-8"
         )
     if args.html:
         command = f"python -m bench {shlex.join(sys.argv[1:])}"
-        args.html.write_text(report.page(gpu.launches, command), encoding="utf-8")
+        args.html.write_text(report.render_page(gpu.launches, command), encoding="utf-8")
     return 0 if correct else 1
 
 

@@ -31,9 +31,9 @@ from .frontend.program import Program
 from .machine.counts import Counts, Launch
 from .machine.execute import MAX_INSTRUCTIONS, execute
 from .memory.tensor_maps import encode_map
-from .memory.tensors import Named, named, storage_tensor
-from .memory.uninitialised import Unwritten
-from .rates import bounds, gpu_of
+from .memory.tensors import TensorExtent, make_extent, storage_tensor
+from .memory.uninitialised import UninitialisedMemory
+from .rates import bounds, find_gpu
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 # From Triton 3.8 on it takes a third argument, which it does not use.
@@ -73,7 +73,7 @@ class Device(NoDriver, GPUDriver):
 
     def __init__(self, architecture: str, max_instructions: int, on_fault: str | Mapping[str, str]):
         NoDriver.__init__(self, architecture)
-        self.max_instructions, self.judge, self.unwritten = max_instructions, Judge(on_fault), Unwritten()
+        self.max_instructions, self.judge, self.unwritten = max_instructions, Judge(on_fault), UninitialisedMemory()
         self.launches: list[Launch] = []
         self.utils = self
         self.launcher_cls = Launcher
@@ -114,7 +114,7 @@ class Device(NoDriver, GPUDriver):
     def get_device_properties(self, number: int) -> dict[str, int]:
         """Of the GPU, but for its multiprocessors: a kernel that launches a block for each has one block here. Clocks
         are in kHz; the memory's and its bus are such that they make its bandwidth."""
-        gpu, bus = gpu_of(self.architecture), 4096  # bits
+        gpu, bus = find_gpu(self.architecture), 4096  # bits
         return {
             "max_shared_mem": SHARED_MEMORY[self.architecture], "warpSize": 32, "multiprocessor_count": 1,
             "max_num_regs": MULTIPROCESSOR[self.architecture].registers, "sm_clock_rate": int(gpu.clock * 1e6),
@@ -124,7 +124,7 @@ class Device(NoDriver, GPUDriver):
     def load_binary(self, name: str, binary: bytes, shared: int, number: int) -> tuple:
         """(module, function, registers of a thread, spills, most threads of a block). The assembler never ran: a thread
         counts as having all registers that it may have."""
-        return name, name, most_registers(binary.decode(), MULTIPROCESSOR[self.architecture].registers), 0, 1024
+        return name, name, bound_registers(binary.decode(), MULTIPROCESSOR[self.architecture].registers), 0, 1024
 
     def fill_tma_descriptor_tiled(self, base, swizzle, itemsize, element, box, sizes, strides, fill) -> np.ndarray:
         """The numbers of element types differ between the CUDA driver and PTX."""
@@ -139,7 +139,7 @@ class Device(NoDriver, GPUDriver):
         return memory[-memory.data_ptr() % align :][:size]
 
 
-def most_registers(ptx: str, registers: int) -> int:
+def bound_registers(ptx: str, registers: int) -> int:
     """That a thread of a kernel may have, of those of a multiprocessor."""
     threads, bound = (re.search(rf"\.{name}\s+(\d+)", ptx) for name in ("reqntid", "maxnreg"))
     share = registers // int(threads.group(1)) // 8 * 8 if threads else 255
@@ -166,7 +166,7 @@ class Launcher:
 
     @property
     def program(self) -> Program:
-        return load(self.metadata.hash, self.metadata.name, self.metadata.shared)
+        return load_program(self.metadata.hash, self.metadata.name, self.metadata.shared)
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
         gpu = triton.runtime.driver.active
@@ -179,9 +179,9 @@ class Launcher:
             scratch = gpu.allocate(size, getattr(self.metadata, f"{kind}_scratch_align")) if size else None
             values.append(Argument(f"{kind} scratch", scratch, scratch))
         program = self.program
-        params = pack(program, [argument.value for argument in values])
+        params = pack_params(program, [argument.value for argument in values])
         threads = self.metadata.num_warps * 32
-        tensors = extents(program, values)
+        tensors = find_extents(program, values)
         counts = execute(program, grid, threads, params, tensors, gpu.judge, gpu.unwritten, gpu.max_instructions)
         gpu.launches.append(Launch(self.metadata.name, gpu.architecture, grid, threads, program.shared_bytes, counts))
         if leave is not None:
@@ -209,7 +209,7 @@ class Launcher:
         return found
 
 
-def extents(program: Program, arguments: list[Argument]) -> list[Named]:
+def find_extents(program: Program, arguments: list[Argument]) -> list[TensorExtent]:
     """Of the tensors among them; they must lie in the CPU's memory."""
     found = []
     for param, (name, _, tensor) in zip(program.function.params, arguments, strict=False):
@@ -217,22 +217,22 @@ def extents(program: Program, arguments: list[Argument]) -> list[Named]:
             continue
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} must be a CPU tensor to run on the PTX machine, got {tensor.device}")
-        found.append(named(name, tensor, param.name))
+        found.append(make_extent(name, tensor, param.name))
     return [extent for extent in found if extent is not None]
 
 
-def pack(program: Program, values: list) -> bytes:
+def pack_params(program: Program, values: list) -> bytes:
     """The bytes of the kernel's parameters."""
     function = program.function
     if len(values) != len(function.params):
         raise Fault("unsupported", f"{len(values)} arguments for a kernel of {len(function.params)} parameters")
     data = bytearray(function.param_bytes)
     for param, value in zip(function.params, values, strict=True):
-        data[param.offset : param.offset + param.bytes] = parameter_bytes(param.type, param.bytes, value)
+        data[param.offset : param.offset + param.bytes] = encode_param(param.type, param.bytes, value)
     return bytes(data)
 
 
-def parameter_bytes(kind: str, size: int, value) -> bytes:
+def encode_param(kind: str, size: int, value) -> bytes:
     if isinstance(value, np.ndarray):  # a tensor map
         return value.tobytes()
     if value is None:
@@ -265,22 +265,28 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, 
     """
     module = parse(text)
     program = Program(next(iter(module.kernels.values())), module)
-    tensors = extents(program, [Argument(f"argument {i}", x, storage_tensor(x)) for i, x in enumerate(args)])
+    tensors = find_extents(program, [Argument(f"argument {i}", x, storage_tensor(x)) for i, x in enumerate(args)])
     return execute(
-        program, (*grid, 1, 1)[:3], threads, pack(program, list(args)), tensors, judge or Judge(), Unwritten()
+        program,
+        (*grid, 1, 1)[:3],
+        threads,
+        pack_params(program, list(args)),
+        tensors,
+        judge or Judge(),
+        UninitialisedMemory(),
     )
 
 
 @functools.lru_cache(maxsize=16)  # a large kernel takes some 20 MB
-def load(hash: str, name: str, shared: int) -> Program:
+def load_program(hash: str, name: str, shared: int) -> Program:
     """The program of a compiled kernel: Triton keeps the PTX beside the binary in its cache."""
     group = get_cache_manager(hash).get_group(f"{name}.json")
     text = Path(next(path for file, path in group.items() if file.endswith(".ptx"))).read_text()
-    module = parse(text, local_file)
+    module = parse(text, find_local_file)
     return Program(module.kernels[name], module, shared)
 
 
-def local_file(path: str) -> str:
+def find_local_file(path: str) -> str:
     """The file of this process: a kernel may have been compiled, and kept, for the same source in another place."""
     tail = os.sep + os.sep.join(Path(path).parts[-2:])
     for module in list(sys.modules.values()):

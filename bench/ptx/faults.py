@@ -43,13 +43,13 @@ class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
         if place := [f"{name} {value}" for name, value in who.items() if value is not None]:
             lines.append(f"  {', '.join(place)}")
         if instruction is not None:
-            lines += text_of(instruction)
+            lines += format_instruction(instruction)
         if other is not None:
-            lines += ["  The other instruction:", *text_of(other)]
+            lines += ["  The other instruction:", *format_instruction(other)]
         super().__init__("\n".join(lines))
 
 
-def text_of(instruction: Instruction) -> list[str]:
+def format_instruction(instruction: Instruction) -> list[str]:
     python = instruction.location or "no Python line"
     return [f"  {python}", f"  PTX line {instruction.line}: {instruction.text}"]
 

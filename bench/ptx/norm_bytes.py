@@ -36,22 +36,22 @@ class PassBytes(NamedTuple):
         )
 
 
-def norm_bytes(launches: Iterable[Launch]) -> dict[str, PassBytes]:
+def count_norm_bytes(launches: Iterable[Launch]) -> dict[str, PassBytes]:
     """Of "forward" and "backward", as far as they are among the launches."""
     found: dict[str, list[Launch]] = {}
     for launch in launches:
         found.setdefault("forward" if launch.kernel == "norm_forward" else "backward", []).append(launch)
-    return {name: pass_bytes(of_pass) for name, of_pass in found.items()}
+    return {name: count_pass_bytes(launches_of_pass) for name, launches_of_pass in found.items()}
 
 
-def pass_bytes(launches: list[Launch]) -> PassBytes:
+def count_pass_bytes(launches: list[Launch]) -> PassBytes:
     needed, rest, rows, sums = {}, {}, 0, 0
     for tensor in (tensor for launch in launches for tensor in launch.counts.tensors):
         if tensor.name.endswith(".ptr"):  # a RowView
             needed[tensor.name] = tensor.size
-            rows += tensor.asked
+            rows += tensor.requested
         elif tensor.name.endswith("_parts"):
-            sums += tensor.once
+            sums += tensor.unique
         else:
-            rest[tensor.name] = tensor.once
+            rest[tensor.name] = tensor.unique
     return PassBytes(sum(needed.values()), rows, sum(rest.values()), sums)

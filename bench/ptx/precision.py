@@ -15,7 +15,7 @@ from .driver import device
 SETTINGS = ("highest", "high", "medium")  # of torch.set_float32_matmul_precision
 
 
-def errors(shape: tuple[int, ...], architecture: str, setting: str) -> dict[str, float]:
+def measure_errors(shape: tuple[int, ...], architecture: str, setting: str) -> dict[str, float]:
     """The largest of each result: attention, its gradients, and a token decoded against a cache of as many."""
     found = {}
     calls = {"": launches.attention(shape, torch.float32, backward=True)}
@@ -24,12 +24,12 @@ def errors(shape: tuple[int, ...], architecture: str, setting: str) -> dict[str,
         with flashattn.use_backend("reference"):
             truth = work.truth()
         with device(architecture), flashattn.use_backend("triton"):
-            results = with_setting(setting, work.run)
+            results = run_with_precision(setting, work.run)
         found |= {call or name: (x.double() - truth[name]).abs().max().item() for name, x in results.items()}
     return found
 
 
-def with_setting(setting: str, call):
+def run_with_precision(setting: str, call):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
@@ -43,7 +43,7 @@ def run(shape: tuple[int, ...], architecture: str, console: Console) -> int:
     table.add_column("precision", no_wrap=True)
     for setting in SETTINGS:
         with console.status(f"running {setting} on {architecture}"):
-            found = errors(shape, architecture, setting)
+            found = measure_errors(shape, architecture, setting)
         if len(table.columns) == 1:
             for name in found:
                 table.add_column(name, justify="right", no_wrap=True)

@@ -42,7 +42,7 @@ GPUS = {
                    "u8": 4500}, 8000),
 }  # fmt: skip
 # Architectures of the same family, for which the rates of one stand.
-LIKE = {"sm_86": "sm_89", "sm_87": "sm_80"}
+SAME_RATES = {"sm_86": "sm_89", "sm_87": "sm_80"}
 
 
 class Bound(NamedTuple):
@@ -61,7 +61,7 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     The instructions are those of PTX, of which the assembler makes fewer or more: moves, which it mostly erases, are
     left out.
     """
-    gpu = gpu_of(architecture)
+    gpu = find_gpu(architecture)
     share = -(-blocks // gpu.sms) / max(blocks, 1)  # of all work, on the fullest SM
     clock = gpu.clock * 1e3  # clocks in a microsecond
     pipes = counts.by_pipe()
@@ -76,7 +76,7 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     time, flops = 0.0, 0
     for instruction, done in zip(counts.instructions, counts.flops.tolist(), strict=True):
         if done:
-            rate = tensor_rate(gpu, instruction.parts)
+            rate = find_tensor_rate(gpu, instruction.parts)
             time += done * share * gpu.sms / (rate * 1e6)
             flops += done
     found.append(Bound("tensor cores", f"{flops:,} FLOP", time))
@@ -85,11 +85,11 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     return sorted(found, key=lambda bound: -bound.microseconds)
 
 
-def gpu_of(architecture: str) -> Gpu:
-    return GPUS[LIKE.get(architecture, architecture)]
+def find_gpu(architecture: str) -> Gpu:
+    return GPUS[SAME_RATES.get(architecture, architecture)]
 
 
-def tensor_rate(gpu: Gpu, parts: tuple[str, ...]) -> float:
+def find_tensor_rate(gpu: Gpu, parts: tuple[str, ...]) -> float:
     """TFLOP/s for the type of A: the third last part of mma's name, the second last of wgmma's."""
     kind = parts[-3] if parts[0] == "mma" else parts[-2]
     return gpu.tensor.get(kind, gpu.tensor["f16"])

@@ -11,50 +11,50 @@ from rich.table import Table
 from rich.text import Text
 
 from .frontend.syntax import Location
-from .machine.counts import PIPES, Counts, Launch, pipe
-from .rates import bounds, gpu_of
+from .machine.counts import PIPES, Counts, Launch, find_pipe
+from .rates import bounds, find_gpu
 
 TRITON = "/triton/language/"  # the library's own functions, whatever environment compiled them
-AROUND = 2  # lines shown around a counted one
+CONTEXT_LINES = 2  # lines shown around a counted one
 LINE_FIELDS = ("issued", *PIPES, "global_sectors", "shared_wavefronts")
 
 
-def own_line(location: Location | None) -> Location | None:
+def find_user_line(location: Location | None) -> Location | None:
     """The line to blame: the innermost that is not in Triton's own library."""
     while location is not None and location.caller is not None and TRITON in location.file:
         location = location.caller
     return location
 
 
-def by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
+def sum_by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
     """(file, line) -> counts: every field of Counts, and warp instructions by pipe. ("", 0): no line is known."""
     found: dict[tuple[str, int], dict[str, int]] = {}
     for instruction, row in counts.rows():
-        line = own_line(instruction.location)
+        line = find_user_line(instruction.location)
         sums = found.setdefault((line.file, line.line) if line else ("", 0), dict.fromkeys([*Counts.FIELDS, *PIPES], 0))
         for name, value in row.items():
             sums[name] += value
-        sums[pipe(instruction)] += row["issued"]
+        sums[find_pipe(instruction)] += row["issued"]
     return found
 
 
-def figures(launch: Launch) -> dict[str, object]:
+def make_record(launch: Launch) -> dict[str, object]:
     """All that is known of a launch, for JSON."""
     counts, blocks = launch.counts, launch.blocks
     limits = bounds(counts, launch.architecture, blocks)
     return {
         "kernel": launch.kernel, "architecture": launch.architecture, "grid": list(launch.grid),
         "threads": launch.threads, "shared_bytes": launch.shared_bytes,
-        **{field: counts.total(field) for field in Counts.FIELDS}, "barriers": barriers(counts),
+        **{field: counts.total(field) for field in Counts.FIELDS}, "barriers": count_barriers(counts),
         "read_bytes": counts.read_bytes, "written_bytes": counts.written_bytes,
         "tensors": [tensor._asdict() for tensor in counts.tensors],
         "pipes": counts.by_pipe(), "opcodes": counts.by_opcode(),
         "bounds_us": {b.name: b.microseconds for b in limits}, "bound": limits[0].name,
-        "lines": {f"{Path(file).name}:{line}": sums for (file, line), sums in by_line(counts).items()},
+        "lines": {f"{Path(file).name}:{line}": sums for (file, line), sums in sum_by_line(counts).items()},
     }  # fmt: skip
 
 
-def barriers(counts: Counts) -> int:
+def count_barriers(counts: Counts) -> int:
     """Warps that came to a barrier of the block."""
     issued = counts.by_opcode()
     return sum(n for op, n in issued.items() if op.startswith(("bar.sync", "barrier.sync", "barrier.cta.sync")))
@@ -63,7 +63,7 @@ def barriers(counts: Counts) -> int:
 # ------------------------------------------------------------------------------------------------ terminal
 
 
-def number(x: int) -> str:
+def format_count(x: int) -> str:
     return f"{x:,}" if x else "."
 
 
@@ -77,12 +77,12 @@ def print_launch(console: Console, launch: Launch) -> None:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    for name, value, note in summary(counts):
+    for name, value, note in summarise(counts):
         table.add_row(name, value, note)
     console.print(table)
     print_tensors(console, counts)
     limits = bounds(counts, launch.architecture, blocks)
-    gpu = gpu_of(launch.architecture)
+    gpu = find_gpu(launch.architecture)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.title = f"at least, on {gpu.name} (no latency, no caches)"
     for name, justify in (("limit", "left"), ("work", "right"), ("us", "right"), ("", "left")):
@@ -99,11 +99,11 @@ def print_tensors(console: Console, counts: Counts) -> None:
     for name in ("tensor", "bytes", "asked for", "at least once", "asked for / bytes"):
         table.add_column(name, justify="left" if name == "tensor" else "right", no_wrap=True)
     for t in counts.tensors:
-        table.add_row(t.name, f"{t.size:,}", f"{t.asked:,}", f"{t.once:,}", f"{t.asked / t.size:.2f}")
+        table.add_row(t.name, f"{t.size:,}", f"{t.requested:,}", f"{t.unique:,}", f"{t.requested / t.size:.2f}")
     console.print(table)
 
 
-def summary(counts: Counts) -> list[tuple[str, str, str]]:
+def summarise(counts: Counts) -> list[tuple[str, str, str]]:
     """(name, value, what to make of it)."""
     issued, requests = counts.total("issued"), counts.total("global_requests")
     sectors, moved = counts.total("global_sectors"), counts.total("global_bytes")
@@ -120,21 +120,26 @@ def summary(counts: Counts) -> list[tuple[str, str, str]]:
          f"{counts.read_bytes:,} read, {counts.written_bytes:,} written"),
         ("shared requests", f"{counts.total('shared_requests'):,}", ""),
         ("  wavefronts", f"{wavefronts:,}", f"{wavefronts - ideal:,} of them for bank conflicts"),
-        ("barriers", f"{barriers(counts):,}", "warps that came to one"),
+        ("barriers", f"{count_barriers(counts):,}", "warps that came to one"),
         ("divergent branches", f"{counts.total('divergent'):,}", ""),
     ]  # fmt: skip
     return rows
 
 
-def source_lines(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, int] | None]]]:
+def annotate_source(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, int] | None]]]:
     """File -> (line number, text, counts): the counted lines with two around each. A number of 0 stands for a gap."""
-    lines, files = by_line(launch.counts), {}
+    lines, files = sum_by_line(launch.counts), {}
     for file in sorted({file for file, _ in lines if file}):
         there = sorted(line for name, line in lines if name == file)
         path = Path(file)
         text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         shown = sorted(
-            {n for line in there for n in range(line - AROUND, line + AROUND + 1) if 0 < n <= max(len(text), line)}
+            {
+                n
+                for line in there
+                for n in range(line - CONTEXT_LINES, line + CONTEXT_LINES + 1)
+                if 0 < n <= max(len(text), line)
+            }
         )
         files[file] = []
         for before, n in zip([shown[0] - 1, *shown], shown, strict=False):
@@ -147,14 +152,16 @@ def source_lines(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, int
 def print_lines(console: Console, launch: Launch) -> None:
     """Plain lines, so that nothing is folded: those of the source are cut at the edge."""
     total = max(launch.counts.total("issued"), 1)
-    head = f"{'share':>6}" + "".join(f"{SHORT[name]:>9}" for name in LINE_FIELDS)
-    for file, lines in source_lines(launch).items():
+    head = f"{'share':>6}" + "".join(f"{HEADS[name]:>9}" for name in LINE_FIELDS)
+    for file, lines in annotate_source(launch).items():
         console.print(f"[bold]{file}[/bold]", overflow="ignore", crop=True, no_wrap=True)
         console.print(f"[dim]{head}  line  source[/dim]", no_wrap=True, crop=True)
         for n, text, sums in lines:
             counts = " " * len(head)
             if sums is not None:
-                counts = f"{sums['issued'] / total:>6.1%}" + "".join(f"{number(sums[name]):>9}" for name in LINE_FIELDS)
+                counts = f"{sums['issued'] / total:>6.1%}" + "".join(
+                    f"{format_count(sums[name]):>9}" for name in LINE_FIELDS
+                )
             line = Text(f"{counts} {n or '':>5}  {text if n else '...'}")
             if sums is not None and sums["issued"] > total / 20:
                 line.stylize("bold")
@@ -165,7 +172,7 @@ def print_lines(console: Console, launch: Launch) -> None:
     )
 
 
-SHORT = {name: name for name in PIPES} | {
+HEADS = {name: name for name in PIPES} | {
     "issued": "instr", "global_sectors": "sectors", "shared_wavefronts": "waves", "special": "spec",
 }  # fmt: skip
 
@@ -185,7 +192,7 @@ td.name, th.name { text-align: left; } .side { display: flex; flex-wrap: wrap; g
 """
 
 
-def page(launches: list[Launch], command: str) -> str:
+def render_page(launches: list[Launch], command: str) -> str:
     """An HTML page of the launches, complete in itself."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
@@ -195,17 +202,17 @@ def page(launches: list[Launch], command: str) -> str:
         "latencies and caches: a launch takes longer.</p>",
     ]
     for launch in launches:
-        parts += page_of_launch(launch)
+        parts += render_launch(launch)
     return "\n".join(parts) + "</html>\n"
 
 
-def page_of_launch(launch: Launch) -> list[str]:
+def render_launch(launch: Launch) -> list[str]:
     counts, blocks = launch.counts, launch.blocks
     limits = bounds(counts, launch.architecture, blocks)
-    gpu = gpu_of(launch.architecture)
+    gpu = find_gpu(launch.architecture)
     rows = "".join(
         f"<tr><td class='name'>{html.escape(a).replace('  ', '&emsp;')}<td>{b}<td class='name'>{html.escape(c)}"
-        for a, b, c in summary(counts)
+        for a, b, c in summarise(counts)
     )
     bars = "".join(
         f"<tr><td class='name'>{b.name}<td>{b.work}<td>{b.microseconds:.3f}<td class='name'>"
@@ -218,10 +225,10 @@ def page_of_launch(launch: Launch) -> list[str]:
         f"<table><tr><th class='name'>at least, on {gpu.name}<th>work<th>us<th>{bars}</table></div>",
     ]
     total = max(counts.total("issued"), 1)
-    files = source_lines(launch)
+    files = annotate_source(launch)
     most = max((sums["issued"] for lines in files.values() for _, _, sums in lines if sums), default=1)
     for file, lines in files.items():
-        head = "".join(f"<th>{SHORT[name]}" for name in LINE_FIELDS)
+        head = "".join(f"<th>{HEADS[name]}" for name in LINE_FIELDS)
         out.append(
             f"<h2>{html.escape(Path(file).name)}</h2><table class='source'>"
             f"<tr><th>share{head}<th><th class='name'>source"
@@ -231,7 +238,7 @@ def page_of_launch(launch: Launch) -> list[str]:
             if sums is not None:
                 heat = sums["issued"] / max(most, 1)
                 cells = f"<td>{sums['issued'] / total:.1%}" + "".join(
-                    f"<td>{number(sums[name])}" for name in LINE_FIELDS
+                    f"<td>{format_count(sums[name])}" for name in LINE_FIELDS
                 )
             if not n:
                 out.append(f"<tr><td colspan='{len(LINE_FIELDS) + 2}'>&#8942;")

@@ -11,7 +11,7 @@ if INTERPRETED:
 pytest.importorskip("triton")
 
 from bench import launches, ptx
-from bench.ptx.norm_bytes import norm_bytes
+from bench.ptx.norm_bytes import count_norm_bytes
 from flashattn.kernels import configs
 
 ALLOWED = 1.02
@@ -22,7 +22,7 @@ TWICE = 5 / 3  # grad_y and hidden read twice, grad_x written
 def run(rows: int, width: int, dtype: torch.dtype, rms: bool):
     with ptx.device("sm_90") as gpu, flashattn.use_backend("triton"):
         launches.norm((rows, width), dtype, backward=True, rms=rms).run()
-    return norm_bytes(gpu.launches)
+    return count_norm_bytes(gpu.launches)
 
 
 @pytest.mark.parametrize("width", [1024, 4096, 8192, 16384, 32768])

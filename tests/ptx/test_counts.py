@@ -15,7 +15,7 @@ if INTERPRETED:
 from bench import limit_bytes, ptx
 from bench.ptx.driver import run_text
 from bench.ptx.rates import GPUS, bounds
-from bench.ptx.report import by_line, figures
+from bench.ptx.report import make_record, sum_by_line
 
 HEAD = """.target sm_80
 .shared .align 128 .b8 space[8192];
@@ -200,7 +200,7 @@ def test_lines_add_up():
     with ptx.device("sm_80") as gpu:
         kernels.matmul[(1,)](a, a, c, 64, 64, 64, 64, 64, 64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
     launch = gpu.launches[0]
-    lines = by_line(launch.counts)
+    lines = sum_by_line(launch.counts)
     for field in launch.counts.FIELDS:
         assert sum(sums[field] for sums in lines.values()) == launch.counts.total(field)
     (where,) = [place for place, sums in lines.items() if sums["flops"]]
@@ -210,8 +210,8 @@ def test_lines_add_up():
     x, out = torch.randn(4, 100), torch.empty(4, 100)
     with ptx.device("sm_80") as gpu:
         kernels.softmax[(4,)](x, out, 100, BLOCK=128)  # its max and sum are functions of Triton's library
-    assert {Path(file).name for file, _ in by_line(gpu.launches[0].counts)} == {"kernels.py"}
-    found = figures(launch)
+    assert {Path(file).name for file, _ in sum_by_line(gpu.launches[0].counts)} == {"kernels.py"}
+    found = make_record(launch)
     assert found["flops"] == 2 * 64**3
     assert found["bounds_us"][found["bound"]] == max(found["bounds_us"].values())
 

@@ -418,7 +418,7 @@ def test_a_bulk_copy_without_its_wait(monkeypatch):
     assert "mbarrier.try_wait" in text
     open_text = re.sub(r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 complete, 0, 0;", text)
     program = plant(compiled, open_text)
-    monkeypatch.setattr("bench.ptx.driver.load", lambda *_: program)
+    monkeypatch.setattr("bench.ptx.driver.load_program", lambda *_: program)
     with ptx.device("sm_90"), pytest.raises(ptx.Fault) as raised:
         kernels.matmul_descriptors[(1,)](*maps, 64, **TILES)
     assert raised.value.kind in ("pending copy", "uninitialised")

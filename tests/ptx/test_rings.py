@@ -113,7 +113,7 @@ def test_weights_that_are_not_kept(monkeypatch):
     product = re.search(r"wgmma\.mma_async[^;]*\}, \{(%r\d+),[^;]*;", text)
     assert len(re.findall(rf"^\s*\S+\s+{product[1]},", text, re.M)) == 1  # written once, in front of it
     program = plant(compiled, text.replace(product[0], f"{product[0]} mov.b32 {product[1]}, 0;", 1))
-    monkeypatch.setattr("bench.ptx.driver.load", lambda *_: program)
+    monkeypatch.setattr("bench.ptx.driver.load_program", lambda *_: program)
     assert found("P not kept").kind == "pending wgmma"
 
 

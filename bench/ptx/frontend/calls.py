@@ -8,7 +8,7 @@ from ..faults import Fault
 from .syntax import Address, Function, Group, Instruction, Operand, Register, Symbol
 
 
-def rename(operand: Operand, names: dict[str, str]) -> Operand:
+def rename_registers(operand: Operand, names: dict[str, str]) -> Operand:
     if isinstance(operand, Register):
         negated = operand.name.startswith("!")
         name = operand.name[negated:]
@@ -16,9 +16,9 @@ def rename(operand: Operand, names: dict[str, str]) -> Operand:
     if isinstance(operand, Symbol):
         return Symbol(names.get(operand.name, operand.name))
     if isinstance(operand, Address):
-        return Address(rename(operand.base, names), operand.offset)
+        return Address(rename_registers(operand.base, names), operand.offset)
     if isinstance(operand, Group):
-        return Group(tuple(rename(x, names) for x in operand.items))
+        return Group(tuple(rename_registers(x, names) for x in operand.items))
     return operand
 
 
@@ -33,7 +33,7 @@ def inline_calls(kernel: Function, functions: dict[str, Function]) -> None:
         if at is None:
             return
         calls += 1
-        insert(kernel, at, functions[callee(kernel.instructions[at])], f"#{calls}")
+        inline_call(kernel, at, functions[callee(kernel.instructions[at])], f"#{calls}")
 
 
 def callee(instruction: Instruction) -> str | None:
@@ -43,16 +43,16 @@ def callee(instruction: Instruction) -> str | None:
     return next(x.name for x in instruction.operands if not isinstance(x, Group))
 
 
-def arguments(call: Instruction, returns: bool) -> tuple[list[str], list[str]]:
+def call_arguments(call: Instruction, returns: bool) -> tuple[list[str], list[str]]:
     """(where a call wants its results, where its arguments are): names of the caller's variables."""
     lists = [[x.name for x in operand.items] for operand in call.operands if isinstance(operand, Group)]
     results = lists.pop(0) if returns else []
     return results, lists[0] if lists else []
 
 
-def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
+def inline_call(kernel: Function, at: int, function: Function, suffix: str) -> None:
     call = kernel.instructions[at]
-    results, given = arguments(call, bool(function.returns))
+    results, given = call_arguments(call, bool(function.returns))
     names = {name: name + suffix for name in function.registers}
     kernel.registers.update({names[name]: kind for name, kind in function.registers.items()})
     names |= {x.name: actual for x, actual in zip(function.returns + function.params, results + given, strict=True)}
@@ -62,14 +62,14 @@ def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
     for old in function.instructions:
         new = replace(
             old,
-            operands=tuple(rename(x, names) for x in old.operands),
-            guard=None if old.guard is None else rename(old.guard, names),
+            operands=tuple(rename_registers(x, names) for x in old.operands),
+            guard=None if old.guard is None else rename_registers(old.guard, names),
             location=call.location,
-            scope=tuple(f"{s}{suffix}" for s in old.scope),
+            scopes=tuple(f"{s}{suffix}" for s in old.scopes),
         )
         if old.parts[0] == "ret":
             new.op, new.parts, new.operands = "bra.uni", ("bra", "uni"), (Symbol(f"$after{suffix}"),)
-            new.scope = (f"after{suffix}",)
+            new.scopes = (f"after{suffix}",)
         body.append(new)
     grown = len(body) - 1
     kernel.labels = {key: n + grown * (n > at) for key, n in kernel.labels.items()}
@@ -79,31 +79,31 @@ def insert(kernel: Function, at: int, function: Function, suffix: str) -> None:
     kernel.instructions[at : at + 1] = body
 
 
-def resolve(kernel: Function) -> None:
+def resolve_names(kernel: Function) -> None:
     """Branch targets by number, and each register with its type."""
     for instruction in kernel.instructions:
         names = []
         if instruction.parts[0] == "bra":
             names = [instruction.operands[0].name]
         elif instruction.parts[0] == "brx":
-            names = in_scope(kernel.tables, instruction.operands[1].name, instruction)
-        instruction.targets = tuple(in_scope(kernel.labels, name, instruction) for name in names)
-        instruction.operands = tuple(typed(x, kernel.registers) for x in instruction.operands)
+            names = look_up(kernel.tables, instruction.operands[1].name, instruction)
+        instruction.targets = tuple(look_up(kernel.labels, name, instruction) for name in names)
+        instruction.operands = tuple(assign_types(x, kernel.registers) for x in instruction.operands)
 
 
-def in_scope(declared: dict, name: str, instruction: Instruction):
+def look_up(declared: dict, name: str, instruction: Instruction):
     """What a name stands for at an instruction: the innermost scope that declares it."""
-    for scope in instruction.scope:
-        if (scope, name) in declared:
-            return declared[scope, name]
+    for scopes in instruction.scopes:
+        if (scopes, name) in declared:
+            return declared[scopes, name]
     raise Fault("unsupported", f"no label {name}", instruction)
 
 
-def typed(operand: Operand, registers: dict[str, str]) -> Operand:
+def assign_types(operand: Operand, registers: dict[str, str]) -> Operand:
     if isinstance(operand, Register):
         return Register(operand.name, registers.get(operand.name.lstrip("!"), operand.type))
     if isinstance(operand, Address):
-        return Address(typed(operand.base, registers), operand.offset)
+        return Address(assign_types(operand.base, registers), operand.offset)
     if isinstance(operand, Group):
-        return Group(tuple(typed(x, registers) for x in operand.items))
+        return Group(tuple(assign_types(x, registers) for x in operand.items))
     return operand

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 
 from ..faults import Fault
-from .calls import inline_calls, resolve
+from .calls import inline_calls, resolve_names
 from .syntax import (
     Address,
     Function,
@@ -50,7 +50,7 @@ DIRECTIVE = re.compile(
 REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 
 
-def parse(text: str, file_of: Callable[[str], str] = str) -> Module:
+def parse(text: str, map_path: Callable[[str], str] = str) -> Module:
     """The module of a PTX text. file_of: from the path of a source file, as the text has it, to the one to show.
 
     >>> module = parse('''.target sm_80
@@ -59,67 +59,69 @@ def parse(text: str, file_of: Callable[[str], str] = str) -> Module:
     >>> [i.op for i in module.kernels["add"].instructions]
     ['add.s32', 'ret']
     """
-    return Parser(text, file_of).module()
+    return Parser(text, map_path).parse_module()
 
 
 class Parser:
-    def __init__(self, text: str, file_of: Callable[[str], str] = str):
+    def __init__(self, text: str, map_path: Callable[[str], str] = str):
         files = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)
-        self.files = {number: file_of(path) for number, path in files}
+        self.files = {number: map_path(path) for number, path in files}
         section = text.find(".section")  # debug information, which holds braces of its own
         self.original = text if section < 0 else text[:section]
         self.names = {path.rsplit("/", 1)[-1]: path for path in self.files.values()}
         self.text = COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), self.original)
         self.newlines = [m.start() for m in re.finditer("\n", self.text)]
-        self.at = 0
+        self.position = 0
         self.next_scope = 0
-        self.located: dict[tuple[str, str, str], Location | None] = {}  # (file, line, column) of a .loc
-        self.used: int | None = None  # of the instruction that comes next
+        self.locations: dict[tuple[str, str, str], Location | None] = {}  # (file, line, column) of a .loc
+        self.used_bytes: int | None = None  # of the instruction that comes next
 
     # -------------------------------------------------------------------------------------------- text
 
-    def skip(self) -> None:
-        while self.at < len(self.text) and (self.text[self.at].isspace() or self.text[self.at] == ";"):
-            self.at += 1
+    def skip_space(self) -> None:
+        while self.position < len(self.text) and (
+            self.text[self.position].isspace() or self.text[self.position] == ";"
+        ):
+            self.position += 1
 
-    def upto(self, *ends: str) -> str:
+    def read_until(self, *ends: str) -> str:
         """The text up to the first of these characters, which is passed over."""
-        found = [x for x in (self.text.find(end, self.at) for end in ends) if x >= 0]
+        found = [x for x in (self.text.find(end, self.position) for end in ends) if x >= 0]
         end = min(found, default=len(self.text))
-        piece, self.at = self.text[self.at : end], end + 1
+        piece, self.position = self.text[self.position : end], end + 1
         return piece.strip()
 
     def line_number(self) -> int:
-        return bisect.bisect_left(self.newlines, self.at) + 1
+        return bisect.bisect_left(self.newlines, self.position) + 1
 
-    def error(self, message: str) -> Fault:
+    def make_fault(self, message: str) -> Fault:
         return Fault("unsupported", f"PTX line {self.line_number()}: {message}")
 
     # -------------------------------------------------------------------------------------------- module
 
-    def module(self) -> Module:
+    def parse_module(self) -> Module:
         target = re.search(r"\.target\s+(\w+)", self.text)
         module = Module(target.group(1) if target else "", {}, {}, {})
         while True:
-            self.skip()
-            if self.at >= len(self.text):
+            self.skip_space()
+            if self.position >= len(self.text):
                 break
-            rest = self.text[self.at : self.at + 200]
+            rest = self.text[self.position : self.position + 200]
             if HEADER.match(rest):
-                self.function(module)
+                self.parse_function(module)
             elif VARIABLE.match(rest):
-                variable = self.variable(self.upto(";"))
+                variable = self.parse_variable(self.read_until(";"))
                 module.variables[variable.name] = variable
             elif DIRECTIVE.match(rest):
-                self.upto("\n", ";")
+                self.read_until("\n", ";")
             else:
-                raise self.error(f"cannot read {rest.splitlines()[0]!r}")
+                raise self.make_fault(f"cannot read {rest.splitlines()[0]!r}")
         for kernel in module.kernels.values():
             inline_calls(kernel, module.functions)
-            resolve(kernel)
+            resolve_names(kernel)
         return module
 
-    def variable(self, text: str) -> Variable:
+    def parse_variable(self, text: str) -> Variable:
         space, align, kind, name, count, value = VARIABLE.match(text).groups()
         size = BYTES[kind] * (int(count or 0) if "[" in text.split("=")[0] else 1)
         data = b""
@@ -128,12 +130,12 @@ class Parser:
             data = b"".join((x % (1 << 8 * BYTES[kind])).to_bytes(BYTES[kind], "little") for x in numbers)
         return Variable(name, space, int(align or BYTES[kind]), size, data.ljust(size, b"\0"))
 
-    def params(self, text: str) -> list[Param]:
+    def parse_params(self, text: str) -> list[Param]:
         found, offset = [], 0
         for piece in filter(None, (p.strip() for p in text.split(","))):
             match = PARAM.match(piece)
             if match is None:
-                raise self.error(f"cannot read the parameter {piece!r}")
+                raise self.make_fault(f"cannot read the parameter {piece!r}")
             align, kind, name, count = match.groups()
             size = BYTES[kind] * int(count or 1)
             align = int(align or BYTES[kind]) if count else BYTES[kind]
@@ -142,23 +144,23 @@ class Parser:
             offset += size
         return found
 
-    def function(self, module: Module) -> None:
-        head_end = min(x for x in (self.text.find("{", self.at), self.text.find(";", self.at)) if x >= 0)
-        head = self.text[self.at : head_end]
+    def parse_function(self, module: Module) -> None:
+        head_end = min(x for x in (self.text.find("{", self.position), self.text.find(";", self.position)) if x >= 0)
+        head = self.text[self.position : head_end]
         kind, name, returns, params = re.match(
             r".*?\.(entry|func)\s*(?:\(([^)]*)\))?\s*([\w$]+)\s*(?:\(([^)]*)\))?", head, re.S
         ).group(1, 3, 2, 4)
         declared = self.text[head_end] == ";"
-        self.at = head_end + 1
+        self.position = head_end + 1
         if declared:
             return
-        function = Function(name, self.params(params or ""), self.params(returns or ""))
-        self.body(function)
+        function = Function(name, self.parse_params(params or ""), self.parse_params(returns or ""))
+        self.parse_body(function)
         (module.kernels if kind == "entry" else module.functions)[name] = function
 
     # -------------------------------------------------------------------------------------------- body
 
-    def body(self, function: Function) -> None:
+    def parse_body(self, function: Function) -> None:
         scopes: list[tuple[int, dict[str, Register | Symbol]]] = []  # what names stand for
         location = None
 
@@ -168,33 +170,33 @@ class Parser:
 
         open_scope()
         while scopes:
-            self.skip()
-            start = self.text[self.at]
+            self.skip_space()
+            start = self.text[self.position]
             if start == "{":
                 open_scope()
-                self.at += 1
+                self.position += 1
             elif start == "}":
                 scopes.pop()
-                self.at += 1
-            elif LOC.match(self.original, self.at):
-                location = self.location() or location
+                self.position += 1
+            elif LOC.match(self.original, self.position):
+                location = self.parse_location() or location
             elif start == ".":
-                self.declaration(self.upto(";"), function, scopes)
-            elif table := TABLE.match(self.text, self.at):
+                self.parse_declaration(self.read_until(";"), function, scopes)
+            elif table := TABLE.match(self.text, self.position):
                 function.tables[scopes[-1][0], table.group(1)] = [x.strip() for x in table.group(2).split(",")]
-                self.at = table.end()
-            elif label := LABEL.match(self.text, self.at):
+                self.position = table.end()
+            elif label := LABEL.match(self.text, self.position):
                 function.labels[scopes[-1][0], label.group(1)] = len(function.instructions)
-                self.at = label.end()
+                self.position = label.end()
             else:
                 line = self.line_number()
-                function.instructions.append(self.instruction(self.upto(";"), line, location, scopes))
+                function.instructions.append(self.parse_instruction(self.read_until(";"), line, location, scopes))
 
-    def location(self) -> Location | None:
+    def parse_location(self) -> Location | None:
         """`.loc 3 87 23 // tiles.py:87:23 @[ forward.py:34:72 @[ … ] ]`: the compiler writes the callers there. Or,
         from Triton 3.8 on, `.loc 3 87 23, function_name …, inlined_at 1 34 72`, and `.loc 1 34 72` stands before it."""
-        match = LOC.match(self.original, self.at)
-        self.at = self.original.find("\n", self.at)
+        match = LOC.match(self.original, self.position)
+        self.position = self.original.find("\n", self.position)
         *place, options, comment = match.groups()
         chain = re.findall(r"([^\s@\[\]:]+):(\d+):\d+", comment or "")
         if not chain:
@@ -202,13 +204,13 @@ class Parser:
         if chain[0][1] == "0":
             return None  # code that belongs to no line: keep the line before
         inlined = INLINED.search(options)
-        found = self.located.get(inlined.groups()) if inlined else None
+        found = self.locations.get(inlined.groups()) if inlined else None
         for name, line in reversed(chain):
             found = Location(self.names.get(name, name), int(line), found)
-        self.located[tuple(place)] = found
+        self.locations[tuple(place)] = found
         return found
 
-    def declaration(self, text: str, function: Function, scopes) -> None:
+    def parse_declaration(self, text: str, function: Function, scopes) -> None:
         scope, names = scopes[-1]
         if match := REGISTER.match(text):
             kind, listed = match.groups()
@@ -223,58 +225,58 @@ class Parser:
             names[name] = Symbol(unique)
             function.variables[unique] = Variable(unique, "param", int(align or BYTES[kind]), size)
         elif VARIABLE.match(text):
-            variable = self.variable(text)
+            variable = self.parse_variable(text)
             function.variables[variable.name] = variable
         elif match := USED.match(text):
-            self.used = int(match.group(1), 16)
+            self.used_bytes = int(match.group(1), 16)
         elif not DIRECTIVE.match(text):
-            raise self.error(f"cannot read {text!r}")
+            raise self.make_fault(f"cannot read {text!r}")
 
-    def instruction(self, text: str, line: int, location: Location | None, scopes) -> Instruction:
-        def named(name: str) -> Register | Symbol | None:
+    def parse_instruction(self, text: str, line: int, location: Location | None, scopes) -> Instruction:
+        def look_up(name: str) -> Register | Symbol | None:
             return next((names[name] for _, names in reversed(scopes) if name in names), None)
 
         match = re.match(r"(?:@(!?)\s*([\w$%.]+)\s+)?([\w.:]+)\s*(.*)", text, re.S)
         if match is None:
-            raise self.error(f"cannot read {text!r}")
+            raise self.make_fault(f"cannot read {text!r}")
         negated, guard, op, rest = match.groups()
-        operands = tuple(self.operand(x, named) for x in split(rest))
+        operands = tuple(self.parse_operand(x, look_up) for x in split_operands(rest))
         if "L2::cache_hint" in op:  # a cache policy comes last
             operands = operands[:-1]
-        guard = Register(named(guard).name if named(guard) else guard, "pred") if guard else None
+        guard = Register(look_up(guard).name if look_up(guard) else guard, "pred") if guard else None
         instruction = Instruction(
             op, tuple(op.split(".")), operands, guard, bool(negated), line, " ".join(text.split()), location
         )
-        instruction.scope = tuple(scope for scope, _ in reversed(scopes))
-        instruction.used, self.used = self.used, None
+        instruction.scopes = tuple(scope for scope, _ in reversed(scopes))
+        instruction.used_bytes, self.used_bytes = self.used_bytes, None
         return instruction
 
-    def operand(self, text: str, named) -> Operand:
+    def parse_operand(self, text: str, look_up) -> Operand:
         text = text.strip()
         if text[0] in "{(":  # a vector, or the lists of a call
-            return Group(tuple(self.operand(x, named) for x in split(text[1:-1])))
+            return Group(tuple(self.parse_operand(x, look_up) for x in split_operands(text[1:-1])))
         if text.startswith("["):
-            return self.address(text[1:-1].strip(), named)
+            return self.parse_address(text[1:-1].strip(), look_up)
         if "|" in text:  # a result and a predicate: setp p|q, shfl d|p, elect d|p
-            return Group(tuple(self.operand(x, named) for x in text.split("|")))
-        if text[0] in "0123456789+-" and (number := immediate(text)) is not None:
+            return Group(tuple(self.parse_operand(x, look_up) for x in text.split("|")))
+        if text[0] in "0123456789+-" and (number := parse_immediate(text)) is not None:
             return number
         negated = text.startswith("!")
-        found = named(text[1:] if negated else text)
+        found = look_up(text[1:] if negated else text)
         if found is not None:
             return Register(f"!{found.name}", "") if negated else found
         return Register(text, "u32") if text.startswith("%") else Symbol(text)
 
-    def address(self, text: str, named) -> Operand:
-        pieces = split(text)
+    def parse_address(self, text: str, look_up) -> Operand:
+        pieces = split_operands(text)
         if len(pieces) > 1:  # [tensor map, {coordinates}]
-            return Group((self.address(pieces[0], named), self.operand(pieces[1], named)))
+            return Group((self.parse_address(pieces[0], look_up), self.parse_operand(pieces[1], look_up)))
         base, sign, offset = re.match(r"([\w$%.@]+)\s*(?:([+-])\s*(-?\w+))?$", text).groups()
         distance = int(offset, 0) * (-1 if sign == "-" else 1) if offset else 0
-        return Address(self.operand(base, named), distance)
+        return Address(self.parse_operand(base, look_up), distance)
 
 
-def split(text: str) -> list[str]:
+def split_operands(text: str) -> list[str]:
     """Operands at their commas, those in braces and brackets kept together."""
     if not any(c in text for c in "{[("):
         return [p for p in text.split(",") if p.strip()]
@@ -289,7 +291,7 @@ def split(text: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def immediate(text: str) -> Immediate | None:
+def parse_immediate(text: str) -> Immediate | None:
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         return Immediate(int(text[2:], 16), 4)
     if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):

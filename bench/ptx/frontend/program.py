@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..faults import Fault
-from ..memory.tensors import Named
+from ..memory.tensors import TensorExtent
 from .syntax import Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol
 from .types import BYTES, UNSIGNED
 
@@ -27,7 +27,7 @@ BUILDERS: dict[str, Callable] = {}
 CONTROLS: dict[str, Callable] = {}
 
 
-def builds(*names: str, control: bool = False) -> Callable:
+def implements(*names: str, control: bool = False) -> Callable:
     def register(builder: Callable) -> Callable:
         (CONTROLS if control else BUILDERS).update(dict.fromkeys(names, builder))
         return builder
@@ -49,10 +49,10 @@ class Program:
         self.specials: dict[int, str] = {}
         self.size = 0  # slots
         self.place_variables({**module.variables, **function.variables}, shared_bytes)
-        self.grains()
-        self.uses = [names_of(i) for i in self.instructions]
+        self.choose_grains()
+        self.uses = [find_registers(i) for i in self.instructions]
         self.targets = {target for i in self.instructions for target in i.targets}
-        self.pending_use: Callable | None = None  # (unit, instruction, registers, mask), while a wgmma runs
+        self.check_pending_use: Callable | None = None  # (unit, instruction, registers, mask), while a wgmma runs
         self.controls: dict[int, Control] = {}
         self.steps: list[Step | None] = []
         for number, instruction in enumerate(self.instructions):
@@ -61,19 +61,21 @@ class Program:
                 self.controls[number] = control(self, instruction)
                 self.steps.append(None)
             else:
-                self.steps.append(self.step(instruction))
-        self.ends = self.block_ends()
-        together = {n: lanes_together(i) for n, i in enumerate(self.instructions)}
+                self.steps.append(self.build_step(instruction))
+        self.block_ends = self.find_block_ends()
+        together = {n: count_converged_lanes(i) for n, i in enumerate(self.instructions)}
         self.convergent = {n: lanes for n, lanes in together.items() if lanes > 1}
-        self.origins_of: frozenset[str] | None = None  # the parameters that the instructions' origins are told by
-        self.careful = any(i.parts[0] == "wgmma" for i in self.instructions)
+        self.provenance_parameters: frozenset[str] | None = (
+            None  # the parameters that the instructions' origins are told by
+        )
+        self.has_wgmma = any(i.parts[0] == "wgmma" for i in self.instructions)
 
     @functools.cached_property
     def definitions(self) -> dict[str, list[Instruction]]:
         """Of each register the instructions that write it."""
         found: dict[str, list[Instruction]] = {}
         for instruction in self.instructions:
-            for name in results_of(instruction):
+            for name in find_results(instruction):
                 found.setdefault(name, []).append(instruction)
         return found
 
@@ -83,7 +85,7 @@ class Program:
         """Addresses of the module's variables: shared and local ones from 0, parameters of calls behind the kernel's
         own, global ones where NumPy put them."""
         self.addresses: dict[str, int] = {}
-        self.constant_data: list[tuple[Named, np.ndarray]] = []
+        self.constant_data: list[tuple[TensorExtent, np.ndarray]] = []
         self.local_bytes = shared = 0
         self.param_bytes = self.function.param_bytes
         for v in sorted(variables.values(), key=lambda v: v.size == 0):  # dynamic shared memory comes last
@@ -103,11 +105,11 @@ class Program:
                 data[start - data.ctypes.data :][: v.size] = np.frombuffer(v.data, np.uint8)
                 self.addresses[v.name] = start
                 self.constant_data.append(
-                    (Named(v.name, start, start + v.size, f"{v.size} bytes", parameter=v.name), data)
+                    (TensorExtent(v.name, start, start + v.size, f"{v.size} bytes", parameter=v.name), data)
                 )
         self.shared_bytes = shared + shared_bytes
 
-    def grains(self) -> None:
+    def choose_grains(self) -> None:
         """The smallest access to each space: what its bookkeeping counts in."""
         self.shared_grain = self.global_grain = 16
         for i in self.instructions:
@@ -123,7 +125,7 @@ class Program:
             if i.parts[0] in ("mbarrier", "tensormap"):
                 self.shared_grain = min(self.shared_grain, 4 if i.parts[0] == "tensormap" else 8)
 
-    def block_ends(self) -> list[int]:
+    def find_block_ends(self) -> list[int]:
         """For each instruction the next one, from it on, that is control or begins a block of its own."""
         ends, end = [0] * len(self.steps), len(self.steps)
         for n in range(len(self.steps) - 1, -1, -1):
@@ -136,24 +138,24 @@ class Program:
 
     # -------------------------------------------------------------------------------------------- operands
 
-    def constant(self, value) -> int:
+    def constant_slot(self, value) -> int:
         self.constants[self.size] = value
         self.size += 1
         return self.size - 1
 
-    def slot(self, register: Register, dtype: type) -> int:
+    def register_slot(self, register: Register, dtype: type) -> int:
         key = Slot(register.name, dtype)
         if key not in self.slots:
             self.slots[key] = self.size
             self.size += 1
         return self.slots[key]
 
-    def read(self, operand: Operand, dtype: type) -> int:
+    def source_slot(self, operand: Operand, dtype: type) -> int:
         """The slot of an operand that is read as `dtype`."""
         if isinstance(operand, Immediate):
-            return self.constant(immediate_value(operand, dtype))
+            return self.constant_slot(convert_immediate(operand, dtype))
         if isinstance(operand, Symbol):
-            return self.constant(dtype(self.address_of(operand)))
+            return self.constant_slot(dtype(self.symbol_address(operand)))
         if (
             isinstance(operand, Register)
             and operand.name.startswith("%")
@@ -164,18 +166,18 @@ class Program:
             return self.size - 1
         if not isinstance(operand, Register) or operand.name.startswith("!") or not operand.type:
             raise Fault("unknown instruction", f"operand {operand}")
-        return self.slot(operand, dtype)
+        return self.register_slot(operand, dtype)
 
-    def write(self, operand: Operand, dtype: type) -> int | None:
+    def dest_slot(self, operand: Operand, dtype: type) -> int | None:
         """The slot of a result; None for `_`. A narrower result is extended to the register by its sign."""
         if isinstance(operand, Symbol) and operand.name == "_":
             return None
         width = BYTES[operand.type]
         if np.dtype(dtype).itemsize < width:
             dtype = np.dtype(f"{'i' if np.issubdtype(dtype, np.signedinteger) else 'u'}{width}").type
-        return self.slot(operand, dtype)
+        return self.register_slot(operand, dtype)
 
-    def address_of(self, symbol: Symbol) -> int:
+    def symbol_address(self, symbol: Symbol) -> int:
         if symbol.name in self.addresses:
             return self.addresses[symbol.name]
         for param in self.function.params:
@@ -183,22 +185,22 @@ class Program:
                 return param.offset
         raise Fault("unknown instruction", f"no variable {symbol.name}")
 
-    def address(self, operand: Address) -> Callable:
+    def address_getter(self, operand: Address) -> Callable:
         """A function of the unit: the address of each lane, int64 for 32-bit registers, uint64 for 64."""
         offset = operand.offset
         if isinstance(operand.base, Register):
             wide = BYTES[operand.base.type] == 8
-            slot = self.read(operand.base, np.uint64 if wide else np.uint32)
+            slot = self.source_slot(operand.base, np.uint64 if wide else np.uint32)
             if wide:
                 add = np.uint64(offset % (1 << 64))
                 return lambda unit: unit.slots[slot] + add
             return lambda unit: unit.slots[slot].astype(np.int64) + offset
-        base = operand.base.bits if isinstance(operand.base, Immediate) else self.address_of(operand.base)
+        base = operand.base.bits if isinstance(operand.base, Immediate) else self.symbol_address(operand.base)
         return lambda unit: np.full(unit.count, base + offset, np.int64)
 
     # -------------------------------------------------------------------------------------------- steps
 
-    def step(self, instruction: Instruction) -> Step:
+    def build_step(self, instruction: Instruction) -> Step:
         builder = next((b for n in (3, 2, 1) if (b := BUILDERS.get(".".join(instruction.parts[:n])))), None)
         try:
             run = builder(self, instruction) if builder else None
@@ -211,7 +213,11 @@ class Program:
             ) from error  # fmt: skip
         if run is None:
             raise Fault("unknown instruction", instruction.op, instruction, kernel=self.function.name)
-        return run if instruction.guard is None else guarded(run, self.slot(instruction.guard, np.bool_), instruction)
+        return (
+            run
+            if instruction.guard is None
+            else apply_guard(run, self.register_slot(instruction.guard, np.bool_), instruction)
+        )
 
 
 def assign(compute: Callable, operands: list[int], out: list[int | None], many: bool) -> Step:
@@ -223,30 +229,30 @@ def assign(compute: Callable, operands: list[int], out: list[int | None], many: 
             values = compute(*[slots[i] for i in operands])
             for where, value in zip(out, values, strict=False):
                 if where is not None:
-                    put(slots[where], value, mask)
+                    write_masked(slots[where], value, mask)
 
     else:
         (result,) = out
 
         def run(unit, mask):
             slots = unit.slots
-            put(slots[result], compute(*[slots[i] for i in operands]), mask)
+            write_masked(slots[result], compute(*[slots[i] for i in operands]), mask)
 
     return run
 
 
-def put(target: np.ndarray, value, mask: np.ndarray | None) -> None:
+def write_masked(target: np.ndarray, value, mask: np.ndarray | None) -> None:
     if mask is None:
         target[...] = value
     else:
         np.copyto(target, value, where=mask, casting="unsafe")
 
 
-def guarded(run: Step, guard: int, instruction: Instruction) -> Step:
+def apply_guard(run: Step, guard: int, instruction: Instruction) -> Step:
     """@p and @!p: the lanes where the predicate holds."""
     negated = instruction.negated
 
-    def masked(unit, mask):
+    def run_guarded(unit, mask):
         p = unit.slots[guard]
         p = ~p if negated else p
         active = p if mask is None else p & mask
@@ -255,10 +261,10 @@ def guarded(run: Step, guard: int, instruction: Instruction) -> Step:
         elif active.any():
             run(unit, active.copy())  # the guard may be the instruction's own result
 
-    return masked
+    return run_guarded
 
 
-def immediate_value(operand: Immediate, dtype: type):
+def convert_immediate(operand: Immediate, dtype: type):
     if dtype is np.bool_:
         return np.bool_(operand.bits != 0)
     width = np.dtype(dtype).itemsize
@@ -268,7 +274,7 @@ def immediate_value(operand: Immediate, dtype: type):
     return UNSIGNED[width](operand.bits % (1 << 8 * width)).view(dtype)
 
 
-def names_of(instruction: Instruction) -> frozenset[str]:
+def find_registers(instruction: Instruction) -> frozenset[str]:
     """All registers that an instruction reads or writes."""
     found: set[str] = set()
 
@@ -288,7 +294,7 @@ def names_of(instruction: Instruction) -> frozenset[str]:
     return frozenset(found)
 
 
-def results_of(instruction: Instruction) -> frozenset[str]:
+def find_results(instruction: Instruction) -> frozenset[str]:
     """The registers that it writes."""
     if not instruction.operands or instruction.parts[0] in ("st", "bar", "bra", "red", "stmatrix", "call"):
         return frozenset()
@@ -296,7 +302,7 @@ def results_of(instruction: Instruction) -> frozenset[str]:
     return frozenset(x.name for x in (first.items if isinstance(first, Group) else (first,)) if isinstance(x, Register))
 
 
-def lanes_together(instruction: Instruction) -> int:
+def count_converged_lanes(instruction: Instruction) -> int:
     """How many lanes must be there together: those of a warp, or of the four that a wgmma takes."""
     if instruction.parts[0] in ("mbarrier", "cp", "fence", "membar", "tensormap"):
         return 1
@@ -308,15 +314,15 @@ def lanes_together(instruction: Instruction) -> int:
 # ------------------------------------------------------------------------------------------------ control
 
 
-def held(program: Program, instruction: Instruction):
+def guard_mask(program: Program, instruction: Instruction):
     """A function of (unit, mask): the lanes of the mask where the guard holds."""
     if instruction.guard is None:
         return lambda unit, mask: mask
-    slot, negated = program.slot(instruction.guard, np.bool_), instruction.negated
+    slot, negated = program.register_slot(instruction.guard, np.bool_), instruction.negated
     return lambda unit, mask: mask & (~unit.slots[slot] if negated else unit.slots[slot])
 
 
-def constant_bits(operand) -> int:
+def immediate_bits(operand) -> int:
     if not isinstance(operand, Immediate):
         raise Fault("unknown instruction", f"{operand} where a constant is expected")
     return operand.bits

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from .program import Program
-from .syntax import Address, Group, Immediate, Instruction, Operand, Register, Symbol, items
+from .syntax import Address, Group, Immediate, Instruction, Operand, Register, Symbol, vector_items
 
-Origin = frozenset  # of names
+Provenance = frozenset  # of names
 INTEGER, UNKNOWN = "integer", "unknown"
-NUMBER, ANYTHING = Origin([INTEGER]), Origin([UNKNOWN])
+INTEGERS, UNKNOWNS = Provenance([INTEGER]), Provenance([UNKNOWN])
 SUMS = ("add", "sub", "mad", "or", "xor", "and", "lop3", "prmt", "bfi", "shl", "shr", "addc", "subc", "madc")
 COPIES = ("mov", "cvta", "cvt", "shfl")
 CHOICES = ("selp", "min", "max")
@@ -24,109 +24,111 @@ PRODUCTS = ("mul", "div", "rem", "popc", "clz", "bfind", "setp", "set", "vote", 
 ACCESSES = ("ld", "ldu", "st", "atom", "red", "cp")
 
 
-def find_origins(program: Program, parameters: Iterable[str]) -> None:
+def find_provenance(program: Program, parameters: Iterable[str]) -> None:
     """Sets `origin` of each access of the program. parameters: those that hold a tensor's address or its map."""
-    if program.origins_of == frozenset(parameters):
+    if program.provenance_parameters == frozenset(parameters):
         return
-    program.origins_of = frozenset(parameters)
+    program.provenance_parameters = frozenset(parameters)
     # What a symbol stands for: the address of a parameter, or that of a variable, which is a tensor of its own.
     pointers = {name: f"&{name}" for name in parameters} | {
-        named.name: named.name for named, _ in program.constant_data
+        make_extent.name: make_extent.name for make_extent, _ in program.constant_data
     }
     declared = program.function.registers
-    values = {name: NUMBER for names in program.uses for name in names if name not in declared}  # %tid.x …
-    rules = [rule for i in program.instructions if (rule := rule_of(i, pointers, values))]
+    values = {name: INTEGERS for names in program.uses for name in names if name not in declared}  # %tid.x …
+    rules = [rule for i in program.instructions if (rule := make_rule(i, pointers, values))]
     while sum([rule() for rule in rules]):
         pass
     for instruction in program.instructions:
         if instruction.parts[0] in ACCESSES:
-            instruction.origin = origin_of(instruction, pointers, values)
+            instruction.provenance = access_provenance(instruction, pointers, values)
 
 
-def origin_of(instruction: Instruction, pointers: dict[str, str], values: dict[str, Origin]) -> Origin | None:
+def access_provenance(
+    instruction: Instruction, pointers: dict[str, str], values: dict[str, Provenance]
+) -> Provenance | None:
     """The tensors that an access may be to; None: any."""
     addresses = [x.base for x in instruction.operands if isinstance(x, Address)]
     maps = [x.items[0] for x in instruction.operands if isinstance(x, Group) and isinstance(x.items[0], Address)]
-    known = [value_of(x, pointers, values) or ANYTHING for x in addresses]
+    known = [operand_provenance(x, pointers, values) or UNKNOWNS for x in addresses]
     if maps:  # of a bulk copy
-        known = [behind([value_of(x.base, pointers, values) or ANYTHING]) for x in maps]
-    found = Origin().union(*known) - NUMBER
+        known = [dereference([operand_provenance(x.base, pointers, values) or UNKNOWNS]) for x in maps]
+    found = Provenance().union(*known) - INTEGERS
     return found if found and UNKNOWN not in found else None
 
 
-def rule_of(instruction: Instruction, pointers: dict[str, str], values: dict[str, Origin]) -> Callable | None:
+def make_rule(instruction: Instruction, pointers: dict[str, str], values: dict[str, Provenance]) -> Callable | None:
     """A function that takes what is known of the operands over to the results, and says whether that was news."""
     operands = instruction.operands
     if not operands or instruction.parts[0] in ("st", "red", "bra", "brx", "bar", "barrier", "call"):
         return None
-    results = [x.name for x in items(operands[0]) if isinstance(x, Register)]
-    combine, sources = combination(instruction)
+    results = [x.name for x in vector_items(operands[0]) if isinstance(x, Register)]
+    combine, sources = choose_rule(instruction)
 
-    def carry() -> bool:
-        known = [value_of(x, pointers, values) for x in sources]
+    def propagate() -> bool:
+        known = [operand_provenance(x, pointers, values) for x in sources]
         if None in known:
             return False  # its operands come later in the text
         found, news = combine(known), False
         for name in results:
-            before = values.get(name, Origin())
+            before = values.get(name, Provenance())
             news |= not found <= before
             values[name] = before | found
         return news
 
-    return carry
+    return propagate
 
 
-def combination(instruction: Instruction) -> tuple[Callable, list[Operand]]:
+def choose_rule(instruction: Instruction) -> tuple[Callable, list[Operand]]:
     """(what makes a result of its operands, the operands that it is made of)."""
     base, operands = instruction.parts[0], instruction.operands
-    sources = [y for x in operands[1:] for y in items(x)]
+    sources = [y for x in operands[1:] for y in vector_items(x)]
     if base == "ld" and "param" in instruction.parts:
-        return behind, [sources[0].base if sources[0].offset == 0 else Immediate(0)]
+        return dereference, [sources[0].base if sources[0].offset == 0 else Immediate(0)]
     if base in COPIES:
-        return (first if len(sources) == 1 or base == "shfl" else total), sources[:1] if base == "shfl" else sources
+        return (take_first if len(sources) == 1 or base == "shfl" else add), sources[:1] if base == "shfl" else sources
     if base in ("mad", "madc"):
-        return first, sources[2:]
+        return take_first, sources[2:]
     if base in CHOICES:
-        return either, sources[:2]
+        return unite, sources[:2]
     if base in SUMS:
-        return total, sources
-    return (lambda _: NUMBER if base in PRODUCTS else ANYTHING), []
+        return add, sources
+    return (lambda _: INTEGERS if base in PRODUCTS else UNKNOWNS), []
 
 
-def value_of(operand: Operand, pointers: dict[str, str], values: dict[str, Origin]) -> Origin | None:
+def operand_provenance(operand: Operand, pointers: dict[str, str], values: dict[str, Provenance]) -> Provenance | None:
     """None: not known yet."""
     if isinstance(operand, Symbol):
-        return Origin([pointers[operand.name]]) if operand.name in pointers else NUMBER
+        return Provenance([pointers[operand.name]]) if operand.name in pointers else INTEGERS
     if isinstance(operand, Immediate):
-        return NUMBER
-    return values.get(operand.name.lstrip("!")) if isinstance(operand, Register) else ANYTHING
+        return INTEGERS
+    return values.get(operand.name.lstrip("!")) if isinstance(operand, Register) else UNKNOWNS
 
 
-def first(known: list[Origin]) -> Origin:
+def take_first(known: list[Provenance]) -> Provenance:
     return known[0]
 
 
-def behind(known: list[Origin]) -> Origin:
+def dereference(known: list[Provenance]) -> Provenance:
     """What the parameters at an address hold."""
-    return Origin(x[1:] if x.startswith("&") else UNKNOWN for x in known[0])
+    return Provenance(x[1:] if x.startswith("&") else UNKNOWN for x in known[0])
 
 
-def either(known: list[Origin]) -> Origin:
-    return Origin().union(*known)
+def unite(known: list[Provenance]) -> Provenance:
+    return Provenance().union(*known)
 
 
-def total(known: list[Origin]) -> Origin:
+def add(known: list[Provenance]) -> Provenance:
     """Of every pair of alternatives: a pointer outdoes what is no pointer, or may be none."""
-    result = NUMBER
-    for other in (Origin(UNKNOWN if x.startswith("&") else x for x in each) for each in known):
-        if result != NUMBER and other != NUMBER:
-            result = Origin().union(*(pair(a, b) for a in result for b in other))
-        elif result == NUMBER:
+    result = INTEGERS
+    for other in (Provenance(UNKNOWN if x.startswith("&") else x for x in each) for each in known):
+        if result != INTEGERS and other != INTEGERS:
+            result = Provenance().union(*(add_pair(a, b) for a in result for b in other))
+        elif result == INTEGERS:
             result = other
     return result
 
 
-def pair(a: str, b: str) -> set[str]:
+def add_pair(a: str, b: str) -> set[str]:
     if a == INTEGER or (a == UNKNOWN and b != INTEGER):
         return {b}
     return {a} if b in (INTEGER, UNKNOWN) else {a, b}

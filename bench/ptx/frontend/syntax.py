@@ -57,9 +57,9 @@ class Instruction:
     text: str
     location: Location | None
     targets: tuple[int, ...] = ()  # instruction numbers that a branch goes to
-    used: int | None = None  # of a load, one bit a byte: those the compiler looks at; None: all
-    origin: frozenset[str] | None = None  # of an access: the parameters that its address may derive from; None: any
-    scope: tuple[int, ...] = ()  # while labels are resolved
+    used_bytes: int | None = None  # of a load, one bit a byte: those the compiler looks at; None: all
+    provenance: frozenset[str] | None = None  # of an access: the parameters that its address may derive from; None: any
+    scopes: tuple[int, ...] = ()  # while labels are resolved
 
     @property
     def type(self) -> str:
@@ -108,5 +108,5 @@ class Module:
     variables: dict[str, Variable]
 
 
-def items(operand) -> tuple:
+def vector_items(operand) -> tuple:
     return operand.items if isinstance(operand, Group) else (operand,)

@@ -14,25 +14,25 @@ from ..frontend.program import (
 )
 from ..frontend.syntax import Address, Instruction
 from ..frontend.types import UNSIGNED
-from ..memory.global_memory import WarpsMeet
-from .rounding import same_but_for_rounding
+from ..memory.global_memory import WarpConflict
+from .rounding import is_rounding_difference
 
 SPACES = ("global", "shared", "local", "param", "const")
 
 
-def space_of(instruction: Instruction) -> str:
+def find_space(instruction: Instruction) -> str:
     parts = [p.split("::")[0] for p in instruction.parts]
     return next((s for s in SPACES if s in parts), "generic")
 
 
-def vector(instruction: Instruction) -> int:
+def vector_length(instruction: Instruction) -> int:
     return next((int(p[1:]) for p in instruction.parts if p in ("v2", "v4", "v8")), 1)
 
 
 # ------------------------------------------------------------------------------------------------ one access
 
 
-def global_access(
+def check_global_access(
     unit, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, nbytes: int, align: int, does: str,
     partly: bool = False,
 ) -> np.ndarray | None:  # fmt: skip
@@ -42,40 +42,40 @@ def global_access(
     bad = address % np.uint64(align) != 0
     if bad.any():
         does = f"{does} {nbytes} bytes {{}}; the address is not a multiple of {align}"
-        raise global_fault(unit, "misaligned", does, instruction, lanes, address, int(np.argmax(bad)), nbytes)
-    if strays := memory.strays(instruction.origin, address, nbytes, instruction.used):
+        raise make_global_fault(unit, "misaligned", does, instruction, lanes, address, int(np.argmax(bad)), nbytes)
+    if strays := memory.find_stray(instruction.provenance, address, nbytes, instruction.used_bytes):
         kind, outside = strays
         does_where = f"{does} {nbytes} bytes {{}}"
-        fault = global_fault(unit, kind, does_where, instruction, lanes, address, int(np.argmax(outside)), nbytes)
+        fault = make_global_fault(unit, kind, does_where, instruction, lanes, address, int(np.argmax(outside)), nbytes)
         if kind == "out of bounds" and not partly:
             raise fault
         unit.wave.judge(fault)
         if kind == "out of bounds":
             return ~outside
-    if unit.joined:
-        pieces, write = memory.split(address, nbytes), does in ("writes", "updates")
-        if memory.warps_meet(pieces, address, nbytes, unit.number[lanes], unit.warp[lanes], write):
-            raise WarpsMeet
+    if unit.merges_warps:
+        pieces, write = memory.split_by_segment(address, nbytes), does in ("writes", "updates")
+        if memory.has_warp_conflict(pieces, address, nbytes, unit.grid_block[lanes], unit.warp[lanes], write):
+            raise WarpConflict
     return None
 
 
-def global_fault(unit, kind, message, instruction, lanes, address, at, nbytes) -> Fault:
+def make_global_fault(unit, kind, message, instruction, lanes, address, at, nbytes) -> Fault:
     """Of the access of lane number `at` of these. message: with {} for the place in a tensor."""
     memory, where = unit.wave.memory, int(address[at])
-    tensor = memory.nearest(where, memory.of(instruction.origin))
+    tensor = memory.nearest_tensor(where, memory.tensors_for(instruction.provenance))
     if tensor is None:
-        return unit.fault(
+        return unit.make_fault(
             kind, message.format(f"at address {where:#x}, with no tensor in the launch"), instruction, lanes[at]
         )
     place = tensor.describe(where, nbytes)
     if kind == "out of view" and not tensor.start <= where < tensor.end:
-        place += f", {memory.nearest(where).describe(where, nbytes)}"
-    return unit.fault(
-        kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.element(where)
+        place += f", {memory.nearest_tensor(where).describe(where, nbytes)}"
+    return unit.make_fault(
+        kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.element_index(where)
     )  # fmt: skip
 
 
-def strong(instruction: Instruction) -> bool:
+def is_strong(instruction: Instruction) -> bool:
     """Accesses that are meant to meet others: they do not race."""
     return any(p in ("volatile", "relaxed", "acquire", "release") for p in instruction.parts)
 
@@ -83,142 +83,142 @@ def strong(instruction: Instruction) -> bool:
 def order_blocks(unit, lanes, address, acquires: bool = False, releases: bool = False) -> None:
     """Release and acquire of an address make what a block did visible to the blocks after it."""
     order = unit.wave.memory.order
-    for block, where in dict.fromkeys(zip(unit.number[lanes].tolist(), address.tolist(), strict=True)):
+    for block, where in dict.fromkeys(zip(unit.grid_block[lanes].tolist(), address.tolist(), strict=True)):
         if acquires:
             order.acquire(where, block)
         if releases:
             order.release(where, block)
 
 
-def global_load(unit, pc: int, instruction: Instruction, lanes, address, width: int, count: int) -> np.ndarray:
-    return global_read(unit, pc, instruction, lanes, address, width, count, width * count, "reads")
+def load_global(unit, pc: int, instruction: Instruction, lanes, address, width: int, count: int) -> np.ndarray:
+    return read_global(unit, pc, instruction, lanes, address, width, count, width * count, "reads")
 
 
-def global_read(unit, pc, instruction, lanes, address, width, count, align: int, does: str) -> np.ndarray:
+def read_global(unit, pc, instruction, lanes, address, width, count, align: int, does: str) -> np.ndarray:
     """A load, or a copy's: (n, count) elements; zeros where there is no memory, if the caller lets that pass."""
     nbytes, memory = width * count, unit.wave.memory
-    inside = global_access(unit, instruction, lanes, address, nbytes, align, does, partly=True)
+    inside = check_global_access(unit, instruction, lanes, address, nbytes, align, does, partly=True)
     if inside is not None:
         found = np.zeros((len(lanes), count), UNSIGNED[width])
         if inside.any():
             rest = lanes[inside], address[inside]
-            found[inside] = global_read(unit, pc, instruction, *rest, width, count, align, does)
+            found[inside] = read_global(unit, pc, instruction, *rest, width, count, align, does)
         return found
-    unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
-    if strong(instruction):
+    unit.wave.counts.count_global_access(pc, lanes >> 5, address, nbytes)
+    if is_strong(instruction):
         if "acquire" in instruction.parts:
             order_blocks(unit, lanes, address, acquires=True)
-    elif race := memory.race_of_read(address, nbytes, unit.number[lanes]):
+    elif race := memory.check_read(address, nbytes, unit.grid_block[lanes]):
         report_race(unit, instruction, lanes, address, nbytes, race, does, "wrote")
     report_unwritten(unit, instruction, lanes, address, nbytes, does)
     return memory.load(address, width, count)
 
 
-def global_store(unit, pc: int, instruction: Instruction, lanes, address, values: np.ndarray) -> None:
+def store_global(unit, pc: int, instruction: Instruction, lanes, address, values: np.ndarray) -> None:
     nbytes = values.dtype.itemsize * values.shape[1]
-    inside = global_access(unit, instruction, lanes, address, nbytes, nbytes, "writes", partly=True)
+    inside = check_global_access(unit, instruction, lanes, address, nbytes, nbytes, "writes", partly=True)
     if inside is not None:
         if inside.any():
-            global_store(unit, pc, instruction, lanes[inside], address[inside], values[inside])
+            store_global(unit, pc, instruction, lanes[inside], address[inside], values[inside])
         return
-    unit.wave.counts.global_access(pc, lanes >> 5, address, nbytes)
-    if strong(instruction):
+    unit.wave.counts.count_global_access(pc, lanes >> 5, address, nbytes)
+    if is_strong(instruction):
         if "release" in instruction.parts:
             order_blocks(unit, lanes, address, releases=True)
         unit.wave.memory.changes += 1
-    elif race := unit.wave.memory.race_of_write(address, values, unit.number[lanes]):
+    elif race := unit.wave.memory.check_write(address, values, unit.grid_block[lanes]):
         report_race(unit, instruction, lanes, address, nbytes, race, "writes", "read or wrote")
     unit.wave.memory.store(address, values)
 
 
 def report_race(unit, instruction, lanes, address, nbytes, race, does, did) -> None:
     at, other = race
-    message = f"{does} {nbytes} bytes {{}}, which block {unit.wave.place(other)} {did}"
-    unit.wave.judge(global_fault(unit, "global race", message, instruction, lanes, address, at, nbytes))
+    message = f"{does} {nbytes} bytes {{}}, which block {unit.wave.block_coordinates(other)} {did}"
+    unit.wave.judge(make_global_fault(unit, "global race", message, instruction, lanes, address, at, nbytes))
 
 
 def report_unwritten(unit, instruction, lanes, address, nbytes, does, kind: str = "uninitialised") -> None:
-    at = unit.wave.memory.never_written(address, nbytes, instruction.used)
+    at = unit.wave.memory.find_unwritten_read(address, nbytes, instruction.used_bytes)
     if at is not None:
         message = f"{does} {nbytes} bytes {{}}, which nothing has written"
-        unit.wave.judge(global_fault(unit, kind, message, instruction, lanes, address, at, nbytes))
+        unit.wave.judge(make_global_fault(unit, kind, message, instruction, lanes, address, at, nbytes))
 
 
-def shared_place(unit, instruction, lanes, address, nbytes, align) -> None:
-    problem = unit.wave.shared.place(address, nbytes, align)
+def check_shared_bounds(unit, instruction, lanes, address, nbytes, align) -> None:
+    problem = unit.wave.shared.check_bounds(address, nbytes, align)
     if problem:
-        raise unit.refuse(problem, instruction, lanes)
+        raise unit.make_shared_fault(problem, instruction, lanes)
 
 
-def shared_load(unit, pc, instruction, lanes, address, width: int, count: int) -> np.ndarray:
+def load_shared(unit, pc, instruction, lanes, address, width: int, count: int) -> np.ndarray:
     shared, block, nbytes = unit.wave.shared, unit.block[lanes], width * count
-    shared_place(unit, instruction, lanes, address, nbytes, nbytes)
-    unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
-    if problem := shared.check_read(block, address, nbytes, unit.thread[lanes], used=instruction.used):
+    check_shared_bounds(unit, instruction, lanes, address, nbytes, nbytes)
+    unit.wave.counts.count_shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
+    if problem := shared.check_read(block, address, nbytes, unit.thread[lanes], used_bytes=instruction.used_bytes):
         unit.report(problem, instruction, lanes)
     return shared.load(block, address, width, count)
 
 
-def shared_store(unit, pc, instruction, lanes, address, values: np.ndarray) -> None:
+def store_shared(unit, pc, instruction, lanes, address, values: np.ndarray) -> None:
     shared, block, nbytes = unit.wave.shared, unit.block[lanes], values.dtype.itemsize * values.shape[1]
-    shared_place(unit, instruction, lanes, address, nbytes, nbytes)
-    unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
-    close = functools.partial(same_but_for_rounding, unit.program, instruction.operands[1])
+    check_shared_bounds(unit, instruction, lanes, address, nbytes, nbytes)
+    unit.wave.counts.count_shared_access(pc, lanes >> 5, unit.lane[lanes], address, nbytes)
+    close = functools.partial(is_rounding_difference, unit.program, instruction.operands[1])
     if problem := shared.check_write(block, address, values, unit.thread[lanes], close):
         unit.report(problem, instruction, lanes)
     shared.store(block, address, values)
 
 
-def local_index(unit, instruction, lanes, address, nbytes) -> tuple:
+def locate_local(unit, instruction, lanes, address, nbytes) -> tuple:
     size = unit.program.local_bytes
     bad = (address < 0) | (address + nbytes > size) | (address % nbytes != 0)
     if bad.any():
         at = int(np.argmax(bad))
         message = f"{nbytes} bytes at {address[at]} of {size} bytes of local memory"
-        raise unit.fault("out of bounds", message, instruction, lanes[at], "local memory")
+        raise unit.make_fault("out of bounds", message, instruction, lanes[at], "local memory")
     return lanes[:, None], address[:, None] + np.arange(nbytes)
 
 
-def local_load(unit, pc, instruction, lanes, address, width, count):
-    taken = unit.local[local_index(unit, instruction, lanes, address, width * count)]
+def load_local(unit, pc, instruction, lanes, address, width, count):
+    taken = unit.local[locate_local(unit, instruction, lanes, address, width * count)]
     return np.ascontiguousarray(taken).view(UNSIGNED[width])
 
 
-def local_store(unit, pc, instruction, lanes, address, values):
-    where = local_index(unit, instruction, lanes, address, values.dtype.itemsize * values.shape[1])
+def store_local(unit, pc, instruction, lanes, address, values):
+    where = locate_local(unit, instruction, lanes, address, values.dtype.itemsize * values.shape[1])
     unit.local[where] = np.ascontiguousarray(values).view(np.uint8)
 
 
-def param_index(unit, instruction, lanes, address, nbytes, first: int = 0) -> tuple:
+def locate_param(unit, instruction, lanes, address, nbytes, first: int = 0) -> tuple:
     """first: where what the access may touch begins."""
     size = unit.program.param_bytes
     bad = (address < first) | (address + nbytes > size)
     if bad.any():
         at = int(np.argmax(bad))
         message = f"{nbytes} bytes at {address[at]} of {size} bytes of parameters"
-        raise unit.fault("out of bounds", message, instruction, lanes[at], "parameters")
+        raise unit.make_fault("out of bounds", message, instruction, lanes[at], "parameters")
     rows = lanes[:, None] if len(unit.params) > 1 else 0
     return rows, address[:, None] + np.arange(nbytes)
 
 
-def param_load(unit, pc, instruction, lanes, address, width, count):
-    taken = unit.params[param_index(unit, instruction, lanes, address, width * count)]
+def load_param(unit, pc, instruction, lanes, address, width, count):
+    taken = unit.params[locate_param(unit, instruction, lanes, address, width * count)]
     return np.ascontiguousarray(taken).view(UNSIGNED[width])
 
 
-def param_store(unit, pc, instruction, lanes, address, values):
+def store_param(unit, pc, instruction, lanes, address, values):
     """Only to parameters of calls: a kernel does not write its own."""
     nbytes, own = values.dtype.itemsize * values.shape[1], unit.program.function.param_bytes
-    where = param_index(unit, instruction, lanes, address, nbytes, own)
+    where = locate_param(unit, instruction, lanes, address, nbytes, own)
     unit.params[where] = np.ascontiguousarray(values).view(np.uint8)
 
 
-LOADS = {"global": global_load, "const": global_load, "shared": shared_load, "local": local_load, "param": param_load}
-STORES = {"global": global_store, "shared": shared_store, "local": local_store, "param": param_store}
+LOADS = {"global": load_global, "const": load_global, "shared": load_shared, "local": load_local, "param": load_param}
+STORES = {"global": store_global, "shared": store_shared, "local": store_local, "param": store_param}
 WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
 
 
-def in_space(space: str, address: np.ndarray) -> np.ndarray:
+def to_space(space: str, address: np.ndarray) -> np.ndarray:
     """A space's own addresses, as its functions take them."""
     if space in ("global", "const"):
         return address.astype(np.uint64)
@@ -227,7 +227,7 @@ def in_space(space: str, address: np.ndarray) -> np.ndarray:
     return np.where(address >= window, address - window, address)
 
 
-def by_space(space: str, address: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def split_by_space(space: str, address: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Generic addresses: each space with the lanes whose addresses are in its window."""
     if space != "generic":
         return [(space, np.ones(len(address), bool))]
@@ -236,7 +236,7 @@ def by_space(space: str, address: np.ndarray) -> list[tuple[str, np.ndarray]]:
     return [(name, mask) for name, n in kinds.items() if (mask := where == n).any()]
 
 
-def address_operand(operand) -> Address:
+def as_address(operand) -> Address:
     return operand if isinstance(operand, Address) else Address(operand, 0)
 
 

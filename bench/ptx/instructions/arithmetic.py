@@ -14,36 +14,36 @@ from ..frontend.program import (
     Program,
     Step,
     assign,
-    builds,
-    put,
+    implements,
+    write_masked,
 )
-from ..frontend.syntax import Instruction, items
+from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import DTYPES
 from . import floats, integers
-from .convert import conversion
-from .integers import FLOATS, INTEGER, Value
+from .convert import build_conversion
+from .integers import FLOAT_TYPES, INTEGER_OPERATIONS, Operation
 
 
-def value(parts: tuple[str, ...]) -> Value | None:
+def find_operation(parts: tuple[str, ...]) -> Operation | None:
     """None for an instruction that is not arithmetic."""
     base = parts[0]
     if base == "cvt":
-        return Value(*conversion(parts))
+        return Operation(*build_conversion(parts))
     kind = parts[-1]
-    if kind in FLOATS and base in FLOAT:
-        return float_value(parts)
-    if base in INTEGER:
-        return INTEGER[base](parts)
+    if kind in FLOAT_TYPES and base in FLOAT_OPERATIONS:
+        return choose_float_operation(parts)
+    if base in INTEGER_OPERATIONS:
+        return INTEGER_OPERATIONS[base](parts)
     return None
 
 
-def flush(x: np.ndarray) -> np.ndarray:
+def flush_subnormals(x: np.ndarray) -> np.ndarray:
     """.ftz: subnormals to zero, the sign kept."""
     small = np.abs(x) < floats.TINY
     return np.where(small, np.copysign(np.float32(0), x), x) if np.any(small) else x
 
 
-def canonical(x: np.ndarray) -> np.ndarray:
+def canonicalise_nan(x: np.ndarray) -> np.ndarray:
     """NaN results are one NaN, as on the GPU."""
     nan = np.isnan(x)
     if not np.any(nan):
@@ -51,21 +51,21 @@ def canonical(x: np.ndarray) -> np.ndarray:
     return np.where(nan, floats.NAN32.view(np.float32) if x.dtype == np.float32 else np.nan, x)
 
 
-def directed(rounded: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
+def round_directed(rounded: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
     """A result to nearest, moved to the neighbour where the exact one (rounded + error) lies on the other side."""
     toward = rounded.dtype.type({"rz": 0, "rm": -np.inf, "rp": np.inf}[mode])
     moves = {"rz": rounded * error < 0, "rm": error < 0, "rp": error > 0}[mode]
     return np.where(moves, np.nextafter(rounded, toward), rounded)
 
 
-def same_zeros(base: str, operands: tuple) -> np.ndarray:
+def is_sum_of_positive_zeros(base: str, operands: tuple) -> np.ndarray:
     """Where a sum is of two zeros, both positive: of others that cancel, rounding down makes -0."""
     first = operands[0] * operands[1] if base == "fma" else operands[0]
     last = -operands[-1] if base == "sub" else operands[-1]
     return (first == 0) & (last == 0) & ~np.signbit(first) & ~np.signbit(last)
 
 
-def overflows(result: np.ndarray, operands: tuple, base: str) -> np.ndarray:
+def has_overflowed(result: np.ndarray, operands: tuple, base: str) -> np.ndarray:
     """Where an infinite result stands for a finite one that is too large."""
     finite = np.isinf(result)
     for x in operands:
@@ -73,7 +73,7 @@ def overflows(result: np.ndarray, operands: tuple, base: str) -> np.ndarray:
     return finite & (operands[1] != 0) if base in ("div", "rcp") else finite
 
 
-def largest(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarray:
+def min_or_max(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarray:
     """max or min of floats: a NaN gives way to the number, or stays (.NaN); -0 is less than +0."""
     out = (np.fmin if least else np.fmax)(a, b)
     kind = np.uint32 if out.dtype == np.float32 else np.uint64 if out.dtype == np.float64 else np.uint16
@@ -84,7 +84,7 @@ def largest(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarray:
     return np.where(np.isnan(a) | np.isnan(b), out.dtype.type(np.nan), out) if nan else out
 
 
-def exact_error(base: str, result: np.ndarray, operands: tuple) -> np.ndarray:
+def find_rounding_error(base: str, result: np.ndarray, operands: tuple) -> np.ndarray:
     """Exact result minus the rounded one, by sign: enough for a directed rounding."""
     a, b = (np.asarray(x, np.float64) for x in operands[:2])
     if base in ("add", "sub"):
@@ -109,7 +109,7 @@ def exact_error(base: str, result: np.ndarray, operands: tuple) -> np.ndarray:
     return (a - high) - low
 
 
-def fused(a, b, c):
+def fma(a, b, c):
     return floats.fma32(a, b, c) if np.result_type(a, b, c) == np.float32 else floats.fma64(a, b, c)
 
 
@@ -122,61 +122,63 @@ def approximate(function: Callable) -> Callable:
     return compute
 
 
-FLOAT = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused, "mad": fused, "div": np.divide,
+FLOAT_OPERATIONS = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma, "mad": fma, "div": np.divide,
     "sqrt": np.sqrt, "rcp": lambda a: np.asarray(a).dtype.type(1) / a,
-    "min": lambda *x: largest(*x[:2], True, False), "max": lambda *x: largest(*x[:2], False, False),
+    "min": lambda *x: min_or_max(*x[:2], True, False), "max": lambda *x: min_or_max(*x[:2], False, False),
     "abs": np.abs, "neg": np.negative, "rsqrt": approximate(lambda a: 1 / np.sqrt(a)), "ex2": approximate(np.exp2),
     "lg2": approximate(np.log2), "sin": approximate(np.sin), "cos": approximate(np.cos), "tanh": approximate(np.tanh),
     "copysign": lambda a, b: np.copysign(b, a), "testp": None, "setp": None, "selp": None, "set": None,
 }  # fmt: skip
-OPERANDS = {"add": 2, "sub": 2, "mul": 2, "fma": 3, "mad": 3, "div": 2, "min": 2, "max": 2, "copysign": 2}
-ROUNDED = ("add", "sub", "mul", "fma", "div", "sqrt", "rcp")
-BITWISE = ("abs", "neg", "copysign", "min", "max")  # no arithmetic: a NaN keeps its bits
+OPERAND_COUNT = {"add": 2, "sub": 2, "mul": 2, "fma": 3, "mad": 3, "div": 2, "min": 2, "max": 2, "copysign": 2}
+ROUNDED_OPERATIONS = ("add", "sub", "mul", "fma", "div", "sqrt", "rcp")
+KEEPS_NAN = ("abs", "neg", "copysign", "min", "max")  # no arithmetic: a NaN keeps its bits
 
 
-def float_value(parts: tuple[str, ...]) -> Value:
+def choose_float_operation(parts: tuple[str, ...]) -> Operation:
     base, kind = parts[0], parts[-1]
     if base == "testp":
-        return test_property(parts)
+        return build_testp(parts)
     if base in ("setp", "selp", "set"):
-        return INTEGER[base](parts)
-    count = OPERANDS.get(base, 1)
+        return INTEGER_OPERATIONS[base](parts)
+    count = OPERAND_COUNT.get(base, 1)
     if kind in ("f16", "bf16", "f16x2", "bf16x2"):
-        return Value(half_function(parts, count), (DTYPES[half_bits(kind)],) * count, (DTYPES[half_bits(kind)],))
-    return Value(float_function(parts), (DTYPES[kind],) * count, (DTYPES[kind],))
+        return Operation(
+            build_half_function(parts, count), (DTYPES[half_storage(kind)],) * count, (DTYPES[half_storage(kind)],)
+        )
+    return Operation(build_float_function(parts), (DTYPES[kind],) * count, (DTYPES[kind],))
 
 
-def half_bits(kind: str) -> str:
+def half_storage(kind: str) -> str:
     return "b32" if kind.endswith("x2") else "b16"
 
 
-def float_function(parts: tuple[str, ...]) -> Callable:
+def build_float_function(parts: tuple[str, ...]) -> Callable:
     """The base function with the modifiers around it: .ftz, .sat, .rz …, .NaN."""
     base, kind = parts[0], parts[-1]
-    function = FLOAT[base]
+    function = FLOAT_OPERATIONS[base]
     mode = next((m for m in ("rz", "rm", "rp") if m in parts), None)
     ftz, sat = "ftz" in parts, "sat" in parts
     coarse = base in ("rcp", "rsqrt") and kind == "f64"  # of .approx.ftz.f64 the lower 32 bits are zero
     if "NaN" in parts:
-        function = lambda a, b: largest(a, b, base == "min", True)  # noqa: E731
+        function = lambda a, b: min_or_max(a, b, base == "min", True)  # noqa: E731
 
     def compute(*operands):
         if ftz and kind == "f32":
-            operands = tuple(flush(x) for x in operands)
+            operands = tuple(flush_subnormals(x) for x in operands)
         result = function(*operands)
-        if mode and base in ROUNDED:
+        if mode and base in ROUNDED_OPERATIONS:
             left = (np.ones_like(operands[0]), operands[0]) if base == "rcp" else operands
-            error = exact_error("div" if base == "rcp" else base, result, (*left, left[0])[:3])
-            error = np.where(overflows(result, left, base), -np.sign(result), error)
-            result = directed(result, error, mode)
+            error = find_rounding_error("div" if base == "rcp" else base, result, (*left, left[0])[:3])
+            error = np.where(has_overflowed(result, left, base), -np.sign(result), error)
+            result = round_directed(result, error, mode)
             if mode == "rm" and base in ("add", "sub", "fma"):
-                exact_zero = (result == 0) & (error == 0) & ~same_zeros(base, operands)
+                exact_zero = (result == 0) & (error == 0) & ~is_sum_of_positive_zeros(base, operands)
                 result = np.where(exact_zero, -np.abs(result), result)
-        if base not in BITWISE:
-            result = canonical(result)
+        if base not in KEEPS_NAN:
+            result = canonicalise_nan(result)
         if ftz and kind == "f32":
-            result = flush(result)
+            result = flush_subnormals(result)
         if sat:
             result = np.where(np.isnan(result), result.dtype.type(0), np.clip(result, 0, 1))
         if coarse and "approx" in parts:
@@ -186,19 +188,19 @@ def float_function(parts: tuple[str, ...]) -> Callable:
     return compute
 
 
-def half_function(parts: tuple[str, ...], count: int) -> Callable:
+def build_half_function(parts: tuple[str, ...], count: int) -> Callable:
     """16-bit arithmetic, alone or in pairs: exact or to odd in float64, rounded once to the format."""
     base, kind = parts[0], parts[-1]
     pair, name = kind.endswith("x2"), kind.removesuffix("x2")
 
     def exact(*x):
         if base == "fma":
-            return floats.sum_to_odd(x[0] * x[1], x[2])
+            return floats.add_to_odd(x[0] * x[1], x[2])
         if base in ("add", "sub"):
-            return floats.sum_to_odd(x[0], -x[1] if base == "sub" else x[1])
+            return floats.add_to_odd(x[0], -x[1] if base == "sub" else x[1])
         if base in ("min", "max"):
-            return largest(x[0], x[1], base == "min", "NaN" in parts)
-        return FLOAT[base](*x)
+            return min_or_max(x[0], x[1], base == "min", "NaN" in parts)
+        return FLOAT_OPERATIONS[base](*x)
 
     def one(*bits):
         bits = tuple(np.asarray(b) for b in bits)
@@ -221,41 +223,41 @@ def half_function(parts: tuple[str, ...], count: int) -> Callable:
     return two if pair else one
 
 
-def test_property(parts: tuple[str, ...]) -> Value:
+def build_testp(parts: tuple[str, ...]) -> Operation:
     tests = {
         "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
         "normal": lambda a: np.isfinite(a) & (np.abs(a) >= np.finfo(a.dtype).tiny),
         "subnormal": lambda a: (a != 0) & (np.abs(a) < np.finfo(a.dtype).tiny),
     }  # fmt: skip
-    return Value(tests[parts[1]], (DTYPES[parts[-1]],), (np.bool_,))
+    return Operation(tests[parts[1]], (DTYPES[parts[-1]],), (np.bool_,))
 
 
 # ------------------------------------------------------------------------------------------------ instructions
 
 
-@builds("cvt", *FLOAT, *INTEGER)
-def arithmetic(program: Program, instruction: Instruction) -> Step | None:
-    known = value(instruction.parts)
+@implements("cvt", *FLOAT_OPERATIONS, *INTEGER_OPERATIONS)
+def build_arithmetic(program: Program, instruction: Instruction) -> Step | None:
+    known = find_operation(instruction.parts)
     if known is None:
         return None
     first, *rest = instruction.operands
-    operands = [program.read(x, t) for x, t in zip(rest, known.operands, strict=True)]
-    out = [program.write(x, t) for x, t in zip(items(first), known.results, strict=False)]
+    operands = [program.source_slot(x, t) for x, t in zip(rest, known.operands, strict=True)]
+    out = [program.dest_slot(x, t) for x, t in zip(vector_items(first), known.results, strict=False)]
     return assign(known.compute, operands, out, len(known.results) > 1)
 
 
-@builds("add.cc", "addc", "sub.cc", "subc", "mad.lo", "mad.hi", "madc")
-def carried(program: Program, instruction: Instruction) -> Step | None:
+@implements("add.cc", "addc", "sub.cc", "subc", "mad.lo", "mad.hi", "madc")
+def add_with_carry(program: Program, instruction: Instruction) -> Step | None:
     """Additions with the carry flag in (addc, subc, madc) and out (.cc)."""
     parts, base = instruction.parts, instruction.parts[0]
     takes, gives = base in ("addc", "subc", "madc"), "cc" in parts
     if not (takes or gives):
-        return arithmetic(program, instruction)
+        return build_arithmetic(program, instruction)
     dtype = DTYPES[parts[-1]]
-    wide = integers.unsigned(dtype)
+    wide = integers.to_unsigned(dtype)
     size = np.dtype(dtype).itemsize * 8
-    operands = [program.read(x, wide) for x in instruction.operands[1:]]
-    out = program.write(instruction.operands[0], wide)
+    operands = [program.source_slot(x, wide) for x in instruction.operands[1:]]
+    out = program.dest_slot(instruction.operands[0], wide)
     times = integers.multiply_high if "hi" in parts else np.multiply
     if size != 32:
         return None
@@ -266,8 +268,8 @@ def carried(program: Program, instruction: Instruction) -> Step | None:
         first, last = first.astype(np.int64), last.astype(np.int64)
         carry = unit.carry if takes else 0
         total = first - last - carry if base.startswith("sub") else first + last + carry
-        put(unit.slots[out], (total & 0xFFFFFFFF).astype(wide), mask)
+        write_masked(unit.slots[out], (total & 0xFFFFFFFF).astype(wide), mask)
         if gives:
-            put(unit.carry, (total >> 32) & 1, mask)
+            write_masked(unit.carry, (total >> 32) & 1, mask)
 
     return run

@@ -9,26 +9,26 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
+    implements,
 )
-from ..frontend.syntax import Instruction, items
+from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
 from .accesses import (
-    by_space,
-    global_access,
-    in_space,
+    check_global_access,
+    check_shared_bounds,
+    find_space,
     order_blocks,
     report_race,
     report_unwritten,
     scatter,
-    shared_place,
-    space_of,
-    vector,
+    split_by_space,
+    to_space,
+    vector_length,
 )
-from .arithmetic import value
+from .arithmetic import find_operation
 
 
-def combine(parts: tuple[str, ...]) -> Callable:
+def find_function(parts: tuple[str, ...]) -> Callable:
     operation = next(p for p in parts[1:] if p in ATOMICS)
     return ATOMICS[operation]
 
@@ -43,105 +43,105 @@ ATOMICS = {
 }  # fmt: skip
 
 
-@builds("atom", "red")
-def atomics(program: Program, instruction: Instruction) -> Step:
+@implements("atom", "red")
+def build_atomic(program: Program, instruction: Instruction) -> Step:
     """Lanes in order, blocks in order."""
     parts = instruction.parts
-    if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector(instruction) > 1:
-        return half_atomics(program, instruction)
-    function, space = combine(parts), space_of(instruction)
+    if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector_length(instruction) > 1:
+        return build_half_atomic(program, instruction)
+    function, space = find_function(parts), find_space(instruction)
     dtype = DTYPES[instruction.type]
     width = BYTES[instruction.type]
     operands = list(instruction.operands)
-    out = program.write(operands.pop(0), dtype) if parts[0] == "atom" else None
-    address_of = program.address(operands.pop(0))
-    values_of = [program.read(x, dtype) for x in operands]
+    out = program.dest_slot(operands.pop(0), dtype) if parts[0] == "atom" else None
+    get_address = program.address_getter(operands.pop(0))
+    value_slots = [program.source_slot(x, dtype) for x in operands]
     acquires = "acquire" in parts or "acq_rel" in parts
     releases = "release" in parts or "acq_rel" in parts
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.lanes(mask)
-        address = address_of(unit)[lanes]
-        values = tuple(np.broadcast_to(unit.slots[s], unit.count)[lanes] for s in values_of)
-        for name, there in by_space(space, address):
-            chosen, where = lanes[there], in_space(name, address[there])
+        lanes = unit.active_lanes(mask)
+        address = get_address(unit)[lanes]
+        values = tuple(np.broadcast_to(unit.slots[s], unit.count)[lanes] for s in value_slots)
+        for name, there in split_by_space(space, address):
+            chosen, where = lanes[there], to_space(name, address[there])
             if acquires or releases:
                 order_blocks(unit, chosen, where, acquires, releases)
-            view, index = atomic_place(unit, pc, instruction, name, chosen, where, width)
+            view, index = locate_atomic(unit, pc, instruction, name, chosen, where, width)
             view = view.view(dtype)
-            old = atomic(function, view, index, range(len(chosen)), tuple(v[there] for v in values))
-            note_change(unit, name, view, index, old)
+            old = apply_in_order(function, view, index, range(len(chosen)), tuple(v[there] for v in values))
+            record_change(unit, name, view, index, old)
             if out is not None:
                 scatter(unit.slots[out], chosen, old)
 
     return run
 
 
-def atomic_place(unit, pc, instruction, space, lanes, address, width) -> tuple[np.ndarray, np.ndarray]:
+def locate_atomic(unit, pc, instruction, space, lanes, address, width) -> tuple[np.ndarray, np.ndarray]:
     """(view, index of each lane's element)."""
     if space == "shared":
         shared = unit.wave.shared
-        shared_place(unit, instruction, lanes, address, width, width)
-        unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], address, width)
+        check_shared_bounds(unit, instruction, lanes, address, width, width)
+        unit.wave.counts.count_shared_access(pc, lanes >> 5, unit.lane[lanes], address, width)
         if problem := shared.check_atomic(unit.block[lanes], address, width, unit.thread[lanes]):
             unit.report(problem, instruction, lanes)
-        return shared.views[width], shared.index(unit.block[lanes], address, width, 1)[:, 0]
+        return shared.views[width], shared.element_indices(unit.block[lanes], address, width, 1)[:, 0]
     memory = unit.wave.memory
-    global_access(unit, instruction, lanes, address, width, width, "updates")
-    unit.wave.counts.global_access(pc, lanes >> 5, address, width)
-    if race := memory.race_of_update(address, width, unit.number[lanes]):
+    check_global_access(unit, instruction, lanes, address, width, width, "updates")
+    unit.wave.counts.count_global_access(pc, lanes >> 5, address, width)
+    if race := memory.check_atomic(address, width, unit.grid_block[lanes]):
         report_race(unit, instruction, lanes, address, width, race, "updates", "read or wrote without an atomic")
     report_unwritten(unit, instruction, lanes, address, width, "updates")
-    pieces = memory.split(address, width)
+    pieces = memory.split_by_segment(address, width)
     if len(pieces) > 1:
-        raise unit.fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
-    view, index = pieces[0][0].elements(address, width, 1)
+        raise unit.make_fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
+    view, index = pieces[0][0].locate_elements(address, width, 1)
     return view, index[:, 0]
 
 
-def note_change(unit, space: str, view: np.ndarray, index: np.ndarray, old: np.ndarray) -> None:
+def record_change(unit, space: str, view: np.ndarray, index: np.ndarray, old: np.ndarray) -> None:
     memory = unit.wave.shared if space == "shared" else unit.wave.memory
     memory.changes += bool((view[index] != old).any())
 
 
-def half_atomics(program: Program, instruction: Instruction) -> Step:
+def build_half_atomic(program: Program, instruction: Instruction) -> Step:
     """add.noftz of float16 and bfloat16, alone or in pairs, and vectors of floats."""
-    kind, count = instruction.type, vector(instruction)
+    kind, count = instruction.type, vector_length(instruction)
     operation = next(p for p in instruction.parts[1:] if p in ATOMICS)
-    add = value((operation, kind)).compute
+    add = find_operation((operation, kind)).compute
     width = BYTES[kind]
     dtype = UNSIGNED[width] if kind != "f32" else np.float32
     operands = list(instruction.operands)
     first = operands.pop(0) if instruction.parts[0] == "atom" else None
-    outs = [program.write(x, dtype) for x in items(first)] if first is not None else []
-    address_of = program.address(operands.pop(0))
-    values_of = [program.read(x, dtype) for x in items(operands[0])]
-    space = space_of(instruction)
+    outs = [program.dest_slot(x, dtype) for x in vector_items(first)] if first is not None else []
+    get_address = program.address_getter(operands.pop(0))
+    value_slots = [program.source_slot(x, dtype) for x in vector_items(operands[0])]
+    space = find_space(instruction)
     pc = len(program.steps)
 
     def function(old, x):
         return add(np.atleast_1d(old), np.atleast_1d(x))[0]
 
     def run(unit, mask):
-        lanes = unit.lanes(mask)
-        for name, there in by_space(space, address_of(unit)[lanes]):
+        lanes = unit.active_lanes(mask)
+        for name, there in split_by_space(space, get_address(unit)[lanes]):
             chosen = lanes[there]
-            where = in_space(name, address_of(unit)[chosen])
+            where = to_space(name, get_address(unit)[chosen])
             for i in range(count):
                 place = where + where.dtype.type(i * width)
-                view, index = atomic_place(unit, pc, instruction, name, chosen, place, width)
-                x = np.broadcast_to(unit.slots[values_of[i]], unit.count)[chosen]
+                view, index = locate_atomic(unit, pc, instruction, name, chosen, place, width)
+                x = np.broadcast_to(unit.slots[value_slots[i]], unit.count)[chosen]
                 view = view.view(dtype)
-                old = atomic(function, view, index, range(len(chosen)), (x,))
-                note_change(unit, name, view, index, old)
+                old = apply_in_order(function, view, index, range(len(chosen)), (x,))
+                record_change(unit, name, view, index, old)
                 if outs and outs[i] is not None:
                     scatter(unit.slots[outs[i]], chosen, old)
 
     return run
 
 
-def atomic(
+def apply_in_order(
     function: Callable, view: np.ndarray, index: np.ndarray, lanes: Iterable[int], operands: tuple
 ) -> np.ndarray:
     """One after another: the old values. function(old, *operands) gives the new one."""

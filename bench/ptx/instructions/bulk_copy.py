@@ -9,15 +9,15 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
+    implements,
 )
 from ..frontend.syntax import Instruction
 from ..memory.segments import SECTOR
-from ..memory.shared_memory import Barrier
+from ..memory.shared_memory import Mbarrier
 from ..memory.tensor_maps import TensorMap
-from .accesses import address_operand, global_access, in_space, report_race, report_unwritten, shared_place
-from .mbarriers import barrier_at
-from .tensormap import map_at
+from .accesses import as_address, check_global_access, check_shared_bounds, report_race, report_unwritten, to_space
+from .mbarriers import find_mbarrier
+from .tensormap import load_tensor_map
 
 
 class Box(NamedTuple):
@@ -28,7 +28,7 @@ class Box(NamedTuple):
     shared: np.ndarray
 
 
-def box_of(tensor: TensorMap, coordinates: list[int], start: int) -> Box:
+def locate_box(tensor: TensorMap, coordinates: list[int], start: int) -> Box:
     """Element by element. The swizzle exchanges 16-byte pieces of a row by bits of the shared address itself."""
     index = np.indices(tensor.box[::-1]).reshape(len(tensor.box), -1)[::-1]  # innermost first
     place = index + np.array(coordinates)[:, None]
@@ -43,44 +43,44 @@ def swizzle(address: np.ndarray, mode: int) -> np.ndarray:
     return address ^ (((address >> 7) & ((1 << mode) - 1)) << 4)
 
 
-@builds("cp.async.bulk")
+@implements("cp.async.bulk")
 def bulk(program: Program, instruction: Instruction) -> Step | None:
     parts = instruction.parts
     if "commit_group" in parts:
         return lambda unit, mask: None
     if "wait_group" in parts:
-        return finish_reads
+        return wait_group
     if "tensor" not in parts:
         return None
     loads = parts.index("shared::cta") < parts.index("global") if "shared::cta" in parts else True
     first, second, *rest = instruction.operands
     (group, other) = (second, first) if loads else (first, second)
-    map_of = program.address(address_operand(group.items[0]))
-    coordinates = [program.read(x, np.int32) for x in group.items[1].items]
-    shared_of = program.address(address_operand(other))
-    barrier_of = program.address(address_operand(rest[0])) if loads else None
+    get_map = program.address_getter(as_address(group.items[0]))
+    coordinates = [program.source_slot(x, np.int32) for x in group.items[1].items]
+    get_shared = program.address_getter(as_address(other))
+    get_barrier = program.address_getter(as_address(rest[0])) if loads else None
     pc = len(program.steps)
     if not loads and "bulk_group" not in parts:
         return None
 
     def run(unit, mask):
-        for lane in unit.lanes(mask).tolist():
-            tensor = map_at(unit, instruction, lane, int(map_of(unit)[lane]))
+        for lane in unit.active_lanes(mask).tolist():
+            tensor = load_tensor_map(unit, instruction, lane, int(get_map(unit)[lane]))
             where = [int(np.broadcast_to(unit.slots[c], unit.count)[lane]) for c in coordinates]
-            start = int(in_space("shared", shared_of(unit))[lane])
-            if message := misplaced(tensor, where, start):
-                raise unit.fault("misaligned", message, instruction, lane)
-            box = box_of(tensor, where, start)
+            start = int(to_space("shared", get_shared(unit))[lane])
+            if message := check_alignment(tensor, where, start):
+                raise unit.make_fault("misaligned", message, instruction, lane)
+            box = locate_box(tensor, where, start)
             if loads:
-                barrier = barrier_at(unit, instruction, lane, int(in_space("shared", barrier_of(unit))[lane]))
-                start_load(unit, pc, instruction, lane, tensor, box, barrier)
+                barrier = find_mbarrier(unit, instruction, lane, int(to_space("shared", get_barrier(unit))[lane]))
+                load_box(unit, pc, instruction, lane, tensor, box, barrier)
             else:
                 store_box(unit, pc, instruction, lane, tensor, box)
 
     return run
 
 
-def misplaced(tensor: TensorMap, coordinates: list[int], start: int) -> str | None:
+def check_alignment(tensor: TensorMap, coordinates: list[int], start: int) -> str | None:
     """What an H200 stopped at with "an illegal instruction was encountered": it copies 16 bytes at a time."""
     into = coordinates[0] * tensor.itemsize
     if into % 16:
@@ -90,10 +90,10 @@ def misplaced(tensor: TensorMap, coordinates: list[int], start: int) -> str | No
     return None
 
 
-def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier: Barrier) -> None:
+def load_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier: Mbarrier) -> None:
     shared, n = unit.wave.shared, len(box.shared)
     lanes, block = np.full(n, lane), np.full(n, unit.block[lane])
-    shared_place(unit, instruction, lanes, box.shared, tensor.itemsize, tensor.itemsize)
+    check_shared_bounds(unit, instruction, lanes, box.shared, tensor.itemsize, tensor.itemsize)
     data = np.zeros((n, tensor.itemsize), np.uint8)
     if tensor.fill:
         data[:] = np.frombuffer(
@@ -104,15 +104,15 @@ def start_load(unit, pc, instruction, lane, tensor: TensorMap, box: Box, barrier
         data[box.inside] = read_box(unit, pc, instruction, lanes[box.inside], address, tensor.itemsize)
     if problem := shared.check_copy(block, box.shared, tensor.itemsize, unit.thread[lanes]):
         unit.report(problem, instruction, [lane])
-    shared.copying[shared.grains(block, box.shared, tensor.itemsize)] = True
+    shared.pending_copies[shared.grain_indices(block, box.shared, tensor.itemsize)] = True
     barrier.deliveries.append((box.shared, data))
 
 
 def read_box(unit, pc, instruction, lanes, address, itemsize) -> np.ndarray:
-    global_access(unit, instruction, lanes, address, itemsize, itemsize, "copies")
+    check_global_access(unit, instruction, lanes, address, itemsize, itemsize, "copies")
     count_box(unit, pc, address, itemsize)
     memory = unit.wave.memory
-    if race := memory.race_of_read(address, itemsize, unit.number[lanes]):
+    if race := memory.check_read(address, itemsize, unit.grid_block[lanes]):
         report_race(unit, instruction, lanes, address, itemsize, race, "copies", "wrote")
     report_unwritten(unit, instruction, lanes, address, itemsize, "copies", "uninitialised copy")
     return memory.load(address, 1, itemsize)
@@ -132,29 +132,29 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
     shared = unit.wave.shared
     n = len(box.shared)
     lanes, block = np.full(n, lane), np.full(n, unit.block[lane])
-    if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], agent=True):
+    if problem := shared.check_read(block, box.shared, tensor.itemsize, unit.thread[lanes], async_proxy=True):
         unit.report(problem, instruction, [lane])
-    grains = np.unique(shared.grains(block, box.shared, tensor.itemsize))
-    shared.start_storing(grains)
-    unit.wave.stores.append((unit, lane, grains))
+    grains = np.unique(shared.grain_indices(block, box.shared, tensor.itemsize))
+    shared.begin_bulk_read(grains)
+    unit.wave.bulk_stores.append((unit, lane, grains))
     data = shared.load(block, box.shared, 1, tensor.itemsize)[box.inside]
     if len(data) == 0:
         return
     address, lanes = box.address[box.inside].astype(np.uint64), lanes[box.inside]
-    global_access(unit, instruction, lanes, address, tensor.itemsize, tensor.itemsize, "writes")
+    check_global_access(unit, instruction, lanes, address, tensor.itemsize, tensor.itemsize, "writes")
     count_box(unit, pc, address, tensor.itemsize)
-    if race := unit.wave.memory.race_of_write(address, data, unit.number[lanes]):
+    if race := unit.wave.memory.check_write(address, data, unit.grid_block[lanes]):
         report_race(unit, instruction, lanes, address, tensor.itemsize, race, "writes", "read or wrote")
     unit.wave.memory.store(address, data)
 
 
-def finish_reads(unit, mask) -> None:
+def wait_group(unit, mask) -> None:
     """cp.async.bulk.wait_group: the stores of these lanes have read their source, those of open groups too."""
     left = []
-    for record in unit.wave.stores:
+    for record in unit.wave.bulk_stores:
         owner, lane, grains = record
         if owner is unit and (mask is None or mask[lane]):
-            unit.wave.shared.done_storing(grains, unit.block[lane], unit.warp[lane])
+            unit.wave.shared.end_bulk_read(grains, unit.block[lane], unit.warp[lane])
         else:
             left.append(record)
-    unit.wave.stores = left
+    unit.wave.bulk_stores = left

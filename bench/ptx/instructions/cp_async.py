@@ -13,12 +13,12 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
-    constant_bits,
-    put,
+    immediate_bits,
+    implements,
+    write_masked,
 )
 from ..frontend.syntax import Instruction
-from .accesses import global_read, in_space, shared_place
+from .accesses import check_shared_bounds, read_global, to_space
 
 
 @dataclass
@@ -31,62 +31,62 @@ class Copy:
     group: np.ndarray
 
 
-@builds("cp.async")
+@implements("cp.async")
 def copy_async(program: Program, instruction: Instruction) -> Step | None:
     parts = instruction.parts
     if "commit_group" in parts:
-        return commit
+        return commit_group
     if "wait_group" in parts or "wait_all" in parts:
-        allowed = constant_bits(instruction.operands[0]) if "wait_group" in parts else None
-        return lambda unit, mask: wait(unit, mask, allowed)
+        allowed = immediate_bits(instruction.operands[0]) if "wait_group" in parts else None
+        return lambda unit, mask: wait_group(unit, mask, allowed)
     if parts[2] not in ("ca", "cg"):
         return None
     to, source, size, *rest = instruction.operands
-    nbytes = constant_bits(size)
-    to_address, from_address = program.address(to), program.address(source)
-    source_bytes = program.read(rest[0], np.uint32) if rest else program.constant(np.uint32(nbytes))
+    nbytes = immediate_bits(size)
+    get_destination, get_source = program.address_getter(to), program.address_getter(source)
+    source_bytes = program.source_slot(rest[0], np.uint32) if rest else program.constant_slot(np.uint32(nbytes))
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.lanes(mask)
-        where = in_space("shared", to_address(unit)[lanes])
+        lanes = unit.active_lanes(mask)
+        where = to_space("shared", get_destination(unit)[lanes])
         taken = np.broadcast_to(unit.slots[source_bytes], unit.count)[lanes].astype(np.int64)
         data = np.zeros((len(lanes), nbytes), np.uint8)
         for size in np.unique(taken[taken > 0]):  # the rest of the bytes are zeros
             chosen = taken == size
-            address = in_space("global", from_address(unit)[lanes[chosen]])
-            data[chosen, :size] = global_read(
+            address = to_space("global", get_source(unit)[lanes[chosen]])
+            data[chosen, :size] = read_global(
                 unit, pc, instruction, lanes[chosen], address, 1, int(size), nbytes, "copies"
             )
         shared, block, thread = unit.wave.shared, unit.block[lanes], unit.thread[lanes]
-        shared_place(unit, instruction, lanes, where, nbytes, nbytes)
-        unit.wave.counts.shared_access(pc, lanes >> 5, unit.lane[lanes], where, nbytes)
+        check_shared_bounds(unit, instruction, lanes, where, nbytes, nbytes)
+        unit.wave.counts.count_shared_access(pc, lanes >> 5, unit.lane[lanes], where, nbytes)
         if problem := shared.check_copy(block, where, nbytes, thread):
             unit.report(problem, instruction, lanes)
-        shared.copying[shared.grains(block, where, nbytes)] = True
-        unit.copies.append(Copy(lanes, where, data, unit.copied[lanes]))
+        shared.pending_copies[shared.grain_indices(block, where, nbytes)] = True
+        unit.copies.append(Copy(lanes, where, data, unit.copy_groups[lanes]))
 
     return run
 
 
-def commit(unit, mask) -> None:
-    put(unit.copied, unit.copied + 1, mask)
+def commit_group(unit, mask) -> None:
+    write_masked(unit.copy_groups, unit.copy_groups + 1, mask)
 
 
-def wait(unit, mask, allowed: int | None) -> None:
+def wait_group(unit, mask, allowed: int | None) -> None:
     """All but the last `allowed` groups arrive; None: all copies, committed or not."""
     active = np.ones(unit.count, bool) if mask is None else mask
     shared, left = unit.wave.shared, []
     for copy in unit.copies:
         done = active[copy.lanes]
         if allowed is not None:
-            done = done & (copy.group < unit.copied[copy.lanes] - allowed)
+            done = done & (copy.group < unit.copy_groups[copy.lanes] - allowed)
         if done.any():
             lanes, where, data = copy.lanes[done], copy.address[done], copy.data[done]
             block, nbytes = unit.block[lanes], data.shape[1]
-            shared.copying[shared.grains(block, where, nbytes)] = False
+            shared.pending_copies[shared.grain_indices(block, where, nbytes)] = False
             shared.store(block, where, data)
-            shared.mark(block, where, nbytes, unit.thread[lanes])
+            shared.record_copies(block, where, nbytes, unit.thread[lanes])
         if not done.all():
             left.append(Copy(*(x[~done] for x in (copy.lanes, copy.address, copy.data, copy.group))))
     unit.copies = left

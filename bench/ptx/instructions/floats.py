@@ -38,7 +38,7 @@ FORMATS = {
 # ------------------------------------------------------------------------------------------------ rounding
 
 
-def to_odd(value: np.ndarray, error: np.ndarray) -> np.ndarray:
+def round_to_odd(value: np.ndarray, error: np.ndarray) -> np.ndarray:
     """The float64 `value`, off from the exact result by `error` (exact - value), rounded to odd instead."""
     even = (value.view(np.uint64) & np.uint64(1)) == 0
     move = even & (error != 0) & np.isfinite(value)
@@ -65,13 +65,13 @@ def two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
 
 
-def sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a + b of float64, rounded to odd."""
     s, error = two_sum(a, b)
-    return to_odd(s, np.where(np.isfinite(s), error, 0))
+    return round_to_odd(s, np.where(np.isfinite(s), error, 0))
 
 
-def round_to(value: np.ndarray, name: str, mode: str = "rn") -> np.ndarray:
+def round_to_format(value: np.ndarray, name: str, mode: str = "rn") -> np.ndarray:
     """float64 values rounded to a format, still as float64. mode: rn (ties to even), rna (ties away), rz, rm (down),
     rp (up). Overflow gives infinity, or the largest number where the mode points away from infinity."""
     form = FORMATS[name]
@@ -81,7 +81,7 @@ def round_to(value: np.ndarray, name: str, mode: str = "rn") -> np.ndarray:
     exponent = np.frexp(value)[1] - 1
     quantum = np.maximum(exponent, form.smallest) - form.mantissa
     scaled = np.ldexp(value, -quantum)
-    rounded = np.ldexp(round_integer(scaled, mode), quantum)
+    rounded = np.ldexp(round_to_integer(scaled, mode), quantum)
     toward_zero = (mode == "rz") | ((mode == "rm") & (value > 0)) | ((mode == "rp") & (value < 0))
     over = np.abs(rounded) > form.largest
     limit = np.where(toward_zero, form.largest, np.inf)
@@ -89,7 +89,7 @@ def round_to(value: np.ndarray, name: str, mode: str = "rn") -> np.ndarray:
     return np.where(np.isfinite(value), np.copysign(rounded, value), value)
 
 
-def round_integer(value: np.ndarray, mode: str) -> np.ndarray:
+def round_to_integer(value: np.ndarray, mode: str) -> np.ndarray:
     """To a whole number, as a float: rn or rni, rna, rz or rzi, rm or rmi, rp or rpi."""
     if mode == "rna":
         return np.copysign(np.floor(np.abs(value) + 0.5), value)
@@ -115,7 +115,7 @@ def f32_to_f16(value: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(half), NAN16, half.view(np.uint16))
 
 
-def fp8_table(name: str) -> np.ndarray:
+def make_fp8_table(name: str) -> np.ndarray:
     """The 256 values of an 8-bit format. e4m3 has no infinity and one NaN, e5m2 is the upper half of a float16."""
     bits = np.arange(256, dtype=np.uint16)
     if name == "e5m2":
@@ -126,7 +126,7 @@ def fp8_table(name: str) -> np.ndarray:
     return np.where(bits & 0x80, -value, value)
 
 
-FP8 = {name: fp8_table(name) for name in ("e4m3", "e5m2")}
+FP8 = {name: make_fp8_table(name) for name in ("e4m3", "e5m2")}
 
 
 def decode(bits: np.ndarray, name: str) -> np.ndarray:
@@ -146,7 +146,7 @@ def decode(bits: np.ndarray, name: str) -> np.ndarray:
 
 def encode(value: np.ndarray, name: str, mode: str = "rn", saturate: bool = False) -> np.ndarray:
     """float64 to the bits of a format. saturate: past the largest number gives the largest number, not infinity."""
-    rounded = round_to(value, name, mode)
+    rounded = round_to_format(value, name, mode)
     if saturate or name == "e4m3":
         largest = FORMATS[name].largest
         rounded = np.clip(rounded, -largest, largest)  # NaN stays NaN
@@ -166,11 +166,11 @@ def encode(value: np.ndarray, name: str, mode: str = "rn", saturate: bool = Fals
     return np.where(nan, np.uint8(0x7F), positive | (np.signbit(rounded).astype(np.uint8) << 7))
 
 
-def integer_to_odd(value: np.ndarray) -> np.ndarray:
+def round_integer_to_odd(value: np.ndarray) -> np.ndarray:
     """64-bit integers as float64, rounded to odd where they have more than 53 bits."""
     high = (value >> value.dtype.type(32)).astype(np.float64) * 2.0**32  # keeps the sign
     low = (value & value.dtype.type(0xFFFFFFFF)).astype(np.float64)
-    return sum_to_odd(high, low)
+    return add_to_odd(high, low)
 
 
 # ------------------------------------------------------------------------------------------------ fused multiply-add
@@ -186,7 +186,7 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     tie = (s.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
     tie |= np.abs(s) < 2.0**-126
     if tie.any():
-        s = sum_to_odd(product, np.asarray(c, np.float64))
+        s = add_to_odd(product, np.asarray(c, np.float64))
     return s.astype(np.float32)
 
 
@@ -195,6 +195,6 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     high, low = two_product(a, b)
     th, tl = two_sum(c, low)
     vh, vl = two_sum(high, th)
-    exact = vh + sum_to_odd(tl, vl)
+    exact = vh + add_to_odd(tl, vl)
     plain = a * b + c
     return np.where(np.isfinite(exact), exact, plain)

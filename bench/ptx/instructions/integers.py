@@ -10,20 +10,20 @@ import numpy as np
 from ..frontend.types import DTYPES
 from . import floats
 
-FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+FLOAT_TYPES = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
 
 
-class Value(NamedTuple):
+class Operation(NamedTuple):
     compute: Callable
     operands: tuple[type, ...]
     results: tuple[type, ...]
 
 
-def wide(dtype: type) -> type:
+def widen(dtype: type) -> type:
     return np.dtype(dtype.__name__.replace("16", "x").replace("32", "64").replace("x", "32")).type
 
 
-def unsigned(dtype: type) -> type:
+def to_unsigned(dtype: type) -> type:
     return np.dtype(dtype.__name__ if dtype.__name__[0] == "u" else "u" + dtype.__name__).type
 
 
@@ -32,7 +32,7 @@ def multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     dtype = np.result_type(a, b).type
     size = np.dtype(dtype).itemsize * 8
     if size < 64:
-        return ((a.astype(wide(dtype)) * b.astype(wide(dtype))) >> wide(dtype)(size)).astype(dtype)
+        return ((a.astype(widen(dtype)) * b.astype(widen(dtype))) >> widen(dtype)(size)).astype(dtype)
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
     ua, ub = np.asarray(a).astype(np.uint64), np.asarray(b).astype(np.uint64)
     al, ah, bl, bh = ua & low, ua >> half, ub & low, ub >> half
@@ -43,27 +43,27 @@ def multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return high.astype(dtype)
 
 
-def product(parts: tuple[str, ...]) -> Value:
+def build_mul(parts: tuple[str, ...]) -> Operation:
     """mul and mad: .lo, .hi or .wide."""
     dtype = DTYPES[parts[-1]]
     half = parts[1] if parts[1] in ("lo", "hi", "wide") else "lo"
     if half == "wide":
-        out = wide(dtype)
+        out = widen(dtype)
         times = lambda a, b: np.multiply(a, b, dtype=out)  # noqa: E731
     else:
         out = dtype
         times = np.multiply if half == "lo" else multiply_high
     if parts[0] == "mul":
-        return Value(times, (dtype, dtype), (out,))
-    return Value(lambda a, b, c: times(a, b) + c, (dtype, dtype, out), (out,))
+        return Operation(times, (dtype, dtype), (out,))
+    return Operation(lambda a, b, c: times(a, b) + c, (dtype, dtype, out), (out,))
 
 
-def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Toward zero. Division by zero gives all ones, as the hardware does (PTX leaves it open)."""
     dtype = np.result_type(a, b).type
-    kind = unsigned(dtype)
+    kind = to_unsigned(dtype)
     zero = b == 0
-    ua, ub = magnitude(a, kind), magnitude(np.where(zero, dtype(1), b), kind)
+    ua, ub = absolute(a, kind), absolute(np.where(zero, dtype(1), b), kind)
     q = ua // ub
     q = np.where((a < 0) ^ (b < 0), kind(0) - q, q)
     return np.where(zero, kind(0) - kind(1), q).astype(dtype)
@@ -71,10 +71,10 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     dtype = np.result_type(a, b).type
-    return np.where(b == 0, a, a - quotient(a, b) * b).astype(dtype)
+    return np.where(b == 0, a, a - divide(a, b) * b).astype(dtype)
 
 
-def magnitude(x: np.ndarray, kind: type) -> np.ndarray:
+def absolute(x: np.ndarray, kind: type) -> np.ndarray:
     x = np.asarray(x)
     bits = x.astype(kind)
     return np.where(x < 0, kind(0) - bits, bits)
@@ -94,12 +94,12 @@ def shift_right(a: np.ndarray, n: np.ndarray) -> np.ndarray:
     return shifted if np.issubdtype(dtype, np.signedinteger) else np.where(n >= size, dtype(0), shifted)
 
 
-def shift(parts: tuple[str, ...]) -> Value:
+def build_shift(parts: tuple[str, ...]) -> Operation:
     dtype = DTYPES[parts[-1]]
-    return Value(shift_left if parts[0] == "shl" else shift_right, (dtype, np.uint32), (dtype,))
+    return Operation(shift_left if parts[0] == "shl" else shift_right, (dtype, np.uint32), (dtype,))
 
 
-def funnel(parts: tuple[str, ...]) -> Value:
+def build_funnel_shift(parts: tuple[str, ...]) -> Operation:
     """shf: 32 bits out of the 64 of (high, low), shifted by c modulo 32 (.wrap) or at most 32 (.clamp)."""
     left, wrap = parts[1] == "l", parts[2] == "wrap"
 
@@ -109,30 +109,30 @@ def funnel(parts: tuple[str, ...]) -> Value:
         moved = (both << n) >> np.uint64(32) if left else both >> n
         return moved.astype(np.uint32)
 
-    return Value(compute, (np.uint32,) * 3, (np.uint32,))
+    return Operation(compute, (np.uint32,) * 3, (np.uint32,))
 
 
-def field(parts: tuple[str, ...]) -> Value:
+def build_extract_field(parts: tuple[str, ...]) -> Operation:
     """bfe: `length` bits from `start`, the sign bit repeated for signed types."""
     dtype = DTYPES[parts[-1]]
     size = np.dtype(dtype).itemsize * 8
 
     def compute(a, start, length):
         start, length = start & np.uint32(255), length & np.uint32(255)
-        bits = np.asarray(a).astype(unsigned(dtype))
+        bits = np.asarray(a).astype(to_unsigned(dtype))
         kept = np.minimum(length, np.maximum(size - start.astype(np.int64), 0).astype(np.uint32))
-        mask = shift_left(unsigned(dtype)(1) + np.zeros_like(bits), kept) - unsigned(dtype)(1)
+        mask = shift_left(to_unsigned(dtype)(1) + np.zeros_like(bits), kept) - to_unsigned(dtype)(1)
         taken = shift_right(bits, start) & mask
         if not np.issubdtype(dtype, np.signedinteger):
             return taken
         at = np.minimum(start + length - np.uint32(1), np.uint32(size - 1))
-        negative = (shift_right(bits, at) & unsigned(dtype)(1)).astype(bool) & (length != 0)
+        negative = (shift_right(bits, at) & to_unsigned(dtype)(1)).astype(bool) & (length != 0)
         return np.where(negative, taken | ~mask, taken).astype(dtype)
 
-    return Value(compute, (dtype, np.uint32, np.uint32), (dtype,))
+    return Operation(compute, (dtype, np.uint32, np.uint32), (dtype,))
 
 
-def insert_field(parts: tuple[str, ...]) -> Value:
+def build_insert_field(parts: tuple[str, ...]) -> Operation:
     """bfi: `length` bits of a into b at `start`."""
     dtype = DTYPES[parts[-1]]
 
@@ -142,10 +142,10 @@ def insert_field(parts: tuple[str, ...]) -> Value:
         mask = shift_left(shift_left(one, length) - dtype(1), start)
         return (b & ~mask) | (shift_left(a + np.zeros_like(one), start) & mask)
 
-    return Value(compute, (dtype, dtype, np.uint32, np.uint32), (dtype,))
+    return Operation(compute, (dtype, dtype, np.uint32, np.uint32), (dtype,))
 
 
-def permute(parts: tuple[str, ...]) -> Value:
+def build_permute(parts: tuple[str, ...]) -> Operation:
     """prmt: each byte of the result is one of the eight of (b, a), or its sign repeated."""
     mode = parts[2] if len(parts) > 2 else None
     table = {
@@ -167,10 +167,10 @@ def permute(parts: tuple[str, ...]) -> Value:
             out = out | (byte << np.uint32(8 * i))
         return out
 
-    return Value(compute, (np.uint32,) * 3, (np.uint32,))
+    return Operation(compute, (np.uint32,) * 3, (np.uint32,))
 
 
-def lookup(parts: tuple[str, ...]) -> Value:
+def build_lop3(parts: tuple[str, ...]) -> Operation:
     """lop3: any function of three bits, its truth table in the last operand, which is a constant."""
     dtype = np.uint32
 
@@ -181,14 +181,14 @@ def lookup(parts: tuple[str, ...]) -> Value:
                 out = out | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
         return out
 
-    return Value(compute, (dtype,) * 4, (dtype,))
+    return Operation(compute, (dtype,) * 4, (dtype,))
 
 
 def count_bits(a: np.ndarray) -> np.ndarray:
     return np.bitwise_count(a).astype(np.uint32)
 
 
-def leading_zeros(a: np.ndarray) -> np.ndarray:
+def count_leading_zeros(a: np.ndarray) -> np.ndarray:
     a = np.asarray(a)
     size = a.dtype.itemsize * 8
     for step in (1, 2, 4, 8, 16, 32)[: size.bit_length() - 1]:  # fill with ones below the highest one
@@ -202,22 +202,22 @@ def reverse_bits(a: np.ndarray) -> np.ndarray:
     return np.packbits(flat[:, ::-1], axis=1, bitorder="little").view(a.dtype).reshape(a.shape)
 
 
-def find_bit(parts: tuple[str, ...]) -> Value:
+def build_bfind(parts: tuple[str, ...]) -> Operation:
     """bfind: the position of the highest one (of the highest bit that differs from the sign), -1 if none."""
     dtype = DTYPES[parts[-1]]
     size = np.dtype(dtype).itemsize * 8
 
     def compute(a):
-        bits = np.where(a < 0, ~a, a).astype(unsigned(dtype))
-        zeros = leading_zeros(bits)
+        bits = np.where(a < 0, ~a, a).astype(to_unsigned(dtype))
+        zeros = count_leading_zeros(bits)
         if "shiftamt" in parts:
             return np.where(zeros == size, np.uint32(0xFFFFFFFF), zeros)
         return np.uint32(size - 1) - zeros
 
-    return Value(compute, (dtype,), (np.uint32,))
+    return Operation(compute, (dtype,), (np.uint32,))
 
 
-def dot_product(parts: tuple[str, ...]) -> Value:
+def build_dp4a(parts: tuple[str, ...]) -> Operation:
     """dp4a: c + the sum of four products of bytes."""
     types = [np.int8 if kind == "s32" else np.uint8 for kind in parts[-2:]]
 
@@ -231,26 +231,26 @@ def dot_product(parts: tuple[str, ...]) -> Value:
             np.uint32
         ) + c
 
-    return Value(compute, (np.uint32,) * 3, (np.uint32,))
+    return Operation(compute, (np.uint32,) * 3, (np.uint32,))
 
 
-def simple(function: Callable, count: int, out: type | None = None) -> Callable:
+def elementwise(function: Callable, count: int, out: type | None = None) -> Callable:
     def build(parts):
         dtype = DTYPES[parts[-1]]
-        return Value(function, (dtype,) * count, (out or dtype,))
+        return Operation(function, (dtype,) * count, (out or dtype,))
 
     return build
 
 
-def saturating(function: Callable) -> Callable:
+def saturable(function: Callable) -> Callable:
     """add and sub, with .sat of s32."""
 
     def build(parts):
         dtype = DTYPES[parts[-1]]
         if "sat" not in parts:
-            return Value(function, (dtype, dtype), (dtype,))
+            return Operation(function, (dtype, dtype), (dtype,))
         limits = np.iinfo(dtype)
-        return Value(
+        return Operation(
             lambda a, b: np.clip(function(np.int64(a), np.int64(b)), limits.min, limits.max).astype(dtype),
             (dtype, dtype),
             (dtype,),
@@ -259,32 +259,32 @@ def saturating(function: Callable) -> Callable:
     return build
 
 
-def extremum(function: Callable) -> Callable:
+def min_or_max(function: Callable) -> Callable:
     def build(parts):
         dtype = DTYPES[parts[-1]]
         if "relu" not in parts:
-            return Value(function, (dtype, dtype), (dtype,))
-        return Value(lambda a, b: np.maximum(function(a, b), dtype(0)), (dtype, dtype), (dtype,))
+            return Operation(function, (dtype, dtype), (dtype,))
+        return Operation(lambda a, b: np.maximum(function(a, b), dtype(0)), (dtype, dtype), (dtype,))
 
     return build
 
 
-ORDERED = {
+COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 
 
-def comparison(name: str, kind: str) -> Callable:
+def choose_comparison(name: str, kind: str) -> Callable:
     """Of floats: eq … ge are false for a NaN, equ … geu true."""
     if name in ("num", "nan"):
         return (lambda a, b: np.isnan(a) | np.isnan(b)) if name == "nan" else lambda a, b: ~(np.isnan(a) | np.isnan(b))
-    plain = ORDERED.get(name) or ORDERED.get(name[:-1])
+    plain = COMPARISONS.get(name) or COMPARISONS.get(name[:-1])
     if kind == "bf16":
         inner, plain = plain, lambda a, b: inner(floats.bf16_to_f32(a), floats.bf16_to_f32(b))
-    if kind in FLOATS and name.endswith("u") and name != "u":
+    if kind in FLOAT_TYPES and name.endswith("u") and name != "u":
         return lambda a, b: plain(a, b) | np.isnan(a) | np.isnan(b)
-    if kind in FLOATS and name == "ne":
+    if kind in FLOAT_TYPES and name == "ne":
         return lambda a, b: plain(a, b) & ~(np.isnan(a) | np.isnan(b))
     return plain
 
@@ -292,75 +292,77 @@ def comparison(name: str, kind: str) -> Callable:
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
-def set_predicate(parts: tuple[str, ...]) -> Value:
+def build_setp(parts: tuple[str, ...]) -> Operation:
     """setp: p = compare(a, b), with .and/.or/.xor p2 after it; its second result is the opposite comparison's."""
     kind = parts[-1]
     dtype = DTYPES[kind]
-    compare = comparison(parts[1], kind)
+    compare = choose_comparison(parts[1], kind)
     combine = COMBINE.get(parts[2])
     if combine is None:
-        return Value(lambda a, b: (compare(a, b), ~compare(a, b)), (dtype, dtype), (np.bool_, np.bool_))
-    return Value(
+        return Operation(lambda a, b: (compare(a, b), ~compare(a, b)), (dtype, dtype), (np.bool_, np.bool_))
+    return Operation(
         lambda a, b, c: (combine(compare(a, b), c), combine(~compare(a, b), c)),
         (dtype, dtype, np.bool_), (np.bool_, np.bool_),
     )  # fmt: skip
 
 
-def set_value(parts: tuple[str, ...]) -> Value:
+def build_set(parts: tuple[str, ...]) -> Operation:
     """set: all ones, or 1.0, where the comparison holds."""
     if parts[-1].endswith("x2"):
-        return set_halves(parts)
+        return build_set_pair(parts)
     kind, out = DTYPES[parts[-1]], parts[-2]
-    compare = comparison(parts[1], parts[-1])
+    compare = choose_comparison(parts[1], parts[-1])
     true = np.float32(1) if out == "f32" else DTYPES[out](np.iinfo(DTYPES[out]).max if out[0] == "u" else -1)
-    return Value(lambda a, b: np.where(compare(a, b), true, DTYPES[out](0)), (kind, kind), (DTYPES[out],))
+    return Operation(lambda a, b: np.where(compare(a, b), true, DTYPES[out](0)), (kind, kind), (DTYPES[out],))
 
 
 HALF_ONES = {"f16": 0x3C00, "bf16": 0x3F80}
 
 
-def set_halves(parts: tuple[str, ...]) -> Value:
+def build_set_pair(parts: tuple[str, ...]) -> Operation:
     """set of pairs of halves: in each 1.0, or all ones where the result is no pair of floats, if it holds there."""
     kind, out = parts[-1].removesuffix("x2"), parts[-2].removesuffix("x2")
-    compare, true = comparison(parts[1], "f64"), HALF_ONES.get(out, 0xFFFF)
+    compare, true = choose_comparison(parts[1], "f64"), HALF_ONES.get(out, 0xFFFF)
 
     def compute(a, b):
         x, y = (floats.decode(np.atleast_1d(v).astype(np.uint32).view(np.uint16), kind) for v in (a, b))
         return np.where(compare(*np.broadcast_arrays(x, y)), np.uint16(true), np.uint16(0)).view(np.uint32)
 
-    return Value(compute, (np.uint32, np.uint32), (np.uint32,))
+    return Operation(compute, (np.uint32, np.uint32), (np.uint32,))
 
 
-def select(parts: tuple[str, ...]) -> Value:
+def build_selp(parts: tuple[str, ...]) -> Operation:
     dtype = DTYPES[parts[-1]]
-    return Value(lambda a, b, p: np.where(p, a, b), (dtype, dtype, np.bool_), (dtype,))
+    return Operation(lambda a, b, p: np.where(p, a, b), (dtype, dtype, np.bool_), (dtype,))
 
 
-def negate(a: np.ndarray) -> np.ndarray:
+def invert(a: np.ndarray) -> np.ndarray:
     return np.logical_not(a) if np.asarray(a).dtype == np.bool_ else ~a
 
 
-def logic(ufunc: Callable, logical: Callable) -> Callable:
+def logical(ufunc: Callable, logical: Callable) -> Callable:
     def build(parts):
         dtype = DTYPES[parts[-1]]
-        return Value(logical if dtype is np.bool_ else ufunc, (dtype, dtype), (dtype,))
+        return Operation(logical if dtype is np.bool_ else ufunc, (dtype, dtype), (dtype,))
 
     return build
 
 
-INTEGER = {
-    "add": saturating(np.add), "sub": saturating(np.subtract), "mul": product, "mad": product,
-    "div": simple(quotient, 2), "rem": simple(remainder, 2), "abs": simple(np.abs, 1),
-    "neg": simple(lambda a: np.asarray(a).dtype.type(0) - a, 1),
-    "min": extremum(np.minimum), "max": extremum(np.maximum),
-    "and": logic(np.bitwise_and, np.logical_and), "or": logic(np.bitwise_or, np.logical_or),
-    "xor": logic(np.bitwise_xor, np.logical_xor), "not": simple(negate, 1),
-    "cnot": simple(lambda a: (a == 0).astype(np.asarray(a).dtype), 1), "shl": shift, "shr": shift, "shf": funnel,
-    "bfe": field, "bfi": insert_field, "prmt": permute, "lop3": lookup, "popc": simple(count_bits, 1, np.uint32),
-    "clz": simple(leading_zeros, 1, np.uint32), "brev": simple(reverse_bits, 1), "bfind": find_bit,
-    "sad": simple(lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), 3), "dp4a": dot_product,
-    "setp": set_predicate, "set": set_value, "selp": select,
-    "slct": lambda parts: Value(
+INTEGER_OPERATIONS = {
+    "add": saturable(np.add), "sub": saturable(np.subtract), "mul": build_mul, "mad": build_mul,
+    "div": elementwise(divide, 2), "rem": elementwise(remainder, 2), "abs": elementwise(np.abs, 1),
+    "neg": elementwise(lambda a: np.asarray(a).dtype.type(0) - a, 1),
+    "min": min_or_max(np.minimum), "max": min_or_max(np.maximum),
+    "and": logical(np.bitwise_and, np.logical_and), "or": logical(np.bitwise_or, np.logical_or),
+    "xor": logical(np.bitwise_xor, np.logical_xor), "not": elementwise(invert, 1),
+    "cnot": elementwise(lambda a: (a == 0).astype(np.asarray(a).dtype), 1),
+    "shl": build_shift, "shr": build_shift, "shf": build_funnel_shift,
+    "bfe": build_extract_field, "bfi": build_insert_field, "prmt": build_permute, "lop3": build_lop3,
+    "popc": elementwise(count_bits, 1, np.uint32), "clz": elementwise(count_leading_zeros, 1, np.uint32),
+    "brev": elementwise(reverse_bits, 1), "bfind": build_bfind,
+    "sad": elementwise(lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), 3), "dp4a": build_dp4a,
+    "setp": build_setp, "set": build_set, "selp": build_selp,
+    "slct": lambda parts: Operation(
         lambda a, b, c: np.where(c >= 0, a, b), (DTYPES[parts[1]],) * 2 + (DTYPES[parts[2]],), (DTYPES[parts[1]],)
     ),
 }  # fmt: skip

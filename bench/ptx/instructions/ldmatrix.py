@@ -7,46 +7,46 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
-    put,
+    implements,
+    write_masked,
 )
-from ..frontend.syntax import Instruction, items
-from .accesses import shared_place
+from ..frontend.syntax import Instruction, vector_items
+from .accesses import check_shared_bounds
 
 
-def matrix_rows(unit, mask, address_of, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def locate_rows(unit, mask, get_address, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(warps (n,), lanes that give row addresses (n * count * 8,), their addresses) of ldmatrix and stmatrix."""
     warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
     lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
-    return warps, lanes, np.broadcast_to(address_of(unit), unit.count)[lanes].astype(np.int64)
+    return warps, lanes, np.broadcast_to(get_address(unit), unit.count)[lanes].astype(np.int64)
 
 
-def place_rows(unit, pc: int, instruction: Instruction, warps: np.ndarray, lanes: np.ndarray, address) -> None:
+def check_rows(unit, pc: int, instruction: Instruction, warps: np.ndarray, lanes: np.ndarray, address) -> None:
     """Rows of 16 bytes: inside the block's memory, and counted."""
-    shared_place(unit, instruction, lanes, address, 16, 16)
+    check_shared_bounds(unit, instruction, lanes, address, 16, 16)
     unit.wave.counts.shared_requests[pc] += len(warps)
-    unit.wave.counts.wavefronts(pc, lanes >> 3, address, 16)
+    unit.wave.counts.count_wavefronts(pc, lanes >> 3, address, 16)
 
 
-def matrix_count(instruction: Instruction) -> int:
+def parse_count(instruction: Instruction) -> int:
     return int(next(p for p in instruction.parts if p in ("x1", "x2", "x4"))[1:])
 
 
-@builds("ldmatrix")
+@implements("ldmatrix")
 def load_matrix(program: Program, instruction: Instruction) -> Step:
     """Lanes 8i to 8i+7 give the rows of matrix i, of eight 16-bit elements; lane t gets the elements 2(t%4) and
     2(t%4)+1 of row t/4 (.trans: of column t/4)."""
-    count, trans = matrix_count(instruction), "trans" in instruction.parts
+    count, trans = parse_count(instruction), "trans" in instruction.parts
     if instruction.type != "b16":
         return None
-    outs = [program.write(x, np.uint32) for x in items(instruction.operands[0])]
-    address_of = program.address(instruction.operands[1])
+    outs = [program.dest_slot(x, np.uint32) for x in vector_items(instruction.operands[0])]
+    get_address = program.address_getter(instruction.operands[1])
     pc = len(program.steps)
 
     def run(unit, mask):
-        warps, lanes, address = matrix_rows(unit, mask, address_of, count)
+        warps, lanes, address = locate_rows(unit, mask, get_address, count)
         shared, block = unit.wave.shared, unit.block[lanes]
-        place_rows(unit, pc, instruction, warps, lanes, address)
+        check_rows(unit, pc, instruction, warps, lanes, address)
         if problem := shared.check_read(block, address, 16, unit.thread[lanes]):
             unit.report(problem, instruction, lanes)
         tile = shared.load(block, address, 4, 4).view(np.uint16).reshape(len(warps), count, 8, 8)
@@ -59,24 +59,24 @@ def load_matrix(program: Program, instruction: Instruction) -> Step:
     return run
 
 
-@builds("stmatrix")
+@implements("stmatrix")
 def store_matrix(program: Program, instruction: Instruction) -> Step:
-    count, trans = matrix_count(instruction), "trans" in instruction.parts
+    count, trans = parse_count(instruction), "trans" in instruction.parts
     if instruction.type != "b16":
         return None
-    address_of = program.address(instruction.operands[0])
-    values_of = [program.read(x, np.uint32) for x in items(instruction.operands[1])]
+    get_address = program.address_getter(instruction.operands[0])
+    value_slots = [program.source_slot(x, np.uint32) for x in vector_items(instruction.operands[1])]
     pc = len(program.steps)
 
     def run(unit, mask):
-        warps, lanes, address = matrix_rows(unit, mask, address_of, count)
-        words = np.stack([unit.slots[s].reshape(-1, 32)[warps] for s in values_of], 1)
+        warps, lanes, address = locate_rows(unit, mask, get_address, count)
+        words = np.stack([unit.slots[s].reshape(-1, 32)[warps] for s in value_slots], 1)
         tile = words.view(np.uint16).reshape(len(warps), count, 8, 8)
         if trans:
             tile = np.ascontiguousarray(tile.swapaxes(2, 3))
         rows = tile.view(np.uint32).reshape(-1, 4)
         shared = unit.wave.shared
-        place_rows(unit, pc, instruction, warps, lanes, address)
+        check_rows(unit, pc, instruction, warps, lanes, address)
         if problem := shared.check_write(unit.block[lanes], address, rows, unit.thread[lanes]):
             unit.report(problem, instruction, lanes)
         shared.store(unit.block[lanes], address, rows)
@@ -84,13 +84,13 @@ def store_matrix(program: Program, instruction: Instruction) -> Step:
     return run
 
 
-@builds("movmatrix")
-def transpose_matrix(program: Program, instruction: Instruction) -> Step:
+@implements("movmatrix")
+def movmatrix(program: Program, instruction: Instruction) -> Step:
     """movmatrix: an 8 by 8 matrix of 16-bit elements, one row in four lanes, transposed across the warp."""
-    out, value = (program.read(x, np.uint32) for x in instruction.operands)
+    out, value = (program.source_slot(x, np.uint32) for x in instruction.operands)
 
     def run(unit, mask):
         tile = np.ascontiguousarray(unit.slots[value]).view(np.uint16).reshape(-1, 8, 8)
-        put(unit.slots[out], np.ascontiguousarray(tile.swapaxes(1, 2)).view(np.uint32).ravel(), mask)
+        write_masked(unit.slots[out], np.ascontiguousarray(tile.swapaxes(1, 2)).view(np.uint32).ravel(), mask)
 
     return run

@@ -7,29 +7,29 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
+    implements,
 )
-from ..frontend.syntax import Instruction, items
+from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
-from .accesses import LOADS, STORES, by_space, in_space, scatter, space_of, vector
+from .accesses import LOADS, STORES, find_space, scatter, split_by_space, to_space, vector_length
 
 
-@builds("ld", "ldu")
+@implements("ld", "ldu")
 def load(program: Program, instruction: Instruction) -> Step:
-    space, count = space_of(instruction), vector(instruction)
+    space, count = find_space(instruction), vector_length(instruction)
     dtype = DTYPES[instruction.type]
     width = BYTES[instruction.type]
     to, source = instruction.operands
-    outs = [program.write(x, dtype) for x in items(to)]
-    address_of = program.address(source)
+    outs = [program.dest_slot(x, dtype) for x in vector_items(to)]
+    get_address = program.address_getter(source)
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.lanes(mask)
-        address = address_of(unit)[lanes]
-        for name, there in by_space(space, address):
+        lanes = unit.active_lanes(mask)
+        address = get_address(unit)[lanes]
+        for name, there in split_by_space(space, address):
             chosen = lanes[there]
-            values = LOADS[name](unit, pc, instruction, chosen, in_space(name, address[there]), width, count).view(
+            values = LOADS[name](unit, pc, instruction, chosen, to_space(name, address[there]), width, count).view(
                 dtype
             )
             for i, out in enumerate(outs):
@@ -39,29 +39,29 @@ def load(program: Program, instruction: Instruction) -> Step:
     return run
 
 
-@builds("st")
+@implements("st")
 def store(program: Program, instruction: Instruction) -> Step:
-    space, count = space_of(instruction), vector(instruction)
+    space, count = find_space(instruction), vector_length(instruction)
     width = BYTES[instruction.type]
     dtype = UNSIGNED[width]
     to, source = instruction.operands
-    values_of = [program.read(x, dtype) for x in items(source)]
-    address_of = program.address(to)
+    value_slots = [program.source_slot(x, dtype) for x in vector_items(source)]
+    get_address = program.address_getter(to)
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.lanes(mask)
-        address = address_of(unit)[lanes]
+        lanes = unit.active_lanes(mask)
+        address = get_address(unit)[lanes]
         values = np.empty((len(lanes), count), dtype)
-        for i, slot in enumerate(values_of):
+        for i, slot in enumerate(value_slots):
             values[:, i] = np.broadcast_to(unit.slots[slot], unit.count)[lanes]
-        for name, there in by_space(space, address):
-            STORES[name](unit, pc, instruction, lanes[there], in_space(name, address[there]), values[there])
+        for name, there in split_by_space(space, address):
+            STORES[name](unit, pc, instruction, lanes[there], to_space(name, address[there]), values[there])
 
     return run
 
 
-@builds("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
-def nothing(program: Program, instruction: Instruction) -> Step:
+@implements("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
+def ignore_hint(program: Program, instruction: Instruction) -> Step:
     """What only caches take note of."""
     return lambda unit, mask: None

@@ -9,20 +9,20 @@ from ..frontend.program import (
     Control,
     Program,
     Step,
-    builds,
-    held,
-    put,
+    guard_mask,
+    implements,
+    write_masked,
 )
 from ..frontend.syntax import Instruction, Register
-from ..machine.unit import Parked
-from ..memory.shared_memory import Barrier
-from .accesses import address_operand, in_space, shared_place
+from ..machine.unit import Blocked
+from ..memory.shared_memory import Mbarrier
+from .accesses import as_address, check_shared_bounds, to_space
 
 
-def barrier_at(unit, instruction: Instruction, lane: int, address: int) -> Barrier:
+def find_mbarrier(unit, instruction: Instruction, lane: int, address: int) -> Mbarrier:
     found = unit.wave.mbarriers.get((int(unit.block[lane]), address))
     if found is None:
-        raise unit.fault(
+        raise unit.make_fault(
             "uninitialised", f"no mbarrier at shared address {address}", instruction, lane, "shared memory"
         )
     one = np.array([lane])
@@ -31,23 +31,23 @@ def barrier_at(unit, instruction: Instruction, lane: int, address: int) -> Barri
     return found
 
 
-@builds("mbarrier.try_wait", "mbarrier.test_wait", control=True)
+@implements("mbarrier.try_wait", "mbarrier.test_wait", control=True)
 def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
     """Waits until the phase of the given parity is over. Lanes park until then: a loop around it never spins."""
     if "parity" not in instruction.parts:
         raise Fault("unknown instruction", instruction.op, instruction)
-    out = program.write(instruction.operands[0], np.bool_)
-    address_of = program.address(instruction.operands[1])
-    parity = program.read(instruction.operands[2], np.uint32)
-    coming_of = held(program, instruction)
+    out = program.dest_slot(instruction.operands[0], np.bool_)
+    get_address = program.address_getter(instruction.operands[1])
+    parity = program.source_slot(instruction.operands[2], np.uint32)
+    guard = guard_mask(program, instruction)
 
-    def over(unit, mask):
-        address = in_space("shared", address_of(unit))
+    def poll(unit, mask):
+        address = to_space("shared", get_address(unit))
         wanted = np.broadcast_to(unit.slots[parity], unit.count)
         free = np.zeros(unit.count, bool)
         for lane in first_lanes(unit, mask, address, wanted):
-            barrier = barrier_at(unit, instruction, lane, int(address[lane]))
-            deliver(unit, barrier, int(unit.block[lane]))
+            barrier = find_mbarrier(unit, instruction, lane, int(address[lane]))
+            deliver_copies(unit, barrier, int(unit.block[lane]))
             if barrier.phase != int(wanted[lane]) & 1:
                 same = (
                     mask
@@ -57,23 +57,23 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
                 )
                 same &= wanted == wanted[lane]
                 free |= same
-                unit.wave.shared.learn(int(unit.block[lane]), int(unit.warp[lane]), barrier.clocks)
-        put(unit.slots[out], True, free)
+                unit.wave.shared.acquire(int(unit.block[lane]), int(unit.warp[lane]), barrier.clocks)
+        write_masked(unit.slots[out], True, free)
         return free
 
-    def missing(unit, lane) -> str:
-        barrier = unit.wave.mbarriers[int(unit.block[lane]), int(in_space("shared", address_of(unit))[lane])]
-        return f"{barrier.pending} of {barrier.expected} arrivals and {barrier.bytes} bytes are missing"
+    def describe(unit, lane) -> str:
+        barrier = unit.wave.mbarriers[int(unit.block[lane]), int(to_space("shared", get_address(unit))[lane])]
+        return f"{barrier.pending} of {barrier.expected} arrivals and {barrier.tx_bytes} bytes are missing"
 
     def run(unit, pc, mask):
-        coming = coming_of(unit, mask)
-        unit.push(pc + 1, mask & ~coming)
-        if not coming.any():
+        waiting = guard(unit, mask)
+        unit.enqueue(pc + 1, mask & ~waiting)
+        if not waiting.any():
             return
-        free = over(unit, coming)
-        unit.push(pc + 1, free)
-        if (coming & ~free).any():
-            unit.parked.append(Parked(pc, coming & ~free, ready=over, missing=missing))
+        free = poll(unit, waiting)
+        unit.enqueue(pc + 1, free)
+        if (waiting & ~free).any():
+            unit.blocked.append(Blocked(pc, waiting & ~free, poll=poll, describe=describe))
 
     return run
 
@@ -85,7 +85,7 @@ def first_lanes(unit, mask, *keys) -> list[int]:
     return lanes[np.unique(rows, axis=0, return_index=True)[1]].tolist()
 
 
-@builds("mbarrier")
+@implements("mbarrier")
 def mbarrier(program: Program, instruction: Instruction) -> Step | None:
     verb = instruction.parts[1]
     operands = list(instruction.operands)
@@ -93,16 +93,22 @@ def mbarrier(program: Program, instruction: Instruction) -> Step | None:
         return None  # a result that is used: the state token
     if verb == "arrive" and len(operands) > 1:
         operands.pop(0)
-    address_of = program.address(address_operand(operands[0]))
-    amount = program.read(operands[1], np.uint32) if len(operands) > 1 else None
-    change = {"init": initialise, "inval": invalidate, "arrive": arrive, "expect_tx": expect, "complete_tx": complete}
+    get_address = program.address_getter(as_address(operands[0]))
+    amount = program.source_slot(operands[1], np.uint32) if len(operands) > 1 else None
+    change = {
+        "init": initialise,
+        "inval": invalidate,
+        "arrive": arrive,
+        "expect_tx": expect_tx,
+        "complete_tx": complete_tx,
+    }
     if verb not in change:
         return None
 
     def run(unit, mask):
-        address = in_space("shared", address_of(unit))
+        address = to_space("shared", get_address(unit))
         unit.wave.shared.changes += 1
-        for lane in unit.lanes(mask).tolist():
+        for lane in unit.active_lanes(mask).tolist():
             value = None if amount is None else int(np.broadcast_to(unit.slots[amount], unit.count)[lane])
             change[verb](unit, instruction, lane, int(address[lane]), value)
 
@@ -111,56 +117,58 @@ def mbarrier(program: Program, instruction: Instruction) -> Step | None:
 
 def initialise(unit, instruction, lane, address, count) -> None:
     shared, one = unit.wave.shared, np.array([lane])
-    shared_place(unit, instruction, one, np.array([address]), 8, 8)
+    check_shared_bounds(unit, instruction, one, np.array([address]), 8, 8)
     data = np.full((1, 1), count, np.uint64)
     if problem := shared.check_write(unit.block[one], np.array([address]), data, unit.thread[one]):
         unit.report(problem, instruction, [lane])
     shared.store(unit.block[one], np.array([address]), data)
     nothing = np.zeros((2, shared.clocks.shape[-1]), np.int32)
-    unit.wave.mbarriers[int(unit.block[lane]), address] = Barrier(count, count, nothing, nothing)
+    unit.wave.mbarriers[int(unit.block[lane]), address] = Mbarrier(count, count, nothing, nothing)
 
 
 def invalidate(unit, instruction, lane, address, value) -> None:
-    barrier_at(unit, instruction, lane, address)
+    find_mbarrier(unit, instruction, lane, address)
     del unit.wave.mbarriers[int(unit.block[lane]), address]
 
 
 def arrive(unit, instruction, lane, address, value) -> None:
-    barrier = barrier_at(unit, instruction, lane, address)
+    barrier = find_mbarrier(unit, instruction, lane, address)
     block, warp, shared = int(unit.block[lane]), int(unit.warp[lane]), unit.wave.shared
-    barrier.arriving = np.maximum(barrier.arriving, shared.knowledge(block, warp))
-    shared.tick(block, warp)
+    barrier.arriving_clocks = np.maximum(barrier.arriving_clocks, shared.release(block, warp))
+    shared.advance_clock(block, warp)
     if "expect_tx" in instruction.parts:
-        barrier.bytes += value
+        barrier.tx_bytes += value
         value = 1
     barrier.pending -= 1 if value is None else value
     if barrier.pending < 0:
-        raise unit.fault("barrier", f"more arrivals than the {barrier.expected} the mbarrier takes", instruction, lane)
-    barrier.settle()
+        raise unit.make_fault(
+            "barrier", f"more arrivals than the {barrier.expected} the mbarrier takes", instruction, lane
+        )
+    barrier.complete_phase()
 
 
-def expect(unit, instruction, lane, address, value) -> None:
-    barrier_at(unit, instruction, lane, address).bytes += value
+def expect_tx(unit, instruction, lane, address, value) -> None:
+    find_mbarrier(unit, instruction, lane, address).tx_bytes += value
 
 
-def complete(unit, instruction, lane, address, value) -> None:
-    barrier = barrier_at(unit, instruction, lane, address)
-    barrier.bytes -= value
-    barrier.settle()
+def complete_tx(unit, instruction, lane, address, value) -> None:
+    barrier = find_mbarrier(unit, instruction, lane, address)
+    barrier.tx_bytes -= value
+    barrier.complete_phase()
 
 
-def deliver(unit, barrier: Barrier, block: int) -> None:
+def deliver_copies(unit, barrier: Mbarrier, block: int) -> None:
     """What the copies bring appears, written by the engine that made them."""
     shared = unit.wave.shared
-    agent = shared.warps
+    async_proxy = shared.warps
     for where, data in barrier.deliveries:
         blocks = np.full(len(where), block)
-        shared.copying[shared.grains(blocks, where, data.shape[1])] = False
+        shared.pending_copies[shared.grain_indices(blocks, where, data.shape[1])] = False
         shared.store(blocks, where, data)
-        shared.mark(blocks, where, data.shape[1], np.full(len(where), agent * 32))
-        barrier.bytes -= data.size
+        shared.record_copies(blocks, where, data.shape[1], np.full(len(where), async_proxy * 32))
+        barrier.tx_bytes -= data.size
     if barrier.deliveries:
-        barrier.arriving = np.maximum(barrier.arriving, shared.knowledge(block, agent))
-        shared.clocks[block, agent, agent] += 1
+        barrier.arriving_clocks = np.maximum(barrier.arriving_clocks, shared.release(block, async_proxy))
+        shared.clocks[block, async_proxy, async_proxy] += 1
         barrier.deliveries = []
-        barrier.settle()
+        barrier.complete_phase()

@@ -16,29 +16,29 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
+    implements,
 )
 from ..frontend.syntax import Group, Instruction
 from . import floats
 
-WORDS = {
+ELEMENT_TYPES = {
     "f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32, "f64": np.uint64, "e4m3": np.uint8, "e5m2": np.uint8,
     "s8": np.int8, "u8": np.uint8,
 }  # fmt: skip
 INTEGERS = ("s8", "u8", "s32")
 
 
-def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
+def decode_elements(bits: np.ndarray, kind: str) -> np.ndarray:
     """Elements of a matrix as float64: exact for all types here."""
     return bits.astype(np.float64) if kind in INTEGERS else floats.decode(bits, kind)
 
 
-def fragment(count: int, kind: str, rows: bool) -> tuple[np.ndarray, np.ndarray]:
+def locate_fragment(count: int, kind: str, rows: bool) -> tuple[np.ndarray, np.ndarray]:
     """(row, column) of the elements of A, (column, row) of B, for each register, lane and element of a register.
 
     With e elements in a register, g = lane / 4 and t = lane % 4: register i of A holds row g + 8 (i % 2) and columns
     t e + 4 e (i / 2) on; register i of B holds column g and rows t e + 4 e i on."""
-    each = 1 if kind == "f64" else 4 // np.dtype(WORDS[kind]).itemsize
+    each = 1 if kind == "f64" else 4 // np.dtype(ELEMENT_TYPES[kind]).itemsize
     i, lane, j = np.ogrid[:count, :32, :each]
     g, t = lane // 4, lane % 4
     if rows:
@@ -49,7 +49,7 @@ def fragment(count: int, kind: str, rows: bool) -> tuple[np.ndarray, np.ndarray]
     return np.broadcast_to(g + 0 * i + 0 * j, (count, 32, each)), t * each + j + 4 * each * i
 
 
-def accumulator(columns: int, halves: bool, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
+def locate_accumulator(columns: int, halves: bool, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """(row, column) for each register, lane and element of C and D, of 16 rows (8 for the small float64 shape)."""
     pairs = 2 if rows == 16 else 1
     each = 2 if halves else 1
@@ -62,7 +62,7 @@ def accumulator(columns: int, halves: bool, rows: int = 16) -> tuple[np.ndarray,
     return np.broadcast_to(row, shape), np.broadcast_to(column, shape)
 
 
-def finish(total: np.ndarray, kind: str, saturate: bool) -> np.ndarray:
+def encode_sums(total: np.ndarray, kind: str, saturate: bool) -> np.ndarray:
     """float64 sums as the bits of the accumulator's registers, two halves not yet joined."""
     if kind == "s32":
         if saturate:
@@ -84,7 +84,7 @@ class Shape:
     k: int
 
 
-def shape_of(instruction: Instruction) -> Shape:
+def parse_shape(instruction: Instruction) -> Shape:
     found = next(m for p in instruction.parts if (m := re.fullmatch(r"m(\d+)n(\d+)k(\d+)", p)))
     return Shape(*(int(x) for x in found.groups()))
 
@@ -95,27 +95,27 @@ class Fragment:
     def __init__(self, program: Program, group: Group, kind: str, index: tuple[np.ndarray, np.ndarray], shape: tuple):
         self.kind, self.index, self.shape = kind, index, shape
         self.word = np.uint64 if kind == "f64" else np.uint32
-        self.slots = [program.read(x, self.word) for x in group.items]
+        self.slots = [program.source_slot(x, self.word) for x in group.items]
         if index[0].shape[0] != len(self.slots):
             raise ValueError(f"{len(self.slots)} registers where {index[0].shape[0]} were expected")
 
-    def bits(self, unit, warps: np.ndarray, dtype: type) -> np.ndarray:
+    def read_bits(self, unit, warps: np.ndarray, dtype: type) -> np.ndarray:
         """(warps, registers, 32, elements of a register)."""
         out = np.empty((len(warps), len(self.slots), 32), self.word)
         for i, slot in enumerate(self.slots):
             out[:, i] = np.broadcast_to(unit.slots[slot], unit.count).reshape(-1, 32)[warps]
         return out.view(dtype).reshape(*out.shape, -1)
 
-    def matrix(self, unit, warps: np.ndarray, dtype: type, kind: str) -> np.ndarray:
+    def read_matrix(self, unit, warps: np.ndarray, dtype: type, kind: str) -> np.ndarray:
         out = np.empty((len(warps), *self.shape))
-        out[:, self.index[0], self.index[1]] = numbers(self.bits(unit, warps, dtype), kind)
+        out[:, self.index[0], self.index[1]] = decode_elements(self.read_bits(unit, warps, dtype), kind)
         return out
 
-    def sums(self, unit, warps: np.ndarray) -> np.ndarray:
+    def read_sums(self, unit, warps: np.ndarray) -> np.ndarray:
         """What an accumulator holds, as float64."""
         if self.kind == "f16":
-            return self.matrix(unit, warps, np.uint16, "f16")
-        return self.matrix(unit, warps, ACCUMULATED[self.kind], "s32")
+            return self.read_matrix(unit, warps, np.uint16, "f16")
+        return self.read_matrix(unit, warps, ACCUMULATOR_TYPES[self.kind], "s32")
 
     def store(self, unit, warps: np.ndarray, values: np.ndarray) -> None:
         registers = np.ascontiguousarray(values[:, self.index[0], self.index[1]]).view(self.word)[..., 0]
@@ -123,22 +123,22 @@ class Fragment:
             unit.slots[slot].reshape(-1, 32)[warps] = registers[:, i]
 
 
-ACCUMULATED = {"f32": np.float32, "f64": np.float64, "s32": np.int32}
+ACCUMULATOR_TYPES = {"f32": np.float32, "f64": np.float64, "s32": np.int32}
 
 
-@builds("mma")
+@implements("mma")
 def mma(program: Program, instruction: Instruction) -> Step | None:
     """D = A B + C of one warp."""
     parts = instruction.parts
     if "sp" in parts or parts[1] != "sync" or "row" not in parts or parts[parts.index("row") + 1] != "col":
         return None
-    shape = shape_of(instruction)
+    shape = parse_shape(instruction)
     kinds = parts[-4:]
     _, a_kind, b_kind, c_kind = kinds
     d, a, b, c = instruction.operands[:4]
-    rows = fragment(len(a.items), a_kind, True)
-    columns = fragment(len(b.items), b_kind, False)
-    place = accumulator(shape.n, c_kind == "f16", shape.m)
+    rows = locate_fragment(len(a.items), a_kind, True)
+    columns = locate_fragment(len(b.items), b_kind, False)
+    place = locate_accumulator(shape.n, c_kind == "f16", shape.m)
     left = Fragment(program, a, a_kind, rows, (shape.m, shape.k))
     right = Fragment(program, b, b_kind, columns, (shape.n, shape.k))
     before = Fragment(program, c, c_kind, place, (shape.m, shape.n))
@@ -148,10 +148,10 @@ def mma(program: Program, instruction: Instruction) -> Step | None:
 
     def run(unit, mask):
         warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
-        x = left.matrix(unit, warps, WORDS[a_kind], a_kind)
-        y = right.matrix(unit, warps, WORDS[b_kind], b_kind)
-        z = before.sums(unit, warps)
-        after.store(unit, warps, finish(x @ y.swapaxes(1, 2) + z, kinds[0], saturate))
+        x = left.read_matrix(unit, warps, ELEMENT_TYPES[a_kind], a_kind)
+        y = right.read_matrix(unit, warps, ELEMENT_TYPES[b_kind], b_kind)
+        z = before.read_sums(unit, warps)
+        after.store(unit, warps, encode_sums(x @ y.swapaxes(1, 2) + z, kinds[0], saturate))
         unit.wave.counts.flops[pc] += flops * len(warps)
 
     return run

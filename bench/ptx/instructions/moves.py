@@ -11,8 +11,8 @@ from ..frontend.program import (
     Program,
     Step,
     assign,
-    builds,
-    put,
+    implements,
+    write_masked,
 )
 from ..frontend.syntax import Group, Instruction
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
@@ -20,7 +20,7 @@ from ..frontend.types import BYTES, DTYPES, UNSIGNED
 # ------------------------------------------------------------------------------------------------ moves
 
 
-@builds("mov")
+@implements("mov")
 def move(program: Program, instruction: Instruction) -> Step:
     """Also packs and unpacks: mov.b64 {low, high}, x and mov.b64 x, {low, high}."""
     kind = instruction.type
@@ -28,35 +28,35 @@ def move(program: Program, instruction: Instruction) -> Step:
     to, source = instruction.operands
     if isinstance(to, Group):
         part = UNSIGNED[BYTES[kind] // len(to.items)]
-        value = program.read(source, dtype)
-        outs = [program.write(x, part) for x in to.items]
+        value = program.source_slot(source, dtype)
+        outs = [program.dest_slot(x, part) for x in to.items]
 
         def unpack(unit, mask):
             whole = np.ascontiguousarray(np.broadcast_to(unit.slots[value], unit.count))
             pieces = whole.view(part).reshape(unit.count, -1)
             for i, out in enumerate(outs):
                 if out is not None:
-                    put(unit.slots[out], pieces[:, i], mask)
+                    write_masked(unit.slots[out], pieces[:, i], mask)
 
         return unpack
     if isinstance(source, Group):
         part = UNSIGNED[BYTES[kind] // len(source.items)]
-        values = [program.read(x, part) for x in source.items]
-        out = program.write(to, UNSIGNED[BYTES[kind]])
+        values = [program.source_slot(x, part) for x in source.items]
+        out = program.dest_slot(to, UNSIGNED[BYTES[kind]])
 
         def pack(unit, mask):
             pieces = np.empty((unit.count, len(values)), part)
             for i, value in enumerate(values):
                 pieces[:, i] = unit.slots[value]
-            put(unit.slots[out], pieces.view(UNSIGNED[BYTES[kind]])[:, 0], mask)
+            write_masked(unit.slots[out], pieces.view(UNSIGNED[BYTES[kind]])[:, 0], mask)
 
         return pack
     if dtype is not np.bool_:
         dtype = UNSIGNED[BYTES[kind]]
-    return assign(lambda x: x, [program.read(source, dtype)], [program.write(to, dtype)], False)
+    return assign(lambda x: x, [program.source_slot(source, dtype)], [program.dest_slot(to, dtype)], False)
 
 
-@builds("cvta")
+@implements("cvta")
 def convert_address(program: Program, instruction: Instruction) -> Step:
     """Between a space's own addresses and generic ones. Global ones are generic already."""
     window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
@@ -65,5 +65,5 @@ def convert_address(program: Program, instruction: Instruction) -> Step:
     step = np.uint64(distance % (1 << 64))
     to, source = instruction.operands
     return assign(
-        lambda x: x + step, [program.read(source, np.uint64)], [program.write(to, np.uint64)], False
+        lambda x: x + step, [program.source_slot(source, np.uint64)], [program.dest_slot(to, np.uint64)], False
     )  # fmt: skip

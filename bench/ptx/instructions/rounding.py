@@ -15,39 +15,39 @@ from ..frontend.program import (
 from ..frontend.syntax import Group, Instruction, Operand, Register
 from . import floats
 
-MANTISSA = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}  # bits
-UNITS = 16  # in the last place, that sums of the same may be apart
+MANTISSA_BITS = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}  # bits
+MAX_ULPS = 16  # in the last place, that sums of the same may be apart
 
 
-def same_but_for_rounding(
-    program: Program, stored: Operand, wanted: np.ndarray, there: np.ndarray, values: np.ndarray
+def is_rounding_difference(
+    program: Program, stored_values: Operand, wanted: np.ndarray, stored_bits: np.ndarray, values: np.ndarray
 ) -> bool:
     """(n, count) bits of the operand that is stored, and what others store in their places; all that are stored."""
-    registers = stored.items if isinstance(stored, Group) else (stored,)
+    registers = stored_values.items if isinstance(stored_values, Group) else (stored_values,)
     for i, register in enumerate(registers):
-        different = wanted[:, i] != there[:, i]
+        different = wanted[:, i] != stored_bits[:, i]
         if not different.any():
             continue
-        kinds = set(kinds_of(program, register, frozenset()))
-        if len(kinds) != 1 or not close(wanted[different, i], there[different, i], values[:, i], kinds.pop()):
+        kinds = set(find_source_types(program, register, frozenset()))
+        if len(kinds) != 1 or not is_close(wanted[different, i], stored_bits[different, i], values[:, i], kinds.pop()):
             return False
     return True
 
 
-def kinds_of(program: Program, register: Operand, seen: frozenset[str]) -> Iterator[str]:
+def find_source_types(program: Program, register: Operand, seen: frozenset[str]) -> Iterator[str]:
     """The types of the instructions that a register's bits come from."""
     if not isinstance(register, Register) or register.name in seen:
         return
     seen |= {register.name}
     for instruction in program.definitions.get(register.name, ()):
-        sources = carried(instruction)
+        sources = copied_operands(instruction)
         if not sources:
-            yield result_type(instruction)
+            yield find_result_type(instruction)
         for source in sources:
-            yield from kinds_of(program, source, seen)
+            yield from find_source_types(program, source, seen)
 
 
-def carried(instruction: Instruction) -> tuple[Operand, ...]:
+def copied_operands(instruction: Instruction) -> tuple[Operand, ...]:
     """The operands whose bits an instruction takes over as they are."""
     base, operands = instruction.parts[0], instruction.operands
     if base == "mov":
@@ -57,20 +57,20 @@ def carried(instruction: Instruction) -> tuple[Operand, ...]:
     return operands[1:3] if base == "selp" else ()
 
 
-def result_type(instruction: Instruction) -> str:
+def find_result_type(instruction: Instruction) -> str:
     parts = instruction.parts
     if parts[0] == "wgmma":
         return parts[-3]
     return parts[-2] if parts[0] == "cvt" else parts[-1]
 
 
-def close(a: np.ndarray, b: np.ndarray, all_bits: np.ndarray, kind: str) -> bool:
+def is_close(a: np.ndarray, b: np.ndarray, all_bits: np.ndarray, kind: str) -> bool:
     """Whether these bits are of floats UNITS apart at most, in the last place of the largest that is stored: in a sum
     that is smaller the terms may have been as large."""
     name = kind.removesuffix("x2")
-    if name not in MANTISSA or a.dtype.itemsize * 8 < (64 if name == "f64" else 16):
+    if name not in MANTISSA_BITS or a.dtype.itemsize * 8 < (64 if name == "f64" else 16):
         return False
     word = {"f64": np.uint64, "f32": np.uint32}.get(name, np.uint16)
-    x, y, stored = (floats.decode(np.ascontiguousarray(bits).view(word), name) for bits in (a, b, all_bits))
-    largest = np.abs(stored[np.isfinite(stored)]).max(initial=0)
-    return bool((np.abs(x - y) <= UNITS * 2.0 ** -MANTISSA[name] * largest).all())
+    x, y, stored_values = (floats.decode(np.ascontiguousarray(bits).view(word), name) for bits in (a, b, all_bits))
+    largest = np.abs(stored_values[np.isfinite(stored_values)]).max(initial=0)
+    return bool((np.abs(x - y) <= MAX_ULPS * 2.0 ** -MANTISSA_BITS[name] * largest).all())

@@ -7,8 +7,8 @@ import numpy as np
 from ..frontend.program import (
     Program,
     Step,
-    builds,
-    put,
+    implements,
+    write_masked,
 )
 from ..frontend.syntax import Group, Instruction
 from ..frontend.types import DTYPES
@@ -16,14 +16,14 @@ from ..frontend.types import DTYPES
 # ------------------------------------------------------------------------------------------------ shuffles
 
 
-@builds("shfl")
+@implements("shfl")
 def shuffle(program: Program, instruction: Instruction) -> Step:
     """PTX ISA 9.7.9.6: lane i gets the value of lane j, or its own where j is outside the segment."""
     mode = instruction.parts[2]
     first, source, *rest = instruction.operands
     results = first.items if isinstance(first, Group) else (first,)
-    outs = [program.write(results[0], np.uint32)] + [program.write(x, np.bool_) for x in results[1:]]
-    value, lane, clamp = (program.read(x, np.uint32) for x in (source, *rest[:2]))
+    outs = [program.dest_slot(results[0], np.uint32)] + [program.dest_slot(x, np.bool_) for x in results[1:]]
+    value, lane, clamp = (program.source_slot(x, np.uint32) for x in (source, *rest[:2]))
 
     def run(unit, mask):
         slots = unit.slots
@@ -37,20 +37,20 @@ def shuffle(program: Program, instruction: Instruction) -> Step:
         valid = (j >= top) if mode == "up" else (j <= top)
         j = np.where(valid, j, i)
         there = np.arange(unit.count) - i + (j & 31)
-        put(slots[outs[0]], np.broadcast_to(slots[value], unit.count)[there], mask)
+        write_masked(slots[outs[0]], np.broadcast_to(slots[value], unit.count)[there], mask)
         if len(outs) > 1:
-            put(slots[outs[1]], valid, mask)
+            write_masked(slots[outs[1]], valid, mask)
 
     return run
 
 
-@builds("vote")
+@implements("vote")
 def vote(program: Program, instruction: Instruction) -> Step:
     """Over the lanes of each warp that take part."""
     mode = instruction.parts[2]
-    out = program.write(instruction.operands[0], np.uint32 if mode == "ballot" else np.bool_)
+    out = program.dest_slot(instruction.operands[0], np.uint32 if mode == "ballot" else np.bool_)
     source = instruction.operands[1]
-    value = program.read(source, np.bool_)
+    value = program.source_slot(source, np.bool_)
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
@@ -61,12 +61,12 @@ def vote(program: Program, instruction: Instruction) -> Step:
             result = (p | ~active).all(1) | ~(p & active).any(1)
         else:
             result = (p & active).any(1) if mode == "any" else (p | ~active).all(1)
-        put(unit.slots[out], np.repeat(result, 32), mask)
+        write_masked(unit.slots[out], np.repeat(result, 32), mask)
 
     return run
 
 
-@builds("redux")
+@implements("redux")
 def reduce_warp(program: Program, instruction: Instruction) -> Step:
     """redux.sync: of whole numbers, and on sm_100 min and max of float32."""
     dtype = DTYPES[instruction.type]
@@ -79,58 +79,61 @@ def reduce_warp(program: Program, instruction: Instruction) -> Step:
     function = {"min": np.fmin, "max": np.fmax}[operation] if floating else functions[operation]
     if floating and "NaN" in instruction.parts:
         function = functions[operation]
-    out, value = program.write(instruction.operands[0], dtype), program.read(instruction.operands[1], dtype)
+    out, value = program.dest_slot(instruction.operands[0], dtype), program.source_slot(instruction.operands[1], dtype)
 
     def run(unit, mask):
         x = np.broadcast_to(unit.slots[value], unit.count).reshape(-1, 32)
         if "abs" in instruction.parts:
             x = np.abs(x)
-        put(unit.slots[out], np.repeat(function.reduce(x, axis=1), 32), mask)
+        write_masked(unit.slots[out], np.repeat(function.reduce(x, axis=1), 32), mask)
 
     return run
 
 
-@builds("elect")
+@implements("elect")
 def elect(program: Program, instruction: Instruction) -> Step:
     """elect.sync d|p: p is true in one lane of the warp, the first of those that take part."""
     lane, chosen = instruction.operands[0].items
-    outs = program.write(lane, np.uint32), program.write(chosen, np.bool_)
+    outs = program.dest_slot(lane, np.uint32), program.dest_slot(chosen, np.bool_)
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
         leader = np.repeat(active.argmax(1), 32)
         if outs[0] is not None:
-            put(unit.slots[outs[0]], leader, mask)
-        put(unit.slots[outs[1]], unit.lane == leader, mask)
+            write_masked(unit.slots[outs[0]], leader, mask)
+        write_masked(unit.slots[outs[1]], unit.lane == leader, mask)
 
     return run
 
 
-@builds("match")
-def match(program: Program, instruction: Instruction) -> Step | None:
+@implements("match")
+def match_any(program: Program, instruction: Instruction) -> Step | None:
     """match.any: the lanes with the same value."""
     if instruction.parts[1] != "any":
         return None
     kind = DTYPES[instruction.type]
-    out, value = program.write(instruction.operands[0], np.uint32), program.read(instruction.operands[1], kind)
+    out, value = (
+        program.dest_slot(instruction.operands[0], np.uint32),
+        program.source_slot(instruction.operands[1], kind),
+    )
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
         x = np.broadcast_to(unit.slots[value], unit.count).reshape(-1, 32)
         same = (x[:, :, None] == x[:, None, :]) & active[:, None, :]
         bits = (same.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1)
-        put(unit.slots[out], bits.ravel().astype(np.uint32), mask)
+        write_masked(unit.slots[out], bits.ravel().astype(np.uint32), mask)
 
     return run
 
 
-@builds("activemask")
+@implements("activemask")
 def active_mask(program: Program, instruction: Instruction) -> Step:
-    out = program.write(instruction.operands[0], np.uint32)
+    out = program.dest_slot(instruction.operands[0], np.uint32)
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
         bits = (active.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1)
-        put(unit.slots[out], np.repeat(bits, 32), mask)
+        write_masked(unit.slots[out], np.repeat(bits, 32), mask)
 
     return run

@@ -30,7 +30,7 @@ CONTROL = (
 )  # fmt: skip
 
 
-def pipe(instruction: Instruction) -> str:
+def find_pipe(instruction: Instruction) -> str:
     """The unit that an instruction occupies. div and sqrt with a stated rounding are many instructions in truth: they
     count as one special here."""
     base, kind = instruction.parts[0], instruction.type
@@ -67,28 +67,30 @@ class Counts:
         self.read_bytes = self.written_bytes = 0  # each sector once
         self.tensors: list[Traffic] = []
 
-    def global_access(self, pc: int, warp: np.ndarray, address: np.ndarray, nbytes: int) -> None:
+    def count_global_access(self, pc: int, warp: np.ndarray, address: np.ndarray, nbytes: int) -> None:
         """One access of each lane, all within aligned sectors."""
         if not self.global_requests[pc]:
             self.first_address[pc] = address[0]
         sectors = address.astype(np.int64) // SECTOR
-        self.global_requests[pc] += distinct(warp)
-        self.global_sectors[pc] += distinct(warp.astype(np.int64) << 44 | sectors & ((1 << 44) - 1))
+        self.global_requests[pc] += count_distinct(warp)
+        self.global_sectors[pc] += count_distinct(warp.astype(np.int64) << 44 | sectors & ((1 << 44) - 1))
         self.global_bytes[pc] += nbytes * len(address)
 
-    def shared_access(self, pc: int, warp: np.ndarray, lane: np.ndarray, address: np.ndarray, nbytes: int) -> None:
+    def count_shared_access(
+        self, pc: int, warp: np.ndarray, lane: np.ndarray, address: np.ndarray, nbytes: int
+    ) -> None:
         """warp numbers the requests: one for each warp of each block."""
         phases = max(1, nbytes // 4)
         group = warp.astype(np.int64) * phases + lane // (32 // phases)
-        self.shared_requests[pc] += distinct(warp)
-        self.wavefronts(pc, group, address, nbytes)
+        self.shared_requests[pc] += count_distinct(warp)
+        self.count_wavefronts(pc, group, address, nbytes)
 
-    def wavefronts(self, pc: int, group: np.ndarray, address: np.ndarray, nbytes: int) -> None:
+    def count_wavefronts(self, pc: int, group: np.ndarray, address: np.ndarray, nbytes: int) -> None:
         """group numbers the sets of lanes that are served together."""
         words = (address[:, None] + np.arange(0, max(nbytes, 4), 4)) // 4
         wanted = np.sort((group[:, None] << 24 | words).ravel())
-        wanted = wanted[new(wanted)]  # a word that many lanes want is read once
-        number = np.cumsum(new(wanted >> 24)) - 1  # of the groups that are there
+        wanted = wanted[mark_changes(wanted)]  # a word that many lanes want is read once
+        number = np.cumsum(mark_changes(wanted >> 24)) - 1  # of the groups that are there
         banks = np.bincount(number * 32 + wanted % 32, minlength=(number[-1] + 1) * 32)
         self.shared_wavefronts[pc] += int(banks.reshape(-1, 32).max(1).sum())
         self.shared_ideal[pc] += int(number[-1]) + 1
@@ -102,7 +104,7 @@ class Counts:
         """Warp instructions of each pipe."""
         found = dict.fromkeys(PIPES, 0)
         for instruction, issued in zip(self.instructions, self.issued, strict=True):
-            found[pipe(instruction)] += int(issued)
+            found[find_pipe(instruction)] += int(issued)
         return found
 
     def by_opcode(self) -> dict[str, int]:
@@ -118,16 +120,16 @@ class Counts:
             yield instruction, dict(zip(self.FIELDS, row, strict=True))
 
 
-def new(x: np.ndarray) -> np.ndarray:
+def mark_changes(x: np.ndarray) -> np.ndarray:
     """Which of these sorted numbers differ from the one before."""
     found = np.ones(len(x), bool)
     np.not_equal(x[1:], x[:-1], out=found[1:])
     return found
 
 
-def distinct(x: np.ndarray) -> int:
+def count_distinct(x: np.ndarray) -> int:
     """How many different numbers."""
-    return int(np.count_nonzero(new(np.sort(x))))
+    return int(np.count_nonzero(mark_changes(np.sort(x))))
 
 
 class Launch(NamedTuple):

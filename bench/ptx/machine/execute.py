@@ -16,11 +16,11 @@ import numpy as np
 
 from ..faults import Judge
 from ..frontend.program import Program
-from ..frontend.provenance import find_origins
-from ..memory.global_memory import GlobalMemory, WarpsMeet
-from ..memory.tensors import Named
-from ..memory.uninitialised import Unwritten
-from .barriers import deadlock, release
+from ..frontend.provenance import find_provenance
+from ..memory.global_memory import GlobalMemory, WarpConflict
+from ..memory.tensors import TensorExtent
+from ..memory.uninitialised import UninitialisedMemory
+from .barriers import make_deadlock_fault, release_blocked
 from .counts import Counts
 from .progress import IDLE
 from .unit import Unit
@@ -38,27 +38,27 @@ def execute(
     grid: tuple[int, int, int],
     threads: int,
     params: bytes,
-    tensors: Iterable[Named],
+    tensors: Iterable[TensorExtent],
     judge: Judge,
-    unwritten: Unwritten,
+    unwritten: UninitialisedMemory,
     max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Counts:
     """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong and that
     `judge` does not let pass. unwritten: the memory that nothing has written so far."""
     tensors, params = list(tensors), np.frombuffer(params, np.uint8)
-    find_origins(program, {t.parameter for t in tensors} - {None})
+    find_provenance(program, {t.parameter for t in tensors} - {None})
     half, noted = min(max(threads // 64, 1), 4), dict(judge.noted)
-    for size in (4,) if program.careful else (half, 1):
-        constants = (named for named, _ in program.constant_data)
+    for size in (4,) if program.has_wgmma else (half, 1):
+        constants = (make_extent for make_extent, _ in program.constant_data)
         memory = GlobalMemory(tensors, constants, program.global_grain, unwritten)
         execution = Execution(program, grid, threads, params, memory, Counts(program.instructions), judge)
         try:
             counts = run_grid(execution, size, max_instructions)
-        except WarpsMeet:
+        except WarpConflict:
             memory.restore()
             judge.noted = dict(noted)
             continue
-        unwritten.learn(memory.segments)
+        unwritten.update(memory.segments)
         return counts
     raise AssertionError("a unit of one warp that meets another of itself")
 
@@ -73,9 +73,9 @@ def run_grid(execution: Execution, size: int, max_instructions: int) -> Counts:
         for start in range(0, blocks, together):
             wave = Wave(execution, np.arange(start, min(start + together, blocks)))
             run_wave(program, wave, size, max_instructions)
-    counts.read_bytes, counts.written_bytes = memory.unique_bytes()
+    counts.read_bytes, counts.written_bytes = memory.count_unique_bytes()
     accessed = counts.global_requests > 0
-    counts.tensors = memory.traffic(counts.first_address[accessed], counts.global_sectors[accessed])
+    counts.tensors = memory.count_traffic(counts.first_address[accessed], counts.global_sectors[accessed])
     return counts
 
 
@@ -84,67 +84,67 @@ def run_wave(program: Program, wave: Wave, size: int, max_instructions: int) -> 
     while any(unit.wake() for unit in units):
         for unit in units:
             run_unit(program, unit, max_instructions)
-        release(program, wave, units)
+        release_blocked(program, wave, units)
         units.reverse()
     for unit in units:
-        if unit.spinning:
-            pc, mask, _ = unit.spinning[0]
+        if unit.suspended:
+            pc, mask, _ = unit.suspended[0]
             message = "goes round for ever: it comes back to the same state, and nothing else runs that could change it"
-            raise unit.fault("endless", message, program.instructions[pc], int(np.argmax(mask)))
-    stuck = [unit for unit in units if unit.parked or unit.waiting]
+            raise unit.make_fault("endless", message, program.instructions[pc], int(np.argmax(mask)))
+    stuck = [unit for unit in units if unit.blocked or unit.waiting]
     if stuck:
-        raise deadlock(program, wave, stuck)
+        raise make_deadlock_fault(program, wave, stuck)
 
 
 def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
     """Until every lane waits or is done."""
-    steps, ends, controls, issued = program.steps, program.ends, program.controls, unit.wave.counts.issued
-    while unit.ready or unit.wake():
-        pc, mask = unit.pick()
-        if unit.progress.repeats(unit, pc, mask):
-            unit.spin(pc, mask)
+    steps, block_ends, controls, issued = program.steps, program.block_ends, program.controls, unit.wave.counts.issued
+    while unit.runnable or unit.wake():
+        pc, mask = unit.next_lanes()
+        if unit.progress.is_repeating(unit, pc, mask):
+            unit.suspend(pc, mask)
             continue
-        end = ends[pc]
+        end = block_ends[pc]
         whole = bool(mask.all())
-        if whole and not (program.careful or unit.waiting):
+        if whole and not (program.has_wgmma or unit.waiting):
             issued[pc:end] += unit.count // 32
             for step in steps[pc:end]:
                 step(unit, None)
         else:
-            mask = run_carefully(program, unit, pc, end, mask)
+            mask = run_checked(program, unit, pc, end, mask)
         unit.steps += end - pc + 1
         if unit.steps > max_instructions:
             message = f"more than {max_instructions} instructions: `max_instructions` of ptx.device allows others"
-            raise unit.fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
-        if unit.progress.idles(unit, max_instructions):
+            raise unit.make_fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
+        if unit.progress.is_idle(unit, max_instructions):
             message = f"{max_instructions // IDLE} instructions without an access to memory: `max_instructions` allows"
-            raise unit.fault("endless", f"{message} more", program.instructions[end - 1], int(np.argmax(mask)))
+            raise unit.make_fault("endless", f"{message} more", program.instructions[end - 1], int(np.argmax(mask)))
         if not mask.any():
             continue
         if end in controls:
             issued[end] += int(mask.reshape(-1, 32).any(1).sum())
             controls[end](unit, end, mask)
         else:
-            unit.push(end, mask)
+            unit.enqueue(end, mask)
 
 
-def run_carefully(program: Program, unit: Unit, pc: int, end: int, mask: np.ndarray) -> np.ndarray:
+def run_checked(program: Program, unit: Unit, pc: int, end: int, mask: np.ndarray) -> np.ndarray:
     """With lanes missing, or wgmma results pending: checked before each instruction. The lanes that came through."""
     issued, n = unit.wave.counts.issued, pc
     while n < end:
         if n in unit.waiting and n != pc:
             mask = mask | unit.waiting.pop(n)
-        ragged = unit.split_whole_warps(mask, 128)[1].any()
+        ragged = unit.split_converged(mask, 128)[1].any()
         if ragged and n in program.convergent:
-            mask, rest = unit.split_whole_warps(mask, program.convergent[n])
+            mask, rest = unit.split_converged(mask, program.convergent[n])
             if rest.any():
                 unit.wait_for_warp(n, rest, program.convergent[n])
             if not mask.any():
                 return mask
         active, count = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
         while n < end:  # as far as the same lanes go
-            if unit.products:
-                program.pending_use(unit, program.instructions[n], program.uses[n], mask)
+            if unit.wgmmas:
+                program.check_pending_use(unit, program.instructions[n], program.uses[n], mask)
             issued[n] += count
             program.steps[n](unit, active)
             n += 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .unit import Unit
 
 
-FIRST = 1024  # steps before the first state is kept
+FIRST_STEPS = 1024  # steps before the first state is kept
 IDLE = 4  # a unit may go without memory for this part of the instructions that it may execute
 
 
@@ -33,38 +33,43 @@ class Progress:
 
     def __init__(self):
         self.state: State | None = None
-        self.next = FIRST
+        self.next = FIRST_STEPS
 
-    def repeats(self, unit: Unit, pc: int, mask: np.ndarray) -> bool:
+    def is_repeating(self, unit: Unit, pc: int, mask: np.ndarray) -> bool:
         """Whether these lanes, about to go on at an instruction, have been there in the same state."""
         if unit.steps >= self.next:
             self.next = 2 * unit.steps
-            copies = [x.copy() for x in unit.registers()]
-            self.state = State(pc, mask.copy(), copies, changes(unit), accesses(unit), unit.steps)
+            copies = [x.copy() for x in unit.lane_state()]
+            self.state = State(pc, mask.copy(), copies, count_changes(unit), count_accesses(unit), unit.steps)
             return False
         state = self.state
-        if state is None or pc != state.pc or changes(unit) != state.changes or not np.array_equal(mask, state.mask):
+        if (
+            state is None
+            or pc != state.pc
+            or count_changes(unit) != state.changes
+            or not np.array_equal(mask, state.mask)
+        ):
             return False
-        lane, pairs = int(np.argmax(mask)), list(zip(unit.registers(), state.registers, strict=True))
+        lane, pairs = int(np.argmax(mask)), list(zip(unit.lane_state(), state.registers, strict=True))
         if any((now[..., lane] != before[..., lane]).any() for now, before in pairs):  # as in most loops
             return False
         return all(np.array_equal(now, before) for now, before in pairs)
 
-    def idles(self, unit: Unit, max_instructions: int) -> bool:
+    def is_idle(self, unit: Unit, max_instructions: int) -> bool:
         """Whether the unit has not touched memory for so long that it counts in vain."""
         state = self.state
         return (
             state is not None
             and unit.steps - state.steps > max_instructions // IDLE
-            and accesses(unit) == state.accesses
+            and count_accesses(unit) == state.accesses
         )
 
 
-def changes(unit: Unit) -> int:
+def count_changes(unit: Unit) -> int:
     """A number that is another after each change of memory."""
     return unit.wave.memory.changes + unit.wave.shared.changes
 
 
-def accesses(unit: Unit) -> int:
+def count_accesses(unit: Unit) -> int:
     counts = unit.wave.counts
     return int(counts.global_requests.sum() + counts.shared_requests.sum())

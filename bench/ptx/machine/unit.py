@@ -12,23 +12,23 @@ from ..frontend.program import Program
 from ..frontend.syntax import Instruction
 from ..frontend.types import BYTES, UNSIGNED
 from ..memory.shared_memory import Problem
-from .progress import Progress, changes
+from .progress import Progress, count_changes
 from .wave import Wave
 
 
-class Parked(NamedTuple):
+class Blocked(NamedTuple):
     """Lanes that wait at an instruction: at a barrier (its number, how many threads it takes) or for an mbarrier."""
 
     pc: int
     mask: np.ndarray
     barrier: np.ndarray | None = None
     threads: np.ndarray | None = None
-    together: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
-    ready: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
-    missing: Callable | None = None  # and of the unit and a lane, in words what it waits for
+    aligned: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
+    poll: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
+    describe: Callable | None = None  # and of the unit and a lane, in words what it waits for
 
 
-class Spinning(NamedTuple):
+class SuspendedLanes(NamedTuple):
     """Lanes that go round at an instruction until memory is changed, which it was so many times."""
 
     pc: int
@@ -42,25 +42,25 @@ class Unit:
     def __init__(self, program: Program, wave: Wave, warps: range):
         blocks = len(wave.coordinates)
         self.program, self.wave, self.warps = program, wave, warps
-        self.joined = len(warps) > 1 and not program.careful  # only to run faster
+        self.merges_warps = len(warps) > 1 and not program.has_wgmma  # only to run faster
         self.count = blocks * len(warps) * 32
         shape = (blocks, len(warps), 32)
         index = np.indices(shape).reshape(3, -1)
         self.block, self.warp, self.lane = index[0], index[1] + warps.start, index[2]
         self.thread = self.warp * 32 + self.lane
-        self.number = wave.numbers[self.block]  # of the block in the grid
+        self.grid_block = wave.grid_blocks[self.block]  # of the block in the grid
         self.alive = np.ones(self.count, bool)
-        self.ready: dict[int, np.ndarray] = {0: self.alive.copy()}
+        self.runnable: dict[int, np.ndarray] = {0: self.alive.copy()}
         self.waiting: dict[int, np.ndarray] = {}  # lanes at an instruction that the rest of their warp has not reached
-        self.parked: list[Parked] = []
+        self.blocked: list[Blocked] = []
         self.carry = np.zeros(self.count, np.int64)
         self.local = np.zeros((self.count, max(program.local_bytes, 1)), np.uint8) if program.local_bytes else None
         self.params = self.make_params()
-        self.picks = self.steps = 0
+        self.turns = self.steps = 0
         self.progress = Progress()
-        self.spinning: list[Spinning] = []
-        self.copies, self.copied = [], np.zeros(self.count, np.int64)  # cp.async: records, groups committed
-        self.products, self.committed = [], np.zeros(self.count, np.int64)  # wgmma: the same
+        self.suspended: list[SuspendedLanes] = []
+        self.copies, self.copy_groups = [], np.zeros(self.count, np.int64)  # cp.async: records, groups committed
+        self.wgmmas, self.wgmma_groups = [], np.zeros(self.count, np.int64)  # wgmma: the same
         self.slots = self.make_slots()
 
     def make_params(self) -> np.ndarray:
@@ -89,15 +89,15 @@ class Unit:
         for number, value in program.constants.items():
             slots[number] = value
         for number, name in program.specials.items():
-            slots[number] = self.special(name)
+            slots[number] = self.read_special(name)
         return slots
 
-    def registers(self) -> list[np.ndarray]:
+    def lane_state(self) -> list[np.ndarray]:
         """All that a lane knows, lanes last."""
-        known = [*self.files.values(), self.carry, self.copied, self.committed]
+        known = [*self.files.values(), self.carry, self.copy_groups, self.wgmma_groups]
         return known + [x.T for x in (self.local, self.params) if x is not None and len(x) > 1]
 
-    def special(self, name: str) -> np.ndarray:
+    def read_special(self, name: str) -> np.ndarray:
         wave = self.wave
         axis = "xyz".find(name[-1])
         base = name.rsplit(".", 1)[0]
@@ -121,66 +121,66 @@ class Unit:
 
     # -------------------------------------------------------------------------------------------- lanes
 
-    def push(self, pc: int, mask: np.ndarray) -> None:
+    def enqueue(self, pc: int, mask: np.ndarray) -> None:
         if mask.any():
-            there = self.ready.get(pc)
-            self.ready[pc] = mask if there is None else there | mask
+            there = self.runnable.get(pc)
+            self.runnable[pc] = mask if there is None else there | mask
 
-    def pick(self) -> tuple[int, np.ndarray]:
+    def next_lanes(self) -> tuple[int, np.ndarray]:
         """The lanes furthest behind, so that the others wait for them where paths meet; now and then those furthest
         ahead, for they may hold what the ones behind spin on."""
-        self.picks += 1
-        pc = max(self.ready) if self.picks % 1024 == 0 else min(self.ready)
-        mask = self.ready.pop(pc)
+        self.turns += 1
+        pc = max(self.runnable) if self.turns % 1024 == 0 else min(self.runnable)
+        mask = self.runnable.pop(pc)
         if pc in self.waiting:
             mask = mask | self.waiting.pop(pc)
         return pc, mask
 
-    def wait_for_warp(self, pc: int, mask: np.ndarray, together: int = 32) -> None:
+    def wait_for_warp(self, pc: int, mask: np.ndarray, aligned: int = 32) -> None:
         there = self.waiting.get(pc)
         mask = mask if there is None else there | mask
-        whole, rest = self.split_whole_warps(mask, together)
+        whole, rest = self.split_converged(mask, aligned)
         self.waiting.pop(pc, None)
         if rest.any():
             self.waiting[pc] = rest
-        self.push(pc, whole)
+        self.enqueue(pc, whole)
 
-    def spin(self, pc: int, mask: np.ndarray) -> None:
+    def suspend(self, pc: int, mask: np.ndarray) -> None:
         """These lanes wait until memory is changed."""
-        self.spinning.append(Spinning(pc, mask, changes(self)))
+        self.suspended.append(SuspendedLanes(pc, mask, count_changes(self)))
 
     def wake(self) -> bool:
         """Lets those go on that waited for a change, if there was one; whether any lane can."""
-        now = changes(self)
-        for spinning in [s for s in self.spinning if s.changes != now]:
-            self.spinning.remove(spinning)
-            self.push(spinning.pc, spinning.mask)
-        return bool(self.ready)
+        now = count_changes(self)
+        for lanes in [s for s in self.suspended if s.changes != now]:
+            self.suspended.remove(lanes)
+            self.enqueue(lanes.pc, lanes.mask)
+        return bool(self.runnable)
 
-    def leave(self, mask: np.ndarray) -> None:
+    def exit_lanes(self, mask: np.ndarray) -> None:
         self.alive &= ~mask
 
-    def split_whole_warps(self, mask: np.ndarray, together: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    def split_converged(self, mask: np.ndarray, aligned: int = 32) -> tuple[np.ndarray, np.ndarray]:
         """(lanes whose warp, or group of warps, is all there, those whose is not)."""
-        together = together if self.count % together == 0 else 32
-        rows, alive = mask.reshape(-1, together), self.alive.reshape(-1, together)
-        whole = np.repeat((rows == alive).all(1), together)
+        aligned = aligned if self.count % aligned == 0 else 32
+        rows, alive = mask.reshape(-1, aligned), self.alive.reshape(-1, aligned)
+        whole = np.repeat((rows == alive).all(1), aligned)
         return mask & whole, mask & ~whole
 
-    def lanes(self, mask: np.ndarray | None) -> np.ndarray:
+    def active_lanes(self, mask: np.ndarray | None) -> np.ndarray:
         return np.arange(self.count) if mask is None else np.flatnonzero(mask)
 
     def report(self, problem: Problem, instruction: Instruction, lanes) -> None:
         """A problem with shared memory that the launch can go on after, if the caller wants it to."""
-        self.wave.judge(self.refuse(problem, instruction, lanes))
+        self.wave.judge(self.make_shared_fault(problem, instruction, lanes))
 
-    def refuse(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
+    def make_shared_fault(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
         """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
         lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
         other = None if problem.other is None else self.program.instructions[problem.other]
-        return self.fault(problem.kind, problem.message, instruction, int(lane), "shared memory", other)
+        return self.make_fault(problem.kind, problem.message, instruction, int(lane), "shared memory", other)
 
-    def fault(
+    def make_fault(
         self, kind: str, message: str, instruction: Instruction, lane: int,
         tensor: str | None = None, other: Instruction | None = None, element: tuple[int, ...] | None = None,
     ) -> Fault:  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from ..faults import Judge
 from ..frontend.program import Program
 from ..memory.global_memory import GlobalMemory
-from ..memory.shared_memory import Barrier, SharedMemory
+from ..memory.shared_memory import Mbarrier, SharedMemory
 from .counts import Counts
 
 
@@ -28,19 +28,19 @@ class Execution(NamedTuple):
 class Wave:
     """Blocks that run together: their shared memory, and the tensors of the launch."""
 
-    def __init__(self, execution: Execution, numbers: np.ndarray):
+    def __init__(self, execution: Execution, grid_blocks: np.ndarray):
         program, self.grid, threads, self.params, self.memory, self.counts, self.judge = execution
-        self.numbers = numbers
+        self.grid_blocks = grid_blocks
         x, y = self.grid[0], self.grid[1]
-        self.coordinates = np.stack([numbers % x, numbers // x % y, numbers // (x * y)], 1)
+        self.coordinates = np.stack([grid_blocks % x, grid_blocks // x % y, grid_blocks // (x * y)], 1)
         self.warps = threads // 32
-        groups = -(-self.warps // 4) if program.careful else 0
-        self.shared = SharedMemory(len(numbers), program.shared_bytes, self.warps, program.shared_grain, groups)
-        self.mbarriers: dict[tuple[int, int], Barrier] = {}
-        self.stores: list = []  # bulk stores whose source has not been waited for
+        groups = -(-self.warps // 4) if program.has_wgmma else 0
+        self.shared = SharedMemory(len(grid_blocks), program.shared_bytes, self.warps, program.shared_grain, groups)
+        self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
+        self.bulk_stores: list = []  # bulk stores whose source has not been waited for
         self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
 
-    def place(self, number: int) -> tuple[int, int, int]:
+    def block_coordinates(self, number: int) -> tuple[int, int, int]:
         """A block of the grid by its number."""
         x, y = self.grid[0], self.grid[1]
         return number % x, number // x % y, number // (x * y)

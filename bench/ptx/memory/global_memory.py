@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..frontend.types import UNSIGNED
-from .segments import SECTOR, SEVERAL, Segment, by_grain, foreign, of_other_warps
-from .tensors import Named, live_tensors, raw_bytes
-from .uninitialised import Unwritten
+from .segments import MANY_WARPS, SECTOR, Segment, is_other_block, is_other_warp, reduce_to_grains
+from .tensors import TensorExtent, find_live_tensors, raw_bytes
+from .uninitialised import UninitialisedMemory
 
 
 class Traffic(NamedTuple):
@@ -23,20 +23,20 @@ class Traffic(NamedTuple):
 
     name: str
     size: int  # of the tensor
-    asked: int  # by the warps, each time they asked: what moves where nothing is cached
-    once: int  # each sector that was read, and each that was written
+    requested: int  # by the warps, each time they asked: what moves where nothing is cached
+    unique: int  # each sector that was read, and each that was written
 
 
-def place_of(lanes: np.ndarray | slice, at: int) -> int:
+def lane_index(lanes: np.ndarray | slice, at: int) -> int:
     """Which of all lanes is number `at` of these: a mask, or all of them."""
     return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
 
 
-class WarpsMeet(Exception):  # noqa: N818  (nothing is wrong)
+class WarpConflict(Exception):  # noqa: N818  (nothing is wrong)
     """Warps of one block meet in global memory while the machine runs several of them as one."""
 
 
-class OutsideError(Exception):
+class OutOfBoundsError(Exception):
     """Accesses that no segment holds: which of the lanes."""
 
     def __init__(self, lanes: np.ndarray):
@@ -45,10 +45,16 @@ class OutsideError(Exception):
 
 
 class GlobalMemory:
-    def __init__(self, tensors: Iterable[Named], constants: Iterable[Named], grain: int, unwritten: Unwritten):
+    def __init__(
+        self,
+        tensors: Iterable[TensorExtent],
+        constants: Iterable[TensorExtent],
+        grain: int,
+        unwritten: UninitialisedMemory,
+    ):
         """unwritten: what nothing has written so far."""
         self.tensors, self.grain, self.unwritten = [*tensors, *constants], grain, unwritten
-        self.order, self.changes = Order(), 0
+        self.order, self.changes = BlockOrder(), 0
         merged: list[list[int]] = []
         for each in sorted(self.tensors, key=lambda t: t.start):
             if merged and each.start <= merged[-1][1]:
@@ -57,62 +63,62 @@ class GlobalMemory:
                 merged.append([each.start, each.end])
         self.segments: list[Segment] = []
         self.add_segments([Segment(start, end, grain) for start, end in merged])
-        self.gaps = any(t.elements is not None for t in self.tensors)
-        self.live: list[Named] | None = None  # the tensors of the process, once they are asked for
-        self.known: dict[frozenset[str], list[Named]] = {}
+        self.has_gaps = any(t.view_elements is not None for t in self.tensors)
+        self.live_tensors: list[TensorExtent] | None = None  # the tensors of the process, once they are asked for
+        self.by_provenance: dict[frozenset[str], list[TensorExtent]] = {}
 
     def add_segments(self, segments: list[Segment]) -> None:
-        self.unwritten.mark(segments)
+        self.unwritten.mark_segments(segments)
         self.segments = sorted([*self.segments, *segments], key=lambda segment: segment.start)
         self.starts = np.array([s.start for s in self.segments], np.uint64)
 
-    def of(self, origin: frozenset[str] | None) -> list[Named]:
+    def tensors_for(self, provenance: frozenset[str] | None) -> list[TensorExtent]:
         """The tensors that an address of this origin may be in; all of them where none is known."""
-        if origin is None:
+        if provenance is None:
             return self.tensors
-        if origin not in self.known:
-            found = [t for t in self.tensors if t.parameter in origin]
-            self.known[origin] = found or self.tensors
-        return self.known[origin]
+        if provenance not in self.by_provenance:
+            found = [t for t in self.tensors if t.parameter in provenance]
+            self.by_provenance[provenance] = found or self.tensors
+        return self.by_provenance[provenance]
 
-    def strays(
-        self, origin: frozenset[str] | None, address: np.ndarray, nbytes: int, used: int | None
+    def find_stray(
+        self, provenance: frozenset[str] | None, address: np.ndarray, nbytes: int, used_bytes: int | None
     ) -> tuple[str, np.ndarray] | None:
         """(kind, which lanes): accesses that no memory of the launch holds, or that touch what the tensors that their
         addresses derive from do not show. None: none. used: the bytes that are looked at."""
-        tensors = self.of(origin)
-        if tensors is not self.tensors or self.gaps:
-            good = tensors[0].within(address, nbytes, used)
+        tensors = self.tensors_for(provenance)
+        if tensors is not self.tensors or self.has_gaps:
+            good = tensors[0].contains(address, nbytes, used_bytes)
             for tensor in tensors[1:]:
-                good |= tensor.within(address, nbytes, used)
+                good |= tensor.contains(address, nbytes, used_bytes)
             if good.all():
                 return None
         try:
-            self.split(address, nbytes)
-        except OutsideError as error:
-            if tensors is self.tensors and self.adopt(address[error.lanes], nbytes):
-                return self.strays(origin, address, nbytes, used)
+            self.split_by_segment(address, nbytes)
+        except OutOfBoundsError as error:
+            if tensors is self.tensors and self.adopt_tensors(address[error.lanes], nbytes):
+                return self.find_stray(provenance, address, nbytes, used_bytes)
             return "out of bounds", error.lanes
-        return ("out of view", ~good) if tensors is not self.tensors or self.gaps else None
+        return ("out of view", ~good) if tensors is not self.tensors or self.has_gaps else None
 
-    def nearest(self, address: int, tensors: list[Named] | None = None) -> Named | None:
+    def nearest_tensor(self, address: int, tensors: list[TensorExtent] | None = None) -> TensorExtent | None:
         tensors = tensors or self.tensors
         inside = [t for t in tensors if t.start <= address < t.end]
         return min(inside or tensors, key=lambda t: max(t.start - address, address - t.end, 0), default=None)
 
-    def adopt(self, address: np.ndarray, nbytes: int) -> bool:
+    def adopt_tensors(self, address: np.ndarray, nbytes: int) -> bool:
         """Takes in the tensors of this process that hold these addresses; whether there were any. For addresses that a
         kernel loaded from memory: a table of pointers."""
-        if self.live is None:
-            self.live = live_tensors()
-        found = [tensor for tensor in self.live if tensor.within(address, nbytes, None).any()]
-        news = [Segment(*piece, self.grain) for piece in self.uncovered(found)]
+        if self.live_tensors is None:
+            self.live_tensors = find_live_tensors()
+        found = [tensor for tensor in self.live_tensors if tensor.contains(address, nbytes, None).any()]
+        news = [Segment(*piece, self.grain) for piece in self.find_uncovered(found)]
         self.tensors += found
-        self.gaps |= any(t.elements is not None for t in found)
+        self.has_gaps |= any(t.view_elements is not None for t in found)
         self.add_segments(news)
         return bool(news)
 
-    def uncovered(self, tensors: list[Named]) -> list[tuple[int, int]]:
+    def find_uncovered(self, tensors: list[TensorExtent]) -> list[tuple[int, int]]:
         """The stretches of these tensors that no segment holds."""
         pieces, at = [], 0
         for start, end in sorted((t.start, t.end) for t in tensors):
@@ -127,10 +133,10 @@ class GlobalMemory:
                 at = end
         return pieces
 
-    def split(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
+    def split_by_segment(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
         """Each segment with the lanes that fall in it."""
         if not self.segments:
-            raise OutsideError(np.ones(len(address), bool))
+            raise OutOfBoundsError(np.ones(len(address), bool))
         number = np.searchsorted(self.starts, address, side="right") - 1
         one = (number == number[0]).all()
         found, outside = [], np.zeros(len(address), bool)
@@ -140,159 +146,162 @@ class GlobalMemory:
             outside[lanes] = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
             found.append((segment, lanes))
         if outside.any():
-            raise OutsideError(outside)
+            raise OutOfBoundsError(outside)
         return found
 
     def load(self, address: np.ndarray, width: int, count: int) -> np.ndarray:
         """(n, count) elements of `width` bytes."""
         out = np.empty((len(address), count), UNSIGNED[width])
-        for segment, lanes in self.split(address, width * count):
-            view, index = segment.elements(address[lanes], width, count)
+        for segment, lanes in self.split_by_segment(address, width * count):
+            view, index = segment.locate_elements(address[lanes], width, count)
             out[lanes] = view[index]
-            segment.touch(address[lanes], False)
+            segment.record_sectors(address[lanes], False)
         return out
 
     def restore(self) -> None:
         """Every byte as it was before the launch."""
         for segment in self.segments:
-            if segment.before is not None:
-                raw_bytes(segment.start, segment.end - segment.start)[:] = segment.before
+            if segment.saved is not None:
+                raw_bytes(segment.start, segment.end - segment.start)[:] = segment.saved
 
     def store(self, address: np.ndarray, values: np.ndarray) -> None:
         """Of lanes that write the same address the last one stays."""
         width, count = values.dtype.itemsize, values.shape[1]
-        for segment, lanes in self.split(address, width * count):
-            view, index = segment.elements(address[lanes], width, count)
+        for segment, lanes in self.split_by_segment(address, width * count):
+            view, index = segment.locate_elements(address[lanes], width, count)
             view[index] = values[lanes]
-            segment.touch(address[lanes], True)
+            segment.record_sectors(address[lanes], True)
             if segment.unwritten is not None:
-                segment.unwritten[segment.grains(address[lanes], width * count)] = False
+                segment.unwritten[segment.grain_indices(address[lanes], width * count)] = False
 
-    def never_written(self, address: np.ndarray, nbytes: int, used: int | None) -> int | None:
+    def find_unwritten_read(self, address: np.ndarray, nbytes: int, used_bytes: int | None) -> int | None:
         """The first lane that reads what nothing has written, in the bytes that are used."""
         if all(segment.unwritten is None for segment in self.segments):
             return None
-        for segment, lanes in self.split(address, nbytes):
+        for segment, lanes in self.split_by_segment(address, nbytes):
             if segment.unwritten is None:
                 continue
-            bad = segment.unwritten[segment.grains(address[lanes], nbytes)]
-            if used is not None:
+            bad = segment.unwritten[segment.grain_indices(address[lanes], nbytes)]
+            if used_bytes is not None:
                 whole = (1 << self.grain) - 1
-                bad = bad[:, [used >> i * self.grain & whole != 0 for i in range(bad.shape[1])]]
+                bad = bad[:, [used_bytes >> i * self.grain & whole != 0 for i in range(bad.shape[1])]]
             if bad.any():
-                return place_of(lanes, int(np.argmax(bad.any(1))))
+                return lane_index(lanes, int(np.argmax(bad.any(1))))
         return None
 
     # -------------------------------------------------------------------------------------------- warps
 
-    def warps_meet(
+    def has_warp_conflict(
         self, pieces, address: np.ndarray, nbytes: int, block: np.ndarray, warp: np.ndarray, write: bool
     ) -> bool:
         """Whether one of these warps touches what another of its block wrote, or writes what another touched: then the
         order of warps may matter. Notes the access, and the bytes before the first write. pieces: of `split`."""
         for segment, lanes in pieces:
-            grains = segment.grains(address[lanes], nbytes)
+            grains = segment.grain_indices(address[lanes], nbytes)
             mine = ((block[lanes].astype(np.int64) + 1) << 6 | warp[lanes])[:, None]
-            if of_other_warps(segment.written_by[grains], mine).any():
+            if is_other_warp(segment.writing_warp[grains], mine).any():
                 return True
-            read = of_other_warps(segment.read_by[grains], mine)
+            read = is_other_warp(segment.reading_warp[grains], mine)
             if not write:
-                segment.read_by[grains] = np.where(read, mine | SEVERAL, mine)
-                together = of_other_warps(segment.read_by[grains], mine)  # in this very access
-                segment.read_by[grains[together]] |= SEVERAL
+                segment.reading_warp[grains] = np.where(read, mine | MANY_WARPS, mine)
+                together = is_other_warp(segment.reading_warp[grains], mine)  # in this very access
+                segment.reading_warp[grains[together]] |= MANY_WARPS
                 continue
             if read.any():
                 return True
-            segment.written_by[grains] = mine
-            if of_other_warps(segment.written_by[grains], mine).any():  # in this very access
+            segment.writing_warp[grains] = mine
+            if is_other_warp(segment.writing_warp[grains], mine).any():  # in this very access
                 return True
             segment.save()
         return False
 
     # -------------------------------------------------------------------------------------------- races
 
-    def met(self, marks: tuple[np.ndarray, ...], mine: np.ndarray, lanes) -> tuple[int, int] | None:
+    def find_unordered(self, marks: tuple[np.ndarray, ...], mine: np.ndarray, lanes) -> tuple[int, int] | None:
         """(lane, other block) where marks of blocks (n, grains) are of another one that nothing orders before."""
         for other in marks:
-            bad = foreign(other, mine[:, None])
+            bad = is_other_block(other, mine[:, None])
             if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
-                return place_of(lanes, at[0]), at[1]
+                return lane_index(lanes, at[0]), at[1]
         return None
 
-    def race_of_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
+    def check_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
         """(lane, other block) of a read of what another block wrote, and these reads noted."""
-        for segment, lanes in self.split(address, nbytes):
-            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
-            if race := self.met((segment.writer[grains], segment.updater[grains]), mine, lanes):
+        for segment, lanes in self.split_by_segment(address, nbytes):
+            grains, mine = segment.grain_indices(address[lanes], nbytes), block[lanes] + 1
+            if race := self.find_unordered((segment.writer[grains], segment.updater[grains]), mine, lanes):
                 return race
-            segment.note_reads(grains, np.broadcast_to(mine[:, None], grains.shape))
+            segment.record_reads(grains, np.broadcast_to(mine[:, None], grains.shape))
         return None
 
-    def race_of_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
+    def check_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
         """(lane, other block) of a write to what another block read or wrote. A write of what is there changes nothing
         for others: it is noted as a read, which a write of something else would race with."""
         nbytes = values.dtype.itemsize * values.shape[1]
-        for segment, lanes in self.split(address, nbytes):
-            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
-            view, index = segment.elements(address[lanes], values.dtype.itemsize, values.shape[1])
-            changes = by_grain(view[index] != values[lanes], grains.shape[1])
+        for segment, lanes in self.split_by_segment(address, nbytes):
+            grains, mine = segment.grain_indices(address[lanes], nbytes), block[lanes] + 1
+            view, index = segment.locate_elements(address[lanes], values.dtype.itemsize, values.shape[1])
+            changes = reduce_to_grains(view[index] != values[lanes], grains.shape[1])
             if changes.any():
                 self.changes += 1
             mine = np.broadcast_to(mine[:, None], grains.shape)
-            segment.note_reads(grains[~changes], mine[~changes])
+            segment.record_reads(grains[~changes], mine[~changes])
             writer, reader = segment.writer[grains], segment.reader[grains]
             writer = np.where(writer == 0, segment.updater[grains], writer)
-            bad = changes & (foreign(writer, mine) | foreign(reader, mine))
+            bad = changes & (is_other_block(writer, mine) | is_other_block(reader, mine))
             segment.writer[grains[changes]] = mine[changes]
             clash = changes & (segment.writer[grains] != mine)  # two blocks in this very access
             if not (bad | clash).any():
                 continue
             view[index] = values[lanes]
-            disagrees = by_grain(view[index] != values[lanes], grains.shape[1])
+            disagrees = reduce_to_grains(view[index] != values[lanes], grains.shape[1])
             other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
             bad |= clash & disagrees
             if bad.any() and (at := self.order.first_unordered(bad, other, mine[:, 0])):
-                return place_of(lanes, at[0]), at[1]
+                return lane_index(lanes, at[0]), at[1]
         return None
 
-    def race_of_update(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
+    def check_atomic(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
         """(lane, other block) of an atomic on what another block wrote or read without one. Notes the atomic."""
-        for segment, lanes in self.split(address, nbytes):
-            grains, mine = segment.grains(address[lanes], nbytes), block[lanes] + 1
-            if race := self.met((segment.writer[grains], segment.reader[grains]), mine, lanes):
+        for segment, lanes in self.split_by_segment(address, nbytes):
+            grains, mine = segment.grain_indices(address[lanes], nbytes), block[lanes] + 1
+            if race := self.find_unordered((segment.writer[grains], segment.reader[grains]), mine, lanes):
                 return race
             segment.updater[grains] = np.broadcast_to(mine[:, None], grains.shape)
-            segment.touch(address[lanes], False)
-            segment.touch(address[lanes], True)
+            segment.record_sectors(address[lanes], False)
+            segment.record_sectors(address[lanes], True)
         return None
 
-    def unique_bytes(self) -> tuple[int, int]:
+    def count_unique_bytes(self) -> tuple[int, int]:
         """(read, written): the sectors touched at least once, in bytes."""
-        return tuple(SECTOR * sum(int(getattr(s, kind).sum()) for s in self.segments) for kind in ("read", "written"))
+        return tuple(
+            SECTOR * sum(int(getattr(s, kind).sum()) for s in self.segments)
+            for kind in ("read_sectors", "written_sectors")
+        )
 
-    def traffic(self, address: np.ndarray, sectors: np.ndarray) -> list[Traffic]:
+    def count_traffic(self, address: np.ndarray, sectors: np.ndarray) -> list[Traffic]:
         """Of each tensor that was touched. address, sectors: for each instruction that made accesses, the address of
         the first and the sectors of all. An instruction counts for the tensor of its first access."""
         tensors = sorted(self.tensors, key=lambda t: t.start)
         starts = np.array([t.start for t in tensors], np.uint64)
-        asked = np.zeros(len(tensors), np.int64)
+        requested = np.zeros(len(tensors), np.int64)
         number = np.searchsorted(starts, address, side="right") - 1
-        np.add.at(asked, number, SECTOR * sectors)
+        np.add.at(requested, number, SECTOR * sectors)
         return [
-            Traffic(t.name, t.end - t.start, int(bytes_asked), self.touched_bytes(t))
-            for t, bytes_asked in zip(tensors, asked, strict=True)
-            if bytes_asked
+            Traffic(t.name, t.end - t.start, int(bytes_requested), self.count_touched_bytes(t))
+            for t, bytes_requested in zip(tensors, requested, strict=True)
+            if bytes_requested
         ]
 
-    def touched_bytes(self, tensor: Named) -> int:
+    def count_touched_bytes(self, tensor: TensorExtent) -> int:
         segment = next(s for s in self.segments if s.start <= tensor.start < s.end)
         there = slice(
             *(address // SECTOR - segment.first_sector for address in (tensor.start, tensor.end + SECTOR - 1))
         )
-        return SECTOR * int(segment.read[there].sum() + segment.written[there].sum())
+        return SECTOR * int(segment.read_sectors[there].sum() + segment.written_sectors[there].sum())
 
 
-class Order:
+class BlockOrder:
     """Which blocks an acquire has made visible to which: block b has seen all of the blocks in bits[b]."""
 
     def __init__(self):

@@ -8,8 +8,8 @@ from ..frontend.types import UNSIGNED
 from .tensors import raw_bytes
 
 SECTOR = 32  # bytes: the unit of a GPU's memory traffic
-MANY = -1  # readers of more than one block
-SEVERAL = 63  # warps of a block; a warp by itself is 0 to 31
+MANY_BLOCKS = -1  # readers of more than one block
+MANY_WARPS = 63  # warps of a block; a warp by itself is 0 to 31
 
 
 class Segment:
@@ -24,31 +24,31 @@ class Segment:
         self.writer = np.zeros(grains, np.int32)  # block number + 1
         self.reader = np.zeros(grains, np.int32)
         self.updater = np.zeros(grains, np.int32)  # by an atomic
-        self.read_by, self.written_by = np.zeros(grains, np.int64), np.zeros(grains, np.int64)  # which warp last
+        self.reading_warp, self.writing_warp = np.zeros(grains, np.int64), np.zeros(grains, np.int64)  # which warp last
         self.unwritten: np.ndarray | None = None  # what nothing has written yet; None: none of it
-        self.before: np.ndarray | None = None  # the bytes before the first write
+        self.saved: np.ndarray | None = None  # the bytes before the first write
         self.first_sector = start // SECTOR
         sectors = (end - 1) // SECTOR - self.first_sector + 1
-        self.read, self.written = np.zeros(sectors, bool), np.zeros(sectors, bool)
+        self.read_sectors, self.written_sectors = np.zeros(sectors, bool), np.zeros(sectors, bool)
 
-    def elements(self, address: np.ndarray, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def locate_elements(self, address: np.ndarray, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(the view of this width, indices (n, count) of the elements from each address on)."""
         low, view = self.views[width]
         first = (address - np.uint64(low)).astype(np.int64) // width
         return view, first[:, None] + np.arange(count)
 
-    def grains(self, address: np.ndarray, nbytes: int) -> np.ndarray:
+    def grain_indices(self, address: np.ndarray, nbytes: int) -> np.ndarray:
         first = address.astype(np.int64) // self.grain - self.start // self.grain
         return first[:, None] + np.arange(max(1, nbytes // self.grain))
 
-    def note_reads(self, grains: np.ndarray, mine: np.ndarray) -> None:
+    def record_reads(self, grains: np.ndarray, mine: np.ndarray) -> None:
         """By blocks (plus 1)."""
         reader = self.reader[grains]
-        self.reader[grains] = np.where((reader == 0) | (reader == mine), mine, MANY)
+        self.reader[grains] = np.where((reader == 0) | (reader == mine), mine, MANY_BLOCKS)
         again = self.reader[grains]  # two blocks in this very access: the last one stands there
-        self.reader[grains] = np.where(again == mine, again, MANY)
+        self.reader[grains] = np.where(again == mine, again, MANY_BLOCKS)
 
-    def leave_unwritten(self, start: int, unwritten: np.ndarray) -> None:
+    def mark_unwritten(self, start: int, unwritten: np.ndarray) -> None:
         """Nothing has written these bytes from an address on. A grain counts if it holds none that was."""
         if self.unwritten is None:
             self.unwritten = np.zeros(len(self.writer), bool)
@@ -64,19 +64,21 @@ class Segment:
         return np.repeat(self.unwritten, self.grain)[start - base : end - base]
 
     def save(self) -> None:
-        if self.before is None:
-            self.before = raw_bytes(self.start, self.end - self.start).copy()
+        if self.saved is None:
+            self.saved = raw_bytes(self.start, self.end - self.start).copy()
 
-    def touch(self, address: np.ndarray, write: bool) -> None:
-        (self.written if write else self.read)[address.astype(np.int64) // SECTOR - self.first_sector] = True
+    def record_sectors(self, address: np.ndarray, write: bool) -> None:
+        (self.written_sectors if write else self.read_sectors)[
+            address.astype(np.int64) // SECTOR - self.first_sector
+        ] = True
 
 
-def foreign(marks: np.ndarray, mine: np.ndarray) -> np.ndarray:
+def is_other_block(marks: np.ndarray, mine: np.ndarray) -> np.ndarray:
     """Which marks of blocks are of others."""
     return (marks != 0) & (marks != mine)
 
 
-def by_grain(elements: np.ndarray, grains: int) -> np.ndarray:
+def reduce_to_grains(elements: np.ndarray, grains: int) -> np.ndarray:
     """(n, grains) of (n, elements): where one of a grain's elements is marked, or the one that it lies in."""
     n, count = elements.shape
     if grains <= count:
@@ -84,6 +86,6 @@ def by_grain(elements: np.ndarray, grains: int) -> np.ndarray:
     return np.repeat(elements, grains // count, axis=1)
 
 
-def of_other_warps(last: np.ndarray, mine: np.ndarray) -> np.ndarray:
+def is_other_warp(last: np.ndarray, mine: np.ndarray) -> np.ndarray:
     """Which marks (block + 1) << 6 | warp are of another warp of the same block."""
     return (last != mine) & (last >> 6 == mine >> 6)

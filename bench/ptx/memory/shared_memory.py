@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..frontend.types import UNSIGNED
-from .segments import by_grain
+from .segments import reduce_to_grains
 
-THREAD, ATOMIC = 0x7FFF, 0x8000  # the lower bits of a write's stamp: who wrote, and whether by an atomic
+THREAD_MASK, ATOMIC_BIT = 0x7FFF, 0x8000  # the lower bits of a write's stamp: who wrote, and whether by an atomic
 
 
-Close = Callable[[np.ndarray, np.ndarray, np.ndarray], bool]
+CloseCheck = Callable[[np.ndarray, np.ndarray, np.ndarray], bool]
 
 
 class Problem(NamedTuple):
@@ -45,18 +45,18 @@ class SharedMemory:
         grains = len(self.data) // grain
         self.written = np.zeros(grains, np.int64)  # clock << 16 | atomic | thread, 0: never
         self.read = np.zeros((grains, columns), np.int32)  # when each warp, and each group's wgmmas, read last
-        self.reader = np.zeros((grains, groups), np.int32)  # the number of that wgmma among the instructions
-        self.copying = np.zeros(grains, bool)  # an asynchronous copy is on its way here
+        self.wgmma_reader = np.zeros((grains, groups), np.int32)  # the number of that wgmma among the instructions
+        self.pending_copies = np.zeros(grains, bool)  # an asynchronous copy is on its way here
         self.changes = 0  # how often it was changed
-        self.storing = np.zeros(grains, np.int16)  # bulk copies from here that have not been waited for
+        self.bulk_reads = np.zeros(grains, np.int16)  # bulk copies from here that have not been waited for
         self.clocks = np.zeros((blocks, self.rows, columns), np.int32)
         self.clocks[:, np.arange(self.rows), np.arange(self.rows)] = 1
-        self.shown = np.zeros_like(self.clocks)  # what a fence.proxy.async has shown to wgmma and bulk copies
+        self.proxy_clocks = np.zeros_like(self.clocks)  # what a fence.proxy.async has shown to wgmma and bulk copies
         self.floor = np.zeros((blocks, columns), np.int32)  # what every warp of the block has seen of each
 
     # -------------------------------------------------------------------------------------------- time
 
-    def barrier(self, blocks: np.ndarray) -> None:
+    def sync_blocks(self, blocks: np.ndarray) -> None:
         """All warps of these blocks have met."""
         rows = self.rows
         now = self.clocks[blocks, :, :rows].max(axis=(1, 2))
@@ -65,42 +65,42 @@ class SharedMemory:
         self.clocks[blocks] = self.floor[blocks, None]
         every = np.arange(rows)
         self.clocks[blocks[:, None], every, every] = now[:, None] + 1
-        self.shown[blocks] = self.shown[blocks].max(axis=1, keepdims=True)
+        self.proxy_clocks[blocks] = self.proxy_clocks[blocks].max(axis=1, keepdims=True)
 
-    def meet(self, block: int, warps: np.ndarray) -> None:
+    def sync_warps(self, block: int, warps: np.ndarray) -> None:
         """Some warps of a block have met."""
-        for clocks in (self.clocks, self.shown):
+        for clocks in (self.clocks, self.proxy_clocks):
             clocks[block, warps] = np.maximum(clocks[block, warps], clocks[block, warps].max(axis=0))
-        self.tick(np.full(len(warps), block), warps)
+        self.advance_clock(np.full(len(warps), block), warps)
 
-    def show(self, block: np.ndarray, warp: np.ndarray) -> None:
+    def proxy_fence(self, block: np.ndarray, warp: np.ndarray) -> None:
         """fence.proxy.async: what these warps have seen, their own writes too, is shown to the asynchronous proxy."""
-        self.shown[block, warp] = np.maximum(self.shown[block, warp], self.clocks[block, warp])
-        self.tick(block, warp)
+        self.proxy_clocks[block, warp] = np.maximum(self.proxy_clocks[block, warp], self.clocks[block, warp])
+        self.advance_clock(block, warp)
 
-    def tick(self, block: np.ndarray, warp: np.ndarray) -> None:
+    def advance_clock(self, block: np.ndarray, warp: np.ndarray) -> None:
         """The lanes of these warps have met."""
         self.clocks[block, warp, warp] += 1
 
-    def knowledge(self, block: int, warp: int) -> np.ndarray:
+    def release(self, block: int, warp: int) -> np.ndarray:
         """What a warp has seen, and what of it fences have shown: what an mbarrier hands on."""
-        return np.stack((self.clocks[block, warp], self.shown[block, warp]))
+        return np.stack((self.clocks[block, warp], self.proxy_clocks[block, warp]))
 
-    def learn(self, block: int, warp: np.ndarray | int, knowledge: np.ndarray) -> None:
+    def acquire(self, block: int, warp: np.ndarray | int, clocks: np.ndarray) -> None:
         """A warp knows all of that."""
-        for known, more in zip((self.clocks, self.shown), knowledge, strict=True):
+        for known, more in zip((self.clocks, self.proxy_clocks), clocks, strict=True):
             known[block, warp] = np.maximum(known[block, warp], more)
 
     # -------------------------------------------------------------------------------------------- places
 
-    def grains(self, block: np.ndarray, address: np.ndarray, nbytes: int) -> np.ndarray:
+    def grain_indices(self, block: np.ndarray, address: np.ndarray, nbytes: int) -> np.ndarray:
         first = (block.astype(np.int64) * self.stride + address) // self.grain
         return first[:, None] + np.arange(max(1, nbytes // self.grain))
 
-    def index(self, block: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
+    def element_indices(self, block: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
         return ((block.astype(np.int64) * self.stride + address) // width)[:, None] + np.arange(count)
 
-    def place(self, address: np.ndarray, nbytes: int, align: int) -> Problem | None:
+    def check_bounds(self, address: np.ndarray, nbytes: int, align: int) -> Problem | None:
         """Within the block's memory, and aligned."""
         bad = (address < 0) | (address + nbytes > self.size)
         if bad.any():
@@ -116,24 +116,24 @@ class SharedMemory:
 
     # -------------------------------------------------------------------------------------------- order
 
-    def unseen(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
+    def find_unseen_writes(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
         """Which writes (clock << 16 | thread) these threads have not seen: (n, grains)."""
         clock = stamps >> 16
         if (clock <= self.floor[block, 0][:, None]).all():
             return np.zeros(stamps.shape, bool)
-        writer = stamps & THREAD
+        writer = stamps & THREAD_MASK
         warp = (thread >> 5)[:, None]
         seen = self.clocks[block[:, None], warp, writer >> 5]
         own = writer >> 5 == warp  # within a warp: a sync since, or the same thread
         fresh = np.where(own, (clock == seen) & (writer != thread[:, None]), clock > seen)
         return fresh & (stamps != 0)
 
-    def hidden(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
+    def find_unfenced_writes(self, stamps: np.ndarray, block: np.ndarray, thread: np.ndarray) -> np.ndarray:
         """Which writes no fence has shown to the asynchronous proxy. Bulk copies write through it."""
-        warp, writer = (thread >> 5)[:, None], (stamps & THREAD) >> 5
-        return ((stamps >> 16) > self.shown[block[:, None], warp, writer]) & (writer < self.warps)
+        warp, writer = (thread >> 5)[:, None], (stamps & THREAD_MASK) >> 5
+        return ((stamps >> 16) > self.proxy_clocks[block[:, None], warp, writer]) & (writer < self.warps)
 
-    def unseen_reads(self, grains: np.ndarray, block: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    def find_unseen_reads(self, grains: np.ndarray, block: np.ndarray, warp: np.ndarray) -> np.ndarray:
         """Whose reads of these grains this warp has not seen: (n, grains, columns of the clocks)."""
         reads = self.read[grains]
         if (reads <= self.floor[block][:, None]).all():
@@ -143,15 +143,15 @@ class SharedMemory:
         return late
 
     def check_read(
-        self, block, address, nbytes, thread, agent: bool = False, used: int | None = None
+        self, block, address, nbytes, thread, async_proxy: bool = False, used_bytes: int | None = None
     ) -> Problem | None:
         """Before a read: nothing pending there, something written there, and all of it seen. Notes the read. used: one
         bit for each byte that is looked at; None: all."""
-        grains = self.grains(block, address, nbytes)
-        if used is not None:
+        grains = self.grain_indices(block, address, nbytes)
+        if used_bytes is not None:
             whole = (1 << self.grain) - 1
-            grains = grains[:, [used >> i * self.grain & whole != 0 for i in range(grains.shape[1])]]
-        pending = self.copying[grains].any(1)
+            grains = grains[:, [used_bytes >> i * self.grain & whole != 0 for i in range(grains.shape[1])]]
+        pending = self.pending_copies[grains].any(1)
         if pending.any():
             return Problem(
                 "pending copy", "reads what an asynchronous copy has not delivered yet", int(np.argmax(pending))
@@ -161,9 +161,9 @@ class SharedMemory:
         if never.any():
             at = int(np.argmax(never))
             return Problem("uninitialised", f"reads shared address {address[at]}, which nothing has written", at)
-        racing = self.unseen(stamps, block, thread)
-        if agent and not racing.any():
-            hidden = self.hidden(stamps, block, thread)
+        racing = self.find_unseen_writes(stamps, block, thread)
+        if async_proxy and not racing.any():
+            hidden = self.find_unfenced_writes(stamps, block, thread)
             if hidden.any():
                 at = int(np.argmax(hidden.any(1)))
                 return Problem(
@@ -171,47 +171,49 @@ class SharedMemory:
                 )
         if racing.any():
             at, g = np.argwhere(racing)[0]
-            return Problem("race", self.pair("reads", "wrote", address[at], int(stamps[at, g]) & THREAD), int(at))
-        if not agent:
+            return Problem(
+                "race", self.describe_conflict("reads", "wrote", address[at], int(stamps[at, g]) & THREAD_MASK), int(at)
+            )
+        if not async_proxy:
             warp = thread >> 5
             self.read[grains, warp[:, None]] = self.clocks[block, warp, warp][:, None]
         return None
 
-    def product_reads(self, grains: np.ndarray, warp: int, committed: np.ndarray, number: int) -> None:
+    def record_wgmma_reads(self, grains: np.ndarray, warp: int, committed: np.ndarray, number: int) -> None:
         """Wgmma `number`, of the group of this warp, reads grains (n, …) in n blocks until it is waited for."""
         self.read[grains, self.rows + warp // 4] = committed[:, None] + 1
-        self.reader[grains, warp // 4] = number
+        self.wgmma_reader[grains, warp // 4] = number
 
-    def products_done(self, block: np.ndarray, warp: np.ndarray, count: np.ndarray) -> None:
+    def complete_wgmmas(self, block: np.ndarray, warp: np.ndarray, count: np.ndarray) -> None:
         """These warps know that the first `count` groups of their wgmmas are done."""
         where = block, warp, self.rows + warp // 4
         self.clocks[where] = np.maximum(self.clocks[where], count)
 
-    def start_storing(self, grains: np.ndarray) -> None:
+    def begin_bulk_read(self, grains: np.ndarray) -> None:
         """A bulk copy reads here from now on."""
-        self.storing[grains] += 1
+        self.bulk_reads[grains] += 1
 
-    def done_storing(self, grains: np.ndarray, block: int, warp: int) -> None:
+    def end_bulk_read(self, grains: np.ndarray, block: int, warp: int) -> None:
         """A warp has waited for its bulk copy: that is when it has read."""
-        self.storing[grains] -= 1
+        self.bulk_reads[grains] -= 1
         self.read[grains, warp] = self.clocks[block, warp, warp]
 
-    def check_write(self, block, address, values, thread, close: Close | None = None) -> Problem | None:
+    def check_write(self, block, address, values, thread, is_close: CloseCheck | None = None) -> Problem | None:
         """Before a write. Writing the bytes that are there changes nothing for others: it is noted as a read, with
         which a write of something else may race. close: of values that are wanted, of others that
         are there instead, and of all that are stored, whether they are the same but for rounding."""
         nbytes = values.dtype.itemsize * values.shape[1]
-        grains = self.grains(block, address, nbytes)
-        if problem := self.busy(grains, address):
+        grains = self.grain_indices(block, address, nbytes)
+        if problem := self.check_pending(grains, address):
             return problem
         stamps, warp = self.written[grains], thread >> 5
         view = self.views[values.dtype.itemsize]
-        index = self.index(block, address, values.dtype.itemsize, values.shape[1])
+        index = self.element_indices(block, address, values.dtype.itemsize, values.shape[1])
         before = view[index]
-        changes = (stamps == 0) | by_grain(before != values, grains.shape[1])
-        overwrites = changes & self.unseen(stamps, block, thread)
-        meets_reads = changes & self.unseen_reads(grains, block, warp).any(-1)
-        clash = self.note_write(grains, changes, stamps, block, thread)
+        changes = (stamps == 0) | reduce_to_grains(before != values, grains.shape[1])
+        overwrites = changes & self.find_unseen_writes(stamps, block, thread)
+        meets_reads = changes & self.find_unseen_reads(grains, block, warp).any(-1)
+        clash = self.record_write(grains, changes, stamps, block, thread)
         if not (overwrites | meets_reads | clash).any():
             return None
         view[index] = values
@@ -221,41 +223,43 @@ class SharedMemory:
         if not bad.any():
             return None
         at = int(np.argmax(bad))
-        if close is not None and not meets_reads.any():
+        if is_close is not None and not meets_reads.any():
             wanted, there = (np.concatenate(x) for x in ((values[overwrites], values[clash]),
                                                          (before[overwrites], view[index][clash])))  # fmt: skip
-            if close(wanted, there, values):
+            if is_close(wanted, there, values):
                 message = f"writes shared address {address[at]}, where another thread writes the same but for rounding"
                 return Problem("last bits", f"{message}: chance says which last bits stay", at)
-        return self.race_of_write(stamps[at], grains[at], int(address[at]), block[at], thread[at], at)
+        return self.describe_write_race(stamps[at], grains[at], int(address[at]), block[at], thread[at], at)
 
     def check_copy(self, block, address, nbytes: int, thread) -> Problem | None:
         """Before an asynchronous copy to here, which may write at any time until it is waited for. Notes it."""
-        grains = self.grains(block, address, nbytes)
-        if problem := self.busy(grains, address):
+        grains = self.grain_indices(block, address, nbytes)
+        if problem := self.check_pending(grains, address):
             return problem
         stamps = self.written[grains]
-        racing = self.unseen(stamps, block, thread) | self.unseen_reads(grains, block, thread >> 5).any(-1)
-        self.note_write(grains, np.ones(grains.shape, bool), stamps, block, thread)
+        racing = self.find_unseen_writes(stamps, block, thread) | self.find_unseen_reads(
+            grains, block, thread >> 5
+        ).any(-1)
+        self.record_write(grains, np.ones(grains.shape, bool), stamps, block, thread)
         if not racing.any():
             return None
         at = int(np.argmax(racing.any(1)))
-        return self.race_of_write(stamps[at], grains[at], int(address[at]), block[at], thread[at], at)
+        return self.describe_write_race(stamps[at], grains[at], int(address[at]), block[at], thread[at], at)
 
-    def busy(self, grains: np.ndarray, address: np.ndarray) -> Problem | None:
+    def check_pending(self, grains: np.ndarray, address: np.ndarray) -> Problem | None:
         """Before a write: what copies have not been waited for."""
-        pending = self.copying[grains].any(1)
+        pending = self.pending_copies[grains].any(1)
         if pending.any():
             at = int(np.argmax(pending))
             return Problem("pending copy", "writes where an asynchronous copy has not been waited for", at)
-        storing = (self.storing[grains] > 0).any(1)
+        storing = (self.bulk_reads[grains] > 0).any(1)
         if storing.any():
             at = int(np.argmax(storing))
             message = f"writes shared address {address[at]}, which a bulk copy still reads: it has not been waited for"
             return Problem("race", message, at)
         return None
 
-    def note_write(self, grains, changes, stamps, block, thread) -> np.ndarray:
+    def record_write(self, grains, changes, stamps, block, thread) -> np.ndarray:
         """Which of these writes meet another lane's of this very instruction. Those that change nothing are reads."""
         self.changes += bool(changes.any())
         warp = thread >> 5
@@ -269,14 +273,18 @@ class SharedMemory:
         self.read[grains[lane, grain], warp[lane]] = now[lane]
         return self.written[grains] != np.where(changes, mine, stamps)
 
-    def race_of_write(self, stamps, grains, address: int, block: int, thread: int, at: int) -> Problem:
+    def describe_write_race(self, stamps, grains, address: int, block: int, thread: int, at: int) -> Problem:
         """What a write meets, of one lane: stamps and grains of the place."""
-        wrote = self.unseen(stamps[None], np.array([block]), np.array([thread]))[0]
+        wrote = self.find_unseen_writes(stamps[None], np.array([block]), np.array([thread]))[0]
         if wrote.any():
-            return Problem("race", self.pair("writes", "wrote", address, int(stamps[np.argmax(wrote)]) & THREAD), at)
-        late = np.argwhere(self.unseen_reads(grains[None], np.array([block]), np.array([thread >> 5]))[0])
+            return Problem(
+                "race",
+                self.describe_conflict("writes", "wrote", address, int(stamps[np.argmax(wrote)]) & THREAD_MASK),
+                at,
+            )
+        late = np.argwhere(self.find_unseen_reads(grains[None], np.array([block]), np.array([thread >> 5]))[0])
         if len(late) == 0:  # two lanes of this very instruction
-            return Problem("race", self.pair("writes", "wrote", address, None), at)
+            return Problem("race", self.describe_conflict("writes", "wrote", address, None), at)
         grain, reader = late[0]
         does = f"writes shared address {address}, which"
         if reader < self.rows:
@@ -284,24 +292,26 @@ class SharedMemory:
         group = int(reader) - self.rows
         who = f"a wgmma of warps {4 * group} to {4 * group + 3}"
         message = f"{does} {who} may still read: nothing orders the write behind the wgmma.wait_group for it"
-        return Problem("race", message, at, int(self.reader[grains[grain], group]))
+        return Problem("race", message, at, int(self.wgmma_reader[grains[grain], group]))
 
     def check_atomic(self, block, address, nbytes, thread) -> Problem | None:
         """Atomics do not race with each other: only what was there before them must be seen. Notes them as writes."""
-        grains = self.grains(block, address, nbytes)
+        grains = self.grain_indices(block, address, nbytes)
         stamps = self.written[grains]
-        racing = self.unseen(np.where(stamps & ATOMIC, 0, stamps), block, thread)
+        racing = self.find_unseen_writes(np.where(stamps & ATOMIC_BIT, 0, stamps), block, thread)
         if (stamps == 0).any() or racing.any():
             at = int(np.argmax(((stamps == 0) | racing).any(1)))
             if (stamps[at] == 0).any():
                 return Problem("uninitialised", f"updates shared address {address[at]}, which nothing has written", at)
-            return Problem("race", self.pair("updates", "wrote", address[at], int(stamps[at, 0]) & THREAD), at)
+            return Problem(
+                "race", self.describe_conflict("updates", "wrote", address[at], int(stamps[at, 0]) & THREAD_MASK), at
+            )
         warp = thread >> 5
-        mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread | ATOMIC
+        mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread | ATOMIC_BIT
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
         return None
 
-    def pair(self, does: str, did: str, address: int, thread: int | None) -> str:
+    def describe_conflict(self, does: str, did: str, address: int, thread: int | None) -> str:
         if thread is None:
             return f"{does} shared address {address}, which another thread reads or writes with no barrier between"
         who = f"thread {thread}" if thread >> 5 < self.warps else "a bulk copy"
@@ -310,34 +320,34 @@ class SharedMemory:
     # -------------------------------------------------------------------------------------------- data
 
     def load(self, block: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
-        return self.views[width][self.index(block, address, width, count)]
+        return self.views[width][self.element_indices(block, address, width, count)]
 
     def store(self, block: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:
-        index = self.index(block, address, values.dtype.itemsize, values.shape[1])
+        index = self.element_indices(block, address, values.dtype.itemsize, values.shape[1])
         self.views[values.dtype.itemsize][index] = values
 
-    def mark(self, block: np.ndarray, address: np.ndarray, nbytes: int, thread: np.ndarray) -> None:
+    def record_copies(self, block: np.ndarray, address: np.ndarray, nbytes: int, thread: np.ndarray) -> None:
         """Written by these threads now: what an asynchronous copy delivers at its wait."""
         self.changes += 1
         warp = thread >> 5
         mine = (self.clocks[block, warp, warp].astype(np.int64) << 16) | thread
-        grains = self.grains(block, address, nbytes)
+        grains = self.grain_indices(block, address, nbytes)
         self.written[grains] = np.broadcast_to(mine[:, None], grains.shape)
 
 
 @dataclass
-class Barrier:
+class Mbarrier:
     """An mbarrier object: it completes a phase when `pending` arrivals and `bytes` of copies are left at 0."""
 
     expected: int
     pending: int
     clocks: np.ndarray  # what those who arrived in the phases that are over have seen, and what of it fences showed
-    arriving: np.ndarray  # those of this phase
-    bytes: int = 0
+    arriving_clocks: np.ndarray  # those of this phase
+    tx_bytes: int = 0
     phase: int = 0
     deliveries: list = field(default_factory=list)
 
-    def settle(self) -> None:
-        if self.pending == 0 and self.bytes == 0:
+    def complete_phase(self) -> None:
+        if self.pending == 0 and self.tx_bytes == 0:
             self.pending, self.phase = self.expected, self.phase ^ 1
-            self.clocks = np.maximum(self.clocks, self.arriving)
+            self.clocks = np.maximum(self.clocks, self.arriving_clocks)

@@ -52,13 +52,13 @@ def encode_map(base: int, element: int, sizes, strides, box, swizzle: int, fill:
 
 
 def decode_map(data: bytes) -> TensorMap:
-    def get(name, at=0):
+    def get_field(name, at=0):
         start, size = FIELDS[name]
         return int.from_bytes(data[start + at * size : start + (at + 1) * size], "little")
 
-    rank, itemsize = get("rank") + 1, TYPE_BYTES[get("elemtype")]
+    rank, itemsize = get_field("rank") + 1, TYPE_BYTES[get_field("elemtype")]
     return TensorMap(
-        get("global_address"), tuple(get("global_dim", i) for i in range(rank)),
-        (itemsize, *(get("global_stride", i) for i in range(rank - 1))), tuple(get("box_dim", i) for i in range(rank)),
-        get("swizzle_mode"), get("fill_mode"), itemsize,
+        get_field("global_address"), tuple(get_field("global_dim", i) for i in range(rank)),
+        (itemsize, *(get_field("global_stride", i) for i in range(rank - 1))),
+        tuple(get_field("box_dim", i) for i in range(rank)), get_field("swizzle_mode"), get_field("fill_mode"), itemsize,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-class Named(NamedTuple):
+class TensorExtent(NamedTuple):
     """A tensor: the addresses from its first to its last element."""
 
     name: str
@@ -20,20 +20,24 @@ class Named(NamedTuple):
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()  # elements
     itemsize: int = 1
-    elements: np.ndarray | None = None  # which from first to last are the view's; None: all
+    view_elements: np.ndarray | None = None  # which from first to last are the view's; None: all
     parameter: str | None = None  # the kernel's, that holds its address
 
-    def within(self, address: np.ndarray, nbytes: int, used: int | None) -> np.ndarray:
+    def contains(self, address: np.ndarray, nbytes: int, used_bytes: int | None) -> np.ndarray:
         """Which accesses to these addresses touch nothing but elements of this tensor, in the bytes that are used."""
         good = (address >= np.uint64(self.start)) & (address + np.uint64(nbytes) <= np.uint64(self.end))
-        if self.elements is None or not good.any():
+        if self.view_elements is None or not good.any():
             return good
         offset = address[good].astype(np.int64) - self.start
-        steps = [i for i in range(0, nbytes, self.itemsize) if used is None or used >> i & (1 << self.itemsize) - 1]
-        good[good] = self.elements[(offset[:, None] + np.array(steps, np.int64)) // self.itemsize].all(1)
+        steps = [
+            i
+            for i in range(0, nbytes, self.itemsize)
+            if used_bytes is None or used_bytes >> i & (1 << self.itemsize) - 1
+        ]
+        good[good] = self.view_elements[(offset[:, None] + np.array(steps, np.int64)) // self.itemsize].all(1)
         return good
 
-    def element(self, address: int) -> tuple[int, ...] | None:
+    def element_index(self, address: int) -> tuple[int, ...] | None:
         """The index of the element at an address; None where there is none, or several."""
         left = (address - self.start) // self.itemsize
         index = dict.fromkeys(range(len(self.shape)), 0)
@@ -45,9 +49,9 @@ class Named(NamedTuple):
 
     def describe(self, address: int, nbytes: int) -> str:
         """Where an access is: "at element [3, 5] of x, float32[4, 64]", "12 bytes past the end of …"."""
-        return f"{self.place(address, nbytes)} {self.name}, {self.text}"
+        return f"{self.describe_place(address, nbytes)} {self.name}, {self.text}"
 
-    def place(self, address: int, nbytes: int) -> str:
+    def describe_place(self, address: int, nbytes: int) -> str:
         if address == self.end:
             return "right past the end of"
         if address > self.end:
@@ -57,7 +61,7 @@ class Named(NamedTuple):
         over = f", {address + nbytes - self.end} bytes of it past its end," if address + nbytes > self.end else ""
         if not self.shape:
             return f"at byte {address - self.start}{over} of"
-        index = self.element(address)
+        index = self.element_index(address)
         if index is None:
             return f"at byte {address - self.start}{over} between the elements of"
         into = (address - self.start) % self.itemsize
@@ -74,21 +78,21 @@ def storage_tensor(value) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def named(name: str, tensor: torch.Tensor, parameter: str | None = None) -> Named | None:
+def make_extent(name: str, tensor: torch.Tensor, parameter: str | None = None) -> TensorExtent | None:
     """A PyTorch CPU tensor; None if it is empty."""
     if tensor.numel() == 0:
         return None
     shape, strides, itemsize = tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     text = f"{str(tensor.dtype).removeprefix('torch.')}{list(shape)}"
-    elements = elements_of(shape, strides, span)
-    if elements is not None:
+    view_elements = find_view_elements(shape, strides, span)
+    if view_elements is not None:
         text += f" with strides {list(strides)}"
     start = tensor.data_ptr()
-    return Named(name, start, start + span * itemsize, text, shape, strides, itemsize, elements, parameter)
+    return TensorExtent(name, start, start + span * itemsize, text, shape, strides, itemsize, view_elements, parameter)
 
 
-def elements_of(shape: tuple[int, ...], strides: tuple[int, ...], span: int) -> np.ndarray | None:
+def find_view_elements(shape: tuple[int, ...], strides: tuple[int, ...], span: int) -> np.ndarray | None:
     """Which of the `span` places between its first and its last element a view shows; None: all, as far as their
     number tells."""
     moving = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s > 0]
@@ -99,13 +103,13 @@ def elements_of(shape: tuple[int, ...], strides: tuple[int, ...], span: int) -> 
     return found
 
 
-def live_tensors() -> list[Named]:
+def find_live_tensors() -> list[TensorExtent]:
     """Every CPU tensor that Python holds."""
     found = []
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter):
             try:
-                if thing.device.type == "cpu" and (extent := named("a tensor of this process", thing)):
+                if thing.device.type == "cpu" and (extent := make_extent("a tensor of this process", thing)):
                     found.append(extent)
             except RuntimeError:  # without memory of its own: sparse, or of a transform
                 continue
