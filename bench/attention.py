@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flashattn
 
-from .measure import Pair, max_error, pair
+from .environment import describe_environment
+from .measure import Pair, max_error, measure_pair
+from .table import collect, make_console, make_table
 
 
 class Case(NamedTuple):
@@ -29,7 +34,7 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions of the matrix products; 2.5 times as many backward, where S is recomputed."""
+        """FLOPs of the matrix products; 2.5 times as many backward, where S is recomputed."""
         forward = 4 * self.batch * self.heads * self.seq**2 * self.head_dim * (0.5 if self.causal else 1)
         return forward * (2.5 if self.backward else 1)
 
@@ -70,22 +75,22 @@ def run(case: Case, device: torch.device, seconds: float) -> Result:
     q, k, v, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     if not case.backward:
         with torch.no_grad():
-            return forward(case, q, k, v, device, seconds)
-    return backward(case, q, k, v, grad, device, seconds)
+            return measure_forward(case, q, k, v, device, seconds)
+    return measure_backward(case, q, k, v, grad, device, seconds)
 
 
-def backend_of(q: torch.Tensor) -> str:
+def choose_backend(q: torch.Tensor) -> str:
     return flashattn.backends.choose(q.device, q.dtype, head_dim=q.shape[-1])
 
 
-def compare(case: Case, q, ours, theirs, truth, times: Pair) -> Result:
-    """The largest errors of all results, beside their times."""
+def make_result(case: Case, q, ours, theirs, truth, times: Pair) -> Result:
+    """Of several results the largest error counts."""
     error, their_error = (max(map(max_error, results, truth)) for results in (ours, theirs))
     last_place = torch.finfo(q.dtype).eps * max(t.abs().max().item() for t in truth)
-    return Result(case, backend_of(q), error, their_error, last_place, times)
+    return Result(case, choose_backend(q), error, their_error, last_place, times)
 
 
-def forward(case: Case, q, k, v, device, seconds: float) -> Result:
+def measure_forward(case: Case, q, k, v, device, seconds: float) -> Result:
     def ours():
         return flashattn.attention(q, k, v, causal=case.causal)
 
@@ -94,10 +99,10 @@ def forward(case: Case, q, k, v, device, seconds: float) -> Result:
 
     with flashattn.use_backend("reference"):
         truth = flashattn.attention(q.double(), k.double(), v.double(), causal=case.causal)
-    return compare(case, q, [ours()], [theirs()], [truth], pair(ours, theirs, device, seconds))
+    return make_result(case, q, [ours()], [theirs()], [truth], measure_pair(ours, theirs, device, seconds))
 
 
-def backward(case: Case, q, k, v, grad, device, seconds: float) -> Result:
+def measure_backward(case: Case, q, k, v, grad, device, seconds: float) -> Result:
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = flashattn.attention(*inputs, causal=case.causal)
     their_out = scaled_dot_product_attention(*inputs, is_causal=case.causal)
@@ -111,4 +116,88 @@ def backward(case: Case, q, k, v, grad, device, seconds: float) -> Result:
     with flashattn.use_backend("reference"):
         exact = [x.detach().double().requires_grad_() for x in inputs]
         truth = torch.autograd.grad(flashattn.attention(*exact, causal=case.causal), exact, grad.double())
-    return compare(case, q, ours(), theirs(), truth, pair(ours, theirs, device, seconds))
+    return make_result(case, q, ours(), theirs(), truth, measure_pair(ours, theirs, device, seconds))
+
+
+TEXTS = ["shape", "dtype", "call", "backend"]
+NUMBERS = ["error", "torch's", "ms", "torch's", "ratio", "quartiles", "GFLOP/s"]
+
+
+def format_row(result: Result) -> list[str]:
+    case, times = result.case, result.times
+    call = ("bwd" if case.backward else "fwd") + (" causal" if case.causal else " full")
+    return [
+        f"{case.batch},{case.heads},{case.seq},{case.head_dim}", case.dtype, call, result.backend,
+        f"{result.error:.1e}" + ("" if result.correct else " WRONG"), f"{result.their_error:.1e}",
+        f"{times.ours * 1e3:.2f}", f"{times.theirs * 1e3:.2f}", f"{times.ratio:.2f}x",
+        f"{times.low:.2f}-{times.high:.2f}", f"{case.flops / times.ours / 1e9:.0f}",
+    ]  # fmt: skip
+
+
+def print_results(results: Iterable[Result]) -> list[Result]:
+    """Print a generator's results as one table, with progress while they are measured, and return them."""
+    console = make_console()
+    console.print(f"attention on {describe_environment()}")
+    console.print("shape: batch, heads, seq, head_dim; error: largest difference to float64; ms: median;")
+    console.print("ratio: torch's time / ours, median of interleaved pairs; torch's: scaled_dot_product_attention")
+    done = collect(console, results, lambda result: result.case.command)
+    console.print(make_table(TEXTS, NUMBERS, map(format_row, done)))
+    console.print(f"to repeat one row, here the last: {done[-1].case.command}")
+    return done
+
+
+def write_json(results: list[Result], path: Path) -> None:
+    """One JSON object a line, each with the command that reproduces it."""
+    lines = [
+        json.dumps(
+            {
+                **r.case._asdict(), "backend": r.backend, "error": r.error, "torch_error": r.their_error,
+                **r.times._asdict(), "machine": describe_environment(), "command": r.case.command,
+            }
+        )
+        for r in results
+    ]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+COLORS = {"float32": "tab:blue", "bfloat16": "tab:orange", "float16": "tab:green"}
+
+
+def write_plot(results: list[Result], path: Path) -> None:
+    """Ratio to PyTorch against sequence length: a panel for each pass, a colour for each dtype, causal dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter
+
+    passes = sorted({r.case.backward for r in results})
+    figure, panels = pyplot.subplots(
+        1, len(passes), figsize=(6 * len(passes), 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, backward in zip(panels[0], passes, strict=True):
+        plot_lines(axes, [r for r in results if r.case.backward == backward])
+        axes.set(xlabel="sequence length", title="backward" if backward else "forward")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+    panels[0][0].set_ylabel("PyTorch's time / ours (above 1: ours is faster)")
+    every = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(every.values(), every.keys(), loc="outside right center", fontsize="small")
+    figure.suptitle(f"attention on {describe_environment()}", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_lines(axes, results: list[Result]) -> None:
+    lines: dict[tuple, list[tuple[int, float]]] = {}
+    for r in results:
+        lines.setdefault((r.case.dtype, r.case.causal, r.case.head_dim), []).append((r.case.seq, r.times.ratio))
+    for (dtype, causal, head_dim), points in lines.items():
+        axes.plot(
+            *zip(*sorted(points), strict=True), color=COLORS[dtype], linestyle="--" if causal else "-",
+            marker="o" if head_dim == 64 else "s",
+            label=f"{dtype} {'causal' if causal else 'full'}, head_dim {head_dim}",
+        )  # fmt: skip
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.grid(alpha=0.3)

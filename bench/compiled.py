@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU, and what the compiler made of them.
+"""Compiles kernels ahead of time, without a GPU, and inspects the machine code.
 
 with compile_for("sm_90") as kernels:
     flashattn.backends.triton.forward(q, k, v, score)   # on CPU tensors: compiles, launches nothing
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import triton
@@ -25,7 +25,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 import flashattn.backends
 from flashattn.kernels import tune
 
-WAVE_64 = ("gfx90a", "gfx942", "gfx950")  # AMD architectures with 64 threads in a wavefront; the others have 32
+from .architectures import MULTIPROCESSOR, WAVE_64
+
 # Names of the matrix instructions in SASS and in AMD assembly.
 TENSOR_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)\b|\bv_(mfma|wmma|smfmac)_")
 
@@ -34,9 +35,9 @@ TENSOR_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)\b|\bv_(mfm
 class Kernel:
     name: str
     architecture: str
-    registers: int  # of a thread
-    stack_bytes: int  # local memory a thread: what did not fit the registers
-    spills: int  # instructions that store to or load from it
+    registers: int  # per thread
+    stack_bytes: int  # local memory per thread
+    spills: int  # instructions that access it
     shared_bytes: int
     tensor_instructions: int
     warps: int
@@ -44,34 +45,17 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that fit, by registers, shared memory and warps of a block."""
+        """Resident warps / the most that a multiprocessor holds, by registers, shared memory and warps per block."""
         if not self.architecture.startswith("sm_"):
-            waves = int(re.search(r"; Occupancy: (\d+)", self.code).group(1))  # of a SIMD unit, by the compiler
+            waves = int(re.search(r"; Occupancy: (\d+)", self.code).group(1))  # per SIMD unit, by the compiler
             return waves / (8 if self.architecture in WAVE_64 else 16)
         limits = MULTIPROCESSOR[self.architecture]
-        by_registers = limits.registers // (-(-self.registers * 32 // 256) * 256 * self.warps)  # given out by 256
-        by_shared = limits.shared // (self.shared_bytes + 1024)  # of each block the driver keeps 1 KiB
+        by_registers = limits.registers // (-(-self.registers * 32 // 256) * 256 * self.warps)  # allocated by 256
+        by_shared = limits.shared // (self.shared_bytes + 1024)  # the driver reserves 1 KiB of each block
         return min(limits.blocks, limits.warps // self.warps, by_registers, by_shared) * self.warps / limits.warps
 
 
-class Multiprocessor(NamedTuple):
-    registers: int
-    warps: int
-    blocks: int
-    shared: int  # bytes
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-MULTIPROCESSOR = {
-    "sm_80": Multiprocessor(65536, 64, 32, 167936), "sm_86": Multiprocessor(65536, 48, 16, 102400),
-    "sm_87": Multiprocessor(65536, 48, 16, 167936), "sm_89": Multiprocessor(65536, 48, 24, 102400),
-    "sm_90": Multiprocessor(65536, 64, 32, 233472), "sm_100": Multiprocessor(65536, 64, 32, 233472),
-    "sm_103": Multiprocessor(65536, 64, 32, 233472), "sm_110": Multiprocessor(65536, 48, 24, 233472),
-    "sm_120": Multiprocessor(65536, 48, 24, 102400), "sm_121": Multiprocessor(65536, 48, 24, 102400),
-}  # fmt: skip
-
-
-def target(architecture: str) -> GPUTarget:
+def make_target(architecture: str) -> GPUTarget:
     """ "sm_90" or "gfx942" as Triton's target."""
     if architecture.startswith("sm_"):
         return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
@@ -79,19 +63,19 @@ def target(architecture: str) -> GPUTarget:
 
 
 class NoDriver:
-    """A driver that names a GPU but has none."""
+    """A driver for a GPU that does not exist."""
 
-    # Triton caches kernels by device number: each architecture has one, and another for kernels that are not assembled.
+    # Triton caches kernels by device number: each architecture has one, and another for kernels without machine code.
     ids: ClassVar[dict[tuple[str, bool], int]] = {}
 
     def __init__(self, architecture: str):
         self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
-        return target(self.architecture)
+        return make_target(self.architecture)
 
     def get_current_device(self) -> int:
-        return self.ids.setdefault((self.architecture, CUDABackend.make_cubin is no_cubin), len(self.ids))
+        return self.ids.setdefault((self.architecture, CUDABackend.make_cubin is return_ptx), len(self.ids))
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -100,21 +84,21 @@ class NoDriver:
         return torch.device("cpu")
 
 
-def no_cubin(backend, ptx: str, *_) -> bytes:
-    """The text stands for the machine code."""
+def return_ptx(backend, ptx: str, *_) -> bytes:
+    """PTX in place of machine code."""
     return ptx.encode()
 
 
 @contextlib.contextmanager
-def unassembled() -> Iterator[None]:
-    """Within the block Triton stops at PTX, for those who read no machine code: ptxas takes up to half of the time.
-    Such kernels have names of their own in Triton's cache on disk, so that no GPU is given one."""
+def skip_assembler() -> Iterator[None]:
+    """Within the block Triton stops at PTX, where machine code is not needed: ptxas takes up to half of the time. Such
+    kernels have separate hashes in Triton's cache on disk, so that no GPU gets one."""
     name, assemble = CUDABackend.hash, CUDABackend.make_cubin
-    if assemble is no_cubin:
+    if assemble is return_ptx:
         yield
         return
     CUDABackend.hash = lambda backend: f"{name(backend)}-ptx"
-    CUDABackend.make_cubin = no_cubin
+    CUDABackend.make_cubin = return_ptx
     try:
         yield
     finally:
@@ -122,8 +106,8 @@ def unassembled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def driver(replacement: NoDriver) -> Iterator[None]:
-    """Triton launches on this driver within the block, and flashattn's triton backend takes CPU tensors."""
+def use_driver(replacement: NoDriver) -> Iterator[None]:
+    """Within the block Triton launches on this driver, and the triton backend accepts CPU tensors."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled")
     before = triton.runtime.driver._active
@@ -137,14 +121,14 @@ def driver(replacement: NoDriver) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compile_only(architecture: str, report: Callable[[object], None] = lambda compiled: None) -> Iterator[None]:
-    """Within the block every Triton launch compiles for `architecture`, is reported, and does not run."""
-    with driver(NoDriver(architecture)), tune.compile_only(report):
+    """Within the block every Triton launch is compiled for `architecture` and reported, but not run."""
+    with use_driver(NoDriver(architecture)), tune.compile_only(report):
         yield
 
 
 @contextlib.contextmanager
 def compile_for(architecture: str) -> Iterator[list[Kernel]]:
-    """Within the block every Triton launch compiles for `architecture` and is reported in the list, but not run."""
+    """Within the block every Triton launch is compiled for `architecture` and added to the list, but not run."""
     kernels: list[Kernel] = []
     with compile_only(architecture, lambda compiled: kernels.append(inspect(compiled, architecture))):
         yield kernels
@@ -180,10 +164,10 @@ def inspect_amd(compiled) -> tuple[int, int, int, str]:
 
 
 @functools.cache
-def tool_path(name: str) -> str:
+def find_tool(name: str) -> str:
     """A CUDA binary tool, from the Triton wheel."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def run_tool(name: str, *args: str) -> str:
-    return subprocess.run([tool_path(name), *args], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([find_tool(name), *args], capture_output=True, text=True, check=True).stdout

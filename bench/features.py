@@ -1,4 +1,4 @@
-"""What each feature of attention costs on top of the plain call, forward and backward."""
+"""The cost of each feature of attention relative to a call without features, forward and backward."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from datetime import date
 from typing import NamedTuple
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
 
-from .measure import Pair, max_error, pair
-from .report import machine, make_console
+from .environment import describe_environment
+from .measure import Pair, max_error, measure_pair
+from .table import collect, make_console, make_table
 
 CPU = torch.device("cpu")
-ALLOWED = 1.25  # times the plain call
+TARGET = 1.25  # times the plain call
 
-# Name to what makes its options of (shape, dtype). None hides a tile: the work of the tiles is that of the plain call.
+# Options of each feature by (shape, dtype). No tile is fully masked: the tiles are those of the plain call.
 FEATURES: dict[str, Callable[[tuple[int, ...], torch.dtype], dict]] = {
     "window as wide as the sequence": lambda s, d: dict(window=(s[2], s[2])),
     "kv_lengths, all full": lambda s, d: dict(kv_lengths=torch.full((s[0],), s[2])),
@@ -43,8 +42,8 @@ FEATURES: dict[str, Callable[[tuple[int, ...], torch.dtype], dict]] = {
 }
 
 
-def options_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> dict:
-    """The arguments of a feature, their tensors on `device`."""
+def make_options(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> dict:
+    """The keyword arguments of a feature, with tensors on `device`."""
     with device:
         return FEATURES[name](shape, dtype)
 
@@ -54,16 +53,16 @@ class Cost(NamedTuple):
     dtype: str
     forward: float  # times the plain call, median of interleaved pairs
     backward: float
-    error: float  # of out and the gradients of q, k and v: the largest difference to float64
-    plain_error: float  # likewise of the plain call
+    error: float  # largest difference to float64, of out and the gradients of q, k and v
+    plain_error: float  # likewise, of the plain call
 
     @property
     def correct(self) -> bool:
-        """The rule of the tests is held against PyTorch's error; here the plain call's serves, ten times over."""
+        """At most ten times the plain call's error. (The rule of the tests compares with PyTorch's error.)"""
         return self.error <= 10 * self.plain_error
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, options: dict) -> tuple[Callable, Callable]:
+def make_calls(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, options: dict) -> tuple[Callable, Callable]:
     """(the forward call, the backward call)"""
     out = flashattn.attention(q, k, v, **options)
     inputs = [q, k, v, *(x for x in options.values() if isinstance(x, Tensor) and x.requires_grad)]
@@ -75,12 +74,12 @@ def step(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, options: dict) -> tuple[
     return forward, lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
-def error(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, options: dict) -> float:
-    forward, backward = step(q, k, v, grad, options)
+def measure_error(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, options: dict) -> float:
+    forward, backward = make_calls(q, k, v, grad, options)
     exact = {n: x.detach().double() if is_float(x) and n != "alibi_slopes" else x for n, x in options.items()}
     with flashattn.use_backend("reference"):
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        truth_forward, truth_backward = step(*wide, grad.double(), exact)
+        truth_forward, truth_backward = make_calls(*wide, grad.double(), exact)
         truth = [truth_forward(), *truth_backward()]
     return max(max_error(x, t) for x, t in zip([forward(), *backward()[:3]], truth, strict=True))
 
@@ -89,48 +88,40 @@ def is_float(x) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the gradient of out, the same for every feature."""
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the gradient of out: equal for all features."""
     torch.manual_seed(0)
     return [*(torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)), torch.randn(shape).to(dtype)]
 
 
 @functools.cache
-def plain_error(shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    return error(*tensors(shape, dtype), {})
+def measure_plain_error(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    return measure_error(*make_inputs(shape, dtype), {})
 
 
 def measure(name: str, dtype: torch.dtype, shape: tuple[int, ...], seconds: float) -> Cost:
-    q, k, v, grad = tensors(shape, dtype)
-    options = options_of(name, shape, dtype)
-    with_feature, plain = step(q, k, v, grad, options), step(q, k, v, grad, {})
+    q, k, v, grad = make_inputs(shape, dtype)
+    options = make_options(name, shape, dtype)
+    with_feature, plain = make_calls(q, k, v, grad, options), make_calls(q, k, v, grad, {})
     # Each pair's ratio is that of the plain call to the one with the feature.
-    times: list[Pair] = [pair(a, b, CPU, seconds) for a, b in zip(with_feature, plain, strict=True)]
+    times: list[Pair] = [measure_pair(a, b, CPU, seconds) for a, b in zip(with_feature, plain, strict=True)]
     return Cost(
         name, str(dtype).removeprefix("torch."), *(1 / t.ratio for t in times),
-        error(q, k, v, grad, options), plain_error(shape, dtype),
+        measure_error(q, k, v, grad, options), measure_plain_error(shape, dtype),
     )  # fmt: skip
 
 
 def print_costs(costs: Iterable[Cost], shape: tuple[int, ...]) -> list[Cost]:
     console = make_console(132)
-    console.print(f"features on {machine()}; {date.today()}")
+    console.print(f"features on {describe_environment()}; {date.today()}")
     console.print(f"(batch, heads, seq, head_dim) {shape}; times the plain call, median of interleaved pairs;")
-    console.print(f"asked for: at most {ALLOWED}x; error: largest difference to float64, with the feature / plain")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("feature", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("forward", "backward", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    done = []
-    with console.status("measuring") as status:
-        for c in costs:
-            done.append(c)
-            wrong = "" if c.correct else " WRONG"
-            table.add_row(
-                c.feature, c.dtype, f"{c.forward:.2f}x", f"{c.backward:.2f}x",
-                f"{c.error:.0e}/{c.plain_error:.0e}{wrong}",
-            )  # fmt: skip
-            status.update(f"measured {c.feature}, {c.dtype}")
-    console.print(table)
+    console.print(f"target: at most {TARGET}x; error: largest difference to float64, with the feature / plain")
+    done = collect(console, costs, lambda cost: f"{cost.feature}, {cost.dtype}")
+    console.print(make_table(["feature", "dtype"], ["forward", "backward", "error"], map(format_cost, done)))
     return done
+
+
+def format_cost(c: Cost) -> list[str]:
+    wrong = "" if c.correct else " WRONG"
+    error = f"{c.error:.0e}/{c.plain_error:.0e}{wrong}"
+    return [c.feature, c.dtype, f"{c.forward:.2f}x", f"{c.backward:.2f}x", error]

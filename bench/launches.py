@@ -1,4 +1,4 @@
-"""The project's kernels as launches on CPU tensors: for those who compile or execute them without a GPU."""
+"""Calls that launch the project's kernels on CPU tensors, to compile or execute them without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashattn.cache import KVCache, Rotary
 
 
 class Work(NamedTuple):
-    """A call, and what of its results is compared with what truth: (name, ours, expected) each."""
+    """A call and its truth in float64, with their results by name."""
 
     text: str
     run: Callable[[], dict[str, torch.Tensor]]
@@ -33,7 +33,7 @@ def attention(shape, dtype=torch.bfloat16, causal=False, backward=False) -> Work
             results |= dict(zip(("grad_q", "grad_k", "grad_v"), gradients, strict=True))
         return results
 
-    text = f"attention of ({', '.join(map(str, shape))}), {name_of(dtype)}{', causal' if causal else ''}"
+    text = f"attention of ({', '.join(map(str, shape))}), {dtype_name(dtype)}{', causal' if causal else ''}"
     return Work(text, run, lambda: run(torch.float64))
 
 
@@ -50,7 +50,7 @@ def norm(shape, dtype=torch.bfloat16, backward=False, rms=False) -> Work:
             results |= dict(zip(("grad_x", "grad_weight"), torch.autograd.grad(y, inputs, grad.to(y)), strict=True))
         return results
 
-    text = f"{'rms_norm' if rms else 'layer_norm'} of ({rows}, {cols}), {name_of(dtype)}"
+    text = f"{'rms_norm' if rms else 'layer_norm'} of ({rows}, {cols}), {dtype_name(dtype)}"
     return Work(text, run, lambda: run(torch.float64))
 
 
@@ -66,14 +66,14 @@ def decode(shape, dtype=torch.bfloat16) -> Work:
         cache = KVCache(batch, heads, seq, head_dim, dtype=kind)
         table = torch.float64 if kind == torch.float64 else torch.float32
         rotary = Rotary(angles.cos().to(table), angles.sin().to(table))
-        with flashattn.use_backend("reference"):  # the tokens before: not what is looked at
+        with flashattn.use_backend("reference"):  # the earlier tokens: not what is measured
             before = torch.zeros(batch, heads, seq - 1, head_dim, dtype=kind)
             flashattn.decode(before, cache, k[:, :, :-1].to(kind), v[:, :, :-1].to(kind), rotary)
         out = flashattn.decode(q.to(kind), cache, k[:, :, -1:].to(kind), v[:, :, -1:].to(kind), rotary)
         return {"out": out}
 
-    return Work(f"decode of ({', '.join(map(str, shape))}), {name_of(dtype)}", run, lambda: run(torch.float64))
+    return Work(f"decode of ({', '.join(map(str, shape))}), {dtype_name(dtype)}", run, lambda: run(torch.float64))
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Bytes that norms and a decoding step move over those they need, counted by the PTX machine, against their limit."""
+"""Bytes that norms and a decode step move / those they need, counted by the PTX machine, against their limit."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from . import launches, ptx
 from .ptx import Launch
 from .ptx.norm_bytes import count_norm_bytes
 
-AT_MOST, AIM = 1.02, 1.00
+AT_MOST, TARGET = 1.02, 1.00
 WIDTHS = (4096, 8192, 16384, 32768, 65536)  # columns of a norm
-KEYS = (4096, 16384)  # of a decoding step
+KEYS = (4096, 16384)  # of a decode step
 
 
-class Moved(NamedTuple):
+class BytesMoved(NamedTuple):
     what: str
     size: str
     ratio: float
 
 
-def measure() -> Iterator[Moved]:
+def measure() -> Iterator[BytesMoved]:
     for rms in (True, False):
         name = "rms_norm" if rms else "layer_norm"
         for width in WIDTHS:
-            for direction, ratio in norm_ratios(width, rms).items():
-                yield Moved(f"{name} {direction}", f"{width:,} columns", ratio)
+            for direction, ratio in measure_norm(width, rms).items():
+                yield BytesMoved(f"{name} {direction}", f"{width:,} columns", ratio)
     for keys in KEYS:
-        yield Moved("decode", f"{keys:,} keys", decode_ratio(keys))
+        yield BytesMoved("decode", f"{keys:,} keys", measure_decode(keys))
 
 
-def norm_ratios(width: int, rms: bool) -> dict[str, float]:
-    """By pass: of rows, which are larger than a cache."""
+def measure_norm(width: int, rms: bool) -> dict[str, float]:
+    """Ratio by pass, of rows only: they exceed any cache."""
     torch.use_deterministic_algorithms(False)
     with ptx.device("sm_90") as gpu, flashattn.use_backend("triton"):
         launches.norm((max(1, 2**15 // width), width), backward=True, rms=rms).run()
     return {direction: moved.moved for direction, moved in count_norm_bytes(gpu.launches).items()}
 
 
-def decode_ratio(keys: int) -> float:
-    steps, needed = decode(keys)
+def measure_decode(keys: int) -> float:
+    steps, needed = run_decode(keys)
     return sum(launch.counts.read_bytes + launch.counts.written_bytes for launch in steps) / needed
 
 
-def decode(keys: int, page_size: int | None = None, capacity: int | None = None) -> tuple[list[Launch], int]:
-    """(launches of a step of one new query of 4 heads on one key head of 128, bytes it cannot do without)."""
+def run_decode(keys: int, page_size: int | None = None, capacity: int | None = None) -> tuple[list[Launch], int]:
+    """(launches, bytes needed) of a decode step of 4 query heads on one key head of 128."""
     torch.manual_seed(0)
     pages = 1 if page_size is None else keys // page_size
     q, k, v = (

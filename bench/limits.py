@@ -1,7 +1,7 @@
-"""The project's kernels against the limits set for them: issue slots that do not multiply, in loops over whole tiles.
+"""The project's kernels against their limits: issue slots of other instructions in loops over full tiles.
 
-A multiprocessor issues one instruction a clock for each of its four schedulers, whatever it is: where a loop has fewer
-other instructions for its tensor FLOPs, the tensor cores wait less. "before" are the plain kernels as an H100
+Each of a multiprocessor's four schedulers issues one instruction a clock, whatever its kind: the fewer other
+instructions a loop has for its tensor FLOPs, the less the tensor cores wait. "before" are the plain kernels as an H100
 and an H200 first ran them.
 """
 
@@ -11,9 +11,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from flashattn.backends import triton as backend
 from flashattn.protocol import Saved
@@ -21,21 +19,21 @@ from flashattn.score import Score
 
 from . import limit_bytes
 from .compiled import Kernel, compile_for
-from .report import make_console
 from .sass import Loop, steady_loops, tensor_loops
+from .table import collect, make_console, make_table
 
 TOLERANCE = 1.02  # of a limit: the assembler's versions differ by an instruction or two
 
 
 class Limit(NamedTuple):
-    """Slots for 1,024 tensor FLOPs of a warp, bfloat16, without features."""
+    """Slots per 1,024 tensor FLOPs of a warp, bfloat16, without features."""
 
     direction: str
     architecture: str
     head_dim: int
     before: float | None
     at_most: float
-    aim: float | None
+    target: float | None
 
 
 LIMITS = [
@@ -50,23 +48,23 @@ LIMITS = [
 ]  # fmt: skip
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     kernel: Kernel
-    steady: list[Loop]  # one for each role that multiplies
+    loops: list[Loop]  # over full tiles, one for each role that multiplies
 
     @property
     def slots(self) -> float:
-        return max(loop.overhead for loop in self.steady)
+        return max(loop.overhead for loop in self.loops)
 
     @property
     def local(self) -> int:
-        """Instructions of these loops that touch local memory."""
-        return sum(loop.mix.get("local", 0) for loop in self.steady)
+        """Instructions of these loops that access local memory."""
+        return sum(loop.mix.get("local", 0) for loop in self.loops)
 
 
 @functools.cache
-def kernels(architecture: str, head_dim: int, causal: bool = False) -> dict[str, Kernel]:
-    """The three passes at a head_dim, compiled, by their names."""
+def compile_kernels(architecture: str, head_dim: int, causal: bool = False) -> dict[str, Kernel]:
+    """The kernels of the three passes at a head_dim, by name of the pass."""
     q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)
     score = Score(head_dim**-0.5, right=0 if causal else None)
     with compile_for(architecture) as found:
@@ -75,67 +73,62 @@ def kernels(architecture: str, head_dim: int, causal: bool = False) -> dict[str,
     return {kernel.name.removeprefix("attention_").removesuffix("_hopper"): kernel for kernel in found}
 
 
-def measure(limit: Limit, causal: bool = False) -> Measured:
-    kernel = kernels(limit.architecture, limit.head_dim, causal)[limit.direction]
-    return Measured(kernel, steady_loops(tensor_loops(kernel.code)))
+def measure(limit: Limit, causal: bool = False) -> Measurement:
+    kernel = compile_kernels(limit.architecture, limit.head_dim, causal)[limit.direction]
+    return Measurement(kernel, steady_loops(tensor_loops(kernel.code)))
 
 
-def is_kept(limit: Limit, measured: Measured) -> bool:
+def is_met(limit: Limit, measured: Measurement) -> bool:
     return measured.slots <= limit.at_most * TOLERANCE and not measured.local
 
 
 def run() -> int:
-    """Prints the tables. 0: every limit on slots is kept; 1: one is not. Those on bytes that are missed say OVER."""
+    """Print the tables. 0: every limit on slots is met; 1: one is not. Limits on bytes that are exceeded say OVER."""
     console = make_console(120)
-    found, moved = [], []
     with console.status("compiling") as status:
+        measured = []
         for limit in LIMITS:
             status.update(f"compiling for {limit.architecture}, head_dim {limit.head_dim}")
-            found.append(measure(limit))
-        for each in limit_bytes.measure():
-            moved.append(each)
-            status.update(f"counted the bytes of {each.what}, {each.size}")
-    print_limits(console, found)
+            measured.append(measure(limit))
+    moved = collect(console, limit_bytes.measure(), lambda each: f"the bytes of {each.what}, {each.size}")
+    print_slots(console, measured)
     print_bytes(console, moved)
-    return 0 if all(is_kept(*pair) for pair in zip(LIMITS, found, strict=True)) else 1
+    return 0 if all(is_met(*pair) for pair in zip(LIMITS, measured, strict=True)) else 1
 
 
-def print_limits(console: Console, found: list[Measured]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("kernel", "arch"):
-        table.add_column(name, no_wrap=True)
-    for name in ("head_dim", "before", "now", "at most", "aim", "registers", "spills", "in the loop"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for limit, measured in zip(LIMITS, found, strict=True):
-        kernel = measured.kernel
-        table.add_row(
-            kernel.name, limit.architecture, str(limit.head_dim), number(limit.before), number(measured.slots),
-            number(limit.at_most) + ("" if is_kept(limit, measured) else " OVER"), number(limit.aim),
-            str(kernel.registers), str(kernel.spills or "."), str(measured.local or "."),
-        )  # fmt: skip
-    console.print(table)
+def print_slots(console: Console, measured: list[Measurement]) -> None:
+    numbers = ["head_dim", "before", "now", "at most", "target", "registers", "spills", "in the loop"]
+    rows = (format_slots(*pair) for pair in zip(LIMITS, measured, strict=True))
+    console.print(make_table(["kernel", "arch"], numbers, rows))
     console.print(
-        "before, now, at most, aim: issue slots of other instructions for 1,024 tensor FLOPs of a warp, in the"
+        "before, now, at most, target: issue slots of other instructions per 1,024 tensor FLOPs of a warp, in the"
     )
-    console.print("loop over whole tiles; spills: instructions that store or load what did not fit the registers")
+    console.print("loop over full tiles; spills: instructions that access local memory")
 
 
-def print_bytes(console: Console, moved: list[limit_bytes.Moved]) -> None:
-    """A line for each pass, a column for each size."""
-    lines: dict[str, dict[str, float]] = {}
+def format_slots(limit: Limit, measured: Measurement) -> list[str]:
+    kernel = measured.kernel
+    return [
+        kernel.name, limit.architecture, str(limit.head_dim), format_number(limit.before),
+        format_number(measured.slots), format_number(limit.at_most) + ("" if is_met(limit, measured) else " OVER"),
+        format_number(limit.target), str(kernel.registers), str(kernel.spills or "."), str(measured.local or "."),
+    ]  # fmt: skip
+
+
+def print_bytes(console: Console, moved: list[limit_bytes.BytesMoved]) -> None:
+    """A row for each pass, a column for each size."""
+    ratios: dict[str, dict[str, float]] = {}
     for each in moved:
-        lines.setdefault(each.what, {})[each.size] = each.ratio
-    for sizes in (list(lines["decode"]), list(next(iter(lines.values())))):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("bytes moved / needed", no_wrap=True)
-        for name in (*sizes, "at most", "aim"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for what, ratios in lines.items():
-            if list(ratios) == sizes:
-                cells = [f"{ratios[size]:.3f}" + " OVER" * (ratios[size] > limit_bytes.AT_MOST) for size in sizes]
-                table.add_row(what, *cells, number(limit_bytes.AT_MOST), number(limit_bytes.AIM))
-        console.print(table)
+        ratios.setdefault(each.what, {})[each.size] = each.ratio
+    for sizes in (list(ratios["decode"]), list(next(iter(ratios.values())))):
+        rows = [format_bytes(what, by_size) for what, by_size in ratios.items() if list(by_size) == sizes]
+        console.print(make_table(["bytes moved / needed"], [*sizes, "at most", "target"], rows))
 
 
-def number(value: float | None) -> str:
+def format_bytes(what: str, ratios: dict[str, float]) -> list[str]:
+    cells = [f"{ratio:.3f}" + " OVER" * (ratio > limit_bytes.AT_MOST) for ratio in ratios.values()]
+    return [what, *cells, format_number(limit_bytes.AT_MOST), format_number(limit_bytes.TARGET)]
+
+
+def format_number(value: float | None) -> str:
     return "." if value is None else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Timing to trust on a noisy machine: ours and theirs in turn, in one process, and the ratio pair by pair."""
+"""Timing for a noisy machine: ours and theirs alternate in one process, and the ratio is taken pair by pair."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 
 def keep_memory_warm() -> None:
-    """Have glibc keep what is freed, so that a call's results lie in memory that was used before. Fresh pages cost as
-    much as a kernel that streams, and which call meets them is chance. Elsewhere this does nothing."""
+    """Make glibc keep freed memory, so that results are allocated in pages that were used before: page faults cost as
+    much as a bandwidth-bound kernel, and hit calls at random. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
     runs: int
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+def time_call(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -40,15 +40,15 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def pair(
-    ours: Callable[[], object], theirs: Callable[[], object], device: torch.device, seconds: float, least: int = 5
+def measure_pair(
+    ours: Callable[[], object], theirs: Callable[[], object], device: torch.device, seconds: float, min_runs: int = 5
 ) -> Pair:
-    """Run both in turn for about `seconds`, at least `least` times each after one warm-up."""
+    """Alternate the two for about `seconds`, at least `min_runs` times each, after one warm-up."""
     ours(), theirs()
     times: list[tuple[float, float]] = []
     stop = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < stop:
-        times.append((seconds_of(ours, device), seconds_of(theirs, device)))
+    while len(times) < min_runs or time.perf_counter() < stop:
+        times.append((time_call(ours, device), time_call(theirs, device)))
     ratios = sorted(b / a for a, b in times)
     quarter = len(ratios) // 4
     return Pair(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich import box
-from rich.table import Table
 from torch.nn import functional as F
 
 import model
@@ -22,17 +20,18 @@ from model.layers import initialise
 from model.serving import Request, Server
 from model.train import Processes, Training, make_optimizer, step_of
 
-from .measure import Pair, pair
-from .report import machine, make_console
+from .environment import describe_environment
+from .measure import Pair, measure_pair
+from .table import collect, make_console, make_table
 
 CPU = torch.device("cpu")
-# Words for sentences; what they say does not matter to their time, and this text does not change.
+# Words of the sentences: their meaning does not matter to their time, and this text does not change.
 TEXT = Path(__file__).parent.parent.joinpath("LICENSE")
 
 
 class Row(NamedTuple):
     name: str
-    goal: float  # the least ratio asked for
+    target: float  # minimum ratio
     times: Pair
     speed: str
     same: bool  # whether both gave the same result
@@ -40,12 +39,12 @@ class Row(NamedTuple):
 
 class Case(NamedTuple):
     name: str
-    goal: float
+    target: float
     prepare: Callable[[], tuple[Callable, Callable, Callable[[], bool], Callable[[float], str]]]
 
 
-def in_transformers(ours: model.Transformer, kind: str):
-    """The same weights there."""
+def load_in_transformers(ours: model.Transformer, kind: str):
+    """The same weights in `transformers`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -55,9 +54,9 @@ def in_transformers(ours: model.Transformer, kind: str):
         return getattr(transformers, kind).from_pretrained(Path(directory) / "model", dtype=torch.float32).eval()
 
 
-def generation():
+def prepare_generation():
     ours, tokenizer = model.load("smollm2")
-    theirs = in_transformers(ours, "LlamaForCausalLM")
+    theirs = load_in_transformers(ours, "LlamaForCausalLM")
     prompt, count = tokenizer.encode("The three laws of motion are:"), 48
 
     def our_tokens() -> list[int]:
@@ -75,24 +74,24 @@ def generation():
     return our_tokens, their_tokens, same, lambda seconds: f"{count / seconds:.1f} tokens/s"
 
 
-def sentences(lengths: list[int]) -> list[str]:
+def make_sentences(lengths: list[int]) -> list[str]:
     words, rng = TEXT.read_text(encoding="utf-8").split(), random.Random(0)
     firsts = [rng.randrange(len(words) - n) for n in lengths]
     return [" ".join(words[first : first + n]) for first, n in zip(firsts, lengths, strict=True)]
 
 
-def embedding(lengths: list[int]):
+def prepare_embedding(lengths: list[int]):
     ours, tokenizer = model.load("minilm")
-    theirs = in_transformers(ours, "BertModel")
-    texts = sentences(lengths)
+    theirs = load_in_transformers(ours, "BertModel")
+    texts = make_sentences(lengths)
     encoded = [torch.tensor(tokenizer.encode(text)) for text in texts]
     tokens = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
-    exists = (torch.arange(tokens.shape[1]) < torch.tensor([len(e) for e in encoded])[:, None]).long()
+    valid = (torch.arange(tokens.shape[1]) < torch.tensor([len(e) for e in encoded])[:, None]).long()
 
     @torch.inference_mode()
     def their_vectors() -> torch.Tensor:
-        hidden = theirs(tokens, attention_mask=exists).last_hidden_state
-        mean = (hidden * exists[..., None]).sum(1) / exists.sum(1, keepdim=True)
+        hidden = theirs(tokens, attention_mask=valid).last_hidden_state
+        mean = (hidden * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
         return F.normalize(mean, dim=-1)
 
     our_vectors = partial(embed, ours, tokenizer, texts)
@@ -100,13 +99,13 @@ def embedding(lengths: list[int]):
     return our_vectors, their_vectors, same, lambda seconds: f"{len(texts) / seconds:.0f} texts/s"
 
 
-def training():
+def prepare_training():
     """A GPT-2 of 4 layers, 256 wide: forward, backward, clipping, AdamW on 8 pieces of 256 tokens."""
     hf = dict(vocab_size=4096, n_embd=256, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0)
     ours = model.Transformer(gpt2.config(hf))
     torch.manual_seed(0)
     initialise(ours, 4)
-    theirs = in_transformers(ours, "GPT2LMHeadModel")
+    theirs = load_in_transformers(ours, "GPT2LMHeadModel")
     ours.train(), theirs.train()
     settings = Training(steps=1)
     optimizers = [make_optimizer(m, settings) for m in (ours, theirs)]
@@ -129,11 +128,11 @@ def training():
     return our_step, their_step, same, lambda seconds: f"{batch.tokens / seconds:,.0f} tokens/s"
 
 
-def batching():
-    """32 requests of mixed lengths on SmolLM2, served together and one after another."""
+def prepare_batching():
+    """32 requests of mixed lengths on SmolLM2: served together, and one by one."""
     ours, tokenizer = model.load("smollm2")
     rng = random.Random(0)
-    prompts = [tokenizer.encode(text) for text in sentences([rng.randint(3, 40) for _ in range(32)])]
+    prompts = [tokenizer.encode(text) for text in make_sentences([rng.randint(3, 40) for _ in range(32)])]
     counts = [rng.randint(4, 24) for _ in prompts]
 
     def together() -> list[list[int]]:
@@ -149,13 +148,14 @@ def batching():
     return together, one_by_one, same, lambda seconds: f"{sum(counts) / seconds:.1f} tokens/s"
 
 
+NUMBERS = ["s", "theirs", "ratio", "quartiles", "target", "speed", "same"]
 MIXED = [4, 6, 8, 8, 10, 10, 12, 14, 16, 20, 24, 30, 40, 60, 90, 150]
 CASES = [
-    Case("SmolLM2, 48 tokens greedy", 1.3, generation),
-    Case("MiniLM, 16 texts of 24 words", 1.3, partial(embedding, [24] * 16)),
-    Case("MiniLM, 16 texts of 4 to 150 words", 2.0, partial(embedding, MIXED)),
-    Case("training step of a small GPT-2", 1.2, training),
-    Case("32 requests together, to one by one", 3.0, batching),
+    Case("SmolLM2, 48 tokens greedy", 1.3, prepare_generation),
+    Case("MiniLM, 16 texts of 24 words", 1.3, partial(prepare_embedding, [24] * 16)),
+    Case("MiniLM, 16 texts of 4 to 150 words", 2.0, partial(prepare_embedding, MIXED)),
+    Case("training step of a small GPT-2", 1.2, prepare_training),
+    Case("32 requests together, to one by one", 3.0, prepare_batching),
 ]
 
 
@@ -163,29 +163,24 @@ def measure(words: list[str], seconds: float) -> Iterator[Row]:
     for case in CASES:
         if all(word in case.name for word in words):
             ours, theirs, same, speed = case.prepare()
-            times = pair(ours, theirs, CPU, seconds, least=3)
-            yield Row(case.name, case.goal, times, speed(times.ours), same())
+            times = measure_pair(ours, theirs, CPU, seconds, min_runs=3)
+            yield Row(case.name, case.target, times, speed(times.ours), same())
 
 
-def print_rows(rows: Iterator[Row]) -> list[Row]:
+def print_rows(rows: Iterable[Row]) -> list[Row]:
     console = make_console()
     console.print(
-        f"whole models on {machine()}\nfloat32; s: median; ratio: transformers' time / ours (of the last row: one"
+        f"whole models on {describe_environment()}\nfloat32; s: median; ratio: transformers' time / ours (last row: one"
     )
-    console.print("by one / together), median of interleaved pairs; goal: the least ratio asked for")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("case", no_wrap=True)
-    for name in ("s", "theirs", "ratio", "quartiles", "goal", "speed", "same"):
-        table.add_column(name, justify="right", no_wrap=True)
-    done = []
-    with console.status("measuring") as status:
-        for row in rows:
-            done.append(row)
-            t = row.times
-            table.add_row(
-                row.name, f"{t.ours:.3f}", f"{t.theirs:.3f}", f"{t.ratio:.2f}x", f"{t.low:.2f}-{t.high:.2f}",
-                f"{row.goal}x", row.speed, "yes" if row.same else "WRONG",
-            )  # fmt: skip
-            status.update(f"measured {row.name}")
-    console.print(table)
+    console.print("by one / together), median of interleaved pairs; target: the minimum ratio")
+    done = collect(console, rows, lambda row: row.name)
+    console.print(make_table(["case"], NUMBERS, map(format_row, done)))
     return done
+
+
+def format_row(row: Row) -> list[str]:
+    t = row.times
+    return [
+        row.name, f"{t.ours:.3f}", f"{t.theirs:.3f}", f"{t.ratio:.2f}x", f"{t.low:.2f}-{t.high:.2f}",
+        f"{row.target}x", row.speed, "yes" if row.same else "WRONG",
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from ..named_kernel import UsageError
+from ..usage import UsageError
 from . import rules
 from .parts import PARTS, choose
 from .results import read, read_file
@@ -40,6 +40,7 @@ def add_parser(commands) -> None:
     command.add_argument("--out", type=Path, metavar="DIRECTORY", help="default bench/out/gpu-CARD-DATE-TIME")
     command.add_argument("--summary", type=Path, metavar="FILE", help="only print the table of results that are there")
     command.add_argument("--rehearse", action="store_true", help="without a GPU: every part, at the smallest sizes")
+    command.set_defaults(run=run)
 
 
 def run(args) -> int:

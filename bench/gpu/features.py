@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flashattn
 
-from ..features import FEATURES, is_float, options_of
+from ..features import FEATURES, is_float, make_options
 from .compare import OURS, Comparison, bytes_of, compare_all, reference_truth
 from .context import Call, Context
 
@@ -59,7 +59,7 @@ def costs(rows: list[dict], name: str) -> Iterator[str]:
 def comparison(context: Context, case: Case) -> Comparison:
     inputs = [context.randn(*case.shape).requires_grad_(case.backward) for _ in range(3)]
     grad = context.randn(*case.shape)
-    options = options_of(case.feature, case.shape, torch.bfloat16, context.device)
+    options = make_options(case.feature, case.shape, torch.bfloat16, context.device)
     options = {name: x if case.backward else detached(x) for name, x in options.items()}
     batch, heads, seq, head_dim = case.shape
     settings = {

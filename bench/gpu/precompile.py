@@ -115,7 +115,7 @@ def compiling(settings: Settings, wanted: Callable[[str, str], bool]) -> Iterato
     def compile_if_wanted(self, key, *args):
         return compile_it(self, key, *args) if wanted(self.__name__, f"{self.__name__} {key}") else None
 
-    assembling = compiled.unassembled() if settings.rehearse else contextlib.nullcontext()
+    assembling = compiled.skip_assembler() if settings.rehearse else contextlib.nullcontext()
     with assembling, compiled.compile_only(settings.card.architecture, report), flashattn.use_backend("triton"):
         JITFunction._do_compile = compile_if_wanted
         try:

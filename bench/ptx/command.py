@@ -14,8 +14,8 @@ import torch
 import flashattn
 
 from .. import launches, named_kernel
-from ..named_kernel import UsageError
-from ..report import make_console
+from ..table import make_console
+from ..usage import UsageError
 from . import precision, report
 from .driver import ARCHITECTURES, device
 from .norm_bytes import count_norm_bytes
@@ -103,7 +103,7 @@ def make_call(args):
     """What a kernel of a file runs."""
     if ":" not in args.what:
         raise UsageError(f"takes {', '.join(SHAPES)} or file.py:function, got {args.what!r}")
-    return named_kernel.launch(args.what, args.arguments, parse_numbers(args.grid, "--grid"))
+    return named_kernel.make_launch(args.what, args.arguments, parse_numbers(args.grid, "--grid"))
 
 
 def run(args) -> int:

@@ -22,8 +22,9 @@ from triton.runtime.cache import get_cache_manager
 
 from flashattn.kernels.configs import SHARED_MEMORY
 
-from ..compiled import MULTIPROCESSOR, NoDriver, driver, unassembled
-from ..report import make_console
+from ..architectures import MULTIPROCESSOR
+from ..compiled import NoDriver, skip_assembler, use_driver
+from ..table import make_console
 from . import instructions, report  # noqa: F401  (instructions registers them)
 from .faults import Fault, Judge
 from .frontend.parse import parse
@@ -64,7 +65,7 @@ def device(
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     gpu = Device(architecture, max_instructions, on_fault)
-    with driver(gpu), unassembled(), gpu.unwritten.watch():
+    with use_driver(gpu), skip_assembler(), gpu.unwritten.watch():
         yield gpu
 
 

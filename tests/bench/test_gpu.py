@@ -38,7 +38,7 @@ from bench.gpu.compare import OURS, Comparison, compare
 from bench.gpu.context import Context, Settings
 from bench.gpu.parts import PARTS, PRECOMPILED, choose
 from bench.gpu.supervisor import PRELOADED, describe
-from bench.named_kernel import UsageError
+from bench.usage import UsageError
 
 ROOT = Path(__file__).parents[2]
 MEASURED = {"attention": attention, "decode": decode, "varlen": varlen, "norms": norms, "features": features}

@@ -46,7 +46,7 @@ def test_who_serves_hopper():
 
     def serves(architecture: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> set[bool]:
         q = torch.empty(1, 2, 100, head_dim, dtype=dtype)
-        with compiled.driver(compiled.NoDriver(architecture)):
+        with compiled.use_driver(compiled.NoDriver(architecture)):
             passes = "forward", "backward_q", "backward_kv"
             return {roles(direction, q, q, q, Score(1.0)) is not None for direction in passes}
 

@@ -25,16 +25,16 @@ CONSUMER, PRODUCER = 240, 24  # registers of a thread
 
 @pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda x: f"{x.direction}-{x.architecture}-{x.head_dim}")
 def test_limits(limit):
-    assert limits.is_kept(limit, limits.measure(limit))
+    assert limits.is_met(limit, limits.measure(limit))
 
 
 @pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda x: f"{x.direction}-{x.architecture}-{x.head_dim}")
 def test_a_causal_mask_costs_whole_tiles_nothing(limit):
-    assert limits.is_kept(limit, limits.measure(limit, causal=True))
+    assert limits.is_met(limit, limits.measure(limit, causal=True))
 
 
 def in_roles(head_dim: int) -> dict[str, Kernel]:
-    found = limits.kernels("sm_90", head_dim)
+    found = limits.compile_kernels("sm_90", head_dim)
     return {name: kernel for name, kernel in found.items() if kernel.name.endswith("_hopper")}
 
 

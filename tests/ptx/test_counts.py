@@ -220,7 +220,7 @@ def test_lines_add_up():
 def test_decoding_moves_the_cache_once(page_size):
     """Each key and value once, in whole sectors, 16 bytes a lane. Besides, the workspace: of each of 32 splits and 4
     rows 130 numbers, written and read."""
-    launches, needed = limit_bytes.decode(16384, page_size)
+    launches, needed = limit_bytes.run_decode(16384, page_size)
     attend, merge = (launch.counts for launch in launches)
     copies = [row for instruction, row in attend.rows() if instruction.op == "cp.async.cg.shared.global"]
     assert sum(row["global_bytes"] for row in copies) == 2 * 16384 * 128 * 2
@@ -236,15 +236,15 @@ def test_decoding_moves_the_cache_once(page_size):
 
 def test_a_page_table_is_read_once_a_row():
     """And not once for each of its columns: 4 bytes for each key of a tile."""
-    (attend, _), _ = limit_bytes.decode(512, 16)
+    (attend, _), _ = limit_bytes.run_decode(512, 16)
     entries = [row for instruction, row in attend.counts.rows() if instruction.op == "cp.async.ca.shared.global"]
     assert sum(row["global_bytes"] for row in entries) == 512 * 4
 
 
 def test_programs_past_the_end_of_a_row_cost_nothing():
     """A grid from the capacity, as a CUDA graph has it."""
-    (tight, *_), _ = limit_bytes.decode(512, None)
-    (roomy, merge), _ = limit_bytes.decode(512, None, 100_000)
+    (tight, *_), _ = limit_bytes.run_decode(512, None)
+    (roomy, merge), _ = limit_bytes.run_decode(512, None, 100_000)
     assert (tight.grid[0], roomy.grid[0]) == (2, 32)
     assert roomy.counts.read_bytes == tight.counts.read_bytes
     stored, also_stored = (

@@ -1,0 +1,2 @@
+class UsageError(ValueError):
+    """A command line that makes no sense: exit code 2."""
