@@ -16,7 +16,7 @@ from flashattn.kernels.configs import SHARED_MEMORY
 
 from . import launches, named_kernel
 from .compiled import Kernel, compile_for
-from .sass import Loop, tensor_loops
+from .sass import Loop, find_tensor_loops
 from .table import make_console, make_table
 from .usage import UsageError
 
@@ -58,7 +58,7 @@ def compile_all(calls: list[Call], architectures: list[str], console: Console) -
 
 
 def find_loops(kernel: Kernel) -> list[Loop]:
-    return tensor_loops(kernel.code) if kernel.architecture.startswith("sm_") else []
+    return find_tensor_loops(kernel.code) if kernel.architecture.startswith("sm_") else []
 
 
 def print_kernels(console: Console, kernels: list[CompiledKernel]) -> bool:

@@ -19,7 +19,7 @@ from flashattn.score import Score
 
 from . import limit_bytes
 from .compiled import Kernel, compile_for
-from .sass import Loop, steady_loops, tensor_loops
+from .sass import Loop, find_full_tile_loops
 from .table import collect, make_console, make_table
 
 TOLERANCE = 1.02  # of a limit: the assembler's versions differ by an instruction or two
@@ -75,7 +75,7 @@ def compile_kernels(architecture: str, head_dim: int, causal: bool = False) -> d
 
 def measure(limit: Limit, causal: bool = False) -> Measurement:
     kernel = compile_kernels(limit.architecture, limit.head_dim, causal)[limit.direction]
-    return Measurement(kernel, steady_loops(tensor_loops(kernel.code)))
+    return Measurement(kernel, find_full_tile_loops(kernel.code))
 
 
 def is_met(limit: Limit, measured: Measurement) -> bool:

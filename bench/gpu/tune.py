@@ -26,7 +26,7 @@ from flashattn.protocol import Saved
 from flashattn.score import Score
 
 from ..compiled import Kernel, compile_for
-from ..sass import steady_loops, tensor_loops
+from ..sass import find_full_tile_loops
 from .card import cores
 from .context import Context, first_line, poisoned, tensors_of
 from .kernel_hashes import fix_hashes
@@ -316,7 +316,7 @@ def compile_candidate(architecture: str, row: Row, tiles: tune.Row) -> Static:
 
 def inspect(tiles: tune.Row, kernel: Kernel) -> Static:
     """A compiled candidate, with its loops of tensor instructions over whole tiles."""
-    loops = steady_loops(tensor_loops(kernel.code)) if kernel.architecture.startswith("sm_") else []
+    loops = find_full_tile_loops(kernel.code) if kernel.architecture.startswith("sm_") else []
     local = sum(loop.mix.get("local", 0) for loop in loops) if loops else kernel.spills
     limit = configs.SHARED_MEMORY[kernel.architecture]
     refused = None

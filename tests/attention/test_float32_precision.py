@@ -17,7 +17,7 @@ from flashattn.score import Score
 
 if not INTERPRETED:
     from bench import compiled, ptx, sass
-    from bench.descriptors import lost_descriptors
+    from bench.descriptors import find_lost_descriptors
     from flashattn.backends import triton as backend
     from tests.attention import decode_cases
     from tests.ptx import kernels as ptx_kernels
@@ -242,5 +242,5 @@ def test_loops_over_whole_tiles_keep_out_of_local_memory(architecture):
         backend.backward(out, lse, Saved(q, k, k, out, lse, rest), score, False, [])
     assert len(kernels) == 3
     for kernel in kernels:
-        assert all("local" not in loop.mix for loop in sass.steady_loops(sass.tensor_loops(kernel.code))), kernel
-        assert not lost_descriptors(kernel.code), kernel
+        assert all("local" not in loop.mix for loop in sass.find_full_tile_loops(kernel.code)), kernel
+        assert not find_lost_descriptors(kernel.code), kernel

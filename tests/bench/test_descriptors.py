@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.descriptors import lost_descriptors
+from bench.descriptors import find_lost_descriptors
 
 BASE = ["UMOV UR4, 0x400", "ULEA UR4, UR5, UR4, 0x18"]
 READ = "HGMMA.64x16x16.F32 R88, R96, gdesc[UR8].tnspB, R88"  # of B, whose descriptor lies in UR10 and UR11
@@ -25,4 +25,4 @@ def test_lost_descriptors(name):
     lines = [*BASE, *CODE[name]]
     sass = "\n".join(x if x.endswith(":") else f"        /*{16 * i:04x}*/    {x} ;" for i, x in enumerate(lines))
     right = name.startswith("derived") or name == "both paths"
-    assert len(lost_descriptors(sass)) == (0 if right else 1)
+    assert len(find_lost_descriptors(sass)) == (0 if right else 1)

@@ -8,7 +8,7 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench.compiled import compile_for
-from bench.sass import tensor_loops
+from bench.sass import find_tensor_loops
 from tests.ptx import rings
 
 HGMMA = "HGMMA.64x64x16.F32 R24, gdesc[UR12], R24"
@@ -20,7 +20,7 @@ def loops(*lines: str) -> list[tuple[int, int]]:
     for line in lines:
         text.append(line if line.endswith(":") else f"        /*{16 * at:04x}*/    {line} ;")
         at += not line.endswith(":")
-    return [(loop.start // 16, loop.instructions) for loop in tensor_loops("\n".join(text))]
+    return [(loop.start // 16, loop.instructions) for loop in find_tensor_loops("\n".join(text))]
 
 
 def test_innermost_loops():
@@ -47,6 +47,6 @@ def test_a_warp_specialised_kernel():
     """One loop of each consumer."""
     with compile_for("sm_90") as kernels:
         rings.run(tiles=5)
-    found = tensor_loops(kernels[0].code)
+    found = find_tensor_loops(kernels[0].code)
     assert [loop.tensor_instructions for loop in found] == [8, 8]
     assert [loop.flops for loop in found] == [8 * 2 * 64 * 64 * 16 // 4] * 2

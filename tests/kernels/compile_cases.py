@@ -6,8 +6,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import compiled
-from bench.descriptors import lost_descriptors
-from bench.sass import steady_loops, tensor_loops
+from bench.descriptors import find_lost_descriptors
+from bench.sass import find_full_tile_loops
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import plain_kernels
 from flashattn.cache import Cached
@@ -48,9 +48,9 @@ def check(kernels, tensor_cores=True, spills=True):
         if tensor_cores:
             assert kernel.tensor_instructions > 0, kernel
         if kernel.architecture == "sm_90":
-            assert not lost_descriptors(kernel.code), kernel
+            assert not find_lost_descriptors(kernel.code), kernel
         if not spills and kernel.tensor_instructions:
-            assert not any(loop.mix.get("local") for loop in steady_loops(tensor_loops(kernel.code))), kernel
+            assert not any(loop.mix.get("local") for loop in find_full_tile_loops(kernel.code)), kernel
         elif not spills:
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 

@@ -8,7 +8,7 @@ from tests.common import INTERPRETED
 
 compiled = pytest.importorskip("bench.compiled")
 
-from bench.descriptors import lost_descriptors  # noqa: E402
+from bench.descriptors import find_lost_descriptors  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
 from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
@@ -77,10 +77,10 @@ def test_narrow_values(head_dim, head_dim_v, features):
 
 
 def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
-    """Else the way round it could go, or `lost_descriptors` finds nothing."""
+    """Else the way round it could go, or `find_lost_descriptors` finds nothing."""
     monkeypatch.setattr(configs, "loses_descriptors", lambda: False)
     forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16)[0]
-    assert bool(lost_descriptors(forward.code)) == compiler.loses_descriptors()
+    assert bool(find_lost_descriptors(forward.code)) == compiler.loses_descriptors()
 
 
 def test_faults_of_the_compiler_are_told(monkeypatch):

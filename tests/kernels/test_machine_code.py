@@ -12,7 +12,7 @@ if INTERPRETED:
 
 from bench import limits, sass
 from bench.compiled import Kernel, compile_for
-from bench.descriptors import lost_descriptors
+from bench.descriptors import find_lost_descriptors
 from flashattn.backends import triton as backend
 from flashattn.backends import triton_hopper
 from flashattn.kernels import configs, hopper_backward, hopper_forward
@@ -38,18 +38,18 @@ def in_roles(head_dim: int) -> dict[str, Kernel]:
     return {name: kernel for name, kernel in found.items() if kernel.name.endswith("_hopper")}
 
 
-def steady_code(kernel: Kernel) -> list[list[sass.Instruction]]:
+def full_tile_code(kernel: Kernel) -> list[list[sass.Instruction]]:
     """The instructions of each loop over whole tiles."""
-    code = sass.read(kernel.code)[0]
+    code = sass.parse(kernel.code)[0]
     starts = {x.address: number for number, x in enumerate(code)}
-    loops = sass.steady_loops(sass.tensor_loops(kernel.code))
+    loops = sass.find_full_tile_loops(kernel.code)
     return [code[starts[loop.start] :][: loop.instructions] for loop in loops]
 
 
 def faults_of(kernel: Kernel) -> set[str]:
     """What is wrong with the loops over whole tiles."""
     found = set()
-    for loop in steady_code(kernel):
+    for loop in full_tile_code(kernel):
         names = [x.name for x in loop]
         waits = [n for n, x in enumerate(loop) if x.name.startswith("WARPGROUP.DEPBAR")]
         exponentials = [n for n, name in enumerate(names) if name.startswith("MUFU.EX2")]
@@ -67,21 +67,21 @@ def test_loops_in_roles(head_dim):
     kernels = in_roles(head_dim)
     assert len(kernels) == 3
     for kernel in kernels.values():
-        assert len(steady_code(kernel)) == 2  # a loop of each consumer
+        assert len(full_tile_code(kernel)) == 2  # a loop of each consumer
         assert faults_of(kernel) == set()
-        assert not lost_descriptors(kernel.code)
+        assert not find_lost_descriptors(kernel.code)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_registers_by_role(head_dim):
     for kernel in in_roles(head_dim).values():
-        parts = sass.roles(kernel.code)
+        parts = sass.split_roles(kernel.code)
         consumers = [x for x in parts if any(i.name.startswith("HGMMA") for i in x)]
         producers = [x for x in parts if any(i.name.startswith("UTMALDG") for i in x)]
         assert len(consumers) == 2
         assert len(producers) == 1
-        assert max(map(sass.highest_register, consumers)) < CONSUMER
-        assert sass.highest_register(producers[0]) < PRODUCER
+        assert max(map(sass.max_register, consumers)) < CONSUMER
+        assert sass.max_register(producers[0]) < PRODUCER
 
 
 @pytest.mark.parametrize("direction, head_dim, row", CANDIDATES, ids=str)
@@ -97,7 +97,7 @@ def test_candidates(direction, head_dim, row, monkeypatch):
             backend.backward(q, None, saved, score, False, [])
     (kernel,) = (kernel for kernel in kernels if kernel.name == f"attention_{direction}_hopper")
     assert kernel.shared_bytes <= configs.SHARED_MEMORY["sm_90"]
-    assert not any("local" in loop.mix for loop in sass.steady_loops(sass.tensor_loops(kernel.code)))
+    assert not any("local" in loop.mix for loop in sass.find_full_tile_loops(kernel.code))
 
 
 PLANTED = {
@@ -176,7 +176,7 @@ def test_absent_features_cost_nothing_backward(monkeypatch, tmp_path):
 
 
 def opcodes(kernel: Kernel) -> list[str]:
-    return [x.name for x in sass.read(kernel.code)[0]]
+    return [x.name for x in sass.parse(kernel.code)[0]]
 
 
 def test_a_spill_is_found(monkeypatch):
