@@ -12,11 +12,11 @@ from torch import Tensor
 import flashattn
 from flashattn.backends import triton_hopper
 
-from .compare import OURS, PLAIN, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
+from .compare import OURS, PLAIN, Comparison, compare_all, compute_reference, copy_inputs, count_bytes, cycle_calls
 from .context import Call, Context
-from .peers import attention_peers, flex
+from .peers import list_attention_peers, prepare_flex
 from .rules import attention_flops
-from .tables import COMPARED, attention_mask, grid
+from .tables import COMPARED, describe_pass, make_grid
 
 
 class Case(NamedTuple):
@@ -27,14 +27,14 @@ class Case(NamedTuple):
     head_dim: int
     causal: bool
     backward: bool
-    flex: bool = False  # against FlexAttention, which is compiled for each shape, and no other
+    flex: bool = False  # the only peer is FlexAttention, which is compiled for each shape
 
 
 TOKENS, HIDDEN = 16384, 2048
 
 
-def cases(rehearse: bool) -> list[Case]:
-    """Long sequences and the usual head_dim first: the end of the list is what a short budget loses."""
+def list_cases(rehearse: bool) -> list[Case]:
+    """Long sequences and the common head_dim first: a short budget drops the end of the list."""
     if rehearse:
         return [
             Case(1, 1, 1, 130, 16, True, False),
@@ -43,42 +43,42 @@ def cases(rehearse: bool) -> list[Case]:
         ]
     passes = [(causal, backward) for backward in (False, True) for causal in (True, False)]
 
-    def paper(seq: int, head_dim: int, causal: bool, backward: bool, flex: bool = False) -> Case:
+    def make_case(seq: int, head_dim: int, causal: bool, backward: bool, flex: bool = False) -> Case:
         heads = HIDDEN // head_dim
         return Case(TOKENS // seq, heads, heads, seq, head_dim, causal, backward, flex)
 
-    first = [paper(seq, dim, *p) for seq in (4096, 16384) for dim in (128, 64) for p in passes]
+    first = [make_case(seq, dim, *p) for seq in (4096, 16384) for dim in (128, 64) for p in passes]
     grouped = [Case(1, 64, 8, seq, 128, True, backward) for seq in (4096, 8192) for backward in (False, True)]
-    rest = [paper(seq, dim, *p) for seq in (8192, 2048, 1024, 512) for dim in (128, 64) for p in passes]
-    wide = [paper(seq, 256, *p) for seq in (4096, 16384, 8192, 2048, 1024, 512) for p in passes]
-    compiled = [paper(4096, 128, *p, flex=True) for p in passes]
+    rest = [make_case(seq, dim, *p) for seq in (8192, 2048, 1024, 512) for dim in (128, 64) for p in passes]
+    wide = [make_case(seq, 256, *p) for seq in (4096, 16384, 8192, 2048, 1024, 512) for p in passes]
+    compiled = [make_case(4096, 128, *p, flex=True) for p in passes]
     return first + grouped + wide[:8] + rest + wide[8:] + compiled
 
 
-def rows(context: Context) -> Iterator[dict]:
-    yield from compare_all(context, cases(context.rehearse), comparison)
+def run(context: Context) -> Iterator[dict]:
+    yield from compare_all(context, list_cases(context.rehearse), make_comparison)
 
 
-def summary(rows: list[dict]) -> list[str]:
+def summarise(rows: list[dict]) -> list[str]:
     compiled = {row["case"] for row in rows if row.get("variant") == "flex"}
-    usual = grid([row for row in rows if row["case"] not in compiled], label, "seq")
-    by_dim = grid([row for row in rows if row["case"] in compiled], attention_mask, "head_dim")
+    usual = make_grid([row for row in rows if row["case"] not in compiled], format_label, "seq")
+    by_dim = make_grid([row for row in rows if row["case"] in compiled], describe_pass, "head_dim")
     return [f"TFLOP/s by seq, {COMPARED}; last by head_dim, 4,096 tokens, against FlexAttention", *usual, *by_dim]
 
 
-def label(row: dict) -> str:
+def format_label(row: dict) -> str:
     grouped = "" if row["heads"] == row["kv_heads"] else f", {row['heads']}/{row['kv_heads']} heads"
-    return f"{attention_mask(row)} {row['head_dim']}{grouped}"
+    return f"{describe_pass(row)} {row['head_dim']}{grouped}"
 
 
-def comparison(context: Context, case: Case) -> Comparison:
+def make_comparison(context: Context, case: Case) -> Comparison:
     inputs = make_inputs(context, case)
-    touched = bytes_of(inputs)
-    sets = copies_of(context, inputs, touched)
+    bytes_touched = count_bytes(inputs)
+    sets = copy_inputs(context, inputs, bytes_touched)
     make = prepare_backward if case.backward else prepare_forward
-    peers = {"flex": lambda: flex(case.causal, case.seq, context.device, context.rehearse)}
+    peers = {"flex": lambda: prepare_flex(case.causal, case.seq, context.device, context.rehearse)}
     if not case.flex:
-        peers = attention_peers(case.causal, context.rehearse)
+        peers = list_attention_peers(case.causal, context.rehearse)
 
     def ours(*x: Tensor) -> Tensor:
         return flashattn.attention(*x, causal=case.causal)
@@ -87,32 +87,32 @@ def comparison(context: Context, case: Case) -> Comparison:
         name: lambda attend=attend: make(attend(), sets) for name, attend in {OURS: lambda: ours, **peers}.items()
     }
     if context.card.architecture == "sm_90" and not case.flex:
-        variants[PLAIN] = lambda: plainly(make, ours, sets)
+        variants[PLAIN] = lambda: prepare_plain(make, ours, sets)
     group = case.heads // case.kv_heads
 
-    def part_of(results: list[Tensor]) -> list[Tensor]:
-        """Of batch row 0 the first key/value head and the query heads that share it."""
+    def select(results: list[Tensor]) -> list[Tensor]:
+        """Batch row 0, the first key/value head and its group of query heads."""
         return [x[:1, : (1 if i in (1, 2) else group)] for i, x in enumerate(results)]
 
-    def truth():
+    def compute_truth():
         q, k, v, grad = (x[:1, : (1 if i in (1, 2) else group)] for i, x in enumerate(inputs))
 
         def call(q, k, v, grad):
             out = flashattn.attention(q, k, v, causal=case.causal)
             return torch.autograd.grad(out, (q, k, v), grad) if case.backward else [out]
 
-        return reference_truth(call, [*(x.detach().requires_grad_() for x in (q, k, v)), grad])
+        return compute_reference(call, [*(x.detach().requires_grad_() for x in (q, k, v)), grad])
 
     shape = {name: value for name, value in case._asdict().items() if name not in ("backward", "flex")}
     settings = {"pass": "backward" if case.backward else "forward", **shape, "dtype": "bfloat16"}
     flops = attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
     return Comparison(
-        name_of(case), settings, variants, touched, truth, part_of, flops=flops,
+        name_case(case), settings, variants, bytes_touched, compute_truth, select, flops=flops,
         ours=tuple(name for name in (OURS, PLAIN) if name in variants), compiled=("flex",) if case.flex else (),
     )  # fmt: skip
 
 
-def name_of(case: Case) -> str:
+def name_case(case: Case) -> str:
     kind = f"{'backward' if case.backward else 'forward'} {'causal' if case.causal else 'full'}"
     heads = f"{case.heads}" if case.heads == case.kv_heads else f"{case.heads}/{case.kv_heads}"
     return f"{kind} {case.batch} x {heads} x {case.seq} x {case.head_dim}" + (", compiled peer" if case.flex else "")
@@ -125,8 +125,8 @@ def make_inputs(context: Context, case: Case) -> list[Tensor]:
     return [x.requires_grad_(case.backward) for x in inputs[:3]] + inputs[3:]
 
 
-def plainly(make: Callable, attend: Callable, sets: list[list[Tensor]]) -> Call:
-    """A call by the plain kernels, its preparation too."""
+def prepare_plain(make: Callable, attend: Callable, sets: list[list[Tensor]]) -> Call:
+    """A call of the plain kernels, prepared with them too."""
     with triton_hopper.plain_kernels():
         call = make(attend, sets)
 
@@ -138,17 +138,17 @@ def plainly(make: Callable, attend: Callable, sets: list[list[Tensor]]) -> Call:
 
 
 def prepare_forward(attend: Callable, sets: list[list[Tensor]]) -> Call:
-    def call_of(q, k, v, _) -> Call:
+    def make_call(q, k, v, _) -> Call:
         return lambda: attend(q, k, v)
 
-    return in_turn([call_of(*x) for x in sets])
+    return cycle_calls([make_call(*x) for x in sets])
 
 
 def prepare_backward(attend: Callable, sets: list[list[Tensor]]) -> Call:
     """The backward pass alone; its forward runs here, once."""
 
-    def call_of(q, k, v, grad) -> Call:
+    def make_call(q, k, v, grad) -> Call:
         out = attend(q, k, v)
         return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
-    return in_turn([call_of(*x) for x in sets])
+    return cycle_calls([make_call(*x) for x in sets])

@@ -1,4 +1,4 @@
-"""What runs here: the card, its state, the versions."""
+"""The card, its state, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import flashattn
 ROOT = Path(__file__).parents[2]
 
 
-def cores() -> int:
-    """Of the processor, those that this process may use."""
+def count_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -30,7 +30,7 @@ class Card(NamedTuple):
     uuid: str | None
 
 
-# What a rehearsal pretends to have. Without an L2 one copy of the inputs is enough.
+# The card of a rehearsal. Without an L2 one copy of the inputs is enough.
 REHEARSAL = Card("rehearsal", "sm_90", 132, 0, 0, None)
 
 
@@ -50,8 +50,8 @@ def find_card() -> Card | None:
     )  # fmt: skip
 
 
-def head(card: Card) -> dict:
-    """What must be known of a run to believe its figures. What cannot be found out is None."""
+def describe_run(card: Card) -> dict:
+    """Versions, commit and state: what the figures depend on. Unknown values are None."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "pid": os.getpid(),
@@ -59,14 +59,16 @@ def head(card: Card) -> dict:
         "triton": triton.__version__,
         "flashattn": flashattn.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
-        "commit": git("rev-parse", "--short=12", "HEAD"),
-        "dirty": None if (changes := git("status", "--porcelain", "--untracked-files=no")) is None else changes != "",
+        "commit": run_git("rev-parse", "--short=12", "HEAD"),
+        "dirty": None
+        if (changes := run_git("status", "--porcelain", "--untracked-files=no")) is None
+        else changes != "",
         **card._asdict(),
-        **state(card),
+        **read_state(card),
     }
 
 
-def git(*arguments: str) -> str | None:
+def run_git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -74,7 +76,7 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-# Name here to nvidia-smi's.
+# Our name -> nvidia-smi's.
 FIELDS = {
     "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
     "power_limit_w": "power.limit", "power_draw_w": "power.draw.instant", "temperature_c": "temperature.gpu",
@@ -87,17 +89,17 @@ THROTTLE = {
 }  # fmt: skip
 
 
-def state(card: Card) -> dict[str, float | str | None]:
-    """Clocks, power, temperature now, by nvidia-smi. A field that one version does not know spoils a query of several,
-    so they are then asked for one by one."""
+def read_state(card: Card) -> dict[str, float | str | None]:
+    """Clocks, power and temperature by nvidia-smi. A field that its version does not know fails the whole query, so the
+    fields are then queried one by one."""
     if card == REHEARSAL or torch.version.cuda is None:
         return dict.fromkeys(FIELDS)
     try:
         found = query(list(FIELDS.values()), card) or [(query([field], card) or [None])[0] for field in FIELDS.values()]
-    except (OSError, subprocess.TimeoutExpired):  # it is not there, or hangs
+    except (OSError, subprocess.TimeoutExpired):  # not installed, or it hangs
         return dict.fromkeys(FIELDS)
-    values = {name: number(text) for name, text in zip(FIELDS, found, strict=True)}
-    return values | {"throttle": throttle_reasons(values["throttle"])}
+    values = {name: parse_number(text) for name, text in zip(FIELDS, found, strict=True)}
+    return values | {"throttle": decode_throttle(values["throttle"])}
 
 
 def query(fields: list[str], card: Card) -> list[str] | None:
@@ -108,8 +110,8 @@ def query(fields: list[str], card: Card) -> list[str] | None:
     return values if len(values) == len(fields) else None
 
 
-def number(text: str | None) -> float | str | None:
-    """nvidia-smi writes [N/A] and the like for what a card does not tell."""
+def parse_number(text: str | None) -> float | str | None:
+    """nvidia-smi prints [N/A] and the like for values that a card does not report."""
     if text is None or text.startswith("["):
         return None
     try:
@@ -118,7 +120,7 @@ def number(text: str | None) -> float | str | None:
         return text
 
 
-def throttle_reasons(value: float | str | None) -> str | None:
+def decode_throttle(value: float | str | None) -> str | None:
     """0x0000000000000004 as "power cap"."""
     if not isinstance(value, str) or not value.startswith("0x"):
         return None

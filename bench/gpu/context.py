@@ -1,4 +1,4 @@
-"""What a part gets to work with: the device, the time that is left, data, and the measuring."""
+"""What a part works with: the device, the time left, random data and timers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from . import results
 from .card import Card
 from .clock import GpuClock, RehearsalClock
 
-GRAPH_BELOW = 100e-6  # seconds of a call on the GPU
-MAX_COPIES = 64  # of small inputs: more would only measure the allocator
+GRAPH_BELOW = 100e-6  # GPU seconds of a call
+MAX_COPIES = 64  # of small inputs: more would time the allocator
 MAX_LAUNCHES = 400  # of a batch
 
 Call = Callable[[], object]
@@ -38,22 +38,22 @@ class Times(NamedTuple):
     high: float
     runs: int  # rounds, each a batch of calls
     by: str  # "graph" or "events"
-    samples: tuple[float, ...]  # of each round, in order: the rounds of variants measured together correspond
+    samples: tuple[float, ...]  # of each round, in order; variants measured together share rounds
 
 
 class Batch(NamedTuple):
-    """A call as often as one measurement takes it."""
+    """Several launches of a call, timed as one."""
 
     run: Callable[[], None]
     launches: int
     seconds: float  # of one call, about
-    host_seconds: float  # that the host takes to queue them all
+    host_seconds: float  # to queue them all
     by: str
     last: list  # what the last call returned
 
 
 class Settings(NamedTuple):
-    """What the parent tells the process of a part."""
+    """What the parent process passes to that of a part."""
 
     part: str
     chosen: tuple[str, ...]  # names of all parts of this run
@@ -72,12 +72,12 @@ class Context:
         self.device = torch.device("cpu" if self.rehearse or compiling else "cuda")
         self.clock = RehearsalClock() if self.rehearse else GpuClock()
 
-    def remaining(self) -> float:
-        """Seconds left of this part's budget; past it the parent ends the process."""
+    def seconds_left(self) -> float:
+        """Seconds left of this part's budget, after which the parent kills the process."""
         return self.settings.deadline - time.monotonic()
 
     def plan(self, cases: int) -> None:
-        """Say how many cases the part has, for the line "stopped after N of M"."""
+        """Record how many cases the part has, for the line "stopped after N of M"."""
         results.append(self.out, "plan", self.settings.part, {"cases": cases})
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -85,21 +85,21 @@ class Context:
             return torch.empty(shape, dtype=dtype)
         return torch.randn(shape, device=self.device, dtype=torch.float32 if self.rehearse else dtype).to(dtype)
 
-    def need(self, size: int) -> None:
-        """Raise DoesNotFitError unless so many bytes, and a tenth more, are free on the card."""
+    def require_memory(self, size: int) -> None:
+        """Raise DoesNotFitError unless 1.1 times so many bytes are free on the card."""
         if self.device.type == "cpu":
             return
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if 1.1 * size > free:
             raise DoesNotFitError(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} are free")
 
-    def copies(self, bytes_touched: int) -> int:
-        """How many copies of the inputs, taken in turn, exceed three times the L2."""
+    def count_copies(self, bytes_touched: int) -> int:
+        """How many copies of the inputs together exceed three times the L2."""
         return max(1, min(MAX_COPIES, -(-3 * self.card.l2_bytes // max(1, bytes_touched))))
 
     @functools.cached_property
     def ceilings(self) -> dict[str, float]:
-        """TFLOP/s and GB/s that this run measured so far, by "tflops" and "gbps"."""
+        """This run's ceilings as far as measured: TFLOP/s and GB/s by "tflops" and "gbps"."""
         rows = results.read(self.out, "row", "ceilings")
         return {unit: row[unit] for row in rows for unit in ("tflops", "gbps") if row.get(unit)}
 
@@ -111,13 +111,13 @@ class Context:
         warm: bool = False,
         after: Callable[[str, object], None] | None = None,
     ) -> dict[str, Times]:
-        """Time calls without arguments, taking turns. A call that touches less than three times the L2 should take
-        copies of its inputs in turn (`copies` says how many), so that each batch passes over all of them; warm: not.
+        """Time calls without arguments, in turns. A call that touches less than three times the L2 should cycle through
+        copies of its inputs (`count_copies` of them), so that each batch reads all of them; warm: it does not.
 
-        after: gets each name and what its last call returned, once the timing is over, into memory that was filled
-        with NaN where a graph wrote it.
+        after: called with each name and the result of its last call once the timing is over; a graph is replayed
+        into memory filled with NaN before.
         """
-        passes = 1 if warm else self.copies(bytes_touched)
+        passes = 1 if warm else self.count_copies(bytes_touched)
         batches = {name: self._batch(call, passes) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in batches}
         names = list(batches)
@@ -135,25 +135,25 @@ class Context:
                     batch.run()
                     self.clock.wait()
                 after(name, batch.last[0])
-        return {name: summarise(samples[name], batch.by) for name, batch in batches.items()}
+        return {name: summarise_samples(samples[name], batch.by) for name, batch in batches.items()}
 
-    def host_seconds(self, call: Call) -> Times:
-        """Seconds of the host for one call, the queue never full and the GPU not waited for."""
+    def measure_host(self, call: Call) -> Times:
+        """Host seconds of one call, without waiting for the GPU or a full queue."""
         calls = self.clock.host_calls
         for _ in range(calls // 10):  # a warm-up
             call()
-        return self._rounds(lambda: self.clock.host_time(lambda: [call() for _ in range(calls)]) / calls, "host")
+        return self._rounds(lambda: self.clock.time_host(lambda: [call() for _ in range(calls)]) / calls, "host")
 
     def measure_graph(self, call: Call) -> tuple[Times, Times]:
-        """Seconds of one call in a CUDA graph of many: of the GPU, and of the host that replays it."""
+        """(GPU seconds, host seconds) of one call in a CUDA graph of many."""
         calls = self.clock.host_calls
         replay = self.clock.capture(lambda: [call() for _ in range(calls)])
         replay()
         gpu = self._rounds(lambda: self.clock.time(replay) / calls, "graph")
-        return gpu, self._rounds(lambda: self.clock.host_time(replay) / calls, "host")
+        return gpu, self._rounds(lambda: self.clock.time_host(replay) / calls, "host")
 
     def _rounds(self, seconds: Callable[[], float], by: str) -> Times:
-        return summarise([seconds() for _ in range(self.clock.rounds[1])], by)
+        return summarise_samples([seconds() for _ in range(self.clock.rounds[1])], by)
 
     def _batch(self, call: Call, passes: int) -> Batch:
         seconds, host_seconds = self.clock.estimate(call)
@@ -169,12 +169,12 @@ class Context:
             return one_by_one
         try:
             return Batch(self.clock.capture(run), launches, seconds, 0.0, "graph", last)
-        except Exception as error:  # what cannot be captured is launched one by one, and says so
+        except Exception as error:  # not capturable: launched one by one, and the row says so
             self.clock.wait()
-            return one_by_one._replace(by=f"events, not captured: {first_line(error)}")
+            return one_by_one._replace(by=f"events, not captured: {describe_error(error)}")
 
 
-def summarise(samples: list[float], by: str) -> Times:
+def summarise_samples(samples: list[float], by: str) -> Times:
     ordered = sorted(samples)
     quarter = len(ordered) // 4
     return Times(
@@ -182,25 +182,25 @@ def summarise(samples: list[float], by: str) -> Times:
     )  # fmt: skip
 
 
-def first_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def tensors_of(outputs) -> list[Tensor]:
-    """What a call returned, a tensor or several."""
+def list_tensors(outputs) -> list[Tensor]:
+    """The tensors among the results of a call."""
     return [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
 
 
 def fill_with_nan(outputs) -> None:
-    for x in tensors_of(outputs):
+    for x in list_tensors(outputs):
         x.detach().fill_(float("nan"))
 
 
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Within the block memory that is not initialised is filled with NaN: what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it
+def poison_memory() -> Iterator[None]:
+    """Within the block uninitialised memory is filled with NaN, so that elements that a kernel does not write show."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
     try:
         yield
     finally:
@@ -208,9 +208,9 @@ def poisoned() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ready(context: Context) -> Iterator[None]:
-    """Within the block flashattn's calls go to Triton: on the GPU, on a stream that can be captured; in a rehearsal on
-    the PTX machine."""
+def prepare_device(context: Context) -> Iterator[None]:
+    """Within the block flashattn runs on Triton: on the GPU, on a stream that can be captured; in a rehearsal, on the
+    PTX machine."""
     with contextlib.ExitStack() as stack:
         if context.rehearse:
             from .. import ptx

@@ -1,8 +1,7 @@
-"""What Nsight Compute counts of three launches, beside what the PTX machine counts of the same.
+"""Part "counters": Nsight Compute's counters of three launches, compared with those of the PTX machine.
 
-Each kernel runs under `ncu` in a process of its own (`python -m bench.gpu.counters KERNEL`), and here on the PTX
-machine, on the same numbers. Where ncu is not there, not permitted or fails, the row says so and has the PTX machine's
-counts alone.
+Each kernel runs under `ncu` in its own process (`python -m bench.gpu.counters KERNEL`), and here on the PTX machine, on
+the same data. Where ncu is missing, not permitted or fails, the row says so and has the PTX machine's counts alone.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from flashattn.score import Norm, Score
 from .. import ptx
 from ..ptx.machine.counts import Counts
 from ..ptx.memory.segments import SECTOR
-from .context import Context, first_line
+from .context import Context, describe_error
 
-MARGIN = 2.0  # seconds before the part's end at which ncu is given up
+MARGIN = 2.0  # seconds before the part's end: the timeout of ncu
 SHAPE = (1, 2, 256, 64)  # batch, heads, seq, head_dim
 ROWS, COLS = 64, 1024  # of the norm
 
 
 class Quantity(NamedTuple):
-    """One thing that both count, and what to make of a difference."""
+    """A counter of both, and how they compare."""
 
     name: str
-    metrics: tuple[str, ...]  # of Nsight Compute, whose sum it is; those that a card does not have are left out
+    metrics: tuple[str, ...]  # of Nsight Compute, summed; those that a card lacks are left out
     counted: Callable[[Counts], int]
     comparison: str
 
@@ -92,24 +91,24 @@ QUANTITIES = [
 ]  # fmt: skip
 
 
-def rows(context: Context) -> Iterator[dict]:
-    """One for each kernel and quantity; one for a kernel of which there is nothing to compare."""
+def run(context: Context) -> Iterator[dict]:
+    """A row for each kernel and quantity, or one for a kernel that cannot be compared."""
     context.plan(len(LAUNCHES))
-    with ThreadPoolExecutor(len(LAUNCHES)) as pool:  # ncu profiles one at a time; their starts take longest
-        counting = {kernel: pool.submit(under_ncu, kernel, context.remaining() - MARGIN) for kernel in LAUNCHES}
+    with ThreadPoolExecutor(len(LAUNCHES)) as pool:  # ncu profiles one at a time, but mostly starts up
+        counting = {kernel: pool.submit(run_under_ncu, kernel, context.seconds_left() - MARGIN) for kernel in LAUNCHES}
         for kernel in LAUNCHES:
-            yield from rows_of(context, kernel, counting[kernel])
+            yield from compare_kernel(context, kernel, counting[kernel])
 
 
-def rows_of(context: Context, kernel: str, counting: Future) -> Iterator[dict]:
+def compare_kernel(context: Context, kernel: str, counting: Future) -> Iterator[dict]:
     try:
-        launch = on_ptx_machine(kernel, context.card.architecture)
+        launch = run_on_ptx(kernel, context.card.architecture)
         values = counting.result()
     except NcuError as error:
         counted = {q.name: int(q.counted(launch.counts)) for q in QUANTITIES}
         yield {"case": kernel, "skipped": str(error), "ptx": counted}
     except Exception as error:  # a fault of the kernel, or an instruction that the machine lacks
-        yield {"case": kernel, "failed": f"PTX machine: {first_line(error)}"}
+        yield {"case": kernel, "failed": f"PTX machine: {describe_error(error)}"}
     else:
         yield from (compare(kernel, q, values, launch) for q in QUANTITIES)
 
@@ -125,11 +124,11 @@ def compare(kernel: str, quantity: Quantity, values: dict[str, float], launch: p
     }  # fmt: skip
 
 
-def summary(results: list[dict]) -> list[str]:
-    return ["Nsight Compute / PTX machine, the same launch", *(line(result) for result in results)]
+def summarise(results: list[dict]) -> list[str]:
+    return ["Nsight Compute / PTX machine, the same launch", *(format_line(result) for result in results)]
 
 
-def line(r: dict) -> str:
+def format_line(r: dict) -> str:
     if "quantity" not in r:
         return f"{r['case']}: {r.get('skipped') or r.get('failed')}"
     ncu, ratio = "-" if r["ncu"] is None else f"{r['ncu']:,}", "" if r["ratio"] is None else f"{r['ratio']:.3f}"
@@ -139,38 +138,38 @@ def line(r: dict) -> str:
 # --------------------------------------------------------------------------------------------- launches
 
 
-def numbers(device: torch.device, *shape: int) -> Iterator[Tensor]:
-    """Random ones, the same on every device."""
+def make_tensors(device: torch.device, *shape: int) -> Iterator[Tensor]:
+    """Random tensors, equal on every device."""
     generator = torch.Generator().manual_seed(0)
     while True:
         yield torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
 
-def attention_forward(device: torch.device) -> None:
-    q, k, v = itertools.islice(numbers(device, *SHAPE), 3)
+def launch_attention_forward(device: torch.device) -> None:
+    q, k, v = itertools.islice(make_tensors(device, *SHAPE), 3)
     backend.forward(q, k, v, Score(SHAPE[3] ** -0.5, right=0))
 
 
-def attention_backward_kv(device: torch.device) -> None:
-    q, k, v, grad = itertools.islice(numbers(device, *SHAPE), 4)
+def launch_attention_backward_kv(device: torch.device) -> None:
+    q, k, v, grad = itertools.islice(make_tensors(device, *SHAPE), 4)
     score = Score(SHAPE[3] ** -0.5, right=0)
     out, lse, rest = backend.forward(q, k, v, score)
     backend.backward(grad, None, Saved(q, k, v, out, lse, rest), score, False, [])
 
 
-def norm_forward(device: torch.device) -> None:
-    x = next(numbers(device, ROWS, COLS))
-    backend.norm_forward(x, None, next(numbers(device, COLS)), None, x.dtype, False, Norm(True, 1e-5))
+def launch_norm_forward(device: torch.device) -> None:
+    x = next(make_tensors(device, ROWS, COLS))
+    backend.norm_forward(x, None, next(make_tensors(device, COLS)), None, x.dtype, False, Norm(True, 1e-5))
 
 
 LAUNCHES = {
-    "attention_forward": attention_forward,
-    "attention_backward_kv": attention_backward_kv,
-    "norm_forward": norm_forward,
+    "attention_forward": launch_attention_forward,
+    "attention_backward_kv": launch_attention_backward_kv,
+    "norm_forward": launch_norm_forward,
 }
 
 
-def on_ptx_machine(kernel: str, architecture: str) -> ptx.Launch:
+def run_on_ptx(kernel: str, architecture: str) -> ptx.Launch:
     if architecture not in ptx.driver.ARCHITECTURES:
         raise ValueError(f"it does not run {architecture}")
     with ptx.device(architecture) as gpu:
@@ -182,11 +181,11 @@ def on_ptx_machine(kernel: str, architecture: str) -> ptx.Launch:
 
 
 class NcuError(RuntimeError):
-    """Why there is nothing from ncu."""
+    """Why ncu gave no counters."""
 
 
-def under_ncu(kernel: str, seconds: float) -> dict[str, float]:
-    """Metric -> value of the first launch of this kernel."""
+def run_under_ncu(kernel: str, seconds: float) -> dict[str, float]:
+    """Values by metric, of the first launch of this kernel."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise NcuError("ncu is not installed, or not on PATH")
@@ -206,24 +205,24 @@ def under_ncu(kernel: str, seconds: float) -> dict[str, float]:
     values = parse(done.stdout)
     if not values:
         raise NcuError(
-            complaint(done.stdout + done.stderr) or f"ncu printed no counts and ended with {done.returncode}"
+            find_error(done.stdout + done.stderr) or f"ncu printed no counts and ended with {done.returncode}"
         )
     return values
 
 
-def complaint(output: str) -> str | None:
-    """What ncu says went wrong."""
+def find_error(output: str) -> str | None:
+    """The error that ncu printed."""
     if "ERR_NVGPUCTRPERM" in output:
         return "this user may not read the GPU's counters (ERR_NVGPUCTRPERM)"
     return next((line for line in output.splitlines() if line.startswith("==ERROR==")), None)
 
 
 def parse(output: str) -> dict[str, float]:
-    """Metric -> value of the first kernel in what `ncu --csv` prints.
+    """Values by metric, of the first kernel in the output of `ncu --csv`.
 
-    The table begins behind whatever the program and ncu print, at the line with the column "ID". With --page raw each
-    metric is a column, and a line of units stands below the head; other pages have a line for each metric. What a card
-    does not have is "n/a". Numbers may have commas.
+    The table begins at the line with the column "ID", after other output. With --page raw each metric is a column, and
+    a line of units follows the header; other pages have a line for each metric. Metrics that a card lacks are "n/a".
+    Numbers may have commas.
     """
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), None)
@@ -236,10 +235,10 @@ def parse(output: str) -> dict[str, float]:
         pairs = [(row["Metric Name"], row["Metric Value"]) for row in table if row["ID"] == table[0]["ID"]]
     else:
         pairs = [(name, value) for name, value in table[0].items() if name and "__" in name]
-    return {name: value for name, text in pairs if (value := number(text)) is not None}
+    return {name: value for name, text in pairs if (value := parse_number(text)) is not None}
 
 
-def number(text: str | None) -> float | None:
+def parse_number(text: str | None) -> float | None:
     try:
         return float((text or "").replace(",", ""))
     except ValueError:
@@ -247,7 +246,7 @@ def number(text: str | None) -> float | None:
 
 
 def main(kernel: str) -> None:
-    """What runs under ncu: the launch, on the GPU; where there is none, on the PTX machine."""
+    """The process under ncu: the launch on the GPU or, without one, on the PTX machine."""
     if torch.cuda.is_available():
         LAUNCHES[kernel](torch.device("cuda"))
         torch.cuda.synchronize()

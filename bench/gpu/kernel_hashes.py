@@ -1,8 +1,8 @@
-"""Triton's cache on disk, made to work between processes.
+"""Makes Triton's cache on disk work across processes.
 
-The hash of a jit function counts the constants of the functions it calls only if those were hashed before it, so the
-same kernel has another hash in a process that launched others first, and is compiled again. Where all are hashed in one
-order, before any launch, the hashes of all processes agree.
+The hash of a jit function includes the constants of the functions it calls only if those were hashed before it, so that
+the same kernel has another hash in a process that launched others first, and is compiled again. If all kernels are
+hashed in a fixed order before any launch, the hashes of all processes agree.
 """
 
 from __future__ import annotations

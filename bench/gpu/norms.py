@@ -1,5 +1,5 @@
 """Part "norms": LayerNorm and RMSNorm over 1k to 64k columns of 2**26 elements, forward and backward, against PyTorch's
-calls as they are and compiled."""
+calls, eager and compiled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional
 
 import flashattn
 
-from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, in_turn, reference_truth
+from .compare import OURS, Comparison, compare_all, compute_reference, copy_inputs, count_bytes, cycle_calls
 from .context import Call, Context
-from .tables import COMPARED, grid
+from .tables import COMPARED, make_grid
 
 CHECKED_ROWS = 64
 
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 ELEMENTS = 2**26
 
 
-def cases(rehearse: bool) -> list[Case]:
+def list_cases(rehearse: bool) -> list[Case]:
     if rehearse:
         return [
             Case("layer_norm", 5, 100, True, "torch"), Case("rms_norm", 5, 100, False, "compiled"),
@@ -46,18 +46,18 @@ def cases(rehearse: bool) -> list[Case]:
     return eager + compiled
 
 
-def rows(context: Context) -> Iterator[dict]:
-    yield from compare_all(context, cases(context.rehearse), comparison)
+def run(context: Context) -> Iterator[dict]:
+    yield from compare_all(context, list_cases(context.rehearse), make_comparison)
 
 
-def summary(rows: list[dict]) -> list[str]:
-    def label(row: dict) -> str:
+def summarise(rows: list[dict]) -> list[str]:
+    def format_label(row: dict) -> str:
         return f"{row['norm']} {row['pass']}{', compiled peer' if 'compiled' in row['case'] else ''}"
 
-    return [f"GB/s by columns, {COMPARED}", *grid(rows, label, "cols")]
+    return [f"GB/s by columns, {COMPARED}", *make_grid(rows, format_label, "cols")]
 
 
-def norm_of(case: Case, module) -> Callable:
+def get_norm(case: Case, module) -> Callable:
     """module.layer_norm or rms_norm as a function of x and its parameters: flashattn's, or torch.nn.functional's."""
     if module is flashattn:
         return getattr(flashattn, case.norm)
@@ -66,18 +66,18 @@ def norm_of(case: Case, module) -> Callable:
     return lambda x, weight: functional.rms_norm(x, (case.cols,), weight, 1e-6)
 
 
-def comparison(context: Context, case: Case) -> Comparison:
+def make_comparison(context: Context, case: Case) -> Comparison:
     x, grad = (context.randn(case.rows, case.cols) for _ in range(2))
     parameters = [context.randn(case.cols) for _ in range(2 if case.norm == "layer_norm" else 1)]
     inputs = [t.requires_grad_(case.backward) for t in (x, *parameters)]
-    touched = bytes_of([x]) * (3 if case.backward else 2)
-    sets = copies_of(context, [grad, *inputs], touched)
+    bytes_touched = count_bytes([x]) * (3 if case.backward else 2)
+    sets = copy_inputs(context, [grad, *inputs], bytes_touched)
 
     def prepare(norm: Callable) -> Call:
-        return in_turn([call_of(norm, case.backward, *tensors) for tensors in sets])
+        return cycle_calls([make_call(norm, case.backward, *tensors) for tensors in sets])
 
     def theirs() -> Call:
-        norm = norm_of(case, functional)
+        norm = get_norm(case, functional)
         return prepare(torch.compile(norm, dynamic=False) if case.peer == "compiled" and not context.rehearse else norm)
 
     settings = {
@@ -86,32 +86,32 @@ def comparison(context: Context, case: Case) -> Comparison:
     }  # fmt: skip
     return Comparison(
         f"{case.norm} {settings['pass']} {case.rows} x {case.cols}" + ", compiled peer" * (case.peer == "compiled"),
-        settings, {OURS: lambda: prepare(norm_of(case, flashattn)), case.peer: theirs}, touched,
-        truth=lambda: truth_of(case, grad, inputs), part_of=part_of, bytes=touched,
+        settings, {OURS: lambda: prepare(get_norm(case, flashattn)), case.peer: theirs}, bytes_touched,
+        truth=lambda: compute_truth(case, grad, inputs), select=select_checked, bytes=bytes_touched,
         compiled=("compiled",) if case.peer == "compiled" else (),
     )  # fmt: skip
 
 
-def call_of(norm: Callable, backward: bool, grad: Tensor, *inputs: Tensor) -> Call:
+def make_call(norm: Callable, backward: bool, grad: Tensor, *inputs: Tensor) -> Call:
     if not backward:
         return lambda: norm(*inputs)
     y = norm(*inputs)
     return lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True)
 
 
-def part_of(results: list[Tensor]) -> list[Tensor]:
-    """The first rows of y or grad_x, and the gradients of the parameters, which all rows add to."""
+def select_checked(results: list[Tensor]) -> list[Tensor]:
+    """The first rows of y or grad_x, and the gradients of the parameters, which are sums over all rows."""
     return [results[0][:CHECKED_ROWS], *results[1:]]
 
 
-def truth_of(case: Case, grad: Tensor, inputs: list[Tensor]):
-    """Forward of the first rows; backward of all, which the gradients of the parameters are sums over."""
+def compute_truth(case: Case, grad: Tensor, inputs: list[Tensor]):
+    """Forward on the first rows; backward on all, since the gradients of the parameters are sums over them."""
     if not case.backward:
-        return reference_truth(lambda *x: [norm_of(case, flashattn)(*x)], [inputs[0][:CHECKED_ROWS], *inputs[1:]])
+        return compute_reference(lambda *x: [get_norm(case, flashattn)(*x)], [inputs[0][:CHECKED_ROWS], *inputs[1:]])
 
     def call(*tensors: Tensor) -> list[Tensor]:
         grad, *inputs = tensors
-        return list(torch.autograd.grad(norm_of(case, flashattn)(*inputs), inputs, grad))
+        return list(torch.autograd.grad(get_norm(case, flashattn)(*inputs), inputs, grad))
 
-    truth = reference_truth(call, [grad, *inputs])
-    return truth._replace(exact=part_of(truth.exact), theirs=part_of(truth.theirs))
+    truth = compute_reference(call, [grad, *inputs])
+    return truth._replace(exact=select_checked(truth.exact), theirs=select_checked(truth.theirs))

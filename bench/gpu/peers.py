@@ -1,4 +1,4 @@
-"""Whom attention is compared with. Each function prepares a call of (q, k, v), (batch, heads, seq, head_dim)."""
+"""The peers of attention. Each function prepares a call of (q, k, v), (batch, heads, seq, head_dim)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BACKENDS = {
 FLASH_ATTN = ("flash_attn", "flash_attn_interface")  # packages: version 2 and version 3
 
 
-def sdpa(name: str, causal: bool, rehearse: bool) -> Attention:
-    """PyTorch's scaled_dot_product_attention with one backend and no other; in a rehearsal its math stands in."""
+def prepare_sdpa(name: str, causal: bool, rehearse: bool) -> Attention:
+    """PyTorch's scaled_dot_product_attention with this backend only; in a rehearsal with its math backend."""
     backend = SDPBackend.MATH if rehearse else BACKENDS[name]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ def sdpa(name: str, causal: bool, rehearse: bool) -> Attention:
     return call
 
 
-def flex(causal: bool, seq: int, device: torch.device, rehearse: bool) -> Attention:
-    """FlexAttention, compiled; in a rehearsal, which has no such kernel, as it is."""
+def prepare_flex(causal: bool, seq: int, device: torch.device, rehearse: bool) -> Attention:
+    """FlexAttention, compiled; in a rehearsal eager."""
 
-    def is_visible(b, h, i, j):
+    def is_causal(b, h, i, j):
         return i >= j
 
-    block_mask = create_block_mask(is_visible, None, None, seq, seq, device) if causal else None
+    block_mask = create_block_mask(is_causal, None, None, seq, seq, device) if causal else None
     compiled = flex_attention if rehearse else torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def flex(causal: bool, seq: int, device: torch.device, rehearse: bool) -> Attent
     return call
 
 
-def flash_attn(package: str, causal: bool) -> Attention:
-    """The package flash_attn. It takes (batch, seq, heads, head_dim): views, which it need not copy."""
+def prepare_flash_attn(package: str, causal: bool) -> Attention:
+    """The package flash_attn, which takes (batch, seq, heads, head_dim): transposed views, not copies."""
     function = importlib.import_module(package).flash_attn_func
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ def flash_attn(package: str, causal: bool) -> Attention:
 
 
 @functools.cache
-def installed() -> tuple[str, ...]:
+def find_installed() -> tuple[str, ...]:
     return tuple(name for name in FLASH_ATTN if importlib.util.find_spec(name) is not None)
 
 
-def attention_peers(causal: bool, rehearse: bool) -> dict[str, Callable[[], Attention]]:
-    """Name to what prepares it, without those that need compiling."""
+def list_attention_peers(causal: bool, rehearse: bool) -> dict[str, Callable[[], Attention]]:
+    """Functions that prepare each peer, by name, without those that must be compiled."""
     found: dict[str, Callable[[], Attention]] = {
-        name: functools.partial(sdpa, name, causal, rehearse) for name in BACKENDS
+        name: functools.partial(prepare_sdpa, name, causal, rehearse) for name in BACKENDS
     }
-    return found | {name: functools.partial(flash_attn, name, causal) for name in installed()}
+    return found | {name: functools.partial(prepare_flash_attn, name, causal) for name in find_installed()}

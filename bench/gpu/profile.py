@@ -1,7 +1,7 @@
-"""One training step of a small Llama (forward, backward, optimizer) under torch.profiler: the trace, for
-chrome://tracing or Perfetto, beside the results, and the kernels' shares of the step's device time.
+"""Part "profile": one training step of a small Llama (forward, backward, optimizer) under torch.profiler. It writes a
+trace for chrome://tracing or Perfetto next to the results, and reports the kernels' shares of the step's device time.
 
-In a rehearsal, which has no device, the shares are of the CPU's time.
+In a rehearsal, without a device, the shares are of CPU time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from model.config import Config
 from model.train import Batch, Processes, Training, make_optimizer, step_of
 from model.transformer import Transformer
 
-from .context import Context, summarise
+from .context import Context, summarise_samples
 
 FILE = "training-step.json.gz"
-LARGEST = 16 * 2**20  # bytes of the trace
-STEPS = 6  # without the profiler, the first of which warms up
-# Groups of kernels and what is in their names, the first that fits; in a rehearsal names of PyTorch's operators.
+LARGEST = 16 * 2**20  # bytes; a larger trace is deleted
+STEPS = 6  # without the profiler; the first is a warm-up
+# Groups of kernels and substrings of their names, the first match counts; in a rehearsal, PyTorch's operators.
 GROUPS = {
     "attention backward": ("attention_backward", "attention_forwardbackward"),
     "attention forward": ("attention_forward",),
@@ -40,43 +40,43 @@ GROUPS = {
 
 
 class Event(NamedTuple):
-    """Work of the device (in a rehearsal of the CPU)."""
+    """Work of the device (in a rehearsal, of the CPU)."""
 
     name: str
     seconds: float
 
 
-def rows(context: Context) -> Iterator[dict]:
-    """One for the step, one for its kernels."""
+def run(context: Context) -> Iterator[dict]:
+    """A row for the step and one for its kernels."""
     context.plan(2)
-    config, tokens = sizes(context.rehearse)
+    config, tokens = choose_sizes(context.rehearse)
     step = make_step(config, tokens, context.device)
-    seconds = [timed(step, context.device) for _ in range(2 if context.rehearse else STEPS)][1:]
+    seconds = [time_step(step, context.device) for _ in range(2 if context.rehearse else STEPS)][1:]
     activities = [ProfilerActivity.CPU] if context.rehearse else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        timed(step, context.device)
+        time_step(step, context.device)
     trace = context.out / FILE
     profiler.export_chrome_trace(str(trace))
-    events = on_cpu(profiler) if context.rehearse else on_device(trace)
-    on_host = sum(event.self_cpu_time_total for event in profiler.events()) / 1e6
+    events = read_cpu_events(profiler) if context.rehearse else read_device_events(trace)
+    cpu_seconds = sum(event.self_cpu_time_total for event in profiler.events()) / 1e6
     size = trace.stat().st_size
     if size > LARGEST:
         trace.unlink()
-    times = summarise(seconds, "host")
+    times = summarise_samples(seconds, "host")
     yield {
         "case": "step", "layers": config.layers, "width": config.width, "batch": tokens[0], "seq": tokens[1],
         "ms": times.median * 1e3, "ms_low": times.low * 1e3, "ms_high": times.high * 1e3, "launches": len(events),
-        "device_ms": sum(event.seconds for event in events) * 1e3, "cpu_ms": on_host * 1e3,
+        "device_ms": sum(event.seconds for event in events) * 1e3, "cpu_ms": cpu_seconds * 1e3,
         "trace": FILE if size <= LARGEST else f"left out: {size:,} bytes", "of": "cpu" if context.rehearse else "gpu",
     }  # fmt: skip
-    yield {"case": "kernels", "groups": shares(events)}
+    yield {"case": "kernels", "groups": compute_shares(events)}
 
 
-def shares(events: list[Event]) -> dict[str, dict]:
-    """Of each group of kernels, the largest first."""
+def compute_shares(events: list[Event]) -> dict[str, dict]:
+    """By group of kernels, the largest first."""
     groups: dict[str, list[float]] = {}
     for event in events:
-        groups.setdefault(group_of(event.name), []).append(event.seconds)
+        groups.setdefault(find_group(event.name), []).append(event.seconds)
     total = sum(event.seconds for event in events)
     return {
         name: {"ms": sum(x) * 1e3, "share": sum(x) / total if total else 0.0, "launches": len(x)}
@@ -84,17 +84,17 @@ def shares(events: list[Event]) -> dict[str, dict]:
     }
 
 
-def group_of(name: str) -> str:
+def find_group(name: str) -> str:
     lowered = name.lower()
     return next((group for group, parts in GROUPS.items() if any(part in lowered for part in parts)), "other")
 
 
-def summary(results: list[dict]) -> list[str]:
-    """The step, and its groups of kernels; or what there is of it."""
-    return [line(result) for result in results]
+def summarise(results: list[dict]) -> list[str]:
+    """A line for the step, one for its groups of kernels."""
+    return [format_line(result) for result in results]
 
 
-def line(r: dict) -> str:
+def format_line(r: dict) -> str:
     if r["case"] == "kernels":
         groups = (f"{name} {of['share']:.1%} ({of['launches']})" for name, of in r["groups"].items())
         return "shares (launches): " + ", ".join(groups)
@@ -108,7 +108,7 @@ def line(r: dict) -> str:
 # --------------------------------------------------------------------------------------------- the step
 
 
-def sizes(rehearse: bool) -> tuple[Config, tuple[int, int]]:
+def choose_sizes(rehearse: bool) -> tuple[Config, tuple[int, int]]:
     """(the model, (batch, seq))."""
     llama = dict(
         family="llama", causal=True, norm="rms", norm_eps=1e-5, norm_first=True, activation="silu", gated=True,
@@ -131,8 +131,8 @@ def make_step(config: Config, tokens: tuple[int, int], device: torch.device) -> 
     return lambda: step_of(model, [batch], settings, optimizer, Processes())
 
 
-def timed(step: Callable[[], float], device: torch.device) -> float:
-    """Seconds of a step, until the device is done."""
+def time_step(step: Callable[[], float], device: torch.device) -> float:
+    """Seconds of a step, until the device has finished."""
     start = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -143,14 +143,14 @@ def timed(step: Callable[[], float], device: torch.device) -> float:
 # --------------------------------------------------------------------------------------------- events
 
 
-def on_device(trace: Path) -> list[Event]:
-    """Kernels, copies and fills of a Chrome trace."""
+def read_device_events(trace: Path) -> list[Event]:
+    """The kernels, memcpys and memsets of a Chrome trace."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     return [Event(e["name"], e["dur"] / 1e6) for e in events if e.get("cat") in kinds and e.get("ph") == "X"]
 
 
-def on_cpu(profiler: torch.profiler.profile) -> list[Event]:
-    """Operators, each without those that it calls."""
+def read_cpu_events(profiler: torch.profiler.profile) -> list[Event]:
+    """Operators, excluding the operators that they call."""
     return [Event(event.name, event.self_cpu_time_total / 1e6) for event in profiler.events()]

@@ -1,4 +1,4 @@
-"""A pytest plugin: writes the outcome of each test as a line of JSON, as it comes, to a pipe or a file.
+"""A pytest plugin: writes the outcome of each test to a pipe or file at once, as a line of JSON.
 
 python -m pytest -p bench.gpu.pytest_rows --rows FILE_DESCRIPTOR ...
 """
@@ -12,9 +12,9 @@ import pytest
 
 from .kernel_hashes import fix_hashes
 
-# In the names of most tests that took more than 12 s on an H200, nearly all of it to compile. Begun last they would
-# keep one core busy and leave the others idle.
-LONG = ("pairs", "everything", "every_feature", "features_decode", "same_bits", "linear", "planes", "head_dim_200",
+# In the names of most tests that took more than 12 s on an H200, nearly all of it compilation. Started last, they would
+# leave the other cores idle.
+SLOW = ("pairs", "everything", "every_feature", "features_decode", "same_bits", "linear", "planes", "head_dim_200",
         "threads_that", "the_pages")  # fmt: skip
 
 
@@ -25,16 +25,16 @@ def pytest_addoption(parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Runs after `-m` and `-k` have chosen, in each xdist worker alike."""
+    """Runs after the selection by `-m` and `-k`, with the same result in each xdist worker."""
     step = config.getoption("--every")
     if step > 1:
         config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
         items[:] = items[::step]
-    items.sort(key=lambda item: not any(word in item.name for word in LONG))
+    items.sort(key=lambda item: not any(word in item.name for word in SLOW))
 
 
 class Rows:
-    """Of the process that has the results of all workers."""
+    """For the process that receives the results of all workers."""
 
     def __init__(self, file: int):
         self.file = file
@@ -50,19 +50,19 @@ class Rows:
         self.write(collected=len(session.items))
 
     def pytest_runtest_logreport(self, report) -> None:
-        """A test has up to three reports; it is told of once, at its first failure or skip, else at its call's end."""
+        """A test has up to three reports, but gets one row: at its first failure or skip, else after its call."""
         seconds = self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
         if report.when == "call" or not report.passed:
-            message = None if report.passed else short(report)
+            message = None if report.passed else shorten_report(report)
             self.write(nodeid=report.nodeid, outcome=report.outcome, seconds=round(seconds, 3), message=message)
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
-            self.write(nodeid=report.nodeid, outcome="failed", seconds=0.0, message=short(report))
+            self.write(nodeid=report.nodeid, outcome="failed", seconds=0.0, message=shorten_report(report))
 
 
-def short(report) -> str:
-    """The line that pytest marks with E, or the reason of a skip."""
+def shorten_report(report) -> str:
+    """The first line of the error, or the reason of a skip."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])[:300]
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -71,7 +71,7 @@ def short(report) -> str:
 
 
 def pytest_configure(config) -> None:
-    fix_hashes()  # in each worker, so that none compiles what another has compiled
+    fix_hashes()  # in each worker, so that none compiles a kernel again
     file = config.getoption("--rows")
     if file is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Rows(file))

@@ -1,7 +1,7 @@
-"""results.jsonl of a run: one JSON object a line, each on disk as soon as it is known.
+"""results.jsonl of a run: one JSON object a line, each written to disk at once.
 
 kind: "head" (once a part: versions, card, clocks), "plan" (how many cases a part has), "row" (a measurement),
-"tail" (kernels that the disk cache lacked, clocks), "error", "end" (how a part ended: done, stopped or failed).
+"tail" (misses of the kernel cache, clocks), "error", "end" (how a part ended: done, stopped or failed).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NAME = "results.jsonl"
 
 
 def append(out: Path, kind: str, part: str, values: dict) -> None:
-    """One write of one line: of a process that is killed, whole lines stay."""
+    """One write for one line: a process that is killed leaves whole lines."""
     line = json.dumps({"kind": kind, "part": part, **clean(values)}, default=str) + "\n"
     file = os.open(out / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -25,7 +25,7 @@ def append(out: Path, kind: str, part: str, values: dict) -> None:
 
 
 def clean(value):
-    """NaN and infinity, which JSON lacks, as text."""
+    """NaN and infinity as text, since JSON lacks them."""
     if isinstance(value, dict):
         return {name: clean(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The last screen: what was found, in under 100 lines, from the rows on disk. All rows are in results.jsonl."""
+"""The summary of a run in under 100 lines, from the rows on disk. results.jsonl has all rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from . import results, rules
-from .context import first_line
+from .context import describe_error
 from .parts import PARTS, Part
 from .supervisor import describe
 
@@ -15,13 +15,13 @@ MAX_LINES, WIDTH = 95, 210
 NAME = "summary.txt"
 
 
-def is_right(lines: list[dict]) -> bool:
-    """Whether no row is wrong and no part failed. One that ran out of time is neither."""
+def is_correct(lines: list[dict]) -> bool:
+    """True if no row is wrong and no part failed. Running out of time is no failure."""
     return all(line.get("correct", True) and line.get("outcome") != "failed" for line in lines)
 
 
 def write_summary(out: Path) -> None:
-    """To the screen and to a file beside the results."""
+    """Print it, and write it to a file next to the results."""
     lines = summarise(results.read(out))
     (out / NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
     show(lines)
@@ -33,10 +33,10 @@ def show(lines: list[str]) -> None:
 
 
 def summarise(lines: list[dict]) -> list[str]:
-    """At most MAX_LINES. Of a table that is too long the last lines are left out: the first are worth most."""
+    """At most MAX_LINES. Long tables lose their last lines: the first are the most valuable."""
     by_part = {name: [x for x in lines if x["kind"] == "row" and x["part"] == name] for name in PARTS}
-    fixed = [*head_lines(lines), "", *end_lines(lines), "", *wrong_lines(lines), *rules.TEXT.splitlines(), ""]
-    shown = {name: table(PARTS[name], rows) for name, rows in by_part.items() if rows}
+    fixed = [*format_head(lines), "", *format_ends(lines), "", *format_errors(lines), *rules.TEXT.splitlines(), ""]
+    shown = {name: summarise_part(PARTS[name], rows) for name, rows in by_part.items() if rows}
     tables = []
     for name, (title, *rest) in shorten(shown, MAX_LINES - len(fixed)).items():
         left = len(shown[name]) - 1 - len(rest)
@@ -46,17 +46,17 @@ def summarise(lines: list[dict]) -> list[str]:
 
 
 def shorten(tables: dict[str, list[str]], room: int) -> dict[str, list[str]]:
-    """The lines of each table that fit: the longest give way first."""
+    """Cut the longest tables until all fit."""
     lengths = {name: len(table) for name, table in tables.items()}
     while lengths and sum(lengths.values()) > room and max(lengths.values()) > 1:
         lengths[max(lengths, key=lengths.get)] -= 1
     return {name: table[: lengths[name]] for name, table in tables.items()}
 
 
-def head_lines(lines: list[dict]) -> list[str]:
+def format_head(lines: list[dict]) -> list[str]:
     heads = [x for x in lines if x["kind"] == "head"]
     if not heads:
-        return ["no part has begun"]
+        return ["no part has started"]
     h = heads[0]
     tails = [x for x in lines if x["kind"] == "tail"]
     clocks = [f"{x['sm_clock_mhz']:.0f}" for x in tails if isinstance(x.get("sm_clock_mhz"), float)]
@@ -65,47 +65,47 @@ def head_lines(lines: list[dict]) -> list[str]:
         f"{h['name']} ({h['architecture']}, {h['multiprocessors']} multiprocessors, L2 {h['l2_bytes'] / 1e6:.0f} MB), "
         f"driver {h['driver']}, power limit {h['power_limit_w']} W; {h['date']}",
         f"torch {h['torch']}, triton {h['triton']}, flashattn {h['flashattn']} {h['commit']}"
-        f"{' with changes' if h['dirty'] else ''}, CUDA {h['cuda']}; SM clock at the end of each part "
+        f"{' with uncommitted changes' if h['dirty'] else ''}, CUDA {h['cuda']}; SM clock at the end of each part "
         f"{' '.join(clocks) or '-'} MHz, throttle {'; '.join(reasons) or '-'}",
     ]
 
 
-def end_lines(lines: list[dict]) -> list[str]:
+def format_ends(lines: list[dict]) -> list[str]:
     late = {x["part"]: len(x["compiled"]) for x in lines if x["kind"] == "tail"}
     return [
-        describe(x) + (f"; {late[x['part']]} kernels compiled meanwhile" if late.get(x["part"]) else "")
+        describe(x) + (f"; {late[x['part']]} kernels compiled late" if late.get(x["part"]) else "")
         for x in lines
         if x["kind"] == "end"
     ]
 
 
-def wrong_lines(lines: list[dict]) -> list[str]:
-    """What is wrong comes before any figure."""
-    alike: dict[tuple[str, str], list[dict]] = {}
+def format_errors(lines: list[dict]) -> list[str]:
+    """Errors come before any figure."""
+    by_reason: dict[tuple[str, str], list[dict]] = {}
     for x in lines:
         if x["kind"] == "row" and not x.get("correct", True):
-            alike.setdefault((x["part"], why(x)), []).append(x)
+            by_reason.setdefault((x["part"], explain(x)), []).append(x)
     found = []
-    for (part, reason), rows in alike.items():
+    for (part, reason), rows in by_reason.items():
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         found.append(f"WRONG: {part}: {rows[0].get('case')}{more}, {reason}"[:160])
     return [*found[:12], *([f"and {len(found) - 12} more"] if len(found) > 12 else []), *([""] if found else [])]
 
 
-def why(row: dict) -> str:
+def explain(row: dict) -> str:
     for name in ("failed", "message", "reason"):
         if row.get(name):
             return row[name]
     if row.get("same_bits") is False:
-        return "the same inputs gave other bits after timing"
+        return "other bits after timing, from the same inputs"
     if "error" in row:
         return f"error {row['error']}, allowed {row['allowed']}"
     return "wrong result"
 
 
-def table(part: Part, rows: list[dict]) -> list[str]:
-    """The lines that the part's module makes of its rows. It may be the one that failed."""
+def summarise_part(part: Part, rows: list[dict]) -> list[str]:
+    """The part's own lines for its rows. Its module may be what failed."""
     try:
-        return importlib.import_module(part.path).summary(rows) or ["nothing"]
+        return importlib.import_module(part.path).summarise(rows) or ["nothing"]
     except Exception as error:
-        return [f"no table: {first_line(error)}"]
+        return [f"no table: {describe_error(error)}"]

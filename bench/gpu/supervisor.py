@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, each in a process of its own, and ends those whose time is up."""
+"""Runs the parts one after another, each in its own process, and kills those whose time is up."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .card import Card
 from .context import Settings
 from .parts import Part
 
-# Imported once, in the process that those of the parts are forked from. None may ask for the GPU there, as
-# torch._inductor does: CUDA does not work in the fork of a process that has asked.
+# Imported once, in the process that those of the parts are forked from. None of these may query the GPU, as
+# torch._inductor does: CUDA does not work in the fork of a process that did.
 PRELOADED = ["bench.gpu.worker", "torch._dynamo"]
 
 
 class Run(NamedTuple):
-    """What all parts of a run have in common."""
+    """The settings of a run."""
 
     parts: list[Part]
     budget: float
@@ -31,25 +31,25 @@ class Run(NamedTuple):
 
 
 def run_all(run: Run, say: Callable[[str], None] = print) -> None:
-    """A part gets its share of the time that is left, beside those to come: what one leaves over goes to the next."""
+    """A part gets its share of the time left, relative to the parts to come: unused time goes to the next ones."""
     start = time.perf_counter()
-    # Processes of PyTorch's own, as many as cores in each that compiles, would take longer to start than to compile.
+    # PyTorch would start a compile worker per core in each process, which takes longer than the compilation.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED[: 1 if run.rehearse else None])
-    import_once(processes)
+    start_forkserver(processes)
     for place, part in enumerate(run.parts):
         left = run.budget - (time.perf_counter() - start)
         seconds = left * part.share / sum(p.share for p in run.parts[place:])
         if left <= 0:
-            finish(run, part, 0.0, "stopped", "no time was left for it")
+            finish(run, part, 0.0, "stopped", "no time left for it")
         else:
             run_part(processes, run, part, seconds)
         say(describe(results.read(run.out, "end", part.name)[-1]))
 
 
-def import_once(processes) -> None:
-    """Start the process that those of the parts are forked from, and wait until it has imported what they share."""
+def start_forkserver(processes) -> None:
+    """Start the process that the parts are forked from, and wait until it has imported their modules."""
     first = processes.Process(target=int)
     first.start()
     first.join()
@@ -70,21 +70,23 @@ def run_part(processes, run: Run, part: Part, seconds: float) -> None:
         finish(run, part, time.monotonic() - start, "stopped", "interrupted")
         raise
     finally:
-        end_group(process)
+        kill_group(process)
     outcome = "stopped" if stopped else "done" if process.exitcode == 0 else "failed"
-    finish(run, part, time.monotonic() - start, outcome, None if outcome != "failed" else reason(run, part, process))
+    finish(
+        run, part, time.monotonic() - start, outcome, None if outcome != "failed" else find_reason(run, part, process)
+    )
 
 
-def end_group(process) -> None:
-    """The process and all it started."""
+def kill_group(process) -> None:
+    """Kill the process and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        process.kill()  # not yet the leader of a group, or gone
+        process.kill()  # not yet a group leader, or gone
     process.join()
 
 
-def reason(run: Run, part: Part, process) -> str:
+def find_reason(run: Run, part: Part, process) -> str:
     errors = results.read(run.out, "error", part.name)
     if errors:
         return errors[-1]["error"]

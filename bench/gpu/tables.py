@@ -1,4 +1,4 @@
-"""How the parts' rows become lines of the summary."""
+"""Formats the rows of a part as lines of the summary."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ from collections.abc import Callable
 
 from .compare import OURS, PLAIN
 
-COMPARED = "share of the ceiling, fastest other's time / ours"
+COMPARED = "% of peak, fastest peer's time / ours"
 
 
-def grid(rows: list[dict], label: Callable[[dict], str], column: str) -> list[str]:
-    """A line for each label, in it a cell for each value of a column."""
+def make_grid(rows: list[dict], label: Callable[[dict], str], column: str) -> list[str]:
+    """A line for each label, with a cell for each value of a column."""
     lines: dict[str, dict[object, list[dict]]] = {}
     for row in rows:
         if column in row:
             lines.setdefault(label(row), {}).setdefault(row[column], []).append(row)
-    cells = {name: "  ".join(f"{value}: {cell(of)}" for value, of in sorted(of.items())) for name, of in lines.items()}
-    return [f"{name:<30} {text}" for name, text in cells.items()] + failures(rows, column)
+    cells = {
+        name: "  ".join(f"{value}: {format_cell(of)}" for value, of in sorted(of.items())) for name, of in lines.items()
+    }
+    return [f"{name:<30} {text}" for name, text in cells.items()] + list_failures(rows, column)
 
 
-def failures(rows: list[dict], column: str) -> list[str]:
-    """Cases that failed, or did not fit, before they were prepared."""
+def list_failures(rows: list[dict], column: str) -> list[str]:
+    """Cases that failed or did not fit before they were timed."""
     return [f"{row['case']}: {row.get('skipped') or row.get('failed')}" for row in rows if column not in row]
 
 
-def cell(rows: list[dict]) -> str:
-    """Ours, its share of the ceiling, the fastest of the others, and our plain kernels where there are others:
-    "612 78% cudnn 1.02x plain 1.40x"."""
+def format_cell(rows: list[dict]) -> str:
+    """Our figure, its share of the ceiling, the ratios of the fastest peer and of our plain kernels where they are not
+    the default: "612 78% cudnn 1.02x plain 1.40x"."""
     ours = next((row for row in rows if row.get("variant") == OURS), None)
     if ours is None or ours.get("failed"):
         return "FAILED"
@@ -35,25 +37,25 @@ def cell(rows: list[dict]) -> str:
     share = f" {ours['share']:.0%}" if isinstance(ours.get("share"), float) else ""
     wrong = "" if ours.get("correct", True) else " WRONG"
     others = [row for row in rows if "ratio" in row and row["variant"] != PLAIN]
-    fastest = f" {against(min(others, key=lambda row: row['ratio']))}" if others else ""
-    fastest += "".join(f" {against(row)}" for row in rows if "ratio" in row and row["variant"] == PLAIN)
+    fastest = f" {format_ratio(min(others, key=lambda row: row['ratio']))}" if others else ""
+    fastest += "".join(f" {format_ratio(row)}" for row in rows if "ratio" in row and row["variant"] == PLAIN)
     return f"{ours.get('tflops') or ours.get('gbps', 0):,.0f}{share}{wrong}{fastest}"
 
 
 SHORT = {"efficient": "eff"}
 
 
-def against(row: dict) -> str:
+def format_ratio(row: dict) -> str:
     """ "flash 1.25x", ~1.02x where the spread is larger than the difference from 1."""
     return f"{SHORT.get(row['variant'], row['variant'])} {'~' if row['unsure'] else ''}{row['ratio']:.2f}x"
 
 
-def by_case(rows: list[dict]) -> dict[str, list[dict]]:
+def group_by_case(rows: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for row in rows:
         found.setdefault(row["case"], []).append(row)
     return found
 
 
-def attention_mask(row: dict) -> str:
+def describe_pass(row: dict) -> str:
     return f"{row['pass']} {'causal' if row['causal'] else 'full'}"

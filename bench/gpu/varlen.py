@@ -14,11 +14,11 @@ from torch import Tensor
 import flashattn
 
 from .attention import prepare_backward, prepare_forward
-from .compare import OURS, Comparison, bytes_of, compare_all, copies_of, reference_truth
+from .compare import OURS, Comparison, compare_all, compute_reference, copy_inputs, count_bytes
 from .context import Context
-from .peers import installed
+from .peers import find_installed
 from .rules import attention_flops
-from .tables import COMPARED, attention_mask, grid
+from .tables import COMPARED, describe_pass, make_grid
 
 
 class Case(NamedTuple):
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     backward: bool
 
 
-def cases(rehearse: bool) -> list[Case]:
+def list_cases(rehearse: bool) -> list[Case]:
     if rehearse:
         return [Case((40, 70), 1, 16, True, True)]
     numbers = random.Random(0)
@@ -41,27 +41,27 @@ def cases(rehearse: bool) -> list[Case]:
     ]  # fmt: skip
 
 
-def rows(context: Context) -> Iterator[dict]:
-    yield from compare_all(context, cases(context.rehearse), comparison)
+def run(context: Context) -> Iterator[dict]:
+    yield from compare_all(context, list_cases(context.rehearse), make_comparison)
 
 
-def summary(rows: list[dict]) -> list[str]:
-    return [f"TFLOP/s by head_dim, {COMPARED}", *grid(rows, attention_mask, "head_dim")]
+def summarise(rows: list[dict]) -> list[str]:
+    return [f"TFLOP/s by head_dim, {COMPARED}", *make_grid(rows, describe_pass, "head_dim")]
 
 
-def comparison(context: Context, case: Case) -> Comparison:
+def make_comparison(context: Context, case: Case) -> Comparison:
     total, longest = sum(case.lengths), max(case.lengths)
     inputs = [context.randn(total, case.heads, case.head_dim) for _ in range(4)]
     inputs = [x.requires_grad_(case.backward) for x in inputs[:3]] + inputs[3:]
     starts = torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32, device=context.device)
-    touched = bytes_of(inputs)
-    sets = copies_of(context, inputs, touched)
+    bytes_touched = count_bytes(inputs)
+    sets = copy_inputs(context, inputs, bytes_touched)
     make = prepare_backward if case.backward else prepare_forward
 
     def ours(q, k, v):
         return flashattn.attention_varlen(q, k, v, starts, starts, longest, longest, causal=case.causal)
 
-    def torchs(q, k, v):
+    def varlen_attn_call(q, k, v):
         from torch.nn.attention.varlen import varlen_attn
 
         masked = {"window_size": (-1, 0)} if case.causal else {}
@@ -72,7 +72,9 @@ def comparison(context: Context, case: Case) -> Comparison:
 
         return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=case.causal)
 
-    calls = {OURS: ours, "varlen_attn": torchs} | ({"flash_attn": flash_attn} if "flash_attn" in installed() else {})
+    calls = {OURS: ours, "varlen_attn": varlen_attn_call} | (
+        {"flash_attn": flash_attn} if "flash_attn" in find_installed() else {}
+    )
     variants = {name: lambda attend=attend: make(attend, sets) for name, attend in calls.items()}
     settings = {
         "pass": "backward" if case.backward else "forward", "sequences": len(case.lengths), "tokens": total,
@@ -81,17 +83,18 @@ def comparison(context: Context, case: Case) -> Comparison:
     pairs = sum(n**2 for n in case.lengths)
     return Comparison(
         f"{settings['pass']} {'causal' if case.causal else 'full'} {len(case.lengths)} sequences", settings, variants,
-        touched, lambda: truth_of(case, inputs), lambda results: [first_and_last(case, x) for x in results],
+        bytes_touched, lambda: compute_truth(case, inputs),
+        lambda results: [select_first_and_last(case, x) for x in results],
         flops=attention_flops(case.heads, case.head_dim, pairs, case.causal, case.backward),
     )  # fmt: skip
 
 
-def first_and_last(case: Case, x: Tensor) -> Tensor:
+def select_first_and_last(case: Case, x: Tensor) -> Tensor:
     """Head 0 of the first and of the last sequence."""
     return torch.cat((x[: case.lengths[0], :1], x[-case.lengths[-1] :, :1]))
 
 
-def truth_of(case: Case, inputs: list[Tensor]):
+def compute_truth(case: Case, inputs: list[Tensor]):
     starts = torch.tensor([0, case.lengths[0], case.lengths[0] + case.lengths[-1]], dtype=torch.int32)
     starts, longest = starts.to(inputs[0].device), max(case.lengths[0], case.lengths[-1])
 
@@ -99,5 +102,5 @@ def truth_of(case: Case, inputs: list[Tensor]):
         out = flashattn.attention_varlen(q, k, v, starts, starts, longest, longest, causal=case.causal)
         return torch.autograd.grad(out, (q, k, v), grad) if case.backward else [out]
 
-    chosen = [first_and_last(case, x.detach()) for x in inputs]
-    return reference_truth(call, [*(x.requires_grad_() for x in chosen[:3]), chosen[3]])
+    chosen = [select_first_and_last(case, x.detach()) for x in inputs]
+    return compute_reference(call, [*(x.requires_grad_() for x in chosen[:3]), chosen[3]])

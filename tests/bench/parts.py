@@ -1,16 +1,16 @@
-"""Parts of `bench gpu` that misbehave, for its tests: each name of PARTS is a module of rows after one good row."""
+"""Misbehaving parts of `bench gpu`, for its tests: each yields one good row, and then behaves as its name says."""
 
 import os
 import signal
 import time
 
 
-def rows(context):
+def run(context):
     yield {"case": "first", "correct": True}
     yield from BEHAVIOURS[context.settings.part](context)
 
 
-def summary(rows):
+def summarise(rows):
     return [f"{len(rows)} rows"]
 
 
@@ -29,7 +29,7 @@ def crashes(context):
 
 
 def hangs(context):
-    if os.fork() == 0:  # what a part starts is ended with it
+    if os.fork() == 0:  # a child process is killed with its part
         time.sleep(1000)
     time.sleep(1000)
     yield {}

@@ -1,11 +1,11 @@
-"""Machine code in which a tensor core reads from an address that does not derive from the base of shared memory."""
+"""Machine code whose tensor cores read from addresses that do not derive from the base of shared memory."""
 
 import pytest
 
 from bench.descriptors import find_lost_descriptors
 
 BASE = ["UMOV UR4, 0x400", "ULEA UR4, UR5, UR4, 0x18"]
-READ = "HGMMA.64x16x16.F32 R88, R96, gdesc[UR8].tnspB, R88"  # of B, whose descriptor lies in UR10 and UR11
+READ = "HGMMA.64x16x16.F32 R88, R96, gdesc[UR8].tnspB, R88"  # of B, with its descriptor in UR10 and UR11
 CODE = {
     "derived": ["USHF.R.U32.HI UR10, URZ, 0x4, UR4", READ],
     "derived in another register": ["UMOV UR6, UR4", "UIADD3 UR10, UP0, UR6, 0x20, URZ", READ],

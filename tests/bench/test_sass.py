@@ -14,7 +14,7 @@ from tests.ptx import rings
 HGMMA = "HGMMA.64x64x16.F32 R24, gdesc[UR12], R24"
 
 
-def loops(*lines: str) -> list[tuple[int, int]]:
+def list_loops(*lines: str) -> list[tuple[int, int]]:
     """(first instruction, instructions) of each loop; labels end with a colon."""
     text, at = [], 0
     for line in lines:
@@ -25,22 +25,22 @@ def loops(*lines: str) -> list[tuple[int, int]]:
 
 def test_innermost_loops():
     inner = [".L_x_2:", HGMMA, "@P1 BRA `(.L_x_2)"]
-    assert loops(".L_x_1:", "NOP", *inner, "@!P0 BRA `(.L_x_1)", "EXIT") == [(1, 2)]
-    assert loops(".L_x_1:", HGMMA, "@P2 EXIT", "@!P0 BRA `(.L_x_1)", "EXIT") == [(0, 3)]
-    assert loops(".L_x_1:", "NOP", "@!P0 BRA `(.L_x_1)", HGMMA, "EXIT") == []
+    assert list_loops(".L_x_1:", "NOP", *inner, "@!P0 BRA `(.L_x_1)", "EXIT") == [(1, 2)]
+    assert list_loops(".L_x_1:", HGMMA, "@P2 EXIT", "@!P0 BRA `(.L_x_1)", "EXIT") == [(0, 3)]
+    assert list_loops(".L_x_1:", "NOP", "@!P0 BRA `(.L_x_1)", HGMMA, "EXIT") == []
 
 
-def test_a_wait_behind_the_code_is_no_loop():
+def test_a_wait_after_the_code_is_no_loop():
     wait = [".L_x_3:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R3", "@!P0 BRA `(.L_x_3)", "BRA `(.L_x_2)"]
-    assert loops("@!P0 BRA `(.L_x_3)", ".L_x_2:", HGMMA, "EXIT", *wait) == []
+    assert list_loops("@!P0 BRA `(.L_x_3)", ".L_x_2:", HGMMA, "EXIT", *wait) == []
     body = [".L_x_1:", "@!P0 BRA `(.L_x_3)", ".L_x_2:", HGMMA, "@P1 BRA `(.L_x_1)"]
-    assert loops(*body, "EXIT", *wait) == [(0, 3)]
+    assert list_loops(*body, "EXIT", *wait) == [(0, 3)]
 
 
 def test_the_dispatch_of_roles_is_no_loop():
     dispatch = [".L_x_1:", "LDS.U8 R2, [R2]", ".L_x_9:", "BRX R2 -0x1b0"]
-    assert loops(*dispatch, HGMMA, "BRA `(.L_x_1)", "EXIT") == []
-    assert loops(*dispatch, ".L_x_2:", HGMMA, "@P0 BRA `(.L_x_2)", "BRA `(.L_x_1)", "EXIT") == [(2, 2)]
+    assert list_loops(*dispatch, HGMMA, "BRA `(.L_x_1)", "EXIT") == []
+    assert list_loops(*dispatch, ".L_x_2:", HGMMA, "@P0 BRA `(.L_x_2)", "BRA `(.L_x_1)", "EXIT") == [(2, 2)]
 
 
 def test_a_warp_specialised_kernel():

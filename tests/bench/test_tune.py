@@ -1,4 +1,4 @@
-"""The search for tiles, in the library and in `bench gpu`; and its parts counters and profile, rehearsed."""
+"""The search for tiles, in the library and in `bench gpu`; and rehearsals of the parts counters and profile."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from bench.compiled import Kernel
 from bench.gpu import counters, profile
 from bench.gpu import tune as part
 from bench.gpu.card import REHEARSAL
-from bench.gpu.context import Context, Settings, ready
+from bench.gpu.context import Context, Settings, prepare_device
 from flashattn.backends import triton as backend
 from flashattn.kernels import configs, tune
 from flashattn.kernels.configs import Tiles
@@ -133,7 +133,7 @@ def test_what_does_not_fit_or_spills_is_not_launched(gpu, monkeypatch):
 
 @pytest.fixture
 def autotune(monkeypatch):
-    """FLASHATTN_AUTOTUNE=1 as far as it goes without a GPU: a fake timer, two candidates; what was timed."""
+    """FLASHATTN_AUTOTUNE=1 without a GPU: a fake timer and two candidates. The list of timed tiles."""
     timed = []
 
     def measure(calls):
@@ -226,45 +226,45 @@ def kernel(code: str, shared=1000) -> Kernel:
     return Kernel("attention_forward", "sm_90", 255, 64, 2, shared, 1, 8, code)
 
 
-def test_candidates_are_judged_by_their_loops():
+def test_candidates_are_refused_by_their_loops():
     spilling, outside = kernel(LOOP.format("LDL")), kernel("        /*0000*/ STL [R1], R2 ;" + LOOP.format("FADD"))
     assert part.inspect(ROW, spilling).refused == "1 accesses to local memory in its loops"
     static = part.inspect(ROW, outside)
     assert (static.refused, static.slots) == (None, 2 / 4096 * 1024)
     large = part.inspect(ROW, kernel(LOOP.format("FADD"), shared=232449))
-    assert large.refused == "232,449 bytes of shared memory, of which there are 232,448"
+    assert large.refused == "232,449 bytes of shared memory, over the limit of 232,448"
 
 
 def test_the_most_promising_candidates_come_first():
     few, many, waits, unknown = (
-        part.Static(ROW._replace(stages=stages), slots=slots)
+        part.Candidate(ROW._replace(stages=stages), slots=slots)
         for stages, slots in ((2, 0.5), (3, 0.9), (1, 0.1), (4, None))
     )
-    assert sorted([waits, unknown, many, few], key=part.promise) == [few, many, unknown, waits]
+    assert sorted([waits, unknown, many, few], key=part.rank) == [few, many, unknown, waits]
 
 
-def rehearsal(module, tmp_path) -> Context:
+def make_rehearsal(module, tmp_path) -> Context:
     torch.use_deterministic_algorithms(False)
     now = time.monotonic()
     return Context(Settings(module.__name__.split(".")[-1], (), tmp_path, REHEARSAL, True, now, now + 300.0))
 
 
-def rehearsed(module, tmp_path) -> list[dict]:
-    context = rehearsal(module, tmp_path)
-    with ready(context):
-        return list(module.rows(context))
+def rehearse(module, tmp_path) -> list[dict]:
+    context = make_rehearsal(module, tmp_path)
+    with prepare_device(context):
+        return list(module.run(context))
 
 
 def test_part_tune(tmp_path, monkeypatch):
-    monkeypatch.setattr(part, "REHEARSED", [part.Row("decode", 128)])
-    (row,) = rehearsed(part, tmp_path)
+    monkeypatch.setattr(part, "REHEARSAL_ROWS", [part.Row("decode", 128)])
+    (row,) = rehearse(part, tmp_path)
     assert row["correct"]
     assert list(row["seconds"]) == list(row["slots"]) == ["16x64, 4 warps, 3 stages", "16x64, 4 warps, 1 stages"]
     assert row["best"] in row["seconds"]
     assert not row["refused"]
     row |= dict(best="16x64, 4 warps, 1 stages", changes=True, gain=1.25)
     row["seconds"] = {row["row"]: [2e-3, 1.9e-3, 2.1e-3], row["best"]: [1.6e-3, 1.5e-3, 1.7e-3]}
-    assert part.summary([row]) == [
+    assert part.summarise([row]) == [
         "1 rows of configs.py searched, 1 would change; median (quartiles)",
         "decode at head_dim 128: 16x64, 4 warps, 3 stages -> 16x64, 4 warps, 1 stages: 1.25x, "
         "2000.0 us (1900.0 to 2100.0) -> 1600.0 us (1500.0 to 1700.0) (1 timed, 0 refused)",
@@ -272,10 +272,10 @@ def test_part_tune(tmp_path, monkeypatch):
 
 
 def test_part_tune_of_a_kernel_in_roles(tmp_path, monkeypatch):
-    monkeypatch.setattr(part, "REHEARSED", [part.Row("forward", 64)])
-    (row,) = rehearsed(part, tmp_path)
+    monkeypatch.setattr(part, "REHEARSAL_ROWS", [part.Row("forward", 64)])
+    (row,) = rehearse(part, tmp_path)
     assert row["correct"]
-    assert list(row["slots"]) == [f"2 consumers, tiles of 128, {stages} stages, in turns" for stages in (2, 3)]
+    assert list(row["slots"]) == [f"2 consumers, tiles of 128, {stages} stages, ping-pong" for stages in (2, 3)]
     assert set(row["seconds"]) == set(row["slots"])
     assert not row["refused"]
 
@@ -283,35 +283,35 @@ def test_part_tune_of_a_kernel_in_roles(tmp_path, monkeypatch):
 def test_part_tune_refuses_a_wrong_candidate(gpu, monkeypatch):
     row, rounded = part.Row("forward", 64), backend.forward
     monkeypatch.setattr(part, "judge", lambda results, truth: part_judge([x * 1.1 for x in results], truth))
-    part_judge = sys.modules["bench.gpu.rules"].judge
-    make = part.calls(row, part.Size(1, 2, 1, 20, 20), torch.device("cpu"))
-    assert "WRONG" in part.checker(row, make)(part.tiles_of(row))
+    part_judge = sys.modules["bench.gpu.verdicts"].judge
+    make = part.make_calls(row, part.Size(1, 2, 1, 20, 20), torch.device("cpu"))
+    assert "WRONG" in part.make_checker(row, make)(part.find_tiles(row))
     monkeypatch.undo()
     assert backend.forward is rounded
-    assert part.checker(row, make)(part.tiles_of(row)) is None
+    assert part.make_checker(row, make)(part.find_tiles(row)) is None
 
 
 def test_part_tune_leaves_out_what_changes_its_result(tmp_path, monkeypatch):
-    """A race may show only under load: results are compared again behind the timing."""
+    """A race may show only under load: results are compared again after the timing."""
     monkeypatch.setattr(tune, "is_same", lambda results, expected: False)
-    monkeypatch.setattr(part, "checker", lambda row, make: lambda tiles: None)
+    monkeypatch.setattr(part, "make_checker", lambda row, make: lambda tiles: None)
     row = part.Row("decode", 128)
-    with ready(context := rehearsal(part, tmp_path)):
-        static = [part.Static(tiles) for tiles in (part.tiles_of(row), *tune.neighbours(part.tiles_of(row))[:1])]
+    with prepare_device(context := make_rehearsal(part, tmp_path)):
+        static = [part.Candidate(tiles) for tiles in (part.find_tiles(row), *tune.neighbours(part.find_tiles(row))[:1])]
         result = part.search_row(context, row, static)
     assert (result["correct"], result["changes"]) == (False, False)
-    assert list(result["seconds"]) == [part.text(static[0].tiles)]
-    assert result["refused"] == {part.text(x.tiles): "another result after the timing" for x in static}
+    assert list(result["seconds"]) == [part.describe_tiles(static[0].tiles)]
+    assert result["refused"] == {part.describe_tiles(x.tiles): "another result after the timing" for x in static}
 
 
 def test_part_tune_stops_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(Context, "remaining", lambda self: 0.0)
-    monkeypatch.setattr(part, "Compilers", NoCompilers)
-    rows = rehearsed(part, tmp_path)
-    assert [row["skipped"] for row in rows] == ["no time left"] * len(part.REHEARSED)
+    monkeypatch.setattr(Context, "seconds_left", lambda self: 0.0)
+    monkeypatch.setattr(part, "CompilerPool", NoCompilerPool)
+    rows = rehearse(part, tmp_path)
+    assert [row["skipped"] for row in rows] == ["no time left"] * len(part.REHEARSAL_ROWS)
 
 
-class NoCompilers:
+class NoCompilerPool:
     def __init__(self, processes, candidates):
         assert all(len(tiles) == 2 for tiles in candidates.values())
 
@@ -324,7 +324,7 @@ class NoCompilers:
 
 # --------------------------------------------------------------------------------------------- counters
 
-# Written by hand, in the form that `ncu --csv --page raw` documents: not from a GPU.
+# Written by hand, in the documented format of `ncu --csv --page raw`: not from a GPU.
 RAW = """\
 some output of the program
 ==PROF== Connected to process 7 (/usr/bin/python3)
@@ -353,7 +353,7 @@ def test_output_of_nsight_compute():
     assert counters.parse(RAW.splitlines()[4]) == {}
 
 
-# What stands for ncu here: it runs the program behind its own options and prints a table of the hand-written form.
+# A fake ncu: runs the program that follows its own options and prints a table of the hand-written form.
 FAKE = """\
 #!{python}
 import subprocess, sys
@@ -372,18 +372,18 @@ def fake_ncu(tmp_path, monkeypatch):
         file.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
-    monkeypatch.setattr(counters, "LAUNCHES", {"norm_forward": counters.norm_forward})
+    monkeypatch.setattr(counters, "LAUNCHES", {"norm_forward": counters.launch_norm_forward})
     return install
 
 
 def test_part_counters(tmp_path, fake_ncu):
     fake_ncu(RAW)
-    rows = {row["quantity"]: row for row in rehearsed(counters, tmp_path)}
+    rows = {row["quantity"]: row for row in rehearse(counters, tmp_path)}
     assert len(rows) == len(counters.QUANTITIES)
     assert rows["global sectors, L1"]["ncu"] == 4160
     assert rows["warp instructions"]["ratio"] == 41216 / rows["warp instructions"]["ptx"]
     assert (rows["tensor instructions"]["ncu"], rows["tensor instructions"]["ptx"]) == (None, 0)
-    assert any("global sectors, L1" in line and "4,160 /" in line for line in counters.summary(list(rows.values())))
+    assert any("global sectors, L1" in line and "4,160 /" in line for line in counters.summarise(list(rows.values())))
 
 
 @pytest.mark.parametrize(
@@ -396,29 +396,29 @@ def test_part_counters(tmp_path, fake_ncu):
 )
 def test_nsight_compute_that_fails_is_a_reason(fake_ncu, monkeypatch, output, reason):
     fake_ncu(output, code=1)
-    monkeypatch.setattr(sys, "executable", "true")  # the launch itself is not what this is about
+    monkeypatch.setattr(sys, "executable", "true")  # the launch itself is not tested here
     with pytest.raises(counters.NcuError, match=reason):
-        counters.under_ncu("norm_forward", 60.0)
+        counters.run_under_ncu("norm_forward", 60.0)
 
 
 def test_without_nsight_compute_the_row_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(counters, "LAUNCHES", {"norm_forward": counters.norm_forward})
+    monkeypatch.setattr(counters, "LAUNCHES", {"norm_forward": counters.launch_norm_forward})
     monkeypatch.setattr(counters.shutil, "which", lambda name: None)
-    (row,) = rehearsed(counters, tmp_path)
+    (row,) = rehearse(counters, tmp_path)
     assert row["skipped"] == "ncu is not installed, or not on PATH"
     assert row["ptx"]["warp instructions"] > 0
-    assert row["skipped"] in counters.summary([row])[1]
+    assert row["skipped"] in counters.summarise([row])[1]
 
 
 # --------------------------------------------------------------------------------------------- profile
 
 
 def test_part_profile(tmp_path):
-    step, kernels = rehearsed(profile, tmp_path)
+    step, kernels = rehearse(profile, tmp_path)
     assert {"attention forward", "attention backward", "norms", "matmul"} <= set(kernels["groups"])
     assert sum(of["share"] for of in kernels["groups"].values()) == pytest.approx(1)
     assert step["launches"] == sum(of["launches"] for of in kernels["groups"].values())
-    assert [line.split(" ")[0] for line in profile.summary([step, kernels])] == ["a", "shares"]
+    assert [line.split(" ")[0] for line in profile.summarise([step, kernels])] == ["a", "shares"]
     assert 0 < (tmp_path / step["trace"]).stat().st_size <= 16 * 2**20
 
 
@@ -433,7 +433,7 @@ def test_kernels_of_a_trace(tmp_path):
     trace = tmp_path / "trace.json.gz"
     with profile.gzip.open(trace, "wt") as file:
         profile.json.dump({"traceEvents": events}, file)
-    groups = profile.shares(profile.on_device(trace))
+    groups = profile.compute_shares(profile.read_device_events(trace))
     assert {name: of["share"] for name, of in groups.items()} == {
         "matmul": pytest.approx(0.6), "attention backward": pytest.approx(0.3), "copies": pytest.approx(0.1),
     }  # fmt: skip
