@@ -1,5 +1,5 @@
-"""What the tests in test_gpu.py run on: a GPU, or its rehearsal, in which the PTX machine takes Triton's launches on
-CPU tensors. Only what the two do differently is here."""
+"""The device of the tests in test_gpu.py: a GPU, or a rehearsal, in which the PTX machine executes Triton's launches on
+CPU tensors. `Rehearsal` lacks the methods that only tests on a GPU call."""
 
 import contextlib
 import gc
@@ -19,8 +19,8 @@ class Gpu:
     """The current CUDA device."""
 
     rehearsed = False
-    runs = 20  # that must give the same bits
-    replays = 2  # of a graph, each on other data
+    runs = 20  # with the same bits
+    replays = 2  # of a graph, each on new data
 
     def __init__(self):
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -28,19 +28,19 @@ class Gpu:
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
 
-    def on(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager:
+    def use_stream(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(stream)
 
     def sleep(self) -> None:
-        """Keep the current stream busy, so that whoever does not wait for it is early."""
+        """Keep the current stream busy, so that a launch that does not wait for it runs too early."""
         torch.cuda._sleep(SLEEP)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     @contextlib.contextmanager
-    def without_waiting(self) -> Iterator[None]:
-        """Within the block it is an error to wait for the GPU."""
+    def forbid_waiting(self) -> Iterator[None]:
+        """Within the block waiting for the GPU is an error."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -51,7 +51,7 @@ class Gpu:
         return torch.cuda.graph(torch.cuda.CUDAGraph())
 
     def capture(self, function: Callable[[], list]) -> tuple[list, Callable[[], None]]:
-        """(results, replay): tensors that the function returned in the capture, and what computes them anew."""
+        """(results, replay): the tensors that the function returned in the capture, and a call that recomputes them."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -62,8 +62,8 @@ class Gpu:
             results = function()
         return results, graph.replay
 
-    def memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, so poisoned. Tests beside this one may have to give theirs back first."""
+    def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised, so poisoned. Waits while parallel tests hold the memory."""
         need = elements * dtype.itemsize
         for _ in range(30):
             free, whole = torch.cuda.mem_get_info()
@@ -72,13 +72,13 @@ class Gpu:
             time.sleep(1)
         pytest.skip(f"needs {need >> 30} GiB of GPU memory, {free >> 30} of {whole >> 30} are free")
 
-    def give_memory_back(self) -> None:
+    def release_memory(self) -> None:
         if torch.cuda.memory_reserved() > 2**30:
             torch.cuda.empty_cache()
 
-    def peak(self, function: Callable[[], object]) -> int:
-        """Bytes that the function allocates at most at a time."""
-        gc.collect()  # what compiling left behind would be given back in between
+    def measure_peak(self, function: Callable[[], object]) -> int:
+        """Peak bytes that the function allocates."""
+        gc.collect()  # otherwise leftovers of the compilation would be freed in between
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -102,7 +102,7 @@ class Rehearsal:
     def stream(self) -> None:
         return None
 
-    def on(self, stream: None) -> contextlib.AbstractContextManager:
+    def use_stream(self, stream: None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def sleep(self) -> None:
@@ -111,7 +111,7 @@ class Rehearsal:
     def synchronize(self) -> None:
         pass
 
-    def without_waiting(self) -> contextlib.AbstractContextManager:
+    def forbid_waiting(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -134,6 +134,6 @@ class Rehearsal:
         results = record()
         return results, replay
 
-    def memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Of the system's memory only what is touched."""
+    def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """The system provides only the pages that are accessed."""
         return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)

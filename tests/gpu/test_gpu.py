@@ -1,8 +1,8 @@
 """Every kernel on a GPU: the case tables of the other backends on CUDA tensors, forward and backward, under the same
-error rule; and what only a GPU has: streams, graphs, several devices, memory, and as many bits as runs.
+error rule; and what only a GPU has: streams, graphs, several devices, memory, and the same bits in every run.
 
-`pytest tests/gpu/test_gpu.py -n 16 --dist worksteal` on a GPU: nearly all of its time goes to compiling. With
-`--rehearse-gpu sm_90` the PTX machine takes the launches.
+`pytest tests/gpu/test_gpu.py -n 16 --dist worksteal` on a GPU: nearly all of the time is compilation. With
+`--rehearse-gpu sm_90` the PTX machine executes the launches.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from flashattn.compat import flash_attn
 from tests.attention import cases, decode_cases, multihead_cases, packed_cases
 from tests.common import DTYPES, assert_as_exact_as_torch
 from tests.compat import flash_attn_cases, flex_cases, sdpa_cases
-from tests.gpu.calls import TO_CAPTURE, normed, packed, tensors, trained
+from tests.gpu.calls import GRAPH_CASES, make_tensors, run_attention, run_norm, run_packed
 from tests.gpu.machine import Gpu, Rehearsal
 from tests.norm import cases as norm_cases
 from tests.norm import module_cases
@@ -30,7 +30,7 @@ def gpu(request, monkeypatch):
     if architecture is None:
         with flashattn.use_backend("triton"):
             yield (real := Gpu())
-        real.give_memory_back()
+        real.release_memory()
         return
     from bench import ptx
 
@@ -215,33 +215,33 @@ def assert_same(results, expected) -> None:
 
 
 def test_a_call_waits_for_what_its_stream_does(gpu):
-    """A launch on another stream would read what is there before the stream has written."""
+    """A launch on another stream would read memory before this stream has written it."""
     sizes = (1, 2, 70, 64) if gpu.rehearsed else (2, 8, 512, 64)
-    inputs, width = tensors(gpu.device, *sizes), sizes[-1]
+    inputs, width = make_tensors(gpu.device, *sizes), sizes[-1]
     weight = torch.randn(width, device=gpu.device)
-    expected = trained(*inputs) + normed(inputs[0], weight)
+    expected = run_attention(*inputs) + run_norm(inputs[0], weight)
     late = [torch.full_like(x, torch.nan) for x in inputs]
     gpu.synchronize()
     stream = gpu.stream()
-    with gpu.on(stream):
+    with gpu.use_stream(stream):
         gpu.sleep()
         for x, y in zip(late, inputs, strict=True):
             x.copy_(y)
-        results = trained(*late) + normed(late[0], weight)
+        results = run_attention(*late) + run_norm(late[0], weight)
     gpu.synchronize()
     assert_same(results, expected)
 
 
 def test_two_streams_at_once(gpu):
     sizes = (1, 2, 70, 64) if gpu.rehearsed else (1, 4, 1024, 64)
-    both = [tensors(gpu.device, *sizes) for _ in range(2)]
-    expected = [trained(*inputs) for inputs in both]
+    both = [make_tensors(gpu.device, *sizes) for _ in range(2)]
+    expected = [run_attention(*inputs) for inputs in both]
     gpu.synchronize()
     streams, results = [gpu.stream() for _ in both], ([], [])
     for _ in range(gpu.runs // 2):
         for stream, inputs, kept in zip(streams, both, results, strict=True):
-            with gpu.on(stream):
-                kept.append(trained(*inputs))
+            with gpu.use_stream(stream):
+                kept.append(run_attention(*inputs))
     gpu.synchronize()
     for kept, wanted in zip(results, expected, strict=True):
         for result in kept:
@@ -249,25 +249,25 @@ def test_two_streams_at_once(gpu):
 
 
 def test_threads_that_compile_at_once(gpu):
-    """Each thread's first call of a kernel that nobody has compiled."""
+    """Each thread calls a kernel that is not compiled yet."""
     if gpu.rehearsed:
         pytest.skip("needs a GPU: the PTX machine runs one launch at a time")
-    every = [tensors(gpu.device, 1, 2, 70, dim) for dim in (24, 40, 56, 24)]
+    every = [make_tensors(gpu.device, 1, 2, 70, dim) for dim in (24, 40, 56, 24)]
     with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(lambda inputs: trained(*inputs), every))
+        results = list(threads.map(lambda inputs: run_attention(*inputs), every))
     for inputs, result in zip(every, results, strict=True):
-        assert_same(result, trained(*inputs))
+        assert_same(result, run_attention(*inputs))
 
 
 def test_a_second_device(gpu):
-    """While the first is the current one."""
+    """While the first is the current device."""
     if gpu.rehearsed or torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    inputs, weight = tensors(gpu.device, 2, 4, 111, 64), torch.randn(64, device=gpu.device)
-    expected = trained(*inputs, dropout_p=0.2, seed=3) + normed(inputs[0], weight)
+    inputs, weight = make_tensors(gpu.device, 2, 4, 111, 64), torch.randn(64, device=gpu.device)
+    expected = run_attention(*inputs, dropout_p=0.2, seed=3) + run_norm(inputs[0], weight)
     other = torch.device("cuda", 1 - gpu.device.index)
-    results = trained(*(x.to(other) for x in inputs), dropout_p=0.2, seed=3)
-    results += normed(inputs[0].to(other), weight.to(other))
+    results = run_attention(*(x.to(other) for x in inputs), dropout_p=0.2, seed=3)
+    results += run_norm(inputs[0].to(other), weight.to(other))
     assert all(x.device == other for x in results)
     assert torch.cuda.current_device() == gpu.device.index
     for x, y in zip(results, expected, strict=True):
@@ -279,7 +279,7 @@ def test_a_second_device(gpu):
 
 
 def test_nothing_waits_for_the_gpu(gpu):
-    q, k, v = tensors(gpu.device, 2, 4, 63, 64)
+    q, k, v = make_tensors(gpu.device, 2, 4, 63, 64)
     starts = torch.tensor([0, 30, 63], dtype=torch.int32, device=gpu.device)
     weight, lengths = torch.randn(64, device=gpu.device), torch.tensor([20, 63])
     kinds = dict(dtype=torch.bfloat16, device=gpu.device)
@@ -289,24 +289,24 @@ def test_nothing_waits_for_the_gpu(gpu):
     whole = torch.zeros(2, 2, 80, 2, 64, **kinds)
 
     def call():
-        trained(q, k, v, dropout_p=0.1)
+        run_attention(q, k, v, dropout_p=0.1)
         flashattn.attention(q, k, v, kv_lengths=lengths)
-        packed(*(x[0].transpose(0, 1) for x in (q, k, v)), starts, 33)
-        normed(q, weight)
+        run_packed(*(x[0].transpose(0, 1) for x in (q, k, v)), starts, 33)
+        run_norm(q, weight)
         flashattn.decode(q[:, :, :1], cache, k[:, :, :1], v[:, :, :1], rotary)
         flashattn.decode(q[:, :, :1], pages.select(both), k[:, :, :1], v[:, :, :1], rotary)
         flash_attn.flash_attn_with_kvcache(q[:, :, :3].transpose(1, 2), *whole, cache_seqlens=50)
 
     call()  # compiles
-    with gpu.without_waiting():
+    with gpu.forbid_waiting():
         call()
 
 
 def test_same_bits_in_every_run(gpu):
-    """Each kernel, many programs at once: a race shows as bits that change."""
+    """Each kernel with many programs: a race would change bits."""
     batch, heads, seq = (1, 2, 130) if gpu.rehearsed else (2, 8, 1111)
-    q, k, v = tensors(gpu.device, batch, heads, seq, 64)
-    wide = tensors(gpu.device, 1, 2, seq, 128, dtype=torch.float16)
+    q, k, v = make_tensors(gpu.device, batch, heads, seq, 64)
+    wide = make_tensors(gpu.device, 1, 2, seq, 128, dtype=torch.float16)
     starts = torch.tensor([0, 40, 41, seq], dtype=torch.int32, device=gpu.device)
     bias = torch.randn(1, q.shape[1], 1, seq, device=gpu.device, dtype=q.dtype, requires_grad=True)
     weight = torch.randn(64, device=gpu.device)
@@ -316,10 +316,10 @@ def test_same_bits_in_every_run(gpu):
     def call():
         out = flashattn.attention(q, k, v, bias=bias, softcap=5.0, dropout_p=0.1, seed=7)
         results = [*torch.autograd.grad(out, bias, out.detach())]
-        results += trained(q, k, v) + trained(*wide)
-        results += packed(*(x[0].transpose(0, 1) for x in (q, k, v)), starts, seq - 41)
+        results += run_attention(q, k, v) + run_attention(*wide)
+        results += run_packed(*(x[0].transpose(0, 1) for x in (q, k, v)), starts, seq - 41)
         results += [flashattn.decode(q[:, :, -1:], cache)]
-        return results + normed(q, weight)
+        return results + run_norm(q, weight)
 
     first = call()
     for _ in range(gpu.runs - 1):
@@ -329,27 +329,27 @@ def test_same_bits_in_every_run(gpu):
 # ------------------------------------------------------------------------------------------------ CUDA graphs
 
 
-def renew(x: torch.Tensor, most: int) -> None:
-    """Other numbers in the same memory."""
+def refill(x: torch.Tensor, most: int) -> None:
+    """Write new random numbers into the same memory."""
     x.copy_(torch.randint(1, most, x.shape)) if x.dtype == torch.int32 else x.copy_(torch.randn(x.shape))
 
 
-@pytest.mark.parametrize("name", TO_CAPTURE)
+@pytest.mark.parametrize("name", GRAPH_CASES)
 def test_graphs(gpu, name):
     """Forward and backward, captured once, replayed on new data, lengths too."""
     torch.use_deterministic_algorithms(name != "callables")
-    inputs, function = TO_CAPTURE[name](gpu.device)
+    inputs, function = GRAPH_CASES[name](gpu.device)
     results, replay = gpu.capture(function)
     for most in (100, 30)[: gpu.replays]:
         for x in inputs:
-            renew(x, most)
+            refill(x, most)
         expected = [x.clone() for x in function()]
         replay()
         assert_same(results, expected)
 
 
 def test_a_captured_step_follows_lengths_that_grow(gpu):
-    """From one split of the keys to more than there was need of in the capture."""
+    """From one split of the keys to more splits than the capture needed."""
     q, k, v = (torch.randn(2, 1, heads, 64, device=gpu.device).bfloat16() for heads in (4, 2, 2))
     caches = torch.randn(2, 2, 1000, 2, 64, device=gpu.device).bfloat16()
     lengths = torch.tensor([20, 7], dtype=torch.int32, device=gpu.device)
@@ -377,7 +377,7 @@ def test_a_graph_draws_new_seeds(gpu):
 
 
 def test_what_cannot_be_captured_is_said(gpu):
-    q, k, v = tensors(gpu.device, 2, 4, 20, 32)
+    q, k, v = make_tensors(gpu.device, 2, 4, 20, 32)
     cache = flashattn.KVCache(2, 2, 64, 32, dtype=q.dtype, device=gpu.device)
     flat, starts = [x[0].transpose(0, 1) for x in (q, k, v)], torch.tensor([0, 20], dtype=torch.int32).to(gpu.device)
     refused = {
@@ -387,7 +387,7 @@ def test_what_cannot_be_captured_is_said(gpu):
             flat[0], q, q, starts, starts, 20, 20, block_table=torch.zeros(1, 3, dtype=torch.int32)
         ),
     }
-    if not gpu.rehearsed:  # what lies on the CPU, or is read back from a GPU
+    if not gpu.rehearsed:  # tensors on the CPU, or read back from the GPU
         refused |= {
             "kv_lengths": lambda: flashattn.attention(q, k, v, kv_lengths=torch.tensor([3, 4])),
             "max_seqlen_q": lambda: flashattn.attention_varlen(*flat, starts, starts),
@@ -409,32 +409,32 @@ def spread(gpu, dim: int, stride: int, *like: torch.Tensor) -> list[torch.Tensor
     strides[dim + 1] = stride
     elements = 1 + sum((size - 1) * step for size, step in zip(stacked.shape, strides, strict=True))
     assert elements > 2**31
-    return list(gpu.memory(elements, stacked.dtype).as_strided(stacked.shape, strides).copy_(stacked))
+    return list(gpu.allocate(elements, stacked.dtype).as_strided(stacked.shape, strides).copy_(stacked))
 
 
 @pytest.mark.parametrize("dim, stride", [(0, 2**31), (1, 2**31), (2, 2**25)], ids=["batch", "heads", "seq"])
 def test_offsets_past_2_31_elements(gpu, dim, stride):
     inputs = [torch.randn(2, 2, 65, 32, device=gpu.device).bfloat16() for _ in range(3)]
-    assert_same(trained(*spread(gpu, dim, stride, *inputs)), trained(*inputs))
+    assert_same(run_attention(*spread(gpu, dim, stride, *inputs)), run_attention(*inputs))
 
 
 @pytest.mark.parametrize("kind", ["mask", "bias"])
 def test_offsets_past_2_31_elements_of_planes(gpu, kind):
-    inputs = tensors(gpu.device, 1, 2, 70, 32)
+    inputs = make_tensors(gpu.device, 1, 2, 70, 32)
     plane = torch.randn(1, 1, 70, 70, device=gpu.device).bfloat16()
     plane = plane > 0 if kind == "mask" else plane
     (far,) = spread(gpu, 2, 2**25, plane)
-    assert_same(trained(*inputs, **{kind: far}), trained(*inputs, **{kind: plane}))
+    assert_same(run_attention(*inputs, **{kind: far}), run_attention(*inputs, **{kind: plane}))
 
 
 def test_offsets_past_2_31_elements_of_norms(gpu):
     x, weight = torch.randn(40, 64, device=gpu.device).bfloat16(), torch.randn(64, device=gpu.device)
-    assert_same(normed(*spread(gpu, 0, 2**26, x), weight), normed(x, weight))
+    assert_same(run_norm(*spread(gpu, 0, 2**26, x), weight), run_norm(x, weight))
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_offsets_past_2_31_elements_of_caches(gpu, page_size):
-    q, k, v = tensors(gpu.device, 2, 4, 40, 32)
+    q, k, v = make_tensors(gpu.device, 2, 4, 40, 32)
     sizes, kinds = (2, 48, 32), dict(dtype=q.dtype, device=gpu.device)
     results = []
     for far in (False, True):
@@ -451,11 +451,11 @@ def test_offsets_past_2_31_elements_of_caches(gpu, page_size):
 
 
 def test_results_of_more_than_2_31_elements(gpu):
-    """Few keys, so that it is quick. Rows do not depend on each other: the last of them alone give the same bits."""
+    """With few keys, to be quick. Rows are independent: the last of them alone give the same bits."""
     if gpu.rehearsed:
         pytest.skip("needs a GPU: 20 GiB and as many bytes of work")
     seq, last = 2**21 + 128, slice(-128, None)
-    memory = gpu.memory(5 * 8 * seq * 128, torch.bfloat16)  # the room for all that follows
+    memory = gpu.allocate(5 * 8 * seq * 128, torch.bfloat16)  # the room for all that follows
     del memory
     q = torch.empty(1, 8, seq, 128, dtype=torch.bfloat16, device=gpu.device).normal_()
     k, v = (torch.randn(1, 8, 16, 128, device=gpu.device).bfloat16() for _ in range(2))
@@ -472,9 +472,9 @@ def test_results_of_more_than_2_31_elements(gpu):
     assert torch.equal(flashattn.rms_norm(flat, weight)[last], flashattn.rms_norm(flat[last], weight))
 
 
-def linear_in(seq: int, device) -> dict:
-    """Calls on so many tokens."""
-    q, k, v = tensors(device, 1, 4, seq, 64)
+def make_calls(seq: int, device) -> dict:
+    """Calls on this many tokens."""
+    q, k, v = make_tensors(device, 1, 4, seq, 64)
     flat, starts = [x[0].transpose(0, 1) for x in (q, k, v)], torch.tensor([0, seq], dtype=torch.int32, device=device)
     bias = torch.randn(1, 1, 1, seq, device=device).bfloat16().requires_grad_()
     cache = flashattn.KVCache(1, 2, seq, 64, dtype=q.dtype, device=device)
@@ -483,28 +483,28 @@ def linear_in(seq: int, device) -> dict:
     def mod(score, b, h, i, j):
         return score + table[h, i - j + seq]
 
-    def decoded():
+    def decode():
         cache.truncate([0])
         return flashattn.decode(q, cache, k, v)
 
     return {
-        "attention": lambda: trained(q, k, v, dropout_p=0.1),
+        "attention": lambda: run_attention(q, k, v, dropout_p=0.1),
         "bias": lambda: torch.autograd.grad(flashattn.attention(q, k, v, bias=bias).sum(), bias),
-        "packed": lambda: packed(*flat, starts, seq),
-        "decode": decoded,
-        "norm": lambda: normed(q, torch.ones(64, device=device)),
-        "score_mod": lambda: trained(q, k, v, score_mod=mod),
+        "packed": lambda: run_packed(*flat, starts, seq),
+        "decode": decode,
+        "norm": lambda: run_norm(q, torch.ones(64, device=device)),
+        "score_mod": lambda: run_attention(q, k, v, score_mod=mod),
     }
 
 
 def test_memory_is_linear(gpu):
     """One matrix of the scores of 8,192 tokens would be 512 MiB."""
-    small, large = (linear_in(seq, gpu.device) for seq in ((17, 34) if gpu.rehearsed else (4096, 8192)))
+    small, large = (make_calls(seq, gpu.device) for seq in ((17, 34) if gpu.rehearsed else (4096, 8192)))
     for name in small:
         small[name](), large[name]()  # compiles
     if gpu.rehearsed:
         pytest.skip("needs a GPU: its allocator counts the memory")
     for name in small:
-        some, more = gpu.peak(small[name]), gpu.peak(large[name])
+        some, more = gpu.measure_peak(small[name]), gpu.measure_peak(large[name])
         assert more <= 2.1 * some + 2**20, f"{name}: {some >> 20} MiB for 4,096 tokens, {more >> 20} for 8,192"
         assert more < 128 << 20, f"{name}: {more >> 20} MiB for 8,192 tokens"
