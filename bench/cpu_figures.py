@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import flashattn
-from model.packages import locate
+from model.io.packages import locate
 
 
 class Figure(NamedTuple):

@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 
 import model
-from model.data import windows
-from model.embed import embed
 from model.families import gpt2
+from model.inference.embed import embed
+from model.inference.serving import Request, Server
 from model.layers import initialise
-from model.serving import Request, Server
-from model.train import Processes, Training, make_optimizer, step_of
+from model.training.batches import windows
+from model.training.train import Processes, Training, make_optimizer, step_of
 
 from .environment import describe_environment
 from .measure import Pair, measure_pair

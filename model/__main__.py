@@ -6,122 +6,128 @@ import argparse
 import contextlib
 import sys
 from functools import partial
+from importlib import import_module
 
-import flashattn
-
-from . import commands
-from .packages import MODELS
+from .io.packages import MODELS
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
-def count(text: str, least: int = 1) -> int:
+def parse_count(text: str, minimum: int = 1) -> int:
     number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+    if number < minimum:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
     return number
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Without PyTorch, so that help and usage errors come at once."""
     top = argparse.ArgumentParser(
         prog="python -m model", description="Transformers on flashattn: real checkpoints, and training."
     )
-    add = top.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
-    models = ", ".join(MODELS)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--backend", choices=["triton", "cpu", "reference"], help="force one; default: the best here")
+    output.add_argument("--backend", choices=["triton", "cpu", "reference"], help="default: the best available")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    loaded = argparse.ArgumentParser(add_help=False, parents=[output])
-    loaded.add_argument(
-        "--model", required=True, metavar="NAME", help=f"{models}, a Hugging Face directory or a .gguf file"
+    with_model = argparse.ArgumentParser(add_help=False, parents=[output])
+    with_model.add_argument(
+        "--model", required=True, metavar="NAME", help=f"{', '.join(MODELS)}, a Hugging Face directory or a .gguf file"
     )
-    loaded.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    with_model.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default float32")
 
-    def command(name: str, text: str, parent: argparse.ArgumentParser = loaded) -> argparse.ArgumentParser:
-        made = add(name, parents=[parent], help=text, description=text[0].upper() + text[1:] + ".")
-        made.set_defaults(run=getattr(commands, f"run_{name}"))
-        return made
+    def add_command(name: str, text: str, parent: argparse.ArgumentParser = with_model) -> argparse.ArgumentParser:
+        return commands.add_parser(name, parents=[parent], help=text, description=text[0].upper() + text[1:] + ".")
 
-    generate = command("generate", "continue a text, token by token")
-    generate.add_argument("--prompt", required=True, help="the text to continue")
-    generate.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    generate.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that reach probability P")
-    generate.add_argument("--min-p", type=float, metavar="P", help="sample among tokens P times as likely as the first")
-    generate.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens that were there"
-    )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling, default 0")
-    generate.add_argument(
-        "--draft", metavar="NAME", help="a smaller model that guesses; greedy, the same tokens sooner"
-    )
-    generate.add_argument("--no-check", action="store_true", help="do not repeat greedy runs on the reference backend")
+    add_generate_options(add_command("generate", "continue a text, token by token"))
 
-    embed = command("embed", "compare sentences: embeddings and their cosines")
+    embed = add_command("embed", "embed sentences and print their cosine similarities")
     embed.add_argument("sentences", nargs="+", metavar="SENTENCE")
-    embed.add_argument("--truncate", action="store_true", help="cut long texts to what the model was trained on")
+    embed.add_argument("--truncate", action="store_true", help="cut long texts to the length the model was trained on")
 
-    classify = command("classify", "the class of each text, of a model with a head for it")
+    classify = add_command("classify", "classify texts, with a model that has a classification head")
     classify.add_argument("texts", nargs="+", metavar="TEXT")
     classify.add_argument("--truncate", action="store_true", help="cut long texts to the model's context")
 
-    tag = command("tag", "the labelled spans of a text: names, parts of speech")
+    tag = add_command("tag", "label the spans of a text: names, parts of speech")
     tag.add_argument("text")
 
-    translate = command("translate", "what an encoder-decoder makes of each text, by beam search")
+    translate = add_command("translate", "translate texts with an encoder-decoder, by beam search")
     translate.add_argument("texts", nargs="+", metavar="TEXT")
-    translate.add_argument("--beams", type=count, default=4, metavar="N", help="hypotheses, default 4; 1 is greedy")
+    translate.add_argument("--beams", type=parse_count, default=4, metavar="N", help="default 4; 1 is greedy")
     translate.add_argument("--length-penalty", type=float, default=1.0, metavar="P", help="default 1; 0: short outputs")
     translate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
 
-    answer = command("answer", "where in a passage the answer to a question stands")
+    answer = add_command("answer", "find the answer to a question in a passage")
     answer.add_argument("--question", required=True)
     answer.add_argument("--passage", required=True, help="the text, or - to read it from standard input")
-    answer.add_argument("--best", type=count, default=5, metavar="N", help="spans to show, default 5")
+    answer.add_argument("--best", type=parse_count, default=5, metavar="N", help="spans to show, default 5")
 
-    transcribe = command("transcribe", "what is said in a WAV file")
-    transcribe.add_argument("file", help="16-bit WAV, any rate")
-    transcribe.add_argument("--language", metavar="CODE", help="like en; default: what the model takes it for")
-    transcribe.add_argument("--task", choices=["transcribe", "translate"], default="transcribe", help="into English")
+    transcribe = add_command("transcribe", "transcribe a WAV file")
+    transcribe.add_argument("file", help="16-bit WAV, any sample rate")
+    transcribe.add_argument("--language", metavar="CODE", help="such as en; default: detect it")
     transcribe.add_argument(
-        "--no-speech-threshold", type=float, default=0.6, metavar="P", help="leave out what is less likely speech"
+        "--task", choices=["transcribe", "translate"], default="transcribe",
+        help="default transcribe; translate: into English",
+    )  # fmt: skip
+    transcribe.add_argument(
+        "--no-speech-threshold", type=float, default=0.6, metavar="P",
+        help="skip windows whose probability of no speech is over P, default 0.6",
+    )  # fmt: skip
+
+    add_train_options(
+        add_command("train", "train a language model on text files, from scratch or from a checkpoint", output)
     )
-
-    train = command("train", "train a language model on text files, from scratch or going on from a model", output)
-    train.add_argument("texts", nargs="+", metavar="FILE", help="text in UTF-8; the last twentieth of each is held out")
-    train.add_argument(
-        "--out", required=True, metavar="DIRECTORY", help="checkpoints, log.jsonl, loss.png; goes on there"
+    add_command("convert", "write a checkpoint as a Hugging Face directory").add_argument(
+        "directory", help="to write; must not exist yet"
     )
-    train.add_argument("--model", metavar="NAME", help="go on from this one; default: a small Llama from scratch")
-    train.add_argument("--vocab", type=count, default=2048, metavar="N", help="tokens of the small Llama, default 2048")
-    train.add_argument("--layers", type=count, default=4, metavar="N", help="of it, default 4")
-    train.add_argument("--width", type=count, default=256, metavar="N", help="of it, default 256")
-    two = partial(count, least=2)
-    train.add_argument("--context", type=two, default=256, metavar="N", help="tokens of a piece of text, default 256")
-    train.add_argument("--batch", type=count, default=8, metavar="N", help="pieces in a batch, default 8")
-    train.add_argument("--accumulate", type=count, default=1, metavar="N", help="batches in a step, default 1")
-    train.add_argument("--steps", type=count, default=1000, metavar="N", help="default 1000")
-    train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest, default 0.001")
-    train.add_argument("--schedule", choices=["cosine", "inverse_sqrt", "constant"], default="cosine")
-    train.add_argument("--save-every", type=count, default=200, metavar="N", help="steps, default 200")
-    train.add_argument("--bfloat16", action="store_true", help="products in bfloat16 (autocast)")
-    train.add_argument("--recompute", action="store_true", help="activations in the backward pass: less memory")
-    train.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and batches, default 0")
-
-    convert = command("convert", "write any checkpoint as a Hugging Face directory")
-    convert.add_argument("directory", help="to write; must not be there yet")
-
-    command("inspect", "what a model is made of: its config, parameters, cache")
+    add_command("inspect", "show a model's config, parameters and cache size")
     return top
 
 
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", required=True, help="the text to continue")
+    add("--chat", action="store_true", help="put the prompt in the model's chat template")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
+    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="sample among the most likely tokens that reach probability P")
+    add("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="on tokens already in the text, default 1")
+    add("--seed", type=int, default=0, metavar="S", help="of the sampling, default 0")
+    add("--draft", metavar="NAME", help="a smaller model for speculative decoding: the same greedy tokens, sooner")
+    add("--no-check", action="store_true", help="do not check greedy tokens against the reference backend")
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("texts", nargs="+", metavar="FILE", help="text in UTF-8; the last twentieth of each is held out")
+    add("--out", required=True, metavar="DIRECTORY", help="checkpoints, log.jsonl, loss.png; a run in it is resumed")
+    add("--model", metavar="NAME", help="start from this one; default: a small Llama from scratch")
+    add("--vocab", type=parse_count, default=2048, metavar="N", help="tokens of the small Llama, default 2048")
+    add("--layers", type=parse_count, default=4, metavar="N", help="of the small Llama, default 4")
+    add("--width", type=parse_count, default=256, metavar="N", help="of the small Llama, default 256")
+    at_least_two = partial(parse_count, minimum=2)
+    add("--context", type=at_least_two, default=256, metavar="N", help="tokens of a training sequence, default 256")
+    add("--batch", type=parse_count, default=8, metavar="N", help="sequences in a batch, default 8")
+    add("--accumulate", type=parse_count, default=1, metavar="N", help="batches in a step, default 1")
+    add("--steps", type=parse_count, default=1000, metavar="N", help="default 1000")
+    add("--learning-rate", type=float, default=1e-3, metavar="R", help="the peak, default 0.001")
+    add("--schedule", choices=["cosine", "inverse_sqrt", "constant"], default="cosine", help="default cosine")
+    add("--save-every", type=parse_count, default=200, metavar="N", help="steps, default 200")
+    add("--bfloat16", action="store_true", help="matrix products in bfloat16 (autocast)")
+    add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory")
+    add("--seed", type=int, default=0, metavar="S", help="of weights and batches, default 0")
+
+
 def main() -> int:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     try:
+        import flashattn
+
+        commands = import_module(".train_command" if args.command == "train" else ".commands", __package__)
         with flashattn.use_backend(args.backend) if args.backend else contextlib.nullcontext():
-            args.run(args)
+            getattr(commands, f"run_{args.command}")(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -17,25 +17,18 @@ from tqdm import tqdm
 
 import flashattn
 
-from .beam import beam_search
-from .checkpoints import Model, load
-from .data import windows
-from .embed import embed
-from .encoder_decoder import EncoderDecoder
-from .flops import matrix_parameters
-from .generate import generate
-from .language import bits, small_llama
-from .predict import answer, classify, tag
-from .runs import Run
-from .saving import save
-from .sound import RATE, read_wave
-from .speculative import speculate
-from .speech import Segment, transcribe
-from .tokenizer import Stream, Tokenizer
-from .train import Batch, Training, train
-from .transformer import Transformer
-
-HELD_OUT = 0.05  # of each file that `train` reads
+from .encoder_decoder import EncoderDecoder, Model
+from .inference.beam import beam_search
+from .inference.embed import embed
+from .inference.generate import generate
+from .inference.predict import answer, classify, tag
+from .inference.sound import RATE, read_wave
+from .inference.speculative import speculate
+from .inference.speech import Segment, transcribe
+from .io.checkpoints import load
+from .io.saving import save
+from .io.tokenizer import Stream, Tokenizer
+from .training.flops import matrix_parameters
 
 
 def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
@@ -187,54 +180,6 @@ def run_transcribe(args: argparse.Namespace) -> None:
         print(json.dumps(result | {"seconds": seconds, "seconds_of_sound": length}, ensure_ascii=False))
     else:
         print(f"\n{length:.1f} s of sound in {seconds:.1f} s, language {found.language}")
-
-
-def run_train(args: argparse.Namespace) -> None:
-    texts = [Path(file).read_text(encoding="utf-8") for file in args.texts]
-    learned = "\n".join(text[: int(len(text) * (1 - HELD_OUT))] for text in texts)
-    held_out = "\n".join(text[int(len(text) * (1 - HELD_OUT)) :] for text in texts)
-    if args.model:
-        model, tokenizer = load_named(args.model, "float32")
-    else:
-        tokenizer = Tokenizer.train(learned, args.vocab)
-        model = small_llama(tokenizer.size, args.layers, args.width, args.context, args.seed)
-    if isinstance(model, EncoderDecoder) or not (model.config.causal and model.config.head):
-        raise ValueError(f"{args.model}: only a causal language model learns from text alone")
-    context = min(args.context, model.config.context)
-    tokens, held = (torch.tensor(tokenizer.encode(text)) for text in (learned, held_out))
-    if len(held) < 2:
-        raise ValueError(f"texts must be long enough for two tokens in the twentieth held out, got {len(held)}")
-    size = len(held_out.encode())
-
-    def evaluate(model: Transformer) -> dict[str, float]:
-        return {"bits per byte": bits(model, held, context) / size}
-
-    settings = Training(
-        args.steps, args.learning_rate, args.schedule, warmup=min(100, args.steps // 10), accumulate=args.accumulate,
-        bfloat16=args.bfloat16, recompute=args.recompute, evaluate_every=args.save_every, save_every=args.save_every,
-        seed=args.seed,
-    )  # fmt: skip
-
-    def batch(number: int) -> Batch:
-        return windows(tokens, number, args.batch, context, args.seed)
-
-    log = train(model, batch, settings, Run(args.out), evaluate, tokenizer)
-    steps, evaluations = [e for e in log if "loss" in e], [e for e in log if "bits per byte" in e]
-    seconds = sum(entry["seconds"] for entry in steps)
-    result = {
-        "directory": str(Run(args.out).checkpoints[-1]),
-        "steps": args.steps,
-        "tokens": sum(entry["tokens"] for entry in steps),
-        "seconds": seconds,
-        "loss": steps[-1]["loss"],
-        "bits_per_byte": evaluations[-1]["bits per byte"],
-    }
-    if args.json:
-        print(json.dumps(result))
-        return
-    print(f"{result['tokens']:,} tokens in {seconds:.0f} s, {result['tokens'] / seconds:,.0f} tokens/s")
-    print(f"loss {result['loss']:.3f}; bits per byte of what was held out {result['bits_per_byte']:.3f}")
-    print(f"{result['directory']}; losses in {Path(args.out) / 'loss.png'}")
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 import flashattn
 
-from .cache import Cache
+from .caches import Cache
 from .config import Config
 from .layers import Linear, embed, make_norm
 from .positions import sinusoids
 from .step import Packed, Step, make_step
-from .transformer import Stack
+from .transformer import Stack, Transformer
 
 
 class Memory(NamedTuple):
@@ -123,3 +123,6 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """Logits (batch, seq, vocab_size) of the decoder, which reads `targets`: begun with the start token."""
         return self.logits(self.decode(targets, self.encode(tokens, lengths), target_lengths))
+
+
+Model = Transformer | EncoderDecoder

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .cache import CacheView
+from .caches import CacheView
 
 
 class Packed(NamedTuple):
@@ -31,6 +30,16 @@ class Packed(NamedTuple):
         return torch.arange(int(self.starts[-1]), device=lengths.device)[None] - starts.repeat_interleave(lengths)
 
 
+def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens (total,) one sequence behind the other, and lengths (batch,), as `Transformer.encode` takes them.
+
+    >>> pack([[1, 2], [3]])
+    (tensor([1, 2, 3]), tensor([2, 1]))
+    """
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    return torch.tensor([token for tokens in sequences for token in tokens]), lengths
+
+
 @dataclass
 class Step:
     """One forward pass: which positions its tokens have, and which of them exist."""
@@ -45,7 +54,7 @@ class Step:
     memory: Tensor | None = None  # (batch, seq, width) of an encoder that a decoder attends to
     memory_lengths: Tensor | None = None
     memory_packed: Packed | None = None
-    observe: Callable[[int, Tensor, Tensor, dict], None] | None = None  # model/interpret.py
+    observe: Callable[[int, Tensor, Tensor, dict], None] | None = None  # model/inference/attention_maps.py
 
     def longest(self, tokens: Tensor) -> int:
         """How far the sequences reach with these tokens."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashattn
 
-from .cache import Cache, CacheView, PagedCache
+from .caches import Cache, CacheView, PagedCache
 from .config import Config
 from .heads import HEADS
 from .layers import Block, Linear, embed, initialise, make_norm

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.packages import locate
+from model.io.packages import locate
 
 
 def needs(name: str):

@@ -17,7 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from model.config import Config
-from model.train import Batch, Processes, Training, make_optimizer, step_of
+from model.training.batches import Batch
+from model.training.train import Processes, Training, make_optimizer, step_of
 from model.transformer import Transformer
 
 from .context import Context, summarise_samples

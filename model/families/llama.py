@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..config import Config
 from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
-from .rope import read_rope, write_rope
+from .rope_fields import read_rope, write_rope
 
 NAMES = {
     "token_embedding.weight": "embed_tokens.weight",

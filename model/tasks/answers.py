@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import torch
 
-from .. import Transformer, load
-from ..predict import answer
-from ..tokenizer import Tokenizer
-from ..train import Batch
+from ..inference.predict import answer
+from ..io.checkpoints import load
+from ..io.tokenizer import Tokenizer
+from ..training.batches import Batch
+from ..transformer import Transformer
 from .common import arguments, command, fine_tuning, learn, minutes
-from .data import fetch
+from .datasets import fetch
 
 BATCH, STATEMENTS = 16, 6
 ASKS = re.compile(r"\b(what|which|who|where|when|how many|around)\b", re.IGNORECASE)

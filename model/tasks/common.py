@@ -1,4 +1,4 @@
-"""What the tasks share: their command line."""
+"""What the tasks share: their command line, their settings, a small Llama."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import json
 import sys
 from collections.abc import Callable
 
-from ..checkpoints import Model
-from ..runs import Run
-from ..tokenizer import Tokenizer
-from ..train import Batch, Training, train
+import torch
+
+from ..config import Config
+from ..encoder_decoder import Model
+from ..io.tokenizer import Tokenizer
+from ..layers import initialise
+from ..training.batches import Batch
+from ..training.runs import Run
+from ..training.train import Training, train
+from ..transformer import Transformer
 
 
 def arguments(description: str, steps: int) -> argparse.ArgumentParser:
@@ -62,3 +68,18 @@ def fine_tuning(steps: int, learning_rate: float, every: int, seed: int) -> Trai
         steps, learning_rate, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), evaluate_every=every,
         save_every=every, seed=seed,
     )  # fmt: skip
+
+
+def small_llama(vocab_size: int, layers: int, width: int, context: int, seed: int) -> Transformer:
+    """Untrained; heads of 64."""
+    if width % 64:
+        raise ValueError(f"width must be a multiple of the heads' 64, got {width}")
+    config = Config(
+        "llama", vocab_size=vocab_size, width=width, layers=layers, heads=width // 64, kv_heads=width // 64,
+        head_dim=64, hidden=width * 8 // 3 // 32 * 32, context=context, causal=True, norm="rms", norm_eps=1e-5,
+        norm_first=True, activation="silu", gated=True, positions="rope", bias=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    initialise(model, layers)
+    return model

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .. import load
-from ..interpret import Maps, attention_maps
+from ..inference.attention_maps import Maps, attention_maps
+from ..io.checkpoints import load
 
 TEXT = "The keys to the cabinet that stood in the hall were not on the table, so she looked for them in her coat."
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import Transformer, load
-from ..data import chosen, pack
-from ..embed import embed
-from ..tokenizer import Tokenizer
-from ..train import Batch
+from ..inference.embed import embed
+from ..io.checkpoints import load
+from ..io.tokenizer import Tokenizer
+from ..step import pack
+from ..training.batches import Batch, chosen
+from ..transformer import Transformer
 from .common import arguments, command, fine_tuning, learn, minutes
-from .data import fetch
+from .datasets import fetch
 
 BATCH, LABELS = 32, ("bad", "good")
 Examples = list[tuple[str, int]]  # a text, and the number of its label

@@ -10,10 +10,13 @@ import time
 
 import torch
 
-from .. import Config, EncoderDecoder, generate
-from ..data import generator, pack
+from ..config import Config
+from ..encoder_decoder import EncoderDecoder
+from ..inference.generate import generate
 from ..layers import initialise
-from ..train import Batch, Training
+from ..step import pack
+from ..training.batches import Batch, generator
+from ..training.train import Training
 from .common import arguments, command, learn
 
 KINDS = {"copy": list, "reverse": lambda x: x[::-1], "sort": sorted}

@@ -15,12 +15,13 @@ from collections import Counter, defaultdict
 
 import torch
 
-from .. import Transformer, load
-from ..data import chosen, pack
-from ..tokenizer import Tokenizer
-from ..train import Batch
+from ..io.checkpoints import load
+from ..io.tokenizer import Tokenizer
+from ..step import pack
+from ..training.batches import Batch, chosen
+from ..transformer import Transformer
 from .common import arguments, command, fine_tuning, learn, minutes
-from .data import fetch
+from .datasets import fetch
 
 BATCH, LONGEST = 16, 120  # sentences; words of one
 Sentence = list[tuple[str, str]]  # words and their tags

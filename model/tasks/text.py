@@ -14,13 +14,13 @@ import textwrap
 import numpy as np
 import torch
 
-from .. import generate
-from ..data import windows
-from ..language import bits, small_llama
-from ..tokenizer import Tokenizer
-from ..train import Batch, Training
-from .common import arguments, command, learn, minutes
-from .data import novels
+from ..inference.generate import generate
+from ..io.tokenizer import Tokenizer
+from ..training.batches import Batch, windows
+from ..training.evaluate import bits
+from ..training.train import Training
+from .common import arguments, command, learn, minutes, small_llama
+from .datasets import novels
 from .ngram import KneserNey
 
 VOCAB, CONTEXT, BATCH = 2048, 256, 8

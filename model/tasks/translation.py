@@ -16,13 +16,16 @@ from collections import Counter, defaultdict
 import numpy as np
 import torch
 
-from .. import Config, EncoderDecoder, beam_search
-from ..data import chosen, pack
+from ..config import Config
+from ..encoder_decoder import EncoderDecoder
+from ..inference.beam import beam_search
+from ..io.tokenizer import Tokenizer
 from ..layers import initialise
-from ..tokenizer import Tokenizer
-from ..train import Batch, Training
+from ..step import pack
+from ..training.batches import Batch, chosen
+from ..training.train import Training
 from .common import arguments, command, learn, minutes
-from .data import verses
+from .datasets import verses
 
 VOCAB, BATCH, LONGEST = 4000, 64, 120
 START, STOP = "<s>", "</s>"

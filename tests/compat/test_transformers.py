@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.packages import locate
+from model.io.packages import locate
 from tests.packages import needs_minilm
 
 transformers = pytest.importorskip("transformers")

@@ -13,9 +13,9 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from model import parallel, train
-from model.runs import Run
-from model.train import Training
+from model.training import parallel, train
+from model.training.runs import Run
+from model.training.train import Training
 from tests.model.test_train import batch, make
 
 if __name__ == "__main__":  # doctest's collector imports every file

@@ -12,9 +12,9 @@ import torch
 
 import model
 from model import heads
-from model.checkpoints import CheckpointError
 from model.families import gpt2
-from model.packages import locate
+from model.io.checkpoints import CheckpointError
+from model.io.packages import locate
 from tests.model.checkpoints import SMALL_ENCODER, SMALL_T5, TINY, change_config, written
 from tests.packages import needs_minilm, needs_rxnfp, needs_rxnmapper, needs_smollm2
 
@@ -485,7 +485,7 @@ def test_smollm2_continues_as_in_transformers():
 def test_minilm_cosine():
     ours, tokenizer = model.load(locate("minilm"))
     assert tokenizer.encode("Hello, my dog is cute") == [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
-    from model.embed import embed
+    from model.inference.embed import embed
 
     vectors = embed(ours, tokenizer, ["A man is eating food.", "A man is eating a piece of bread.", "x"])
     assert abs((vectors[0] @ vectors[1]).item() - 0.7553) < 1e-4

@@ -12,10 +12,10 @@ from tokenizers import processors
 import model
 from model import commands
 from model.__main__ import main
-from model.language import small_llama
+from model.io.tokenizer import Tokenizer
 from model.layers import initialise
 from model.tasks import translation
-from model.tokenizer import Tokenizer
+from model.tasks.common import small_llama
 from tests.model.test_predict import BERT, small_tokenizer
 from tests.packages import needs_minilm, needs_rampart, needs_smollm2, needs_whisper
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import model
-from model.checkpoints import CheckpointError
 from model.families import FAMILIES
+from model.io.checkpoints import CheckpointError
 from tests.model.checkpoints import ENCODER_DECODERS, TINY, change_config, written, written_encoder_decoder
 
 transformers = pytest.importorskip("transformers")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import model
-from model.checkpoints import CheckpointError
-from model.embed import embed
-from model.predict import classify
+from model.inference.embed import embed
+from model.inference.predict import classify
+from model.io.checkpoints import CheckpointError
+from model.io.tokenizer import Tokenizer
 from tests.model.checkpoints import written
 from tests.model.test_predict import BERT, Says, small_tokenizer
 
@@ -187,7 +188,7 @@ def test_wrong_calls_are_named(tmp_path):
     ours, tokenizer = model.load(tmp_path)
     with pytest.raises(ValueError, match="sentences must hold at least one, got none"):
         embed(ours, tokenizer, [])
-    bare = model.tokenizer.Tokenizer.train("a text", 260)
+    bare = Tokenizer.train("a text", 260)
     with pytest.raises(ValueError, match=r"sentences\[1\] must have at least one token, got none"):
         embed(model.Transformer(model.Config(**{**vars(BERT), "vocab_size": 300})), bare, ["a", ""])
     with pytest.raises(ValueError, match="model must be one whose hidden states are those of one text, got a t5"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import model
+from model.io.checkpoints import CheckpointError
 from model.positions import sinusoids
 from tests.model.checkpoints import ENCODER_DECODERS, SMALL_T5, change_config, written_encoder_decoder
 
@@ -95,14 +96,14 @@ def test_float16_stays_finite(name, how, tmp_path):
 def test_an_unknown_feed_forward_is_named(tmp_path):
     transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL_T5)).save_pretrained(tmp_path)
     change_config(tmp_path, feed_forward_proj="swish")
-    with pytest.raises(model.checkpoints.CheckpointError, match="feed_forward_proj must be one of relu, gated-gelu"):
+    with pytest.raises(CheckpointError, match="feed_forward_proj must be one of relu, gated-gelu"):
         model.load(tmp_path)
 
 
 def test_a_head_that_only_the_config_ties(tmp_path):
     written_encoder_decoder("t5_1.1", tmp_path)
     change_config(tmp_path, tie_word_embeddings=True)
-    with pytest.raises(model.checkpoints.CheckpointError, match=r"but lm_head\.weight is another"):
+    with pytest.raises(CheckpointError, match=r"but lm_head\.weight is another"):
         model.load(tmp_path)
 
 

@@ -5,7 +5,7 @@ import torch
 
 import flashattn
 from model import Config, Transformer, generate
-from model.sampling import Sampling
+from model.inference.sampling import Sampling
 
 CONFIGS = {
     "rope": Config(

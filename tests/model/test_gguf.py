@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import model
-from model.checkpoints import CheckpointError
-from model.gguf_file import NAMES
-from model.splitting import BY_NAME, make_byte_level_bpe
-from model.tokenizer import byte_alphabet
+from model.io.checkpoints import CheckpointError
+from model.io.gguf_file import NAMES
+from model.io.splitting import BY_NAME, make_byte_level_bpe
+from model.io.tokenizer import byte_alphabet
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import model
-from model.embed import embed
-from model.packages import locate
+from model.inference.embed import embed
+from model.io.packages import locate
 from tests.model.checkpoints import ENCODER_DECODERS, TINY, written, written_encoder_decoder
 from tests.packages import needs_minilm
 

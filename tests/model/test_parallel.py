@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import model
-from model import parallel
+from model.training import parallel
 from tests.model.test_train import CONFIG, make
 
 SCRIPT = Path(__file__).parent / "several_processes.py"

@@ -9,10 +9,10 @@ import torch
 from tokenizers import models, pre_tokenizers, processors
 
 import model
-from model import onnx_file
-from model.packages import locate
-from model.predict import answer, classify, tag
-from model.tokenizer import Tokenizer
+from model.inference.predict import answer, classify, tag
+from model.io import onnx_file
+from model.io.packages import locate
+from model.io.tokenizer import Tokenizer
 from tests.packages import needs_rampart
 
 WORDS = ["[CLS]", "[SEP]", "new", "york", "is", "large", "##r", "than", "paris", "[UNK]", "##d"]

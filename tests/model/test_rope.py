@@ -5,8 +5,8 @@ import torch
 
 import model
 from model import Request, Server, rope
-from model.checkpoints import CheckpointError
 from model.families import llama
+from model.io.checkpoints import CheckpointError
 from model.positions import rotary_table
 from tests.model.checkpoints import change_config, written
 

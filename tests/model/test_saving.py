@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import model
-from model import saving
 from model.families import FAMILIES
-from model.packages import locate
+from model.io import saving
+from model.io.packages import locate
 from tests.model.checkpoints import ENCODER_DECODERS, TINY, written, written_encoder_decoder
 from tests.packages import needs_minilm, needs_smollm2
 

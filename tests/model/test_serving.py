@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import model
-from model import Request, Sampling, Server, serving
-from model.packages import locate
+from model import Request, Sampling, Server
+from model.inference import serving
+from model.io.packages import locate
 from tests.model.checkpoints import written
 from tests.model.test_generate import CONFIGS
 from tests.packages import needs_smollm2

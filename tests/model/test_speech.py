@@ -13,10 +13,11 @@ import tokenizers
 import torch
 
 import model
-from model import ctranslate2_file, sound, speech
 from model.encoder_decoder import Memory
-from model.packages import locate
-from model.tokenizer import Tokenizer
+from model.inference import sound, speech
+from model.io import ctranslate2_file
+from model.io.packages import locate
+from model.io.tokenizer import Tokenizer
 from tests.packages import needs_whisper
 
 transformers = pytest.importorskip("transformers")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from model import EncoderDecoder
+from model.io.tokenizer import Tokenizer
 from model.layers import initialise
-from model.tasks import answers, data, ngram, sentiment, sequences, tags, text, translation
-from model.tokenizer import Tokenizer
-from model.train import Training, train
+from model.tasks import answers, datasets, ngram, sentiment, sequences, tags, text, translation
+from model.training.train import Training, train
 from tests.packages import needs_minilm
 
 
@@ -23,7 +23,7 @@ def needs_data(*names):
     def fetch():
         try:
             for name in names:
-                data.fetch(name)
+                datasets.fetch(name)
         except OSError as error:
             pytest.skip(str(error))
 
@@ -79,7 +79,7 @@ def test_answers():
 def test_translation():
     """Verses by heart: what beam search makes of them is what stands there."""
     needs_data("bible-en", "bible-es")()
-    pairs = [(a, b) for a, b in data.verses() if len(a) < 60][:40]
+    pairs = [(a, b) for a, b in datasets.verses() if len(a) < 60][:40]
     joined = "\n".join(f"{a}\n{b}" for a, b in pairs)
     tokenizer = Tokenizer.train(joined, 600, (translation.START, translation.STOP), translation.STOP)
     examples = translation.encoded(pairs, tokenizer)
@@ -102,7 +102,7 @@ def test_ibm_model_1():
 
 def test_the_bibles():
     needs_data("bible-en", "bible-es")()
-    pairs = data.verses()
+    pairs = datasets.verses()
     assert len(pairs) == 31_084
     assert pairs[0][0] == "In the beginning God created the heaven and the earth."
     assert pairs[-1][1].startswith("La gracia de nuestro Señor Jesucristo sea con todos vosotros")
@@ -111,7 +111,7 @@ def test_the_bibles():
 
 def test_the_novels():
     needs_data("austen")()
-    novels = data.novels()
+    novels = datasets.novels()
     assert len(novels) == 6
     assert (
         "\nIt is a truth universally acknowledged, that a single man in possession of a good fortune, must be in"
@@ -165,17 +165,17 @@ def server(monkeypatch, tmp_path):
     served.status, served.answer, served.length = 200, b"data", 4
     threading.Thread(target=served.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{served.server_port}/x.tgz"
-    package = data.Package(url, hashlib.sha256(b"data").hexdigest(), "none")
-    monkeypatch.setitem(data.PACKAGES, "x", package)
+    package = datasets.Package(url, hashlib.sha256(b"data").hexdigest(), "none")
+    monkeypatch.setitem(datasets.PACKAGES, "x", package)
     monkeypatch.setenv("FLASHATTN_DATA", str(tmp_path))
     yield served
     served.shutdown()
 
 
 def test_a_download_is_kept(server, tmp_path):
-    assert data.fetch("x").read_bytes() == b"data"
+    assert datasets.fetch("x").read_bytes() == b"data"
     server.shutdown()
-    assert data.fetch("x") == tmp_path / "x.tgz"
+    assert datasets.fetch("x") == tmp_path / "x.tgz"
 
 
 @pytest.mark.parametrize(
@@ -189,17 +189,17 @@ def test_a_download_is_kept(server, tmp_path):
 def test_a_download_that_fails_leaves_nothing(server, tmp_path, status, answer, length, message):
     server.status, server.answer, server.length = status, answer, length
     with pytest.raises(OSError, match=message):
-        data.fetch("x")
+        datasets.fetch("x")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_file_is_fetched_again(server, tmp_path):
     (tmp_path / "x.tgz").write_bytes(b"da")
-    assert data.fetch("x").read_bytes() == b"data"
+    assert datasets.fetch("x").read_bytes() == b"data"
 
 
 def test_not_a_debian_package(server):
     server.answer, server.length = b"!<arch>\n", 8
-    data.PACKAGES["x"] = data.PACKAGES["x"]._replace(sha256=hashlib.sha256(b"!<arch>\n").hexdigest())
+    datasets.PACKAGES["x"] = datasets.PACKAGES["x"]._replace(sha256=hashlib.sha256(b"!<arch>\n").hexdigest())
     with pytest.raises(OSError, match=r"no data\.tar in it"):
-        data.debian_files("x")
+        datasets.debian_files("x")

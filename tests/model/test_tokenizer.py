@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, processors
 
-from model import gguf_file, gguf_tokenizer
-from model.packages import KNOWN, locate
-from model.tokenizer import Tokenizer, byte_alphabet
+from model.io import gguf_file, gguf_tokenizer
+from model.io.packages import KNOWN, locate
+from model.io.tokenizer import Tokenizer, byte_alphabet
 from tests.packages import needs_gpt2_vocabulary, needs_smollm2
 
 

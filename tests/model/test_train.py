@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import model
-from model import heads, runs, train
+from model import heads
+from model.io.checkpoints import CheckpointError
+from model.io.tokenizer import Tokenizer
 from model.layers import initialise
-from model.runs import Run
-from model.tokenizer import Tokenizer
-from model.train import Batch, Training
+from model.training import runs, train
+from model.training.batches import Batch
+from model.training.runs import Run
+from model.training.train import Training
 
 CONFIG = model.Config(
     "gpt2", vocab_size=31, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=64, context=64, causal=True,
@@ -301,7 +304,7 @@ def test_a_state_that_is_cut_off(tmp_path):
     train.train(make(), batch, Training(steps=1), Run(tmp_path), progress=False)
     file = tmp_path / "step-000001" / "training.pt"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(model.checkpoints.CheckpointError, match=r"training\.pt: not a state of this model"):
+    with pytest.raises(CheckpointError, match=r"training\.pt: not a state of this model"):
         train.train(make(), batch, Training(steps=2), Run(tmp_path), progress=False)
 
 
@@ -316,7 +319,7 @@ def test_a_state_that_is_cut_off(tmp_path):
 def test_a_run_does_not_go_on_as_another_model(changes, message, tmp_path):
     """Nor as one whose weights have the same shapes. Dropout may change, as settings of the training may."""
     train.train(make(), batch, Training(steps=1), Run(tmp_path), progress=False)
-    with pytest.raises(model.checkpoints.CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         train.train(make(**changes), batch, Training(steps=2), Run(tmp_path), progress=False)
     train.train(make(dropout=0.1), batch, Training(steps=2), Run(tmp_path), progress=False)
 
@@ -325,7 +328,7 @@ def test_a_run_does_not_go_on_with_another_tokeniser(tmp_path):
     a, b, again = (Tokenizer.train(text, 260) for text in ("owl owl owl sea", "pussycat in a boat", "owl owl owl sea"))
     options = dict(progress=False)
     train.train(make(), batch, Training(steps=1), Run(tmp_path), tokenizer=a, **options)
-    with pytest.raises(model.checkpoints.CheckpointError, match="step-000001: begun with another tokeniser"):
+    with pytest.raises(CheckpointError, match="step-000001: begun with another tokeniser"):
         train.train(make(), batch, Training(steps=2), Run(tmp_path), tokenizer=b, **options)
     train.train(make(), batch, Training(steps=2), Run(tmp_path), tokenizer=again, **options)
 

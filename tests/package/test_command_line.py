@@ -113,6 +113,18 @@ def test_help(command):
     assert done.stdout.startswith(f"usage: python -m {command[0]}")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--model", "smollm2"]])
+def test_help_of_model_waits_for_no_torch(arguments):
+    """Nor for flashattn, and a usage error neither."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "model", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in imported
+    assert not {name.partition(".")[0] for name in imported} & {"torch", "numpy", "flashattn", "tokenizers"}
+    assert imported & {"model.commands", "model.train_command"} == set()
+
+
 def test_bench(tmp_path):
     table, plot = tmp_path / "t.jsonl", tmp_path / "p.png"
     done = run(

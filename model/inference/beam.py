@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .encoder_decoder import EncoderDecoder
+from ..encoder_decoder import EncoderDecoder
 from .generate import check_tokens, pad
 
 

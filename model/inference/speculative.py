@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from .cache import Cache
+from ..caches import Cache
+from ..transformer import Transformer
 from .generate import check
-from .transformer import Transformer
 
 
 class Speculated(NamedTuple):

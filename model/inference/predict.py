@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from .data import pack
+from ..io.tokenizer import Tokenizer
+from ..step import pack
+from ..transformer import Transformer
 from .texts import check_texts, encode_texts
-from .tokenizer import Tokenizer
-from .transformer import Transformer
 
 
 def check_task(model: Transformer, task: str) -> None:

@@ -7,9 +7,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import Model
-from .encoder_decoder import EncoderDecoder
-from .experts import Experts
+from ..encoder_decoder import EncoderDecoder, Model
+from ..experts import Experts
 
 
 def matrix_parameters(module: nn.Module) -> int:

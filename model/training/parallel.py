@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from .checkpoints import Model
-from .layers import Block
+from ..encoder_decoder import Model
+from ..layers import Block
 
 
 def shard(model: Model, mesh: DeviceMesh | None = None) -> None:

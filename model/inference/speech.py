@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .encoder_decoder import EncoderDecoder, Memory
+from ..encoder_decoder import EncoderDecoder, Memory
+from ..io.tokenizer import Tokenizer
 from .sound import HOP, RATE, spectrogram
-from .tokenizer import Tokenizer
 
 FRAMES = 2  # of a spectrogram to a step of time, which a token stands for
 FIRST_WITHIN = 50  # steps: a second, in which what is said first begins

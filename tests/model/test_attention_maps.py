@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model
-from model.interpret import attention_maps
+from model.inference.attention_maps import attention_maps
 from tests.model.checkpoints import TINY, written
 from tests.packages import needs_minilm
 

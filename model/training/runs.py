@@ -13,9 +13,10 @@ import torch
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from . import saving
-from .checkpoints import CheckpointError, Model
-from .tokenizer import Tokenizer
+from ..encoder_decoder import Model
+from ..io import saving
+from ..io.checkpoints import CheckpointError
+from ..io.tokenizer import Tokenizer
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model too
 

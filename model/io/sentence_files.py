@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .config import Pooling
-from .families.fields import one_of, only
-from .pooling import POOLINGS
+from ..config import Pooling
+from ..families.fields import one_of, only
+from ..pooling import POOLINGS
 
 KINDS = ("Transformer", "Pooling", "Normalize", "Dropout")  # of modules; the last does nothing outside of training
 # What older versions call the modes.

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..config import Config
+from ..encoder_decoder import Model
+from ..families import FAMILIES
 from . import sentence_files
-from .checkpoints import Model, source_name
-from .config import Config
-from .families import FAMILIES
+from .checkpoints import source_name
 from .tokenizer import Tokenizer
 
 HEADS = ("lm_head.", "cls.", "classifier.", "qa_outputs.", "predictions.", "final_logits_bias")  # outside of the prefix

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .train import Batch
+
+class Batch(NamedTuple):
+    """What the model is called with, and what its logits are held against, as `heads.loss` has it."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """That the model reads: of an encoder-decoder, on both sides."""
+        return sum(self.inputs[name].numel() for name in ("tokens", "targets") if name in self.inputs)
 
 
 def generator(seed: int, number: int) -> torch.Generator:
@@ -27,16 +37,6 @@ def chosen(number: int, size: int, of: int, seed: int) -> list[int]:
         passes += 1
         order += torch.randperm(of, generator=generator(seed, passes)).tolist()
     return order[first : first + size]
-
-
-def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (total,) one sequence behind the other, and lengths (batch,), as `Transformer.encode` takes them.
-
-    >>> pack([[1, 2], [3]])
-    (tensor([1, 2, 3]), tensor([2, 1]))
-    """
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    return torch.tensor([token for tokens in sequences for token in tokens]), lengths
 
 
 def windows(stream: Tensor, number: int, size: int, length: int, seed: int) -> Batch:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Pooling
-from .data import pack
-from .pooling import pool
+from ..config import Pooling
+from ..io.tokenizer import Tokenizer
+from ..pooling import pool
+from ..step import pack
+from ..transformer import Transformer
 from .texts import check_texts, encode_texts
-from .tokenizer import Tokenizer
-from .transformer import Transformer
 
 
 @torch.inference_mode()

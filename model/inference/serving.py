@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..transformer import Transformer
 from .generate import check, pad
 from .sampling import Sampling
-from .transformer import Transformer
 
 
 @dataclass(eq=False)

@@ -8,8 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .checkpoints import Model
-from .encoder_decoder import EncoderDecoder
+from ..encoder_decoder import EncoderDecoder, Model
 from .sampling import Sampling
 
 

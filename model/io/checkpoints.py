@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import Config, Pooling
+from ..encoder_decoder import EncoderDecoder, Model
+from ..families import FAMILIES
+from ..transformer import Transformer
 from . import ctranslate2_file, gguf_file, onnx_file, sentence_files
-from .config import Config, Pooling
-from .encoder_decoder import EncoderDecoder
-from .families import FAMILIES
 from .packages import LACKING, MODELS, locate
 from .tokenizer import Tokenizer
-from .transformer import Transformer
 
-Model = Transformer | EncoderDecoder
 WEIGHTS = (  # of a directory; the first that is there
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
     "onnx/model_q4.onnx",
@@ -36,7 +35,7 @@ def load(
     """The model and the tokeniser of a checkpoint (None where it has no tokenizer.json), in evaluation mode on the CPU.
 
     Args:
-        path: a known name (model/packages.py); a directory with config.json and model.safetensors or pytorch_model.bin
+        path: a known name (model/io/packages.py); a directory with config.json and model.safetensors or pytorch_model.bin
             (or the shards of one), or onnx/model_q4.onnx, or with a CTranslate2 model.bin; or a .gguf file. The weights
             of gpt-oss may be in MXFP4.
         dtype: of the weights. Quantised GGUF weights are dequantised to it.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from .config import Config
+from ..config import Config
+from ..io.tokenizer import Tokenizer
 from .generate import check_tokens
-from .tokenizer import Tokenizer
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:

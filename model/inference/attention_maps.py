@@ -9,7 +9,7 @@ from torch import Tensor
 
 import flashattn
 
-from .transformer import Transformer
+from ..transformer import Transformer
 
 
 class Maps(NamedTuple):

@@ -21,26 +21,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import heads
-from .checkpoints import Model
+from .. import heads
+from ..encoder_decoder import Model
+from ..io.tokenizer import Tokenizer
+from ..transformer import Stack
+from .batches import Batch
 from .flops import model_flops, peak
 from .runs import Run
-from .tokenizer import Tokenizer
-from .transformer import Stack
 
 SCHEDULES = ("cosine", "inverse_sqrt", "constant")
-
-
-class Batch(NamedTuple):
-    """What the model is called with, and what its logits are held against, as `heads.loss` has it."""
-
-    inputs: dict[str, Tensor]
-    targets: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """That the model reads: of an encoder-decoder, on both sides."""
-        return sum(self.inputs[name].numel() for name in ("tokens", "targets") if name in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ def train(
     """Train in place. Returns the log: a dictionary for each step and each evaluation.
 
     Args:
-        model: on its device, in float32; it may be sharded (model/parallel.py).
+        model: on its device, in float32; it may be sharded (model/training/parallel.py).
         batch: the i-th batch, deterministic. Of n processes, process r takes batches r, r + n, ...
         settings: see Training.
         run: where to write, and to go on from; checkpoints there are directories that `model.load` reads.

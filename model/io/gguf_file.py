@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..rope import yarn_amplitude
 from .gguf_tokenizer import read_tokenizer
-from .rope import yarn_amplitude
 from .tokenizer import Tokenizer
 
 # GGUF's tensor names to Hugging Face's.

@@ -1,0 +1,1 @@
+"""Checkpoints and tokenisers, read and written."""

@@ -1,0 +1,24 @@
+"""How well a language model predicts a text."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..transformer import Transformer
+
+
+@torch.no_grad()
+def bits(model: Transformer, tokens: Tensor, context: int) -> float:
+    """That the model needs for all tokens (total,) but the first. Each window begins in the middle of the one before:
+    every token but those of the first half sees at least half a context."""
+    half, total = context // 2, 0.0
+    for first in range(0, len(tokens) - 1, half):
+        piece = tokens[max(0, first - half) : first + half + 1]
+        new = min(half, len(tokens) - 1 - first)
+        logits = model(piece[None, :-1])[0, -new:].float()
+        total += F.cross_entropy(logits, piece[-new:], reduction="sum").item()
+    return total / math.log(2)
