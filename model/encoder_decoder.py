@@ -37,7 +37,7 @@ class Audio(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.conv1 = nn.Conv1d(config.mels, config.width, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv1d(config.mel_bins, config.width, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, kernel_size=3, stride=2, padding=1)
         self.positions = nn.Embedding(config.audio_context, config.width)
 
@@ -56,7 +56,7 @@ class EncoderDecoder(nn.Module):
 
     >>> import torch
     >>> from model import Config, EncoderDecoder
-    >>> config = Config("t5", vocab_size=100, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=64,
+    >>> config = Config("t5", vocab_size=100, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_width=64,
     ...     context=512, causal=False, norm="rms", norm_eps=1e-6, norm_first=True, activation="relu", gated=False,
     ...     positions="relative", bias=False, decoder_layers=2, relative_buckets=32, scale=1.0)
     >>> model = EncoderDecoder(config)
@@ -74,9 +74,9 @@ class EncoderDecoder(nn.Module):
         self.decoder_embedding_norm = make_norm(config) if config.embedding_norm else None
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
-        self.audio = Audio(config) if config.mels else None
-        self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
-        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        self.audio = Audio(config) if config.mel_bins else None
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head_bias else None
 
     def embed(self, tokens: Tensor, step: Step, norm: nn.Module | None) -> Tensor:
         tokens = tokens if step.packed is None else tokens[None]
@@ -115,8 +115,8 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) to (…, vocab_size)."""
-        weight = self.token_embedding.weight if self.head is None else self.head.weight
-        return flashattn.linear(hidden * self.config.logit_scale, weight, self.head_bias)
+        weight = self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
+        return flashattn.linear(hidden * self.config.logit_scale, weight, self.lm_head_bias)
 
     def forward(
         self, tokens: Tensor, targets: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None

@@ -12,13 +12,13 @@ from .config import Config
 
 
 class Experts(nn.Module):
-    """The router's `active_experts` largest logits choose the experts, and a softmax over these weights them. An expert
-    is down((up + 1) * gate * sigmoid(alpha * gate)), with gate and up kept within a limit; gates and ups alternate."""
+    """The router's `experts_per_token` largest logits choose the experts, and a softmax over these logits weights them.
+    An expert is down((up + 1) * gate * sigmoid(alpha * gate)), with gate and up clamped; gates and ups alternate."""
 
     def __init__(self, config: Config):
         super().__init__()
-        count, width, hidden = config.experts, config.width, config.hidden
-        self.active, self.alpha, self.limit = config.active_experts, config.gate_alpha, config.gate_limit
+        count, width, hidden = config.experts, config.width, config.ffn_width
+        self.active, self.alpha, self.limit = config.experts_per_token, config.swiglu_alpha, config.swiglu_limit
         self.router = nn.Linear(width, count)
         self.gate_up = nn.Parameter(torch.randn(count, width, 2 * hidden) * width**-0.5)
         self.gate_up_bias = nn.Parameter(torch.zeros(count, 2 * hidden))

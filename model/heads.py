@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Config
+from .config import PROBLEM_TYPES, Config
 from .layers import ACTIVATIONS, Linear
 
 
@@ -29,14 +29,14 @@ class Masked(nn.Module):
 
 
 class Classify(nn.Module):
-    """Logits (batch, labels) from the first token. Their meaning is the config's `problem`: softmax over them, a
+    """Logits (batch, labels) from the first token. Their meaning is the config's `problem_type`: softmax over them, a
     sigmoid of each, or a number."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.pooler = Linear(config.width, config.width)
         self.out = Linear(config.width, len(config.labels))
-        self.dropout = config.head_dropout
+        self.dropout = config.classifier_dropout
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return self.out(F.dropout(torch.tanh(self.pooler(hidden[:, 0])), self.dropout, self.training))
@@ -48,7 +48,7 @@ class Tag(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.out = Linear(config.width, len(config.labels))
-        self.dropout = config.head_dropout
+        self.dropout = config.classifier_dropout
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return self.out(F.dropout(hidden, self.dropout, self.training))
@@ -89,11 +89,11 @@ def count_targets(config: Config, targets: Tensor) -> int:
 
 def sum_losses(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """0 where no target counts."""
-    if config.task == "classify" and config.problem != "single" and label_smoothing:
-        raise ValueError(f"label_smoothing must be 0 for the problem {config.problem!r}, got {label_smoothing}")
+    if config.task == "classify" and config.problem_type != PROBLEM_TYPES[0] and label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 for problem_type {config.problem_type!r}, got {label_smoothing}")
     if is_number(config):
         return F.mse_loss(logits.reshape(targets.shape), targets.to(logits), reduction="sum")
-    if config.task == "classify" and config.problem == "multi":
+    if config.task == "classify" and config.problem_type == "multi_label_classification":
         each = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
         return each.masked_fill(targets == -100, 0).sum()
     if config.task == "answer":
@@ -105,4 +105,4 @@ def sum_losses(config: Config, logits: Tensor, targets: Tensor, label_smoothing:
 
 def is_number(config: Config) -> bool:
     """Whether targets are numbers, of which -100 is one."""
-    return config.task == "classify" and config.problem == "regression"
+    return config.task == "classify" and config.problem_type == "regression"

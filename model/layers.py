@@ -77,7 +77,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = dict(window=config.window(layer), scale=config.scale, softcap=config.softcap, sinks=self.sinks)
         options["bias"] = step.bias
-        dropout_p = config.attention_p if self.training else 0.0
+        dropout_p = config.attention_dropout_p if self.training else 0.0
         if step.cache is not None:  # which takes the new keys and rotates them
             layer_cache, rotary = step.cache.layers[layer], step.cache.rotary
             out = flashattn.decode(q, layer_cache, k, v, rotary, q_lengths=step.lengths, **options)
@@ -102,7 +102,7 @@ class CrossAttention(Attention):
         k, v = kept or (heads(self.k(step.memory)), heads(self.v(step.memory)))
         if step.cache is not None:
             step.cache.memory[layer] = k, v
-        dropout_p = self.config.attention_p if self.training else 0.0
+        dropout_p = self.config.attention_dropout_p if self.training else 0.0
         options = dict(scale=self.config.scale, dropout_p=dropout_p)
         out = attend(heads(self.q(x)), k, v, step.packed, step.memory_packed, step.memory_lengths, **options)
         return self.out(out.transpose(1, 2).flatten(2))
@@ -126,9 +126,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.activation_dropout
         self.float32 = config.float32_residual
-        self.gate = Linear(config.width, config.hidden, config.bias) if config.gated else None
-        self.up = Linear(config.width, config.hidden, config.bias)
-        self.down = Linear(config.hidden, config.width, config.bias)
+        self.gate = Linear(config.width, config.ffn_width, config.bias) if config.gated else None
+        self.up = Linear(config.width, config.ffn_width, config.bias)
+        self.down = Linear(config.ffn_width, config.width, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
@@ -151,8 +151,8 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self.cross_attention = CrossAttention(config) if crosses else None
         self.cross_attention_norm = make_norm(config) if crosses else None
-        self.behind_attention = make_norm(config) if config.norms_behind else nn.Identity()
-        self.behind_feed_forward = make_norm(config) if config.norms_behind else nn.Identity()
+        self.post_attention_norm = make_norm(config) if config.post_norms else nn.Identity()
+        self.post_feed_forward_norm = make_norm(config) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None, layer: int, step: Step) -> tuple[Tensor, Tensor | None]:
         """Pre-norm: x is what the last sublayer put out, still to be added to the residual stream; the next norm adds
@@ -161,12 +161,12 @@ class Block(nn.Module):
         if self.norm_first:
             y, residual = self.attention_norm(x, residual, True, p)
             y = y.half() if self.attention_norm.weight.dtype == torch.float16 else y  # of a float32 stream
-            y = self.behind_attention(self.attention(y, layer, step))
+            y = self.post_attention_norm(self.attention(y, layer, step))
             if self.cross_attention is not None:
                 y, residual = self.cross_attention_norm(y, residual, True, p)
                 y = self.cross_attention(y, layer, step)
             y, residual = self.feed_forward_norm(y, residual, True, p)
-            return self.behind_feed_forward(self.feed_forward(y)), residual
+            return self.post_feed_forward_norm(self.feed_forward(y)), residual
         x = self.attention_norm(self.attention(x, layer, step), x, dropout_p=p)
         if self.cross_attention is not None:
             x = self.cross_attention_norm(self.cross_attention(x, layer, step), x, dropout_p=p)

@@ -44,7 +44,7 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 class RelativeBias(nn.Module):
     """A learned bias of the scores for each head and bucket of distances: near ones have a bucket each, far ones share
-    them, wider and wider up to `relative_distance`. Where a query sees keys behind it, they have half of the buckets.
+    them, wider and wider up to `relative_max_distance`. Without a causal mask, later keys have half of the buckets.
 
     Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2019),
     arXiv:1910.10683, section 2.1.
@@ -53,7 +53,7 @@ class RelativeBias(nn.Module):
     def __init__(self, config: Config, causal: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
-        self.distance, self.causal = config.relative_distance, causal
+        self.distance, self.causal = config.relative_max_distance, causal
 
     def buckets(self, offset: Tensor) -> Tensor:
         """offset: key minus query."""

@@ -30,7 +30,7 @@ def run_train(args: argparse.Namespace) -> None:
     else:
         tokenizer = Tokenizer.train(learned, args.vocab)
         model = small_llama(tokenizer.size, args.layers, args.width, args.context, args.seed)
-    if isinstance(model, EncoderDecoder) or not (model.config.causal and model.config.head):
+    if isinstance(model, EncoderDecoder) or not (model.config.causal and model.config.lm_head):
         raise ValueError(f"{args.model}: only a causal language model learns from text alone")
     context = min(args.context, model.config.context)
     tokens, held = (torch.tensor(tokenizer.encode(text)) for text in (learned, held_out))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import flashattn
 
 from .caches import Cache, CacheView, PagedCache
-from .config import Config
+from .config import PROBLEM_TYPES, Config
 from .heads import HEADS
 from .layers import Block, Linear, embed, initialise, make_norm
 from .positions import RelativeBias, rotary_table
@@ -55,7 +55,7 @@ class Transformer(Stack):
 
     >>> import torch
     >>> from model import Config, Transformer
-    >>> config = Config("llama", vocab_size=100, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=64,
+    >>> config = Config("llama", vocab_size=100, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64,
     ...     context=128, causal=True, norm="rms", norm_eps=1e-5, norm_first=True, activation="silu", gated=True,
     ...     positions="rope", bias=False)
     >>> Transformer(config)(torch.tensor([[1, 2, 3]])).shape
@@ -71,21 +71,21 @@ class Transformer(Stack):
         self.type_embedding = nn.Embedding(config.token_types, width) if config.token_types else None
         self.embedding_norm = make_norm(config, width) if config.embedding_norm else None
         self.embedding_projection = Linear(width, config.width) if config.embedding_width else None
-        untied = config.head and not config.tied
-        self.head = Linear(config.width, config.vocab_size, bias=False) if untied else None
+        untied = config.lm_head and not config.tie_word_embeddings
+        self.lm_head = Linear(config.width, config.vocab_size, bias=False) if untied else None
         self.task_head = HEADS[config.task](config) if config.task else None
 
     def with_head(
-        self, task: str, labels: Sequence[str] = (), problem: str = "single", dropout: float = 0.0
+        self, task: str, labels: Sequence[str] = (), problem_type: str = PROBLEM_TYPES[0], dropout: float = 0.0
     ) -> Transformer:
         """The same encoder, its weights shared, under a new head to be trained."""
         config = replace(
-            self.config, head=False, task=task, labels=tuple(labels), problem=problem, dropout=dropout,
-            attention_dropout=None, head_dropout=0.0,
+            self.config, lm_head=False, task=task, labels=tuple(labels), problem_type=problem_type, dropout=dropout,
+            attention_dropout=None, classifier_dropout=0.0,
         )  # fmt: skip
         model = Transformer(config)
         initialise(model.task_head, config.layers)
-        weights = {name: p for name, p in self.named_parameters() if not name.startswith(("task_head.", "head."))}
+        weights = {name: p for name, p in self.named_parameters() if not name.startswith(("task_head.", "lm_head."))}
         for name, p in weights.items():
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, p)
@@ -150,9 +150,9 @@ class Transformer(Stack):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) to (…, vocab_size)."""
-        if not self.config.head:
+        if not self.config.lm_head:
             raise ValueError(f"a {self.config.family} checkpoint without a head has no logits")
-        logits = flashattn.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+        logits = flashattn.linear(hidden, self.token_embedding.weight if self.lm_head is None else self.lm_head.weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -164,4 +164,4 @@ class Transformer(Stack):
             hidden = hidden[lengths.cumsum(0) - lengths][:, None]  # the first token of each
         if self.task_head is not None:
             return self.task_head(hidden, self.token_embedding.weight)
-        return self.logits(hidden) if self.config.head else hidden
+        return self.logits(hidden) if self.config.lm_head else hidden

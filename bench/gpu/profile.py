@@ -113,12 +113,14 @@ def choose_sizes(rehearse: bool) -> tuple[Config, tuple[int, int]]:
     """(the model, (batch, seq))."""
     llama = dict(
         family="llama", causal=True, norm="rms", norm_eps=1e-5, norm_first=True, activation="silu", gated=True,
-        positions="rope", bias=False, tied=False,
+        positions="rope", bias=False, tie_word_embeddings=False,
     )  # fmt: skip
     if rehearse:
-        small = dict(vocab_size=50, width=32, layers=1, heads=2, kv_heads=1, head_dim=16, hidden=32, context=64)
+        small = dict(vocab_size=50, width=32, layers=1, heads=2, kv_heads=1, head_dim=16, ffn_width=32, context=64)
         return Config(**small, **llama), (1, 20)
-    usual = dict(vocab_size=16384, width=1024, layers=8, heads=16, kv_heads=4, head_dim=64, hidden=2816, context=2048)
+    usual = dict(
+        vocab_size=16384, width=1024, layers=8, heads=16, kv_heads=4, head_dim=64, ffn_width=2816, context=2048
+    )
     return Config(**usual, **llama), (8, 2048)
 
 

@@ -36,9 +36,6 @@ TASKS = {
     "ForMaskedLM": "masked", "ForPreTraining": "masked", "LMHeadModel": "masked",
     "ForSequenceClassification": "classify", "ForTokenClassification": "tag", "ForQuestionAnswering": "answer",
 }  # fmt: skip
-PROBLEMS = {
-    "single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression",
-}  # fmt: skip
 
 
 def task_values(hf: dict) -> dict:
@@ -57,9 +54,8 @@ def task_values(hf: dict) -> dict:
         raise ValueError(f"id2label must number the labels from 0 on, got {', '.join(map(str, labels))}")
     labels = tuple(labels[i] for i in sorted(labels, key=int))
     kind = hf.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")
-    problem = one_of(dict(problem_type=kind), "problem_type", kind, PROBLEMS)
     p = hf["hidden_dropout_prob"] if hf["classifier_dropout"] is None else hf["classifier_dropout"]
-    return dict(task=task, labels=labels, problem=problem, head_dropout=p)
+    return dict(task=task, labels=labels, problem_type=kind, classifier_dropout=p)
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -75,15 +71,15 @@ def task_names(config: Config, name: str) -> dict:
     task = name_of(config.task, TASKS) if config.task else "Model"
     labels = dict(enumerate(config.labels))
     numbers = {label: i for i, label in labels.items()}
-    problem = dict(problem_type=name_of(config.problem, PROBLEMS)) if config.task == "classify" else {}
+    problem = dict(problem_type=config.problem_type) if config.task == "classify" else {}
     if labels:
-        problem |= dict(id2label=labels, label2id=numbers, classifier_dropout=config.head_dropout)
+        problem |= dict(id2label=labels, label2id=numbers, classifier_dropout=config.classifier_dropout)
     return dict(architectures=[name + task]) | problem
 
 
 FIELDS = dict(
     vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
-    kv_heads="num_attention_heads", hidden="intermediate_size", context="max_position_embeddings",
+    kv_heads="num_attention_heads", ffn_width="intermediate_size", context="max_position_embeddings",
     norm_eps="layer_norm_eps", token_types="type_vocab_size",
 )  # fmt: skip
 DEFAULTS = dict(
@@ -105,7 +101,7 @@ def config(hf: dict) -> Config:
         gated=False,
         positions="learned",
         embedding_norm=True,
-        head=False,
+        lm_head=False,
         **read_dropout(hf["hidden_dropout_prob"], hf["attention_probs_dropout_prob"]),
         **read(hf, FIELDS),
         **task_values(hf),
@@ -115,7 +111,7 @@ def config(hf: dict) -> Config:
 def to_hf(config: Config, name: str = "Bert") -> dict:
     hf = write(
         config, FIELDS, "", hidden_act=name_of(config.activation, ACTIVATIONS), hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.attention_p, is_decoder=config.causal,
+        attention_probs_dropout_prob=config.attention_dropout_p, is_decoder=config.causal,
     )  # fmt: skip
     return hf | task_names(config, name)
 

@@ -13,9 +13,9 @@ from .fields import ACTIVATIONS, name_of, one_of, only
 from .llama import IGNORED, PREFIXES
 
 NAMES = llama.NAMES | {
-    "blocks.{i}.behind_attention.weight": "layers.{i}.post_attention_layernorm.weight",
+    "blocks.{i}.post_attention_norm.weight": "layers.{i}.post_attention_layernorm.weight",
     "blocks.{i}.feed_forward_norm.weight": "layers.{i}.pre_feedforward_layernorm.weight",
-    "blocks.{i}.behind_feed_forward.weight": "layers.{i}.post_feedforward_layernorm.weight",
+    "blocks.{i}.post_feed_forward_norm.weight": "layers.{i}.post_feedforward_layernorm.weight",
 }
 DEFAULTS = dict(head_dim=256, num_key_value_heads=4, sliding_window=4096, tie_word_embeddings=True)
 
@@ -35,7 +35,7 @@ def config(hf: dict) -> Config:
         softcap=hf.get("attn_logit_softcapping", 50.0),
         logit_softcap=hf.get("final_logit_softcapping", 30.0),
         embedding_scale=hf["hidden_size"] ** 0.5,
-        norms_behind=True,
+        post_norms=True,
         norm_offset=1.0,
     )
 

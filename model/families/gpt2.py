@@ -25,14 +25,14 @@ NAMES = {
     "blocks.{i}.feed_forward.up": "h.{i}.mlp.c_fc",
     "blocks.{i}.feed_forward.down": "h.{i}.mlp.c_proj",
     "norm": "ln_f",
-    "head.weight": "lm_head.weight",
+    "lm_head.weight": "lm_head.weight",
 }
 PREFIXES = ("transformer.",)
 IGNORED = ("h.*.attn.bias", "h.*.attn.masked_bias")  # causal masks
 
 FIELDS = dict(
-    vocab_size="vocab_size", width="n_embd", layers="n_layer", heads="n_head", kv_heads="n_head", hidden="n_inner",
-    context="n_positions", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",
+    vocab_size="vocab_size", width="n_embd", layers="n_layer", heads="n_head", kv_heads="n_head", ffn_width="n_inner",
+    context="n_positions", norm_eps="layer_norm_epsilon", tie_word_embeddings="tie_word_embeddings",
 )  # fmt: skip
 DEFAULTS = dict(layer_norm_epsilon=1e-5, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, tie_word_embeddings=True)
 
@@ -61,7 +61,7 @@ def to_hf(config: Config) -> dict:
     activation, p = name_of(config.activation, ACTIVATIONS), config.dropout
     return write(
         config, FIELDS, "GPT2LMHeadModel", activation_function=activation, resid_pdrop=p, embd_pdrop=p,
-        attn_pdrop=config.attention_p,
+        attn_pdrop=config.attention_dropout_p,
     )  # fmt: skip
 
 

@@ -49,17 +49,17 @@ def config(hf: dict) -> Config:
         sinks=True,
         windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
         experts=hf["num_local_experts"],
-        active_experts=hf.get("num_experts_per_tok", 4),
-        gate_alpha=hf.get("swiglu_alpha", 1.702),
-        gate_limit=hf.get("swiglu_limit", 7.0),
+        experts_per_token=hf.get("num_experts_per_tok", 4),
+        swiglu_alpha=hf.get("swiglu_alpha", 1.702),
+        swiglu_limit=hf.get("swiglu_limit", 7.0),
     )
 
 
 def to_hf(config: Config) -> dict:
     return llama.to_hf(
         config, "GptOssForCausalLM", attention_bias=config.bias, num_local_experts=config.experts,
-        num_experts_per_tok=config.active_experts, swiglu_alpha=config.gate_alpha, swiglu_limit=config.gate_limit,
-        **llama.layer_types(config),
+        num_experts_per_tok=config.experts_per_token, swiglu_alpha=config.swiglu_alpha,
+        swiglu_limit=config.swiglu_limit, **llama.layer_types(config),
     )  # fmt: skip
 
 

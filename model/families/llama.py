@@ -21,14 +21,14 @@ NAMES = {
     "blocks.{i}.feed_forward.up": "layers.{i}.mlp.up_proj",
     "blocks.{i}.feed_forward.down": "layers.{i}.mlp.down_proj",
     "norm.weight": "norm.weight",
-    "head.weight": "lm_head.weight",
+    "lm_head.weight": "lm_head.weight",
 }
 PREFIXES = ("model.",)
 IGNORED = ("rotary_emb.*",)
 FIELDS = dict(
     vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
-    kv_heads="num_key_value_heads", head_dim="head_dim", hidden="intermediate_size", context="max_position_embeddings",
-    norm_eps="rms_norm_eps", tied="tie_word_embeddings",
+    kv_heads="num_key_value_heads", head_dim="head_dim", ffn_width="intermediate_size",
+    context="max_position_embeddings", norm_eps="rms_norm_eps", tie_word_embeddings="tie_word_embeddings",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config, architecture: str = "LlamaForCausalLM", **more) -> dict:
-    hf = dict(hidden_act=name_of(config.activation, ACTIVATIONS), attention_dropout=config.attention_p)
+    hf = dict(hidden_act=name_of(config.activation, ACTIVATIONS), attention_dropout=config.attention_dropout_p)
     if config.dropout:  # which transformers has no name for in a Llama
         hf["resid_pdrop"] = config.dropout
     return write(config, FIELDS, architecture, **(hf | write_rope(config) | more))

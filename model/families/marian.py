@@ -26,7 +26,7 @@ LAYER = {
     "feed_forward.down": "fc2",
     "feed_forward_norm": "final_layer_norm",
 }
-NAMES = {"token_embedding.weight": "shared.weight", "head_bias": "final_logits_bias"} | {
+NAMES = {"token_embedding.weight": "shared.weight", "lm_head_bias": "final_logits_bias"} | {
     f"{side}.blocks.{{i}}.{ours}": f"{side}.layers.{{i}}.{theirs}"
     for side in ("encoder", "decoder")
     for ours, theirs in LAYER.items()
@@ -35,8 +35,8 @@ PREFIXES = ("model.",)
 IGNORED = ("*.embed_positions.weight", "*.embed_tokens.weight")  # made anew; the shared embedding again
 FIELDS = dict(
     vocab_size="vocab_size", width="d_model", layers="encoder_layers", heads="encoder_attention_heads",
-    kv_heads="encoder_attention_heads", hidden="encoder_ffn_dim", context="max_position_embeddings",
-    decoder_layers="decoder_layers", start_token="decoder_start_token_id",
+    kv_heads="encoder_attention_heads", ffn_width="encoder_ffn_dim", context="max_position_embeddings",
+    decoder_layers="decoder_layers", decoder_start_token="decoder_start_token_id",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def config(hf: dict) -> Config:
         gated=False,
         positions="sinusoidal",
         embedding_scale=hf["d_model"] ** 0.5 if hf.get("scale_embedding") else 1.0,
-        head_bias=True,
+        lm_head_bias=True,
         activation_dropout=hf.get("activation_dropout", 0.0),
         **read_dropout(hf.get("dropout", 0.1), hf.get("attention_dropout", 0.0)),
         **read(hf, FIELDS),
@@ -67,9 +67,9 @@ def config(hf: dict) -> Config:
 def to_hf(config: Config) -> dict:
     return write(
         config, FIELDS, "MarianMTModel", activation_function=name_of(config.activation, ACTIVATIONS),
-        decoder_attention_heads=config.heads, decoder_ffn_dim=config.hidden, dropout=config.dropout,
-        attention_dropout=config.attention_p, activation_dropout=config.activation_dropout,
-        scale_embedding=config.embedding_scale != 1, pad_token_id=config.start_token, is_encoder_decoder=True,
+        decoder_attention_heads=config.heads, decoder_ffn_dim=config.ffn_width, dropout=config.dropout,
+        attention_dropout=config.attention_dropout_p, activation_dropout=config.activation_dropout,
+        scale_embedding=config.embedding_scale != 1, pad_token_id=config.decoder_start_token, is_encoder_decoder=True,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def layer_names(feed_forward: int) -> dict[str, str]:
 
 CROSS = {f"cross_attention.{ours}": f"layer.1.EncDecAttention.{theirs}" for ours, theirs in PROJECTIONS.items()}
 LAYERS = {"encoder": layer_names(1), "decoder": layer_names(2) | CROSS | {"cross_attention_norm": "layer.1.layer_norm"}}
-NAMES = {"token_embedding.weight": "shared.weight", "head.weight": "lm_head.weight"}
+NAMES = {"token_embedding.weight": "shared.weight", "lm_head.weight": "lm_head.weight"}
 NAMES |= {f"{side}.norm.weight": f"{side}.final_layer_norm.weight" for side in LAYERS}
 NAMES |= {
     f"{side}.relative.weight": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in LAYERS
@@ -47,9 +47,10 @@ DENSE = {"relu": "relu", "gelu_tanh": "gelu_new", "silu": "silu"}  # what it is 
 
 FIELDS = dict(
     vocab_size="vocab_size", width="d_model", layers="num_layers", heads="num_heads", kv_heads="num_heads",
-    head_dim="d_kv", hidden="d_ff", context="n_positions", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",
-    decoder_layers="num_decoder_layers", start_token="decoder_start_token_id", dropout="dropout_rate",
-    relative_buckets="relative_attention_num_buckets", relative_distance="relative_attention_max_distance",
+    head_dim="d_kv", ffn_width="d_ff", context="n_positions", norm_eps="layer_norm_epsilon",
+    tie_word_embeddings="tie_word_embeddings", decoder_layers="num_decoder_layers",
+    decoder_start_token="decoder_start_token_id", dropout="dropout_rate",
+    relative_buckets="relative_attention_num_buckets", relative_max_distance="relative_attention_max_distance",
 )  # fmt: skip
 DEFAULTS = dict(
     n_positions=512, layer_norm_epsilon=1e-6, tie_word_embeddings=True, decoder_start_token_id=0, dropout_rate=0.1,

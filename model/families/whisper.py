@@ -32,8 +32,8 @@ def config(hf: dict) -> Config:
         norm_first=True,
         positions="learned",
         k_bias=False,
-        head_bias=False,
-        mels=hf.get("num_mel_bins", 80),
+        lm_head_bias=False,
+        mel_bins=hf.get("num_mel_bins", 80),
         audio_context=hf["max_source_positions"],
     )
 
@@ -42,6 +42,6 @@ def to_hf(config: Config) -> dict:
     hf = marian.to_hf(config)
     context = hf.pop("max_position_embeddings")
     return hf | dict(
-        architectures=["WhisperForConditionalGeneration"], max_target_positions=context, num_mel_bins=config.mels,
+        architectures=["WhisperForConditionalGeneration"], max_target_positions=context, num_mel_bins=config.mel_bins,
         max_source_positions=config.audio_context, pad_token_id=0,
     )  # fmt: skip

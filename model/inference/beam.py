@@ -50,7 +50,7 @@ def beam_search(
         hidden=memory.hidden.repeat_interleave(beams, 0), lengths=memory.lengths.repeat_interleave(beams, 0)
     )
     cache = model.new_cache(len(sources) * beams, max_new_tokens + 1)
-    last = torch.full((len(sources) * beams, 1), model.config.start_token, device=tokens.device)
+    last = torch.full((len(sources) * beams, 1), model.config.decoder_start_token, device=tokens.device)
     while True:
         logits = model.logits(model.decode(last, memory, cache=cache)[:, -1])
         scores = logits.float().log_softmax(-1).view(len(sources), beams, -1)

@@ -48,10 +48,10 @@ def embed(
     if not sentences:
         raise ValueError("sentences must hold at least one, got none")
     pooling = config.pooling or Pooling()
-    prompt = dict(pooling.prompts).get(pooling.prompt, "") if prompt is None else prompt
+    prompt = dict(pooling.prompts).get(pooling.default_prompt, "") if prompt is None else prompt
     texts = [f"{prompt}{text}" for text in sentences]
-    texts = [text.lower() for text in texts] if pooling.lower else texts
-    longest = min(pooling.longest or config.context, config.context) if truncate else None
+    texts = [text.lower() for text in texts] if pooling.lower_case else texts
+    longest = min(pooling.max_seq_length or config.context, config.context) if truncate else None
     tokens, lengths = pack(encode_texts("sentences", texts, tokenizer, config, longest))
     vectors = pool(model.encode(tokens, lengths), lengths, pooling.modes)
     return F.normalize(vectors, dim=-1) if (pooling.normalize if normalize is None else normalize) else vectors

@@ -86,7 +86,7 @@ def begin(model: Model, tokens: Tensor, lengths: Tensor, count: int) -> tuple[Te
     batch = len(tokens)
     if isinstance(model, EncoderDecoder):
         memory, cache = model.encode(tokens, lengths), model.new_cache(batch, count)
-        first = torch.full((batch,), model.config.start_token, device=tokens.device)
+        first = torch.full((batch,), model.config.decoder_start_token, device=tokens.device)
 
         def go_on(chosen: Tensor) -> Tensor:
             return model.decode(chosen[:, None], memory, cache=cache)[:, -1]
@@ -114,7 +114,7 @@ def check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
     check_tokens("prompts", prompts, config.vocab_size)
     if isinstance(model, EncoderDecoder):
         return
-    if not (config.causal and config.head):
+    if not (config.causal and config.lm_head):
         got = f"{config.family} without its head" if config.causal else config.family
         raise ValueError(f"model must be a causal language model or an encoder-decoder, got a {got}")
     for i, prompt in enumerate(prompts):

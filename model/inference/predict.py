@@ -36,8 +36,11 @@ def classify(
     if not encoded:
         return []
     logits = model(*pack(encoded)).float()
-    values = {"single": lambda x: x.softmax(-1), "multi": torch.sigmoid, "regression": lambda x: x}
-    rows = values[model.config.problem](logits).tolist()
+    values = {
+        "single_label_classification": lambda x: x.softmax(-1), "multi_label_classification": torch.sigmoid,
+        "regression": lambda x: x,
+    }  # fmt: skip
+    rows = values[model.config.problem_type](logits).tolist()
     named = [zip(model.config.labels, row, strict=True) for row in rows]
     return [dict(sorted(row, key=lambda one: -one[1])) for row in named]
 

@@ -68,7 +68,7 @@ class Server:
     """
 
     def __init__(self, model: Transformer, pages: int, page_size: int = 16, largest_batch: int = 32):
-        if not (isinstance(model, Transformer) and model.config.causal and model.config.head):
+        if not (isinstance(model, Transformer) and model.config.causal and model.config.lm_head):
             raise ValueError(f"model must be a causal language model, got a {model.config.family}")
         for name, value in dict(pages=pages, page_size=page_size, largest_batch=largest_batch).items():
             if value < 1:

@@ -66,14 +66,14 @@ def transcribe(
         ValueError: naming the argument, before the model runs.
     """
     config = model.config
-    if config.mels == 0:
+    if config.mel_bins == 0:
         raise ValueError(f"model must be one that hears, got a {config.family}")
     if samples.dim() != 1 or len(samples) == 0:
         raise ValueError(f"samples must be (n,), at least one, got shape {tuple(samples.shape)}")
-    vocabulary = Vocabulary.of(config.vocab_size, config.start_token, tokenizer)
+    vocabulary = Vocabulary.of(config.vocab_size, config.decoder_start_token, tokenizer)
     vocabulary.check(language, task)
     size, total = FRAMES * config.audio_context, -(-len(samples) // HOP)
-    frames = spectrogram(F.pad(samples, (0, size * HOP)), config.mels).to(model.token_embedding.weight.dtype)
+    frames = spectrogram(F.pad(samples, (0, size * HOP)), config.mel_bins).to(model.token_embedding.weight.dtype)
     segments: list[Segment] = []
     first = 0
     while first < total:

@@ -35,7 +35,7 @@ def load(
     """The model and the tokeniser of a checkpoint (None where it has no tokenizer.json), in evaluation mode on the CPU.
 
     Args:
-        path: a known name (model/io/packages.py); a directory with config.json and model.safetensors or pytorch_model.bin
+        path: a known name (packages.py); a directory with config.json and model.safetensors or pytorch_model.bin
             (or the shards of one), or onnx/model_q4.onnx, or with a CTranslate2 model.bin; or a .gguf file. The weights
             of gpt-oss may be in MXFP4.
         dtype: of the weights. Quantised GGUF weights are dequantised to it.
@@ -71,8 +71,8 @@ def load(
             f"{path}: the tokeniser has {tokenizer.size} tokens, the model an embedding of {config.vocab_size}"
         )
     architecture = (hf.get("architectures") or [""])[0]
-    if is_bare(architecture) and not config.tied and "lm_head.weight" not in tensors:
-        config = replace(config, head=False)
+    if is_bare(architecture) and not config.tie_word_embeddings and "lm_head.weight" not in tensors:
+        config = replace(config, lm_head=False)
     try:
         return build(config, tensors, path, dtype, progress), tokenizer
     except CheckpointError as error:
@@ -175,7 +175,7 @@ def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.d
     family = FAMILIES[config.family]
     tensors = {strip(name, family.PREFIXES): x for name, x in tensors.items()}
     tensors = {name: x for name, x in tensors.items() if not any(fnmatch(name, p) for p in family.IGNORED)}
-    if config.tied and "lm_head.weight" in tensors:  # some checkpoints store the tied head a second time
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # some checkpoints store the tied head a second time
         embedding = tensors.get(source_name("token_embedding.weight", family.NAMES))
         if embedding is None or not torch.equal(tensors.pop("lm_head.weight"), embedding):
             raise CheckpointError(f"{path}: the config ties the head to the embedding, but lm_head.weight is another")

@@ -71,7 +71,7 @@ def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer
     from safetensors.torch import save_file
 
     hf = FAMILIES[config.family].to_hf(config) | {"dtype": str(weights["token_embedding.weight"].dtype).split(".")[1]}
-    if config.causal and not config.head:  # a bare decoder
+    if config.causal and not config.lm_head:  # a bare decoder
         hf["architectures"] = [re.sub("(ForCausalLM|LMHeadModel)$", "Model", hf["architectures"][0])]
     if tokenizer is not None:
         tokenizer.write(directory)
@@ -90,6 +90,6 @@ def named(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {source_name(name, family.NAMES): x for name, x in weights.items()}
     if hasattr(family, "restore"):
         tensors = family.restore(tensors, config)
-    bare = not (config.head or config.task)  # the inner model alone, whose names have no prefix
+    bare = not (config.lm_head or config.task)  # the inner model alone, whose names have no prefix
     prefix = "" if bare or not family.PREFIXES else family.PREFIXES[0]
     return {(name if name.startswith(HEADS) else prefix + name): x.contiguous() for name, x in tensors.items()}

@@ -42,8 +42,8 @@ def read(directory: Path) -> Pooling | None:
     return Pooling(
         modes=read_modes(hf),
         normalize="Normalize" in folders,
-        longest=text.get("max_seq_length"),
-        lower=bool(text.get("do_lower_case")),
+        max_seq_length=text.get("max_seq_length"),
+        lower_case=bool(text.get("do_lower_case")),
         **read_prompts(directory / "config_sentence_transformers.json"),
     )
 
@@ -53,7 +53,7 @@ def read_prompts(file: Path) -> dict:
     prompts, name = hf.get("prompts") or {}, hf.get("default_prompt_name")
     if name is not None and name not in prompts:
         raise ValueError(f"{file.name}: default_prompt_name must be one of {', '.join(prompts)}, got {name!r}")
-    return dict(prompts=tuple(prompts.items()), prompt=name or "")
+    return dict(prompts=tuple(prompts.items()), default_prompt=name or "")
 
 
 def read_modes(hf: dict) -> tuple[str, ...]:
@@ -78,11 +78,11 @@ def write(pooling: Pooling, width: int, directory: Path) -> None:
     modes: dict = {old_name(mode): mode in pooling.modes for mode in POOLINGS}  # which every version reads
     if read_modes(modes) != pooling.modes:  # side by side in another order
         modes = dict(pooling_mode=pooling.modes)
-    prompts = dict(prompts=dict(pooling.prompts), default_prompt_name=pooling.prompt or None)
+    prompts = dict(prompts=dict(pooling.prompts), default_prompt_name=pooling.default_prompt or None)
     files = {
         "modules.json": modules,
         "1_Pooling/config.json": dict(word_embedding_dimension=width) | modes,
-        "sentence_bert_config.json": dict(max_seq_length=pooling.longest, do_lower_case=pooling.lower),
+        "sentence_bert_config.json": dict(max_seq_length=pooling.max_seq_length, do_lower_case=pooling.lower_case),
         "config_sentence_transformers.json": prompts,
     }
     for path in filter(None, kinds.values()):

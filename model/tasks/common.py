@@ -76,7 +76,7 @@ def small_llama(vocab_size: int, layers: int, width: int, context: int, seed: in
         raise ValueError(f"width must be a multiple of the heads' 64, got {width}")
     config = Config(
         "llama", vocab_size=vocab_size, width=width, layers=layers, heads=width // 64, kv_heads=width // 64,
-        head_dim=64, hidden=width * 8 // 3 // 32 * 32, context=context, causal=True, norm="rms", norm_eps=1e-5,
+        head_dim=64, ffn_width=width * 8 // 3 // 32 * 32, context=context, causal=True, norm="rms", norm_eps=1e-5,
         norm_first=True, activation="silu", gated=True, positions="rope", bias=False,
     )  # fmt: skip
     torch.manual_seed(seed)

@@ -24,9 +24,9 @@ DIGITS, LONGEST, BATCH = 20, 16, 64
 STOP, FIRST_DIGIT = 1, 2 + len(KINDS)  # tokens: 0 starts an output, 1 ends it, then one for each kind of task
 
 CONFIG = Config(
-    "marian", vocab_size=FIRST_DIGIT + DIGITS, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=256,
+    "marian", vocab_size=FIRST_DIGIT + DIGITS, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, ffn_width=256,
     context=64, causal=False, norm="layer", norm_eps=1e-5, norm_first=False, activation="relu", gated=False,
-    positions="sinusoidal", decoder_layers=2, embedding_scale=128**0.5, head_bias=True,
+    positions="sinusoidal", decoder_layers=2, embedding_scale=128**0.5, lm_head_bias=True,
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def examples(
 def batch(number: int, seed: int, longest: int) -> Batch:
     sources, outputs = examples(number, BATCH, seed, longest)
     tokens, lengths = pack(sources)
-    targets, target_lengths = pack([[CONFIG.start_token, *row] for row in outputs])
+    targets, target_lengths = pack([[CONFIG.decoder_start_token, *row] for row in outputs])
     wanted, _ = pack([[*row, STOP] for row in outputs])
     return Batch(dict(tokens=tokens, targets=targets, lengths=lengths, target_lengths=target_lengths), wanted)
 

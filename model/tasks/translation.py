@@ -42,9 +42,9 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair], list[Pair]]:
 def make_config(vocab_size: int, width: int, layers: int, dropout: float) -> Config:
     return Config(
         "marian", vocab_size=vocab_size, width=width, layers=layers, heads=width // 64, kv_heads=width // 64,
-        head_dim=64, hidden=4 * width, context=512, causal=False, norm="layer", norm_eps=1e-5, norm_first=False,
+        head_dim=64, ffn_width=4 * width, context=512, causal=False, norm="layer", norm_eps=1e-5, norm_first=False,
         activation="relu", gated=False, positions="sinusoidal", decoder_layers=layers, embedding_scale=width**0.5,
-        head_bias=True, dropout=dropout,
+        lm_head_bias=True, dropout=dropout,
     )  # fmt: skip
 
 

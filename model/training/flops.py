@@ -25,13 +25,13 @@ def model_flops(model: Model, inputs: dict[str, Tensor]) -> float:
     config = model.config
     pair = 12 * config.heads * config.head_dim
     sources = inputs["tokens"]
-    if config.mels:  # a spectrogram, two frames of which become one
+    if config.mel_bins:  # a spectrogram, two frames of which become one
         sources = sources[:, 0, ::2]
     tokens, longest = count(sources, inputs.get("lengths"))
     head = config.width * config.vocab_size
     if not isinstance(model, EncoderDecoder):
         blocks = matrix_parameters(model.blocks) * config.layers // len(model.blocks)
-        head *= config.head or config.task == "masked"
+        head *= config.lm_head or config.task == "masked"
         return 6 * tokens * (blocks + head) + pair * config.layers * tokens * longest
     targets, longest_target = count(inputs["targets"], inputs.get("target_lengths"))
     encoder = 6 * tokens * matrix_parameters(model.encoder) + pair * config.layers * tokens * longest

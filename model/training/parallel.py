@@ -47,7 +47,7 @@ def split(model: Model, mesh: DeviceMesh) -> None:
     config, size = model.config, mesh.size()
     if config.experts:
         raise ValueError("experts must be 0: they are not split over processes")
-    for name in ("kv_heads", "hidden"):
+    for name in ("kv_heads", "ffn_width"):
         if getattr(config, name) % size:
             raise ValueError(f"{name} must be divisible by the mesh's {size} processes, got {getattr(config, name)}")
     for block in (module for module in model.modules() if isinstance(module, Block)):

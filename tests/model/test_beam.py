@@ -45,7 +45,7 @@ def test_as_in_transformers(name, beams, penalty, tmp_path):
 
 
 def log_probability(ours, source, tokens):
-    targets = torch.tensor([[ours.config.start_token, *tokens]])
+    targets = torch.tensor([[ours.config.decoder_start_token, *tokens]])
     logs = ours(torch.tensor([source]), targets)[0].log_softmax(-1)
     return sum(logs[i, t].item() for i, t in enumerate(tokens))
 

@@ -176,8 +176,8 @@ def test_dropouts(name, tmp_path, monkeypatch):
     _, ours = pair(name, DROPOUTS[name], tmp_path / "theirs", monkeypatch)
     config = ours.config
     assert config.dropout == (0.2 if len(DROPOUTS[name]) > 1 else 0.0)
-    assert config.attention_p == 0.3
-    assert config.head_dropout == (0.4 if "Classification" in name else 0.0)
+    assert config.attention_dropout_p == 0.3
+    assert config.classifier_dropout == (0.4 if "Classification" in name else 0.0)
     assert config.activation_dropout == DROPOUTS[name].get("activation_dropout", 0.0)
     model.save(ours, tmp_path / "ours")
     said = json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -188,7 +188,7 @@ def test_dropouts(name, tmp_path, monkeypatch):
 def test_a_classifier_without_its_own_has_the_streams_dropout(tmp_path):
     written("bert_TokenClassification", tmp_path)
     change_config(tmp_path, hidden_dropout_prob=0.25)
-    assert model.load(tmp_path)[0].config.head_dropout == 0.25
+    assert model.load(tmp_path)[0].config.classifier_dropout == 0.25
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -199,12 +199,12 @@ def test_a_dropout_of_ours_comes_back(name, tmp_path):
     assert model.load(tmp_path / "b")[0].config == ours.config
 
 
-@pytest.mark.parametrize("field", ["attention_dropout", "head_dropout", "activation_dropout"])
+@pytest.mark.parametrize("field", ["attention_dropout", "classifier_dropout", "activation_dropout"])
 def test_each_dropout_drops(field, tmp_path):
     """Where it alone is over zero, what training computes is another each time; and never otherwise."""
     written("bert_TokenClassification", tmp_path)
     plain, _ = model.load(tmp_path)
-    none = dict(dropout=0.0, attention_dropout=0.0, head_dropout=0.0)
+    none = dict(dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
     tokens = torch.randint(1, 101, (2, 9))
     for changes, changing in ((none, False), (none | {field: 0.5}, True)):
         ours = model.Transformer(replace(plain.config, **changes))

@@ -9,12 +9,14 @@ from model.inference.sampling import Sampling
 
 CONFIGS = {
     "rope": Config(
-        "llama", vocab_size=50, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=48, context=40, causal=True,
-        norm="rms", norm_eps=1e-5, norm_first=True, activation="silu", gated=True, positions="rope", bias=False,
+        "llama", vocab_size=50, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_width=48, context=40,
+        causal=True, norm="rms", norm_eps=1e-5, norm_first=True, activation="silu", gated=True, positions="rope",
+        bias=False,
     ),
     "learned": Config(
-        "gpt2", vocab_size=50, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=48, context=40, causal=True,
-        norm="layer", norm_eps=1e-5, norm_first=True, activation="gelu_tanh", gated=False, positions="learned",
+        "gpt2", vocab_size=50, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_width=48, context=40,
+        causal=True, norm="layer", norm_eps=1e-5, norm_first=True, activation="gelu_tanh", gated=False,
+        positions="learned",
     ),
 }  # fmt: skip
 PROMPTS = [[3, 7, 9], [1], [4, 4, 8, 15, 16, 23, 42]]
@@ -153,7 +155,7 @@ def test_wrong_arguments_are_named(tiny, name):
 def test_an_encoder_does_not_generate():
     from dataclasses import replace
 
-    encoder = Transformer(replace(CONFIGS["learned"], family="bert", causal=False, head=False))
+    encoder = Transformer(replace(CONFIGS["learned"], family="bert", causal=False, lm_head=False))
     with pytest.raises(ValueError, match="model must be a causal language model or an encoder-decoder, got a bert"):
         generate(encoder, [[1]], 1)
     with pytest.raises(ValueError, match="tokens must fit the context of 40, got 41"):

@@ -18,9 +18,9 @@ from tests.packages import needs_rampart
 WORDS = ["[CLS]", "[SEP]", "new", "york", "is", "large", "##r", "than", "paris", "[UNK]", "##d"]
 NUMBER = {word: i for i, word in enumerate(WORDS)}
 BERT = model.Config(
-    "bert", vocab_size=len(WORDS), width=16, layers=1, heads=2, kv_heads=2, head_dim=8, hidden=16, context=32,
+    "bert", vocab_size=len(WORDS), width=16, layers=1, heads=2, kv_heads=2, head_dim=8, ffn_width=16, context=32,
     causal=False, norm="layer", norm_eps=1e-12, norm_first=False, activation="gelu", gated=False, positions="learned",
-    token_types=2, embedding_norm=True, head=False,
+    token_types=2, embedding_norm=True, lm_head=False,
 )  # fmt: skip
 
 
@@ -75,11 +75,15 @@ def test_a_span_ends_where_another_begins():
 
 
 @pytest.mark.parametrize(
-    ("problem", "expected"),
-    [("single", [0.0474, 0.9526]), ("multi", [0.2689, 0.8808]), ("regression", [-1.0, 2.0])],
+    ("problem_type", "expected"),
+    [
+        ("single_label_classification", [0.0474, 0.9526]),
+        ("multi_label_classification", [0.2689, 0.8808]),
+        ("regression", [-1.0, 2.0]),
+    ],
 )
-def test_classes(problem, expected):
-    says = Says([[-1.0, 2.0]], task="classify", labels=("bad", "good"), problem=problem)
+def test_classes(problem_type, expected):
+    says = Says([[-1.0, 2.0]], task="classify", labels=("bad", "good"), problem_type=problem_type)
     found = classify(says, small_tokenizer(), ["paris is large"])[0]
     assert list(found) == ["good", "bad"]
     assert [found["bad"], found["good"]] == pytest.approx(expected, abs=1e-4)

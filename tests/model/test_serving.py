@@ -364,7 +364,7 @@ def test_guesses_change_nothing(name, lookahead, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_guesses_change_no_bit(name, size, dtype, lookahead, monkeypatch):
     """Of the logits, on the CPU engine: or else, of two tokens that are about as likely, the other is taken."""
-    config = replace(CONFIGS[name], hidden=64)  # what fills PyTorch's vectors; see `speculate`
+    config = replace(CONFIGS[name], ffn_width=64)  # what fills PyTorch's vectors; see `speculate`
     ours, draft = (model.Transformer(config).to(dtype).eval() for _ in range(2))
     with torch.no_grad():
         for p, guessed in zip(ours.parameters(), draft.parameters(), strict=True):

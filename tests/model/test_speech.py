@@ -110,7 +110,10 @@ class Writes:
         backend.add_special_tokens(names)
         self.tokenizer, self.size = Tokenizer(backend, []), 51_865 if multilingual else 51_864
         self.config = SimpleNamespace(
-            mels=10, audio_context=1500, vocab_size=self.size, start_token=self.number["<|startoftranscript|>"]
+            mel_bins=10,
+            audio_context=1500,
+            vocab_size=self.size,
+            decoder_start_token=self.number["<|startoftranscript|>"],
         )
         self.windows, self.no_speech, self.language = list(windows), no_speech, f"<|{language}|>"
         self.token_embedding = torch.nn.Embedding(1, 1)
@@ -298,7 +301,7 @@ def test_notes_are_those_of_the_checkpoint():
     """Its config lists the tokens that are not to be written."""
     ours, tokenizer = model.load("whisper")
     listed = json.loads((locate("whisper") / "config.json").read_text())["suppress_ids"]
-    assert speech.find_notes(tokenizer) == {token for token in listed if token < ours.config.start_token}
+    assert speech.find_notes(tokenizer) == {token for token in listed if token < ours.config.decoder_start_token}
 
 
 @needs_whisper

@@ -23,7 +23,7 @@ from model.training.runs import Run
 from model.training.train import Training
 
 CONFIG = model.Config(
-    "gpt2", vocab_size=31, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=64, context=64, causal=True,
+    "gpt2", vocab_size=31, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_width=64, context=64, causal=True,
     norm="layer", norm_eps=1e-5, norm_first=True, activation="gelu_tanh", gated=False, positions="learned",
 )  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_label_smoothing():
 
 
 def test_label_smoothing_of_answers():
-    config = replace(CONFIG, head=False, task="answer")
+    config = replace(CONFIG, lm_head=False, task="answer")
     logits, targets = torch.randn(3, 7, 2), torch.tensor([[1, 4], [-100, 2], [0, -100]])
     logs = logits.log_softmax(1)
     each = [-0.9 * logs[i, t, side] - 0.1 * logs[i, :, side].mean()
@@ -170,22 +170,26 @@ def test_label_smoothing_of_answers():
     torch.testing.assert_close(heads.loss(config, logits, targets, 0.1), torch.stack(each).mean())
 
 
-@pytest.mark.parametrize("problem", ["multi", "regression"])
-def test_label_smoothing_of_what_has_no_classes_is_refused(problem):
-    config = replace(CONFIG, head=False, task="classify", labels=("a",), problem=problem)
-    with pytest.raises(ValueError, match=f"label_smoothing must be 0 for the problem '{problem}', got 0.1"):
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_label_smoothing_of_what_has_no_classes_is_refused(problem_type):
+    config = replace(CONFIG, lm_head=False, task="classify", labels=("a",), problem_type=problem_type)
+    with pytest.raises(ValueError, match=f"label_smoothing must be 0 for problem_type '{problem_type}', got 0.1"):
         heads.loss(config, torch.zeros(3, 1), torch.zeros(3, 1), 0.1)
 
 
 def test_targets_of_several_labels_that_do_not_count():
-    config = replace(CONFIG, head=False, task="classify", labels=("a", "b"), problem="multi")
+    config = replace(
+        CONFIG, lm_head=False, task="classify", labels=("a", "b"), problem_type="multi_label_classification"
+    )
     logits, targets = torch.randn(2, 2), torch.tensor([[1, -100], [0, 1]])
     each = torch.stack([-logits[0, 0].sigmoid().log(), -(-logits[1, 0]).sigmoid().log(), -logits[1, 1].sigmoid().log()])
     torch.testing.assert_close(heads.loss(config, logits, targets), each.mean())
 
 
 def test_a_number_of_minus_100_counts():
-    config = replace(CONFIG, causal=False, head=False, task="classify", labels=("celsius",), problem="regression")
+    config = replace(
+        CONFIG, causal=False, lm_head=False, task="classify", labels=("celsius",), problem_type="regression"
+    )
     torch.manual_seed(0)
     ours = model.Transformer(config)
     with torch.no_grad():
