@@ -17,8 +17,8 @@ from model.families import gpt2
 from model.inference.embed import embed
 from model.inference.serving import Request, Server
 from model.layers import initialise
-from model.training.batches import windows
-from model.training.train import Processes, Training, make_optimizer, step_of
+from model.training.batches import random_windows
+from model.training.train import Processes, Training, make_optimizer, train_step
 
 from .environment import describe_environment
 from .measure import Pair, measure_pair
@@ -109,10 +109,10 @@ def prepare_training():
     ours.train(), theirs.train()
     settings = Training(steps=1)
     optimizers = [make_optimizer(m, settings) for m in (ours, theirs)]
-    batch = windows(torch.randint(0, 4096, (5000,)), 0, 8, 256, seed=0)
+    batch = random_windows(torch.randint(0, 4096, (5000,)), 0, 8, 256, seed=0)
 
     def our_step() -> float:
-        return step_of(ours, [batch], settings, optimizers[0], Processes())
+        return train_step(ours, [batch], settings, optimizers[0], Processes())
 
     def their_step() -> float:
         optimizers[1].zero_grad()

@@ -1,4 +1,4 @@
-"""Keys and values kept between generation steps."""
+"""Key/value caches of all layers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import flashattn
 from .config import Config
 
 
-class CacheView:
-    """What a step needs of a cache: what `flashattn.decode` appends to in each layer, and the rotary table."""
+class LayerCaches:
+    """The batch of a decode step: the cache of each layer, for `flashattn.decode`, and the rotary table."""
 
     def __init__(self, layers: list, rotary: flashattn.Rotary | None):
         self.layers, self.rotary = layers, rotary
@@ -29,8 +29,8 @@ class CacheView:
         return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq, device=device)
 
 
-class Cache(CacheView):
-    """A `flashattn.KVCache` for each layer. Sequences may differ in length: each is written from its own end on."""
+class ModelCache(LayerCaches):
+    """A `flashattn.KVCache` for each layer. Sequences may differ in length: each is appended to at its own end."""
 
     def __init__(self, config: Config, batch: int, capacity: int, like: Tensor, rotary: flashattn.Rotary | None):
         sizes = (batch, config.kv_heads, capacity, config.head_dim)
@@ -39,19 +39,19 @@ class Cache(CacheView):
         super().__init__(layers, rotary)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was. All rows are as long, and have the same encoder's output."""
+        """Row i becomes a copy of row rows[i]. All rows have the same length and the same encoder output."""
         for layer in self.layers:
             length = max(layer.lengths)
             layer.k[:, :, :length], layer.v[:, :, :length] = layer.k[rows, :, :length], layer.v[rows, :, :length]
 
     def truncate(self, lengths: list[int]) -> None:
-        """Forget what lies at and past these lengths."""
+        """Drop the tokens from these lengths on."""
         for layer in self.layers:
             layer.truncate(lengths)
 
 
-class PagedCache:
-    """A `flashattn.PagedKVCache` for each layer, whose sequences have the same numbers, lengths and pages in all."""
+class PagedModelCache:
+    """A `flashattn.PagedKVCache` for each layer; a sequence has the same number, length and pages in all of them."""
 
     def __init__(self, config: Config, pages: int, page_size: int, like: Tensor, rotary: flashattn.Rotary | None):
         sizes = (pages, page_size, config.kv_heads, config.head_dim)
@@ -80,7 +80,7 @@ class PagedCache:
         return number
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget what lies at and past this length."""
+        """Drop the tokens from this length on."""
         for layer in self.layers:
             layer.truncate(sequence, length)
 
@@ -88,6 +88,6 @@ class PagedCache:
         for layer in self.layers:
             layer.free(sequence)
 
-    def select(self, sequences: Sequence[int]) -> CacheView:
-        """These as the batch of a step."""
-        return CacheView([layer.select(sequences) for layer in self.layers], self.rotary)
+    def select(self, sequences: Sequence[int]) -> LayerCaches:
+        """These sequences as the batch of a decode step."""
+        return LayerCaches([layer.select(sequences) for layer in self.layers], self.rotary)

@@ -1,4 +1,4 @@
-"""What the commands of `python -m model` do."""
+"""The commands of `python -m model`, except train."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .inference.speech import Segment, transcribe
 from .io.checkpoints import load
 from .io.saving import save
 from .io.tokenizer import Stream, Tokenizer
-from .training.flops import matrix_parameters
+from .training.flops import count_matrix_parameters
 
 
-def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
+def load_with_tokenizer(name: str, dtype: str) -> tuple[Model, Tokenizer]:
     model, tokenizer = load(name, getattr(torch, dtype), progress=True)
     if tokenizer is None:
         raise ValueError(f"{name}: no tokenizer.json")
@@ -39,8 +39,8 @@ def load_named(name: str, dtype: str) -> tuple[Model, Tokenizer]:
 
 
 @contextlib.contextmanager
-def echoed(args: argparse.Namespace, stream: Stream) -> Iterator[None]:
-    """The prompt, and behind it what is printed of its continuation. Its line ends however that goes."""
+def echo_prompt(args: argparse.Namespace, stream: Stream) -> Iterator[None]:
+    """Print the prompt, before its continuation is printed, and end the line, even on an error."""
     if args.json:
         yield
         return
@@ -52,16 +52,16 @@ def echoed(args: argparse.Namespace, stream: Stream) -> Iterator[None]:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
-    draft = load_named(args.draft, args.dtype)[0] if args.draft else None
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
+    draft = load_with_tokenizer(args.draft, args.dtype)[0] if args.draft else None
     if draft is not None and args.temperature:
         raise ValueError("--draft needs --temperature 0: guesses are checked against the most likely token")
     text = tokenizer.chat(args.prompt) if args.chat else args.prompt
-    prompt = tokenizer.encode(text, add_special_tokens=not args.chat)  # which a template has of its own
+    prompt = tokenizer.encode(text, add_special_tokens=not args.chat)  # a template has its own
     stream = tokenizer.stream()
     bar = partial(tqdm, total=args.max_new_tokens, unit="token", leave=False)
 
-    def plain(on_token: Callable[[int], object]) -> list[int]:
+    def generate_tokens(on_token: Callable[[int], object]) -> list[int]:
         return generate(
             model, [prompt], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop_tokens=tokenizer.stop, seed=args.seed,
@@ -70,7 +70,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     more = {}
-    with echoed(args, stream), bar(desc="generating", disable=None if args.json else True) as line:
+    with echo_prompt(args, stream), bar(desc="generating", disable=None if args.json else True) as line:
 
         def show(token: int) -> None:
             line.update()
@@ -78,7 +78,7 @@ def run_generate(args: argparse.Namespace) -> None:
                 print(stream.add(token), end="", flush=True)
 
         if draft is None:
-            tokens = plain(show)
+            tokens = generate_tokens(show)
         else:
             options = dict(stop_tokens=tokenizer.stop, on_token=show)
             tokens, steps, accepted = speculate(model, draft, prompt, args.max_new_tokens, **options)
@@ -88,10 +88,10 @@ def run_generate(args: argparse.Namespace) -> None:
     if not args.json:
         print(f"\n{len(prompt)} + {len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s")
         if more:
-            print(f"{more['steps']} steps of the model, {more['accepted']:.0%} of the draft's guesses were right")
+            print(f"{more['steps']} steps of the model, {more['accepted']:.0%} of the drafted tokens were accepted")
     if args.temperature == 0 and not args.no_check:
-        with flashattn.use_backend("reference"), bar(desc="the same on the reference backend", disable=None) as line:
-            result["equals_reference"] = plain(lambda _: line.update()) == tokens
+        with flashattn.use_backend("reference"), bar(desc="checking on the reference backend", disable=None) as line:
+            result["equals_reference"] = generate_tokens(lambda _: line.update()) == tokens
         if not args.json:
             print(f"greedy tokens equal the reference backend's: {'yes' if result['equals_reference'] else 'NO'}")
     if args.json:
@@ -99,7 +99,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_embed(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
     vectors = embed(model, tokenizer, args.sentences, normalize=True, truncate=args.truncate).float()
     cosines = (vectors @ vectors.T).tolist()
     if args.json:
@@ -113,7 +113,7 @@ def run_embed(args: argparse.Namespace) -> None:
 
 
 def run_classify(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
     results = classify(model, tokenizer, args.texts, args.truncate)
     if args.json:
         print(json.dumps({"texts": args.texts, "labels": results}, ensure_ascii=False))
@@ -125,7 +125,7 @@ def run_classify(args: argparse.Namespace) -> None:
 
 
 def run_tag(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
     entities = tag(model, tokenizer, args.text)
     if args.json:
         print(json.dumps({"text": args.text, "entities": [e._asdict() for e in entities]}, ensure_ascii=False))
@@ -136,9 +136,9 @@ def run_tag(args: argparse.Namespace) -> None:
 
 
 def run_translate(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
     if not isinstance(model, EncoderDecoder):
-        raise ValueError(f"{args.model}: to translate takes an encoder-decoder, got a {model.config.family}")
+        raise ValueError(f"{args.model}: translate needs an encoder-decoder, got a {model.config.family}")
     ends = tokenizer.stop[:1]
     sources = [tokenizer.encode(text) for text in args.texts]
     sources = [tokens if tokens[-1:] == ends else tokens + ends for tokens in sources]
@@ -151,7 +151,7 @@ def run_translate(args: argparse.Namespace) -> None:
 
 
 def run_answer(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
     passage = sys.stdin.read() if args.passage == "-" else args.passage
     found = answer(model, tokenizer, args.question, passage, args.best)
     if args.json:
@@ -164,7 +164,7 @@ def run_answer(args: argparse.Namespace) -> None:
 
 
 def run_transcribe(args: argparse.Namespace) -> None:
-    model, tokenizer = load_named(args.model, args.dtype)
+    model, tokenizer = load_with_tokenizer(args.model, args.dtype)
     samples = read_wave(args.file)
 
     def show(segment: Segment) -> None:
@@ -179,7 +179,7 @@ def run_transcribe(args: argparse.Namespace) -> None:
         result = found._asdict() | {"segments": [segment._asdict() for segment in found.segments]}
         print(json.dumps(result | {"seconds": seconds, "seconds_of_sound": length}, ensure_ascii=False))
     else:
-        print(f"\n{length:.1f} s of sound in {seconds:.1f} s, language {found.language}")
+        print(f"\n{length:.1f} s of audio in {seconds:.1f} s, language {found.language}")
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         "config": asdict(config),
         "parameters": sum(groups.values()),
         "of": groups,
-        "matrices": matrix_parameters(model),
+        "matrices": count_matrix_parameters(model),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "cache_bytes_per_token": 2 * layers * config.kv_heads * config.head_dim * weight.element_size(),
         "tokens": None if tokenizer is None else tokenizer.size,

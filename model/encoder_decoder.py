@@ -1,4 +1,4 @@
-"""The Transformer as it was first: an encoder, and a decoder that attends to what it made.
+"""The original Transformer: an encoder, and a decoder that attends to its output.
 
 Vaswani et al., "Attention Is All You Need" (2017), arXiv:1706.03762.
 """
@@ -13,24 +13,24 @@ from torch.nn import functional as F
 
 import flashattn
 
-from .caches import Cache
+from .caches import ModelCache
 from .config import Config
-from .layers import Linear, embed, make_norm
+from .layers import Linear, embed_tokens, make_norm
 from .positions import sinusoids
 from .step import Packed, Step, make_step
 from .transformer import Stack, Transformer
 
 
 class Memory(NamedTuple):
-    """What an encoder made: (batch, seq, width), and how many of each sequence exist; (1, total, width) if packed."""
+    """An encoder's output: (batch, seq, width) and the length of each sequence; (1, total, width) if packed."""
 
     hidden: Tensor
     lengths: Tensor | None
     packed: Packed | None = None
 
 
-class Audio(nn.Module):
-    """A spectrogram (batch, mels, frames) to half as many embeddings (batch, frames / 2, width), with positions.
+class AudioEmbedding(nn.Module):
+    """From a spectrogram (batch, mel_bins, frames) to embeddings (batch, frames / 2, width), with positions.
 
     Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022), arXiv:2212.04356, section 2.2.
     """
@@ -45,14 +45,14 @@ class Audio(nn.Module):
         frames = 2 * self.positions.num_embeddings
         if spectrogram.dim() != 3 or spectrogram.shape[2] > frames:
             raise ValueError(
-                f"spectrogram must be (batch, mels, at most {frames} frames), got shape {tuple(spectrogram.shape)}"
+                f"spectrogram must be (batch, mel_bins, at most {frames} frames), got shape {tuple(spectrogram.shape)}"
             )
         x = F.gelu(self.conv2(F.gelu(self.conv1(spectrogram)))).transpose(1, 2)
         return x + self.positions.weight[: x.shape[1]]
 
 
 class EncoderDecoder(nn.Module):
-    """As its config says; both sides share the token embedding, where the encoder reads tokens and not audio.
+    """Both sides share the token embedding, unless the encoder reads audio.
 
     >>> import torch
     >>> from model import Config, EncoderDecoder
@@ -69,18 +69,18 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.encoder = Stack(config, config.layers, causal=False)
-        self.decoder = Stack(config, config.decoder_layers, causal=True, crosses=True)
+        self.decoder = Stack(config, config.decoder_layers, causal=True, has_cross=True)
         self.encoder_embedding_norm = make_norm(config) if config.embedding_norm else None
         self.decoder_embedding_norm = make_norm(config) if config.embedding_norm else None
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
-        self.audio = Audio(config) if config.mel_bins else None
+        self.audio = AudioEmbedding(config) if config.mel_bins else None
         self.lm_head = None if config.tie_word_embeddings else Linear(config.width, config.vocab_size, bias=False)
         self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head_bias else None
 
     def embed(self, tokens: Tensor, step: Step, norm: nn.Module | None) -> Tensor:
         tokens = tokens if step.packed is None else tokens[None]
-        x = embed(self.token_embedding, tokens, self.config.embedding_scale)
+        x = embed_tokens(self.token_embedding, tokens, self.config.embedding_scale)
         if self.config.positions == "sinusoidal":
             x = x + sinusoids(step.positions, self.config.width).to(x.dtype)
         elif self.position_embedding is not None:
@@ -88,8 +88,8 @@ class EncoderDecoder(nn.Module):
         return x if norm is None else norm(x)
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Memory:
-        """tokens (batch, seq), padded on the right where `lengths` (batch,) says so; or (total,): packed sequences. Of
-        a model that hears, a spectrogram (batch, mels, frames)."""
+        """tokens: (batch, seq), padded on the right if `lengths` (batch,) are given, or packed (total,); for an audio
+        encoder, a spectrogram (batch, mel_bins, frames)."""
         if self.audio is not None:
             x = self.audio(tokens)
             return Memory(self.encoder.run(x, make_step(x[..., 0], False, lengths)), lengths)
@@ -98,10 +98,10 @@ class EncoderDecoder(nn.Module):
         return Memory(hidden, lengths, step.packed)
 
     def decode(
-        self, tokens: Tensor, memory: Memory, lengths: Tensor | None = None, cache: Cache | None = None
+        self, tokens: Tensor, memory: Memory, lengths: Tensor | None = None, cache: ModelCache | None = None
     ) -> Tensor:
-        """The last hidden states (batch, seq, width). With a cache, tokens follow those it holds. Packed tokens
-        (total,) need a packed memory, and give (total, width)."""
+        """The last hidden states (batch, seq, width). With a cache, tokens follow those in it. Packed tokens (total,)
+        need a packed memory, and give (total, width)."""
         if (tokens.dim() == 1) != (memory.packed is not None):
             raise ValueError("tokens and memory must be both packed or both padded")
         of_memory = dict(memory=memory.hidden, memory_lengths=memory.lengths, memory_packed=memory.packed)
@@ -109,19 +109,19 @@ class EncoderDecoder(nn.Module):
         hidden = self.decoder.run(self.embed(tokens, step, self.decoder_embedding_norm), step)
         return hidden if step.packed is None else hidden[0]
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache of the decoder for so many sequences of up to `capacity` tokens."""
-        return Cache(self.config, batch, capacity, self.token_embedding.weight, None)
+    def new_cache(self, batch: int, capacity: int) -> ModelCache:
+        """An empty cache of the decoder for `batch` sequences of up to `capacity` tokens."""
+        return ModelCache(self.config, batch, capacity, self.token_embedding.weight, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, width) to (…, vocab_size)."""
+        """From (…, width) to (…, vocab_size)."""
         weight = self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
         return flashattn.linear(hidden * self.config.logit_scale, weight, self.lm_head_bias)
 
     def forward(
         self, tokens: Tensor, targets: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> Tensor:
-        """Logits (batch, seq, vocab_size) of the decoder, which reads `targets`: begun with the start token."""
+        """Logits (batch, seq, vocab_size) of the decoder, which reads `targets`; they begin with the start token."""
         return self.logits(self.decode(targets, self.encode(tokens, lengths), target_lengths))
 
 

@@ -1,6 +1,6 @@
-"""A feed-forward of several experts, of which each token goes through a few.
+"""Mixture of experts: feed-forwards of which each token uses a few.
 
-Shazeer et al., "Outrageously Large Neural Networks" (2017), arXiv:1701.06538; as OpenAI's gpt-oss (2025) has it.
+Shazeer et al., "Outrageously Large Neural Networks" (2017), arXiv:1701.06538; the variant of OpenAI's gpt-oss (2025).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Experts(nn.Module):
         weights = best.values.softmax(-1)
         out = torch.zeros_like(tokens)
         for expert in best.indices.unique().tolist():
-            of, place = (best.indices == expert).nonzero(as_tuple=True)  # tokens, and which of their choices it is
-            y = self.run(tokens[of], expert) * weights[of, place, None]
-            out = out.index_add(0, of, y.to(out.dtype))  # a token stands in `of` once
+            token, rank = (best.indices == expert).nonzero(as_tuple=True)  # rank: among the token's experts
+            y = self.apply_expert(tokens[token], expert) * weights[token, rank, None]
+            out = out.index_add(0, token, y.to(out.dtype))  # `token` has no number twice
         return out.view_as(x)
 
-    def run(self, x: Tensor, expert: int) -> Tensor:
+    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
         gate, up = (x @ self.gate_up[expert] + self.gate_up_bias[expert]).unflatten(-1, (-1, 2)).unbind(-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate) @ self.down[expert] + self.down_bias[expert]

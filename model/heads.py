@@ -1,4 +1,4 @@
-"""What stands on an encoder for a task: masked words, a class for a text, a label for each token, a span of an answer.
+"""Heads of an encoder: masked tokens, a class of the text, a label of each token, the span of an answer.
 
 Devlin et al., "BERT" (2018), arXiv:1810.04805, section 4 and appendix A.
 """
@@ -13,8 +13,9 @@ from .config import PROBLEM_TYPES, Config
 from .layers import ACTIVATIONS, Linear
 
 
-class Masked(nn.Module):
-    """Logits (batch, seq, vocab_size) of every token: a layer of its own, then the token embedding and a bias."""
+class MaskedLMHead(nn.Module):
+    """Logits (batch, seq, vocab_size) of every token: a linear layer and a norm, then the token embedding and a
+    bias."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -28,9 +29,9 @@ class Masked(nn.Module):
         return F.linear(self.norm(self.activation(self.dense(hidden))), embedding, self.bias)
 
 
-class Classify(nn.Module):
-    """Logits (batch, labels) from the first token. Their meaning is the config's `problem_type`: softmax over them, a
-    sigmoid of each, or a number."""
+class ClassificationHead(nn.Module):
+    """Logits (batch, labels) from the first token. By the config's `problem_type`: for a softmax, for a sigmoid each,
+    or numbers."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -42,7 +43,7 @@ class Classify(nn.Module):
         return self.out(F.dropout(torch.tanh(self.pooler(hidden[:, 0])), self.dropout, self.training))
 
 
-class Tag(nn.Module):
+class TaggingHead(nn.Module):
     """Logits (batch, seq, labels) of every token."""
 
     def __init__(self, config: Config):
@@ -54,8 +55,8 @@ class Tag(nn.Module):
         return self.out(F.dropout(hidden, self.dropout, self.training))
 
 
-class Answer(nn.Module):
-    """Logits (batch, seq, 2): that an answer starts, and that it ends, at each token."""
+class AnswerHead(nn.Module):
+    """Logits (batch, seq, 2) of an answer that starts, and that ends, at each token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -65,44 +66,44 @@ class Answer(nn.Module):
         return self.out(hidden)
 
 
-HEADS = {"masked": Masked, "classify": Classify, "tag": Tag, "answer": Answer}
+HEADS = {"masked": MaskedLMHead, "classify": ClassificationHead, "tag": TaggingHead, "answer": AnswerHead}
 
 
 def loss(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """What a model is trained on: the mean over the targets. Those of -100 do not count; numbers all do.
+    """The training loss: the mean over the targets. Targets of -100 are ignored, except in regression.
 
-    A language model, masked, tag: targets (batch, seq), or (total,) packed. classify: (batch,) of labels; of "multi"
-    (batch, labels) of 0 and 1; of "regression" numbers of the logits' shape, or (batch,). answer: (batch, 2), where it
-    starts and ends.
+    A language model, masked, tag: targets (batch, seq), or (total,) packed. classify: labels (batch,); for several
+    labels (batch, labels) of 0 and 1; for regression numbers of the logits' shape, or (batch,). answer: (batch, 2), its
+    first and last token.
 
     Raises:
-        ValueError: for label_smoothing where there are no classes to smooth over: "multi", "regression".
+        ValueError: for label_smoothing without classes to smooth over: several labels, regression.
     """
     return sum_losses(config, logits, targets, label_smoothing) / count_targets(config, targets)
 
 
 def count_targets(config: Config, targets: Tensor) -> int:
-    if is_number(config):
+    if is_regression(config):
         return targets.numel()
     return int((targets != -100).sum())
 
 
 def sum_losses(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """0 where no target counts."""
+    """0 if all targets are ignored."""
     if config.task == "classify" and config.problem_type != PROBLEM_TYPES[0] and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 for problem_type {config.problem_type!r}, got {label_smoothing}")
-    if is_number(config):
+    if is_regression(config):
         return F.mse_loss(logits.reshape(targets.shape), targets.to(logits), reduction="sum")
     if config.task == "classify" and config.problem_type == "multi_label_classification":
         each = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
         return each.masked_fill(targets == -100, 0).sum()
     if config.task == "answer":
-        logits = logits.transpose(1, 2)  # (batch, 2, seq): a choice among the tokens for each target
+        logits = logits.transpose(1, 2)  # (batch, 2, seq): classes are the tokens
     return F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
     )  # fmt: skip
 
 
-def is_number(config: Config) -> bool:
-    """Whether targets are numbers, of which -100 is one."""
+def is_regression(config: Config) -> bool:
+    """Whether targets are numbers, which may be -100."""
     return config.task == "classify" and config.problem_type == "regression"

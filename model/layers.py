@@ -20,20 +20,20 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
 
 
 class Linear(nn.Linear):
-    """nn.Linear, as fast as memory for the few rows of a generation step on a CPU."""
+    """nn.Linear; on a CPU, for the few rows of a decode step, at the speed of memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         return flashattn.linear(x, self.weight, self.bias)
 
 
 def make_norm(config: Config, width: int | None = None) -> nn.Module:
-    """Over the model's width, or another."""
+    """width: the model's by default."""
     norm = flashattn.LayerNorm if config.norm == "layer" else flashattn.RMSNorm
     return norm(width or config.width, eps=config.norm_eps, weight_offset=config.norm_offset)
 
 
-def embed(embedding: nn.Embedding, tokens: Tensor, scale: float) -> Tensor:
-    """Times a scale that is rounded to the dtype first, as it was in training."""
+def embed_tokens(embedding: nn.Embedding, tokens: Tensor, scale: float) -> Tensor:
+    """Embeddings times a scale, which is rounded to their dtype first, as in training."""
     x = embedding(tokens)
     return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
 
@@ -51,7 +51,7 @@ def attend(
     if packed is None:
         return flashattn.attention(q, k, v, kv_lengths=kv_lengths, **options)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    starts = (packed.starts, packed_k.starts, packed.longest, packed_k.longest)
+    starts = (packed.cu_seqlens, packed_k.cu_seqlens, packed.max_seqlen, packed_k.max_seqlen)
     return flashattn.attention_varlen(q, k, v, *starts, **options).transpose(0, 1)[None]
 
 
@@ -73,12 +73,12 @@ class Attention(nn.Module):
         q, k, v = (linear(x).unflatten(-1, (-1, config.head_dim)) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        # (batch, seq, heads, head_dim) seen as (batch, heads, seq, head_dim): views, not copies.
+        # (batch, seq, heads, head_dim) viewed as (batch, heads, seq, head_dim), not copied.
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = dict(window=config.window(layer), scale=config.scale, softcap=config.softcap, sinks=self.sinks)
         options["bias"] = step.bias
         dropout_p = config.attention_dropout_p if self.training else 0.0
-        if step.cache is not None:  # which takes the new keys and rotates them
+        if step.cache is not None:  # decode rotates the new keys and appends them
             layer_cache, rotary = step.cache.layers[layer], step.cache.rotary
             out = flashattn.decode(q, layer_cache, k, v, rotary, q_lengths=step.lengths, **options)
         else:
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """A decoder's attention to `step.memory`, what an encoder made of the input. A cache keeps its keys and values."""
+    """A decoder's attention to `step.memory`, the encoder's output. A cache keeps its keys and values."""
 
     def forward(self, x: Tensor, layer: int, step: Step) -> Tensor:
         def heads(x: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class CrossAttention(Attention):
 
 @torch.no_grad()
 def initialise(model: nn.Module, layers: int) -> None:
-    """Random weights to train from: normal, with variance 1 / width of what they multiply. What is added to the
-    residual stream is smaller by sqrt(2 * layers), so that it does not grow with depth ("GPT-2", section 2.3)."""
+    """Random weights to train from: normal, with variance 1 / fan_in. Projections into the residual stream are smaller
+    by sqrt(2 * layers), so that it does not grow with depth ("GPT-2", section 2.3)."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
@@ -139,24 +139,24 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with its norm and its residual addition, which are one kernel. crosses: between
-    them stands attention to an encoder's output."""
+    """Attention and feed-forward, each with its norm and its residual addition, which are one kernel. has_cross: with
+    attention to an encoder's output between them."""
 
-    def __init__(self, config: Config, crosses: bool = False):
+    def __init__(self, config: Config, has_cross: bool = False):
         super().__init__()
         self.norm_first, self.dropout = config.norm_first, config.dropout
         self.attention = Attention(config)
         self.attention_norm = make_norm(config)
         self.feed_forward = Experts(config) if config.experts else FeedForward(config)
         self.feed_forward_norm = make_norm(config)
-        self.cross_attention = CrossAttention(config) if crosses else None
-        self.cross_attention_norm = make_norm(config) if crosses else None
+        self.cross_attention = CrossAttention(config) if has_cross else None
+        self.cross_attention_norm = make_norm(config) if has_cross else None
         self.post_attention_norm = make_norm(config) if config.post_norms else nn.Identity()
         self.post_feed_forward_norm = make_norm(config) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None, layer: int, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Pre-norm: x is what the last sublayer put out, still to be added to the residual stream; the next norm adds
-        it. Post-norm: x is the stream, and residual is None. The norms drop from what they add."""
+        """Pre-norm: x is the last sublayer's output, which the next norm adds to the residual stream. Post-norm: x is
+        the stream, and residual is None. The norms apply dropout to x before they add it."""
         p = self.dropout if self.training else 0.0
         if self.norm_first:
             y, residual = self.attention_norm(x, residual, True, p)

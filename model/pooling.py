@@ -1,4 +1,4 @@
-"""One vector of a text's hidden states, for packed sequences: (total, width) and lengths (batch,) to (batch, width)."""
+"""Pooling of packed hidden states: (total, width) and lengths (batch,) to one vector a text, (batch, width)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from torch import Tensor
 from .step import Packed
 
 
-def first(hidden: Tensor, lengths: Tensor) -> Tensor:
+def first_token(hidden: Tensor, lengths: Tensor) -> Tensor:
     return hidden[lengths.cumsum(0) - lengths]
 
 
-def last(hidden: Tensor, lengths: Tensor) -> Tensor:
+def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
     return hidden[lengths.cumsum(0) - 1]
 
 
-def largest(hidden: Tensor, lengths: Tensor) -> Tensor:
+def max_over_tokens(hidden: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(hidden, "max", lengths=lengths)
 
 
-def mean(hidden: Tensor, lengths: Tensor) -> Tensor:
+def mean_over_tokens(hidden: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(hidden, "mean", lengths=lengths)
 
 
-def mean_by_root(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The sum over the root of the length."""
-    return mean(hidden, lengths) * lengths.sqrt()[:, None]
+def mean_sqrt_length(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The sum, divided by the square root of the length."""
+    return mean_over_tokens(hidden, lengths) * lengths.sqrt()[:, None]
 
 
-def mean_by_position(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The i-th token weighs i. Muennighoff, "SGPT" (2022), arXiv:2202.08904."""
-    weights = Packed.of(lengths).positions()[0, :, None] + 1.0
-    return mean(hidden * weights, lengths) / mean(weights, lengths)
+def weighted_mean(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The i-th token has weight i. Muennighoff, "SGPT" (2022), arXiv:2202.08904."""
+    weights = Packed.from_lengths(lengths).positions()[0, :, None] + 1.0
+    return mean_over_tokens(hidden * weights, lengths) / mean_over_tokens(weights, lengths)
 
 
-# By the names of sentence-transformers, in the order in which it lets several stand side by side.
+# By the names of sentence-transformers, in the order in which it concatenates several.
 POOLINGS = {
-    "cls": first, "max": largest, "mean": mean, "mean_sqrt_len_tokens": mean_by_root,
-    "weightedmean": mean_by_position, "lasttoken": last,
+    "cls": first_token, "max": max_over_tokens, "mean": mean_over_tokens, "mean_sqrt_len_tokens": mean_sqrt_length,
+    "weightedmean": weighted_mean, "lasttoken": last_token,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary tables, sinusoids, and biases by distance."""
+"""Positions of tokens: rotary tables, sinusoids, and relative position biases."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .step import Step
 
 
 def rotary_table(positions: Tensor, config: Config, length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * frequencies, for sequences which become
-    so long."""
+    """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * frequencies, for sequences of up to
+    `length` tokens."""
     if config.rope_scaling is None:
         frequencies, amplitude = rope.compute_frequencies(config.rope_theta, config.head_dim, positions.device), 1.0
     else:
@@ -34,8 +34,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 def sinusoids(positions: Tensor, width: int) -> Tensor:
     """(batch, seq, width): sines of positions * 10000^(-2i / width) in the first half, their cosines in the second.
 
-    Vaswani et al., "Attention Is All You Need" (2017), section 3.5, where the two alternate: an order of the
-    dimensions, which the weights learn.
+    Vaswani et al., "Attention Is All You Need" (2017), section 3.5, where the two alternate: the order of the
+    dimensions does not matter to learned weights.
     """
     i = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * 10000.0 ** (-i / width)
@@ -56,7 +56,7 @@ class RelativeBias(nn.Module):
         self.distance, self.causal = config.relative_max_distance, causal
 
     def buckets(self, offset: Tensor) -> Tensor:
-        """offset: key minus query."""
+        """offset: the key's position minus the query's."""
         count = len(self.weight)
         if self.causal:
             first, distance = 0, (-offset).clamp(min=0)
@@ -69,9 +69,9 @@ class RelativeBias(nn.Module):
         return first + torch.where(distance < exact, distance, far)
 
     def forward(self, step: Step) -> Tensor:
-        """(batch or 1, heads, seq_q, keys) for the queries of a step and keys from 0 on."""
+        """(batch or 1, heads, seq_q, keys) for the queries of a step and all keys, from position 0."""
         queries = step.positions
-        keys = step.longest(queries)
+        keys = step.max_length(queries)
         if step.packed is not None:
             queries = torch.arange(keys, device=queries.device)[None]
         if (queries == queries[:1]).all():

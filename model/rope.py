@@ -1,4 +1,4 @@
-"""Rotary frequencies, and the ways to stretch them to a longer context than a model was trained for."""
+"""Rotary frequencies, and their scaling to a longer context than a model was trained for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def compute_frequencies(theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """(head_dim / 2,) radians a position: theta^(-2i / head_dim).
+    """(head_dim / 2,) radians per position: theta^(-2i / head_dim).
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
     """
@@ -20,8 +20,8 @@ def compute_frequencies(theta: float, head_dim: int, device: torch.device | None
 
 @dataclass(frozen=True)
 class Scaling:
-    """How frequencies are stretched. `scale(theta, head_dim, length, device)` gives them for a sequence of this
-    length, (head_dim / 2,), with what cosine and sine are multiplied by."""
+    """How frequencies are scaled. `scale(theta, head_dim, length, device)` returns those of a sequence of this length,
+    (head_dim / 2,), and the factor of cosine and sine."""
 
     factor: float
 
@@ -30,16 +30,16 @@ class Scaling:
             raise ValueError(f"factor of the rotary frequencies must be over 0, got {self.factor}")
 
     def fixed_context(self, context: int) -> int:
-        """Up to which length sequences of all lengths have the same frequencies, in a model of this context."""
+        """The length up to which frequencies do not depend on the length, in a model of this context."""
         return context
 
     def check(self, head_dim: int) -> None:
-        """Raises ValueError where it does not fit heads of this size."""
+        """Raises ValueError if it does not fit heads of this size."""
 
 
 @dataclass(frozen=True)
-class Linear(Scaling):
-    """Every position divided by the factor. Chen et al., "Extending Context Window of Large Language Models via
+class LinearScaling(Scaling):
+    """All positions divided by the factor. Chen et al., "Extending Context Window of Large Language Models via
     Positional Interpolation" (2023), arXiv:2306.15595."""
 
     def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
@@ -47,9 +47,9 @@ class Linear(Scaling):
 
 
 @dataclass(frozen=True)
-class Dynamic(Scaling):
-    """A larger theta for sequences past the original context, the larger the longer they are (Peng et al., "YaRN",
-    appendix A.1)."""
+class DynamicScaling(Scaling):
+    """Dynamic NTK: for sequences past the original context, a theta that grows with their length (Peng et al.,
+    "YaRN", appendix A.1)."""
 
     original_context: int
 
@@ -63,12 +63,12 @@ class Dynamic(Scaling):
 
 @dataclass(frozen=True)
 class Llama3(Scaling):
-    """Slow frequencies divided by the factor, fast ones as they are, those between in between. Grattafiori et al., "The
-    Llama 3 Herd of Models" (2024), arXiv:2407.21783."""
+    """Low frequencies divided by the factor, high ones kept, those between interpolated. Grattafiori et al., "The Llama
+    3 Herd of Models" (2024), arXiv:2407.21783."""
 
     original_context: int
-    low_freq_factor: float  # turns in the original context: of the fastest that is divided whole
-    high_freq_factor: float  # and of the slowest that stays as it is
+    low_freq_factor: float  # turns in the original context: below, divided by the whole factor
+    high_freq_factor: float  # above, kept
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +87,7 @@ class Llama3(Scaling):
 
 @dataclass(frozen=True)
 class LongRope(Scaling):
-    """Each frequency divided by a factor of its own, which was searched for; others past the original context. Ding et
+    """Each frequency divided by its own factor, found by search; with other factors past the original context. Ding et
     al., "LongRoPE" (2024), arXiv:2402.13753."""
 
     original_context: int
@@ -117,13 +117,13 @@ class LongRope(Scaling):
 
 @dataclass(frozen=True)
 class Yarn(Scaling):
-    """Slow frequencies divided by the factor, fast ones as they are, and larger scores. Peng et al., "YaRN: Efficient
+    """Low frequencies divided by the factor, high ones kept, and larger scores. Peng et al., "YaRN: Efficient
     Context Window Extension of Large Language Models" (2023), arXiv:2309.00071."""
 
     original_context: int
-    beta_fast: float = 32.0  # dimensions that turn more often than this in the original context stay as they are
-    beta_slow: float = 1.0  # and those that turn less often are stretched whole
-    truncate: bool = True  # the bounds between them to whole dimensions
+    beta_fast: float = 32.0  # dimensions with more turns than this in the original context are kept
+    beta_slow: float = 1.0  # those with fewer turns are divided by the whole factor
+    truncate: bool = True  # round the bounds between them to integers
     attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(factor) + 1
 
     def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
@@ -133,11 +133,11 @@ class Yarn(Scaling):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         i = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
-        stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # share of the stretched frequency
+        stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # weight of the divided frequency
         return whole / self.factor * stretched + whole * (1 - stretched), self.amplitude
 
     def dimension(self, turns: float, theta: float, head_dim: int) -> float:
-        """The one that turns so often in the original context."""
+        """The dimension with so many turns in the original context."""
         return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta) / 2
 
     @property

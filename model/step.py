@@ -1,4 +1,4 @@
-"""What one forward pass needs to know of its tokens."""
+"""The positions and lengths of the tokens of one forward pass."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .caches import CacheView
+from .caches import LayerCaches
 
 
 class Packed(NamedTuple):
-    """Sequences that stand one behind the other without padding, as `flashattn.attention_varlen` takes them."""
+    """Sequences packed back to back, without padding, for `flashattn.attention_varlen`."""
 
-    starts: Tensor  # (batch + 1,) int32: sequence b is starts[b] .. starts[b + 1]
-    longest: int
+    cu_seqlens: Tensor  # (batch + 1,) int32: sequence b is cu_seqlens[b] .. cu_seqlens[b + 1]
+    max_seqlen: int
 
     @classmethod
-    def of(cls, lengths: Tensor) -> Packed:
+    def from_lengths(cls, lengths: Tensor) -> Packed:
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
         starts[1:] = lengths.cumsum(0)
         return cls(starts, int(lengths.max()))
 
     def positions(self) -> Tensor:
-        """(1, total): of each token in its sequence."""
-        starts, lengths = self.starts[:-1].long(), self.starts.diff()
-        return torch.arange(int(self.starts[-1]), device=lengths.device)[None] - starts.repeat_interleave(lengths)
+        """(1, total): the position of each token in its sequence."""
+        starts, lengths = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff()
+        return torch.arange(int(self.cu_seqlens[-1]), device=lengths.device)[None] - starts.repeat_interleave(lengths)
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (total,) one sequence behind the other, and lengths (batch,), as `Transformer.encode` takes them.
+    """Concatenate sequences: tokens (total,) and lengths (batch,), as `Transformer.encode` takes them.
 
     >>> pack([[1, 2], [3]])
     (tensor([1, 2, 3]), tensor([2, 1]))
@@ -42,29 +42,29 @@ def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Step:
-    """One forward pass: which positions its tokens have, and which of them exist."""
+    """One forward pass: the positions and lengths of its tokens, and what its layers share."""
 
     positions: Tensor  # (batch, seq)
     causal: bool
-    lengths: Tensor | None  # (batch,) int: how many of its tokens each sequence has
-    packed: Packed | None = None  # then batch is 1, and lengths are those of the sequences packed
+    lengths: Tensor | None  # (batch,) int: the tokens of each sequence that are no padding
+    packed: Packed | None = None  # then batch is 1, and lengths are those of the packed sequences
     rotary: tuple[Tensor, Tensor] | None = None
-    cache: CacheView | None = None
+    cache: LayerCaches | None = None
     bias: Tensor | None = None  # of the scores, by relative positions
-    memory: Tensor | None = None  # (batch, seq, width) of an encoder that a decoder attends to
+    memory: Tensor | None = None  # (batch, seq, width): an encoder's output that a decoder attends to
     memory_lengths: Tensor | None = None
     memory_packed: Packed | None = None
     observe: Callable[[int, Tensor, Tensor, dict], None] | None = None  # model/inference/attention_maps.py
 
-    def longest(self, tokens: Tensor) -> int:
-        """How far the sequences reach with these tokens."""
+    def max_length(self, tokens: Tensor) -> int:
+        """The length of the longest sequence, these tokens included."""
         if self.packed is not None:
-            return self.packed.longest
+            return self.packed.max_seqlen
         return tokens.shape[1] + (0 if self.cache is None else max(self.cache.lengths, default=0))
 
 
-def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: CacheView | None = None, **more) -> Step:
-    """Of tokens (batch, seq), which follow those that a cache holds, or of (total,): sequences of these lengths."""
+def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: LayerCaches | None = None, **more) -> Step:
+    """For tokens (batch, seq), which follow those of a cache, or packed tokens (total,) of these lengths."""
     if tokens.dim() == 1:
         packed = check_packed(tokens, lengths, cache)
         return Step(packed.positions(), causal, lengths, packed, **more)
@@ -76,9 +76,9 @@ def make_step(tokens: Tensor, causal: bool, lengths: Tensor | None, cache: Cache
     return Step(positions, causal, lengths, cache=cache, **more)
 
 
-def check_packed(tokens: Tensor, lengths: Tensor | None, cache: CacheView | None) -> Packed:
+def check_packed(tokens: Tensor, lengths: Tensor | None, cache: LayerCaches | None) -> Packed:
     if lengths is None or cache is not None:
         raise ValueError("tokens of one dimension are packed sequences: they need lengths, and go without a cache")
     if int(lengths.sum()) != len(tokens):
         raise ValueError(f"lengths must sum to the {len(tokens)} packed tokens, got {int(lengths.sum())}")
-    return Packed.of(lengths)
+    return Packed.from_lengths(lengths)

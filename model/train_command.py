@@ -1,4 +1,4 @@
-"""What `python -m model train` does."""
+"""The command `python -m model train`."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from pathlib import Path
 
 import torch
 
-from .commands import load_named
+from .commands import load_with_tokenizer
 from .encoder_decoder import EncoderDecoder
 from .io.tokenizer import Tokenizer
 from .tasks.common import small_llama
-from .training.batches import Batch, windows
+from .training.batches import Batch, random_windows
 from .training.evaluate import bits
 from .training.runs import Run
 from .training.train import Training, train
 from .transformer import Transformer
 
-HELD_OUT = 0.05  # of each file
+HELD_OUT = 0.05  # the share of each file that is held out
 
 
 def run_train(args: argparse.Namespace) -> None:
     texts = [Path(file).read_text(encoding="utf-8") for file in args.texts]
-    learned = "\n".join(text[: int(len(text) * (1 - HELD_OUT))] for text in texts)
+    training = "\n".join(text[: int(len(text) * (1 - HELD_OUT))] for text in texts)
     held_out = "\n".join(text[int(len(text) * (1 - HELD_OUT)) :] for text in texts)
     if args.model:
-        model, tokenizer = load_named(args.model, "float32")
+        model, tokenizer = load_with_tokenizer(args.model, "float32")
     else:
-        tokenizer = Tokenizer.train(learned, args.vocab)
+        tokenizer = Tokenizer.train(training, args.vocab)
         model = small_llama(tokenizer.size, args.layers, args.width, args.context, args.seed)
     if isinstance(model, EncoderDecoder) or not (model.config.causal and model.config.lm_head):
-        raise ValueError(f"{args.model}: only a causal language model learns from text alone")
+        raise ValueError(f"{args.model}: train needs a causal language model, got a {model.config.family}")
     context = min(args.context, model.config.context)
-    tokens, held = (torch.tensor(tokenizer.encode(text)) for text in (learned, held_out))
+    tokens, held = (torch.tensor(tokenizer.encode(text)) for text in (training, held_out))
     if len(held) < 2:
         raise ValueError(f"texts must be long enough for two tokens in the twentieth held out, got {len(held)}")
     size = len(held_out.encode())
@@ -48,7 +48,7 @@ def run_train(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     def batch(number: int) -> Batch:
-        return windows(tokens, number, args.batch, context, args.seed)
+        return random_windows(tokens, number, args.batch, context, args.seed)
 
     log = train(model, batch, settings, Run(args.out), evaluate, tokenizer)
     steps, evaluations = [e for e in log if "loss" in e], [e for e in log if "bits per byte" in e]
@@ -65,5 +65,5 @@ def run_train(args: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     print(f"{result['tokens']:,} tokens in {seconds:.0f} s, {result['tokens'] / seconds:,.0f} tokens/s")
-    print(f"loss {result['loss']:.3f}; bits per byte of what was held out {result['bits_per_byte']:.3f}")
+    print(f"loss {result['loss']:.3f}; bits per byte of held-out text {result['bits_per_byte']:.3f}")
     print(f"{result['directory']}; losses in {Path(args.out) / 'loss.png'}")

@@ -13,34 +13,34 @@ from torch.utils.checkpoint import checkpoint
 
 import flashattn
 
-from .caches import Cache, CacheView, PagedCache
+from .caches import LayerCaches, ModelCache, PagedModelCache
 from .config import PROBLEM_TYPES, Config
 from .heads import HEADS
-from .layers import Block, Linear, embed, initialise, make_norm
+from .layers import Block, Linear, embed_tokens, initialise, make_norm
 from .positions import RelativeBias, rotary_table
 from .step import Step, make_step
 
 
 class Stack(nn.Module):
-    """Blocks one after another, the last norm behind them, and the biases by distance that they share."""
+    """Blocks, the final norm, and the relative position bias that the blocks share."""
 
-    def __init__(self, config: Config, layers: int, causal: bool, crosses: bool = False):
+    def __init__(self, config: Config, layers: int, causal: bool, has_cross: bool = False):
         super().__init__()
         self.config, self.layers = config, layers
-        self.recompute = False  # the blocks' activations in the backward pass, instead of keeping them
+        self.recompute = False  # the blocks' activations in the backward pass (activation checkpointing)
         count = 1 if config.shared_layers else layers
-        self.blocks = nn.ModuleList(Block(config, crosses) for _ in range(count))
+        self.blocks = nn.ModuleList(Block(config, has_cross) for _ in range(count))
         self.norm = make_norm(config) if config.norm_first else None
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
 
     def run(self, x: Tensor, step: Step) -> Tensor:
-        """Embeddings (batch, seq, width) to the last hidden states."""
+        """From embeddings (batch, seq, width) to the last hidden states."""
         if self.relative is not None:
             step.bias = self.relative(step)
         residual, dtype = None, x.dtype
         if self.config.float32_residual and dtype == torch.float16:
             x = x.float()
-        if not self.config.norm_first:  # where norms stand in front, the first one drops from the embeddings
+        if not self.config.norm_first:  # with pre-norm, the first norm applies the dropout of the embeddings
             x = F.dropout(x, self.config.dropout, self.training)
         for layer in range(self.layers):
             block = self.blocks[layer % len(self.blocks)]
@@ -51,7 +51,7 @@ class Stack(nn.Module):
 
 
 class Transformer(Stack):
-    """Decoder-only or encoder-only, as its config says.
+    """Decoder-only or encoder-only, by its config.
 
     >>> import torch
     >>> from model import Config, Transformer
@@ -78,7 +78,7 @@ class Transformer(Stack):
     def with_head(
         self, task: str, labels: Sequence[str] = (), problem_type: str = PROBLEM_TYPES[0], dropout: float = 0.0
     ) -> Transformer:
-        """The same encoder, its weights shared, under a new head to be trained."""
+        """The same encoder, sharing its weights, with a new, untrained head."""
         config = replace(
             self.config, lm_head=False, task=task, labels=tuple(labels), problem_type=problem_type, dropout=dropout,
             attention_dropout=None, classifier_dropout=0.0,
@@ -96,23 +96,23 @@ class Transformer(Stack):
         tokens: Tensor,
         lengths: Tensor | None = None,
         token_types: Tensor | None = None,
-        cache: CacheView | None = None,
+        cache: LayerCaches | None = None,
         observe: Callable[[int, Tensor, Tensor, dict], None] | None = None,
     ) -> Tensor:
         """The last hidden states (batch, seq, width) of tokens (batch, seq).
 
-        Sequences shorter than seq are padded on the right, with their `lengths` (batch,) given; what stands at the
-        padding is undefined. With a cache, tokens follow those it holds. Tokens (total,) are sequences of these lengths
-        one behind the other, without padding; their hidden states are (total, width). observe: called in each layer
-        with its number, and with q, k and the options that attention gets.
+        Sequences shorter than seq are padded on the right, with their `lengths` (batch,) given; hidden states of
+        padding are undefined. With a cache, tokens follow those in it. Tokens (total,) are packed sequences of these
+        lengths; their hidden states are (total, width). observe: called in each layer with its number, q, k and the
+        options of attention.
         """
         step = make_step(tokens, self.config.causal, lengths, cache, observe=observe)
-        longest = step.longest(tokens)
+        longest = step.max_length(tokens)
         if longest > self.config.context:
             raise ValueError(f"tokens must fit the context of {self.config.context}, got {longest}")
         if step.packed is not None:
             tokens, token_types = tokens[None], None if token_types is None else token_types[None]
-        x = embed(self.token_embedding, tokens, self.config.embedding_scale)
+        x = embed_tokens(self.token_embedding, tokens, self.config.embedding_scale)
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
         elif cache is None:
@@ -126,30 +126,32 @@ class Transformer(Stack):
         x = self.run(x, step)
         return x if step.packed is None else x[0]
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for so many sequences of up to `capacity` tokens. Rotary frequencies that depend on the length
-        of a sequence are those of the capacity, from its first token on."""
-        return Cache(self.config, batch, capacity, self.token_embedding.weight, self.rotary(capacity))
+    def new_cache(self, batch: int, capacity: int) -> ModelCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens. Rotary frequencies that depend on the length
+        of a sequence are those of the capacity, from the first token on."""
+        return ModelCache(self.config, batch, capacity, self.token_embedding.weight, self.make_rotary(capacity))
 
-    def new_paged_cache(self, pages: int, page_size: int) -> PagedCache:
-        """An empty pool of pages, for sequences that come and go, of up to `paged_context` tokens each."""
-        return PagedCache(self.config, pages, page_size, self.token_embedding.weight, self.rotary(self.paged_context))
+    def new_paged_cache(self, pages: int, page_size: int) -> PagedModelCache:
+        """An empty pool of pages, for sequences that join and leave, of up to `paged_context` tokens each."""
+        return PagedModelCache(
+            self.config, pages, page_size, self.token_embedding.weight, self.make_rotary(self.paged_context)
+        )
 
     @property
     def paged_context(self) -> int:
-        """The longest sequence whose rotary frequencies are those of any shorter one."""
+        """The longest sequence that has the rotary frequencies of every shorter one."""
         scaling, context = self.config.rope_scaling, self.config.context
         return context if scaling is None else scaling.fixed_context(context)
 
-    def rotary(self, length: int) -> flashattn.Rotary | None:
-        """The table for so many positions."""
+    def make_rotary(self, length: int) -> flashattn.Rotary | None:
+        """The table of the first `length` positions."""
         if self.config.positions != "rope":
             return None
         positions = torch.arange(length, device=self.token_embedding.weight.device)[None]
         return flashattn.Rotary(*(x[0, 0] for x in rotary_table(positions, self.config, length)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, width) to (…, vocab_size)."""
+        """From (…, width) to (…, vocab_size)."""
         if not self.config.lm_head:
             raise ValueError(f"a {self.config.family} checkpoint without a head has no logits")
         logits = flashattn.linear(hidden, self.token_embedding.weight if self.lm_head is None else self.lm_head.weight)
@@ -157,8 +159,8 @@ class Transformer(Stack):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
-        """Logits (batch, seq, vocab_size), or those of the config's task; hidden states where it has neither. Of packed
-        tokens (total,), as in `encode`, without the dimension batch, but for the classes of texts (batch, labels)."""
+        """Logits (batch, seq, vocab_size), or those of the config's task, or hidden states without a head. For packed
+        tokens (total,), as in `encode`, without the dimension batch, except for text classes (batch, labels)."""
         hidden = self.encode(tokens, lengths, token_types)
         if self.config.task == "classify" and tokens.dim() == 1:
             hidden = hidden[lengths.cumsum(0) - lengths][:, None]  # the first token of each

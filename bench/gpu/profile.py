@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity
 
 from model.config import Config
 from model.training.batches import Batch
-from model.training.train import Processes, Training, make_optimizer, step_of
+from model.training.train import Processes, Training, make_optimizer, train_step
 from model.transformer import Transformer
 
 from .context import Context, summarise_samples
@@ -131,7 +131,7 @@ def make_step(config: Config, tokens: tuple[int, int], device: torch.device) -> 
     optimizer = make_optimizer(model, settings)
     numbers = torch.randint(config.vocab_size, (tokens[0], tokens[1] + 1), device=device)
     batch = Batch({"tokens": numbers[:, :-1]}, numbers[:, 1:])
-    return lambda: step_of(model, [batch], settings, optimizer, Processes())
+    return lambda: train_step(model, [batch], settings, optimizer, Processes())
 
 
 def time_step(step: Callable[[], float], device: torch.device) -> float:

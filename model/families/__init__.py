@@ -1,10 +1,9 @@
 """The families. Each module has the same few names:
 
-- `config(hf)`: a `Config` from the dictionary of a Hugging Face config.json, and `to_hf(config)`: the reverse
-- `NAMES`: our parameter name to the checkpoint's; {i} stands for the layer
-- `IGNORED`: patterns (as in a shell) of the names of tensors that carry nothing we need
-- `PREFIXES`: what may stand in front of every name of a checkpoint
-- `prepare(tensors, config)`, where needed: reshape what is stored differently, and `restore(tensors, config)`: back
+- `config(hf)`: a `Config` from the dictionary of a Hugging Face config.json, and `to_hf(config)`: the reverse -
+`NAMES`: our parameter names to the checkpoint's; {i} is the layer - `IGNORED`: shell patterns of the names of tensors
+that are not needed - `PREFIXES`: prefixes that the names in a checkpoint may have - `prepare(tensors, config)`, if
+tensors are stored differently: convert them, and `restore(tensors, config)`: the reverse
 """
 
 from . import albert, bert, gemma2, gpt2, gpt_neo, gpt_oss, llama, marian, mistral, qwen3, t5, whisper

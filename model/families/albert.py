@@ -1,4 +1,4 @@
-"""ALBERT: a BERT with one block for all layers, and embeddings narrower than the model.
+"""ALBERT: a BERT with one block shared by all layers, and narrower embeddings.
 
 Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations" (2019), arXiv:1909.11942.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..config import Config
 from . import bert
 from .bert import prepare, restore
-from .fields import only
+from .fields import require
 
 LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
 NAMES = {
@@ -44,7 +44,7 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "prepare", "restore", "to_h
 
 
 def config(hf: dict) -> Config:
-    only(hf, num_hidden_groups=1, inner_group_num=1)
+    require(hf, num_hidden_groups=1, inner_group_num=1)
     hf = DEFAULTS | hf
     values = bert.config(hf | dict(classifier_dropout=hf["classifier_dropout_prob"], is_decoder=False))
     return replace(values, family="albert", shared_layers=True, embedding_width=hf["embedding_size"])

@@ -1,4 +1,4 @@
-"""BERT: an encoder with its norms behind, learned positions, token types, GELU.
+"""BERT: a post-norm encoder, learned positions, token types, GELU.
 
 Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers" (2018), arXiv:1810.04805.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
+from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
 
 NAMES = {
     "token_embedding.weight": "embeddings.word_embeddings.weight",
@@ -38,17 +38,17 @@ TASKS = {
 }  # fmt: skip
 
 
-def task_values(hf: dict) -> dict:
-    """The config's fields for the head that `architectures` names; none for a bare encoder."""
+def read_task(hf: dict) -> dict:
+    """Our fields of the head that `architectures` names; none for a bare encoder."""
     architecture = (hf.get("architectures") or [""])[0]
     task = next((task for name, task in TASKS.items() if architecture.endswith(name)), None)
     if task == "masked":
-        only(hf, tie_word_embeddings=True)
+        require(hf, tie_word_embeddings=True)
     if task not in ("classify", "tag"):
         return dict(task=task)
     count = hf.get("num_labels", 2)
     labels = hf.get("id2label") or {}
-    if not labels or len(labels) != hf.get("num_labels", len(labels)):  # the number holds, as in transformers
+    if not labels or len(labels) != hf.get("num_labels", len(labels)):  # num_labels wins, as in transformers
         labels = {i: f"LABEL_{i}" for i in range(count)}
     if sorted(int(i) for i in labels) != list(range(len(labels))):
         raise ValueError(f"id2label must number the labels from 0 on, got {', '.join(map(str, labels))}")
@@ -59,16 +59,16 @@ def task_values(hf: dict) -> dict:
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The head for spans gets the name of the others, and a pooler that no head uses is dropped."""
+    """The head for answers gets the name of the others, and an unused pooler is dropped."""
     tensors = {name.replace("qa_outputs", "classifier"): x for name, x in tensors.items()}
     if config.task == "classify":
         return tensors
     return {name: x for name, x in tensors.items() if not name.startswith("pooler.")}
 
 
-def task_names(config: Config, name: str) -> dict:
-    """The reverse: what a config.json says of a head."""
-    task = name_of(config.task, TASKS) if config.task else "Model"
+def write_task(config: Config, name: str) -> dict:
+    """The reverse of `read_task`."""
+    task = key_of(config.task, TASKS) if config.task else "Model"
     labels = dict(enumerate(config.labels))
     numbers = {label: i for i, label in labels.items()}
     problem = dict(problem_type=config.problem_type) if config.task == "classify" else {}
@@ -89,7 +89,7 @@ DEFAULTS = dict(
 
 
 def config(hf: dict) -> Config:
-    only(hf, position_embedding_type="absolute", add_cross_attention=False)
+    require(hf, position_embedding_type="absolute", add_cross_attention=False)
     hf = DEFAULTS | hf
     return Config(
         family="bert",
@@ -97,23 +97,23 @@ def config(hf: dict) -> Config:
         causal=bool(hf["is_decoder"]),
         norm="layer",
         norm_first=False,
-        activation=one_of(hf, "hidden_act", "gelu", ACTIVATIONS),
+        activation=look_up(hf, "hidden_act", "gelu", ACTIVATIONS),
         gated=False,
         positions="learned",
         embedding_norm=True,
         lm_head=False,
         **read_dropout(hf["hidden_dropout_prob"], hf["attention_probs_dropout_prob"]),
         **read(hf, FIELDS),
-        **task_values(hf),
+        **read_task(hf),
     )
 
 
 def to_hf(config: Config, name: str = "Bert") -> dict:
     hf = write(
-        config, FIELDS, "", hidden_act=name_of(config.activation, ACTIVATIONS), hidden_dropout_prob=config.dropout,
+        config, FIELDS, "", hidden_act=key_of(config.activation, ACTIVATIONS), hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.attention_dropout_p, is_decoder=config.causal,
     )  # fmt: skip
-    return hf | task_names(config, name)
+    return hf | write_task(config, name)
 
 
 def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:

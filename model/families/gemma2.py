@@ -1,4 +1,4 @@
-"""Gemma 2: norms in front of and behind each sublayer, scores and logits capped, every other layer with a window.
+"""Gemma 2: norms before and after each sublayer, softcaps of scores and logits, windows in every other layer.
 
 Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size" (2024), arXiv:2408.00118.
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import llama
-from .fields import ACTIVATIONS, name_of, one_of, only
+from .fields import ACTIVATIONS, key_of, look_up, require
 from .llama import IGNORED, PREFIXES
 
 NAMES = llama.NAMES | {
@@ -24,13 +24,13 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 
 def config(hf: dict) -> Config:
     hf = DEFAULTS | hf
-    only({name: bool(value) for name, value in hf.items()}, use_bidirectional_attention=False)
+    require({name: bool(value) for name, value in hf.items()}, use_bidirectional_attention=False)
     types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
     return replace(
         llama.config(hf),
         family="gemma2",
-        windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
-        activation=one_of(hf, "hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
+        windows=llama.read_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
+        activation=look_up(hf, "hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
         scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
         softcap=hf.get("attn_logit_softcapping", 50.0),
         logit_softcap=hf.get("final_logit_softcapping", 30.0),
@@ -41,9 +41,9 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config) -> dict:
-    activation = name_of(config.activation, ACTIVATIONS)
+    activation = key_of(config.activation, ACTIVATIONS)
     return llama.to_hf(
         config, "Gemma2ForCausalLM", hidden_act=activation, hidden_activation=activation,
         query_pre_attn_scalar=round(config.scale**-2), attn_logit_softcapping=config.softcap,
-        final_logit_softcapping=config.logit_softcap, **llama.layer_types(config),
+        final_logit_softcapping=config.logit_softcap, **llama.write_windows(config),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""GPT-2: a decoder with its norms in front, learned positions, tanh GELU, a head tied to the embedding.
+"""GPT-2: a pre-norm decoder, learned positions, tanh GELU, a head tied to the embedding.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
+from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
 
 NAMES = {
     "token_embedding.weight": "wte.weight",
@@ -38,16 +38,16 @@ DEFAULTS = dict(layer_norm_epsilon=1e-5, resid_pdrop=0.1, embd_pdrop=0.1, attn_p
 
 
 def config(hf: dict) -> Config:
-    only(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     hf = DEFAULTS | hf | {"n_inner": hf.get("n_inner") or 4 * hf["n_embd"]}
-    only(hf, embd_pdrop=hf["resid_pdrop"])
+    require(hf, embd_pdrop=hf["resid_pdrop"])
     return Config(
         family="gpt2",
         head_dim=hf["n_embd"] // hf["n_head"],
         causal=True,
         norm="layer",
         norm_first=True,
-        activation=one_of(hf, "activation_function", "gelu_new", ACTIVATIONS),
+        activation=look_up(hf, "activation_function", "gelu_new", ACTIVATIONS),
         gated=False,
         positions="learned",
         **read_dropout(hf["resid_pdrop"], hf["attn_pdrop"]),
@@ -57,8 +57,8 @@ def config(hf: dict) -> Config:
 
 def to_hf(config: Config) -> dict:
     if config.windows != (None,):
-        raise ValueError("windows must be (None,) in a gpt2; its like with windows is a gpt_neo")
-    activation, p = name_of(config.activation, ACTIVATIONS), config.dropout
+        raise ValueError("windows must be (None,) in a gpt2; with windows it is a gpt_neo")
+    activation, p = key_of(config.activation, ACTIVATIONS), config.dropout
     return write(
         config, FIELDS, "GPT2LMHeadModel", activation_function=activation, resid_pdrop=p, embd_pdrop=p,
         attn_pdrop=config.attention_dropout_p,
@@ -73,8 +73,8 @@ GPT3 = {
 }  # fmt: skip
 
 
-def gpt3(size: str, band: int = 256) -> Config:
-    """The config of a GPT-3: a GPT-2 in which every other layer sees a band of keys. The paper does not say how wide.
+def gpt3(size: str, window: int = 256) -> Config:
+    """The config of a GPT-3: a GPT-2 in which every other layer has a window, whose size the paper does not give.
 
     >>> gpt3("small").windows
     (None, 256)
@@ -83,11 +83,11 @@ def gpt3(size: str, band: int = 256) -> Config:
         raise ValueError(f"size must be one of {', '.join(GPT3)}, got {size!r}")
     layers, width, heads, head_dim = GPT3[size]
     hf = dict(vocab_size=50257, n_embd=width, n_layer=layers, n_head=heads, n_positions=2048)
-    return replace(config(hf), head_dim=head_dim, windows=(None, band), dropout=0.0)
+    return replace(config(hf), head_dim=head_dim, windows=(None, window), dropout=0.0)
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """GPT-2 stores its linear weights transposed (Conv1D), and q, k and v as one."""
+    """GPT-2 stores its linear weights transposed (Conv1D), and q, k and v fused."""
     result = {}
     for name, x in tensors.items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):

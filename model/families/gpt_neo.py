@@ -1,4 +1,4 @@
-"""GPT-Neo: a GPT-2 whose every other layer sees the last keys only, as GPT-3 has it, with scores that are not scaled.
+"""GPT-Neo: a GPT-2 with a window in every other layer, as in GPT-3, and unscaled scores.
 
 Black et al., "GPT-Neo: Large Scale Autoregressive Language Modeling with Mesh-Tensorflow" (2021).
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import gpt2
-from .fields import only
+from .fields import require
 from .gpt2 import PREFIXES
 
 NAMES = gpt2.NAMES | {
@@ -39,7 +39,7 @@ def config(hf: dict) -> Config:
         raise ValueError(f"attention_types must be global or local, got {min(unknown)!r}")
     if len(kinds) != hf["num_layers"]:
         raise ValueError(f"attention_types must be of the {hf['num_layers']} layers, got {len(kinds)}")
-    only({"embed_dropout": 0.0} | hf, embed_dropout=hf.get("resid_dropout", 0.0))
+    require({"embed_dropout": 0.0} | hf, embed_dropout=hf.get("resid_dropout", 0.0))
     own = {gpt2_name: hf[name] for gpt2_name, name in OWN_NAMES.items() if name in hf or name in NEEDED}
     values = gpt2.config(dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) | hf | own)
     windows = tuple(hf.get("window_size", 256) if kind == "local" else None for kind in kinds)

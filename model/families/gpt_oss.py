@@ -1,4 +1,4 @@
-"""gpt-oss: a Llama with attention sinks, every other layer with a window, and experts for its feed-forward.
+"""gpt-oss: a Llama with attention sinks, a window in every other layer, and experts.
 
 OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025), arXiv:2508.10925; sinks: Xiao et al. (2023), arXiv:2309.17453.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import Config
 from . import llama
-from .fields import only
+from .fields import require
 from .llama import IGNORED, PREFIXES
 
 NAMES = {name: theirs for name, theirs in llama.NAMES.items() if "feed_forward." not in name} | {
@@ -28,7 +28,7 @@ DEFAULTS = dict(head_dim=64, num_key_value_heads=8, sliding_window=128, rope_the
 DEFAULT_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096,
 )  # fmt: skip
-# The numbers of four bits in MXFP4: a sign, two bits of an exponent, one of a mantissa.
+# The values of MXFP4's four bits: a sign, two bits of exponent, one of mantissa.
 FOUR_BITS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 FOUR_BITS += [-x for x in FOUR_BITS]
 
@@ -39,7 +39,7 @@ def config(hf: dict) -> Config:
     hf = DEFAULTS | hf
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf["rope_parameters"] = DEFAULT_ROPE
-    only(hf, output_router_logits=False)
+    require(hf, output_router_logits=False)
     types = hf.get("layer_types") or ["sliding_attention", "full_attention"] * hf["num_hidden_layers"]
     bias = hf.get("attention_bias", True)
     return replace(
@@ -47,7 +47,7 @@ def config(hf: dict) -> Config:
         family="gpt_oss",
         bias=bias,
         sinks=True,
-        windows=llama.sliding_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
+        windows=llama.read_windows(hf | {"layer_types": types[: hf["num_hidden_layers"]]}),
         experts=hf["num_local_experts"],
         experts_per_token=hf.get("num_experts_per_tok", 4),
         swiglu_alpha=hf.get("swiglu_alpha", 1.702),
@@ -59,12 +59,12 @@ def to_hf(config: Config) -> dict:
     return llama.to_hf(
         config, "GptOssForCausalLM", attention_bias=config.bias, num_local_experts=config.experts,
         num_experts_per_tok=config.experts_per_token, swiglu_alpha=config.swiglu_alpha,
-        swiglu_limit=config.swiglu_limit, **llama.layer_types(config),
+        swiglu_limit=config.swiglu_limit, **llama.write_windows(config),
     )  # fmt: skip
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Experts' matrices that come in MXFP4, as blocks and scales, in bfloat16, which holds each of their numbers."""
+    """Unpack MXFP4 matrices of experts, stored as blocks and scales, to bfloat16, which represents them exactly."""
     packed = [name.removesuffix("_blocks") for name in tensors if name.endswith("_proj_blocks")]
     for name in packed:
         if f"{name}_scales" not in tensors:
@@ -74,8 +74,8 @@ def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
 
 
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """(experts, in, out) of blocks (experts, out, in / 32, 16) of bytes, the first of two numbers in the low half, and
-    the exponents (experts, out, in / 32) of their powers of two, 127 too large.
+    """(experts, in, out) from blocks (experts, out, in / 32, 16) of bytes, the first of two values in the low bits, and
+    exponents of two (experts, out, in / 32) with a bias of 127.
 
     Open Compute Project, "OCP Microscaling Formats (MX) Specification" (2023).
     """

@@ -1,4 +1,4 @@
-"""Llama: rotary positions, RMSNorm in front, SwiGLU, grouped-query attention.
+"""Llama: rotary positions, RMSNorm, pre-norm, SwiGLU, grouped-query attention.
 
 Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), arXiv:2302.13971.
 """
@@ -6,7 +6,7 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), a
 from __future__ import annotations
 
 from ..config import Config
-from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
+from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
 from .rope_fields import read_rope, write_rope
 
 NAMES = {
@@ -33,7 +33,7 @@ FIELDS = dict(
 
 
 def config(hf: dict) -> Config:
-    only(hf, attention_bias=False, mlp_bias=False)
+    require(hf, attention_bias=False, mlp_bias=False)
     heads = hf["num_attention_heads"]
     hf = {"tie_word_embeddings": False} | hf
     hf["num_key_value_heads"] = hf.get("num_key_value_heads") or heads
@@ -43,7 +43,7 @@ def config(hf: dict) -> Config:
         causal=True,
         norm="rms",
         norm_first=True,
-        activation=one_of(hf, "hidden_act", "silu", ACTIVATIONS),
+        activation=look_up(hf, "hidden_act", "silu", ACTIVATIONS),
         gated=True,
         positions="rope",
         bias=False,
@@ -53,14 +53,14 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config, architecture: str = "LlamaForCausalLM", **more) -> dict:
-    hf = dict(hidden_act=name_of(config.activation, ACTIVATIONS), attention_dropout=config.attention_dropout_p)
-    if config.dropout:  # which transformers has no name for in a Llama
+    hf = dict(hidden_act=key_of(config.activation, ACTIVATIONS), attention_dropout=config.attention_dropout_p)
+    if config.dropout:  # transformers has no field for it in a Llama
         hf["resid_pdrop"] = config.dropout
     return write(config, FIELDS, architecture, **(hf | write_rope(config) | more))
 
 
-def sliding_windows(hf: dict) -> tuple[int | None, ...]:
-    """What layers see, from `layer_types`; without those every layer has the `sliding_window`, if there is one."""
+def read_windows(hf: dict) -> tuple[int | None, ...]:
+    """Our field `windows` from `layer_types`; without these all layers have the `sliding_window`, if there is one."""
     types = hf.get("layer_types") or ["sliding_attention"] * hf["num_hidden_layers"]
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown:
@@ -68,7 +68,7 @@ def sliding_windows(hf: dict) -> tuple[int | None, ...]:
     return tuple(hf.get("sliding_window") if kind == "sliding_attention" else None for kind in types)
 
 
-def layer_types(config: Config) -> dict:
-    """The same from a config; all windows are as wide."""
+def write_windows(config: Config) -> dict:
+    """The reverse of `read_windows`; all windows have one size."""
     kinds = ["full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.layers)]
     return dict(sliding_window=next(filter(None, config.windows), None), layer_types=kinds)

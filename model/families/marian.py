@@ -1,4 +1,4 @@
-"""Marian: the Transformer as it was first, with sinusoidal positions and norms behind, one vocabulary for both sides.
+"""Marian: the original Transformer: sinusoidal positions, post-norm, one vocabulary for both sides.
 
 Vaswani et al., "Attention Is All You Need" (2017), arXiv:1706.03762; Junczys-Dowmunt et al., "Marian: Fast Neural
 Machine Translation in C++" (2018), arXiv:1804.00344.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import ACTIVATIONS, name_of, one_of, only, read, read_dropout, write
+from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
 
 LAYER = {
     "attention.q": "self_attn.q_proj",
@@ -32,7 +32,7 @@ NAMES = {"token_embedding.weight": "shared.weight", "lm_head_bias": "final_logit
     for ours, theirs in LAYER.items()
 }
 PREFIXES = ("model.",)
-IGNORED = ("*.embed_positions.weight", "*.embed_tokens.weight")  # made anew; the shared embedding again
+IGNORED = ("*.embed_positions.weight", "*.embed_tokens.weight")  # computed; copies of the shared embedding
 FIELDS = dict(
     vocab_size="vocab_size", width="d_model", layers="encoder_layers", heads="encoder_attention_heads",
     kv_heads="encoder_attention_heads", ffn_width="encoder_ffn_dim", context="max_position_embeddings",
@@ -41,11 +41,11 @@ FIELDS = dict(
 
 
 def config(hf: dict) -> Config:
-    only(hf, share_encoder_decoder_embeddings=True, tie_word_embeddings=True)
-    only(hf, decoder_attention_heads=hf["encoder_attention_heads"], decoder_ffn_dim=hf["encoder_ffn_dim"])
-    only(hf, encoder_layerdrop=0.0, decoder_layerdrop=0.0)
+    require(hf, share_encoder_decoder_embeddings=True, tie_word_embeddings=True)
+    require(hf, decoder_attention_heads=hf["encoder_attention_heads"], decoder_ffn_dim=hf["encoder_ffn_dim"])
+    require(hf, encoder_layerdrop=0.0, decoder_layerdrop=0.0)
     if hf.get("decoder_vocab_size") is not None:
-        only(hf, decoder_vocab_size=hf["vocab_size"])
+        require(hf, decoder_vocab_size=hf["vocab_size"])
     return Config(
         family="marian",
         head_dim=hf["d_model"] // hf["encoder_attention_heads"],
@@ -53,7 +53,7 @@ def config(hf: dict) -> Config:
         norm="layer",
         norm_eps=1e-5,
         norm_first=False,
-        activation=one_of(hf, "activation_function", "gelu", ACTIVATIONS),
+        activation=look_up(hf, "activation_function", "gelu", ACTIVATIONS),
         gated=False,
         positions="sinusoidal",
         embedding_scale=hf["d_model"] ** 0.5 if hf.get("scale_embedding") else 1.0,
@@ -66,7 +66,7 @@ def config(hf: dict) -> Config:
 
 def to_hf(config: Config) -> dict:
     return write(
-        config, FIELDS, "MarianMTModel", activation_function=name_of(config.activation, ACTIVATIONS),
+        config, FIELDS, "MarianMTModel", activation_function=key_of(config.activation, ACTIVATIONS),
         decoder_attention_heads=config.heads, decoder_ffn_dim=config.ffn_width, dropout=config.dropout,
         attention_dropout=config.attention_dropout_p, activation_dropout=config.activation_dropout,
         scale_embedding=config.embedding_scale != 1, pad_token_id=config.decoder_start_token, is_encoder_decoder=True,

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers see the last keys only.
+"""Mistral: a Llama with sliding windows.
 
 Jiang et al., "Mistral 7B" (2023), arXiv:2310.06825.
 """
@@ -19,13 +19,13 @@ __all__ = ["IGNORED", "NAMES", "PREFIXES", "config", "to_hf"]
 def config(hf: dict) -> Config:
     hf = DEFAULTS | hf
     kinds = set(hf.get("layer_types") or ())
-    if hf["sliding_window"] is not None and kinds - {"sliding_attention"}:  # which transformers reads past
+    if hf["sliding_window"] is not None and kinds - {"sliding_attention"}:  # transformers ignores these
         raise ValueError(f"layer_types of a mistral must be sliding_attention, got {', '.join(sorted(kinds))}")
-    return replace(llama.config(hf), family="mistral", windows=llama.sliding_windows(hf))
+    return replace(llama.config(hf), family="mistral", windows=llama.read_windows(hf))
 
 
 def to_hf(config: Config) -> dict:
-    windows = llama.layer_types(config)
+    windows = llama.write_windows(config)
     if len(set(windows["layer_types"])) > 1:
         raise ValueError(f"windows of a mistral must be one for all layers, got {config.windows}")
     return llama.to_hf(config, "MistralForCausalLM", sliding_window=windows["sliding_window"])

@@ -26,15 +26,15 @@ def config(hf: dict) -> Config:
     if not hf.get("use_sliding_window"):
         windows = (None,)
     elif hf.get("layer_types"):
-        windows = llama.sliding_windows(hf)
-    else:  # from this layer on
-        whole = min(hf["max_window_layers"], hf["num_hidden_layers"])
-        windows = (None,) * whole + (hf["sliding_window"],) * (hf["num_hidden_layers"] - whole)
+        windows = llama.read_windows(hf)
+    else:  # full attention below max_window_layers
+        full = min(hf["max_window_layers"], hf["num_hidden_layers"])
+        windows = (None,) * full + (hf["sliding_window"],) * (hf["num_hidden_layers"] - full)
     return replace(llama.config(hf), family="qwen3", qk_norm=True, windows=windows)
 
 
 def to_hf(config: Config) -> dict:
-    windows = llama.layer_types(config)
+    windows = llama.write_windows(config)
     return llama.to_hf(
         config,
         "Qwen3ForCausalLM",

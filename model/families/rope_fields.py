@@ -1,15 +1,15 @@
-"""What a config.json says of rotary positions, both ways."""
+"""The fields of a config.json for rotary positions, both ways."""
 
 from __future__ import annotations
 
 from ..config import Config
-from ..rope import Dynamic, Linear, Llama3, LongRope, Scaling, Yarn, yarn_amplitude
+from ..rope import DynamicScaling, LinearScaling, Llama3, LongRope, Scaling, Yarn, yarn_amplitude
 
-# rope_type -> our class and its fields' names there. What carries a default may be missing.
+# rope_type -> our class, and our fields -> theirs. Fields with a default may be missing.
 ORIGINAL = "original_max_position_embeddings"
 TYPES = {
-    "linear": (Linear, dict(factor="factor")),
-    "dynamic": (Dynamic, dict(factor="factor", original_context=ORIGINAL)),
+    "linear": (LinearScaling, dict(factor="factor")),
+    "dynamic": (DynamicScaling, dict(factor="factor", original_context=ORIGINAL)),
     "llama3": (
         Llama3,
         dict(
@@ -32,14 +32,14 @@ TYPES = {
         ),
     ),
 }  # fmt: skip
-ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL, "finetuned"}  # may stand beside them
+ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL, "finetuned"}  # allowed beside them
 YARN_ONLY = {"mscale", "mscale_all_dim"}
 
 
 def read_rope(hf: dict, theta: float = 10000.0) -> dict:
     """Our fields `rope_theta`, `rope_scaling` and `context` from a config.json.
 
-    theta: of a model whose config.json has none.
+    theta: the default of a model whose config.json has none.
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -54,9 +54,11 @@ def read_rope(hf: dict, theta: float = 10000.0) -> dict:
         raise ValueError(f"rope_parameters of the type {kind} must be {', '.join(names.values())}, got {min(unknown)}")
     context = hf["max_position_embeddings"]
     scaling = None if kind == "default" else read_scaling(kind, rope, hf)
-    if isinstance(scaling, (Linear, Dynamic)):  # where max_position_embeddings is that of the model before
+    if isinstance(
+        scaling, (LinearScaling, DynamicScaling)
+    ):  # here max_position_embeddings is the context before scaling
         context = int(context * scaling.factor)
-    elif isinstance(scaling, Yarn):  # where it is one or the other
+    elif isinstance(scaling, Yarn):  # here it may be either
         context = max(context, int(scaling.original_context * scaling.factor))
     theta = next((t for t in (rope.get("rope_theta"), hf.get("rope_theta")) if t is not None), theta)
     return dict(rope_theta=theta, rope_scaling=scaling, context=context)
@@ -78,26 +80,26 @@ def read_scaling(kind: str, rope: dict, hf: dict) -> Scaling:
     if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim") and "attention_factor" not in values:
         above, below = (yarn_amplitude(values["factor"], rope[name]) for name in ("mscale", "mscale_all_dim"))
         values["attention_factor"] = above / below
-    missing = [names[ours] for ours in required(cls) if ours not in values]
+    missing = [names[ours] for ours in required_fields(cls) if ours not in values]
     if missing:
         raise ValueError(f"rope_parameters of the type {kind} must have {', '.join(missing)}")
     return cls(**values)
 
 
-def required(cls: type[Scaling]) -> list[str]:
+def required_fields(cls: type[Scaling]) -> list[str]:
     return [name for name in cls.__dataclass_fields__ if not hasattr(cls, name)]
 
 
 def write_rope(config: Config) -> dict:
-    """The reverse."""
+    """The reverse of `read_rope`."""
     scaling, rope, context = config.rope_scaling, dict(rope_type="default"), config.context
     if scaling is not None:
         kind = next(name for name, (cls, _) in TYPES.items() if isinstance(scaling, cls))
         values = {theirs: getattr(scaling, ours) for ours, theirs in TYPES[kind][1].items()}
         rope = dict(rope_type=kind) | {theirs: value for theirs, value in values.items() if value is not None}
-    if isinstance(scaling, Linear):
+    if isinstance(scaling, LinearScaling):
         context = round(context / scaling.factor)
-    elif isinstance(scaling, Dynamic):
+    elif isinstance(scaling, DynamicScaling):
         context = rope.pop(ORIGINAL)
     rope["rope_theta"] = config.rope_theta
     return dict(rope_theta=config.rope_theta, rope_parameters=rope, max_position_embeddings=context)

@@ -1,7 +1,7 @@
-"""T5: an encoder and a decoder, biases by distance, RMSNorm in front, scores that are not scaled.
+"""T5: an encoder-decoder, relative position biases, RMSNorm, pre-norm, unscaled scores.
 
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2019),
-arXiv:1910.10683. v1.1 has a gated feed-forward and a head of its own.
+arXiv:1910.10683. v1.1 has a gated feed-forward and an untied head.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import name_of, one_of, only, read, write
+from .fields import key_of, look_up, read, require, write
 
 PROJECTIONS = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
 
 def layer_names(feed_forward: int) -> dict[str, str]:
-    """Of one side's layers, whose feed-forward has this number."""
+    """The names of one side's layers; feed_forward: its number there."""
     names = {f"attention.{ours}": f"layer.0.SelfAttention.{theirs}" for ours, theirs in PROJECTIONS.items()}
     dense = f"layer.{feed_forward}.DenseReluDense"
     return names | {
@@ -42,7 +42,7 @@ NAMES |= {
 PREFIXES = ()
 IGNORED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.*")
 FEED_FORWARD = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True), "gated-silu": ("silu", True)}
-DENSE = {"relu": "relu", "gelu_tanh": "gelu_new", "silu": "silu"}  # what it is called a second time
+DENSE = {"relu": "relu", "gelu_tanh": "gelu_new", "silu": "silu"}  # its name in dense_act_fn
 
 
 FIELDS = dict(
@@ -59,8 +59,8 @@ DEFAULTS = dict(
 
 
 def config(hf: dict) -> Config:
-    activation, gated = one_of(hf, "feed_forward_proj", "relu", FEED_FORWARD)
-    only(hf, is_encoder_decoder=True, is_gated_act=gated, dense_act_fn=DENSE[activation])
+    activation, gated = look_up(hf, "feed_forward_proj", "relu", FEED_FORWARD)
+    require(hf, is_encoder_decoder=True, is_gated_act=gated, dense_act_fn=DENSE[activation])
     hf = DEFAULTS | hf
     hf["num_decoder_layers"] = hf.get("num_decoder_layers") or hf["num_layers"]
     scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
@@ -82,7 +82,7 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config) -> dict:
-    proj = name_of((config.activation, config.gated), FEED_FORWARD)
+    proj = key_of((config.activation, config.gated), FEED_FORWARD)
     scaled = config.logit_scale != 1
     return write(
         config, FIELDS, "T5ForConditionalGeneration", feed_forward_proj=proj, scale_decoder_outputs=scaled,
@@ -91,7 +91,7 @@ def to_hf(config: Config) -> dict:
 
 
 def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Without a gate the one matrix up is called wi."""
+    """Without a gate, the matrix up is named wi."""
     return {name.replace("DenseReluDense.wi.", "DenseReluDense.wi_1."): x for name, x in tensors.items()}
 
 

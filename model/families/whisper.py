@@ -1,4 +1,4 @@
-"""Whisper: an encoder that hears, and a decoder that writes what it heard; norms in front, GELU.
+"""Whisper: an audio encoder and a text decoder, pre-norm, GELU.
 
 Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022), arXiv:2212.04356.
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import marian
-from .fields import only
+from .fields import require
 
 NAMES = {name: theirs for name, theirs in marian.NAMES.items() if ".blocks." in name} | {
     "token_embedding.weight": "decoder.embed_tokens.weight",
@@ -21,11 +21,11 @@ NAMES = {name: theirs for name, theirs in marian.NAMES.items() if ".blocks." in 
     "decoder.norm": "decoder.layer_norm",
 }
 PREFIXES = ("model.",)
-IGNORED = ("proj_out.weight",)  # the token embedding again
+IGNORED = ("proj_out.weight",)  # a copy of the token embedding
 
 
 def config(hf: dict) -> Config:
-    only(hf, scale_embedding=False, apply_spec_augment=False)
+    require(hf, scale_embedding=False, apply_spec_augment=False)
     return replace(
         marian.config({"dropout": 0.0} | hf | {"max_position_embeddings": hf["max_target_positions"]}),
         family="whisper",

@@ -1,4 +1,4 @@
-"""What heads attend to: pictures of their weights and how spread they are, in memory linear in the sequence."""
+"""Attention maps: the weights of every head and their entropy, in memory linear in the sequence."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import flashattn
 from ..transformer import Transformer
 
 
-class Maps(NamedTuple):
-    weights: Tensor  # (layers, heads, rows, columns): what a group of queries gives to a group of keys; rows sum to 1
-    entropy: Tensor  # (layers, heads), in nats: the mean over the queries
+class AttentionMaps(NamedTuple):
+    weights: Tensor  # (layers, heads, rows, columns): weight of a group of keys, mean over a group of queries
+    entropy: Tensor  # (layers, heads), in nats, mean over the queries
 
 
 @torch.inference_mode()
-def attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> Maps:
-    """Of one sequence (seq,), at most `size` rows and columns: longer sequences are taken together in groups.
+def attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> AttentionMaps:
+    """The maps of one sequence (seq,), of at most `size` rows and columns: longer sequences are split into groups.
 
-    The weights come out of attention itself, whatever its options: with the value of key j the unit vector of its
-    group, the output of query i is the weight it gives to each group (seq, size). Nothing of size (seq, seq) is made.
+    The weights come from attention itself, with all its options: if the value of key j is the unit vector of its group,
+    the output of query i is the weight of each group (seq, size). Nothing of size (seq, seq) is allocated.
     """
     if tokens.dim() != 1 or len(tokens) == 0:
         raise ValueError(f"tokens must be (seq,), at least one, got shape {tuple(tokens.shape)}")
@@ -30,9 +30,9 @@ def attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> Maps:
         raise ValueError(f"size must be between 1 and 256, the largest head_dim, got {size}")
     seq = len(tokens)
     group = -(-seq // size)
-    of = torch.arange(seq) // group  # each token's group
-    count = int(of[-1]) + 1
-    units = torch.nn.functional.one_hot(of, count)
+    groups = torch.arange(seq) // group  # of each token
+    count = int(groups[-1]) + 1
+    units = torch.nn.functional.one_hot(groups, count)
     weights, entropies = [], []
 
     def observe(layer: int, q: Tensor, k: Tensor, options: dict) -> None:
@@ -44,4 +44,4 @@ def attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> Maps:
         entropies.append(aux.entropy[0].mean(-1))
 
     model.encode(tokens[None], observe=observe)
-    return Maps(torch.stack(weights), torch.stack(entropies))
+    return AttentionMaps(torch.stack(weights), torch.stack(entropies))

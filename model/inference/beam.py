@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..encoder_decoder import EncoderDecoder
-from .generate import check_tokens, pad
+from .generate import check_tokens, pad_sequences
 
 
 @torch.inference_mode()
@@ -21,12 +21,12 @@ def beam_search(
     length_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The most likely outputs that a search with so many hypotheses a source finds.
+    """The most likely output of each source, by beam search.
 
     Args:
         sources: token numbers, at least one each.
-        beams: hypotheses kept; 1 takes the most likely token at each step.
-        length_penalty: a hypothesis of n tokens (the stop token among them) is worth its log-probability divided by
+        beams: hypotheses kept; 1 is greedy.
+        length_penalty: the score of a hypothesis of n tokens, with its stop token, is its log-probability divided by
             n ** length_penalty, as in `transformers`; 0 prefers short outputs.
         stop_tokens: end a hypothesis, and are not part of the result.
 
@@ -44,7 +44,7 @@ def beam_search(
     if not sources:
         return []
     searches = [Search(beams, length_penalty, stop_tokens, max_new_tokens) for _ in sources]
-    tokens, lengths = pad(sources, model.token_embedding.weight.device)
+    tokens, lengths = pad_sequences(sources, model.token_embedding.weight.device)
     memory = model.encode(tokens, lengths)
     memory = memory._replace(
         hidden=memory.hidden.repeat_interleave(beams, 0), lengths=memory.lengths.repeat_interleave(beams, 0)
@@ -63,7 +63,7 @@ def beam_search(
 
 
 class Search:
-    """The hypotheses of one source: those that run, best first, and those that have ended."""
+    """The hypotheses of one source: running ones, best first, and finished ones."""
 
     def __init__(self, beams: int, penalty: float, stop_tokens: Sequence[int], longest: int):
         self.beams, self.penalty, self.stop, self.longest = beams, penalty, set(stop_tokens), longest
@@ -71,18 +71,18 @@ class Search:
         self.ended: list[tuple[float, list[int]]] = []
         self.done = False
 
-    def worth(self, score: float, length: int) -> float:
+    def penalised_score(self, score: float, length: int) -> float:
         return score / length**self.penalty
 
     def advance(self, scores: Tensor) -> tuple[list[int], list[int]]:
-        """From log-probabilities (beams, vocab_size) of the next token: the row each hypothesis goes on from, and its
-        token. At first all rows are the same, and only the first counts."""
+        """From log-probabilities (beams, vocab_size) of the next token: the row that each hypothesis continues, and its
+        token. At first there is one hypothesis, in the first row."""
         if self.done:
             return list(range(self.beams)), [0] * self.beams
         vocab_size, count = scores.shape[1], len(self.running)
         so_far = torch.tensor([score for score, _ in self.running], device=scores.device)
         candidates = (so_far[:, None] + scores[:count]).flatten()
-        # Twice as many as there are beams: so that enough go on if all the best ones end.
+        # More than there are beams: so that enough continue if all the best ones end.
         best = candidates.topk(min(len(candidates), (1 + len(self.stop)) * self.beams))
         running, parents = [], []
         for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
@@ -102,23 +102,23 @@ class Search:
         if not running or length == self.longest or self.is_decided(length):
             self.done = True
             return list(range(self.beams)), [0] * self.beams
-        missing = self.beams - len(running)  # a vocabulary smaller than the beams
+        missing = self.beams - len(running)  # fewer candidates than beams, in a small vocabulary
         return parents + [0] * missing, [tokens[-1] for _, tokens in running] + [0] * missing
 
     def end(self, score: float, tokens: list[int]) -> None:
-        self.ended.append((self.worth(score, len(tokens)), tokens))
+        self.ended.append((self.penalised_score(score, len(tokens)), tokens))
         self.ended.sort(key=lambda one: -one[0])
         del self.ended[self.beams :]
 
     def is_decided(self, length: int) -> bool:
-        """Whether enough have ended, and nothing that runs can be worth more than the least of them. A log-probability
-        only falls; with a penalty over 0 it is worth most at the largest length it can reach."""
+        """Whether enough have ended, and no running hypothesis can score higher than the worst of them. A
+        log-probability only falls; with a penalty over 0 its score is highest at the largest length."""
         if len(self.ended) < self.beams:
             return False
         if self.beams == 1:
             return True
         reach = self.longest if self.penalty > 0 else length
-        return self.worth(self.running[0][0], reach) <= self.ended[-1][0]
+        return self.penalised_score(self.running[0][0], reach) <= self.ended[-1][0]
 
     def best(self) -> list[int]:
         tokens = self.ended[0][1]

@@ -28,15 +28,14 @@ def embed(
 ) -> Tensor:
     """Vectors (sentences, width) in the model's dtype, computed from packed sequences: nothing is padded.
 
-    How a text becomes a vector, the checkpoint says with its sentence-transformers modules, `model.config.pooling`; of
-    one that says nothing it is the mean of the last hidden states, normalised. Where several poolings stand side by
-    side, the width is a multiple of the model's.
+    The pooling is the checkpoint's, `model.config.pooling`, read from its sentence-transformers modules; by default the
+    normalised mean of the last hidden states. Several poolings are concatenated, to a multiple of the model's width.
 
     Args:
-        prompt: stands in front of every text; None takes the checkpoint's own. Those it has by name are in
+        prompt: put before every text; None: the checkpoint's default. Its prompts by name are in
             `dict(model.config.pooling.prompts)`.
-        normalize: to unit vectors; None does as the checkpoint says.
-        truncate: cut texts to the tokens that the checkpoint was trained on, or to the context.
+        normalize: to unit vectors; None: as the checkpoint does.
+        truncate: cut texts to the length that the checkpoint was trained on, or to the context.
 
     Raises:
         ValueError: naming the argument, before the model runs.

@@ -27,8 +27,8 @@ def generate(
     seed: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens; prompts may differ in length. To an encoder-decoder the
-    prompts are its inputs, and what it says is new from the first token on.
+    """Continue each prompt by up to `max_new_tokens` tokens; prompts may differ in length. For an encoder-decoder, the
+    prompts are the encoder's input.
 
     Args:
         prompts: token numbers, at least one each.
@@ -36,10 +36,10 @@ def generate(
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together reach probability p.
         min_p: sample among the tokens at least min_p times as likely as the most likely one.
-        repetition_penalty: positive logits of tokens of the prompt and of the result are divided by it, negative ones
-            multiplied; also where the most likely token is taken.
+        repetition_penalty: divides positive logits of tokens in the prompt or the result, and multiplies negative ones;
+            also in greedy decoding.
         stop_tokens: a sequence ends with the first of these, which is not part of the result.
-        seed: of the sampling; None takes PyTorch's generator as it is.
+        seed: of the sampling; None: PyTorch's default generator.
         on_token: called with (prompt index, token) for each token as soon as it is chosen.
 
     Returns:
@@ -49,18 +49,18 @@ def generate(
         ValueError: naming the argument, before the model runs.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    check(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
         return results
     device = model.token_embedding.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    hidden, go_on = begin(model, *pad(prompts, device), max_new_tokens)
+    hidden, next_step = prefill(model, *pad_sequences(prompts, device), max_new_tokens)
     seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(seen, prompts, strict=True):
-            row[list(prompt)] = not isinstance(model, EncoderDecoder)  # what stands in the input may be repeated
+            row[list(prompt)] = not isinstance(model, EncoderDecoder)  # an encoder's input may be repeated
     running = [True] * len(prompts)
     for step in range(max_new_tokens):
         chosen = sampling.choose(model.logits(hidden).float(), seen, generator)
@@ -76,36 +76,36 @@ def generate(
                     on_token(i, token)
         if not any(running) or step == max_new_tokens - 1:
             break
-        hidden = go_on(chosen)
+        hidden = next_step(chosen)
     return results
 
 
-def begin(model: Model, tokens: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The hidden states (batch, width) that the first of `count` new tokens is chosen from; and what takes the chosen
-    tokens (batch,) and gives those of the next."""
+def prefill(model: Model, tokens: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The hidden states (batch, width) for the first of `count` new tokens; and a function from chosen tokens (batch,)
+    to the hidden states for the next."""
     batch = len(tokens)
     if isinstance(model, EncoderDecoder):
         memory, cache = model.encode(tokens, lengths), model.new_cache(batch, count)
         first = torch.full((batch,), model.config.decoder_start_token, device=tokens.device)
 
-        def go_on(chosen: Tensor) -> Tensor:
+        def next_step(chosen: Tensor) -> Tensor:
             return model.decode(chosen[:, None], memory, cache=cache)[:, -1]
 
-        return go_on(first), go_on
+        return next_step(first), next_step
     cache = model.new_cache(batch, min(tokens.shape[1] + count, model.config.context))
     hidden = model.encode(tokens, lengths, cache=cache)
     hidden = hidden[torch.arange(batch, device=tokens.device), lengths.long() - 1]  # of each prompt's last token
     return hidden, lambda chosen: model.encode(chosen[:, None], cache=cache)[:, -1]
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (batch, longest) and lengths (batch,)."""
+def pad_sequences(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad on the right: tokens (batch, longest) and lengths (batch,)."""
     lengths = torch.tensor([len(tokens) for tokens in sequences], dtype=torch.int32, device=device)
     rows = [torch.tensor(tokens, device=device) for tokens in sequences]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
-def check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     config = model.config
     if not isinstance(max_new_tokens, Integral):
         raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")

@@ -1,4 +1,4 @@
-"""What a model with a task's head says of a text: its class, the labels of its words, where in it an answer stands."""
+"""Predictions of models with a task's head: classes of texts, labelled spans, answers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def check_length(model: Transformer, name: str, tokens: Sequence[int]) -> None:
 def classify(
     model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], truncate: bool = False
 ) -> list[dict[str, float]]:
-    """For each text the probability of each label, the likeliest first; of "multi", each by itself; of "regression",
-    the number under the label's name. truncate: of texts over the model's context the end is cut off."""
+    """For each text the probability of each label, the most likely first; in multi-label models independent ones; in
+    regression the numbers. truncate: cut texts that are longer than the model's context."""
     check_task(model, "classify")
     check_texts("texts", texts)
     encoded = encode_texts("texts", texts, tokenizer, model.config, model.config.context if truncate else None)
@@ -50,19 +50,19 @@ class Entity(NamedTuple):
     text: str
     start: int  # of its characters in the text
     end: int
-    probability: float  # the least of its words'
+    probability: float  # the lowest of its words'
 
 
 @torch.inference_mode()
 def tag(model: Transformer, tokenizer: Tokenizer, text: str) -> list[Entity]:
-    """The labelled spans of a text. A word has the label of its first piece (Devlin et al., "BERT", 5.3). Labels B-X
-    and I-X make a span of X, O none; a label without a prefix is that of one word alone."""
+    """The labelled spans of a text. A word has the label of its first token (Devlin et al., "BERT", 5.3). Labels B-X
+    and I-X form a span of X, O none; a label without a prefix is of a single word."""
     check_task(model, "tag")
     encoding = tokenizer.backend.encode(text)
     check_length(model, "text", encoding.ids)
     probabilities = model(*pack([encoding.ids])).float().softmax(-1)
     entities: list[Entity] = []
-    last = None  # the kind of span that the word before stands in
+    last = None  # the kind of span that the previous word is in
     for word in range(1 + max((w for w in encoding.word_ids if w is not None), default=-1)):
         piece = encoding.word_ids.index(word)
         probability, number = probabilities[piece].max(-1)
@@ -86,12 +86,12 @@ class Span(NamedTuple):
     start: int  # of its characters in the passage
     end: int
     score: float  # the sum of the two logits
-    probability: float  # among all spans that could be, and none
+    probability: float  # among all possible spans and no answer
 
 
 class Answers(NamedTuple):
-    best: list[Span]  # the likeliest first
-    null_score: float  # of there being no answer: the two logits of the first token
+    best: list[Span]  # the most likely first
+    null_score: float  # of no answer: the sum of the first token's logits
     null_probability: float
 
 
@@ -99,7 +99,7 @@ class Answers(NamedTuple):
 def answer(
     model: Transformer, tokenizer: Tokenizer, question: str, passage: str, best: int = 5, longest: int = 30
 ) -> Answers:
-    """The likeliest spans of up to `longest` tokens of the passage; how likely it is that none of them answers."""
+    """The most likely spans of up to `longest` tokens of the passage, and the probability of no answer."""
     check_task(model, "answer")
     for name, value in (("best", best), ("longest", longest)):
         if value < 1:
@@ -114,10 +114,10 @@ def answer(
     allowed = inside[:, None] & inside & (n >= n[:, None]) & (n < n[:, None] + longest)
     null = starts[0] + ends[0]
     scores = scores.masked_fill(~allowed, float("-inf"))
-    every = torch.cat([scores.flatten(), null[None]]).softmax(0)
+    probabilities = torch.cat([scores.flatten(), null[None]]).softmax(0)
     found = []
     top = scores.flatten().topk(min(best, int(allowed.sum())))
     for score, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         first, last = encoding.offsets[index // len(n)], encoding.offsets[index % len(n)]
-        found.append(Span(passage[first[0] : last[1]], first[0], last[1], score, float(every[index])))
-    return Answers(found, float(null), float(every[-1]))
+        found.append(Span(passage[first[0] : last[1]], first[0], last[1], score, float(probabilities[index])))
+    return Answers(found, float(null), float(probabilities[-1]))

@@ -1,4 +1,4 @@
-"""How the next token is chosen from its logits."""
+"""Choosing the next token from its logits."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings, checked. They apply in the order they stand here.
+    """Sampling settings, checked; they apply in this order.
 
     >>> import torch
     >>> Sampling().choose(torch.tensor([[0.0, 2.0, 1.0]]))
     tensor([1])
     """
 
-    repetition_penalty: float = (
-        1.0  # of tokens that were there: positive logits divided by it, negative ones multiplied
-    )
+    repetition_penalty: float = 1.0  # positive logits of seen tokens are divided by it, negative ones multiplied
     temperature: float = 0.0  # 0 takes the most likely token; else the logits are divided by it
-    top_k: int | None = None  # among the k most likely tokens
+    top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # among the most likely tokens that together reach probability p
     min_p: float | None = None  # among those at least p times as likely as the most likely one
 
@@ -39,7 +37,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be over 0, and finite, got {self.repetition_penalty}")
 
     def choose(self, logits: Tensor, seen: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """One token (batch,) from logits (batch, vocab_size). seen: (batch, vocab_size) bool, what was there."""
+        """One token (batch,) from logits (batch, vocab_size). seen: (batch, vocab_size) bool, the tokens before."""
         if seen is not None and self.repetition_penalty != 1:
             logits = penalise(logits, seen, self.repetition_penalty)
         if self.temperature == 0:
@@ -50,10 +48,10 @@ class Sampling:
             logits = logits.masked_fill(logits < kth, float("-inf"))
         probabilities = logits.softmax(-1)
         if self.top_p is not None:
-            probabilities = nucleus(probabilities, self.top_p)
+            probabilities = filter_top_p(probabilities, self.top_p)
         if self.min_p is not None:
-            least = self.min_p * probabilities.amax(-1, keepdim=True)
-            probabilities = probabilities.masked_fill(probabilities < least, 0)
+            threshold = self.min_p * probabilities.amax(-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < threshold, 0)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
@@ -62,8 +60,8 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of the most likely tokens that reaches top_p. Holtzman et al. (2019), arXiv:1904.09751."""
+def filter_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens that reaches top_p. Holtzman et al. (2019), arXiv:1904.09751."""
     ordered, order = probabilities.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(before >= top_p, 0)

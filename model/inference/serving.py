@@ -1,4 +1,4 @@
-"""Continuous batching: requests join a running batch as soon as there is room, and leave it when they are done.
+"""Continuous batching: requests join a running batch as soon as there is room, and leave it when done.
 
 Yu et al., "Orca" (OSDI 2022); Kwon et al., "PagedAttention" (SOSP 2023).
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import torch
 
 from ..transformer import Transformer
-from .generate import check, pad
+from .generate import check_prompts, pad_sequences
 from .sampling import Sampling
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, and what becomes of it: `done` with its `tokens`, or with those it had when it was `cancelled` or when
-    its `on_token` or its sampling raised `error`."""
+    """A prompt and its result: when `done`, its new `tokens`; fewer if it was `cancelled`, or if its `on_token` or its
+    sampling raised `error`."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -27,16 +27,16 @@ class Request:
     stop_tokens: Sequence[int] = ()
     seed: int = 0
     on_token: Callable[[int], None] | None = None  # called with each token as soon as it is chosen
-    tokens: list[int] = field(default_factory=list, init=False)  # new ones
+    tokens: list[int] = field(default_factory=list, init=False)  # the new ones
     done: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)
     error: Exception | None = field(default=None, init=False)
-    reused: int = field(default=0, init=False)  # tokens of the prompt that were in the cache already
+    reused: int = field(default=0, init=False)  # tokens of the prompt that were in the cache
     sequence: int = field(default=-1, init=False)  # its number in the cache
-    generator: torch.Generator | None = field(default=None, init=False)  # from when it is submitted
+    generator: torch.Generator | None = field(default=None, init=False)  # made when it is submitted
 
     @property
-    def everything(self) -> list[int]:
+    def all_tokens(self) -> list[int]:
         return self.prompt + self.tokens
 
 
@@ -45,13 +45,13 @@ class Server:
 
     Args:
         model: a causal language model.
-        pages, page_size: of the cache that all share. A request holds pages for what it has, and room for what it may
-            still get is kept free; others wait.
+        pages, page_size: of the shared cache. A running request has pages for its tokens, and pages for those that may
+            still come are kept free; other requests wait.
         largest_batch: requests that run at once.
 
-    What a finished request leaves in the cache serves others that begin alike, until its pages are needed. A request
-    whose `on_token` raises ends alone, with its `error`; whatever else stops a step, an interrupt too, leaves the
-    requests as they were, and the next step goes on. Calls come from one thread; an `on_token` may submit and cancel.
+    Pages of a finished request are reused by requests with the same prefix, until they are needed. A request whose
+    `on_token` raises ends alone, with its `error`; any other exception in a step, an interrupt too, leaves the requests
+    unchanged, and the step can be repeated. Call it from one thread; an `on_token` may submit and cancel.
 
     Raises:
         ValueError: naming the argument.
@@ -78,18 +78,22 @@ class Server:
         self.pages = pages
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.finished: list[Request] = []  # that still hold pages; the longest unused first
+        self.finished: list[Request] = []  # that still have pages, least recently used first
 
     def submit(self, request: Request) -> Request:
-        """Queue a request. Raises ValueError where it can never run, or was submitted before; TypeError for a sampling
-        or stop tokens of another kind."""
+        """Queue a request.
+
+        Raises:
+            ValueError: if it can never run, or was submitted before.
+            TypeError: if sampling or stop_tokens are of another type.
+        """
         if request.generator is not None:
             raise ValueError("request must be a new one, got one that was submitted")
         if not isinstance(request.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {request.sampling!r}")
         if not isinstance(request.stop_tokens, Collection):
             raise TypeError(f"stop_tokens must be token numbers, got {request.stop_tokens!r}")
-        check(self.model, [request.prompt], request.max_new_tokens)
+        check_prompts(self.model, [request.prompt], request.max_new_tokens)
         length, longest = len(request.prompt) + request.max_new_tokens, self.model.paged_context
         if length > longest:
             raise ValueError(
@@ -100,7 +104,10 @@ class Server:
         if needed > self.pages:
             raise ValueError(f"prompt and max_new_tokens must fit the {self.pages} pages, got {needed}")
         device = self.model.token_embedding.weight.device
-        request.prompt, request.stop_tokens = list(request.prompt), tuple(request.stop_tokens)  # as they are now
+        request.prompt, request.stop_tokens = (
+            list(request.prompt),
+            tuple(request.stop_tokens),
+        )  # copies: the caller may change them
         request.generator = torch.Generator(device).manual_seed(request.seed)
         request.done = request.max_new_tokens == 0
         if not request.done:
@@ -108,10 +115,10 @@ class Server:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request that waits or runs, with the tokens that it has. One that is done stays as it is.
+        """End a request that waits or runs, with the tokens that it has; without effect on one that is done.
 
         Raises:
-            ValueError: for one that was not submitted to this server.
+            ValueError: if it was not submitted to this server.
         """
         if request.done:
             return
@@ -124,43 +131,45 @@ class Server:
         request.done = request.cancelled = True
 
     def run(self) -> None:
-        """Until all are done."""
+        """Run steps until all requests are done."""
         while self.step():
             pass
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Let in who waits, and give every running request its next token. False when there is nothing left to do."""
+        """Admit waiting requests, and append a token to every running one. Returns whether any are left."""
         while self.waiting and len(self.running) < self.largest_batch and self.make_room():
             self.admit(self.waiting.popleft())
-        for group in groups(self.running, lambda request: len(self.unread(request))):
+        for group in group_by_length(self.running, lambda request: len(self.tokens_to_prefill(request))):
             self.forward([request for request in group if not request.done])  # callbacks may have cancelled some
         return bool(self.waiting or self.running)
 
-    def unread(self, request: Request) -> list[int]:
-        """Its tokens that the cache lacks."""
+    def tokens_to_prefill(self, request: Request) -> list[int]:
+        """The tokens of a request that are not in the cache yet."""
         length, prompt = self.cache.length(request.sequence), request.prompt
         return prompt[length:] + request.tokens[max(0, length - len(prompt)) :]
 
     def forward(self, requests: list[Request]) -> None:
-        """One pass over the tokens of each that the cache lacks, and the choice of its next."""
+        """Run the model on the tokens that are not in the cache yet, and append the next token of each request."""
         if not requests:
             return
         before = {request.sequence: self.cache.length(request.sequence) for request in requests}
         try:
-            choices = self.choose(requests)
-        except BaseException:  # an interrupt too; some layers have these tokens, and others do not
+            choices = self.choose_tokens(requests)
+        except BaseException:  # an interrupt too: some layers may have these tokens already
             for sequence, length in before.items():
                 self.cache.truncate(sequence, length)
             raise
         for request, choice in zip(requests, choices, strict=True):
-            self.give(request, choice)
+            self.append_token(request, choice)
         for request, choice in zip(requests, choices, strict=True):
-            self.tell(request, choice)
+            self.notify(request, choice)
 
-    def choose(self, requests: list[Request]) -> list[int | Exception]:
-        """The next token of each, or what kept it from having one."""
-        rows, lengths = pad([self.unread(request) for request in requests], self.model.token_embedding.weight.device)
+    def choose_tokens(self, requests: list[Request]) -> list[int | Exception]:
+        """The next token of each request, or the exception of its sampling."""
+        rows, lengths = pad_sequences(
+            [self.tokens_to_prefill(request) for request in requests], self.model.token_embedding.weight.device
+        )
         hidden = self.model.encode(rows, lengths, cache=self.cache.select([r.sequence for r in requests]))
         hidden = hidden[torch.arange(len(requests), device=rows.device), lengths.long() - 1]
         logits = self.model.logits(hidden).float()
@@ -169,12 +178,12 @@ class Server:
             if request.sampling == Sampling():
                 continue
             try:
-                choices[i] = sampled(request, logits[i])
+                choices[i] = sample_token(request, logits[i])
             except Exception as error:
                 choices[i] = error
         return choices
 
-    def give(self, request: Request, choice: int | Exception) -> None:
+    def append_token(self, request: Request, choice: int | Exception) -> None:
         if isinstance(choice, Exception):
             request.error = choice
         elif choice not in request.stop_tokens:
@@ -183,8 +192,9 @@ class Server:
                 return
         self.retire(request)
 
-    def tell(self, request: Request, choice: int | Exception) -> None:
-        """Only after each of a batch has its token: a callback that raises leaves the others whole."""
+    def notify(self, request: Request, choice: int | Exception) -> None:
+        """Call `on_token`, after every request of the batch has its token: one that raises does not affect the
+        others."""
         if request.on_token is None or request.cancelled or request.error or choice in request.stop_tokens:
             return
         try:
@@ -195,59 +205,61 @@ class Server:
                 self.retire(request)
 
     def retire(self, request: Request) -> None:
-        """It runs no more, and keeps its pages until others need them."""
+        """Stop a request; its pages stay until others need them."""
         request.done = True
         self.running.remove(request)
         self.finished.append(request)
 
-    def room_of(self, request: Request) -> int:
-        """Pages that it may still take. None of them is ever copied: only whole pages are shared."""
+    def pages_reserved(self, request: Request) -> int:
+        """The pages that it may still need. No page is ever copied on write, as only full pages are shared."""
         whole = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
         return whole - self.cache.pages_for(self.cache.length(request.sequence))
 
     def make_room(self) -> bool:
-        """Whether the next request can join; finished ones give their pages up for it."""
+        """Whether the next request can join. Frees pages of finished requests for it."""
         request = self.waiting[0]
         wanted = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
-        wanted += sum(self.room_of(r) for r in self.running)
+        wanted += sum(self.pages_reserved(r) for r in self.running)
         while self.cache.free_pages < wanted and self.finished:
             self.cache.free(self.finished.pop(0).sequence)
         return self.cache.free_pages >= wanted
 
     def admit(self, request: Request) -> None:
-        """Let it run, with a sequence which shares the whole pages that another has of the same beginning."""
+        """Start a request; its sequence shares the full pages of the longest common prefix with another."""
         best, shared, size = None, 0, self.cache.page_size
         for other in [*self.finished, *self.running]:
-            alike = common(other.everything, request.prompt[:-1])  # the last token has to be computed, for its logits
-            length = min(alike, self.cache.length(other.sequence)) // size * size
+            common = common_prefix(
+                other.all_tokens, request.prompt[:-1]
+            )  # the last token must be computed, for its logits
+            length = min(common, self.cache.length(other.sequence)) // size * size
             if length > shared:
                 best, shared = other, length
         request.sequence = self.cache.add() if best is None else self.cache.fork(best.sequence, shared)
         request.reused = shared
         self.running.append(request)
-        if best in self.finished:  # used: the last one to give up its pages
+        if best in self.finished:  # most recently used
             self.finished.remove(best)
             self.finished.append(best)
 
 
-def groups(requests: list[Request], unread: Callable[[Request], int]) -> list[list[Request]]:
-    """Those with about as much to read, so that a quarter of a batch is padding at most."""
+def group_by_length(requests: list[Request], tokens_to_prefill: Callable[[Request], int]) -> list[list[Request]]:
+    """Batches of requests with about as many tokens to read: at most a quarter of a batch is padding."""
     result: list[list[Request]] = []
-    for request in sorted(requests, key=unread):
-        if not result or unread(request) > unread(result[-1][0]) * 4 // 3:
+    for request in sorted(requests, key=tokens_to_prefill):
+        if not result or tokens_to_prefill(request) > tokens_to_prefill(result[-1][0]) * 4 // 3:
             result.append([])
         result[-1].append(request)
     return result
 
 
-def sampled(request: Request, logits: torch.Tensor) -> int:
+def sample_token(request: Request, logits: torch.Tensor) -> int:
     seen = torch.zeros(1, len(logits), dtype=torch.bool, device=logits.device)
-    seen[0, request.everything] = True
+    seen[0, request.all_tokens] = True
     return int(request.sampling.choose(logits[None], seen, request.generator))
 
 
-def common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """The length of the longest common prefix."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

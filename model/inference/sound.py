@@ -1,4 +1,4 @@
-"""Recordings: WAV files at one rate, and their spectrograms."""
+"""Recordings: WAV files, resampled to 16 kHz, and their spectrograms."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RATE, WINDOW, HOP = 16_000, 400, 160  # samples: in a second, in a frame, from o
 
 
 def read_wave(file: str | Path | BinaryIO) -> Tensor:
-    """Samples (n,) at 16 kHz in [-1, 1], of a WAV file of 16-bit numbers; several channels are averaged.
+    """Samples (n,) at 16 kHz, in [-1, 1], of a 16-bit WAV file; channels are averaged.
 
     Raises:
-        ValueError: for another kind of file.
+        ValueError: for a file of another format.
     """
     try:
         with wave.open(file if hasattr(file, "read") else str(file), "rb") as sound:
@@ -36,13 +36,13 @@ def read_wave(file: str | Path | BinaryIO) -> Tensor:
 
 
 def resample(samples: Tensor, rate: int) -> Tensor:
-    """Samples (n,) at a rate to those at RATE: the same frequencies up to half of the smaller rate, and no higher ones,
-    which would come back as lower ones."""
+    """Samples (n,) from `rate` to RATE, with the frequencies up to half of the smaller rate; higher ones are removed,
+    as they would alias."""
     if rate == RATE or len(samples) == 0:
         return samples
-    seconds = len(samples) // rate + 2  # silence behind them: to a transform the end stands before the beginning
+    seconds = len(samples) // rate + 2  # padded with silence: the transform is periodic
     spectrum = torch.fft.rfft(F.pad(samples, (0, seconds * rate - len(samples))))
-    kept = seconds * min(rate, RATE) // 2  # frequencies; that of half the rate itself goes
+    kept = seconds * min(rate, RATE) // 2  # frequencies, without half the rate itself
     spectrum = F.pad(spectrum[:kept], (0, seconds * RATE // 2 + 1 - kept))
     return torch.fft.irfft(spectrum, n=seconds * RATE)[: round(len(samples) * RATE / rate)] * (RATE / rate)
 
@@ -65,10 +65,10 @@ def mel_filters(count: int) -> Tensor:
     return (triangles * 2 / (high - low)).float()
 
 
-def spectrogram(samples: Tensor, mels: int) -> Tensor:
-    """(mels, frames) of samples (n,) at 16 kHz, in [-1, 1]: the logarithm of the energy in each band, at most 8 decades
-    below the loudest, scaled to about [-1, 1]."""
+def spectrogram(samples: Tensor, mel_bins: int) -> Tensor:
+    """(mel_bins, frames) of samples (n,) at 16 kHz, in [-1, 1]: the logarithm of the energy in each band, at most 8
+    decades below the loudest, scaled to about [-1, 1]."""
     window = torch.hann_window(WINDOW)
     power = torch.stft(samples, WINDOW, HOP, window=window, return_complex=True)[..., :-1].abs().square()
-    bands = (mel_filters(mels) @ power).clamp(min=1e-10).log10()
+    bands = (mel_filters(mel_bins) @ power).clamp(min=1e-10).log10()
     return (torch.maximum(bands, bands.max() - 8) + 4) / 4

@@ -1,7 +1,7 @@
-"""Speculative decoding: a small model guesses, the large one checks several guesses at once.
+"""Speculative decoding: a small model drafts tokens, the large one checks several at once.
 
-Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), arXiv:2211.17192; greedy, where it
-changes no token.
+Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), arXiv:2211.17192; greedy, with the
+same tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..caches import Cache
+from ..caches import ModelCache
 from ..transformer import Transformer
-from .generate import check
+from .generate import check_prompts
 
 
-class Speculated(NamedTuple):
+class Speculation(NamedTuple):
     tokens: list[int]
     steps: int  # of the large model
-    accepted: float  # the share of guesses that were right
+    accepted: float  # the share of drafted tokens that were right
 
 
 @torch.inference_mode()
@@ -32,18 +32,18 @@ def speculate(
     lookahead: int = 4,
     stop_tokens: Sequence[int] = (),
     on_token: Callable[[int], None] | None = None,
-) -> Speculated:
-    """The tokens of `generate(model, [prompt], max_new_tokens)`, with fewer steps of the model.
+) -> Speculation:
+    """The tokens of `generate(model, [prompt], max_new_tokens)`, in fewer steps of the model.
 
-    On the CPU engine the logits are those of `generate` to the bit, with up to 7 guesses, for models without experts
-    whose feed-forward networks are a multiple of 64 wide: PyTorch takes another exp for what does not fill its vectors.
-    Elsewhere a product of several rows may round another way than that of one, and where two tokens are equally likely
-    up to rounding the other one may be taken: in 16 bits now and then.
+    On the CPU engine the logits are bit-exactly those of `generate`, with a lookahead of up to 7, for models without
+    experts whose ffn_width is a multiple of 64: PyTorch has another exp for elements that do not fill a vector.
+    Elsewhere products of several rows may round differently from those of one row, and of two tokens that are equally
+    likely up to rounding the other may be chosen: rarely, in 16 bits.
 
     Args:
-        draft: a smaller model of the same vocabulary.
-        lookahead: guesses for one step of the model.
-        on_token: called with each token as soon as it is certain.
+        draft: a smaller model with the same vocabulary.
+        lookahead: drafted tokens for one step of the model.
+        on_token: called with each token as soon as it is accepted.
 
     Raises:
         ValueError: naming the argument, before a model runs.
@@ -55,37 +55,37 @@ def speculate(
     if lookahead < 1:
         raise ValueError(f"lookahead must be at least 1, got {lookahead}")
     for one in (model, draft):
-        check(one, [prompt], max_new_tokens)
+        check_prompts(one, [prompt], max_new_tokens)
     tokens, whole = list(prompt), len(prompt) + max_new_tokens
     caches = [one.new_cache(1, whole) for one in (model, draft)]
     steps = guessed = right = 0
     while len(tokens) < whole:
-        # The prompt is read alone, as `generate` reads it: guesses behind it would change its keys' last bits.
+        # The prompt is read alone, as by `generate`: drafted tokens would change the last bits of its keys.
         count = min(lookahead, whole - len(tokens) - 1) if caches[0].lengths[0] else 0
-        guesses = guess(draft, caches[1], tokens, count)
-        certain = next_of(model, caches[0], tokens + guesses, count + 1)
+        guesses = draft_tokens(draft, caches[1], tokens, count)
+        certain = next_tokens(model, caches[0], tokens + guesses, count + 1)
         agreed = next((i for i, (a, b) in enumerate(zip(guesses, certain, strict=False)) if a != b), count)
         steps, guessed, right = steps + 1, guessed + count, right + agreed
         for token in certain[: agreed + 1]:
             if token in stop_tokens:
-                return Speculated(tokens[len(prompt) :], steps, right / max(1, guessed))
+                return Speculation(tokens[len(prompt) :], steps, right / max(1, guessed))
             tokens.append(token)
             if on_token is not None:
                 on_token(token)
-        for cache in caches:  # what was guessed wrong; the last token is in neither cache yet
+        for cache in caches:  # drop rejected tokens; the last token is in neither cache yet
             cache.truncate([min(cache.lengths[0], len(tokens) - 1)])
-    return Speculated(tokens[len(prompt) :], steps, right / max(1, guessed))
+    return Speculation(tokens[len(prompt) :], steps, right / max(1, guessed))
 
 
-def next_of(model: Transformer, cache: Cache, tokens: list[int], count: int) -> list[int]:
-    """The likeliest token behind each of the last `count`; what the cache lacks of them all is run."""
+def next_tokens(model: Transformer, cache: ModelCache, tokens: list[int], count: int) -> list[int]:
+    """The most likely token after each of the last `count` tokens. Runs the model on those not in the cache yet."""
     new = torch.tensor([tokens[cache.lengths[0] :]], device=model.token_embedding.weight.device)
     hidden = model.encode(new, cache=cache)[0, -count:]
     return model.logits(hidden).float().argmax(-1).tolist()
 
 
-def guess(draft: Transformer, cache: Cache, tokens: list[int], count: int) -> list[int]:
+def draft_tokens(draft: Transformer, cache: ModelCache, tokens: list[int], count: int) -> list[int]:
     guesses: list[int] = []
     for _ in range(count):
-        guesses += next_of(draft, cache, tokens + guesses, 1)
+        guesses += next_tokens(draft, cache, tokens + guesses, 1)
     return guesses

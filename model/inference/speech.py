@@ -1,4 +1,4 @@
-"""Speech to text: what a Whisper writes of a recording, as its authors' decoder has it, greedily.
+"""Speech to text with Whisper, by the greedy decoder of its authors.
 
 Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022), arXiv:2212.04356, section 4.5.
 """
@@ -18,9 +18,9 @@ from ..encoder_decoder import EncoderDecoder, Memory
 from ..io.tokenizer import Tokenizer
 from .sound import HOP, RATE, spectrogram
 
-FRAMES = 2  # of a spectrogram to a step of time, which a token stands for
-FIRST_WITHIN = 50  # steps: a second, in which what is said first begins
-MULTILINGUAL = 51_865  # tokens; a Whisper of English alone has fewer
+FRAMES = 2  # of a spectrogram, per step of a time token
+MAX_INITIAL_TIME = 50  # steps: the first segment of a window begins within a second
+MULTILINGUAL = 51_865  # tokens; an English-only Whisper has fewer
 
 
 class Segment(NamedTuple):
@@ -48,18 +48,18 @@ def transcribe(
     logprob_threshold: float | None = None,
     longest: int = 224,
 ) -> Transcript:
-    """What is said in samples (n,) at 16 kHz.
+    """Transcribe samples (n,) at 16 kHz.
 
-    The model reads windows of 30 seconds and writes when each segment of them begins and ends. The next window begins
-    where the last whole segment ended, so that no word is cut in two.
+    The model reads windows of 30 seconds and predicts when each segment begins and ends. The next window begins at the
+    end of the last complete segment, so that no word is cut.
 
     Args:
-        on_segment: called with each segment as soon as it is certain.
-        language: a code, like "en"; None: what the model takes the first window for.
+        on_segment: called with each segment as soon as it is final.
+        language: a code, such as "en"; None: detected in the first window.
         task: "transcribe", or "translate" into English.
-        no_speech_threshold: windows are left out for which the model's probability that nobody speaks is over it.
-        logprob_threshold: but not where the mean log-probability of the tokens written is over this; None: also then.
-            The authors' decoder has -1, with which the small models' "you" over silence stays.
+        no_speech_threshold: windows with a higher probability of no speech are skipped.
+        logprob_threshold: unless the mean log-probability of their tokens is over this; None: skipped anyway. The
+            authors' decoder has -1, which keeps the "you" that small models write for silence.
         longest: tokens of a window.
 
     Raises:
@@ -67,7 +67,7 @@ def transcribe(
     """
     config = model.config
     if config.mel_bins == 0:
-        raise ValueError(f"model must be one that hears, got a {config.family}")
+        raise ValueError(f"model must have an audio encoder, got a {config.family}")
     if samples.dim() != 1 or len(samples) == 0:
         raise ValueError(f"samples must be (n,), at least one, got shape {tuple(samples.shape)}")
     vocabulary = Vocabulary.of(config.vocab_size, config.decoder_start_token, tokenizer)
@@ -80,7 +80,7 @@ def transcribe(
         memory = model.encode(frames[None, :, first : first + size])
         if language is None:
             language = detect_language(model, memory, vocabulary)
-        written = write_window(model, memory, vocabulary, vocabulary.prompt(language, task), longest)
+        written = decode_window(model, memory, vocabulary, vocabulary.prompt(language, task), longest)
         parts, done = split_segments(written.tokens, vocabulary.first_time, min(size, total - first))
         sure = logprob_threshold is not None and written.logprob > logprob_threshold
         if written.no_speech > no_speech_threshold and not sure:
@@ -97,15 +97,15 @@ def transcribe(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens by which a Whisper is steered, and those it shall not write."""
+    """The special tokens of a Whisper, and the tokens that are suppressed."""
 
     start: int
     end: int
     no_speech: int | None
-    first_time: int  # 0.00 s; a step of time later is the next token
-    languages: dict[str, int]  # by their codes; none where it knows English alone
+    first_time: int  # 0.00 s; the next token is a step of time later
+    languages: dict[str, int]  # by their codes; empty for an English-only model
     tasks: dict[str, int]
-    unwritten: list[int]
+    suppressed: list[int]
 
     @classmethod
     def of(cls, size: int, start: int, tokenizer: Tokenizer) -> Vocabulary:
@@ -115,11 +115,11 @@ class Vocabulary:
         end, no_times = number("<|endoftext|>"), number("<|notimestamps|>")
         tasks = {task: number(f"<|{task}|>") for task in ("transcribe", "translate")}
         if None in (end, no_times, *tasks.values()):
-            raise ValueError("tokenizer must be that of a Whisper, with <|notimestamps|> and the like among its tokens")
+            raise ValueError("tokenizer must be that of a Whisper, with <|notimestamps|> and its other special tokens")
         numbers = range(start + 1, min(tasks.values())) if size >= MULTILINGUAL else ()
         languages = {tokenizer.backend.id_to_token(n)[2:-2]: n for n in numbers}
-        unwritten = [*find_notes(tokenizer), *range(start, no_times + 1)]
-        return cls(start, end, number("<|nospeech|>", "<|nocaptions|>"), no_times + 1, languages, tasks, unwritten)
+        suppressed = [*find_non_speech_tokens(tokenizer), *range(start, no_times + 1)]
+        return cls(start, end, number("<|nospeech|>", "<|nocaptions|>"), no_times + 1, languages, tasks, suppressed)
 
     def check(self, language: str | None, task: str) -> None:
         if task not in self.tasks:
@@ -127,25 +127,23 @@ class Vocabulary:
         if self.languages and language is not None and language not in self.languages:
             raise ValueError(f"language must be one of {', '.join(self.languages)}, got {language!r}")
         if not self.languages and (language not in (None, "en") or task != "transcribe"):
-            raise ValueError(
-                f"model knows English alone and transcribes it, got language {language!r} and task {task!r}"
-            )
+            raise ValueError(f"model is English-only and transcribes, got language {language!r} and task {task!r}")
 
     def prompt(self, language: str, task: str) -> list[int]:
         return [self.start, self.languages[language], self.tasks[task]] if self.languages else [self.start]
 
     def constrain(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Log-probabilities (vocab_size,) of what may follow tokens that were written. Times come in pairs, of the end
-        of a segment and the beginning of the next; none is before another; one stands at the beginning, and the last
-        may stand alone. Where times together are more likely than any other token, one of them it is."""
+        """Log-probabilities (vocab_size,) of the next token. Time tokens come in pairs, the end of a segment and the
+        beginning of the next, and never decrease; the first token is a time, and the last time may be single. If all
+        times together are more likely than any other token, the next token is a time."""
         times = logits.new_zeros(len(logits), dtype=torch.bool)
         times[self.first_time :] = True
         banned = torch.zeros_like(times)
-        banned[self.unwritten] = True
+        banned[self.suppressed] = True
         is_time = [token >= self.first_time for token in tokens]
         if not tokens:
             banned |= ~times
-            banned[self.first_time + FIRST_WITHIN + 1 :] = True
+            banned[self.first_time + MAX_INITIAL_TIME + 1 :] = True
         elif is_time[-1] and all(is_time[-2:]):  # a segment has begun
             banned |= times
         elif is_time[-1]:  # one has ended
@@ -153,15 +151,17 @@ class Vocabulary:
         if any(is_time):
             last = max(token for token in tokens if token >= self.first_time)
             ended = is_time[-1] and not all(is_time[-2:])
-            banned[self.first_time : last + (not ended)] = True  # the next may begin at once; none is of no length
+            banned[self.first_time : last + (not ended)] = (
+                True  # the next may begin at once; segments have a length over 0
+            )
         logs = logits.masked_fill(banned, -torch.inf).log_softmax(-1)
         if logs[times].logsumexp(-1) > logs[~times].max():
             logs = logs.masked_fill(~times, -torch.inf)
         return logs
 
 
-def find_notes(tokenizer: Tokenizer) -> set[int]:
-    """Tokens of notes on what is not speech, like brackets and ♪: what Whisper's `non_speech_tokens` are."""
+def find_non_speech_tokens(tokenizer: Tokenizer) -> set[int]:
+    """Tokens of annotations such as brackets and ♪, as in Whisper's `non_speech_tokens`."""
     runs = ["<<", ">>", "<<<", ">>>", "--", "---", "-(", "-[", "('", '("', "((", "))", "(((", ")))", "[[", "]]"]
     symbols = [*'"#()*+/:;<=>@[\\]^_`{|}~「」『』', *runs, "{{", "}}", "♪♪", "♪♪♪"]
     notes = [*"♩♪♫♬♭♮♯"]
@@ -169,7 +169,7 @@ def find_notes(tokenizer: Tokenizer) -> set[int]:
     def encode(text: str) -> list[int]:
         return tokenizer.backend.encode(text, add_special_tokens=False).ids
 
-    found = {encode(text)[0] for text in (" -", " '") if encode(text)}  # within a word they may stand
+    found = {encode(text)[0] for text in (" -", " '") if encode(text)}  # allowed within a word
     for text in [f"{space}{symbol}" for symbol in symbols + notes for space in ("", " ")]:
         tokens = encode(text)
         if len(tokens) == 1 or (tokens and text.strip() in notes):
@@ -186,15 +186,15 @@ def detect_language(model: EncoderDecoder, memory: Memory, vocabulary: Vocabular
     return list(vocabulary.languages)[int(logits[numbers].argmax())]
 
 
-class Written(NamedTuple):
+class DecodedWindow(NamedTuple):
     tokens: list[int]  # text and times
-    no_speech: float  # the probability that nobody speaks
-    logprob: float  # of a token, in the mean
+    no_speech: float  # probability
+    logprob: float  # mean over the tokens
 
 
-def write_window(
+def decode_window(
     model: EncoderDecoder, memory: Memory, vocabulary: Vocabulary, prompt: list[int], longest: int
-) -> Written:
+) -> DecodedWindow:
     device = memory.hidden.device
     cache = model.new_cache(1, len(prompt) + longest)
     tokens: list[int] = []
@@ -210,20 +210,20 @@ def write_window(
             break
         tokens.append(token)
         new = [token]
-    return Written(tokens, no_speech, logprob / (len(tokens) + 1))
+    return DecodedWindow(tokens, no_speech, logprob / (len(tokens) + 1))
 
 
 def split_segments(tokens: list[int], first_time: int, size: int) -> tuple[list[tuple[int, int, list[int]]], int]:
-    """The segments of a window of `size` frames: the frames at which each begins and ends, and the tokens of its text;
-    and the frame at which the next window begins. Text behind the last pair of times is none yet: its end was cut off,
-    and the next window has it whole."""
+    """The segments of a window of `size` frames: the first and the last frame of each, and its text tokens; and the
+    frame at which the next window begins. Text after the last pair of times is dropped: it was cut off, and the next
+    window has all of it."""
 
     def frame(token: int) -> int:
         return FRAMES * (token - first_time)
 
     is_time = [token >= first_time for token in tokens]
     pairs = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
-    ends_alone = is_time[-2:] == [False, True]  # and nothing is said behind it
+    ends_alone = is_time[-2:] == [False, True]  # and no text after it
     if not pairs:
         end = max((frame(token) for token in tokens if token > first_time), default=size)
         return [(0, end, [token for token in tokens if token < first_time])], size

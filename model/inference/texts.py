@@ -1,4 +1,4 @@
-"""Texts that a model reads together: checked, and in tokens."""
+"""Checks and encodes a list of texts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
 def encode_texts(
     name: str, texts: Sequence[str], tokenizer: Tokenizer, config: Config, longest: int | None = None
 ) -> list[list[int]]:
-    """The tokens of each, at least one; longest: what is over is cut off, before the special token at the end.
+    """The tokens of each text. longest: longer texts are cut, before the special token at the end.
 
     Raises:
-        ValueError: naming a text without tokens, or with more than the config's context.
+        ValueError: naming a text without tokens, or with more than fit the context.
     """
     encode = tokenizer.encode if longest is None else partial(tokenizer.encode_truncated, longest=longest)
     encoded = [encode(text) for text in texts]
@@ -30,7 +30,6 @@ def encode_texts(
     for i, tokens in enumerate(encoded):
         if len(tokens) > config.context:
             raise ValueError(
-                f"{name}[{i}] must fit the context of {config.context} tokens, got {len(tokens)}; "
-                "truncate=True cuts what is over"
+                f"{name}[{i}] must fit the context of {config.context} tokens, got {len(tokens)}; truncate=True cuts it"
             )
     return encoded

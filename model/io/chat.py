@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(Extension):
-    """{% generation %}, which marks what an assistant wrote: here a plain block."""
+    """{% generation %} marks the assistant's text; here it is a plain block."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -26,15 +26,15 @@ def refuse(message: str) -> None:
 
 
 def to_json(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own escapes what has a meaning in HTML."""
+    """Jinja's own filter escapes characters for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def render(template: str, messages: list[dict], tokens: dict[str, str]) -> str:
-    """The messages up to where the answer begins. tokens: bos_token, eos_token and others, which templates name.
+    """The messages, up to the beginning of the answer. tokens: bos_token, eos_token and others that templates name.
 
     Raises:
-        ValueError: for a template that is not one, or does not take these messages.
+        ValueError: if the template is invalid or rejects these messages.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

@@ -19,30 +19,30 @@ from . import ctranslate2_file, gguf_file, onnx_file, sentence_files
 from .packages import LACKING, MODELS, locate
 from .tokenizer import Tokenizer
 
-WEIGHTS = (  # of a directory; the first that is there
+WEIGHTS = (  # files of a directory; the first that exists
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
     "onnx/model_q4.onnx",
 )  # fmt: skip
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut off, or not one this library knows. Names the file."""
+    """A checkpoint that is missing, truncated or not supported. Names the file."""
 
 
 def load(
     path: str | Path, dtype: torch.dtype = torch.float32, progress: bool = False
 ) -> tuple[Model, Tokenizer | None]:
-    """The model and the tokeniser of a checkpoint (None where it has no tokenizer.json), in evaluation mode on the CPU.
+    """The model of a checkpoint, in evaluation mode on the CPU, and its tokeniser (None without a tokenizer.json).
 
     Args:
         path: a known name (packages.py); a directory with config.json and model.safetensors or pytorch_model.bin
             (or the shards of one), or onnx/model_q4.onnx, or with a CTranslate2 model.bin; or a .gguf file. The weights
             of gpt-oss may be in MXFP4.
         dtype: of the weights. Quantised GGUF weights are dequantised to it.
-        progress: show a progress line on standard error.
+        progress: show a progress bar on standard error.
 
     Raises:
-        CheckpointError: naming the file, the tensor and what was expected of it.
+        CheckpointError: naming the file, the tensor and what was expected.
     """
     lacking = LACKING.get(str(path), {})
     path = locate(str(path))
@@ -74,7 +74,7 @@ def load(
     if is_bare(architecture) and not config.tie_word_embeddings and "lm_head.weight" not in tensors:
         config = replace(config, lm_head=False)
     try:
-        return build(config, tensors, path, dtype, progress), tokenizer
+        return build_model(config, tensors, path, dtype, progress), tokenizer
     except CheckpointError as error:
         own = FAMILIES[config.family].to_hf(config)["architectures"][0]
         if architecture in ("", own):
@@ -83,7 +83,7 @@ def load(
 
 
 def is_bare(architecture: str) -> bool:
-    """Whether transformers gives this name to a model without a head; GPT2LMHeadModel and MarianMTModel have one."""
+    """Whether transformers has this name for a model without a head; GPT2LMHeadModel and MarianMTModel have one."""
     return architecture.endswith("Model") and not architecture.endswith(("HeadModel", "MTModel"))
 
 
@@ -124,7 +124,7 @@ def read_pooling(path: Path) -> Pooling | None:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face directory, by the names they have there."""
+    """All tensors of a Hugging Face directory, by their names there."""
     found = next((directory / name for name in WEIGHTS if (directory / name).exists()), None)
     if found is None:
         raise CheckpointError(
@@ -156,12 +156,12 @@ def read_file(file: Path) -> dict[str, Tensor]:
         return torch.load(file, map_location="cpu", weights_only=True)  # never runs code from the file
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or not a checkpoint: {error}") from None
-    except Exception as error:  # what unpickling raises depends on the bytes
+    except Exception as error:  # unpickling raises anything, depending on the bytes
         raise CheckpointError(f"{file}: refused: {str(error).splitlines()[0]}") from None
 
 
-def source_name(name: str, names: dict[str, str]) -> str:
-    """The checkpoint's name for our parameter: the entry of `names` that fits it whole or up to a last part."""
+def checkpoint_name(name: str, names: dict[str, str]) -> str:
+    """The checkpoint's name of our parameter: its entry in `names`, with or without the last part."""
     parts = name.split(".")
     layer = next((p for p in parts if p.isdigit()), None)
     generic = name if layer is None else name.replace(f".{layer}.", ".{i}.", 1)
@@ -170,13 +170,13 @@ def source_name(name: str, names: dict[str, str]) -> str:
     return found.replace("{i}", layer or "")
 
 
-def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, progress: bool) -> Model:
-    """A Transformer with the tensors of a checkpoint. Every one must be there, fit, and be used."""
+def build_model(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, progress: bool) -> Model:
+    """A model with the tensors of a checkpoint: none may be missing, of another shape, or left over."""
     family = FAMILIES[config.family]
-    tensors = {strip(name, family.PREFIXES): x for name, x in tensors.items()}
+    tensors = {strip_prefixes(name, family.PREFIXES): x for name, x in tensors.items()}
     tensors = {name: x for name, x in tensors.items() if not any(fnmatch(name, p) for p in family.IGNORED)}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # some checkpoints store the tied head a second time
-        embedding = tensors.get(source_name("token_embedding.weight", family.NAMES))
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # stored twice by some checkpoints
+        embedding = tensors.get(checkpoint_name("token_embedding.weight", family.NAMES))
         if embedding is None or not torch.equal(tensors.pop("lm_head.weight"), embedding):
             raise CheckpointError(f"{path}: the config ties the head to the embedding, but lm_head.weight is another")
     if hasattr(family, "prepare"):
@@ -188,7 +188,7 @@ def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.d
         model = EncoderDecoder(config) if config.decoder_layers else Transformer(config)
     state = {}
     for name, parameter in tqdm(model.state_dict().items(), "loading", disable=None if progress else True, leave=False):
-        source = source_name(name, family.NAMES)
+        source = checkpoint_name(name, family.NAMES)
         if source not in tensors:
             raise CheckpointError(f"{path}: tensor {source} is missing")
         x = tensors.pop(source)
@@ -201,7 +201,7 @@ def build(config: Config, tensors: dict[str, Tensor], path: Path, dtype: torch.d
     return model.eval()
 
 
-def strip(name: str, prefixes: tuple[str, ...]) -> str:
+def strip_prefixes(name: str, prefixes: tuple[str, ...]) -> str:
     for prefix in prefixes:
         name = name.removeprefix(prefix)
     return name

@@ -1,7 +1,7 @@
-"""A Whisper out of a CTranslate2 directory: model.bin, config.json, tokenizer.json.
+"""A Whisper in a CTranslate2 directory: model.bin, config.json, tokenizer.json.
 
-The binary format (version 6): names, shapes and bytes one behind the other, then names that stand for others. Queries,
-keys and values are one matrix, and a key's bias is there and zero.
+The binary format (version 6): names, shapes and bytes of the tensors in turn, then aliases. Queries, keys and values
+are one matrix, and a key has a bias, of zeros.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SUBLAYERS = {"self_attention": "self_attn", "attention": "encoder_attn"}
 
 
 def read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
-    """A config.json's contents and tensors under the names of a Hugging Face checkpoint, in float32.
+    """The fields of a config.json, and tensors under the names of a Hugging Face checkpoint, in float32.
 
     Raises:
-        ValueError: for another format, another model, or a file that is cut off.
+        ValueError: for another format, another model, or a truncated file.
     """
     with (directory / "model.bin").open("rb") as file:
         try:
@@ -38,7 +38,7 @@ def read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     for name, array in arrays.items():
         if array.ndim:
-            tensors |= renamed(name, torch.tensor(array.astype(np.float32)))
+            tensors |= rename_tensor(name, torch.tensor(array.astype(np.float32)))
     layers = {side: 1 + max(int(n.split("_")[1].split("/")[0]) for n in arrays if n.startswith(f"{side}/layer_") and
               n[len(side) + 7].isdigit()) for side in ("encoder", "decoder")}  # fmt: skip
     embedding, positions = arrays["decoder/embeddings/weight"], arrays["decoder/position_encodings/encodings"]
@@ -56,24 +56,24 @@ def read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
-    def numbers(form: str) -> tuple[int, ...]:
+    def read_numbers(form: str) -> tuple[int, ...]:
         return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
 
-    def text() -> str:
-        (size,) = numbers("H")
+    def read_text() -> str:
+        (size,) = read_numbers("H")
         return file.read(size)[:-1].decode()
 
-    (version,) = numbers("I")
-    spec = text() if version >= 2 else ""
+    (version,) = read_numbers("I")
+    spec = read_text() if version >= 2 else ""
     if version != 6 or spec != "WhisperSpec":
         raise ValueError(f"version must be 6 and the model a WhisperSpec, got {version}, {spec!r}")
-    _, count = numbers("II")
+    _, count = read_numbers("II")
     arrays = {}
     for _ in range(count):
-        name, (rank,) = text(), numbers("B")
-        shape = numbers(f"{rank}I")
-        (kind,) = numbers("B")
-        (size,) = numbers("I")
+        name, (rank,) = read_text(), read_numbers("B")
+        shape = read_numbers(f"{rank}I")
+        (kind,) = read_numbers("B")
+        (size,) = read_numbers("I")
         data = file.read(size)
         if len(data) < size:
             raise ValueError(f"truncated: {name} has {len(data)} of {size} bytes")
@@ -81,8 +81,8 @@ def read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
     return arrays
 
 
-def renamed(name: str, x: Tensor) -> dict[str, Tensor]:
-    """What one tensor is there: one, or two or three that stand in one."""
+def rename_tensor(name: str, x: Tensor) -> dict[str, Tensor]:
+    """One tensor under its names there; a fused one is split into two or three."""
     if name in PLAIN:
         return {PLAIN[name]: x}
     *where, last = name.replace("gamma", "weight").replace("beta", "bias").split("/")

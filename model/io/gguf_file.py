@@ -29,23 +29,27 @@ NAMES = {
 }
 
 
-# What a file may say of a Llama, after "llama.", and what this library reads of it or knows one value of.
+# Fields of a Llama, after "llama.", that are read here.
 HEADS = "attention.head_count"
-READ = (
+READ_FIELDS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", HEADS, "attention.head_count_kv",
     "attention.layer_norm_rms_epsilon", "attention.key_length", "rope.freq_base", "rope.scale_linear",
     "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
     "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 )  # fmt: skip
-NO_PART = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")  # the embedding has a size of its own
+IGNORED_FIELDS = (
+    "vocab_size",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+)  # vocab_size: the embedding's shape has it
 ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
 def read(path: Path, progress: bool = False) -> tuple[dict, dict[str, Tensor], Tokenizer]:
-    """(configuration as a Hugging Face config.json would have it, tensors by their names there, tokeniser).
+    """The fields of a Hugging Face config.json, tensors by their names there, and the tokeniser.
 
     Raises:
-        ValueError: for a file that is none, or says what this library does not do, by its name there.
+        ValueError: for a file that is no GGUF, or naming a field that is not supported.
     """
     import gguf
 
@@ -92,7 +96,7 @@ def read_config(fields: dict, rope_tensors: dict[str, Tensor | None]) -> dict:
     if kind != "llama":
         raise ValueError(f"general.architecture must be 'llama', got {kind!r}")
     said = select(fields, "llama.")
-    needed = (*READ[:5], "attention.layer_norm_rms_epsilon")
+    needed = (*READ_FIELDS[:5], "attention.layer_norm_rms_epsilon")
     missing = next((name for name in needed if name not in said), None)
     if missing is not None:
         raise ValueError(f"llama.{missing} is missing")
@@ -105,7 +109,7 @@ def read_config(fields: dict, rope_tensors: dict[str, Tensor | None]) -> dict:
     for name, value in said.items():
         if name in only and value != only[name]:
             raise ValueError(f"llama.{name} must be {only[name]}, got {value}")
-        if name not in only and name not in READ + NO_PART:
+        if name not in only and name not in READ_FIELDS + IGNORED_FIELDS:
             raise ValueError(f"llama.{name} is not known here, and may change the results")
     return {
         "model_type": "llama",
@@ -123,8 +127,8 @@ def read_config(fields: dict, rope_tensors: dict[str, Tensor | None]) -> dict:
 
 
 def read_rope(said: dict, tensors: dict[str, Tensor | None], head_dim: int) -> dict:
-    """rope_parameters. Tensors divide each frequency, as Llama 3.1's rope_freqs: a longrope whose factors are the same
-    for short and long sequences, where the file has one tensor only."""
+    """rope_parameters. A tensor divides each frequency, such as Llama 3.1's rope_freqs: a longrope, with the same
+    factors for short and long sequences if the file has only one tensor."""
     scaling = select(said, "rope.scaling.")
     kind, factor = scaling.get("type", "linear"), scaling.get("factor") or said.get("rope.scale_linear") or 1.0
     original = scaling.get("original_context_length", said["context_length"])
@@ -163,6 +167,6 @@ def rename(name: str) -> str:
 
 
 def unpermute(x: Tensor, heads: int) -> Tensor:
-    """GGUF pairs neighbouring rows for the rotation of q and k; put row i of a head back beside row i + head_dim / 2,
-    as `layers.rotate` pairs them."""
+    """GGUF pairs adjacent rows of q and k for the rotation; move them apart, as `positions.rotate` pairs row i of a
+    head with row i + head_dim / 2."""
     return x.view(heads, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)

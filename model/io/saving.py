@@ -1,4 +1,4 @@
-"""Checkpoints written as Hugging Face directories, whole or not at all."""
+"""Checkpoints, written atomically as Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from ..config import Config
 from ..encoder_decoder import Model
 from ..families import FAMILIES
 from . import sentence_files
-from .checkpoints import source_name
+from .checkpoints import checkpoint_name
 from .tokenizer import Tokenizer
 
-HEADS = ("lm_head.", "cls.", "classifier.", "qa_outputs.", "predictions.", "final_logits_bias")  # outside of the prefix
+HEADS = (
+    "lm_head.",
+    "cls.",
+    "classifier.",
+    "qa_outputs.",
+    "predictions.",
+    "final_logits_bias",
+)  # names without the prefix
 
 
 @contextlib.contextmanager
-def whole(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` only when all of it is written and on the disk. Where
-    anything goes wrong, nothing is left; a process that is killed leaves a name that ends in .partial.
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write to, renamed to `directory` when all of it is on the disk. On an error nothing is left; a
+    process that is killed leaves a name that ends in .partial.
 
     Raises:
-        FileExistsError: where `directory` is there.
+        FileExistsError: if `directory` exists.
     """
     if directory.exists():
-        raise FileExistsError(f"{directory} must not be there yet")
+        raise FileExistsError(f"{directory} must not exist yet")
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -47,7 +54,7 @@ def whole(directory: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """To the disk, before what comes next."""
+    """Flush a file or directory to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -59,15 +66,15 @@ def save(model: Model, directory: str | Path, tokenizer: Tokenizer | None = None
     """Write config.json, model.safetensors and the tokeniser into a new directory, for `load` and `transformers`.
 
     Raises:
-        FileExistsError: where the directory is there.
-        ValueError: where the family cannot hold what the config says.
+        FileExistsError: if the directory exists.
+        ValueError: if the family has no config.json for this config.
     """
-    with whole(Path(directory)) as partial:
+    with atomic_directory(Path(directory)) as partial:
         write(model.config, model.state_dict(), partial, tokenizer)
 
 
 def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer: Tokenizer | None) -> None:
-    """The files of a checkpoint; weights: a model's state."""
+    """The files of a checkpoint; weights: a model's state dict."""
     from safetensors.torch import save_file
 
     hf = FAMILIES[config.family].to_hf(config) | {"dtype": str(weights["token_embedding.weight"].dtype).split(".")[1]}
@@ -79,17 +86,17 @@ def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer
         sentence_files.write(config.pooling, config.width, directory)
     (directory / "config.json").write_text(json.dumps(hf, indent=2), encoding="utf-8")
     try:
-        save_file(named(config, weights), directory / "model.safetensors", metadata={"format": "pt"})
-    except Exception as error:  # the package has an exception of its own for a full disk
+        save_file(to_hf_names(config, weights), directory / "model.safetensors", metadata={"format": "pt"})
+    except Exception as error:  # safetensors raises its own exception for a full disk
         raise OSError(f"{directory / 'model.safetensors'}: not written: {error}") from error
 
 
-def named(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names that `transformers` has for them."""
+def to_hf_names(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under their names in `transformers`."""
     family = FAMILIES[config.family]
-    tensors = {source_name(name, family.NAMES): x for name, x in weights.items()}
+    tensors = {checkpoint_name(name, family.NAMES): x for name, x in weights.items()}
     if hasattr(family, "restore"):
         tensors = family.restore(tensors, config)
-    bare = not (config.lm_head or config.task)  # the inner model alone, whose names have no prefix
+    bare = not (config.lm_head or config.task)  # the inner model, whose names have no prefix
     prefix = "" if bare or not family.PREFIXES else family.PREFIXES[0]
     return {(name if name.startswith(HEADS) else prefix + name): x.contiguous() for name, x in tensors.items()}

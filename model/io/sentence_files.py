@@ -1,4 +1,4 @@
-"""The files with which sentence-transformers says how a checkpoint makes a vector of a text."""
+"""The files of sentence-transformers that say how a text becomes a vector."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from ..config import Pooling
-from ..families.fields import one_of, only
+from ..families.fields import look_up, require
 from ..pooling import POOLINGS
 
-KINDS = ("Transformer", "Pooling", "Normalize", "Dropout")  # of modules; the last does nothing outside of training
-# What older versions call the modes.
+KINDS = ("Transformer", "Pooling", "Normalize", "Dropout")  # of modules; Dropout does nothing at inference
+# The modes' names in older versions.
 OLD = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
 
 
@@ -19,10 +19,10 @@ def old_name(mode: str) -> str:
 
 
 def read(directory: Path) -> Pooling | None:
-    """None where there is no modules.json.
+    """None if there is no modules.json.
 
     Raises:
-        ValueError: for a module or a way of pooling that is not known here, by its name.
+        ValueError: naming a module or a pooling that is not supported.
     """
     if not (directory / "modules.json").exists():
         return None
@@ -36,7 +36,7 @@ def read(directory: Path) -> Pooling | None:
     if "Pooling" not in folders:
         raise ValueError("modules.json must have a Pooling, got none")
     hf = read_json(folders["Pooling"] / "config.json")
-    only(hf, include_prompt=True)
+    require(hf, include_prompt=True)
     text = next(iter(sorted(folders["Transformer"].glob("sentence_*_config.json"))), None)
     text = {} if text is None else read_json(text)
     return Pooling(
@@ -60,7 +60,7 @@ def read_modes(hf: dict) -> tuple[str, ...]:
     found = hf.get("pooling_mode") or [mode for mode in POOLINGS if hf.get(old_name(mode))] or ["mean"]
     modes = [found] if isinstance(found, str) else found
     for mode in modes:
-        one_of({"pooling_mode": mode}, "pooling_mode", "mean", POOLINGS)
+        look_up({"pooling_mode": mode}, "pooling_mode", "mean", POOLINGS)
     return tuple(modes)
 
 
@@ -69,14 +69,14 @@ def read_json(path: Path) -> dict:
 
 
 def write(pooling: Pooling, width: int, directory: Path) -> None:
-    """The reverse."""
+    """The reverse of `read`."""
     kinds = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if pooling.normalize else {})
     modules = [
         dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{kind}")
         for i, (kind, path) in enumerate(kinds.items())
     ]
-    modes: dict = {old_name(mode): mode in pooling.modes for mode in POOLINGS}  # which every version reads
-    if read_modes(modes) != pooling.modes:  # side by side in another order
+    modes: dict = {old_name(mode): mode in pooling.modes for mode in POOLINGS}  # all versions read these
+    if read_modes(modes) != pooling.modes:  # concatenated in another order
         modes = dict(pooling_mode=pooling.modes)
     prompts = dict(prompts=dict(pooling.prompts), default_prompt_name=pooling.default_prompt or None)
     files = {

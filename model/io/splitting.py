@@ -1,7 +1,7 @@
-"""How byte-level BPE splits a text before it merges: the patterns that a GGUF file calls by name.
+"""How byte-level BPE splits a text before it merges: the patterns that a GGUF file names.
 
-The names and what they mean are llama.cpp's; where its pattern stands for one of a tokenizer.json, it is that one. Each
-pattern splits what the one in front of it left, and a piece is what matches, or stands between two matches.
+The names and their meaning are llama.cpp's; where its pattern replaces one of a tokenizer.json, the latter is used.
+Each pattern splits the pieces of the one before it; a piece is a match, or the text between two matches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def match_words(number: str) -> str:
 
 
 def match_cased_words(number: str, short: str = "") -> str:
-    """Words that end where small letters do."""
+    """Words that end at the end of lower-case letters."""
     first = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{short}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{short}"
     return rf"{first}|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
 
@@ -30,8 +30,8 @@ def match_cased_words(number: str, short: str = "") -> str:
 class Splitter(NamedTuple):
     names: str
     patterns: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token is not merged from its bytes
-    begins: bool = False  # a text begins with the bos token, unless the file says otherwise
+    whole_words: bool = False  # a piece that is a token is taken whole, without merges
+    adds_bos: bool = False  # a text begins with the bos token, unless the file says otherwise
 
 
 DIGITS = r"\p{N}{1,3}"

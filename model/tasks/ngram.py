@@ -1,4 +1,4 @@
-"""An n-gram model with modified Kneser-Ney smoothing: what a language model has to beat.
+"""An n-gram model with modified Kneser-Ney smoothing, the baseline of a language model.
 
 Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), section 3, equations 25-26.
 """
@@ -21,25 +21,25 @@ class KneserNey:
         if order * np.log2(vocab_size) > 63:
             raise ValueError(f"vocab_size ** order must fit 63 bits, got {vocab_size} ** {order}")
         self.vocab_size, self.order, self.levels = vocab_size, order, []
-        keys = grams(tokens, order, vocab_size)
+        keys = ngram_keys(tokens, order, vocab_size)
         keys, counts = np.unique(keys[order - 1 :], return_counts=True)
-        for n in range(order, 0, -1):  # the highest order has counts, the lower ones how many tokens stand in front
+        for n in range(order, 0, -1):  # the highest order has counts, lower ones the number of different tokens before
             self.levels.append(Level(keys, counts, vocab_size))
             if n > 1:  # a key's first token is its highest digit
                 keys, counts = np.unique(keys % vocab_size ** (n - 1), return_counts=True)
         self.levels.reverse()
 
     def probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """Of each token, given those in front of it in `tokens`, up to order - 1 of them."""
+        """Of each token, given the up to order - 1 tokens before it."""
         p = np.full(len(tokens), 1 / self.vocab_size)
         for n, level in enumerate(self.levels, 1):
-            keys = grams(tokens, n, self.vocab_size)
-            p[n - 1 :] = level.interpolated(keys[n - 1 :], p[n - 1 :])
+            keys = ngram_keys(tokens, n, self.vocab_size)
+            p[n - 1 :] = level.interpolate(keys[n - 1 :], p[n - 1 :])
         return p
 
 
 class Level:
-    """The n-grams of one order: keys, their counts, and for each context its sum and what the discounts leave over."""
+    """The n-grams of one order: keys, their counts, and for each context their sum and the sum of the discounts."""
 
     def __init__(self, keys: np.ndarray, counts: np.ndarray, vocab_size: int):
         self.keys, self.counts, self.vocab_size = keys, counts, vocab_size
@@ -55,7 +55,7 @@ class Level:
     def discount(self, counts: np.ndarray) -> np.ndarray:
         return np.minimum(self.discounts[np.minimum(counts, 3)], counts)
 
-    def interpolated(self, keys: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    def interpolate(self, keys: np.ndarray, lower: np.ndarray) -> np.ndarray:
         """p(token | context) of these n-grams; lower: p(token | context without its first token)."""
         counts = look_up(self.keys, self.counts, keys)
         contexts = keys // self.vocab_size
@@ -64,8 +64,8 @@ class Level:
         return np.where(sums > 0, (counts - self.discount(counts) + left * lower) / seen, lower)
 
 
-def grams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
-    """The n tokens that end at each place as one number; the first n - 1 of them are not whole."""
+def ngram_keys(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
+    """The n tokens that end at each position, as one number; the first n - 1 are incomplete."""
     keys = np.zeros(len(tokens), np.int64)
     for back in range(n - 1, -1, -1):
         keys *= vocab_size
@@ -74,6 +74,6 @@ def grams(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
 
 
 def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """values of the wanted keys, 0 where there is none."""
+    """The values of the wanted keys, 0 for missing ones."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)

@@ -1,7 +1,7 @@
-"""Sentiment: MiniLM, fine-tuned, says whether a snippet of a movie review is good or bad.
+"""Sentiment: MiniLM, fine-tuned, classifies snippets of movie reviews as good or bad.
 
 10,605 snippets with the mean of many people's ratings (Hutto and Gilbert, "VADER", 2014); every fifth is held out.
-Beside it stands the same MiniLM, frozen, with a linear layer on its embeddings.
+The baseline is a frozen MiniLM with a linear layer on its embeddings.
 
     python -m model.tasks.sentiment --out out/sentiment
 """
@@ -20,16 +20,16 @@ from ..inference.embed import embed
 from ..io.checkpoints import load
 from ..io.tokenizer import Tokenizer
 from ..step import pack
-from ..training.batches import Batch, chosen
+from ..training.batches import Batch, sample_indices
 from ..transformer import Transformer
-from .common import arguments, command, fine_tuning, learn, minutes
+from .common import fine_tuning_settings, make_parser, run_command, train_task, training_minutes
 from .datasets import fetch
 
 BATCH, LABELS = 32, ("bad", "good")
 Examples = list[tuple[str, int]]  # a text, and the number of its label
 
 
-def snippets() -> Examples:
+def read_snippets() -> Examples:
     with tarfile.open(fetch("vader")) as outer:
         inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as files:
@@ -52,7 +52,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, examples: Examples) -> fl
     return right / len(examples)
 
 
-def frozen(model: Transformer, tokenizer: Tokenizer, learned: Examples, held_out: Examples) -> float:
+def frozen_accuracy(model: Transformer, tokenizer: Tokenizer, learned: Examples, held_out: Examples) -> float:
     """Accuracy of logistic regression on sentence embeddings."""
 
     def vectors(examples: Examples) -> Tensor:
@@ -75,25 +75,27 @@ def frozen(model: Transformer, tokenizer: Tokenizer, learned: Examples, held_out
 
 
 def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None = None) -> dict:
-    learned, held_out = split(snippets())
+    learned, held_out = split(read_snippets())
     held_out = held_out[:measured]
     encoder, tokenizer = load("minilm")
-    baseline = frozen(encoder, tokenizer, learned[: None if measured is None else 8 * measured], held_out)
+    baseline = frozen_accuracy(encoder, tokenizer, learned[: None if measured is None else 8 * measured], held_out)
     torch.manual_seed(seed)
     model = encoder.with_head("classify", LABELS, dropout=0.1)
 
     def batch(number: int) -> Batch:
-        picked = [learned[i] for i in chosen(number, BATCH, len(learned), seed)]
+        picked = [learned[i] for i in sample_indices(number, BATCH, len(learned), seed)]
         tokens, lengths = pack([tokenizer.encode(text) for text, _ in picked])
         return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([label for _, label in picked]))
 
-    settings = fine_tuning(steps, 1e-4, every=200, seed=seed)
+    settings = fine_tuning_settings(steps, 1e-4, every=200, seed=seed)
     some = held_out[::4]
-    log = learn(model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer)
+    log = train_task(
+        model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer
+    )
     return {
         "learned": len(learned),
         "measured": len(held_out),
-        "minutes": minutes(log),
+        "minutes": training_minutes(log),
         "accuracy": accuracy(model, tokenizer, held_out),
         "accuracy_frozen": baseline,
         "majority": max(sum(label == i for _, label in held_out) for i in (0, 1)) / len(held_out),
@@ -107,8 +109,8 @@ def show(result: dict) -> None:
     )
     print(f"  fine-tuned                      {result['accuracy']:6.1%}")
     print(f"  frozen, with a linear layer     {result['accuracy_frozen']:6.1%}")
-    print(f"  the commoner answer             {result['majority']:6.1%}")
+    print(f"  majority class                  {result['majority']:6.1%}")
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=530), run, show))
+    sys.exit(run_command(make_parser(__doc__.split("\n")[0], steps=530), run, show))

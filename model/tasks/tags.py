@@ -1,7 +1,7 @@
 """Part-of-speech tags: MiniLM, fine-tuned on the Brown corpus.
 
-Every tenth of its 500 texts is held out. Tags are Brown's without what marks headlines, titles and citations
-(-hl, -tl, -nc) and foreign words (fw-). Beside it stands each word's most frequent tag.
+Every tenth of its 500 texts is held out. Tags are Brown's without the marks of headlines, titles, citations
+(-hl, -tl, -nc) and foreign words (fw-). The baseline is each word's most frequent tag.
 
     python -m model.tasks.tags --out out/tags
 """
@@ -18,28 +18,28 @@ import torch
 from ..io.checkpoints import load
 from ..io.tokenizer import Tokenizer
 from ..step import pack
-from ..training.batches import Batch, chosen
+from ..training.batches import Batch, sample_indices
 from ..transformer import Transformer
-from .common import arguments, command, fine_tuning, learn, minutes
+from .common import fine_tuning_settings, make_parser, run_command, train_task, training_minutes
 from .datasets import fetch
 
 BATCH, LONGEST = 16, 120  # sentences; words of one
 Sentence = list[tuple[str, str]]  # words and their tags
 
 
-def texts() -> list[list[Sentence]]:
-    """The sentences of each text, a line each; a word and its tag stand on two sides of a slash."""
+def read_texts() -> list[list[Sentence]]:
+    """The sentences of each text, one a line, of words and their tags, separated by a slash."""
     with tarfile.open(fetch("brown")) as files:
         members = sorted(m.name for m in files.getmembers() if re.fullmatch(r"package/c[a-r]\d\d", m.name))
         data = [files.extractfile(name).read().decode("latin-1") for name in members]
     result = []
     for text in data:
         pairs = ([word.rpartition("/") for word in line.split()] for line in text.splitlines() if line.strip())
-        result.append([[(word, plain(tag)) for word, _, tag in line][:LONGEST] for line in pairs])
+        result.append([[(word, strip_marks(tag)) for word, _, tag in line][:LONGEST] for line in pairs])
     return result
 
 
-def plain(tag: str) -> str:
+def strip_marks(tag: str) -> str:
     return re.sub(r"-(hl|tl|nc)\b", "", tag.lower()).removeprefix("fw-")
 
 
@@ -48,8 +48,8 @@ def split(documents: list[list[Sentence]]) -> tuple[list[Sentence], list[Sentenc
     return learned, [s for document in documents[::10] for s in document]
 
 
-def pieces(tokenizer: Tokenizer, sentence: Sentence, numbers: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Tokens, and the targets: a word's tag at its first piece, -100 elsewhere; -2 for a tag that was never seen."""
+def encode_sentence(tokenizer: Tokenizer, sentence: Sentence, numbers: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Tokens, and the targets: a word's tag at its first token, -100 elsewhere; -2 for an unknown tag."""
     encoding = tokenizer.backend.encode([word for word, _ in sentence], is_pretokenized=True)
     targets = [-100] * len(encoding.ids)
     for word, (_, tag) in enumerate(sentence):
@@ -63,7 +63,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]
     numbers = {tag: i for i, tag in enumerate(model.config.labels)}
     right = total = 0
     for first in range(0, len(sentences), 64):
-        encoded = [pieces(tokenizer, sentence, numbers) for sentence in sentences[first : first + 64]]
+        encoded = [encode_sentence(tokenizer, sentence, numbers) for sentence in sentences[first : first + 64]]
         targets = torch.tensor([t for _, row in encoded for t in row])
         found = model(*pack([tokens for tokens, _ in encoded])).argmax(-1)
         right += int((found == targets).sum())
@@ -71,8 +71,8 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]
     return right / total
 
 
-def most_frequent(learned: list[Sentence], held_out: list[Sentence]) -> float:
-    """Accuracy of giving each word the tag it had most; a word that was never seen is a noun."""
+def most_frequent_tag_accuracy(learned: list[Sentence], held_out: list[Sentence]) -> float:
+    """Accuracy of each word's most frequent tag; unknown words are nouns."""
     seen: dict[str, Counter] = defaultdict(Counter)
     for sentence in learned:
         for word, tag in sentence:
@@ -82,7 +82,7 @@ def most_frequent(learned: list[Sentence], held_out: list[Sentence]) -> float:
 
 
 def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None = None) -> dict:
-    learned, held_out = split(texts())
+    learned, held_out = split(read_texts())
     held_out = held_out[:measured]
     labels = sorted({tag for sentence in learned for _, tag in sentence})
     numbers = {tag: i for i, tag in enumerate(labels)}
@@ -91,31 +91,35 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
     model = encoder.with_head("tag", labels, dropout=0.1)
 
     def batch(number: int) -> Batch:
-        encoded = [pieces(tokenizer, learned[i], numbers) for i in chosen(number, BATCH, len(learned), seed)]
+        encoded = [
+            encode_sentence(tokenizer, learned[i], numbers) for i in sample_indices(number, BATCH, len(learned), seed)
+        ]
         tokens, lengths = pack([tokens for tokens, _ in encoded])
         return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([t for _, row in encoded for t in row]))
 
-    settings = fine_tuning(steps, 3e-4, every=250, seed=seed)
+    settings = fine_tuning_settings(steps, 3e-4, every=250, seed=seed)
     some = held_out[::10]
-    log = learn(model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer)
+    log = train_task(
+        model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer
+    )
     return {
         "labels": len(labels),
         "sentences": min(steps * BATCH, len(learned)),
         "measured": sum(map(len, held_out)),
-        "minutes": minutes(log),
+        "minutes": training_minutes(log),
         "accuracy": accuracy(model, tokenizer, held_out),
-        "most_frequent": most_frequent(learned, held_out),
+        "most_frequent": most_frequent_tag_accuracy(learned, held_out),
     }
 
 
 def show(result: dict) -> None:
     print(
         f"MiniLM fine-tuned on {result['sentences']:,} sentences of the Brown corpus ({result['labels']} tags) for "
-        f"{result['minutes']:.1f} minutes\n\naccuracy on {result['measured']:,} words of texts that were held out"
+        f"{result['minutes']:.1f} minutes\n\naccuracy on {result['measured']:,} words of held-out texts"
     )
     print(f"  fine-tuned                      {result['accuracy']:6.1%}")
     print(f"  each word's most frequent tag   {result['most_frequent']:6.1%}")
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=800), run, show))
+    sys.exit(run_command(make_parser(__doc__.split("\n")[0], steps=800), run, show))

@@ -1,7 +1,7 @@
 """Text generation: a small Llama learns to write like Jane Austen, from scratch.
 
-The last tenth of each novel is held out. Bits per byte on it stand beside those of 5-gram models with modified
-Kneser-Ney smoothing, of bytes and of the same tokens, made from the same text.
+The last tenth of each novel is held out. The baselines are 5-gram models with modified Kneser-Ney smoothing, of bytes
+and of the same tokens, trained on the same text.
 
     python -m model.tasks.text --out out/text
 """
@@ -16,11 +16,11 @@ import torch
 
 from ..inference.generate import generate
 from ..io.tokenizer import Tokenizer
-from ..training.batches import Batch, windows
+from ..training.batches import Batch, random_windows
 from ..training.evaluate import bits
 from ..training.train import Training
-from .common import arguments, command, learn, minutes, small_llama
-from .datasets import novels
+from .common import make_parser, run_command, small_llama, train_task, training_minutes
+from .datasets import read_novels
 from .ngram import KneserNey
 
 VOCAB, CONTEXT, BATCH = 2048, 256, 8
@@ -29,7 +29,7 @@ PROMPT = "It was a truth"
 
 def split(share: float = 0.9) -> tuple[str, str]:
     """The text to learn from, and the end of each novel, held out."""
-    texts = novels().values()
+    texts = read_novels().values()
     learned = (text[: int(len(text) * share)] for text in texts)
     return "\n".join(learned), "\n".join(text[int(len(text) * share) :] for text in texts)
 
@@ -47,9 +47,9 @@ def run(steps: int, seed: int = 0, out: str | None = None, layers: int = 4, widt
     )
 
     def batch(number: int) -> Batch:
-        return windows(tokens, number, BATCH, CONTEXT, seed)
+        return random_windows(tokens, number, BATCH, CONTEXT, seed)
 
-    log = learn(
+    log = train_task(
         model,
         batch,
         settings,
@@ -66,7 +66,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, layers: int = 4, widt
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": sum(entry.get("tokens", 0) for entry in log),
-        "minutes": minutes(log),
+        "minutes": training_minutes(log),
         "bits_per_byte": ours,
         "five_grams_of_tokens": float(-np.log2(of_tokens).sum()) / size,
         "five_grams_of_bytes": float(-np.log2(of_bytes).sum()) / size,
@@ -87,4 +87,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=1500), run, show))
+    sys.exit(run_command(make_parser(__doc__.split("\n")[0], steps=1500), run, show))

@@ -1,8 +1,8 @@
-"""Machine translation: the Transformer as it was first learns English to Spanish from the verses of two Bibles.
+"""Machine translation: the original Transformer learns English to Spanish from two Bibles.
 
-Blocks of twenty consecutive verses are held out. BLEU (sacrebleu) of beam search stands beside that of translating word
-by word, with the most likely word of IBM model 1 (Brown et al., "The Mathematics of Statistical Machine Translation",
-1993) trained on the same verses.
+Blocks of twenty consecutive verses are held out. The result is BLEU (sacrebleu) of beam search; the baseline
+translates word by word, with the most likely word of IBM model 1 (Brown et al., "The Mathematics of Statistical Machine
+Translation", 1993) trained on the same verses.
 
     python -m model.tasks.translation --out out/translation
 """
@@ -22,10 +22,10 @@ from ..inference.beam import beam_search
 from ..io.tokenizer import Tokenizer
 from ..layers import initialise
 from ..step import pack
-from ..training.batches import Batch, chosen
+from ..training.batches import Batch, sample_indices
 from ..training.train import Training
-from .common import arguments, command, learn, minutes
-from .datasets import verses
+from .common import make_parser, run_command, train_task, training_minutes
+from .datasets import read_verses
 
 VOCAB, BATCH, LONGEST = 4000, 64, 120
 START, STOP = "<s>", "</s>"
@@ -33,7 +33,7 @@ Pair = tuple[str, str]
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """To learn from, to look at in training, to measure on."""
+    """The training, validation and test verses."""
     block = [i // 20 % 60 for i in range(len(pairs))]
     learned = [pair for pair, b in zip(pairs, block, strict=True) if b not in (0, 30)]
     return learned, *([pair for pair, b in zip(pairs, block, strict=True) if b == wanted] for wanted in (30, 0))
@@ -48,14 +48,14 @@ def make_config(vocab_size: int, width: int, layers: int, dropout: float) -> Con
     )  # fmt: skip
 
 
-def encoded(pairs: list[Pair], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+def encode_pairs(pairs: list[Pair], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     stop = tokenizer.stop[0]
     return [([*tokenizer.encode(a), stop], [*tokenizer.encode(b), stop]) for a, b in pairs]
 
 
-def batch(examples: list[tuple[list[int], list[int]]], number: int, seed: int) -> Batch:
+def make_batch(examples: list[tuple[list[int], list[int]]], number: int, seed: int) -> Batch:
     """Packed on both sides."""
-    picked = [examples[i] for i in chosen(number, BATCH, len(examples), seed)]
+    picked = [examples[i] for i in sample_indices(number, BATCH, len(examples), seed)]
     tokens, lengths = pack([source for source, _ in picked])
     targets, target_lengths = pack([[0, *target[:-1]] for _, target in picked])
     wanted, _ = pack([target for _, target in picked])
@@ -77,15 +77,15 @@ def bleu(found: list[str], expected: list[str]) -> float:
     return corpus_bleu(found, [expected]).score
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text)
 
 
-def dictionary(pairs: list[Pair], rounds: int = 5) -> dict[str, str]:
+def learn_dictionary(pairs: list[Pair], rounds: int = 5) -> dict[str, str]:
     """The most likely Spanish word for each English one, by IBM model 1: t(f | e), uniform at first, from the expected
-    counts of the round before."""
-    sources = [words(a) for a, _ in pairs]
-    targets = [words(b) for _, b in pairs]
+    counts of the previous round."""
+    sources = [split_words(a) for a, _ in pairs]
+    targets = [split_words(b) for _, b in pairs]
     english, spanish = (
         {w: i for i, w in enumerate(Counter(w for s in side for w in s))} for side in (sources, targets)
     )
@@ -96,7 +96,7 @@ def dictionary(pairs: list[Pair], rounds: int = 5) -> dict[str, str]:
     ]
     keys, inverse = np.unique(np.concatenate([g.ravel() for g in grids]), return_inverse=True)
     t = np.ones(len(keys))
-    rows = np.concatenate([np.repeat(len(g[0]), len(g)) for g in grids])  # keys of one Spanish word's row
+    rows = np.concatenate([np.repeat(len(g[0]), len(g)) for g in grids])  # length of a Spanish word's row
     starts = np.concatenate([[0], rows.cumsum()[:-1]])
     of = keys // size
     for _ in range(rounds):
@@ -111,18 +111,18 @@ def dictionary(pairs: list[Pair], rounds: int = 5) -> dict[str, str]:
     return {word: names[best[i][1]] for word, i in english.items()}
 
 
-def word_by_word(text: str, known: dict[str, str]) -> str:
-    """Words that were never seen stay as they are."""
-    return re.sub(r" ([^\w\s])", r"\1", " ".join(known.get(word, word) for word in words(text)))
+def translate_word_by_word(text: str, known: dict[str, str]) -> str:
+    """Unknown words are kept."""
+    return re.sub(r" ([^\w\s])", r"\1", " ".join(known.get(word, word) for word in split_words(text)))
 
 
 def run(
     steps: int, seed: int = 0, out: str | None = None, width: int = 256, layers: int = 3, measured: int | None = None
 ) -> dict:
-    learned, watched, held_out = split(verses())
+    learned, watched, held_out = split(read_verses())
     held_out = held_out[:measured]
     tokenizer = Tokenizer.train("\n".join(f"{a}\n{b}" for a, b in learned), VOCAB, special=(START, STOP), stop=STOP)
-    examples = encoded(learned, tokenizer)
+    examples = encode_pairs(learned, tokenizer)
     torch.manual_seed(seed)
     model = EncoderDecoder(make_config(tokenizer.size, width, layers, dropout=0.1))
     initialise(model, layers)
@@ -135,16 +135,16 @@ def run(
         some = watched[::8]
         return {"BLEU": bleu(translate(model, tokenizer, [a for a, _ in some], beams=1), [b for _, b in some])}
 
-    log = learn(model, lambda i: batch(examples, i, seed), settings, out, evaluate, tokenizer)
+    log = train_task(model, lambda i: make_batch(examples, i, seed), settings, out, evaluate, tokenizer)
     sources, expected = [a for a, _ in held_out], [b for _, b in held_out]
-    found, known = translate(model, tokenizer, sources), dictionary(learned)
-    by_word = [word_by_word(text, known) for text in sources]
+    found, known = translate(model, tokenizer, sources), learn_dictionary(learned)
+    by_word = [translate_word_by_word(text, known) for text in sources]
     samples = [dict(zip(("english", "ours", "by_word", "bible"), row, strict=True)) for row in
                list(zip(sources, found, by_word, expected, strict=True))[:: max(1, len(sources) // 4)]]  # fmt: skip
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "pairs": len(learned),
-        "minutes": minutes(log),
+        "minutes": training_minutes(log),
         "curve": [(entry["step"], entry["BLEU"]) for entry in log if "BLEU" in entry],
         "measured": len(held_out),
         "bleu": bleu(found, expected),
@@ -156,11 +156,11 @@ def run(
 def show(result: dict) -> None:
     print(
         f"a Transformer of {result['parameters']:,} parameters, trained on {result['pairs']:,} verses for "
-        f"{result['minutes']:.0f} minutes\n\nBLEU of greedy decoding, of other verses, while it learned"
+        f"{result['minutes']:.0f} minutes\n\nBLEU of greedy decoding on validation verses, during training"
     )
     for step, value in result["curve"]:
         print(f"  after {step:>5,} steps            {value:5.1f}")
-    print(f"\nBLEU of {result['measured']} verses that were held out")
+    print(f"\nBLEU of {result['measured']} test verses")
     print(f"  Transformer, beam search     {result['bleu']:5.1f}")
     print(f"  word by word, IBM model 1    {result['bleu_word_by_word']:5.1f}")
     for sample in result["samples"]:
@@ -168,4 +168,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(arguments(__doc__.split("\n")[0], steps=3500), run, show))
+    sys.exit(run_command(make_parser(__doc__.split("\n")[0], steps=3500), run, show))

@@ -13,8 +13,8 @@ from ..transformer import Transformer
 
 @torch.no_grad()
 def bits(model: Transformer, tokens: Tensor, context: int) -> float:
-    """That the model needs for all tokens (total,) but the first. Each window begins in the middle of the one before:
-    every token but those of the first half sees at least half a context."""
+    """The bits that the model needs for tokens (total,), without the first. Windows overlap by half: every token,
+    except in the first half window, has at least half a context before it."""
     half, total = context // 2, 0.0
     for first in range(0, len(tokens) - 1, half):
         piece = tokens[max(0, first - half) : first + half + 1]

@@ -1,4 +1,4 @@
-"""Model FLOPs: what a model's mathematics asks for, and what this device reaches on a large product."""
+"""Model FLOPs, and the peak FLOP/s of this device."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from ..encoder_decoder import EncoderDecoder, Model
 from ..experts import Experts
 
 
-def matrix_parameters(module: nn.Module) -> int:
-    """That a token is multiplied by."""
+def count_matrix_parameters(module: nn.Module) -> int:
+    """The parameters of the matrices that a token is multiplied by."""
     plain = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
     experts = [m for m in module.modules() if isinstance(m, Experts)]
     return plain + sum((m.gate_up.numel() + m.down.numel()) * m.active // len(m.down) for m in experts)
 
 
 def model_flops(model: Model, inputs: dict[str, Tensor]) -> float:
-    """Of a forward and a backward pass: 6 for each token and parameter of a matrix, 12 * heads * head_dim for each
-    layer and pair of query and key. Chowdhery et al., "PaLM" (2022), arXiv:2204.02311, appendix B. What is recomputed
-    does not count; a causal half counts whole, as there."""
+    """Of a forward and a backward pass: 6 for each token and matrix parameter, 12 * heads * head_dim for each layer and
+    pair of query and key. Chowdhery et al., "PaLM" (2022), arXiv:2204.02311, appendix B: without recomputation, and
+    with all pairs even if attention is causal."""
     config = model.config
     pair = 12 * config.heads * config.head_dim
     sources = inputs["tokens"]
     if config.mel_bins:  # a spectrogram, two frames of which become one
         sources = sources[:, 0, ::2]
-    tokens, longest = count(sources, inputs.get("lengths"))
+    tokens, longest = count_tokens(sources, inputs.get("lengths"))
     head = config.width * config.vocab_size
     if not isinstance(model, EncoderDecoder):
-        blocks = matrix_parameters(model.blocks) * config.layers // len(model.blocks)
+        blocks = count_matrix_parameters(model.blocks) * config.layers // len(model.blocks)
         head *= config.lm_head or config.task == "masked"
         return 6 * tokens * (blocks + head) + pair * config.layers * tokens * longest
-    targets, longest_target = count(inputs["targets"], inputs.get("target_lengths"))
-    encoder = 6 * tokens * matrix_parameters(model.encoder) + pair * config.layers * tokens * longest
-    decoder = 6 * targets * (matrix_parameters(model.decoder) + head)
+    targets, longest_target = count_tokens(inputs["targets"], inputs.get("target_lengths"))
+    encoder = 6 * tokens * count_matrix_parameters(model.encoder) + pair * config.layers * tokens * longest
+    decoder = 6 * targets * (count_matrix_parameters(model.decoder) + head)
     return encoder + decoder + pair * config.decoder_layers * targets * (longest_target + longest)
 
 
-def count(tokens: Tensor, lengths: Tensor | None) -> tuple[float, float]:
-    """How many tokens there are, and how many a token of them has in its sequence, on average."""
+def count_tokens(tokens: Tensor, lengths: Tensor | None) -> tuple[float, float]:
+    """The number of tokens, and the length of a token's sequence, averaged over the tokens."""
     if lengths is None:
         return float(tokens.numel()), float(tokens.shape[-1])
     lengths = lengths.double()
     return float(lengths.sum()), float(lengths.square().sum() / lengths.sum())
 
 
-def peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a product of two large matrices on this device, the best of five."""
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a product of two large matrices on this device, best of five."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):

@@ -1,10 +1,10 @@
-"""Training with several processes, by PyTorch's own engines: FSDP2 shards parameters, tensor parallelism products.
+"""Training with several processes, by PyTorch: FSDP2 shards parameters, tensor parallelism splits layers.
 
 torchrun --nproc-per-node 2 mine.py
 
 torch.distributed.init_process_group()
-shard(model)                        # every process holds a part of the parameters, gradients and optimizer state
-train(model, batch, settings)       # and takes its own batches
+shard(model)                        # every process has a part of the parameters, gradients and optimizer state
+train(model, batch, settings)       # and its own batches
 
 mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "tensor"))     # both: 2 times 4 processes
 split(model, mesh["tensor"])
@@ -24,7 +24,7 @@ from ..layers import Block
 
 
 def shard(model: Model, mesh: DeviceMesh | None = None) -> None:
-    """In place: block by block, and the rest as one. Zhao et al., "PyTorch FSDP" (2023), arXiv:2304.11277.
+    """Shard in place: block by block, and the rest as one. Zhao et al., "PyTorch FSDP" (2023), arXiv:2304.11277.
 
     mesh: of one dimension; all processes by default.
     """
@@ -37,12 +37,12 @@ def shard(model: Model, mesh: DeviceMesh | None = None) -> None:
 
 
 def split(model: Model, mesh: DeviceMesh) -> None:
-    """In place: each process of the mesh computes some heads, and a part of the feed-forward's width; what leaves a
-    sublayer is summed over them. All of them take the same batches. Shoeybi et al., "Megatron-LM" (2019),
+    """Split in place: each process of the mesh computes some heads, and a part of the feed-forward's width; the outputs
+    of a sublayer are summed over the processes, which all take the same batches. Shoeybi et al., "Megatron-LM" (2019),
     arXiv:1909.08053.
 
     Raises:
-        ValueError: where the processes do not divide kv_heads or the feed-forward's width, or where it has experts.
+        ValueError: if the processes do not divide kv_heads or ffn_width, or if the model has experts.
     """
     config, size = model.config, mesh.size()
     if config.experts:

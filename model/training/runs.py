@@ -1,4 +1,4 @@
-"""The directory of a training run: its checkpoints, its log (JSON lines), a plot of its losses."""
+"""The directory of a training run: checkpoints, a log (JSON lines), a plot of the losses."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded
 
 
 class Run:
-    """Checkpoints `step-000100`, each a Hugging Face directory with the optimizer's state in training.pt, the last
-    `keep` of them. Each appears at once and whole; older ones go only when it is there. log.jsonl grows by a line a
-    step; a run that goes on puts it back to its checkpoint. loss.png is that of the last checkpoint."""
+    """The last `keep` checkpoints `step-000100`, each a Hugging Face directory with the optimizer's state in
+    training.pt. Each is written atomically, before older ones are deleted. log.jsonl grows by a line a step; a run that
+    resumes cuts it to its checkpoint. loss.png is of the last checkpoint."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         if keep < 1:
@@ -41,23 +41,25 @@ class Run:
         self, step: int, model: Model, optimizer: torch.optim.Optimizer, log: list[dict], tokenizer: Tokenizer | None
     ) -> None:
         weights, state = get_state_dict(model, optimizer, options=WHOLE)
-        states = gathered(torch.get_rng_state())
+        states = gather_all(torch.get_rng_state())
         if distributed.is_initialized() and distributed.get_rank() > 0:
             return
-        with saving.whole(self.directory / f"step-{step:06d}") as partial:
+        with saving.atomic_directory(self.directory / f"step-{step:06d}") as partial:
             saving.write(model.config, weights, partial, tokenizer)
             kept = dict(
                 step=step, config=asdict(model.config), weights=weights, optimizer=state, random=states, log=log
             )  # fmt: skip
             torch.save(kept, partial / "training.pt")
-        for old in self.checkpoints[: -self.keep]:  # which, half-deleted by a kill, would still look like checkpoints
+        for old in self.checkpoints[
+            : -self.keep
+        ]:  # renamed first: half-deleted by a kill, it would look like a checkpoint
             os.rename(old, old.with_name(f"{old.name}.partial"))
         for left in self.directory.glob("step-*.partial"):
             shutil.rmtree(left)
         plot(log, self.directory / "loss.png")
 
     def record(self, entries: list[dict], mode: str = "a") -> None:
-        """Add to log.jsonl; mode "w" begins it anew."""
+        """Append to log.jsonl; mode "w" replaces it."""
         if distributed.is_initialized() and distributed.get_rank() > 0:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -67,13 +69,14 @@ class Run:
     def resume(
         self, model: Model, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None
     ) -> tuple[int, list[dict]]:
-        """Put the last checkpoint into model, optimizer and PyTorch's generator: its step, and the log up to it.
+        """Load the last checkpoint into model, optimizer and PyTorch's generator. Returns its step, and the log up to
+        it.
 
         Raises:
-            CheckpointError: where it is that of another model or tokeniser, or cannot be read.
+            CheckpointError: if it is of another model or tokeniser, or cannot be read.
         """
         step, log = self.restore(model, optimizer, tokenizer) if self.checkpoints else (0, [])
-        if self.directory.exists():  # else nothing stands in it, and it appears with the first step
+        if self.directory.exists():  # else the first step creates it
             self.record(log, "w")
         return step, log
 
@@ -90,17 +93,17 @@ class Run:
         except CheckpointError:
             raise
         except Exception as error:  # what unpickling and loading raise depends on the bytes
-            message = f"{file}: not a state of this model (without its directory the run goes on from the one before)"
+            message = f"{file}: not a state of this model (delete its directory to resume from the one before)"
             raise CheckpointError(f"{message}: {' '.join(str(error).split())[:300]}") from None
         states = kept["random"]
         rank = distributed.get_rank() if distributed.is_initialized() else 0
-        if rank < len(states):  # one process more than before begins with a seed of its own
+        if rank < len(states):  # with more processes than before, a new one keeps its seed
             torch.set_rng_state(states[rank])
         return kept["step"], kept["log"]
 
 
 def check_same(checkpoint: Path, begun: dict, here: dict, tokenizer: Tokenizer | None) -> None:
-    """That a run goes on with the config and the tokeniser it was begun with; dropout is a matter of the training."""
+    """Raises CheckpointError if a run was begun with another config or tokeniser. Dropout may differ."""
     names = [name for name in begun if begun[name] != here.get(name) and not name.endswith("dropout")]
     if names:
         differences = ", ".join(f"{name} {begun[name]} (here {here.get(name)})" for name in names)
@@ -113,8 +116,8 @@ def check_same(checkpoint: Path, begun: dict, here: dict, tokenizer: Tokenizer |
         raise CheckpointError(f"{checkpoint}: {message}")
 
 
-def gathered(x: torch.Tensor) -> list[torch.Tensor]:
-    """Of every process."""
+def gather_all(x: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes."""
     if not distributed.is_initialized():
         return [x]
     result = [None] * distributed.get_world_size()
@@ -123,7 +126,7 @@ def gathered(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def plot(log: list[dict], file: Path) -> None:
-    """The losses, and everything else that an evaluation gave, by step."""
+    """The losses and the results of evaluations, by step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Training: a loop that can be read from top to bottom.
+"""The training loop.
 
-    run = Run("out")                                      # where checkpoints, log and plot go; None for nowhere
-    train(model, batch, Training(steps=1000), run)        # goes on from the last checkpoint, if there is one
+    run = Run("out")                                      # the directory of checkpoints, log and plot; None for none
+    train(model, batch, Training(steps=1000), run)        # resumes from the last checkpoint, if there is one
 
-`batch(i)` gives the i-th batch, always the same one: a run that was killed goes on bit for bit as if it had not been.
+`batch(i)` returns the i-th batch, always the same one: so a run that was killed resumes bit-exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..encoder_decoder import Model
 from ..io.tokenizer import Tokenizer
 from ..transformer import Stack
 from .batches import Batch
-from .flops import model_flops, peak
+from .flops import measure_peak_flops, model_flops
 from .runs import Run
 
 SCHEDULES = ("cosine", "inverse_sqrt", "constant")
@@ -34,22 +34,22 @@ SCHEDULES = ("cosine", "inverse_sqrt", "constant")
 
 @dataclass(frozen=True)
 class Training:
-    """Settings, checked."""
+    """The settings of a training run, checked."""
 
     steps: int
-    learning_rate: float = 1e-3  # the highest
-    schedule: str = "cosine"  # one of SCHEDULES, behind a linear warm-up
+    learning_rate: float = 1e-3  # the peak
+    schedule: str = "cosine"  # one of SCHEDULES, after a linear warm-up
     warmup: int = 100  # steps
-    least: float = 0.1  # of the learning rate: what the cosine ends with
+    min_lr_ratio: float = 0.1  # of the peak: where the cosine ends
     weight_decay: float = 0.1  # of matrices
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float | None = 1.0  # largest norm of all gradients together
-    accumulate: int = 1  # batches for one step, whose targets all count the same
+    clip: float | None = 1.0  # largest norm of all gradients together; None: no clipping
+    accumulate: int = 1  # batches of a step; all their targets have the same weight
     label_smoothing: float = 0.0
-    bfloat16: bool = False  # autocast: products in bfloat16, parameters in float32
-    recompute: bool = False  # activations of blocks in the backward pass, instead of keeping them
-    evaluate_every: int | None = None  # steps; None: at the end alone, as always, where there is an evaluation
-    save_every: int | None = None  # steps; None: at the end alone, as always, where there is a run
+    bfloat16: bool = False  # autocast: matrix products in bfloat16, parameters in float32
+    recompute: bool = False  # activations of blocks in the backward pass (activation checkpointing)
+    evaluate_every: int | None = None  # steps; None: at the end only, where it is always done
+    save_every: int | None = None  # steps; None: at the end only, where it is always done
     seed: int = 0  # of dropout
 
     def __post_init__(self):
@@ -61,8 +61,8 @@ class Training:
                 raise ValueError(f"{name} must be at least 1 step or None, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be over 0 or None, got {self.clip}")
-        if self.least < 0:
-            raise ValueError(f"least must be at least 0, got {self.least}")
+        if self.min_lr_ratio < 0:
+            raise ValueError(f"min_lr_ratio must be at least 0, got {self.min_lr_ratio}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.warmup < 0:
@@ -70,13 +70,14 @@ class Training:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
-    def rate(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0.
 
-        inverse_sqrt is that of Vaswani et al. (2017), section 5.3: linear up to `warmup`, then with step^-0.5. cosine:
+        inverse_sqrt: Vaswani et al. (2017), section 5.3: linear up to `warmup`, then proportional to step^-0.5. cosine:
         Loshchilov and Hutter, "SGDR" (2017), arXiv:1608.03983.
 
-        >>> [round(Training(steps=8, learning_rate=1.0, warmup=2, least=0.0).rate(step), 2) for step in range(8)]
+        >>> settings = Training(steps=8, learning_rate=1.0, warmup=2, min_lr_ratio=0.0)
+        >>> [round(settings.lr_at(step), 2) for step in range(8)]
         [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
         """
         if step < self.warmup:
@@ -86,7 +87,7 @@ class Training:
         if self.schedule == "constant":
             return self.learning_rate
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (self.least + (1 - self.least) * (1 + math.cos(math.pi * done)) / 2)
+        return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(
@@ -102,24 +103,24 @@ def train(
     """Train in place. Returns the log: a dictionary for each step and each evaluation.
 
     Args:
-        model: on its device, in float32; it may be sharded (model/training/parallel.py).
+        model: on its device, in float32; it may be sharded (parallel.py).
         batch: the i-th batch, deterministic. Of n processes, process r takes batches r, r + n, ...
         settings: see Training.
-        run: where to write, and to go on from; checkpoints there are directories that `model.load` reads.
-        evaluate: called with the model in evaluation mode; what it returns goes into the log.
-        tokenizer: saved along with the model.
-        mesh: of the processes that batches are divided among; None for all there are.
-        progress: a bar with loss, tokens per second and model FLOPs utilisation, where there is a terminal.
+        run: the directory to write, and to resume from; its checkpoints are directories that `model.load` reads.
+        evaluate: called with the model in evaluation mode; its result is added to the log.
+        tokenizer: saved with the model.
+        mesh: the processes that share the batches; None for all.
+        progress: show loss, tokens per second and model FLOPs utilisation on a terminal.
 
     Raises:
-        FloatingPointError: where the loss is not finite; the last checkpoint is as it was.
-        CheckpointError: where the run was begun with another model or tokeniser.
+        FloatingPointError: if the loss is not finite; the last checkpoint is kept.
+        CheckpointError: if the run was begun with another model or tokeniser.
     """
-    processes = Processes.of(mesh)
+    processes = Processes.from_mesh(mesh)
     rank, world = processes.rank, processes.size
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, settings)
-    peak_flops = peak(device, torch.bfloat16 if settings.bfloat16 else torch.float32)
+    peak_flops = measure_peak_flops(device, torch.bfloat16 if settings.bfloat16 else torch.float32)
     torch.manual_seed(settings.seed + rank)
     first, log = (0, []) if run is None else run.resume(model, optimizer, tokenizer)
     for module in model.modules():
@@ -130,42 +131,42 @@ def train(
     for step in range(first, settings.steps):
         start = time.perf_counter()
         numbers = [(step * settings.accumulate + i) * world + rank for i in range(settings.accumulate)]
-        batches = [to(batch(number), device) for number in numbers]
+        batches = [to_device(batch(number), device) for number in numbers]
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
-        loss = step_of(model, batches, settings, optimizer, processes)
+            group["lr"] = settings.lr_at(step)
+        loss = train_step(model, batches, settings, optimizer, processes)
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step}: try a lower learning rate, or clip gradients")
         seconds = time.perf_counter() - start
         tokens = sum(b.tokens for b in batches) * world
         utilisation = world * sum(model_flops(model, b.inputs) for b in batches) / seconds / peak_flops
-        new = [dict(step=step + 1, loss=loss, rate=settings.rate(step), tokens=tokens, seconds=seconds)]
+        new = [dict(step=step + 1, loss=loss, rate=settings.lr_at(step), tokens=tokens, seconds=seconds)]
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s, MFU {utilisation:.0%}", refresh=False)
         bar.update()
-        if evaluate is not None and due(step + 1, settings.evaluate_every, settings.steps):
-            new.append(dict(step=step + 1) | evaluated(model, evaluate))
+        if evaluate is not None and is_due(step + 1, settings.evaluate_every, settings.steps):
+            new.append(dict(step=step + 1) | run_evaluation(model, evaluate))
         log += new
         if run is None:
             continue
         run.record(new)
-        if due(step + 1, settings.save_every, settings.steps):
+        if is_due(step + 1, settings.save_every, settings.steps):
             run.save(step + 1, model, optimizer, log, tokenizer)
     bar.close()
     model.eval()
     return log
 
 
-def step_of(
+def train_step(
     model: Model, batches: list[Batch], settings: Training, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> float:
-    """One step of the optimizer. Each target of all batches and processes counts the same, however many a batch has;
-    where none has any, the loss is 0 and nothing changes."""
+    """One step of the optimizer. Every target of all batches and processes has the same weight; without any, the loss
+    is 0 and nothing changes."""
     total = float(sum(heads.count_targets(model.config, b.targets) for b in batches))
     total = float(processes.sum(torch.tensor(total)))
     optimizer.zero_grad()
     summed = torch.zeros(())
     device = next(model.parameters()).device
-    for b in batches:  # also those without targets: other processes may wait for their part of the gradients
+    for b in batches:  # those without targets too: other processes may wait for their gradients
         with torch.autocast(device.type, torch.bfloat16) if settings.bfloat16 else nullcontext():
             logits = model(**b.inputs)
         loss = heads.sum_losses(model.config, logits.float(), b.targets, settings.label_smoothing) / max(1, total)
@@ -179,8 +180,8 @@ def step_of(
 
 
 def make_optimizer(model: Model, settings: Training) -> torch.optim.AdamW:
-    """Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101. Its fast paths take no
-    mixture of sharded and whole parameters, so these have groups of their own."""
+    """Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101. Its fast paths
+    accept no mixture of sharded and replicated parameters, so these are in separate groups."""
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for p in model.parameters():
         groups.setdefault((p.dim() >= 2, isinstance(p, DTensor)), []).append(p)
@@ -190,7 +191,8 @@ def make_optimizer(model: Model, settings: Training) -> torch.optim.AdamW:
 
 
 def clip_gradients(model: Model, largest: float) -> None:
-    """Scale all gradients together to a norm of at most `largest`; PyTorch's own takes no mixture of sharded ones."""
+    """Scale all gradients to a joint norm of at most `largest`. PyTorch's function accepts no mixture of sharded
+    ones."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norms = [torch.linalg.vector_norm(g) for g in gradients]
     norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
@@ -199,7 +201,7 @@ def clip_gradients(model: Model, largest: float) -> None:
         gradient.mul_(scale)
 
 
-def evaluated(model: Model, evaluate: Callable[[Model], dict[str, float]]) -> dict[str, float]:
+def run_evaluation(model: Model, evaluate: Callable[[Model], dict[str, float]]) -> dict[str, float]:
     model.eval()
     with torch.no_grad():
         result = evaluate(model)
@@ -207,19 +209,19 @@ def evaluated(model: Model, evaluate: Callable[[Model], dict[str, float]]) -> di
     return result
 
 
-def due(done: int, every: int | None, last: int) -> bool:
+def is_due(done: int, every: int | None, last: int) -> bool:
     return done == last or (every is not None and done % every == 0)
 
 
 class Processes(NamedTuple):
-    """Those that batches are divided among: this one's rank, how many there are."""
+    """The processes that share the batches: the rank of this one, and their number."""
 
     rank: int = 0
     size: int = 1
     group: distributed.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, mesh: DeviceMesh | None) -> Processes:
+    def from_mesh(cls, mesh: DeviceMesh | None) -> Processes:
         if not distributed.is_initialized():
             return cls()
         group = distributed.group.WORLD if mesh is None else mesh.get_group()
@@ -231,5 +233,5 @@ class Processes(NamedTuple):
         return x
 
 
-def to(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch({name: x.to(device) for name, x in batch.inputs.items()}, batch.targets.to(device))

@@ -131,7 +131,7 @@ def test_a_new_head_shares_the_encoder():
 def test_four_bits():
     """Two blocks of four; 8 is zero; the first of two numbers lies in the low half."""
     packed = np.array([[[0x98, 0xF0], [0x8A, 0x88]]], dtype=np.uint8)
-    weight = onnx_file.four_bits(packed, np.array([0.5, 2.0], np.float32), K=7, N=1, bits=4, block_size=4)
+    weight = onnx_file.dequantise_four_bits(packed, np.array([0.5, 2.0], np.float32), K=7, N=1, bits=4, block_size=4)
     assert weight.tolist() == [[0.0, 0.5, -4.0, 3.5, 4.0, 0.0, 0.0]]
 
 

@@ -85,7 +85,7 @@ def small(tmp_path):
 def test_nothing_is_written_over(tmp_path):
     ours = small(tmp_path)
     model.save(ours, tmp_path / "x")
-    with pytest.raises(FileExistsError, match="x must not be there yet"):
+    with pytest.raises(FileExistsError, match="x must not exist yet"):
         model.save(ours, tmp_path / "x")
 
 
@@ -103,7 +103,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "named", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(saving, "to_hf_names", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         model.save(small(tmp_path), tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["written"]

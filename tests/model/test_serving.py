@@ -69,7 +69,7 @@ def test_a_beginning_is_computed_once(tmp_path):
 def test_prompts_are_read_with_those_about_as_long():
     requests = some_requests(50)
     requests[0].reused = len(requests[0].prompt) - 1  # one token is left to read
-    groups = serving.groups(requests, lambda request: len(request.prompt) - request.reused)
+    groups = serving.group_by_length(requests, lambda request: len(request.prompt) - request.reused)
     assert sorted(id(r) for group in groups for r in group) == sorted(map(id, requests))
     for group in groups:
         lengths = [len(request.prompt) - request.reused for request in group]

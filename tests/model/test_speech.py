@@ -89,7 +89,7 @@ def test_wrong_arguments_are_named(tmp_path):
     _, ours = written(tmp_path)
     with pytest.raises(ValueError, match=r"samples must be \(n,\), at least one, got shape \(1, 5\)"):
         speech.transcribe(ours, None, torch.zeros(1, 5))
-    with pytest.raises(ValueError, match=r"spectrogram must be \(batch, mels, at most 40 frames\)"):
+    with pytest.raises(ValueError, match=r"spectrogram must be \(batch, mel_bins, at most 40 frames\)"):
         ours.encode(torch.zeros(1, 10, 42))
     with pytest.raises(ValueError, match="tokenizer must be that of a Whisper"):
         speech.transcribe(ours, Tokenizer.train("a", 260), torch.zeros(500))
@@ -197,8 +197,8 @@ def test_languages_and_tasks():
     [
         (True, dict(language="german"), "language must be one of en, de, got 'german'"),
         (True, dict(task="sing"), "task must be one of transcribe, translate, got 'sing'"),
-        (False, dict(language="de"), "model knows English alone and transcribes it, got language 'de'"),
-        (False, dict(task="translate"), "model knows English alone .* task 'translate'"),
+        (False, dict(language="de"), "model is English-only and transcribes, got language 'de'"),
+        (False, dict(task="translate"), "model is English-only .* task 'translate'"),
     ],
 )
 def test_what_a_model_cannot_is_named(multilingual, options, message):
@@ -301,7 +301,9 @@ def test_notes_are_those_of_the_checkpoint():
     """Its config lists the tokens that are not to be written."""
     ours, tokenizer = model.load("whisper")
     listed = json.loads((locate("whisper") / "config.json").read_text())["suppress_ids"]
-    assert speech.find_notes(tokenizer) == {token for token in listed if token < ours.config.decoder_start_token}
+    assert speech.find_non_speech_tokens(tokenizer) == {
+        token for token in listed if token < ours.config.decoder_start_token
+    }
 
 
 @needs_whisper

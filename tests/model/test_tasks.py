@@ -79,15 +79,15 @@ def test_answers():
 def test_translation():
     """Verses by heart: what beam search makes of them is what stands there."""
     needs_data("bible-en", "bible-es")()
-    pairs = [(a, b) for a, b in datasets.verses() if len(a) < 60][:40]
+    pairs = [(a, b) for a, b in datasets.read_verses() if len(a) < 60][:40]
     joined = "\n".join(f"{a}\n{b}" for a, b in pairs)
     tokenizer = Tokenizer.train(joined, 600, (translation.START, translation.STOP), translation.STOP)
-    examples = translation.encoded(pairs, tokenizer)
+    examples = translation.encode_pairs(pairs, tokenizer)
     torch.manual_seed(0)
     model = EncoderDecoder(translation.make_config(tokenizer.size, width=128, layers=1, dropout=0.0))
     initialise(model, 1)
     settings = Training(steps=150, learning_rate=2e-3, warmup=30, label_smoothing=0.1)
-    train(model, lambda i: translation.batch(examples, i, seed=0), settings, progress=False)
+    train(model, lambda i: translation.make_batch(examples, i, seed=0), settings, progress=False)
     found = translation.translate(model, tokenizer, [a for a, _ in pairs])
     assert translation.bleu(found, [b for _, b in pairs]) > 80
 
@@ -95,14 +95,14 @@ def test_translation():
 def test_ibm_model_1():
     """The textbook's example: which word means what follows from where they stand together."""
     pairs = [("the house", "das Haus"), ("the book", "das Buch"), ("a book", "ein Buch")]
-    known = translation.dictionary(pairs, rounds=20)
+    known = translation.learn_dictionary(pairs, rounds=20)
     assert known == {"the": "das", "house": "Haus", "book": "Buch", "a": "ein"}
-    assert translation.word_by_word("a house, the book.", known) == "ein Haus, das Buch."
+    assert translation.translate_word_by_word("a house, the book.", known) == "ein Haus, das Buch."
 
 
 def test_the_bibles():
     needs_data("bible-en", "bible-es")()
-    pairs = datasets.verses()
+    pairs = datasets.read_verses()
     assert len(pairs) == 31_084
     assert pairs[0][0] == "In the beginning God created the heaven and the earth."
     assert pairs[-1][1].startswith("La gracia de nuestro Señor Jesucristo sea con todos vosotros")
@@ -111,7 +111,7 @@ def test_the_bibles():
 
 def test_the_novels():
     needs_data("austen")()
-    novels = datasets.novels()
+    novels = datasets.read_novels()
     assert len(novels) == 6
     assert (
         "\nIt is a truth universally acknowledged, that a single man in possession of a good fortune, must be in"
@@ -181,9 +181,9 @@ def test_a_download_is_kept(server, tmp_path):
 @pytest.mark.parametrize(
     ("status", "answer", "length", "message"),
     [
-        (200, b"da", 4, "not to be had: 2 of 4 bytes came"),
-        (200, b"Data", 4, "not the file it should be: SHA-256"),
-        (404, b"", 0, "not to be had: HTTP Error 404"),
+        (200, b"da", 4, "download failed: 2 of 4 bytes received"),
+        (200, b"Data", 4, "SHA-256 must be"),
+        (404, b"", 0, "download failed: HTTP Error 404"),
     ],
 )
 def test_a_download_that_fails_leaves_nothing(server, tmp_path, status, answer, length, message):
@@ -202,4 +202,4 @@ def test_not_a_debian_package(server):
     server.answer, server.length = b"!<arch>\n", 8
     datasets.PACKAGES["x"] = datasets.PACKAGES["x"]._replace(sha256=hashlib.sha256(b"!<arch>\n").hexdigest())
     with pytest.raises(OSError, match=r"no data\.tar in it"):
-        datasets.debian_files("x")
+        datasets.open_debian_package("x")

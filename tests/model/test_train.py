@@ -136,16 +136,16 @@ def test_schedules():
     settings = Training(steps=100, learning_rate=512**-0.5 * 40**-0.5, warmup=40, schedule="inverse_sqrt")
     for step in (1, 39, 40, 41, 100):
         expected = 512**-0.5 * min(step**-0.5, step * 40**-1.5)
-        assert abs(settings.rate(step - 1) - expected) < 1e-12
+        assert abs(settings.lr_at(step - 1) - expected) < 1e-12
     constant = Training(steps=10, learning_rate=2.0, warmup=0, schedule="constant")
-    assert {constant.rate(step) for step in range(10)} == {2.0}
+    assert {constant.lr_at(step) for step in range(10)} == {2.0}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("steps", 0), ("accumulate", 0), ("warmup", -1), ("schedule", "linear"), ("label_smoothing", 1.0),
-        ("evaluate_every", 0), ("save_every", -1), ("clip", 0.0), ("clip", -1.0), ("least", -0.1),
+        ("evaluate_every", 0), ("save_every", -1), ("clip", 0.0), ("clip", -1.0), ("min_lr_ratio", -0.1),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(name, value):
