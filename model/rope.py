@@ -79,10 +79,10 @@ class Llama3(Scaling):
             )
 
     def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
-        whole = compute_frequencies(theta, head_dim, device)
-        turns = self.original_context * whole / (2 * math.pi)
+        unscaled = compute_frequencies(theta, head_dim, device)
+        turns = self.original_context * unscaled / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-        return whole * kept + whole / self.factor * (1 - kept), 1.0
+        return unscaled * kept + unscaled / self.factor * (1 - kept), 1.0
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ class Yarn(Scaling):
     attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(factor) + 1
 
     def scale(self, theta: float, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
-        whole = compute_frequencies(theta, head_dim, device)
+        unscaled = compute_frequencies(theta, head_dim, device)
         low, high = (self.dimension(turns, theta, head_dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         i = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
         stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # weight of the divided frequency
-        return whole / self.factor * stretched + whole * (1 - stretched), self.amplitude
+        return unscaled / self.factor * stretched + unscaled * (1 - stretched), self.amplitude
 
     def dimension(self, turns: float, theta: float, head_dim: int) -> float:
         """The dimension with so many turns in the original context."""

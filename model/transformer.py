@@ -133,9 +133,8 @@ class Transformer(Stack):
 
     def new_paged_cache(self, pages: int, page_size: int) -> PagedModelCache:
         """An empty pool of pages, for sequences that join and leave, of up to `paged_context` tokens each."""
-        return PagedModelCache(
-            self.config, pages, page_size, self.token_embedding.weight, self.make_rotary(self.paged_context)
-        )
+        rotary = self.make_rotary(self.paged_context)
+        return PagedModelCache(self.config, pages, page_size, self.token_embedding.weight, rotary)
 
     @property
     def paged_context(self) -> int:

@@ -76,8 +76,8 @@ def tag(model: Transformer, tokenizer: Tokenizer, text: str) -> list[Entity]:
             last = kind if label[:2] in ("B-", "I-") else None
         else:
             first = entities[-1]
-            whole = Entity(kind, text[first.start : end], first.start, end, min(first.probability, float(probability)))
-            entities[-1] = whole
+            lowest = min(first.probability, float(probability))
+            entities[-1] = Entity(kind, text[first.start : end], first.start, end, lowest)
     return entities
 
 

@@ -104,10 +104,8 @@ class Server:
         if needed > self.pages:
             raise ValueError(f"prompt and max_new_tokens must fit the {self.pages} pages, got {needed}")
         device = self.model.token_embedding.weight.device
-        request.prompt, request.stop_tokens = (
-            list(request.prompt),
-            tuple(request.stop_tokens),
-        )  # copies: the caller may change them
+        # Copies: the caller may change its own.
+        request.prompt, request.stop_tokens = list(request.prompt), tuple(request.stop_tokens)
         request.generator = torch.Generator(device).manual_seed(request.seed)
         request.done = request.max_new_tokens == 0
         if not request.done:
@@ -167,11 +165,10 @@ class Server:
 
     def choose_tokens(self, requests: list[Request]) -> list[int | Exception]:
         """The next token of each request, or the exception of its sampling."""
-        rows, lengths = pad_sequences(
-            [self.tokens_to_prefill(request) for request in requests], self.model.token_embedding.weight.device
-        )
+        device = self.model.token_embedding.weight.device
+        rows, lengths = pad_sequences([self.tokens_to_prefill(request) for request in requests], device)
         hidden = self.model.encode(rows, lengths, cache=self.cache.select([r.sequence for r in requests]))
-        hidden = hidden[torch.arange(len(requests), device=rows.device), lengths.long() - 1]
+        hidden = hidden[torch.arange(len(requests), device=device), lengths.long() - 1]
         logits = self.model.logits(hidden).float()
         choices: list[int | Exception] = logits.argmax(-1).tolist()
         for i, request in enumerate(requests):
@@ -193,8 +190,7 @@ class Server:
         self.retire(request)
 
     def notify(self, request: Request, choice: int | Exception) -> None:
-        """Call `on_token`, after every request of the batch has its token: one that raises does not affect the
-        others."""
+        """Call `on_token`, once all requests of the batch have their tokens: one that raises affects no other."""
         if request.on_token is None or request.cancelled or request.error or choice in request.stop_tokens:
             return
         try:
@@ -212,8 +208,8 @@ class Server:
 
     def pages_reserved(self, request: Request) -> int:
         """The pages that it may still need. No page is ever copied on write, as only full pages are shared."""
-        whole = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
-        return whole - self.cache.pages_for(self.cache.length(request.sequence))
+        total = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
+        return total - self.cache.pages_for(self.cache.length(request.sequence))
 
     def make_room(self) -> bool:
         """Whether the next request can join. Frees pages of finished requests for it."""
@@ -228,10 +224,8 @@ class Server:
         """Start a request; its sequence shares the full pages of the longest common prefix with another."""
         best, shared, size = None, 0, self.cache.page_size
         for other in [*self.finished, *self.running]:
-            common = common_prefix(
-                other.all_tokens, request.prompt[:-1]
-            )  # the last token must be computed, for its logits
-            length = min(common, self.cache.length(other.sequence)) // size * size
+            prefix = common_prefix(other.all_tokens, request.prompt[:-1])  # the last token is computed, for its logits
+            length = min(prefix, self.cache.length(other.sequence)) // size * size
             if length > shared:
                 best, shared = other, length
         request.sequence = self.cache.add() if best is None else self.cache.fork(best.sequence, shared)
@@ -242,11 +236,11 @@ class Server:
             self.finished.append(best)
 
 
-def group_by_length(requests: list[Request], tokens_to_prefill: Callable[[Request], int]) -> list[list[Request]]:
+def group_by_length(requests: list[Request], length: Callable[[Request], int]) -> list[list[Request]]:
     """Batches of requests with about as many tokens to read: at most a quarter of a batch is padding."""
     result: list[list[Request]] = []
-    for request in sorted(requests, key=tokens_to_prefill):
-        if not result or tokens_to_prefill(request) > tokens_to_prefill(result[-1][0]) * 4 // 3:
+    for request in sorted(requests, key=length):
+        if not result or length(request) > length(result[-1][0]) * 4 // 3:
             result.append([])
         result[-1].append(request)
     return result

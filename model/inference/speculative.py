@@ -56,12 +56,12 @@ def speculate(
         raise ValueError(f"lookahead must be at least 1, got {lookahead}")
     for one in (model, draft):
         check_prompts(one, [prompt], max_new_tokens)
-    tokens, whole = list(prompt), len(prompt) + max_new_tokens
-    caches = [one.new_cache(1, whole) for one in (model, draft)]
+    tokens, total = list(prompt), len(prompt) + max_new_tokens
+    caches = [one.new_cache(1, total) for one in (model, draft)]
     steps = guessed = right = 0
-    while len(tokens) < whole:
+    while len(tokens) < total:
         # The prompt is read alone, as by `generate`: drafted tokens would change the last bits of its keys.
-        count = min(lookahead, whole - len(tokens) - 1) if caches[0].lengths[0] else 0
+        count = min(lookahead, total - len(tokens) - 1) if caches[0].lengths[0] else 0
         guesses = draft_tokens(draft, caches[1], tokens, count)
         certain = next_tokens(model, caches[0], tokens + guesses, count + 1)
         agreed = next((i for i, (a, b) in enumerate(zip(guesses, certain, strict=False)) if a != b), count)

@@ -151,9 +151,7 @@ class Vocabulary:
         if any(is_time):
             last = max(token for token in tokens if token >= self.first_time)
             ended = is_time[-1] and not all(is_time[-2:])
-            banned[self.first_time : last + (not ended)] = (
-                True  # the next may begin at once; segments have a length over 0
-            )
+            banned[self.first_time : last + (not ended)] = True  # segments may touch; their length is over 0
         logs = logits.masked_fill(banned, -torch.inf).log_softmax(-1)
         if logs[times].logsumexp(-1) > logs[~times].max():
             logs = logs.masked_fill(~times, -torch.inf)

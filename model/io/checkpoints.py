@@ -128,7 +128,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     found = next((directory / name for name in WEIGHTS if (directory / name).exists()), None)
     if found is None:
         raise CheckpointError(
-            f"{directory}: neither model.safetensors nor pytorch_model.bin nor onnx/model_q4.onnx is there"
+            f"{directory}: has neither model.safetensors nor pytorch_model.bin nor onnx/model_q4.onnx"
         )
     files = [found]
     if found.suffix == ".json":

@@ -19,14 +19,8 @@ from . import sentence_files
 from .checkpoints import checkpoint_name
 from .tokenizer import Tokenizer
 
-HEADS = (
-    "lm_head.",
-    "cls.",
-    "classifier.",
-    "qa_outputs.",
-    "predictions.",
-    "final_logits_bias",
-)  # names without the prefix
+# Names that have no prefix.
+HEADS = ("lm_head.", "cls.", "classifier.", "qa_outputs.", "predictions.", "final_logits_bias")
 
 
 @contextlib.contextmanager

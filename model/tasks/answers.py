@@ -124,9 +124,12 @@ def normalise(text: str) -> str:
 
 def exact_match(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
     found = [answer(model, tokenizer, e.question, e.passage, best=1).best[0].text for e in examples]
-    return sum(
-        normalise(f) == normalise(e.passage[e.start : e.end]) for f, e in zip(found, examples, strict=True)
-    ) / len(found)
+    return matching_share(found, examples)
+
+
+def matching_share(found: list[str], examples: list[Example]) -> float:
+    same = [normalise(f) == normalise(e.passage[e.start : e.end]) for f, e in zip(found, examples, strict=True)]
+    return sum(same) / len(same)
 
 
 def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) -> dict:
@@ -146,16 +149,15 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
         inputs = dict(tokens=tokens, lengths=lengths, token_types=types)
         return Batch(inputs, torch.tensor([span for _, _, span in encoded]))
 
-    settings = fine_tuning_settings(steps, 2e-4, every=100, seed=seed)
     some = examples[:100]
-    log = train_task(
-        model, batch, settings, out, lambda model: {"exact": exact_match(model, tokenizer, some)}, tokenizer
-    )
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        return {"exact": exact_match(model, tokenizer, some)}
+
+    settings = fine_tuning_settings(steps, 2e-4, every=100, seed=seed)
+    log = train_task(model, batch, settings, out, evaluate, tokenizer)
     common = common_words([make_example(learned, rng).passage for _ in range(500)])
-    words = [
-        normalise(bag_of_words(e.question, e.passage, common)) == normalise(e.passage[e.start : e.end])
-        for e in examples
-    ]
+    baseline = [bag_of_words(e.question, e.passage, common) for e in examples]
     one = examples[0]
     return {
         "learned": len(learned),
@@ -163,7 +165,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
         "measured": len(examples),
         "minutes": training_minutes(log),
         "exact": exact_match(model, tokenizer, examples),
-        "bag_of_words": sum(words) / len(words),
+        "bag_of_words": matching_share(baseline, examples),
         "sample": {
             "passage": one.passage,
             "question": one.question,

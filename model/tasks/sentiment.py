@@ -87,11 +87,13 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
         tokens, lengths = pack([tokenizer.encode(text) for text, _ in picked])
         return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([label for _, label in picked]))
 
-    settings = fine_tuning_settings(steps, 1e-4, every=200, seed=seed)
     some = held_out[::4]
-    log = train_task(
-        model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer
-    )
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        return {"accuracy": accuracy(model, tokenizer, some)}
+
+    settings = fine_tuning_settings(steps, 1e-4, every=200, seed=seed)
+    log = train_task(model, batch, settings, out, evaluate, tokenizer)
     return {
         "learned": len(learned),
         "measured": len(held_out),

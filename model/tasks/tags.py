@@ -91,17 +91,18 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
     model = encoder.with_head("tag", labels, dropout=0.1)
 
     def batch(number: int) -> Batch:
-        encoded = [
-            encode_sentence(tokenizer, learned[i], numbers) for i in sample_indices(number, BATCH, len(learned), seed)
-        ]
+        picked = [learned[i] for i in sample_indices(number, BATCH, len(learned), seed)]
+        encoded = [encode_sentence(tokenizer, sentence, numbers) for sentence in picked]
         tokens, lengths = pack([tokens for tokens, _ in encoded])
         return Batch(dict(tokens=tokens, lengths=lengths), torch.tensor([t for _, row in encoded for t in row]))
 
-    settings = fine_tuning_settings(steps, 3e-4, every=250, seed=seed)
     some = held_out[::10]
-    log = train_task(
-        model, batch, settings, out, lambda model: {"accuracy": accuracy(model, tokenizer, some)}, tokenizer
-    )
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        return {"accuracy": accuracy(model, tokenizer, some)}
+
+    settings = fine_tuning_settings(steps, 3e-4, every=250, seed=seed)
+    log = train_task(model, batch, settings, out, evaluate, tokenizer)
     return {
         "labels": len(labels),
         "sentences": min(steps * BATCH, len(learned)),

@@ -50,9 +50,7 @@ class Run:
                 step=step, config=asdict(model.config), weights=weights, optimizer=state, random=states, log=log
             )  # fmt: skip
             torch.save(kept, partial / "training.pt")
-        for old in self.checkpoints[
-            : -self.keep
-        ]:  # renamed first: half-deleted by a kill, it would look like a checkpoint
+        for old in self.checkpoints[: -self.keep]:  # renamed first: half-deleted, it would look like a checkpoint
             os.rename(old, old.with_name(f"{old.name}.partial"))
         for left in self.directory.glob("step-*.partial"):
             shutil.rmtree(left)
@@ -107,12 +105,14 @@ def check_same(checkpoint: Path, begun: dict, here: dict, tokenizer: Tokenizer |
     names = [name for name in begun if begun[name] != here.get(name) and not name.endswith("dropout")]
     if names:
         differences = ", ".join(f"{name} {begun[name]} (here {here.get(name)})" for name in names)
-        raise CheckpointError(f"{checkpoint}: begun with {differences}; go on with the same, or in another directory")
+        raise CheckpointError(
+            f"{checkpoint}: begun with {differences}; continue with the same, or in another directory"
+        )
     file = checkpoint / "tokenizer.json"
     if tokenizer is None or not file.exists():
         return
     if json.loads(file.read_text(encoding="utf-8")) != json.loads(tokenizer.backend.to_str()):
-        message = "begun with another tokeniser; go on with the same (of the same texts), or in another directory"
+        message = "begun with another tokeniser; continue with the same (of the same texts), or in another directory"
         raise CheckpointError(f"{checkpoint}: {message}")
 
 
