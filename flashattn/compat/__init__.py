@@ -1,1 +1,1 @@
-"""Surfaces of other libraries, with their signatures and semantics, on flashattn's backends."""
+"""Drop-in replacements for calls of other libraries, with their signatures and semantics."""

@@ -36,11 +36,10 @@ def flex_attention(
     Args:
         query: (batch, heads, seq_q, head_dim); key, value: (batch or 1, kv_heads, seq_k, head_dim).
         score_mod: (score, batch, head, q_idx, kv_idx) -> score. Tensors that it captures get gradients.
-        block_mask: of `create_block_mask`. Blocks that it leaves out are masked and never looked at, as in PyTorch's
-            compiled kernels.
+        block_mask: of `create_block_mask`. Empty blocks are masked and skipped, as in PyTorch's compiled kernels.
         enable_gqa: the heads of key and value may divide those of query.
-        kernel_options: taken and ignored; they tune PyTorch's own kernels.
-        return_aux: an `AuxRequest` of FlexAttention or of flashattn, which knows more to ask for.
+        kernel_options: ignored; they tune PyTorch's own kernels.
+        return_aux: an `AuxRequest` of FlexAttention or of flashattn, which has more fields.
 
     Returns:
         out, in memory in the order of query's dimensions; with return_lse (out, lse); with return_aux (out,

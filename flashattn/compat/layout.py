@@ -1,5 +1,5 @@
-"""Where results lie in memory: PyTorch's attention leaves them in the order of the query's dimensions, and callers rely
-on it, as in `out.transpose(1, 2).view(batch, seq, -1)`."""
+"""The memory layout of results: PyTorch's attention keeps the dimension order of the query, and callers rely on it, as
+in `out.transpose(1, 2).view(batch, seq, -1)`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def follow(out: Tensor, query: Tensor) -> Tensor:
-    """out (batch, heads, seq, dim), copied where it does not lie in the order of query's dimensions. A query whose last
-    dimension is not contiguous, or whose memory says no order, asks for nothing."""
+    """out (batch, heads, seq, dim) in the dimension order of query's memory, copied if it has another. A query whose
+    last dimension is not contiguous, or whose strides define no order, leaves out as it is."""
     strides = query.stride()
     if strides[3] != 1 or 0 in strides:
         return out
     order: list[int] = []
-    for d in range(3):  # of strides that are symbols Dynamo can compare two, and not sort
+    for d in range(3):  # Dynamo can compare symbolic strides, but not sort them
         order.insert(sum(strides[d] <= strides[other] for other in order), d)
     if order == [0, 1, 2]:
         return out.contiguous()
@@ -22,5 +22,5 @@ def follow(out: Tensor, query: Tensor) -> Tensor:
 
 
 def by_token(x: Tensor) -> Tensor:
-    """(batch, heads, seq, ...), token after token in memory."""
+    """x (batch, heads, seq, ...), copied to memory as (batch, seq, heads, ...)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)

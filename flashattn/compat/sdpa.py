@@ -13,12 +13,12 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from .. import arguments
 from ..attention import attention
 from ..errors import as_torch_raises
-from . import layout, sdpa_provider  # noqa: F401  (the provider makes its name known to PyTorch)
+from . import layout, sdpa_provider  # noqa: F401  (the provider registers its name with PyTorch)
 
 original = torch.nn.functional.scaled_dot_product_attention
 
-# Whether results of three dimensions lie in memory as the query does, which those of four always do.
-THREE_FOLLOW = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
+# Whether 3-D results keep the memory layout of the query; 4-D results always do.
+FOLLOWS_3D = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
 
 
 @as_torch_raises
@@ -36,15 +36,15 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., heads, seq_q, head_dim); key, value: (..., heads, seq_k, head_dim), leading dimensions broadcast.
-            Or nested (batch, heads, seq, head_dim), along seq.
-        attn_mask: broadcastable to (..., heads, seq_q, seq_k); bool, True = attend, or floating, added to the scores.
-            It gets a gradient then. Or a `torch.nn.attention.bias.CausalBias`, which is never written out.
-        is_causal: query i sees keys j <= i, counted from the top left whatever the lengths; without attn_mask.
+            Or nested (batch, heads, seq, head_dim), ragged in seq.
+        attn_mask: broadcastable to (..., heads, seq_q, seq_k); bool, True = attend, or floating, added to the scores
+            and then differentiable. Or a `torch.nn.attention.bias.CausalBias`, which is never materialised.
+        is_causal: query i attends to keys j <= i, aligned top-left whatever the lengths; without attn_mask.
         enable_gqa: the heads of key and value may divide those of query.
 
-    The result lies in memory in the order of query's dimensions, where PyTorch's own does. A query with nothing to
-    attend to gives 0. Dropout draws from PyTorch's generator, but drops other weights than PyTorch's own would. In an
-    export to ONNX the call is PyTorch's own.
+    The result has the dimension order of query in memory where PyTorch's own does. A fully masked row gives 0. Dropout
+    draws from PyTorch's generator, but drops other weights than PyTorch's own would. An export to ONNX contains
+    PyTorch's own call.
 
     Raises:
         RuntimeError: as PyTorch does, naming the argument. It is a ValueError or a TypeError too.
@@ -62,77 +62,77 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name} must be a tensor (..., seq, head_dim), got shape {tuple(x.shape)}")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None where is_causal is True, as PyTorch has it")
-    if torch.onnx.is_in_onnx_export():  # ONNX knows PyTorch's own
+    if torch.onnx.is_in_onnx_export():  # ONNX has PyTorch's own call only
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    is_bias = isinstance(attn_mask, CausalBias)  # a subclass that is known here
-    subclasses = [x for x in (query, key, value, None if is_bias else attn_mask) if _overrides(x)]
+    is_bias = isinstance(attn_mask, CausalBias)  # a subclass that is handled here
+    subclasses = [x for x in (query, key, value, None if is_bias else attn_mask) if _has_override(x)]
     if subclasses:
         options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-        return _overridden(subclasses, query, key, value, attn_mask, **options)
+        return _call_override(subclasses, query, key, value, attn_mask, **options)
     lower_right = is_bias and attn_mask.variant == CausalVariant.LOWER_RIGHT
     if is_bias:
         is_causal, attn_mask = True, None
     if dropout_p == 1:  # nothing is left
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa) * 0
     if query.is_nested or key.is_nested or value.is_nested:
-        return _nested(query, key, value, attn_mask, dropout_p, is_causal, lower_right, scale)
+        return _attend_nested(query, key, value, attn_mask, dropout_p, is_causal, lower_right, scale)
     if not enable_gqa and query.dim() > 2 and query.shape[-3] != key.shape[-3] and 1 not in (
         query.shape[-3], key.shape[-3]
     ):  # fmt: skip
         raise ValueError(f"key must have query's {query.shape[-3]} heads without enable_gqa, got {key.shape[-3]}")
-    leading, (q, k, v), mask = _four_dimensions(query, key, value, attn_mask, enable_gqa)
+    leading, (q, k, v), mask = _as_4d(query, key, value, attn_mask, enable_gqa)
     seq_q, window = q.shape[2], None
     if lower_right:
         window = (None, 0)
     elif is_causal:
-        k, v = k[:, :, :seq_q], v[:, :, :seq_q]  # keys past the last query are seen by none
-        window = (None, seq_q - k.shape[2])  # counted from our diagonal, which ends at the bottom right
+        k, v = k[:, :, :seq_q], v[:, :, :seq_q]  # no query attends to keys past the last query
+        window = (None, seq_q - k.shape[2])  # relative to our diagonal, which is aligned bottom-right
     options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
     out = attention(q, k, v, window=window, dropout_p=dropout_p, scale=scale, **options)
     dims = len(leading) + 2
     if query.dim() == dims == 4:
         return layout.follow(out, query)
-    if query.dim() == dims == 3 and THREE_FOLLOW:
+    if query.dim() == dims == 3 and FOLLOWS_3D:
         out = layout.follow(out, query[None])
     return out.reshape(*leading, seq_q, v.shape[-1])
 
 
-def _overrides(x) -> bool:
-    """Whether x is of a subclass that wants to be asked, as PyTorch asks it."""
+def _has_override(x) -> bool:
+    """Whether x is a subclass whose __torch_function__ PyTorch would call."""
     if not isinstance(x, Tensor) or not arguments.overrides_functions(x) or x.is_nested:
         return False
     return torch._C._is_torch_function_enabled()
 
 
-def _overridden(subclasses: list[Tensor], *args, **options) -> Tensor:
-    """What subclasses make of the call. One that is asked in Tensor's own way gets this function to run, one with a way
-    of its own PyTorch's, which it knows."""
+def _call_override(subclasses: list[Tensor], *args, **options) -> Tensor:
+    """Dispatch to the subclasses. One with Tensor's own __torch_function__ gets this function to run, one that
+    overrides it gets PyTorch's, which it may recognise."""
     function = original if any(map(arguments.has_own_operations, subclasses)) else scaled_dot_product_attention
     return torch.overrides.handle_torch_function(function, subclasses, *args, **options)
 
 
-def _nested(q, k, v, mask, dropout_p: float, is_causal: bool, lower_right: bool, scale) -> Tensor:
-    """Of nested tensors (batch, heads, seq, head_dim)."""
-    if is_causal and not lower_right and not _same_lengths(q, k):
+def _attend_nested(q, k, v, mask, dropout_p: float, is_causal: bool, lower_right: bool, scale) -> Tensor:
+    """Attention of nested tensors (batch, heads, seq, head_dim)."""
+    if is_causal and not lower_right and not _has_same_lengths(q, k):
         raise ValueError("key must have query's lengths where is_causal is True and they are nested")
     options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
     return attention(q, k, v, causal=is_causal, dropout_p=dropout_p, scale=scale, **options)
 
 
-def _same_lengths(q: Tensor, k: Tensor) -> bool:
+def _has_same_lengths(q: Tensor, k: Tensor) -> bool:
     if not (q.is_nested and k.is_nested):
-        return True  # which attention refuses
+        return True  # attention raises the error
     return [x.shape[1] for x in q.unbind()] == [x.shape[1] for x in k.unbind()]
 
 
-def _four_dimensions(query, key, value, mask, enable_gqa) -> tuple[torch.Size, list[Tensor], Tensor | None]:
-    """(leading dimensions of the result, [q, k, v], mask), all of four dimensions. Broadcast dimensions of the mask are
-    not expanded, as far as four dimensions can say which they are."""
+def _as_4d(query, key, value, mask, enable_gqa) -> tuple[torch.Size, list[Tensor], Tensor | None]:
+    """(leading dimensions of the result, [q, k, v], mask), all 4-D. Broadcast dimensions of the mask are not expanded
+    unless merging them requires it."""
     tensors = [query, key, value]
-    same = 1 if enable_gqa else 2  # leading dimensions that are the same where nothing broadcasts
+    same = 1 if enable_gqa else 2  # leading dimensions that must be equal for nothing to broadcast
     if all(x.dim() == 4 and x.shape[:same] == query.shape[:same] for x in tensors):
         return query.shape[:2], tensors, mask
-    # With grouped heads these stay as they are, and only what stands before them broadcasts.
+    # With grouped heads only the dimensions before the heads broadcast.
     kept = 3 if enable_gqa and query.dim() > 2 else 2
     tensors = [x[(None,) * (kept - x.dim())] for x in tensors]
     batch = torch.broadcast_shapes(*(x.shape[:-kept] for x in tensors))
@@ -148,16 +148,16 @@ def _four_dimensions(query, key, value, mask, enable_gqa) -> tuple[torch.Size, l
     if tensors[0].dim() > 4:
         if mask is not None:
             mask = mask[(None,) * (len(leading) + 2 - mask.dim())]
-        split = _split(leading, mask)
-        tensors = [_merged(_merged(x, split, x.dim() - 2), 0, split) for x in tensors]
+        split = _choose_split(leading, mask)
+        tensors = [_merge_dims(_merge_dims(x, split, x.dim() - 2), 0, split) for x in tensors]
         if mask is not None:
-            mask = _merged(_merged(mask, split, len(leading), leading), 0, split, leading)
+            mask = _merge_dims(_merge_dims(mask, split, len(leading), leading), 0, split, leading)
     return leading, tensors, mask
 
 
-def _split(leading: torch.Size, mask: Tensor | None) -> int:
-    """How many of the leading dimensions become the batch, so that a mask that broadcasts along some of them does so
-    along the batch or the heads; if there is no such number, all but the heads."""
+def _choose_split(leading: torch.Size, mask: Tensor | None) -> int:
+    """The number of leading dimensions to merge into the batch, chosen so that the mask broadcasts along all or none of
+    those merged; all but the heads if there is none."""
     last = len(leading) - 1
     for split in range(last, 0, -1) if mask is not None else ():
         parts = (mask.shape[:split], leading[:split]), (mask.shape[split:-2], leading[split:])
@@ -166,29 +166,29 @@ def _split(leading: torch.Size, mask: Tensor | None) -> int:
     return last
 
 
-def _merged(x: Tensor, start: int, stop: int, full: torch.Size | None = None) -> Tensor:
-    """x with dimensions start to stop in one; a mask's, where some broadcast and some do not, as `full` has them."""
+def _merge_dims(x: Tensor, start: int, stop: int, full: torch.Size | None = None) -> Tensor:
+    """x with dimensions start to stop merged; those of a mask that broadcasts along some of them expanded to `full`."""
     if full is not None and math.prod(x.shape[start:stop]) != 1:
         x = x.expand(*x.shape[:start], *full[start:stop], *x.shape[stop:])
     return x.flatten(start, stop - 1)
 
 
-_found: list[Callable] = []  # what each block that has not ended found in PyTorch's place
+_replaced: list[Callable] = []  # the functions that the open `patch` blocks have replaced
 
 
 @contextlib.contextmanager
 def patch() -> Iterator[None]:
-    """Within the block `torch.nn.functional.scaled_dot_product_attention` is this module's, for the whole process:
-    for `nn.MultiheadAttention`, and for all code that looks it up there when it calls it.
+    """Replace `torch.nn.functional.scaled_dot_product_attention` by this module's within the block, for the whole
+    process: for `nn.MultiheadAttention` and all code that looks it up there when it calls it.
 
     >>> import torch, flashattn.compat.sdpa
     >>> with flashattn.compat.sdpa.patch():
     ...     y = torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 8))
     """
     functional = torch.nn.functional
-    _found.append(functional.scaled_dot_product_attention)
+    _replaced.append(functional.scaled_dot_product_attention)
     functional.scaled_dot_product_attention = scaled_dot_product_attention
     try:
         yield
-    finally:  # in whatever order blocks of several threads end
-        functional.scaled_dot_product_attention = _found.pop()
+    finally:  # blocks of several threads may end in any order
+        functional.scaled_dot_product_attention = _replaced.pop()

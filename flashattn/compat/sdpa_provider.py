@@ -4,8 +4,8 @@
 
 `torch.nn.functional.scaled_dot_product_attention` runs on flashattn's kernels wherever PyTorch would choose flash
 attention, from C++ too, until `torch.nn.attention.restore_flash_attention_impl()` (PyTorch 2.10 lacks it: there the
-process keeps flashattn). Importing this module (which
-`import flashattn.compat.sdpa` does) makes the name known and activates nothing.
+process keeps flashattn). Importing this module, as `import flashattn.compat.sdpa` does, registers the name and
+activates nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..score import Score
 from . import layout
 
 NAME = "flashattn"
-# PyTorch's operators hand on lse without what rounding took from it: 6e-8 of its size, in every weight of a backward.
-# Of an lse beyond this, which masks of -1e9 give, forward runs once more. (On a GPU the operator takes no such mask.)
-LARGE = 128
+# PyTorch's operators save lse without its rounding error, which scales every weight of the backward: 6e-8 of its size.
+# Above this, as with masks of -1e9, the backward reruns the forward. (On a GPU the operator takes no such mask.)
+MAX_ROUNDED_LSE = 128
 
 
 class Handle:
-    """Keeps the kernels in PyTorch's dispatcher until `remove`."""
+    """The kernels in PyTorch's dispatcher, until `remove`."""
 
     def __init__(self, *libraries: torch.library.Library):
         self.libraries = libraries
@@ -48,7 +48,7 @@ def register_kernels() -> Handle:
 
 
 def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple[Tensor, Tensor]:
-    """(out, lse), out in memory as PyTorch's own kernels leave it, which compiled graphs count on."""
+    """(out, lse), with out in the memory layout of PyTorch's own kernels, which compiled graphs assume."""
     call = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
     with torch.no_grad():
         out, lse = ops.attention.attention(*call)
@@ -58,19 +58,19 @@ def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple
 def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, scale, seed):
     q, k, v, score, backend = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
     verbs, lse, rest = backends.BACKENDS[backend], lse.contiguous(), None
-    if not lse.is_cuda and largest_of(lse) > LARGE:
+    if not lse.is_cuda and max_abs_lse(lse) > MAX_ROUNDED_LSE:
         _, lse, rest = verbs.forward(q, k, v, score)
     gradients = list(verbs.backward(grad_out, None, Saved(q, k, v, out, lse, rest), score, False, [])[:3])
     for i, x in ((1, key), (2, value)):
-        if gradients[i].shape != x.shape:  # keys that no query sees, which were cut off
-            whole = x.new_zeros(x.shape)
-            whole[:, :, : gradients[i].shape[2]] = gradients[i]
-            gradients[i] = whole
+        if gradients[i].shape != x.shape:  # keys that no query attends to were cut off
+            padded = x.new_zeros(x.shape)
+            padded[:, :, : gradients[i].shape[2]] = gradients[i]
+            gradients[i] = padded
     return tuple(gradients)
 
 
 def arguments(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple:
-    """Those of `ops.attention.attention`. PyTorch has checked them; its causal mask is aligned top-left."""
+    """The arguments of `ops.attention.attention`. PyTorch has checked them; its causal mask is aligned top-left."""
     seq_q = query.shape[2]
     right = None
     if is_causal:
@@ -90,7 +90,7 @@ def arguments(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tup
 
 
 def cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    seed = new_seed(query, dropout_p)
+    seed = draw_seed(query, dropout_p)
     out, lse = forward(query, key, value, dropout_p, is_causal, attn_mask, scale, seed)
     return out, layout.by_token(lse)
 
@@ -105,7 +105,7 @@ def cpu_backward(
 
 
 def cuda_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    seed = new_seed(query, dropout_p)
+    seed = draw_seed(query, dropout_p)
     out, lse = forward(query, key, value, dropout_p, is_causal, None, scale, seed)
     none = query.new_empty(0)
     rng_state = none.long() if seed is None else seed.view(1)
@@ -121,12 +121,12 @@ def cuda_backward(
     return tuple(map(layout.follow, gradients, (query, key, value)))
 
 
-def largest_of(lse: Tensor) -> float:
-    """How large it gets where there is something to attend to."""
+def max_abs_lse(lse: Tensor) -> float:
+    """The largest magnitude of lse, fully masked rows left out."""
     return torch.where(lse == -math.inf, 0, lse).abs().max().item() if lse.numel() else 0.0
 
 
-def new_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     return None if dropout_p == 0 else torch.randint(2**62, (), dtype=torch.int64, device=x.device)
 
 

@@ -1,7 +1,7 @@
 """Hugging Face transformers on flashattn's backends: `register()`, then `attn_implementation="flashattn"`.
 
-Two functions are registered, since a model asks twice: once for a mask, at the start of a forward pass, and in every
-layer for attention. Without the first, transformers passes no mask at all and padding is attended to.
+Two functions are registered: a model calls one for a mask, at the start of a forward pass, and one for attention, in
+each layer. Without the first, transformers passes no mask at all and attends to padding.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ NAME = "flashattn"
 
 
 def register() -> None:
-    """Make `attn_implementation="flashattn"` known to transformers (5.0 or later), in `from_pretrained`, `from_config`
+    """Register `attn_implementation="flashattn"` with transformers (5.0 or later), for `from_pretrained`, `from_config`
     and `set_attn_implementation`.
 
-    Taken over: causal and bidirectional models, grouped heads, padding on either side, custom masks (boolean or added),
-    caches, sliding windows, `softcap`, sinks (`s_aux`), `position_bias` with its gradient, dropout, and packed batches:
-    by position_ids that begin anew, or, without a mask in memory, by `cu_seq_lens_q` and its like, as
-    `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them. Attention weights are never
-    formed: `output_attentions` warns, and gives none.
+    Supported: causal and bidirectional models, grouped-query heads, padding on either side, custom masks (boolean or
+    additive), caches, sliding windows, `softcap`, sinks (`s_aux`), `position_bias` with its gradient, dropout, and
+    packed batches: by position_ids that restart, or, without a mask in memory, by `cu_seq_lens_q` and the arguments
+    beside it, as `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them. Attention weights are never
+    materialised: `output_attentions` warns and returns none.
 
     >>> import flashattn.compat.transformers
     >>> flashattn.compat.transformers.register()  # doctest: +SKIP
@@ -34,21 +34,22 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
-    _take_the_name_as_it_is(PreTrainedModel)
+    _accept_name(PreTrainedModel)
 
 
-def _take_the_name_as_it_is(model: type) -> None:
-    """transformers takes every name with "flash" in it for a package of flash_attn's calls: it would look for ours on
-    its hub, and for a model that lists the packages it goes with (gpt-oss) choose another."""
-    theirs = model._check_and_adjust_attn_implementation
-    if getattr(theirs, "knows", None) == NAME:
+def _accept_name(model: type) -> None:
+    """Have transformers use NAME as it is. It assumes that a name with "flash" in it is a package with flash_attn's
+    calls: it would look for ours on its hub, and choose another for a model that lists compatible packages
+    (gpt-oss)."""
+    original = model._check_and_adjust_attn_implementation
+    if getattr(original, "accepts", None) == NAME:
         return
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def check(self, attn_implementation, *args, **kwargs):
-        return NAME if attn_implementation == NAME else theirs(self, attn_implementation, *args, **kwargs)
+        return NAME if attn_implementation == NAME else original(self, attn_implementation, *args, **kwargs)
 
-    check.knows = NAME
+    check.accepts = NAME
     model._check_and_adjust_attn_implementation = check
 
 
@@ -64,8 +65,8 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     **others,
 ) -> Tensor | None:
-    """The mask of a forward pass, bool (batch, 1, q_length, kv_length), True = attend; None where `attention_forward`
-    needs none: the last query sees the last key, nothing is padded, and no window is shorter than the keys."""
+    """The mask of a forward pass, bool (batch, 1, q_length, kv_length), True = attend; None if `attention_forward`
+    needs none: the last query is at the last key, nothing is padded, and no window is shorter than the keys."""
     from transformers.masking_utils import sdpa_mask
 
     ends_together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
@@ -80,8 +81,8 @@ def attention_mask(
 
 
 def is_padded(mask: Tensor | None) -> bool:
-    """Whether some token of a (batch, seq) mask is masked. A compiled graph and a CUDA graph cannot ask, and take it to
-    be so; on a GPU to ask is to wait for it, once in a forward pass."""
+    """Whether some token of a (batch, seq) mask is masked. Graphs of torch.compile and CUDA graphs cannot read it and
+    assume so; on a GPU reading it synchronises, once in a forward pass."""
     if mask is None or tracing.is_traced() or tracing.is_capturing():
         return mask is not None
     return not bool(mask.all())
@@ -112,7 +113,7 @@ def attention_forward(
     Returns:
         out (batch, seq_q, heads, head_dim), and None for the weights.
     """
-    if output_attentions:  # transformers' own "sdpa" answers so too
+    if output_attentions:  # as transformers' own "sdpa" does
         backends.warn_once(
             f'attn_implementation="{NAME}" has no output_attentions: weights are never formed ("eager" has)'
         )
@@ -126,11 +127,11 @@ def attention_forward(
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return attention_varlen(*packed, *lengths, causal=causal, window=window, **options)[None], None
     mask, bias = attention_mask, position_bias
-    if mask is not None and mask.dtype != torch.bool:  # a custom one, which is added
+    if mask is not None and mask.dtype != torch.bool:  # a custom mask, which is additive
         mask, bias = None, mask if bias is None else bias + mask
     if bias is not None:
         bias = bias.to(query.dtype)
-    # A mask says it all. Without one a window is no shorter than the keys.
+    # A mask includes causality and the window. Without one, the window is not shorter than the keys.
     causal = causal and attention_mask is None
     out = attention(query, key, value, causal=causal, mask=mask, bias=bias, **options)
     return out.transpose(1, 2).contiguous(), None

@@ -164,7 +164,7 @@ def test_a_number_on_another_device_cannot_be_captured(monkeypatch):
 def test_lengths_of_a_cache_are_clamped_in_a_capture(monkeypatch):
     """They are not read, so the longest is the capacity, and a replay with too many tokens writes over the last."""
     monkeypatch.setattr(tracing, "is_capturing", lambda: True)
-    starts, longest = flash_attn._cache_lengths(torch.tensor([3, 0, 16]), 3, 16, 2, torch.device("cpu"))
+    starts, longest = flash_attn._read_lengths(torch.tensor([3, 0, 16]), 3, 16, 2, torch.device("cpu"))
     assert (starts.tolist(), longest) == ([3, 0, 14], 16)
 
 
