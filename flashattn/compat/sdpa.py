@@ -156,8 +156,8 @@ def _as_4d(query, key, value, mask, enable_gqa) -> tuple[torch.Size, list[Tensor
 
 
 def _choose_split(leading: torch.Size, mask: Tensor | None) -> int:
-    """The number of leading dimensions to merge into the batch, chosen so that the mask broadcasts along all or none of
-    those merged; all but the heads if there is none."""
+    """How many leading dimensions to merge into the batch (the others become the heads), so that the mask broadcasts
+    along all or none of each group; all but the last if no number does."""
     last = len(leading) - 1
     for split in range(last, 0, -1) if mask is not None else ():
         parts = (mask.shape[:split], leading[:split]), (mask.shape[split:-2], leading[split:])
