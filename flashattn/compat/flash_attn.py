@@ -238,7 +238,8 @@ def flash_attn_with_kvcache(
         if k is None:
             raise ValueError("k must be given with rotary_cos: rotary positions are those of new tokens")
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
-        arguments.check_rotary(rotary, q, cached.longest - new + max(seq_q, new))  # there may be more queries than new keys
+        positions = cached.longest - new + max(seq_q, new)  # there may be more queries than new keys
+        arguments.check_rotary(rotary, q, positions)
     mask = None if cache_leftpad is None else _mask_leftpad(cache_leftpad, cached)
     window = _window(window_size)
     score = arguments.build_score(

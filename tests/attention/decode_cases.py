@@ -7,7 +7,7 @@ import torch
 
 import flashattn
 from flashattn.backends import BACKENDS as BACKENDS_BY_NAME
-from flashattn.cache import Cached
+from flashattn.cache import CacheView
 from flashattn.score import Score
 from tests.attention.truth import Case, names_of, torch_attention
 from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn, skip_if_wrong_there
@@ -210,7 +210,8 @@ def check_bits_of_longest_row_and_capacity(backend):
         room = torch.full((len(ends), 1, capacity - keys, 16), torch.nan, device=device)
         caches = [torch.cat([x[row, :, :keys], room], 2).to(dtype) for x in (k, v)]
         own = score._replace(kv_lengths=ends, sinks=score.sinks.to(dtype))
-        return BACKENDS_BY_NAME[backend].decode(q[row].to(dtype), Cached(*caches, None, ends - 1, ends, longest), own)
+        view = CacheView(*caches, None, ends - 1, ends, longest)
+        return BACKENDS_BY_NAME[backend].decode(q[row].to(dtype), view, own)
 
     together = run(slice(0, 3), 4200, 4200, 4200)
     truth = run(slice(0, 3), 4200, 4200, 4200, torch.float64, "reference")

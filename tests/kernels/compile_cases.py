@@ -10,11 +10,10 @@ from bench.descriptors import find_lost_descriptors
 from bench.sass import find_full_tile_loops
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import plain_kernels
-from flashattn.cache import Cached
-from flashattn.decode import Rotary
+from flashattn.cache import CacheView, Rotary
 from flashattn.kernels import configs
-from flashattn.norm_settings import Norm
-from flashattn.score import Score
+from flashattn.protocol import Saved, SavedNorm
+from flashattn.score import Norm, Score
 from flashattn.score_mod import read_block_mask, trace
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
@@ -35,7 +34,8 @@ def compile_attention(
     score = Score(0.125, window, 0 if causal else None, some, some, **features)
     with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
         out, lse, rest = backend.forward(q, k, v, score)
-        backend.backward(out, lse if lengths else None, q, k, v, out, lse, rest, score, "bias" in features)
+        saved = Saved(q, k, v, out, lse, rest)
+        backend.backward(out, lse if lengths else None, saved, score, "bias" in features, [])
     names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
     assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
     return kernels
@@ -65,7 +65,7 @@ CANDIDATES = [
 
 FEATURES = {
     "softcap": dict(softcap=20.0),
-    "slopes": dict(slopes=torch.ones(1, 4)),
+    "slopes": dict(alibi_slopes=torch.ones(1, 4)),
     "mask": dict(mask=torch.ones(1, 1, 512, 512, dtype=torch.bool)),
     "bias": dict(bias=torch.ones(1, 4, 512, 512, dtype=torch.bfloat16)),
     "sinks": dict(sinks=torch.ones(4)),
@@ -104,7 +104,7 @@ def check_score_mod_and_block_mask(architecture, what):
 DECODING = {
     "plain": {},
     "window_sinks": dict(left=100, sinks=torch.ones(4)),
-    "modified": dict(softcap=20.0, slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
+    "modified": dict(softcap=20.0, alibi_slopes=torch.ones(1, 4), mask=torch.ones(2, 1, 1, 512, dtype=torch.bool)),
 }
 
 
@@ -115,7 +115,7 @@ def check_decoding(architecture, features, dtype, paged):
     cache = torch.empty(64 if paged else 2, 2, 16 if paged else 512, 128, dtype=dtype)
     table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
     lengths = torch.full((2,), 512, dtype=torch.int32)
-    cached = Cached(cache, cache, table, lengths, lengths, 512)
+    cached = CacheView(cache, cache, table, lengths, lengths, 512)
     rotary = Rotary(torch.empty(512, 32), torch.empty(512, 32), interleaved=paged)
     with compiled.compile_for(architecture) as kernels:
         q = backend.append(q, new, new, cached, None, rotary)
@@ -137,10 +137,11 @@ def check_norms(architecture, width):
     rms = Norm(False, 1e-6)
     with compiled.compile_for(architecture) as kernels:
         y, hidden, mean, rstd = backend.norm_forward(x, x, parameter, parameter, torch.float32, True, layer)
-        backend.norm_backward(y, hidden, hidden, parameter, parameter, mean, rstd, x.dtype, torch.float32, layer)
+        saved = SavedNorm(hidden, parameter, parameter, mean, rstd)
+        backend.norm_backward(y, hidden, saved, x.dtype, torch.float32, layer)
         weight = torch.empty(4, width, dtype=torch.bfloat16)
         y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
-        backend.norm_backward(y, None, x, weight, None, rstd, rstd, x.dtype, None, rms)
+        backend.norm_backward(y, None, SavedNorm(x, weight, None, rstd, rstd), x.dtype, None, rms)
     means = ["norm_backward_means"] * (width > configs.NORM_COLS["backward"])
     expected = ["norm_forward", *means, "norm_backward", "norm_backward_parameters"]
     assert [kernel.name for kernel in kernels] == expected * 2

@@ -12,8 +12,8 @@ from bench.descriptors import find_lost_descriptors  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
 from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
-from flashattn.norm_settings import Norm  # noqa: E402
-from flashattn.score import Score  # noqa: E402
+from flashattn.protocol import Saved, SavedNorm  # noqa: E402
+from flashattn.score import Norm, Score  # noqa: E402
 from tests.kernels.compile_cases import (  # noqa: E402
     ARCHITECTURES,
     ATTENTION_KERNELS,
@@ -66,7 +66,8 @@ def test_sizes_of_one(shape, lengths):
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
     with compiled.compile_for("sm_90") as kernels, plain_kernels():
         out, lse, rest = backend.forward(q, k, k, Score(0.125, None, None, some, some))
-        backend.backward(out, None, q, k, k, out, lse, rest, Score(0.125, None, None, some, some), False)
+        saved = Saved(q, k, k, out, lse, rest)
+        backend.backward(out, None, saved, Score(0.125, None, None, some, some), False, [])
     check(kernels)
 
 
@@ -189,7 +190,8 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
         backend.norm_forward(x, x, weight, weight if center else None, dtype, True, norm)
         x, weight = (torch.empty(*shape, configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
         mean = rstd = torch.empty(2)
-        backend.norm_backward(x, None, x, weight, weight if center else None, mean, rstd, dtype, None, norm)
+        saved = SavedNorm(x, weight, weight if center else None, mean, rstd)
+        backend.norm_backward(x, None, saved, dtype, None, norm)
     assert [kernel.name for kernel in kernels] == ["norm_forward", "norm_backward", "norm_backward_parameters"]
     for kernel in kernels:
         assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
@@ -214,7 +216,7 @@ def test_the_widest_copies_of_rows_fit(architecture):
     x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
     mean = rstd = torch.empty(2)
     with compiled.compile_for(architecture) as kernels:
-        backend.norm_backward(x, x, x, weight, weight, mean, rstd, x.dtype, x.dtype, Norm(True, 1e-5))
+        backend.norm_backward(x, x, SavedNorm(x, weight, weight, mean, rstd), x.dtype, x.dtype, Norm(True, 1e-5))
     assert kernels[0].shared_bytes <= configs.SHARED_MEMORY[architecture]
 
 

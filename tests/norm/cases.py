@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import flashattn
-from flashattn.backends.reference import dropout_threshold, philox
+from flashattn.reference.philox import philox
+from flashattn.tensors import dropout_threshold
 from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import flashattn
-from flashattn.backends.reference import philox
+from flashattn.reference.philox import philox
 from tests.common import BACKENDS, DTYPES, INTERPRETED, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
 from tests.norm.cases import (
     CASES,

@@ -60,5 +60,6 @@ def decode_map(data: bytes) -> TensorMap:
     return TensorMap(
         get_field("global_address"), tuple(get_field("global_dim", i) for i in range(rank)),
         (itemsize, *(get_field("global_stride", i) for i in range(rank - 1))),
-        tuple(get_field("box_dim", i) for i in range(rank)), get_field("swizzle_mode"), get_field("fill_mode"), itemsize,
+        tuple(get_field("box_dim", i) for i in range(rank)),
+        get_field("swizzle_mode"), get_field("fill_mode"), itemsize,
     )  # fmt: skip
