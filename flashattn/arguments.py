@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,39 +13,61 @@ from torch import Tensor
 from . import score_mod as mods
 from . import tracing
 from .cache import KVCache, PagedBatch, Rotary
-from .score import Score
+from .score import Score, ScoreOptions
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
-def build_score(
-    q: Tensor, shape: tuple[int, int, int, int], *, scale=None, causal=False, window=None, mask=None, bias=None,
-    alibi_slopes=None, softcap=None, sinks=None, q_lengths=None, kv_lengths=None, dropout_p=0.0, seed=None,
-    score_mod=None, block_mask=None, cu_seqlens: Tensor | None = None,
+def build_score(q: Tensor, shape: tuple[int, ...], **options) -> Score:
+    """The checked `Score` of a call's options. `shape`: (batch, heads, seq_q, seq_k); of packed sequences their number
+    and the longest lengths."""
+    return check_score(collect_options(q, **options), q, shape)
+
+
+def collect_options(
+    q: Tensor, *, scale: float | None = None, causal: bool = False, window=None, dropout_p: float = 0.0, seed=None,
+    **fields,
 ) -> Score:  # fmt: skip
-    """The `Score` of a call's options, all checked. `shape`: (batch, heads, seq_q, seq_k); of packed sequences, where
-    cu_seqlens is (2, batch + 1), their number and the longest lengths."""
-    batch, _, seq_q, seq_k = shape
+    """The options of a call as a Score whose tensors are still to be checked against the shapes."""
     left, right = (None, None) if window is None else check_window(window)
     return Score(
         scale=q.shape[3] ** -0.5 if scale is None else check_scale(scale),
         left=left,
         right=0 if causal else right,
-        q_lengths=None if q_lengths is None else check_lengths("q_lengths", q_lengths, batch, seq_q, q.device),
-        kv_lengths=None if kv_lengths is None else check_lengths("kv_lengths", kv_lengths, batch, seq_k, q.device),
-        softcap=None if softcap is None else check_softcap(softcap),
-        alibi_slopes=None if alibi_slopes is None else check_alibi_slopes(alibi_slopes, shape, q.device),
-        mask=None if mask is None else check_mask(mask, shape, q.device),
         dropout_p=check_probability("dropout_p", dropout_p),
         seed=make_seed(seed, q.device) if dropout_p > 0 else None,
-        cu_seqlens=cu_seqlens,
-        max_seqlen_q=None if cu_seqlens is None else seq_q,
-        max_seqlen_k=None if cu_seqlens is None else seq_k,
-        bias=None if bias is None else check_bias(bias, q, shape),
-        sinks=None if sinks is None else check_sinks(sinks, q),
-        score_mod=None if score_mod is None else mods.trace_for("score_mod", score_mod, 1, q.device),
-        block_mask=None if block_mask is None else mods.read_block_mask(block_mask, *shape, q.device),
+        **fields,
     )
+
+
+# What is left to check of a field, and what the kernels read then: (value, q, shape) -> value.
+CHECKS = {
+    "q_lengths": lambda x, q, shape: check_lengths("q_lengths", x, shape[0], shape[2], q.device),
+    "kv_lengths": lambda x, q, shape: check_lengths("kv_lengths", x, shape[0], shape[3], q.device),
+    "softcap": lambda x, q, shape: check_softcap(x),
+    "alibi_slopes": lambda x, q, shape: check_alibi_slopes(x, shape, q.device),
+    "mask": lambda x, q, shape: check_mask(x, shape, q.device),
+    "bias": lambda x, q, shape: check_bias(x, q, shape),
+    "sinks": lambda x, q, shape: check_sinks(x, q),
+    "score_mod": lambda x, q, shape: mods.trace_for("score_mod", x, 1, q.device),
+    "block_mask": lambda x, q, shape: mods.read_block_mask(x, *shape, q.device),
+}
+
+
+def check_score(score: Score, q: Tensor, shape: tuple[int, ...]) -> Score:
+    checked = {}
+    for name, check in CHECKS.items():
+        value = getattr(score, name)
+        if value is not None:
+            checked[name] = check(value, q, shape)
+    return score._replace(**checked) if checked else score
+
+
+def check_names(call: str, options: Mapping) -> None:
+    """That a call's further options are some of `ScoreOptions`."""
+    for name in options:
+        if name not in ScoreOptions.__annotations__:
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
 
 
 # ------------------------------------------------------------------------------------------------ tensors and numbers

@@ -4,7 +4,7 @@ calls."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,46 +12,20 @@ from torch import Tensor
 from . import arguments, autocast, auxiliary, backends, nested, ops, tracing
 from .auxiliary import AuxOutput, AuxRequest
 from .cache import KVCache, PagedBatch, PagedKVCache, Rotary
-from .ops.decode import DecodeOptions
+from .score import ScoreOptions
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from typing_extensions import Unpack
 
 
-class ScoreOptions(TypedDict, total=False):
-    """What `attention` and `attention_varlen` share besides q, k and v, for type checkers."""
-
-    causal: bool
-    window: tuple[int | None, int | None] | None
-    mask: Tensor | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    softcap: float | None
-    sinks: Tensor | None
+class AttentionOptions(ScoreOptions, total=False):
     dropout_p: float
     seed: int | Tensor | None
-    scale: float | None
-
-
-class AttentionOptions(ScoreOptions, total=False):
     kv_lengths: Tensor | None
     q_lengths: Tensor | None
     score_mod: Callable | None
     block_mask: BlockMask | None
-
-
-class DecodeCallOptions(TypedDict, total=False):
-    causal: bool
-    window: tuple[int | None, int | None] | None
-    mask: Tensor | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    softcap: float | None
-    sinks: Tensor | None
-    q_lengths: Tensor | None
-    dropout_p: float
-    scale: float | None
 
 
 @overload
@@ -184,17 +158,20 @@ def attention(
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ..., *, return_lse: Literal[False] = ..., **options: Unpack[ScoreOptions],
+    max_seqlen_k: int | None = ..., *, dropout_p: float = ..., seed: int | Tensor | None = ...,
+    return_lse: Literal[False] = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ..., *, return_lse: Literal[True], **options: Unpack[ScoreOptions],
+    max_seqlen_k: int | None = ..., *, dropout_p: float = ..., seed: int | Tensor | None = ...,
+    return_lse: Literal[True], **options: Unpack[ScoreOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ..., *, return_lse: bool = ..., **options: Unpack[ScoreOptions],
+    max_seqlen_k: int | None = ..., *, dropout_p: float = ..., seed: int | Tensor | None = ...,
+    return_lse: bool = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_varlen(
     q: Tensor,
@@ -205,17 +182,11 @@ def attention_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    mask: Tensor | None = None,
     bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-    scale: float | None = None,
     return_lse: bool = False,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of sequences of different lengths, packed one behind the other without padding.
 
@@ -247,6 +218,7 @@ def attention_varlen(
     >>> flashattn.attention_varlen(q, k, v, starts, starts, 4, 4, causal=True).shape
     torch.Size([7, 8, 64])
     """
+    arguments.check_names("attention_varlen", options)
     q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_floating(name, x)
@@ -262,9 +234,8 @@ def attention_varlen(
         )
     shape = (cu_seqlens_q.shape[0] - 1, heads, max_seqlen_q, max_seqlen_k)
     score = arguments.build_score(
-        q, shape, scale=scale, causal=causal, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed,
-        cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)),
+        q, shape, bias=bias, dropout_p=dropout_p, seed=seed, cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)),
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options,
     )  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
@@ -275,17 +246,20 @@ def attention_varlen(
 @overload
 def decode(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
-    rotary: Rotary | None = ..., *, return_lse: Literal[False] = ..., **options: Unpack[DecodeCallOptions],
+    rotary: Rotary | None = ..., *, q_lengths: Tensor | None = ..., dropout_p: float = ...,
+    return_lse: Literal[False] = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
-    rotary: Rotary | None = ..., *, return_lse: Literal[True], **options: Unpack[DecodeCallOptions],
+    rotary: Rotary | None = ..., *, q_lengths: Tensor | None = ..., dropout_p: float = ...,
+    return_lse: Literal[True], **options: Unpack[ScoreOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def decode(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
-    rotary: Rotary | None = ..., *, return_lse: bool = ..., **options: Unpack[DecodeCallOptions],
+    rotary: Rotary | None = ..., *, q_lengths: Tensor | None = ..., dropout_p: float = ...,
+    return_lse: bool = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode(
     q: Tensor,
@@ -295,16 +269,10 @@ def decode(
     rotary: Rotary | None = None,
     *,
     causal: bool = True,
-    window: tuple[int | None, int | None] | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     q_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
-    scale: float | None = None,
     return_lse: bool = False,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step of generation: append new keys and values to the cache, in place, and attend to all of it.
 
@@ -348,6 +316,7 @@ def decode(
     >>> flashattn.decode(q, cache, k, v).shape
     torch.Size([1, 4, 1, 32])
     """
+    arguments.check_names("decode", options)
     if not isinstance(cache, (KVCache, PagedKVCache, PagedBatch)):
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
     if isinstance(cache, PagedKVCache) and not tracing.is_traced():
@@ -355,14 +324,10 @@ def decode(
     if autocast.is_on(q):
         q, k, v = autocast.cast(cache.k.dtype, q, k, v)
     arguments.check_decode_inputs(q, cache, k, v, dropout_p)
-    arguments.refuse_gradients(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
-    left, right = (None, None) if window is None else arguments.check_window(window)
-    options = DecodeOptions(
-        scale=q.shape[3] ** -0.5 if scale is None else arguments.check_scale(scale), causal=causal, left=left,
-        right=right, mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
-        q_lengths=q_lengths, backend=backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3])),
-    )  # fmt: skip
-    out, lse = ops.decode.step(q, cache, k, v, rotary, options)
+    score = arguments.collect_options(q, causal=causal, q_lengths=q_lengths, **options)
+    arguments.refuse_gradients(q=q, k=k, v=v, bias=score.bias, alibi_slopes=score.alibi_slopes, sinks=score.sinks)
+    backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3]))
+    out, lse = ops.decode.step(q, cache, k, v, rotary, score, backend)
     return (out, lse) if return_lse else out
 
 

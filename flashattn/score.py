@@ -3,7 +3,7 @@ by every backend; and how operators carry them, field by field."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -60,6 +60,19 @@ class Score(NamedTuple):
             None if self.left is None else diagonal - self.left,
             None if self.right is None else diagonal + self.right,
         )
+
+
+class ScoreOptions(TypedDict, total=False):
+    """The options that `attention`, `attention_varlen` and `decode` share; `attention` documents them."""
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    scale: float | None
 
 
 class Norm(NamedTuple):

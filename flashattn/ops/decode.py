@@ -6,8 +6,6 @@ which pages, are Python's numbers, and it advances them each time that a graph r
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,23 +16,6 @@ from ..cache import CacheView, KVCache, PagedBatch, PagedKVCache, Rotary
 from ..score import SCORE_FIELDS, Score, operator_schema
 from ..tensors import accumulate_dtype, new_result
 from .register import implement
-
-
-class DecodeOptions(NamedTuple):
-    """The options of a `decode`; lengths are known when it runs."""
-
-    scale: float
-    causal: bool
-    left: int | None
-    right: int | None
-    mask: Tensor | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    softcap: float | None
-    sinks: Tensor | None
-    q_lengths: Tensor | None
-    backend: str
-
 
 ROTARY = "Tensor? cos, Tensor? sin, bool interleaved"
 CACHE = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v"
@@ -50,8 +31,8 @@ torch.library.define(
 )
 torch.library.define(
     "flashattn::step",
-    f"(Tensor q, {CACHE}, Tensor number, SymInt[]? sequences, {ROTARY}, {operator_schema(DecodeOptions)}) "
-    "-> (Tensor out, Tensor lse)",
+    f"(Tensor q, {CACHE}, Tensor number, SymInt[]? sequences, {ROTARY}, {operator_schema(Score)}, "
+    "str backend) -> (Tensor out, Tensor lse)",
 )
 
 NOT_CAPTURED = "a replay would not advance its lengths; flash_attn_with_kvcache can be captured"
@@ -62,44 +43,42 @@ NOT_CAPTURED = "a replay would not advance its lengths; flash_attn_with_kvcache 
 
 def step(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None, v: Tensor | None, rotary: Rotary | None,
-    options: DecodeOptions,
+    score: Score, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) of checked inputs. In a graph lengths and pages are those of the time when it runs."""
+    """(out, lse) of checked inputs; the score is still to be checked. In a graph lengths and pages are those of the
+    time when it runs."""
     if not tracing.is_traced():
         tracing.refuse_capture("cache", NOT_CAPTURED)
-        return run_step(q, cache, (cache.k, cache.v), k, v, rotary, options)
+        return run_step(q, cache, (cache.k, cache.v), k, v, rotary, score, backend)
     owner, sequences = (cache.cache, cache.sequences) if isinstance(cache, PagedBatch) else (cache, None)
     if rotary is not None:
         arguments.check_rotary(rotary, q, 0)
-    flat = (owner._number, sequences, *flatten_rotary(rotary), *options)
+    flat = (owner._number, sequences, *flatten_rotary(rotary), *score[:SCORE_FIELDS], backend)
     return torch.ops.flashattn.step(q, owner.k, owner.v, k, v, *flat)
 
 
 def run_step(
     q: Tensor, cache: KVCache | PagedBatch, memory: tuple[Tensor, Tensor], k: Tensor | None, v: Tensor | None,
-    rotary: Rotary | None, options: DecodeOptions,
+    rotary: Rotary | None, score: Score, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`memory`: the cache's k and v, or copies to which a graph writes."""
     batch, heads, seq_q, _ = q.shape
     lengths = cache.lengths
-    counts = _count_tokens(options.q_lengths, batch, seq_q)
+    counts = _count_tokens(score.q_lengths, batch, seq_q)
     new = [0] * batch if k is None else counts
     after = [a + b for a, b in zip(lengths, new, strict=True)]
     if rotary is not None:
         arguments.check_rotary(rotary, q, max(after, default=0))
         if any(count > length for count, length in zip(counts, after, strict=True)):
             raise ValueError("q must not have more tokens than the cache, whose last they are, where none are new")
-    score = arguments.build_score(
-        q, (batch, heads, seq_q, max(after, default=0)), scale=options.scale, causal=options.causal,
-        window=(options.left, options.right), mask=options.mask, bias=options.bias, alibi_slopes=options.alibi_slopes,
-        softcap=options.softcap, sinks=options.sinks,
-    )  # fmt: skip
+    q_lengths = None if score.q_lengths is None else caches.to_int32(q.device, counts)
+    shape = (batch, heads, seq_q, max(after, default=0))
+    score = arguments.check_score(score._replace(q_lengths=None), q, shape)
     refuse_derivatives_and_onnx(q, *memory, k, v, score.bias, score.sinks, *(rotary or ()))
-    q_lengths = None if options.q_lengths is None else caches.to_int32(q.device, counts)
     cached = cache._reserve(new, *memory)
     score = score._replace(q_lengths=q_lengths, kv_lengths=cached.lengths)
     try:
-        return append_and_attend(q, cached, k, v, rotary, score, options.backend)
+        return append_and_attend(q, cached, k, v, rotary, score, backend)
     except BaseException:  # out of memory, or the user's interrupt: the same call may come again
         cache.truncate(lengths)
         raise
@@ -196,11 +175,12 @@ def _(q, k_cache, v_cache, *_):
 
 
 @implement("step")
-def _(q, k_cache, v_cache, k, v, number, sequences, cos, sin, interleaved, *options):
+def _(q, k_cache, v_cache, k, v, number, sequences, cos, sin, interleaved, *flat):
     tracing.refuse_capture("cache", NOT_CAPTURED)
     cache = caches.find_cache(int(number))
     if isinstance(cache, PagedKVCache):
         cache = cache.select(cache.sequences if sequences is None else sequences)
     arguments.check_batch(q, cache)
     rotary = unflatten_rotary(cos, sin, interleaved)
-    return run_step(q, cache, (k_cache, v_cache), k, v, rotary, DecodeOptions(*options))
+    score, backend = Score(*flat[:SCORE_FIELDS]), flat[SCORE_FIELDS]
+    return run_step(q, cache, (k_cache, v_cache), k, v, rotary, score, backend)
