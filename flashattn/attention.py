@@ -12,63 +12,58 @@ from torch import Tensor
 from . import arguments, autocast, auxiliary, backends, nested, ops, tracing
 from .auxiliary import AuxOutput, AuxRequest
 from .cache import KVCache, PagedBatch, PagedKVCache, Rotary
-from .score import ScoreOptions
+from .score import ScoreOptions, list_options
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from typing_extensions import Unpack
 
 
-class AttentionOptions(ScoreOptions, total=False):
-    dropout_p: float
-    seed: int | Tensor | None
-    kv_lengths: Tensor | None
-    q_lengths: Tensor | None
-    score_mod: Callable | None
-    block_mask: BlockMask | None
-
-
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_aux: None = ...,
-    **options: Unpack[AttentionOptions],
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ..., q_lengths: Tensor | None = ..., kv_lengths: Tensor | None = ...,
+    score_mod: Callable | None = ..., block_mask: BlockMask | None = ..., return_lse: Literal[False] = ...,
+    return_aux: None = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], return_aux: None = ...,
-    **options: Unpack[AttentionOptions],
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ..., q_lengths: Tensor | None = ..., kv_lengths: Tensor | None = ...,
+    score_mod: Callable | None = ..., block_mask: BlockMask | None = ..., return_lse: Literal[True],
+    return_aux: None = ..., **options: Unpack[ScoreOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_aux: AuxRequest,
-    **options: Unpack[AttentionOptions],
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ..., q_lengths: Tensor | None = ..., kv_lengths: Tensor | None = ...,
+    score_mod: Callable | None = ..., block_mask: BlockMask | None = ..., return_lse: Literal[False] = ...,
+    return_aux: AuxRequest, **options: Unpack[ScoreOptions],
 ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_aux: AuxRequest | None = ...,
-    **options: Unpack[AttentionOptions],
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ..., q_lengths: Tensor | None = ..., kv_lengths: Tensor | None = ...,
+    score_mod: Callable | None = ..., block_mask: BlockMask | None = ..., return_lse: bool = ...,
+    return_aux: AuxRequest | None = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]: ...  # fmt: skip
+@list_options
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    mask: Tensor | None = None,
     bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    q_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
     score_mod: Callable | None = None,
     block_mask: BlockMask | None = None,
-    scale: float | None = None,
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Exact softmax attention: out = softmax(scale * q k^T) v, in memory linear in the sequence length.
 
@@ -131,23 +126,18 @@ def attention(
     >>> flashattn.attention(q, k, v, causal=True).shape
     torch.Size([1, 8, 5, 64])
     """
+    arguments.check_names("attention", options)
     q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
+    options |= dict(causal=causal, bias=bias, dropout_p=dropout_p, seed=seed)
     plain = type(q) is type(k) is type(v) is Tensor
     if q.is_nested or k.is_nested or v.is_nested if plain else any(map(nested.is_nested, (q, k, v))):
-        for name, x in (("score_mod", score_mod), ("block_mask", block_mask), ("return_aux", return_aux)):
-            if x is not None:
-                raise ValueError(f"{name} must be None where q is nested")
-        return _nested(
-            q, k, v, q_lengths, kv_lengths, return_lse, causal=causal, window=window, mask=mask, bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed, scale=scale,
-        )  # fmt: skip
+        refused = dict(score_mod=score_mod, block_mask=block_mask, return_aux=return_aux)
+        return _nested(q, k, v, q_lengths, kv_lengths, refused, return_lse, options)
     request = None if return_aux is None else auxiliary.read_request(return_aux, return_lse)
     shape = arguments.check_shapes(q, k, v)
     score = arguments.build_score(
-        q, shape, scale=scale, causal=causal, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, q_lengths=q_lengths, kv_lengths=kv_lengths, dropout_p=dropout_p, seed=seed,
-        score_mod=score_mod, block_mask=block_mask,
-    )  # fmt: skip
+        q, shape, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod, block_mask=block_mask, **options
+    )
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
     if request is not None:
@@ -158,21 +148,25 @@ def attention(
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ..., *, dropout_p: float = ..., seed: int | Tensor | None = ...,
+    max_seqlen_k: int | None = ..., *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
     return_lse: Literal[False] = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ..., *, dropout_p: float = ..., seed: int | Tensor | None = ...,
+    max_seqlen_k: int | None = ..., *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
     return_lse: Literal[True], **options: Unpack[ScoreOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ..., *, dropout_p: float = ..., seed: int | Tensor | None = ...,
+    max_seqlen_k: int | None = ..., *, causal: bool = ..., bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
     return_lse: bool = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@list_options
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -182,6 +176,7 @@ def attention_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
+    causal: bool = False,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -234,8 +229,9 @@ def attention_varlen(
         )
     shape = (cu_seqlens_q.shape[0] - 1, heads, max_seqlen_q, max_seqlen_k)
     score = arguments.build_score(
-        q, shape, bias=bias, dropout_p=dropout_p, seed=seed, cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)),
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options,
+        q, shape, causal=causal, bias=bias, dropout_p=dropout_p, seed=seed,
+        cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)), max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, **options,
     )  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
@@ -246,21 +242,25 @@ def attention_varlen(
 @overload
 def decode(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
-    rotary: Rotary | None = ..., *, q_lengths: Tensor | None = ..., dropout_p: float = ...,
+    rotary: Rotary | None = ..., *, causal: bool = ..., bias: Tensor | None = ..., q_lengths: Tensor | None = ...,
+    dropout_p: float = ...,
     return_lse: Literal[False] = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
-    rotary: Rotary | None = ..., *, q_lengths: Tensor | None = ..., dropout_p: float = ...,
+    rotary: Rotary | None = ..., *, causal: bool = ..., bias: Tensor | None = ..., q_lengths: Tensor | None = ...,
+    dropout_p: float = ...,
     return_lse: Literal[True], **options: Unpack[ScoreOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def decode(
     q: Tensor, cache: KVCache | PagedKVCache | PagedBatch, k: Tensor | None = ..., v: Tensor | None = ...,
-    rotary: Rotary | None = ..., *, q_lengths: Tensor | None = ..., dropout_p: float = ...,
+    rotary: Rotary | None = ..., *, causal: bool = ..., bias: Tensor | None = ..., q_lengths: Tensor | None = ...,
+    dropout_p: float = ...,
     return_lse: bool = ..., **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@list_options
 def decode(
     q: Tensor,
     cache: KVCache | PagedKVCache | PagedBatch,
@@ -269,6 +269,7 @@ def decode(
     rotary: Rotary | None = None,
     *,
     causal: bool = True,
+    bias: Tensor | None = None,
     q_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -324,15 +325,18 @@ def decode(
     if autocast.is_on(q):
         q, k, v = autocast.cast(cache.k.dtype, q, k, v)
     arguments.check_decode_inputs(q, cache, k, v, dropout_p)
-    score = arguments.collect_options(q, causal=causal, q_lengths=q_lengths, **options)
+    score = arguments.collect_options(q, causal=causal, bias=bias, q_lengths=q_lengths, **options)
     arguments.refuse_gradients(q=q, k=k, v=v, bias=score.bias, alibi_slopes=score.alibi_slopes, sinks=score.sinks)
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3]))
     out, lse = ops.decode.step(q, cache, k, v, rotary, score, backend)
     return (out, lse) if return_lse else out
 
 
-def _nested(q, k, v, q_lengths, kv_lengths, return_lse, **options):
+def _nested(q, k, v, q_lengths, kv_lengths, refused: dict, return_lse: bool, options: dict):
     """`attention` of nested tensors (batch, heads, seq, head_dim), ragged along seq: packed sequences."""
+    for name, x in refused.items():
+        if x is not None:
+            raise ValueError(f"{name} must be None where q is nested")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not nested.is_nested(x):
             raise ValueError(f"{name} must be nested as q, k or v is, got {type(x).__name__}")

@@ -3,6 +3,8 @@ by every backend; and how operators carry them, field by field."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from torch import Tensor
@@ -63,16 +65,32 @@ class Score(NamedTuple):
 
 
 class ScoreOptions(TypedDict, total=False):
-    """The options that `attention`, `attention_varlen` and `decode` share; `attention` documents them."""
+    """The options that `attention`, `attention_varlen` and `decode` hand over as they are; None by default. `attention`
+    documents them."""
 
-    causal: bool
     window: tuple[int | None, int | None] | None
     mask: Tensor | None
-    bias: Tensor | None
     alibi_slopes: Tensor | None
     softcap: float | None
     sinks: Tensor | None
     scale: float | None
+
+
+def read_annotations(settings: type) -> dict[str, str]:
+    """{name: its annotation as text} of the fields of a class of this file."""
+    return {name: getattr(hint, "__forward_arg__", hint) for name, hint in settings.__annotations__.items()}
+
+
+def list_options(call: Callable) -> Callable:
+    """A decorator for a call with **options: Unpack[ScoreOptions], which names them in its signature."""
+    signature = inspect.signature(call)
+    *own, _ = signature.parameters.values()
+    shared = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in read_annotations(ScoreOptions).items()
+    )
+    call.__signature__ = signature.replace(parameters=[*own, *shared])
+    return call
 
 
 class Norm(NamedTuple):
@@ -96,8 +114,7 @@ def operator_fields(settings: type) -> dict[str, str]:
     """{name: type in an operator's schema} of the fields of a named tuple that an operator takes one by one: those
     before the first whose type no operator has."""
     fields = {}
-    for name, annotation in settings.__annotations__.items():
-        annotation = getattr(annotation, "__forward_arg__", annotation)
+    for name, annotation in read_annotations(settings).items():
         if annotation not in SCHEMA_TYPES:
             break
         fields[name] = SCHEMA_TYPES[annotation]

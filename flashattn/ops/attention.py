@@ -131,17 +131,37 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: 8 + ctx.captured]
         tracing.refuse_tangents(grad_out, grad_lse)
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(captured))
-        gradients = differentiate(
-            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, Saved(q, k, v, out, lse, rest),
-            ctx.score._replace(bias=bias, sinks=sinks), ctx.backend, ctx.needs_input_grad[3], ctx.needs_input_grad[7:],
-        )  # fmt: skip
-        return *gradients[:5], None, None, *gradients[5]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        score = ctx.score._replace(bias=bias, sinks=sinks)
+        needed = bias is not None and ctx.needs_input_grad[3], ctx.needs_input_grad[7:]
+        *gradients, grad_bias, grad_sinks, grad_captured = call_backward(
+            grad_out, grad_lse, Saved(q, k, v, out, lse, rest), score, ctx.backend, *needed
+        )
+        grad_captured = [x if wanted else None for x, wanted in zip(grad_captured, needed[1], strict=True)]
+        others = (grad_bias if needed[0] else None, None if sinks is None else grad_sinks)
+        return *gradients, *others, None, None, *grad_captured
+
+
+def call_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, backend: str, with_grad_bias: bool,
+    with_grad_captured: Sequence[bool],
+) -> tuple:  # fmt: skip
+    """`differentiate`, through the dispatcher where something watches."""
+    # Gradients are computed with gradients enabled only to be differentiated again, which the operator refuses.
+    if not (torch.is_grad_enabled() or tracing.must_dispatch() or grad_out.is_meta) and tracing.has_no_subclass(
+        grad_out
+    ):
+        return differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)
+    tracing.refuse_tangents(grad_out, grad_lse, *saved, score.bias, score.sinks)
+    return torch.ops.flashattn.attention_backward.default(
+        grad_out, grad_lse, *saved[:5], empty_if_none(saved.rest, saved.lse), with_grad_bias, list(with_grad_captured),
+        *flatten(score, backend), *flatten_mods(score),
+    )  # fmt: skip
 
 
 def differentiate(
@@ -155,7 +175,6 @@ def differentiate(
         torch.zeros_like(x, dtype=saved.lse.dtype) if needed else None
         for x, needed in zip(captured, with_grad_captured, strict=True)
     ]
-    with_grad_bias = with_grad_bias and score.bias is not None
     *gradients, grad_bias = BACKENDS[backend].backward(grad_out, grad_lse, saved, score, with_grad_bias, totals)
     grad_sinks = None if score.sinks is None else sink_gradient(grad_out, grad_lse, saved, score.sinks)
     grad_captured = [None if total is None else total.to(x.dtype) for total, x in zip(totals, captured, strict=True)]
