@@ -161,7 +161,7 @@ def find_device(name: str | None):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        raise UsageError(f"--device takes a device that is here, got {name!r}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device must be an available device, got {name!r}: {str(error).splitlines()[0]}") from None
     return device
 
 
