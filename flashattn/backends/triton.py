@@ -44,6 +44,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.precision import input_precision
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, plane_arg
+    from ..kernels.state import Sizes
     from ..kernels.tiles import Heads
     from . import triton_hopper
 else:
@@ -121,8 +122,8 @@ def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
 
 
 def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
-    """The arguments all attention kernels share: (score, batches, heads, kv_heads, seq_q, seq_k). The score's limits
-    count from each batch row's own diagonal, which kernels add."""
+    """The arguments all attention kernels share: (score, *sizes). The score's limits count from each batch row's own
+    diagonal, which kernels add."""
     batches, seq_q, seq_k = score.sizes(q, k)
     slopes = score.alibi_slopes
     args = ScoreArgs(
@@ -135,7 +136,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         generate.blocks_arg(score.block_mask), tl.constexpr(stays_raw(q, score)),
         tl.constexpr(input_precision(q, v)),
     )  # fmt: skip
-    return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
+    return args, *Sizes(batches, q.shape[1], k.shape[1], seq_q, seq_k)
 
 
 def new_statistics(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, Statistics]:

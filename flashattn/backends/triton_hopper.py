@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..kernels import configs, hopper_backward, hopper_forward, tune
 from ..kernels.backward import Statistics
 from ..kernels.configs import Roles
+from ..kernels.state import Sizes
 from ..kernels.tiles import Heads
 from ..score import Score
 from .setting import Setting
@@ -87,8 +88,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, rest: Tensor | None, args: tuple, row: Roles
 ) -> None:
     """Fills out, lse and its rest; `args` are those that all attention kernels share."""
-    _, batches, heads, _, seq_q, _ = args
-    programs = configs.cdiv(seq_q, row.owned) * heads * batches
+    sizes = Sizes(*args[1:])
+    programs = configs.cdiv(sizes.seq_q, row.owned) * sizes.heads * sizes.batches
     if row.persistent:
         programs = min(programs, configs.multiprocessors(q.device))
     launch(
@@ -103,9 +104,10 @@ def backward_q(
     grad_lse: Tensor | None, grad_q: Heads, rows: Statistics, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
     """Fills grad_q and the queries' statistics."""
-    _, batches, heads, _, seq_q, _ = args
+    sizes = Sizes(*args[1:])
+    programs = configs.cdiv(sizes.seq_q, row.owned) * sizes.heads * sizes.batches
     launch(
-        hopper_backward.attention_backward_q_hopper, configs.cdiv(seq_q, row.owned) * heads * batches, row,
+        hopper_backward.attention_backward_q_hopper, programs, row,
         descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
         rest, grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
     )  # fmt: skip
@@ -116,9 +118,10 @@ def backward_kv(
     grad_v: Heads, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
     """Fills grad_k and grad_v. `rows`: the queries' statistics, (2 or 4, batch * heads, stride)."""
-    _, batches, _, kv_heads, _, seq_k = args
+    sizes = Sizes(*args[1:])
+    programs = configs.cdiv(sizes.seq_k, row.owned) * sizes.kv_heads * sizes.batches
     launch(
-        hopper_backward.attention_backward_kv_hopper, configs.cdiv(seq_k, row.owned) * kv_heads * batches, row,
+        hopper_backward.attention_backward_kv_hopper, programs, row,
         descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
         statistics_descriptor(rows, row.block), grad_k, grad_v, *args,
         HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], SHARED=row.shared,

@@ -33,6 +33,8 @@ from .scores import (
     gradient_through,
     key_tiles,
     looks,
+    owned_keys,
+    owned_queries,
     query_tiles,
     scaled,
     sequence,
@@ -42,7 +44,8 @@ from .scores import (
     visible_keys,
 )
 from .softmax import LARGEST_RAW_LSE, LOG2E
-from .tiles import load_tile, one_head, owned_queries, rounded_product, store_tile
+from .state import HeadInfo, KeyGradients, KeyTile, QueryTile, RowStats, Shape, Sizes, TilePositions
+from .tiles import load_tile, one_head, rounded_product, store_tile
 
 
 class Statistics(NamedTuple):
@@ -74,36 +77,36 @@ def exponents(lse, rest, score, at, exists):
 
 
 @triton.jit
-def statistics_place(score, seq, batch, head, heads):
+def statistics_place(score, at):
     """(row, column) where the statistics of a head's queries start."""
-    line = batch * heads + head
+    line = at.batch * at.heads + at.head
     start = 0
     if score.cu_seqlens is not None:
-        line = head
-        start = (seq.q_start + 4 * batch) // 4 * 4  # a gap of 1 to 4 between sequences
+        line = at.head
+        start = (at.seq.q_start + 4 * at.batch) // 4 * 4  # a gap of 1 to 4 between sequences
     return line, start
 
 
 @triton.jit
-def of_head(score, rows, seq, batch, head, heads):
+def of_head(score, rows, at):
     """The statistics of one head's queries."""
-    line, start = statistics_place(score, seq, batch, head, heads)
-    at = tl.cast(line, tl.int64) * rows.stride + start
-    return Statistics(rows.lse + at, rows.delta + at, rows.rest + at, rows.stride)
+    line, start = statistics_place(score, at)
+    offset = tl.cast(line, tl.int64) * rows.stride + start
+    return Statistics(rows.lse + offset, rows.delta + offset, rows.rest + offset, rows.stride)
 
 
 @triton.jit
-def store_statistics(rows, lse, delta, rest, queries, end, RAW: tl.constexpr):
+def store_statistics(rows, stats, queries, end, RAW: tl.constexpr):
     """Of queries before `end`."""
-    tl.store(rows.lse + queries, lse, mask=queries < end)
-    tl.store(rows.delta + queries, delta, mask=queries < end)
+    tl.store(rows.lse + queries, stats.lse, mask=queries < end)
+    tl.store(rows.delta + queries, stats.delta, mask=queries < end)
     if not RAW:
-        tl.store(rows.rest + queries, rest, mask=queries < end)
+        tl.store(rows.rest + queries, stats.rest, mask=queries < end)
 
 
 @triton.jit
 def load_statistics(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """(lse, delta, rest) of queries; of those at or past `query_end` (looked at only with CHECK_ROWS) +inf, 0 and 0."""
+    """The RowStats of queries; of those at or past `query_end` (looked at only with CHECK_ROWS) +inf, 0 and 0."""
     if CHECK_ROWS:
         lse = tl.load(rows.lse + queries, mask=queries < query_end, other=float("inf"))
         delta = tl.load(rows.delta + queries, mask=queries < query_end, other=0.0)
@@ -115,59 +118,54 @@ def load_statistics(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.
         rest = tl.load(rows.rest + queries, mask=queries < query_end, other=0.0)
     elif not RAW:
         rest = tl.load(rows.rest + queries)
-    return lse, delta, rest
+    return RowStats(lse, delta, rest)
 
 
 @triton.jit
-def weights(products, lse, rest, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
-    """(p, slope) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse`, `rest`,
-    `queries` and `keys` broadcast to its shape; `state`: its `block_state`."""
+def weights(products, lse, rest, score, at, tile, EDGE: tl.constexpr):
+    """(p, slope) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse` and `rest`
+    broadcast to its shape."""
     scores, slope = cap(score, scaled(score, products))
-    scores, slope = shift(score, seq, scores, slope, batch, head, queries, keys, state)
+    scores, slope = shift(score, at, scores, slope, tile)
     if score.raw:
         p = tl.exp2(scores * (score.scale * LOG2E) - lse)
     else:
         p = tl.exp2((scores - lse) * LOG2E - rest)
     if EDGE:
-        p = tl.where(visible(score, seq, queries, keys), p, 0.0)
+        p = tl.where(visible(score, at.seq, tile), p, 0.0)
     return p, slope
 
 
 @triton.jit
-def score_gradients(
-    q, grad_out, lse, delta, rest, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
-    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+def score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, EDGE: tl.constexpr):
     """(ds, slope) of a tile (queries, keys): the gradient of the scores as softmax takes them, and the softcap's
-    derivative."""
-    products = tl.dot(q, tl.trans(k_tile), input_precision=score.precision)
-    queries = start_m + tl.arange(0, BLOCK_M)
-    keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-    state = block_state(score, batch, head, start_m, start_n)
-    p, slope = weights(
-        products, lse[:, None], rest[:, None], score, seq, batch, head, queries[:, None], keys, state, EDGE
-    )
-    v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
-    dp = tl.dot(grad_out, tl.trans(v_tile), input_precision=score.precision)
+    derivative. own: the QueryTile."""
+    products = tl.dot(own.q, tl.trans(k_tile), input_precision=score.precision)
+    queries = own.start + tl.arange(0, shape.BLOCK_M)
+    keys = start_n + tl.arange(0, shape.BLOCK_N)[None, :]
+    tile = TilePositions(queries[:, None], keys, block_state(score, at, own.start, start_n))
+    p, slope = weights(products, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, EDGE)
+    v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, EDGE)
+    dp = tl.dot(own.grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
-        dp *= kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N)
-    return p * (dp - delta[:, None]), slope
+        dp *= kept_weights(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)
+    return p * (dp - own.stats.delta[:, None]), slope
 
 
 @triton.jit
-def visit_keys(
-    acc, q, grad_out, lse, delta, rest, k, v, score, seq, batch, head, heads, start_m, start_n,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+def visit_keys(acc, own, k, v, score, at, start_n, shape: tl.constexpr, EDGE: tl.constexpr):
     """One key tile of pass 1: acc += ds k."""
-    k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
-    ds, slope = score_gradients(
-        q, grad_out, lse, delta, rest, k_tile, v, score, seq, batch, head, heads, start_m, start_n,
-        HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE,
-    )  # fmt: skip
+    k_tile = load_tile(k, start_n, at.seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, EDGE)
+    ds, slope = score_gradients(own, k_tile, v, score, at, start_n, shape, EDGE)
     ds = gradient_through(score, ds, slope)
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=score.precision)
+
+
+@triton.jit
+def load_queries(x, start_m, at, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The rows of q, out or grad_out that belong to a tile of a head's queries."""
+    head = one_head(x, at.batch, at.head, at.seq.q_start)
+    return load_tile(head, start_m, at.seq.query_end, COLS, BLOCK_M, BLOCK_COLS, True)
 
 
 @kernel(do_not_specialize=SIZES)
@@ -180,79 +178,66 @@ def attention_backward_q(
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
-    start_m, head, kv_head, batch = owned_queries(tl.program_id(0), heads, kv_heads, seq_q, BLOCK_M)
-    seq = sequence(score, batch, batches, seq_q, seq_k)
-
-    k = one_head(k, batch, kv_head, seq.k_start)
-    v = one_head(v, batch, kv_head, seq.k_start)
-    queries = start_m + tl.arange(0, BLOCK_M)
-    row = statistics_at(score, seq, batch, head, heads)
-    do_tile = load_tile(
-        one_head(grad_out, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
-    )
-    out_tile = load_tile(
-        one_head(out, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
-    )
+    shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
+    start_m, kv_head, at = owned_queries(tl.program_id(0), score, sizes, shape.BLOCK_M)
+    seq = at.seq
+    k = one_head(k, at.batch, kv_head, seq.k_start)
+    v = one_head(v, at.batch, kv_head, seq.k_start)
+    queries = start_m + tl.arange(0, shape.BLOCK_M)
+    row = statistics_at(score, at)
+    do_tile = load_queries(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
+    out_tile = load_queries(out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
     exists = queries < seq.query_end
-    delta_row = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
+    delta = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
     if grad_lse is not None:
-        delta_row -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
+        delta -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
     lse_row, rest_row = exponents(lse, rest, score, row + queries, exists)
-    rows = of_head(score, rows, seq, batch, head, heads)
-    store_statistics(rows, lse_row, delta_row, rest_row, queries, seq.seq_q, score.raw)
+    stats = RowStats(lse_row, delta, rest_row)
+    store_statistics(of_head(score, rows, at), stats, queries, seq.seq_q, score.raw)
 
-    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    tiles = key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N)
-    for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
-        if looks(score, batch, head, start_m, start_n):
-            acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta_row, rest_row, k, v, score, seq, batch, head, heads, start_m,
-                start_n,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
-            )  # fmt: skip
+    q_tile = load_queries(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
+    own = QueryTile(start_m, q_tile, do_tile, stats)
+    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_D), tl.float32)
+    tiles = key_tiles(score, seq, start_m, shape.BLOCK_M, shape.BLOCK_N)
+    for start_n in range(tiles.steady_begin, tiles.steady_end, shape.BLOCK_N):
+        if looks(score, at, start_m, start_n):
+            acc = visit_keys(acc, own, k, v, score, at, start_n, shape, False)
     for index in tl.range(0, tiles.edges, num_stages=1):
-        start_n = edge_start(tiles, index, BLOCK_N)
-        if looks(score, batch, head, start_m, start_n):
-            acc = visit_keys(
-                acc, q_tile, do_tile, lse_row, delta_row, rest_row, k, v, score, seq, batch, head, heads, start_m,
-                start_n,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-            )  # fmt: skip
-    store_tile(
-        one_head(grad_q, batch, head, seq.q_start), acc * score.scale, start_m, seq.seq_q, HEAD_DIM, BLOCK_M, BLOCK_D
-    )
+        start_n = edge_start(tiles, index, shape.BLOCK_N)
+        if looks(score, at, start_m, start_n):
+            acc = visit_keys(acc, own, k, v, score, at, start_n, shape, True)
+    grad_q_head = one_head(grad_q, at.batch, at.head, seq.q_start)
+    store_tile(grad_q_head, acc * score.scale, start_m, seq.seq_q, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
 
 
 @triton.jit
-def visit_queries(
-    grad_k, grad_v, k, v, q, grad_out, rows, score, seq, batch, head, heads, start_m, start_n,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """One query tile of pass 2, transposed (keys down, queries across): grad_v += p^T do, grad_k += ds^T q."""
-    queries = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(q, start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
-    products = tl.dot(k, tl.trans(q_tile), input_precision=score.precision)
-    keys = start_n + tl.arange(0, BLOCK_N)[:, None]
-    state = block_state(score, batch, head, start_m, start_n)
-    lse, delta, rest = load_statistics(rows, queries, seq.query_end, score.raw, EDGE)
-    p, slope = weights(
-        products, lse[None, :], rest[None, :], score, seq, batch, head, queries[None, :], keys, state, EDGE
-    )
-    do_tile = load_tile(grad_out, start_m, seq.query_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE)
+def visit_queries(grads, own, q, grad_out, rows, score, at, start_m, shape: tl.constexpr, EDGE: tl.constexpr):
+    """One query tile of pass 2, transposed (keys down, queries across): grad_v += p^T do, grad_k += ds^T q. own: the
+    KeyTile; q, grad_out and rows are those of the head."""
+    query_end = at.seq.query_end
+    queries = start_m + tl.arange(0, shape.BLOCK_M)
+    q_tile = load_tile(q, start_m, query_end, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D, EDGE)
+    products = tl.dot(own.k, tl.trans(q_tile), input_precision=score.precision)
+    keys = own.start + tl.arange(0, shape.BLOCK_N)[:, None]
+    state = block_state(score, at, start_m, own.start)
+    stats = load_statistics(rows, queries, query_end, score.raw, EDGE)
+    tile = TilePositions(queries[None, :], keys, state)
+    p, slope = weights(products, stats.lse[None, :], stats.rest[None, :], score, at, tile, EDGE)
+    do_tile = load_tile(grad_out, start_m, query_end, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV, EDGE)
     dropped = p
     if score.dropout is not None:
-        kept = tl.trans(kept_weights(score.dropout, batch * heads + head, queries, start_n, BLOCK_N))
+        head = at.batch * at.heads + at.head
+        kept = tl.trans(kept_weights(score.dropout, head, queries, own.start, shape.BLOCK_N))
         dropped = p * kept
-    grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grad_v, input_precision=score.precision)
-    dp = tl.dot(v, tl.trans(do_tile), input_precision=score.precision)
+    grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grads.v, input_precision=score.precision)
+    dp = tl.dot(own.v, tl.trans(do_tile), input_precision=score.precision)
     if score.dropout is not None:
         dp *= kept
-    ds = p * (dp - delta[None, :])
+    ds = p * (dp - stats.delta[None, :])
     ds = gradient_through(score, ds, slope)
-    grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grad_k, input_precision=score.precision)
-    return grad_k, grad_v
+    grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grads.k, input_precision=score.precision)
+    return KeyGradients(grad_k, grad_v)
 
 
 @kernel(do_not_specialize=SIZES)
@@ -265,48 +250,42 @@ def attention_backward_kv(
 
     Grid: (key tiles * kv_heads * batch,), the longest causal tiles first. A program owns BLOCK_N keys of one kv_head.
     """
-    tiles_n = tl.cdiv(seq_k, BLOCK_N)
-    program = tl.program_id(0)
-    start_n = program % tiles_n * BLOCK_N
-    kv_head = program // tiles_n % kv_heads
-    batch = program // tiles_n // kv_heads
-    group = heads // kv_heads
-    seq = sequence(score, batch, batches, seq_q, seq_k)
+    shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
+    start_n, kv_head, batch = owned_keys(tl.program_id(0), sizes, shape.BLOCK_N)
+    group = sizes.heads // sizes.kv_heads
+    seq = sequence(score, batch, sizes)
 
-    k_tile = load_tile(one_head(k, batch, kv_head, seq.k_start), start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v_tile = load_tile(
-        one_head(v, batch, kv_head, seq.k_start), start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True
-    )
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
+    k_head = one_head(k, batch, kv_head, seq.k_start)
+    k_tile = load_tile(k_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, True)
+    v_head = one_head(v, batch, kv_head, seq.k_start)
+    v_tile = load_tile(v_head, start_n, seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, True)
+    own = KeyTile(start_n, k_tile, v_tile)
+    acc_k = tl.zeros((shape.BLOCK_N, shape.BLOCK_D), tl.float32)
+    grads = KeyGradients(acc_k, tl.zeros((shape.BLOCK_N, shape.BLOCK_DV), tl.float32))
+    tiles = query_tiles(score, seq, start_n, shape.BLOCK_M, shape.BLOCK_N)
     for head in range(kv_head * group, kv_head * group + group):
+        at = HeadInfo(batch, head, sizes.heads, seq)
         q_head = one_head(q, batch, head, seq.q_start)
         do_head = one_head(grad_out, batch, head, seq.q_start)
-        rows_head = of_head(score, rows, seq, batch, head, heads)
-        for start_m in range(tiles.steady_begin, tiles.steady_end, BLOCK_M):
-            if looks(score, batch, head, start_m, start_n):
-                acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, rows_head, score, seq, batch, head, heads, start_m,
-                    start_n,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
-                )  # fmt: skip
+        rows_head = of_head(score, rows, at)
+        for start_m in range(tiles.steady_begin, tiles.steady_end, shape.BLOCK_M):
+            if looks(score, at, start_m, start_n):
+                grads = visit_queries(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, False)
         for index in tl.range(0, tiles.edges, num_stages=1):
-            start_m = edge_start(tiles, index, BLOCK_M)
-            if looks(score, batch, head, start_m, start_n):
-                acc_k, acc_v = visit_queries(
-                    acc_k, acc_v, k_tile, v_tile, q_head, do_head, rows_head, score, seq, batch, head, heads, start_m,
-                    start_n,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-                )  # fmt: skip
+            start_m = edge_start(tiles, index, shape.BLOCK_M)
+            if looks(score, at, start_m, start_n):
+                grads = visit_queries(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, True)
 
     # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are dropped here, once, so that the
     # steady loop need not look at them.
-    exists = (start_n + tl.arange(0, BLOCK_N) < seq.key_end)[:, None]
-    acc_k = tl.where(exists, acc_k * score.scale, 0.0)
-    acc_v = tl.where(exists, acc_v, 0.0)
-    store_tile(one_head(grad_k, batch, kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(one_head(grad_v, batch, kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+    exists = (start_n + tl.arange(0, shape.BLOCK_N) < seq.key_end)[:, None]
+    acc_k = tl.where(exists, grads.k * score.scale, 0.0)
+    acc_v = tl.where(exists, grads.v, 0.0)
+    k_head = one_head(grad_k, batch, kv_head, seq.k_start)
+    store_tile(k_head, acc_k, start_n, seq.seq_k, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D)
+    v_head = one_head(grad_v, batch, kv_head, seq.k_start)
+    store_tile(v_head, acc_v, start_n, seq.seq_k, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV)
 
 
 @triton.jit
@@ -329,58 +308,49 @@ def attention_backward_bias(
     Grid: (tiles of keys * tiles of queries * size_head * size_batch,). A program owns BLOCK_M x BLOCK_N elements of the
     bias, or all queries or keys where those are broadcast; S and dP are computed once more.
     """
+    shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
     program = tl.program_id(0)
-    tiles_n = tl.cdiv(size_k, BLOCK_N)
-    tiles_m = tl.cdiv(size_q, BLOCK_M)
+    tiles_n = tl.cdiv(size_k, shape.BLOCK_N)
+    tiles_m = tl.cdiv(size_q, shape.BLOCK_M)
     tile_n = program % tiles_n
     tile_m = program // tiles_n % tiles_m
     bias_head = program // tiles_n // tiles_m % size_head
     bias_batch = program // tiles_n // tiles_m // size_head
-    first_batch, last_batch = shared(size_batch, bias_batch, batches, 1)
-    first_head, last_head = shared(size_head, bias_head, heads, 1)
-    first_m, last_m = shared(size_q, tile_m, seq_q, BLOCK_M)
-    first_n, last_n = shared(size_k, tile_n, seq_k, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first_batch, last_batch = shared(size_batch, bias_batch, sizes.batches, 1)
+    first_head, last_head = shared(size_head, bias_head, sizes.heads, 1)
+    first_m, last_m = shared(size_q, tile_m, sizes.seq_q, shape.BLOCK_M)
+    first_n, last_n = shared(size_k, tile_n, sizes.seq_k, shape.BLOCK_N)
+    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     for batch in range(first_batch, last_batch):
-        seq = sequence(score, batch, batches, seq_q, seq_k)
+        seq = sequence(score, batch, sizes)
         for head in range(first_head, last_head):
-            k_head = one_head(k, batch, head // (heads // kv_heads), seq.k_start)
-            v_head = one_head(v, batch, head // (heads // kv_heads), seq.k_start)
-            rows_head = of_head(score, rows, seq, batch, head, heads)
-            for start_m in range(first_m, tl.minimum(last_m, seq.query_end), BLOCK_M):
-                queries = start_m + tl.arange(0, BLOCK_M)
-                q_tile = load_tile(
-                    one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True
-                )
-                do_tile = load_tile(
-                    one_head(grad_out, batch, head, seq.q_start),
-                    start_m,
-                    seq.query_end,
-                    HEAD_DIM_V,
-                    BLOCK_M,
-                    BLOCK_DV,
-                    True,
-                )
-                lse, delta, rest = load_statistics(rows_head, queries, seq.query_end, score.raw, True)
-                begin, end = visible_keys(score, seq, start_m, BLOCK_M)
-                begin = tl.maximum(first_n, begin // BLOCK_N * BLOCK_N)
-                for start_n in range(begin, tl.minimum(last_n, end), BLOCK_N):
-                    k_tile = load_tile(k_head, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-                    ds, _ = score_gradients(
-                        q_tile, do_tile, lse, delta, rest, k_tile, v_head, score, seq, batch, head, heads, start_m,
-                        start_n,
-                        HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-                    )  # fmt: skip
+            at = HeadInfo(batch, head, sizes.heads, seq)
+            kv_head = head // (sizes.heads // sizes.kv_heads)
+            k_head = one_head(k, batch, kv_head, seq.k_start)
+            v_head = one_head(v, batch, kv_head, seq.k_start)
+            rows_head = of_head(score, rows, at)
+            for start_m in range(first_m, tl.minimum(last_m, seq.query_end), shape.BLOCK_M):
+                queries = start_m + tl.arange(0, shape.BLOCK_M)
+                q_tile = load_queries(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
+                do_tile = load_queries(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
+                stats = load_statistics(rows_head, queries, seq.query_end, score.raw, True)
+                own = QueryTile(start_m, q_tile, do_tile, stats)
+                begin, end = visible_keys(score, seq, start_m, shape.BLOCK_M)
+                begin = tl.maximum(first_n, begin // shape.BLOCK_N * shape.BLOCK_N)
+                for start_n in range(begin, tl.minimum(last_n, end), shape.BLOCK_N):
+                    k_tile = load_tile(k_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, True)
+                    ds, _ = score_gradients(own, k_tile, v_head, score, at, start_n, shape, True)
                     acc += ds
     # Where queries or keys are broadcast, every row or column belongs to the first.
-    i = tl.arange(0, BLOCK_M)
-    j = tl.arange(0, BLOCK_N)
+    i = tl.arange(0, shape.BLOCK_M)
+    j = tl.arange(0, shape.BLOCK_N)
     if size_q == 1:
         acc = tl.where(i[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
     if size_k == 1:
         acc = tl.where(j[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
-    i += tile_m * BLOCK_M
-    j += tile_n * BLOCK_N
+    i += tile_m * shape.BLOCK_M
+    j += tile_n * shape.BLOCK_N
     plane = tl.cast(bias_batch * size_head + bias_head, tl.int64) * size_q
     pointers = grad_bias + (plane + i[:, None]) * size_k + j[None, :]
     tl.store(pointers, acc, mask=(i[:, None] < size_q) & (j[None, :] < size_k))

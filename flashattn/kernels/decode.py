@@ -23,8 +23,9 @@ from torch import Tensor
 from .compiler import kernel
 from .configs import cdiv
 from .forward import close, fold
-from .scores import SIZES, Sequence, visible_keys
+from .scores import visible_keys
 from .softmax import power
+from .state import HeadInfo, SeqInfo, Shape, TilePositions
 from .tiles import rounded_product, tile_mask
 
 SPLIT_KEYS = tl.constexpr(256)  # for each new token: so what a split writes stays little beside what it reads
@@ -86,12 +87,12 @@ def load_cached(
 
 @triton.jit
 def cached_sequence(score, batch, seq_q):
-    """The Sequence of a batch row (or of several, as a tensor): its queries are the last of its keys' positions."""
+    """The SeqInfo of a batch row (or of several, as a tensor): its queries are the last of its keys' positions."""
     key_end = tl.load(score.kv_lengths + batch)
     query_end = seq_q
     if score.q_lengths is not None:
         query_end = tl.load(score.q_lengths + batch)
-    return Sequence(seq_q, key_end, query_end, key_end, 0, 0, key_end - query_end)
+    return SeqInfo(seq_q, key_end, query_end, key_end, 0, 0, key_end - query_end)
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def most_splits(longest: int, seq_q: int, limit: int) -> int:
     return max(1, min(limit, cdiv(longest, SPLIT_KEYS.value * seq_q)))
 
 
-@kernel(do_not_specialize=[*SIZES, "splits"])
+@kernel(do_not_specialize=["score", "heads", "kv_heads", "seq_q", "splits"])
 def attention_decode(
     q, k, v, pages, statistics, partial, score, heads, kv_heads, seq_q, splits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -120,8 +121,9 @@ def attention_decode(
 
     Grid: (splits * tiles of rows * kv_heads * batch,).
     """
+    shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
     group = heads // kv_heads
-    tiles = tl.cdiv(group * seq_q, BLOCK_M)
+    tiles = tl.cdiv(group * seq_q, shape.BLOCK_M)
     program = tl.program_id(0)
     split = program % splits
     tile = program // splits % tiles
@@ -132,39 +134,44 @@ def attention_decode(
     if split >= own_splits:
         return
 
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tile * shape.BLOCK_M + tl.arange(0, shape.BLOCK_M)
     exists = row < group * seq_q
     head = tl.where(exists, kv_head * group + row // seq_q, 0)
     query = row % seq_q
     q_rows = q.ptr + tl.cast(batch, tl.int64) * q.stride_batch + head.to(tl.int64) * q.stride_head
     q_rows += query.to(tl.int64) * q.stride_seq
-    cols = tl.arange(0, BLOCK_D)
+    cols = tl.arange(0, shape.BLOCK_D)
     attends = exists & (query < seq.query_end)
-    q_tile = tl.load(q_rows[:, None] + cols[None, :], mask=attends[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)
+    mask = attends[:, None] & (cols < shape.HEAD_DIM)[None, :]
+    q_tile = tl.load(q_rows[:, None] + cols[None, :], mask=mask, other=0.0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
+    m_i = tl.full((shape.BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((shape.BLOCK_M,), tl.float32)
+    at = HeadInfo(batch, head[:, None], heads, seq)
     begin += split * keys_of_split
-    for start_n in range(begin, tl.minimum(end, begin + keys_of_split), BLOCK_N):
-        k_tile = load_cached(k, pages, batch, kv_head, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D)
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=score.precision)
-        keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-        p, alpha, m_i, l_i = fold(
-            products, m_i, l_i, score, seq, batch, head[:, None], query[:, None], keys, 2, EDGE=True
+    for start_n in range(begin, tl.minimum(end, begin + keys_of_split), shape.BLOCK_N):
+        k_tile = load_cached(
+            k, pages, batch, kv_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D
         )
-        v_tile = load_cached(v, pages, batch, kv_head, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=score.precision)
+        keys = start_n + tl.arange(0, shape.BLOCK_N)[None, :]
+        positions = TilePositions(query[:, None], keys, 2)
+        p, alpha, m_i, l_i = fold(products, m_i, l_i, score, at, positions, EDGE=True)
+        v_tile = load_cached(
+            v, pages, batch, kv_head, start_n, seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV
+        )
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=score.precision)
 
     number = (tl.cast(batch, tl.int64) * heads + head) * seq_q + query
     tl.store(statistics + number * 2 * splits + split, m_i, mask=exists)
     tl.store(statistics + number * 2 * splits + splits + split, l_i, mask=exists)
-    cols_v = tl.arange(0, BLOCK_DV)
-    mask = exists[:, None] & (cols_v < HEAD_DIM_V)[None, :]
-    tl.store(partial + (number * splits + split)[:, None] * HEAD_DIM_V + cols_v[None, :], acc, mask=mask)
+    cols_v = tl.arange(0, shape.BLOCK_DV)
+    mask = exists[:, None] & (cols_v < shape.HEAD_DIM_V)[None, :]
+    tl.store(partial + (number * splits + split)[:, None] * shape.HEAD_DIM_V + cols_v[None, :], acc, mask=mask)
 
 
-@kernel(do_not_specialize=[*SIZES, "rows", "splits"])
+@kernel(do_not_specialize=["score", "heads", "seq_q", "rows", "splits"])
 def attention_merge(
     statistics, partial, out, lse, score, heads, seq_q, rows, splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_ROWS: tl.constexpr, SPLITS: tl.constexpr,

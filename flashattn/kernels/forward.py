@@ -15,24 +15,24 @@ from .scores import (
     edge_start,
     key_tiles,
     looks,
+    owned_queries,
     scaled,
-    sequence,
     shift,
     statistics_at,
     visible,
 )
 from .softmax import LARGEST_RAW, LOG2E, join_sink, logsumexp, online_softmax
-from .tiles import load_tile, one_head, owned_queries, store_tile
+from .state import Shape, Sizes, Softmax, TilePositions
+from .tiles import load_tile, one_head, store_tile
 
 
 @triton.jit
-def fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE: tl.constexpr):
-    """(weights, alpha, m_i, l_i): a tile of q k^T folded into the softmax. `queries` and `keys` broadcast to its shape;
-    `state`: its `block_state`."""
+def fold(products, m_i, l_i, score, at, tile, EDGE: tl.constexpr):
+    """(weights, alpha, m_i, l_i): a tile of q k^T folded into the softmax."""
     scores, slope = cap(score, scaled(score, products))
-    scores, _ = shift(score, seq, scores, slope, batch, head, queries, keys, state)
+    scores, _ = shift(score, at, scores, slope, tile)
     if EDGE:
-        scores = tl.where(visible(score, seq, queries, keys), scores, float("-inf"))
+        scores = tl.where(visible(score, at.seq, tile), scores, float("-inf"))
     # What gives -inf can leave a row of any tile without a key.
     MASKED: tl.constexpr = score.mask is not None or score.bias is not None
     EMPTY: tl.constexpr = EDGE or MASKED or score.score_mod is not None or score.blocks is not None
@@ -53,37 +53,34 @@ def close(m_i, l_i, score, head):
 
 
 @triton.jit
-def finish(lse, rest, m_i, l_i, score, seq, batch, head, heads, queries):
+def finish(lse, rest, m_i, l_i, score, at, queries):
     """(l, alpha) of `close`. Stores lse and, if asked for, its rest."""
     if score.q_lengths is not None:
-        m_i = tl.where(queries < seq.query_end, m_i, float("-inf"))
-        l_i = tl.where(queries < seq.query_end, l_i, 0.0)
-    l_i, alpha, lse_row, rest_row = close(m_i, l_i, score, head)
-    at = statistics_at(score, seq, batch, head, heads)
-    tl.store(lse + at + queries, lse_row, mask=queries < seq.seq_q)
+        m_i = tl.where(queries < at.seq.query_end, m_i, float("-inf"))
+        l_i = tl.where(queries < at.seq.query_end, l_i, 0.0)
+    l_i, alpha, lse_row, rest_row = close(m_i, l_i, score, at.head)
+    offset = statistics_at(score, at)
+    tl.store(lse + offset + queries, lse_row, mask=queries < at.seq.seq_q)
     if rest is not None:
-        tl.store(rest + at + queries, rest_row, mask=queries < seq.seq_q)
+        tl.store(rest + offset + queries, rest_row, mask=queries < at.seq.seq_q)
     return l_i, alpha
 
 
 @triton.jit
-def attend(
-    acc, m_i, l_i, q, k, v, score, seq, batch, head, heads, start_m, start_n,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+def attend(run, q, k, v, score, at, start_m, start_n, shape: tl.constexpr, EDGE: tl.constexpr):
     """One key tile: s = q k^T * scale, fold into the softmax, acc = alpha acc + p v."""
-    k_tile = load_tile(k, start_n, seq.key_end, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    k_tile = load_tile(k, start_n, at.seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, EDGE)
     products = tl.dot(q, tl.trans(k_tile), input_precision=score.precision)
-    queries = start_m + tl.arange(0, BLOCK_M)[:, None]
-    keys = start_n + tl.arange(0, BLOCK_N)[None, :]
-    state = block_state(score, batch, head, start_m, start_n)
-    p, alpha, m_i, l_i = fold(products, m_i, l_i, score, seq, batch, head, queries, keys, state, EDGE)
+    queries = start_m + tl.arange(0, shape.BLOCK_M)[:, None]
+    keys = start_n + tl.arange(0, shape.BLOCK_N)[None, :]
+    tile = TilePositions(queries, keys, block_state(score, at, start_m, start_n))
+    p, alpha, m_i, l_i = fold(products, run.m_i, run.l_i, score, at, tile, EDGE)
     if score.dropout is not None:
-        p *= kept_weights(score.dropout, batch * heads + head, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_N)
-    v_tile = load_tile(v, start_n, seq.key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=score.precision)
-    return acc, m_i, l_i
+        queries = start_m + tl.arange(0, shape.BLOCK_M)
+        p *= kept_weights(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)
+    v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, EDGE)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, run.acc * alpha[:, None], input_precision=score.precision)
+    return Softmax(acc, m_i, l_i)
 
 
 @kernel(do_not_specialize=SIZES)
@@ -97,34 +94,31 @@ def attention_forward(
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns BLOCK_M queries of one head.
     """
-    start_m, head, kv_head, batch = owned_queries(tl.program_id(0), heads, kv_heads, seq_q, BLOCK_M)
-    seq = sequence(score, batch, batches, seq_q, seq_k)
+    shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
+    start_m, kv_head, at = owned_queries(tl.program_id(0), score, sizes, shape.BLOCK_M)
+    seq = at.seq
+    k = one_head(k, at.batch, kv_head, seq.k_start)
+    v = one_head(v, at.batch, kv_head, seq.k_start)
+    q_head = one_head(q, at.batch, at.head, seq.q_start)
+    q_tile = load_tile(q_head, start_m, seq.query_end, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D, True)
+    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
+    run = Softmax(acc, tl.full((shape.BLOCK_M,), float("-inf"), tl.float32), tl.zeros((shape.BLOCK_M,), tl.float32))
 
-    k = one_head(k, batch, kv_head, seq.k_start)
-    v = one_head(v, batch, kv_head, seq.k_start)
-    q_tile = load_tile(one_head(q, batch, head, seq.q_start), start_m, seq.query_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-
-    tiles = key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N)
-    for start_n in range(tiles.steady_begin, tiles.steady_end, BLOCK_N):
-        if looks(score, batch, head, start_m, start_n):
-            acc, m_i, l_i = attend(
-                acc, m_i, l_i, q_tile, k, v, score, seq, batch, head, heads, start_m, start_n,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=False,
-            )  # fmt: skip
+    tiles = key_tiles(score, seq, start_m, shape.BLOCK_M, shape.BLOCK_N)
+    for start_n in range(tiles.steady_begin, tiles.steady_end, shape.BLOCK_N):
+        if looks(score, at, start_m, start_n):
+            run = attend(run, q_tile, k, v, score, at, start_m, start_n, shape, False)
     for index in tl.range(0, tiles.edges, num_stages=1):
-        start_n = edge_start(tiles, index, BLOCK_N)
-        if looks(score, batch, head, start_m, start_n):
-            acc, m_i, l_i = attend(
-                acc, m_i, l_i, q_tile, k, v, score, seq, batch, head, heads, start_m, start_n,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EDGE=True,
-            )  # fmt: skip
+        start_n = edge_start(tiles, index, shape.BLOCK_N)
+        if looks(score, at, start_m, start_n):
+            run = attend(run, q_tile, k, v, score, at, start_m, start_n, shape, True)
 
-    queries = start_m + tl.arange(0, BLOCK_M)
-    l_i, alpha = finish(lse, rest, m_i, l_i, score, seq, batch, head, heads, queries)
+    queries = start_m + tl.arange(0, shape.BLOCK_M)
+    l_i, alpha = finish(lse, rest, run.m_i, run.l_i, score, at, queries)
+    acc = run.acc
     if score.sinks is not None:
         acc *= alpha[:, None]
     result = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
-    store_tile(one_head(out, batch, head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+    out_head = one_head(out, at.batch, at.head, seq.q_start)
+    store_tile(out_head, result, start_m, seq.seq_q, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)

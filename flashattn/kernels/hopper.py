@@ -18,8 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from .dropout import kept, random_words
-from .scores import Sequence, Tiles, edge_start, key_tiles, looks, sequence
-from .tiles import owned_queries
+from .scores import Tiles, edge_start, key_tiles, looks, owned_queries
+from .state import HeadInfo, SeqInfo
 
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.7
 
@@ -31,16 +31,6 @@ class Ring(NamedTuple):
     barriers: gl.shared_memory_descriptor  # (2 * SLOTS,): `full` of each slot, then `empty`
 
 
-class Sizes(NamedTuple):
-    """Of a call: in a packed one, batches of cu_seqlens, and seq_q and seq_k of the longest sequence."""
-
-    batches: gl.tensor
-    heads: gl.tensor
-    kv_heads: gl.tensor
-    seq_q: gl.tensor
-    seq_k: gl.tensor
-
-
 class Work(NamedTuple):
     """A work item: BLOCK_M queries of one head, and the key tiles they look at."""
 
@@ -50,15 +40,21 @@ class Work(NamedTuple):
     heads: gl.tensor
     start_m: gl.tensor
     tiles: Tiles
-    seq: Sequence
+    seq: SeqInfo
 
 
 @gluon.jit
 def query_work(program, score, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Work item number `program`."""
-    start_m, head, kv_head, batch = owned_queries(program, sizes.heads, sizes.kv_heads, sizes.seq_q, BLOCK_M)
-    seq = sequence(score, batch, sizes.batches, sizes.seq_q, sizes.seq_k)
-    return Work(batch, head, kv_head, sizes.heads, start_m, key_tiles(score, seq, start_m, BLOCK_M, BLOCK_N), seq)
+    start_m, kv_head, at = owned_queries(program, score, sizes, BLOCK_M)
+    tiles = key_tiles(score, at.seq, start_m, BLOCK_M, BLOCK_N)
+    return Work(at.batch, at.head, kv_head, at.heads, start_m, tiles, at.seq)
+
+
+@gluon.jit
+def head_of(work):
+    """The HeadInfo of a work item."""
+    return HeadInfo(work.batch, work.head, work.heads, work.seq)
 
 
 # ------------------------------------------------------------------------------------------------ rings
@@ -200,10 +196,9 @@ def tile_count(tiles, BLOCK: gl.constexpr):
 def first_tile(score, work, count, BLOCK_N: gl.constexpr):
     """The number of the first key tile that the block mask lets attend; 0 where there is none."""
     first = 0
+    at = head_of(work)
     if score.blocks is not None:
-        while first < count and not looks(
-            score, work.batch, work.head, work.start_m, tile_start(work.tiles, first, BLOCK_N)
-        ):
+        while first < count and not looks(score, at, work.start_m, tile_start(work.tiles, first, BLOCK_N)):
             first += 1
         first = gl.where(first == count, 0, first)
     return first

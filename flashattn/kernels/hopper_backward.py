@@ -18,17 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import exponents, of_head, statistics_place, store_statistics, weights
+from .backward import Statistics, exponents, of_head, statistics_place, store_statistics, weights
 from .compiler import gluon_kernel
 from .hopper import (
     Ring,
-    Sizes,
     batch_coordinate,
     copy,
     empty,
     fill,
     fill_rows,
     full,
+    head_of,
     kept_weights,
     matrix,
     multiply,
@@ -43,10 +43,32 @@ from .hopper import (
     wait_full,
     wide_layout,
 )
-from .scores import SIZES, Sequence, Tiles, block_state, gradient_through, looks, query_tiles, sequence, statistics_at
-from .tiles import one_head, rounded_product
+from .scores import (
+    SIZES,
+    Tiles,
+    block_state,
+    gradient_through,
+    looks,
+    owned_keys,
+    query_tiles,
+    sequence,
+    statistics_at,
+)
+from .state import HeadInfo, KeyGradients, KeyTile, QueryTile, RowStats, SeqInfo, Sizes, TilePositions
+from .tiles import Heads, one_head, rounded_product
 
 # ------------------------------------------------------------------------------------------------ pass 1: grad_q
+
+
+class Outputs(NamedTuple):
+    """What a consumer of pass 1 reads and writes in global memory."""
+
+    out: Heads
+    lse: gl.tensor
+    rest: gl.tensor | None
+    grad_lse: gl.tensor | None
+    grad_q: Heads
+    rows: Statistics
 
 
 class KeyRings(NamedTuple):
@@ -62,17 +84,18 @@ def load_keys(q, k, v, do, rings, landing, score, work):
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
-    seq = work.seq
-    batch = batch_coordinate(score, work.batch)
+    at = head_of(work)
+    seq = at.seq
+    batch = batch_coordinate(score, at.batch)
     for i in gl.static_range(CONSUMERS):
         row = seq.q_start + work.start_m + i * 64
-        fill(rings.q, i, q, batch, work.head, row)
-        fill(rings.do, i, do, batch, work.head, row)
+        fill(rings.q, i, q, batch, at.head, row)
+        fill(rings.do, i, do, batch, at.head, row)
     loaded = gl.to_tensor(0)
     landed = gl.to_tensor(0)
     for index in range(tile_count(work.tiles, BLOCK_N)):
         start_n = tile_start(work.tiles, index, BLOCK_N)
-        if looks(score, work.batch, work.head, work.start_m, start_n):
+        if looks(score, at, work.start_m, start_n):
             row = seq.k_start + start_n
             exist = seq.key_end - start_n
             landed = fill_rows(rings.k, loaded, k, batch, work.kv_head, row, exist, landing, landed, RAGGED)
@@ -81,31 +104,29 @@ def load_keys(q, k, v, do, rings, landing, score, work):
 
 
 @gluon.jit
-def visit_keys(acc, q_tile, do_tile, lse, delta, rest, rings, number, index, score, work, start_m, EDGE: gl.constexpr):
-    """Key tile `index`, the ring's tile `number`: acc += ds k."""
+def visit_keys(acc, own, rings, number, index, score, work, EDGE: gl.constexpr):
+    """Key tile `index`, the ring's tile `number`: acc += ds k. own: the consumer's QueryTile."""
     LAYOUT: gl.constexpr = product_layout(rings.k.tiles.shape[3])
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     k_tile = matrix(rings.k, number)
     wait_full(rings.k, number)
-    s = multiply(q_tile, k_tile)
+    s = multiply(own.q, k_tile)
     wait_full(rings.v, number)
-    dp = multiply(do_tile, matrix(rings.v, number))
+    dp = multiply(own.grad_out, matrix(rings.v, number))
     start_n = tile_start(work.tiles, index, BLOCK_N)
-    queries = start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    queries = own.start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     keys = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    state = block_state(score, work.batch, work.head, work.start_m, start_n)
+    at = head_of(work)
+    tile = TilePositions(queries[:, None], keys[None, :], block_state(score, at, work.start_m, start_n))
     s = warpgroup_mma_wait(1, deps=(s,))
-    p, slope = weights(
-        s, lse[:, None], rest[:, None], score, work.seq, work.batch, work.head, queries[:, None], keys[None, :], state,
-        EDGE,
-    )  # fmt: skip
+    p, slope = weights(s, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, EDGE)
     wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays behind the exponentials
     dp = warpgroup_mma_wait(0, deps=(dp,))
     release(rings.v, number)
     if score.dropout is not None:
-        keep = kept_weights(score.dropout, work.batch * work.heads + work.head, start_m, start_n, 64, BLOCK_N)
+        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, own.start, start_n, 64, BLOCK_N)
         dp *= gl.convert_layout(keep, LAYOUT)
-    ds = gradient_through(score, p * (dp - delta[:, None]), slope)
+    ds = gradient_through(score, p * (dp - own.stats.delta[:, None]), slope)
     ds = gl.convert_layout(ds.to(k_tile.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     acc = warpgroup_mma(ds, k_tile, acc, is_async=True)
     acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
@@ -131,7 +152,7 @@ def row_exists(tile, start, end):
 
 @gluon.jit
 def sum_keys(
-    rings, out, lse, rest, grad_lse, grad_q, rows, score, work,
+    rings, outputs, score, work,
     ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
 ):  # fmt: skip
     """Consumer ME: 64 queries against all key tiles."""
@@ -139,23 +160,28 @@ def sum_keys(
     BLOCK_D: gl.constexpr = rings.k.tiles.shape[4]
     BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
     ROW: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
-    seq = work.seq
+    at = head_of(work)
+    seq = at.seq
     start_m = work.start_m + ME * 64
     queries = start_m + gl.arange(0, 64, ROW)
     exists = queries < seq.query_end
-    out_tile = load_out(one_head(out, work.batch, work.head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_DV)
+    out_tile = load_out(
+        one_head(outputs.out, at.batch, at.head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_DV
+    )
     q_tile = matrix(rings.q, ME)
     do_tile = matrix(rings.do, ME)
     wait_full(rings.q, ME)
     wait_full(rings.do, ME)
     grad_out = do_tile.load(wide_layout(BLOCK_DV)).to(gl.float32)
     delta = gl.convert_layout(gl.sum(rounded_product(grad_out, out_tile.to(gl.float32)), 1), ROW)
-    row = statistics_at(score, seq, work.batch, work.head, work.heads)
-    if grad_lse is not None:
-        delta -= gl.load(grad_lse + row + queries, mask=exists, other=0.0)
-    lse_row, rest_row = exponents(lse, rest, score, row + queries, exists)
-    rows = of_head(score, rows, seq, work.batch, work.head, work.heads)
-    store_statistics(rows, lse_row, gl.where(exists, delta, 0.0), rest_row, queries, seq.seq_q, score.raw)
+    row = statistics_at(score, at)
+    if outputs.grad_lse is not None:
+        delta -= gl.load(outputs.grad_lse + row + queries, mask=exists, other=0.0)
+    lse_row, rest_row = exponents(outputs.lse, outputs.rest, score, row + queries, exists)
+    rows = of_head(score, outputs.rows, at)
+    stored = RowStats(lse_row, gl.where(exists, delta, 0.0), rest_row)
+    store_statistics(rows, stored, queries, seq.seq_q, score.raw)
+    own = QueryTile(start_m, q_tile, do_tile, RowStats(lse_row, delta, rest_row))
 
     acc = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     count = tile_count(work.tiles, BLOCK_N)
@@ -164,16 +190,14 @@ def sum_keys(
     number = gl.to_tensor(0)
     for EDGE in gl.static_range(1, -1, -1):
         for index in range(begin, end):
-            if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-                acc = visit_keys(
-                    acc, q_tile, do_tile, lse_row, delta, rest_row, rings, number, index, score, work, start_m, EDGE
-                )
+            if looks(score, at, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+                acc = visit_keys(acc, own, rings, number, index, score, work, EDGE)
                 number += 1
         begin, end = end, count
     grad = acc * score.scale
     if score.q_lengths is not None:  # q and grad_out may be NaN past the length
         grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)
-    store_rows(one_head(grad_q, work.batch, work.head, seq.q_start), grad, start_m, seq.seq_q, HEAD_DIM)
+    store_rows(one_head(outputs.grad_q, at.batch, at.head, seq.q_start), grad, start_m, seq.seq_q, HEAD_DIM)
 
 
 @gluon_kernel(do_not_specialize=SIZES)
@@ -193,6 +217,7 @@ def attention_backward_q_hopper(
         new_ring(q, CONSUMERS, 1), new_ring(do, CONSUMERS, 1),
         new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS),
     )  # fmt: skip
+    outputs = Outputs(out, lse, rest, grad_lse, grad_q, rows)
     landing = 0
     if score.kv_lengths is not None or score.cu_seqlens is not None:
         landing = new_barrier(1)
@@ -201,8 +226,8 @@ def attention_backward_q_hopper(
         gl.warp_specialize(
             [
                 (load_keys, (q, k, v, do, rings, landing, score, work)),
-                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, outputs, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, outputs, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -211,9 +236,9 @@ def attention_backward_q_hopper(
         gl.warp_specialize(
             [
                 (load_keys, (q, k, v, do, rings, landing, score, work)),
-                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, out, lse, rest, grad_lse, grad_q, rows, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, outputs, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, outputs, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (sum_keys, (rings, outputs, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -240,7 +265,7 @@ class Keys(NamedTuple):
     group: gl.tensor
     start_n: gl.tensor
     tiles: Tiles
-    seq: Sequence
+    seq: SeqInfo
 
 
 @gluon.jit
@@ -276,10 +301,11 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
     loaded = gl.to_tensor(0)
     landed = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
-        line, column = statistics_place(score, seq, keys.batch, head, keys.heads)
+        at = HeadInfo(keys.batch, head, keys.heads, seq)
+        line, column = statistics_place(score, at)
         for index in range(count):
             start_m = tile_start(keys.tiles, index, BLOCK_M)
-            if looks(score, keys.batch, head, start_m, keys.start_n):
+            if looks(score, at, start_m, keys.start_n):
                 row = seq.q_start + start_m
                 exist = seq.query_end - start_m
                 landed = fill_rows(rings.q, loaded, q, batch, head, row, exist, landing, landed, RAGGED)
@@ -290,38 +316,37 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
 
 @gluon.jit
 def visit_queries(
-    acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n,
+    grads, own, rings, number, index, score, at, keys,
     EDGE: gl.constexpr, GRAD_K: gl.constexpr, GRAD_V: gl.constexpr,
 ):  # fmt: skip
-    """Query tile `index` of a head, the ring's tile `number`: acc_v += p^T do if GRAD_V, acc_k += ds^T q if GRAD_K."""
+    """Query tile `index` of a head, the ring's tile `number`: acc_v += p^T do if GRAD_V, acc_k += ds^T q if GRAD_K.
+    own: the consumer's KeyTile."""
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
     LAYOUT: gl.constexpr = product_layout(BLOCK_M)
     COLS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    seq = keys.seq
+    acc_k, acc_v = grads
     q_tile = matrix(rings.q, number)
     do_tile = matrix(rings.do, number)
     wait_full(rings.q, number)
-    s = multiply(k_tile, q_tile)
+    s = multiply(own.k, q_tile)
     wait_full(rings.do, number)
     if GRAD_K:
-        dp = multiply(v_tile, do_tile)
+        dp = multiply(own.v, do_tile)
     start_m = tile_start(keys.tiles, index, BLOCK_M)
     queries = start_m + gl.arange(0, BLOCK_M, COLS)
-    where = start_n + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    state = block_state(score, keys.batch, head, start_m, keys.start_n)
+    where = own.start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    tile = TilePositions(queries[None, :], where[:, None], block_state(score, at, start_m, keys.start_n))
     wait_full(rings.rows, number)
     s = warpgroup_mma_wait(GRAD_K, deps=(s,))  # as many products as were issued after it
     lse = statistic(rings.rows, number, 0, COLS)  # only now: before, the registers are needed
     rest = lse
     if not score.raw:
         rest = statistic(rings.rows, number, 2, COLS)
-    p, slope = weights(
-        s, lse[None, :], rest[None, :], score, seq, keys.batch, head, queries[None, :], where[:, None], state, EDGE
-    )
+    p, slope = weights(s, lse[None, :], rest[None, :], score, at, tile, EDGE)
     DTYPE: gl.constexpr = q_tile.dtype
     dropped = p
     if score.dropout is not None:
-        keep = kept_weights(score.dropout, keys.batch * keys.heads + head, start_m, start_n, BLOCK_M, 64)
+        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, start_m, own.start, BLOCK_M, 64)
         keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)
         dropped = p * keep
     if GRAD_V:
@@ -334,7 +359,7 @@ def visit_queries(
     release(rings.rows, number)
     if GRAD_K:
         if EDGE:
-            delta = gl.where(queries < seq.query_end, delta, 0.0)  # another sequence's, or never written
+            delta = gl.where(queries < at.seq.query_end, delta, 0.0)  # another sequence's, or never written
         if score.dropout is not None:
             dp *= keep
         ds = gradient_through(score, p * (dp - delta[None, :]), slope)
@@ -346,7 +371,7 @@ def visit_queries(
     if GRAD_K:
         acc_k, ds = warpgroup_mma_wait(0, deps=(acc_k, ds))
     release(rings.q, number)
-    return acc_k, acc_v
+    return KeyGradients(acc_k, acc_v)
 
 
 @gluon.jit
@@ -371,21 +396,22 @@ def sum_queries(
     v_tile = matrix(rings.v, TILE)
     wait_full(rings.k, TILE)
     wait_full(rings.v, TILE)
+    own = KeyTile(start_n, k_tile, v_tile)
+    grads = KeyGradients(acc_k, acc_v)
     count = tile_count(keys.tiles, BLOCK_M)
     edges = gl.minimum(gl.maximum(keys.tiles.edges, 1), count)
     number = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
+        at = HeadInfo(keys.batch, head, keys.heads, seq)
         begin, end = 0, edges
         for EDGE in gl.static_range(1, -1, -1):
             for index in range(begin, end):
-                if looks(score, keys.batch, head, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
-                    acc_k, acc_v = visit_queries(
-                        acc_k, acc_v, k_tile, v_tile, rings, number, index, head, score, keys, start_n,
-                        EDGE, GRAD_K, GRAD_V,
-                    )  # fmt: skip
+                if looks(score, at, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
+                    grads = visit_queries(grads, own, rings, number, index, score, at, keys, EDGE, GRAD_K, GRAD_V)
                     number += 1
             begin, end = end, count
     # Keys past the end were read from another sequence, or from memory that nothing has written.
+    acc_k, acc_v = grads
     if GRAD_K:
         acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
         store_rows(one_head(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
@@ -409,12 +435,9 @@ def attention_backward_kv_hopper(
     BLOCK_M: gl.constexpr = q.block_type.shape[2]
     TILES: gl.constexpr = 1 if SHARED else CONSUMERS
     BLOCK_N: gl.constexpr = TILES * 64
-    tiles_n = gl.cdiv(seq_k, BLOCK_N)
-    program = gl.program_id(0)
-    start_n = program % tiles_n * BLOCK_N
-    kv_head = program // tiles_n % kv_heads
-    batch = program // tiles_n // kv_heads
-    seq = sequence(score, batch, batches, seq_q, seq_k)
+    sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
+    start_n, kv_head, batch = owned_keys(gl.program_id(0), sizes, BLOCK_N)
+    seq = sequence(score, batch, sizes)
     tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
     keys = Keys(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)
     rings = QueryRings(

@@ -20,11 +20,11 @@ from .compiler import gluon_kernel
 from .forward import finish, fold
 from .hopper import (
     Ring,
-    Sizes,
     batch_coordinate,
     fill,
     fill_rows,
     first_tile,
+    head_of,
     kept_weights,
     matrix,
     multiply,
@@ -38,8 +38,23 @@ from .hopper import (
     tile_start,
     wait_full,
 )
-from .scores import SIZES, Sequence, block_state, looks
-from .tiles import one_head
+from .scores import SIZES, block_state, looks
+from .state import HeadInfo, SeqInfo, Sizes, TilePositions
+from .tiles import Heads, one_head
+
+
+class Inputs(NamedTuple):
+    """Tensor descriptors."""
+
+    q: gl.tensor
+    k: gl.tensor
+    v: gl.tensor
+
+
+class Outputs(NamedTuple):
+    out: Heads
+    lse: gl.tensor
+    rest: gl.tensor | None
 
 
 class Rings(NamedTuple):
@@ -48,34 +63,54 @@ class Rings(NamedTuple):
     v: Ring
 
 
+class Queries(NamedTuple):
+    """The 64 queries of a consumer."""
+
+    start: gl.tensor
+    tile: gl.shared_memory_descriptor
+
+
+class Running(NamedTuple):
+    """What a consumer carries from key tile to key tile: its softmax, and the weights of the last tile, whose product
+    with v is the next turn's, with the factor of acc before it. The weights are float32: rounded ones would be taken
+    apart and put together again at each turn."""
+
+    acc: gl.tensor
+    weights: gl.tensor
+    alpha: gl.tensor
+    m_i: gl.tensor
+    l_i: gl.tensor
+
+
 # ------------------------------------------------------------------------------------------------ the producer
 
 
 @gluon.jit
-def load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed):
+def load_tiles(inputs, rings, landing, score, work, done, loaded, landed):
     """Q of each consumer, then K and V tiles in turn. `done` work items and `loaded` key tiles came before."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
-    seq = work.seq
-    batch = batch_coordinate(score, work.batch)
+    at = head_of(work)
+    seq = at.seq
+    batch = batch_coordinate(score, at.batch)
     for i in gl.static_range(CONSUMERS):
-        fill(rings.q, done * CONSUMERS + i, q, batch, work.head, seq.q_start + work.start_m + i * 64)
+        fill(rings.q, done * CONSUMERS + i, inputs.q, batch, at.head, seq.q_start + work.start_m + i * 64)
     count = tile_count(work.tiles, BLOCK_N)
     first = first_tile(score, work, count, BLOCK_N)
     for index in range(first, count):
         start_n = tile_start(work.tiles, index, BLOCK_N)
-        if index == first or looks(score, work.batch, work.head, work.start_m, start_n):
+        if index == first or looks(score, at, work.start_m, start_n):
             row = seq.k_start + start_n
-            fill(rings.k, loaded, k, batch, work.kv_head, row)
+            fill(rings.k, loaded, inputs.k, batch, work.kv_head, row)
             exist = seq.key_end - start_n
-            landed = fill_rows(rings.v, loaded, v, batch, work.kv_head, row, exist, landing, landed, RAGGED)
+            landed = fill_rows(rings.v, loaded, inputs.v, batch, work.kv_head, row, exist, landing, landed, RAGGED)
             loaded += 1
     return loaded, landed
 
 
 @gluon.jit
-def produce(q, k, v, rings, landing, score, sizes, items, PERSISTENT: gl.constexpr):
+def produce(inputs, rings, landing, score, sizes, items, PERSISTENT: gl.constexpr):
     BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     if PERSISTENT:
@@ -84,32 +119,32 @@ def produce(q, k, v, rings, landing, score, sizes, items, PERSISTENT: gl.constex
         landed = 0
         for program in range(gl.program_id(0), items, gl.num_programs(0)):
             work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
-            loaded, landed = load_tiles(q, k, v, rings, landing, score, work, done, loaded, landed)
+            loaded, landed = load_tiles(inputs, rings, landing, score, work, done, loaded, landed)
             done += 1  # noqa: SIM113
     else:
         work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
         none = gl.to_tensor(0)
-        load_tiles(q, k, v, rings, landing, score, work, none, none, none)
+        load_tiles(inputs, rings, landing, score, work, none, none, none)
 
 
 # ------------------------------------------------------------------------------------------------ a consumer
 
 
 @gluon.jit
-def softmax(products, m_i, l_i, score, work, seq, start_m, start_n, EDGE: gl.constexpr):
-    """(weights, alpha, m_i, l_i) of one key tile from q k^T."""
+def softmax(products, m_i, l_i, score, work, at, start_m, start_n, EDGE: gl.constexpr):
+    """(weights, alpha, m_i, l_i) of one key tile from q k^T. at: the HeadInfo of the work, or of fewer keys."""
     LAYOUT: gl.constexpr = products.type.layout
     queries = start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     keys = start_n + gl.arange(0, products.shape[1], gl.SliceLayout(0, LAYOUT))
-    state = block_state(score, work.batch, work.head, work.start_m, start_n)
-    return fold(products, m_i, l_i, score, seq, work.batch, work.head, queries[:, None], keys[None, :], state, EDGE)
+    tile = TilePositions(queries[:, None], keys[None, :], block_state(score, at, work.start_m, start_n))
+    return fold(products, m_i, l_i, score, at, tile, EDGE)
 
 
 @gluon.jit
-def dropped(weights, score, work, start_m, start_n):
+def dropped(weights, score, at, start_m, start_n):
     """The weights after dropout."""
     if score.dropout is not None:
-        head = work.batch * work.heads + work.head
+        head = at.batch * at.heads + at.head
         keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])
         weights *= gl.convert_layout(keep, weights.type.layout)
     return weights
@@ -126,37 +161,39 @@ def accumulate(acc, weights, alpha, v_tile):
 
 @gluon.jit
 def step(
-    acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
+    run, number, done, index, own, rings, turns, score, work,
     ME: gl.constexpr, PINGPONG: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Key tile `index`, the ring's tile `number`: S = q k^T, then acc += p v of the tile before, and beside that
-    product the softmax of S. The weights travel from turn to turn as float32: rounded ones would be taken apart and
-    put together again at each."""
+    product the softmax of S. own: the consumer's Queries."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
+    at = head_of(work)
     wait_full(rings.k, number)
     if PINGPONG:
         # All key tiles of a work item but its first take turns.
         mbarrier.wait(turns[ME], (number - 1 - done) & 1)
-    s = multiply(q_tile, matrix(rings.k, number))
-    acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
+    s = multiply(own.tile, matrix(rings.k, number))
+    acc, p = accumulate(run.acc, run.weights, run.alpha, matrix(rings.v, number - 1))
     if PINGPONG:
         mbarrier.arrive(turns[(ME + 1) % CONSUMERS], count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     release(rings.k, number)
     start_n = tile_start(work.tiles, index, s.shape[1])
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, work.seq, start_m, start_n, EDGE)
-    weights = dropped(weights, score, work, start_m, start_n)
+    weights, alpha, m_i, l_i = softmax(s, run.m_i, run.l_i, score, work, at, own.start, start_n, EDGE)
+    weights = dropped(weights, score, at, own.start, start_n)
     # The next V tile is waited for here: what waits ends a block of code, so that the assembler cannot move the wait
     # for the product up, in front of the exponentials that it is to run beside.
     wait_full(rings.v, number)
     acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
     release(rings.v, number - 1)
-    return acc, weights, alpha, m_i, l_i
+    return Running(acc, weights, alpha, m_i, l_i)
 
 
 @gluon.jit
-def attend(rings, turns, out, lse, rest, score, work, done, read, ME: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-           PINGPONG: gl.constexpr):  # fmt: skip
+def attend(
+    rings, turns, outputs, score, work, done, read,
+    ME: gl.constexpr, HEAD_DIM_V: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
     """Consumer ME's 64 queries of a work item against all its key tiles. `done` items and `read` key tiles came
     before."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
@@ -165,7 +202,8 @@ def attend(rings, turns, out, lse, rest, score, work, done, read, ME: gl.constex
     S: gl.constexpr = product_layout(BLOCK_N)
     OUT: gl.constexpr = product_layout(BLOCK_DV)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    seq = work.seq
+    at = head_of(work)
+    seq = at.seq
     start_m = work.start_m + ME * 64
     count = tile_count(work.tiles, BLOCK_N)
     first = first_tile(score, work, count, BLOCK_N)
@@ -182,10 +220,13 @@ def attend(rings, turns, out, lse, rest, score, work, done, read, ME: gl.constex
     start_n = tile_start(work.tiles, first, BLOCK_N)
     key_end = seq.key_end
     if score.blocks is not None:  # the block mask may hide every tile: then the first has no key
-        key_end = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), key_end, 0)
-    there = Sequence(seq.seq_q, seq.seq_k, seq.query_end, key_end, seq.q_start, seq.k_start, seq.diagonal)
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, there, start_m, start_n, EDGE=True)
-    weights = dropped(weights, score, work, start_m, start_n)
+        key_end = gl.where(looks(score, at, work.start_m, start_n), key_end, 0)
+    there = SeqInfo(seq.seq_q, seq.seq_k, seq.query_end, key_end, seq.q_start, seq.k_start, seq.diagonal)
+    first_at = HeadInfo(at.batch, at.head, at.heads, there)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, first_at, start_m, start_n, EDGE=True)
+    weights = dropped(weights, score, at, start_m, start_n)
+    run = Running(acc, weights, alpha, m_i, l_i)
+    own = Queries(start_m, q_tile)
     wait_full(rings.v, read)
 
     number = read + 1
@@ -193,31 +234,28 @@ def attend(rings, turns, out, lse, rest, score, work, done, read, ME: gl.constex
     end = gl.minimum(gl.maximum(work.tiles.edges, begin), count)
     for EDGE in gl.static_range(1, -1, -1):
         for index in range(begin, end):
-            if looks(score, work.batch, work.head, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-                acc, weights, alpha, m_i, l_i = step(
-                    acc, weights, alpha, m_i, l_i, number, done, index, q_tile, rings, turns, score, work, start_m,
-                    ME, PINGPONG, EDGE,
-                )  # fmt: skip
+            if looks(score, at, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+                run = step(run, number, done, index, own, rings, turns, score, work, ME, PINGPONG, EDGE)
                 number += 1
         begin, end = end, count
-    acc, p = accumulate(acc, weights, alpha, matrix(rings.v, number - 1))
+    acc, p = accumulate(run.acc, run.weights, run.alpha, matrix(rings.v, number - 1))
     release(rings.q, ME)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     release(rings.v, number - 1)
 
     queries = start_m + gl.arange(0, 64, ROW)
-    l_i, alpha = finish(lse, rest, m_i, l_i, score, seq, work.batch, work.head, work.heads, queries)
+    l_i, alpha = finish(outputs.lse, outputs.rest, run.m_i, run.l_i, score, at, queries)
     if score.sinks is not None:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     total = gl.convert_layout(l_i, gl.SliceLayout(1, OUT))[:, None]
     result = gl.where(total == 0.0, 0.0, acc / total)
-    store_rows(one_head(out, work.batch, work.head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V)
+    store_rows(one_head(outputs.out, at.batch, at.head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V)
     return number
 
 
 @gluon.jit
 def consume(
-    rings, turns, out, lse, rest, score, sizes, items,
+    rings, turns, outputs, score, sizes, items,
     ME: gl.constexpr, HEAD_DIM_V: gl.constexpr, PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * rings.q.tiles.shape[0]
@@ -227,12 +265,12 @@ def consume(
         read = 0
         for program in range(gl.program_id(0), items, gl.num_programs(0)):
             work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
-            read = attend(rings, turns, out, lse, rest, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
+            read = attend(rings, turns, outputs, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
             done += 1  # noqa: SIM113
     else:
         work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
         none = gl.to_tensor(0)
-        attend(rings, turns, out, lse, rest, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
+        attend(rings, turns, outputs, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
@@ -251,6 +289,8 @@ def attention_forward_hopper(
     """
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
     items = gl.cdiv(seq_q, CONSUMERS * 64) * heads * batches
+    inputs = Inputs(q, k, v)
+    outputs = Outputs(out, lse, rest)
     rings = Rings(new_ring(q, CONSUMERS, 1), new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS))
     # Only what is used: Triton lets an unused barrier share its memory with another while it is being initialised.
     turns = 0
@@ -267,9 +307,9 @@ def attention_forward_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (q, k, v, rings, landing, score, sizes, items, PERSISTENT)),
-                (consume, (rings, turns, out, lse, rest, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, rest, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (produce, (inputs, rings, landing, score, sizes, items, PERSISTENT)),
+                (consume, (rings, turns, outputs, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, outputs, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -277,10 +317,10 @@ def attention_forward_hopper(
     else:
         gl.warp_specialize(
             [
-                (produce, (q, k, v, rings, landing, score, sizes, items, PERSISTENT)),
-                (consume, (rings, turns, out, lse, rest, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, rest, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
-                (consume, (rings, turns, out, lse, rest, score, sizes, items, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (produce, (inputs, rings, landing, score, sizes, items, PERSISTENT)),
+                (consume, (rings, turns, outputs, score, sizes, items, 0, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, outputs, score, sizes, items, 1, HEAD_DIM_V, PINGPONG, PERSISTENT)),
+                (consume, (rings, turns, outputs, score, sizes, items, 2, HEAD_DIM_V, PINGPONG, PERSISTENT)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],

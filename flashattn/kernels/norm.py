@@ -5,7 +5,7 @@
     y    = xhat * (weight + weight_offset) + bias
 
     g      = grad_y * (weight + weight_offset)
-    grad_h = (g - mean(g) - xhat * mean(g * xhat)) * rstd + grad_residual_out  (RMSNorm: no mean(g))
+    grad_h = (g - mean(g) - xhat * mean(g * xhat)) * rstd + grad_hidden  (RMSNorm: no mean(g))
 
 Ba et al., "Layer Normalization" (2016), arXiv:1607.06450; Zhang and Sennrich, "Root Mean Square Layer
 Normalization" (2019), arXiv:1910.07467.
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .compiler import kernel
-from .dropout import dropout
+from .dropout import DropoutArgs, dropout
 from .tiles import rounded_product
 
 # Not specialised on: see scores.py. The width is, since its divisibility is what makes loads wide.
@@ -48,38 +48,100 @@ class RowView(NamedTuple):
     stride_2: tl.tensor
 
 
+class Rows(NamedTuple):
+    """Some rows of one head: their numbers, and which of them exist."""
+
+    index: tl.tensor
+    exist: tl.tensor
+    head: tl.tensor
+    width: tl.tensor
+
+
+class Chunk(NamedTuple):
+    """Some columns of some rows, and which of the elements exist."""
+
+    rows: tl.tensor
+    cols: tl.tensor
+    mask: tl.tensor
+
+
+class Source(NamedTuple):
+    """What h is made of."""
+
+    x: RowView
+    residual: RowView | None
+    drop: DropoutArgs | None
+
+
+class Affine(NamedTuple):
+    weight: tl.tensor | None
+    bias: tl.tensor | None
+    weight_offset: tl.tensor
+
+
+class Moments(NamedTuple):
+    """Mean and sum of squared deviations of the columns so far; without CENTER 0 and the sum of squares."""
+
+    mean: tl.tensor
+    squares: tl.tensor
+
+
+class RowStats(NamedTuple):
+    mean: tl.tensor
+    rstd: tl.tensor
+
+
+class NormShape(NamedTuple):
+    CENTER: tl.constexpr
+    HIDDEN: tl.constexpr  # dtype of h
+    BLOCK_ROWS: tl.constexpr
+    BLOCK_COLS: tl.constexpr
+
+
 @triton.jit
-def row_pointers(x, rows, cols):
-    """Pointers to (rows, cols): row r of the flattened view is [r // (n1 n2), r // n2 % n1, r % n2]."""
-    inner = rows % x.size_2
-    outer = rows // x.size_2
+def rows_of_tile(tile, row_count, head, heads, width, BLOCK_ROWS: tl.constexpr):
+    """Tile number `tile` of a head's rows: row r has weight[r % heads]."""
+    index = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
+    return Rows(index, index < row_count, head, width)
+
+
+@triton.jit
+def chunk_of(rows, cols):
+    return Chunk(rows.index, cols, rows.exist[:, None] & (cols < rows.width)[None, :])
+
+
+@triton.jit
+def row_pointers(x, chunk):
+    """Pointers to a chunk: row r of the flattened view is [r // (n1 n2), r // n2 % n1, r % n2]."""
+    inner = chunk.rows % x.size_2
+    outer = chunk.rows // x.size_2
     offsets = (
         inner.to(tl.int64) * x.stride_2
         + (outer % x.size_1).to(tl.int64) * x.stride_1
         + (outer // x.size_1).to(tl.int64) * x.stride_0
     )
-    return x.ptr + offsets[:, None] + cols[None, :]
+    return x.ptr + offsets[:, None] + chunk.cols[None, :]
 
 
 @triton.jit
-def load_rows(x, rows, cols, mask):
-    return tl.load(row_pointers(x, rows, cols), mask=mask, other=0.0).to(tl.float32)
+def load_chunk(x, chunk):
+    return tl.load(row_pointers(x, chunk), mask=chunk.mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_rows(x, value, rows, cols, mask):
-    tl.store(row_pointers(x, rows, cols), value.to(x.ptr.dtype.element_ty), mask=mask)
+def store_chunk(x, value, chunk):
+    tl.store(row_pointers(x, chunk), value.to(x.ptr.dtype.element_ty), mask=chunk.mask)
 
 
 @triton.jit
-def load_hidden(x, residual, drop, rows, cols, mask, HIDDEN: tl.constexpr):
+def load_hidden(source, chunk, HIDDEN: tl.constexpr):
     """h = residual + dropout(x), rounded to the dtype HIDDEN, as float32."""
-    hidden = load_rows(x, rows, cols, mask)
-    if drop is not None:
-        hidden = dropout(hidden, drop, rows[:, None], cols[None, :])
-    if residual is not None:
-        hidden += load_rows(residual, rows, cols, mask)
-    return hidden.to(HIDDEN).to(tl.float32)
+    h = load_chunk(source.x, chunk)
+    if source.drop is not None:
+        h = dropout(h, source.drop, chunk.rows[:, None], chunk.cols[None, :])
+    if source.residual is not None:
+        h += load_chunk(source.residual, chunk)
+    return h.to(HIDDEN).to(tl.float32)
 
 
 @triton.jit
@@ -89,117 +151,98 @@ def load_parameter(parameter, head, width, cols):
 
 
 @triton.jit
-def normalized(hidden, mean, rstd, CENTER: tl.constexpr):
+def normalize(h, stats, CENTER: tl.constexpr):
+    """xhat."""
     if CENTER:
-        hidden -= mean[:, None]
-    return hidden * rstd[:, None]
+        h -= stats.mean[:, None]
+    return h * stats.rstd[:, None]
 
 
 @triton.jit
-def statistics(hidden, mask, count, width, mean, squares, CENTER: tl.constexpr):
-    """Fold a chunk into (mean, sum of squared deviations) of `count` columns seen so far. The deviations of a chunk are
-    taken from its own mean, so nothing cancels, and their mean corrects both for what rounding took from that mean: of
-    equal numbers the mean is that number. Chan, Golub and LeVeque, "Algorithms for computing the sample variance"
-    (1983), the corrected two-pass algorithm, and how to update it.
+def update_moments(moments, h, mask, count, width, CENTER: tl.constexpr):
+    """Fold a chunk into the moments of `count` columns seen so far. The deviations of a chunk are taken from its own
+    mean, so nothing cancels, and their mean corrects both for what rounding took from that mean: of equal numbers the
+    mean is that number. Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), the corrected
+    two-pass algorithm, and how to update it.
     """
+    mean, squares = moments
     if CENTER:
-        chunk = tl.minimum(width - count, hidden.shape[1]).to(tl.float32)
-        chunk_mean = tl.sum(hidden, 1) / chunk
-        deviation = tl.where(mask, hidden - chunk_mean[:, None], 0.0)
+        chunk = tl.minimum(width - count, h.shape[1]).to(tl.float32)
+        chunk_mean = tl.sum(h, 1) / chunk
+        deviation = tl.where(mask, h - chunk_mean[:, None], 0.0)
         lost = tl.sum(deviation, 1) / chunk
         chunk_squares = tl.sum(rounded_product(deviation, deviation), 1) - lost * lost * chunk
-        shift = chunk_mean + lost - mean
+        delta = chunk_mean + lost - mean
         share = chunk / (count + chunk)
-        mean += shift * share
-        squares += tl.maximum(chunk_squares, 0.0) + shift * shift * (count * share)
+        mean += delta * share
+        squares += tl.maximum(chunk_squares, 0.0) + delta * delta * (count * share)
     else:
-        squares += tl.sum(rounded_product(hidden, hidden), 1)
-    return mean, squares
+        squares += tl.sum(rounded_product(h, h), 1)
+    return Moments(mean, squares)
 
 
 @triton.jit
-def read_chunk(
-    x, residual, residual_out, drop, rows, row_mask, start, width, mean, squares,
-    CENTER: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """One chunk of h, kept in residual_out where asked, and folded into the statistics."""
-    cols = start + tl.arange(0, BLOCK_COLS)
-    mask = row_mask[:, None] & (cols < width)[None, :]
-    hidden = load_hidden(x, residual, drop, rows, cols, mask, HIDDEN)
-    if residual_out is not None:
-        store_rows(residual_out, hidden, rows, cols, mask)
-    mean, squares = statistics(hidden, mask, start, width, mean, squares, CENTER)
-    return hidden, mean, squares
+def read_chunk(moments, source, hidden, rows, start, norm: tl.constexpr):
+    """(h, moments): one chunk of h, stored to `hidden` where asked, and folded into the moments."""
+    chunk = chunk_of(rows, start + tl.arange(0, norm.BLOCK_COLS))
+    h = load_hidden(source, chunk, norm.HIDDEN)
+    if hidden is not None:
+        store_chunk(hidden, h, chunk)
+    return h, update_moments(moments, h, chunk.mask, start, rows.width, norm.CENTER)
 
 
 @triton.jit
-def write_chunk(
-    y, hidden, mean, rstd, weight, bias, weight_offset, head, rows, row_mask, start, width,
-    CENTER: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
+def write_chunk(y, h, stats, affine, rows, start, norm: tl.constexpr):
     """One chunk of y = xhat * (weight + weight_offset) + bias."""
-    cols = start + tl.arange(0, BLOCK_COLS)
-    mask = row_mask[:, None] & (cols < width)[None, :]
-    value = normalized(hidden, mean, rstd, CENTER)
-    if weight is not None:
-        value *= load_parameter(weight, head, width, cols)[None, :] + weight_offset
-    if bias is not None:
-        value += load_parameter(bias, head, width, cols)[None, :]
-    store_rows(y, value, rows, cols, mask)
+    chunk = chunk_of(rows, start + tl.arange(0, norm.BLOCK_COLS))
+    value = normalize(h, stats, norm.CENTER)
+    if affine.weight is not None:
+        value *= load_parameter(affine.weight, rows.head, rows.width, chunk.cols)[None, :] + affine.weight_offset
+    if affine.bias is not None:
+        value += load_parameter(affine.bias, rows.head, rows.width, chunk.cols)[None, :]
+    store_chunk(y, value, chunk)
 
 
 @kernel(do_not_specialize=SIZES)
 def norm_forward(
-    x, residual, weight, bias, y, residual_out, mean, rstd, drop, row_count, width, heads, eps, weight_offset,
+    x, residual, weight, bias, y, hidden, mean, rstd, drop, row_count, width, heads, eps, weight_offset,
     CENTER: tl.constexpr, HIDDEN: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """y, and where asked residual_out = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head.
+    """y, and where asked hidden = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head.
 
     The last chunk of columns stays in registers; the others, of a row that is not SINGLE, are read again.
     """
-    head = tl.program_id(1)
-    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
-    row_mask = rows < row_count
-    row_mean = tl.zeros((BLOCK_ROWS,), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+    norm: tl.constexpr = NormShape(CENTER, HIDDEN, BLOCK_ROWS, BLOCK_COLS)
+    rows = rows_of_tile(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
+    source = Source(x, residual, drop)
+    affine = Affine(weight, bias, weight_offset)
+    moments = Moments(tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32))
     last = 0
     if not SINGLE:
         last = (width - 1) // BLOCK_COLS * BLOCK_COLS
         for start in range(0, last, BLOCK_COLS):
-            _, row_mean, squares = read_chunk(
-                x, residual, residual_out, drop, rows, row_mask, start, width, row_mean, squares,
-                CENTER, HIDDEN, BLOCK_COLS,
-            )  # fmt: skip
-    hidden, row_mean, squares = read_chunk(
-        x, residual, residual_out, drop, rows, row_mask, last, width, row_mean, squares, CENTER, HIDDEN, BLOCK_COLS
-    )
-    row_rstd = 1.0 / tl.sqrt(squares / width + eps)
-    write_chunk(
-        y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, last, width,
-        CENTER, BLOCK_COLS,
-    )  # fmt: skip
+            _, moments = read_chunk(moments, source, hidden, rows, start, norm)
+    h, moments = read_chunk(moments, source, hidden, rows, last, norm)
+    stats = RowStats(moments.mean, 1.0 / tl.sqrt(moments.squares / width + eps))
+    write_chunk(y, h, stats, affine, rows, last, norm)
     if not SINGLE:
         for start in range(0, last, BLOCK_COLS):
-            cols = start + tl.arange(0, BLOCK_COLS)
-            hidden = load_hidden(x, residual, drop, rows, cols, row_mask[:, None] & (cols < width)[None, :], HIDDEN)
-            write_chunk(
-                y, hidden, row_mean, row_rstd, weight, bias, weight_offset, head, rows, row_mask, start, width,
-                CENTER, BLOCK_COLS,
-            )  # fmt: skip
+            h = load_hidden(source, chunk_of(rows, start + tl.arange(0, BLOCK_COLS)), HIDDEN)
+            write_chunk(y, h, stats, affine, rows, start, norm)
     if CENTER:
-        tl.store(mean + rows, row_mean, mask=row_mask)
-    tl.store(rstd + rows, row_rstd, mask=row_mask)
+        tl.store(mean + rows.index, stats.mean, mask=rows.exist)
+    tl.store(rstd + rows.index, stats.rstd, mask=rows.exist)
 
 
 @triton.jit
-def load_statistics(mean, rstd, rows, row_mask, CENTER: tl.constexpr):
-    """(mean, rstd) of some rows; the mean of an RMSNorm is 0."""
-    row_rstd = tl.load(rstd + rows, mask=row_mask, other=0.0)
+def load_stats(mean, rstd, rows, CENTER: tl.constexpr):
+    """The RowStats of some rows; the mean of an RMSNorm is 0."""
+    row_rstd = tl.load(rstd + rows.index, mask=rows.exist, other=0.0)
     row_mean = tl.zeros_like(row_rstd)
     if CENTER:
-        row_mean = tl.load(mean + rows, mask=row_mask, other=0.0)
-    return row_mean, row_rstd
+        row_mean = tl.load(mean + rows.index, mask=rows.exist, other=0.0)
+    return RowStats(row_mean, row_rstd)
 
 
 @kernel(do_not_specialize=SIZES)
@@ -208,29 +251,26 @@ def norm_backward_means(
     CENTER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """mean(g) and mean(g * xhat) of rows that are not SINGLE. Grid: as `norm_forward`."""
-    head = tl.program_id(1)
-    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
-    row_mask = rows < row_count
-    row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
+    rows = rows_of_tile(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
+    stats = load_stats(mean, rstd, rows, CENTER)
     sum_g = tl.zeros((BLOCK_ROWS,), tl.float32)
     sum_gx = tl.zeros((BLOCK_ROWS,), tl.float32)
     for start in range(0, width, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        mask = row_mask[:, None] & (cols < width)[None, :]
-        xhat = normalized(load_rows(hidden, rows, cols, mask), row_mean, row_rstd, CENTER)
-        g = load_rows(grad_y, rows, cols, mask)
+        chunk = chunk_of(rows, start + tl.arange(0, BLOCK_COLS))
+        xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
+        g = load_chunk(grad_y, chunk)
         if weight is not None:
-            g *= load_parameter(weight, head, width, cols)[None, :] + weight_offset
+            g *= load_parameter(weight, rows.head, width, chunk.cols)[None, :] + weight_offset
         sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(rounded_product(g, xhat), 1)
     if CENTER:
-        tl.store(mean_g + rows, sum_g / width, mask=row_mask)
-    tl.store(mean_gx + rows, sum_gx / width, mask=row_mask)
+        tl.store(mean_g + rows.index, sum_g / width, mask=rows.exist)
+    tl.store(mean_gx + rows.index, sum_gx / width, mask=rows.exist)
 
 
 @kernel(do_not_specialize=SIZES)
 def norm_backward(
-    grad_y, grad_residual_out, hidden, weight, mean, rstd, mean_g, mean_gx, grad_x, grad_residual, weight_parts,
+    grad_y, grad_hidden, hidden, weight, mean, rstd, mean_g, mean_gx, grad_x, grad_residual, weight_parts,
     bias_parts, drop, row_count, width, heads, weight_offset,
     CENTER: tl.constexpr, SINGLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -250,12 +290,11 @@ def norm_backward(
     sum_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     tiles = tl.cdiv(tl.cdiv(row_count - head, heads), BLOCK_ROWS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
-        row_mask = rows < row_count
-        mask = row_mask[:, None] & (cols < width)[None, :]
-        row_mean, row_rstd = load_statistics(mean, rstd, rows, row_mask, CENTER)
-        xhat = normalized(load_rows(hidden, rows, cols, mask), row_mean, row_rstd, CENTER)
-        g = load_rows(grad_y, rows, cols, mask)
+        rows = rows_of_tile(tile, row_count, head, heads, width, BLOCK_ROWS)
+        chunk = chunk_of(rows, cols)
+        stats = load_stats(mean, rstd, rows, CENTER)
+        xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
+        g = load_chunk(grad_y, chunk)
         if weight_parts is not None:
             sum_weight += rounded_product(g, xhat)
         if bias_parts is not None:
@@ -265,21 +304,21 @@ def norm_backward(
         if SINGLE:
             row_mean_gx = tl.sum(rounded_product(g, xhat), 1) / width
         else:
-            row_mean_gx = tl.load(mean_gx + rows, mask=row_mask, other=0.0)
+            row_mean_gx = tl.load(mean_gx + rows.index, mask=rows.exist, other=0.0)
         grad = g - xhat * row_mean_gx[:, None]
         if CENTER:
             if SINGLE:
                 grad -= (tl.sum(g, 1) / width)[:, None]
             else:
-                grad -= tl.load(mean_g + rows, mask=row_mask, other=0.0)[:, None]
-        grad *= row_rstd[:, None]
-        if grad_residual_out is not None:
-            grad += load_rows(grad_residual_out, rows, cols, mask)
+                grad -= tl.load(mean_g + rows.index, mask=rows.exist, other=0.0)[:, None]
+        grad *= stats.rstd[:, None]
+        if grad_hidden is not None:
+            grad += load_chunk(grad_hidden, chunk)
         if grad_residual is not None:
-            store_rows(grad_residual, grad, rows, cols, mask)
+            store_chunk(grad_residual, grad, chunk)
         if drop is not None:
-            grad = dropout(grad, drop, rows[:, None], cols[None, :])
-        store_rows(grad_x, grad, rows, cols, mask)
+            grad = dropout(grad, drop, rows.index[:, None], cols[None, :])
+        store_chunk(grad_x, grad, chunk)
     offsets = (tl.program_id(0) * heads + head).to(tl.int64) * width + cols
     if weight_parts is not None:
         tl.store(weight_parts + offsets, tl.sum(sum_weight, 0), mask=cols < width)

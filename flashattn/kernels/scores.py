@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .dropout import DropoutArgs
 from .softmax import LOG2E
+from .state import HeadInfo, SeqInfo
 from .tiles import rounded_product
 
 # Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
@@ -86,19 +87,6 @@ class ScoreArgs(NamedTuple):
     precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32 (`precision.py`)
 
 
-class Sequence(NamedTuple):
-    """One batch row: its sizes, how much of it exists, where it starts in packed tensors (0 in others), and the key
-    that query 0 is aligned with."""
-
-    seq_q: tl.tensor
-    seq_k: tl.tensor
-    query_end: tl.tensor
-    key_end: tl.tensor
-    q_start: tl.tensor
-    k_start: tl.tensor
-    diagonal: tl.tensor
-
-
 class Tiles(NamedTuple):
     """The tiles a program visits: edge tiles, then the steady ones at steady_begin .. steady_end."""
 
@@ -110,32 +98,57 @@ class Tiles(NamedTuple):
 
 # Triton 3.6 compiles no function that returns None, or a tuple that holds None.
 @triton.jit
-def sequence(score, batch, batches, seq_q, seq_k):
-    """The Sequence of this batch row. In a packed call `batches` is what cu_seqlens has."""
+def sequence(score, batch, sizes):
+    """The SeqInfo of this batch row."""
     q_start = 0
     k_start = 0
+    seq_q = sizes.seq_q
+    seq_k = sizes.seq_k
     if score.cu_seqlens is not None:
         q_start = tl.load(score.cu_seqlens + batch)
-        k_start = tl.load(score.cu_seqlens + batches + 1 + batch)
+        k_start = tl.load(score.cu_seqlens + sizes.batches + 1 + batch)
         seq_q = tl.load(score.cu_seqlens + batch + 1) - q_start
-        seq_k = tl.load(score.cu_seqlens + batches + 2 + batch) - k_start
+        seq_k = tl.load(score.cu_seqlens + sizes.batches + 2 + batch) - k_start
     query_end = seq_q
     key_end = seq_k
     if score.q_lengths is not None:
         query_end = tl.minimum(query_end, tl.load(score.q_lengths + batch))
     if score.kv_lengths is not None:
         key_end = tl.minimum(key_end, tl.load(score.kv_lengths + batch))
-    return Sequence(seq_q, seq_k, query_end, key_end, q_start, k_start, seq_k - seq_q)
+    return SeqInfo(seq_q, seq_k, query_end, key_end, q_start, k_start, seq_k - seq_q)
 
 
 @triton.jit
-def statistics_at(score, seq, batch, head, heads):
+def owned_queries(program, score, sizes, BLOCK_M: tl.constexpr):
+    """(first query, kv_head, HeadInfo) of a program, in a grid of (query tiles * heads * batch,).
+
+    The tiles of a head follow each other, the last first: under a causal mask those have the most keys. One dimension,
+    since the other two of a grid end at 65,535.
+    """
+    tiles = tl.cdiv(sizes.seq_q, BLOCK_M)
+    start_m = (tiles - 1 - program % tiles) * BLOCK_M
+    head = program // tiles % sizes.heads
+    kv_head = head // (sizes.heads // sizes.kv_heads)
+    batch = program // tiles // sizes.heads
+    return start_m, kv_head, HeadInfo(batch, head, sizes.heads, sequence(score, batch, sizes))
+
+
+@triton.jit
+def owned_keys(program, sizes, BLOCK_N: tl.constexpr):
+    """(first key, kv_head, batch) of a program, in a grid of (key tiles * kv_heads * batch,)."""
+    tiles = tl.cdiv(sizes.seq_k, BLOCK_N)
+    start_n = program % tiles * BLOCK_N
+    return start_n, program // tiles % sizes.kv_heads, program // tiles // sizes.kv_heads
+
+
+@triton.jit
+def statistics_at(score, at):
     """Where a head's numbers begin in lse and what has its shape: (batch, heads, seq_q), packed (heads, total_q)."""
     if score.cu_seqlens is not None:
-        at = tl.cast(head, tl.int64) * score.total_q + seq.q_start
+        offset = tl.cast(at.head, tl.int64) * score.total_q + at.seq.q_start
     else:
-        at = tl.cast(batch * heads + head, tl.int64) * seq.seq_q
-    return at
+        offset = tl.cast(at.batch * at.heads + at.head, tl.int64) * at.seq.seq_q
+    return offset
 
 
 @triton.jit
@@ -203,14 +216,13 @@ def edge_start(tiles, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible(score, seq, queries, keys):
-    """Which (query, key) pairs of an edge tile attend. `queries` and `keys` are positions of any two shapes that
-    broadcast, so that one function serves tiles laid out (M, N) and (N, M)."""
-    keep = (keys < seq.key_end) & (queries < seq.query_end)
+def visible(score, seq, tile):
+    """Which (query, key) pairs of an edge tile attend."""
+    keep = (tile.keys < seq.key_end) & (tile.queries < seq.query_end)
     if score.first is not None:
-        keep = keep & (keys >= queries + (seq.diagonal + score.first))
+        keep = keep & (tile.keys >= tile.queries + (seq.diagonal + score.first))
     if score.last is not None:
-        keep = keep & (keys <= queries + (seq.diagonal + score.last))
+        keep = keep & (tile.keys <= tile.queries + (seq.diagonal + score.last))
     return keep
 
 
@@ -270,23 +282,23 @@ def plane_pointers(x, batch, head, queries, keys):
 
 
 @triton.jit
-def block_state(score, batch, head, start_m, start_n):
+def block_state(score, at, start_m, start_n):
     """What a block mask says of a tile, which lies in one of its blocks: 0, 1 or 2. 2 without a block mask."""
     if score.blocks is None:
         return 2
     else:
         i = tl.cast(start_m // score.blocks.block_q, tl.int64)
         j = tl.cast(start_n // score.blocks.block_k, tl.int64)
-        return tl.load(plane_pointers(score.blocks.states, batch, head, i, j)).to(tl.int32)
+        return tl.load(plane_pointers(score.blocks.states, at.batch, at.head, i, j)).to(tl.int32)
 
 
 @triton.jit
-def looks(score, batch, head, start_m, start_n):
+def looks(score, at, start_m, start_n):
     """Whether a tile has a pair that the block mask lets attend. True, at compile time, without one."""
     if score.blocks is None:
         return True
     else:
-        return block_state(score, batch, head, start_m, start_n) > 0
+        return block_state(score, at, start_m, start_n) > 0
 
 
 @triton.jit
@@ -297,9 +309,10 @@ def signed_infinity(keep):
 
 
 @triton.jit
-def shift(score, seq, scores, slope, batch, head, queries, keys, state):
-    """(scores, slope): ALiBi, bias, score_mod and masks on capped scores, and their derivative by scale * q.k.
-    `queries` and `keys` broadcast to their shape; `state`: the tile's `block_state`."""
+def shift(score, at, scores, slope, tile):
+    """(scores, slope): ALiBi, bias, score_mod and masks on capped scores, and their derivative by scale * q.k."""
+    batch, head, seq = at.batch, at.head, at.seq
+    queries, keys = tile.queries, tile.keys
     if score.slopes is not None:
         alibi = tl.load(score.slopes + batch * score.slopes_stride + head)
         scores -= alibi * tl.abs(queries + seq.diagonal - keys).to(tl.float32)
@@ -322,7 +335,7 @@ def shift(score, seq, scores, slope, batch, head, queries, keys, state):
     if score.blocks is not None:
         i = tl.minimum(queries, seq.query_end - 1)
         j = tl.minimum(keys, seq.key_end - 1)
-        keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (state == 2)
+        keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (tile.state == 2)
         scores = tl.where(keep, scores, float("-inf"))
     return scores, slope
 

@@ -34,19 +34,6 @@ def rounded_product(a, b):
 
 
 @triton.jit
-def owned_queries(program, heads, kv_heads, seq_q, BLOCK_M: tl.constexpr):
-    """(first query, head, kv_head, batch) of a program, in a grid of (query tiles * heads * batch,).
-
-    The tiles of a head follow each other, the last first: under a causal mask those have the most keys. One dimension,
-    since the other two of a grid end at 65,535.
-    """
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    start_m = (tiles - 1 - program % tiles) * BLOCK_M
-    head = program // tiles % heads
-    return start_m, head, head // (heads // kv_heads), program // tiles // heads
-
-
-@triton.jit
 def one_head(x, batch, head, start):
     """The (seq, head_dim) matrix of one batch and head from row `start` on: where a packed sequence starts, or 0. The
     batch stride of packed tensors is 0. 64-bit: a tensor may pass 2**31 elements."""

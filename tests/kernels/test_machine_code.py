@@ -131,7 +131,7 @@ def test_planted_faults_are_found(fault, monkeypatch, tmp_path):
 
 
 DROPOUT = (
-    "    if score.dropout is not None:\n        head = work.batch * work.heads + work.head\n"
+    "    if score.dropout is not None:\n        head = at.batch * at.heads + at.head\n"
     "        keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])\n"
     "        weights *= gl.convert_layout(keep, weights.type.layout)\n"
 )
@@ -140,7 +140,7 @@ SINK = (
 )
 BLOCKS = (
     "    if score.blocks is not None:  # the block mask may hide every tile: then the first has no key\n"
-    "        key_end = gl.where(looks(score, work.batch, work.head, work.start_m, start_n), key_end, 0)\n"
+    "        key_end = gl.where(looks(score, at, work.start_m, start_n), key_end, 0)\n"
 )
 
 
@@ -155,13 +155,14 @@ def test_absent_features_cost_nothing(head_dim, monkeypatch, tmp_path):
 
 BACKWARD_PIECES = [
     "    if score.dropout is not None:\n"
-    "        keep = kept_weights(score.dropout, work.batch * work.heads + work.head, start_m, start_n, 64, BLOCK_N)\n"
+    "        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, own.start, start_n, 64, BLOCK_N)\n"
     "        dp *= gl.convert_layout(keep, LAYOUT)\n",
     "    if score.q_lengths is not None:  # q and grad_out may be NaN past the length\n"
     "        grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)\n",
-    "    if grad_lse is not None:\n        delta -= gl.load(grad_lse + row + queries, mask=exists, other=0.0)\n",
+    "    if outputs.grad_lse is not None:\n"
+    "        delta -= gl.load(outputs.grad_lse + row + queries, mask=exists, other=0.0)\n",
     "    if score.dropout is not None:\n"
-    "        keep = kept_weights(score.dropout, keys.batch * keys.heads + head, start_m, start_n, BLOCK_M, 64)\n"
+    "        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, start_m, own.start, BLOCK_M, 64)\n"
     "        keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)\n"
     "        dropped = p * keep\n",
     "        if score.dropout is not None:\n            dp *= keep\n",

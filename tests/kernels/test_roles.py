@@ -92,11 +92,11 @@ EARLY = {
     "k": (hopper_backward, "    release(rings.k, number)\n    return acc", "    return acc", (
         "    release(rings.v, number)\n", "    release(rings.v, number)\n    release(rings.k, number)\n",
     )),
-    "v": (hopper_forward, "    release(rings.v, number - 1)\n    return acc, weights", "    return acc, weights", (
+    "v": (hopper_forward, "    release(rings.v, number - 1)\n    return Running", "    return Running", (
         "    wait_full(rings.v, number)\n    acc, p, weights",
         "    wait_full(rings.v, number)\n    release(rings.v, number - 1)\n    acc, p, weights",
     )),
-    "q": (hopper_backward, "    release(rings.q, number)\n    return acc_k", "    return acc_k", (
+    "q": (hopper_backward, "    release(rings.q, number)\n    return KeyGradients", "    return KeyGradients", (
         "    release(rings.do, number)\n", "    release(rings.do, number)\n    release(rings.q, number)\n",
     )),
 }  # fmt: skip

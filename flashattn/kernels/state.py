@@ -1,0 +1,99 @@
+"""What attention kernels carry from function to function, as named tuples: a tuple is taken apart when it is compiled,
+so it costs nothing. Inside a kernel a tuple of constants is assigned as `name: tl.constexpr = Shape(...)`."""
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+
+class Shape(NamedTuple):
+    """The sizes that a pass is compiled for: head dimensions, and a tile's columns of q and k, columns of v, queries
+    and keys."""
+
+    HEAD_DIM: tl.constexpr
+    HEAD_DIM_V: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+
+
+class Sizes(NamedTuple):
+    """Of a call: in a packed one, batches of cu_seqlens, and seq_q and seq_k of the longest sequence."""
+
+    batches: tl.tensor
+    heads: tl.tensor
+    kv_heads: tl.tensor
+    seq_q: tl.tensor
+    seq_k: tl.tensor
+
+
+class SeqInfo(NamedTuple):
+    """One batch row: its sizes, how much of it exists, where it starts in packed tensors (0 in others), and the key
+    that query 0 is aligned with."""
+
+    seq_q: tl.tensor
+    seq_k: tl.tensor
+    query_end: tl.tensor
+    key_end: tl.tensor
+    q_start: tl.tensor
+    k_start: tl.tensor
+    diagonal: tl.tensor
+
+
+class HeadInfo(NamedTuple):
+    """One query head of one batch row."""
+
+    batch: tl.tensor
+    head: tl.tensor
+    heads: tl.tensor
+    seq: SeqInfo
+
+
+class TilePositions(NamedTuple):
+    """The queries and keys of a tile of scores, of any two shapes that broadcast to the tile's, so that one function
+    serves tiles laid out (M, N) and (N, M); and the tile's `block_state`."""
+
+    queries: tl.tensor
+    keys: tl.tensor
+    state: tl.tensor
+
+
+class Softmax(NamedTuple):
+    """The online softmax of some rows: unnormalised output, running maximum and running sum."""
+
+    acc: tl.tensor
+    m_i: tl.tensor
+    l_i: tl.tensor
+
+
+class RowStats(NamedTuple):
+    """Of some queries, what backward reads of them: as `exponents` returns lse and rest, and delta."""
+
+    lse: tl.tensor
+    delta: tl.tensor
+    rest: tl.tensor
+
+
+class QueryTile(NamedTuple):
+    """The queries that a program or consumer of backward owns."""
+
+    start: tl.tensor
+    q: tl.tensor
+    grad_out: tl.tensor
+    stats: RowStats
+
+
+class KeyTile(NamedTuple):
+    """The keys that a program or consumer of backward owns."""
+
+    start: tl.tensor
+    k: tl.tensor
+    v: tl.tensor
+
+
+class KeyGradients(NamedTuple):
+    """The gradients of a `KeyTile`, so far."""
+
+    k: tl.tensor
+    v: tl.tensor
