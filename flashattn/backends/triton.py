@@ -32,18 +32,18 @@ if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
 
     from ..kernels import backward as backward_kernels
-    from ..kernels import compiler, configs, generate, tune
+    from ..kernels import codegen, compiler, configs, tune
     from ..kernels import decode as decode_kernels
     from ..kernels import forward as forward_kernels
     from ..kernels import norm as norm_kernels
     from ..kernels import rotary as rotary_kernels
-    from ..kernels.backward import Statistics
-    from ..kernels.decode import pages_arg
+    from ..kernels.backward import StatsPointers
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
+    from ..kernels.pages import page_table_arg
     from ..kernels.precision import input_precision
     from ..kernels.rotary import RotaryArgs
-    from ..kernels.scores import ScoreArgs, plane_arg
+    from ..kernels.scores import ScoreArgs, score_tensor_arg
     from ..kernels.state import Sizes
     from ..kernels.tiles import Heads
     from . import triton_hopper
@@ -51,12 +51,12 @@ else:
     triton = None
 
 
-# Whether Triton has a driver that launches on CPU tensors: `triton_on_cpu` says so.
+# Whether Triton has a driver that launches on CPU tensors, set by `triton_on_cpu`.
 accepts_cpu_tensors = Setting(False)
 
 
 def compiler_faults() -> list[str]:
-    """What is wrong with this Triton and is worked around, in a sentence each."""
+    """The bugs of this Triton that are worked around, in a sentence each."""
     return [] if triton is None else compiler.faults()
 
 
@@ -78,7 +78,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def on_its_device(verb):
+def on_tensor_device(verb):
     """Launch on the GPU the tensors are on: Triton launches on the current one."""
 
     @functools.wraps(verb)
@@ -101,17 +101,17 @@ CAPABILITIES = Capabilities(REFUSED_DTYPES, max_head_dim=256)
 
 
 LARGEST = torch.finfo(torch.float32).max
-MAX_ROW_STRIDE = 2**23  # elements: 256 rows, as many as a tile has, are less than 2**31 from each other
+MAX_ROW_STRIDE = 2**23  # elements: the 256 rows of a tile are less than 2**31 apart
 
 
-def readable(x: Tensor) -> Tensor:
-    """x (batch, heads, seq, dim) itself if the kernels can walk along it, else one copy: its last dimension must be
-    contiguous, and a tile's offsets are 32-bit."""
+def make_readable(x: Tensor) -> Tensor:
+    """x (batch, heads, seq, dim) itself if the kernels can read it, else a copy: its last dimension must be contiguous,
+    and a tile's offsets are 32-bit."""
     return last_dim_contiguous(x) if x.stride(2) <= MAX_ROW_STRIDE or x.shape[2] == 1 else x.contiguous()
 
 
 def heads_arg(x: Tensor) -> Heads:
-    """A tensor as kernels take it. Nothing steps over a batch of one, which packed sequences are."""
+    """A tensor as an argument of a kernel. The stride of a batch of one, as packed sequences have, is 0."""
     return Heads(x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
 
 
@@ -125,56 +125,71 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     """The arguments all attention kernels share: (score, *sizes). The score's limits count from each batch row's own
     diagonal, which kernels add."""
     batches, seq_q, seq_k = score.sizes(q, k)
-    slopes = score.alibi_slopes
+    first, last = score.bounds(0, 0)
+    slopes, mask, softcap = score.alibi_slopes, score.mask, score.softcap
     args = ScoreArgs(
-        score.scale, *score.bounds(0, 0), score.q_lengths, score.kv_lengths, score.softcap,
-        None if score.softcap is None else min(1 / score.softcap, LARGEST),
-        slopes, None if slopes is None else slopes.stride(0) * (slopes.shape[0] > 1),
-        plane_arg(None if score.mask is None else score.mask.view(torch.uint8)), plane_arg(score.bias),
-        contiguous(score.sinks), dropout_arg(score.dropout_p, score.seed), score.cu_seqlens,
-        None if score.cu_seqlens is None else q.shape[2], generate.mod_arg(score.score_mod),
-        generate.blocks_arg(score.block_mask), tl.constexpr(stays_raw(q, score)),
-        tl.constexpr(input_precision(q, v)),
-    )  # fmt: skip
+        scale=score.scale,
+        first=first,
+        last=last,
+        q_lengths=score.q_lengths,
+        kv_lengths=score.kv_lengths,
+        softcap=softcap,
+        inverse_softcap=None if softcap is None else min(1 / softcap, LARGEST),
+        alibi_slopes=slopes,
+        alibi_stride=None if slopes is None else slopes.stride(0) * (slopes.shape[0] > 1),
+        mask=None if mask is None else score_tensor_arg(mask.view(torch.uint8)),
+        bias=score_tensor_arg(score.bias),
+        sinks=contiguous(score.sinks),
+        dropout=dropout_arg(score.dropout_p, score.seed),
+        cu_seqlens=score.cu_seqlens,
+        total_q=None if score.cu_seqlens is None else q.shape[2],
+        score_mod=codegen.mod_arg(score.score_mod),
+        blocks=codegen.blocks_arg(score.block_mask),
+        raw=tl.constexpr(uses_raw_scores(q, score)),
+        precision=tl.constexpr(input_precision(q, v)),
+    )
     return args, *Sizes(batches, q.shape[1], k.shape[1], seq_q, seq_k)
 
 
-def new_statistics(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, Statistics]:
-    """Room for what a backward's first pass leaves of each query, (2 or 4, batch * heads, stride), and how kernels take
-    it. `sequences`: those packed into a row, each of which starts at a multiple of 16 bytes, as rows do."""
+def new_stats(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, StatsPointers]:
+    """Memory for the statistics that a backward's first pass writes of each query, (2 or 4, batch * heads, stride), and
+    the same as an argument of kernels. `sequences`: those packed into a row, which start at multiples of 16 bytes, as
+    rows do."""
     lines, seq = lse.shape[:-1].numel(), configs.cdiv(lse.shape[-1] + 4 * sequences, 4) * 4
-    # Three where scores are not raw; but a tile that is copied in bulk has a power of two.
+    # Three where scores are not raw; but a tile that is copied in bulk has a power of two of them.
     rows = torch.empty(2 if raw else 4, lines, seq, dtype=torch.float32, device=lse.device)
-    return rows, Statistics(rows[0], rows[1], rows[1 if raw else 2], rows.stride(1))
+    return rows, StatsPointers(rows[0], rows[1], rows[1 if raw else 2], rows.stride(1))
 
 
-def stays_raw(q: Tensor, score: Score) -> bool:
-    """Whether scores are q.k times a positive factor, with which the maximum of a row commutes, of numbers of 16 bits.
+def uses_raw_scores(q: Tensor, score: Score) -> bool:
+    """Whether scores are q.k of 16-bit tensors times a positive factor, with which the maximum of a row commutes.
 
-    A raw score s puts the weights of a backward off by 6e-8 s: less than its results are rounded by, up to scores of
-    thousands in float16 and tens of thousands in bfloat16; larger ones (`softmax.py`) are NaN. What else changes
-    scores can make them as large as float32 has room for, and float32 results show it: those stay in natural units.
+    A raw score s puts the weights of a backward off by 6e-8 s: less than the rounding of its results, up to scores of
+    thousands in float16 and tens of thousands in bfloat16; larger ones (`softmax.py`) become NaN. Other features can
+    make scores as large as float32 allows, and float32 results show the error: those stay in natural units.
     """
     changed = (score.softcap, score.alibi_slopes, score.bias, score.score_mod)
     return q.element_size() == 2 and score.scale > 0 and all(x is None for x in changed)
 
 
-def pairs(score: Score) -> configs.Pairs:
-    """What kernels load of each (query, key) pair."""
+def pair_costs(score: Score) -> configs.PairCosts:
+    """What kernels load and compute for each (query, key) pair."""
     loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]
     if score.score_mod is not None:
-        loads += generate.pair_loads(score.score_mod)
+        loads += codegen.pair_loads(score.score_mod)
     if score.block_mask is not None:
-        loads += generate.pair_loads(score.block_mask.mask)
-    return configs.Pairs(sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.changes(score))
+        loads += codegen.pair_loads(score.block_mask.mask)
+    return configs.PairCosts(
+        sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.changes_scores(score)
+    )
 
 
 def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     """Tile sizes and launch options of one pass. A tile lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     cols = configs.attention_cols(head_dim, head_dim_v)
-    modified, precision = score.score_mod is not None, input_precision(q, v)
-    tiles = configs.attention_tiles(direction, cols, q.element_size(), pairs(score), modified, precision)
+    has_score_mod, precision = score.score_mod is not None, input_precision(q, v)
+    tiles = configs.attention_tiles(direction, cols, q.element_size(), pair_costs(score), has_score_mod, precision)
     tiles = tune.row_for(direction, q, v, score, tiles)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
@@ -196,13 +211,13 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     )
 
 
-@on_its_device
+@on_tensor_device
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
-    q, k, v = readable(q), readable(k), readable(v)
+    q, k, v = make_readable(q), make_readable(k), make_readable(v)
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = new_result(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
-    rest = None if stays_raw(q, score) else new_lse(q, score, torch.float32)
+    rest = None if uses_raw_scores(q, score) else new_lse(q, score, torch.float32)
     roles = triton_hopper.roles("forward", q, k, v, score)
     if roles is not None:
         triton_hopper.forward(q, k, v, heads_arg(out), lse, rest, attention_args(q, k, v, score), roles)
@@ -226,17 +241,17 @@ def backward(
     return launch_backward(grad_out, grad_lse, saved, score, with_grad_bias)
 
 
-@on_its_device  # which may run it several times, to search for tiles
+@on_tensor_device  # which may run it several times, to search for tiles
 def launch_backward(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    q, k, v, grad_out = (readable(x) for x in (*saved[:3], grad_out))
+    q, k, v, grad_out = (make_readable(x) for x in (*saved[:3], grad_out))
     out, lse, rest = saved[3:]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], packed) for x in (q, k, v))
-    rows, statistics = new_statistics(lse, batch if packed else 0, stays_raw(q, score))
+    rows, statistics = new_stats(lse, batch if packed else 0, uses_raw_scores(q, score))
     args = attention_args(q, k, v, score)
     roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
     if roles is not None:
@@ -282,14 +297,14 @@ attention_stats = reference.attention_stats
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-@on_its_device
+@on_tensor_device
 def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
     return rotate_and_store(x, None, None, None, starts, counts, rotary)
 
 
-@on_its_device
+@on_tensor_device
 def append(q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
-    # Other caches than these only where they are of the caller's own making.
+    # A copy only of caches that the caller made himself.
     whole = cached._replace(k=last_dim_contiguous(cached.k), v=last_dim_contiguous(cached.v))
     turned = rotate_and_store(None if rotary is None else q, k, v, whole, cached.starts, counts, rotary)
     for x, to in ((whole.k, cached.k), (whole.v, cached.v)):
@@ -302,7 +317,7 @@ def rotate_and_store(
     q: Tensor | None, k: Tensor | None, v: Tensor | None, cached: CacheView | None, starts: Tensor,
     counts: Tensor | None, rotary: Rotary | None,
 ) -> Tensor | None:  # fmt: skip
-    """One launch: returns q rotated, and writes k, rotated, and v to the cache, each if given."""
+    """One launch: returns q rotated, and stores k, rotated, and v in the cache, each if given."""
     q, k, v = (None if x is None else last_dim_contiguous(x) for x in (q, k, v))
     batch, head_dim = starts.shape[0], (k if q is None else q).shape[3]
     heads, seq_q = (0, 0) if q is None else q.shape[1:3]
@@ -316,7 +331,7 @@ def rotate_and_store(
         return turned
     caches = None, None, None
     if cached is not None:
-        caches = heads_arg(cached.k), heads_arg(cached.v), pages_arg(cached.page_table, cached.k.shape[2])
+        caches = heads_arg(cached.k), heads_arg(cached.v), page_table_arg(cached.page_table, cached.k.shape[2])
     args = None
     if rotary is not None:
         cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
@@ -330,7 +345,7 @@ def rotate_and_store(
     return turned
 
 
-@on_its_device
+@on_tensor_device
 def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     q, k, v = (last_dim_contiguous(x) for x in (q, cached.k, cached.v))
     batch, heads, seq_q, _ = q.shape
@@ -341,7 +356,7 @@ def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     if not rows:
         return out, lse
     limit = configs.SPLITS if seq_q <= configs.SPLIT_QUERIES else 1
-    splits = decode_kernels.most_splits(cached.longest, seq_q, limit)
+    splits = decode_kernels.max_splits(cached.longest, seq_q, limit)
     statistics = torch.empty(rows, 2, splits, dtype=torch.float32, device=q.device)
     partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
@@ -350,8 +365,8 @@ def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
         meta["num_stages"] = configs.paged_stages(meta["num_stages"])
     programs = splits * configs.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
-        heads_arg(q), heads_arg(k), heads_arg(v), pages_arg(cached.page_table, k.shape[2]), statistics, partial, args,
-        heads, kv_heads, seq_q, splits, **meta, SPLITS=limit,
+        heads_arg(q), heads_arg(k), heads_arg(v), page_table_arg(cached.page_table, k.shape[2]), statistics, partial,
+        args, heads, kv_heads, seq_q, splits, **meta, SPLITS=limit,
     )  # fmt: skip
     block_rows = configs.SPLITS // limit
     decode_kernels.attention_merge[(configs.cdiv(rows, block_rows),)](
@@ -372,19 +387,19 @@ def row_arg(x: Tensor | None) -> RowView | None:
 
 
 def norm_parameter_heads(*parameters: Tensor | None) -> int:
-    """Heads that have parameters of their own: one dimension of the grid, which ends at 65,535."""
+    """The heads with parameters of their own: a dimension of the grid, which ends at 65,535."""
     heads = count_norm_heads(*parameters)
     if heads > 65535:
         raise ValueError(f"weight and bias must be of at most 65,535 heads on the triton backend, got {heads}")
     return heads
 
 
-def tile_meta(tile: configs.NormTile, norm: Norm) -> dict:
+def norm_meta(tile: configs.NormTile, norm: Norm) -> dict:
     registers = {} if tile.registers is None else {"maxnreg": tile.registers}
     return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps, **registers)
 
 
-@on_its_device
+@on_tensor_device
 def norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden_dtype: torch.dtype,
     keep_hidden: bool, norm: Norm,
@@ -400,12 +415,12 @@ def norm_forward(
         norm_kernels.norm_forward[(configs.cdiv(row_count // heads, tile.rows), heads)](
             row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
             mean, rstd, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
-            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single, **tile_meta(tile, norm),
+            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single, **norm_meta(tile, norm),
         )  # fmt: skip
     return y, hidden, mean, rstd
 
 
-@on_its_device
+@on_tensor_device
 def norm_backward(
     grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None, norm: Norm,
@@ -423,7 +438,7 @@ def norm_backward(
         one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
         norm_kernels.norm_backward_means[(row_count // heads, heads)](
             grad_arg, hidden_arg, weight_arg, mean, rstd, *means, row_count, width, heads, norm.weight_offset,
-            **tile_meta(one_row, norm),
+            **norm_meta(one_row, norm),
         )  # fmt: skip
     chunks = configs.cdiv(width, tile.cols)
     programs = configs.norm_programs(configs.multiprocessors(device), tile, heads * chunks)
@@ -436,7 +451,7 @@ def norm_backward(
         norm_kernels.norm_backward[(programs, heads, chunks)](
             grad_arg, row_arg(grad_hidden), hidden_arg, weight_arg, mean, rstd, *means, row_arg(grad_x),
             row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
-            norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **tile_meta(tile, norm),
+            norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **norm_meta(tile, norm),
         )  # fmt: skip
     return grad_x, grad_residual, *sum_parts(parts, (weight, bias))
 

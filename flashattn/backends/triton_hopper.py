@@ -1,4 +1,4 @@
-"""The Triton backend on Hopper (sm_90): which calls the kernels in roles take (`kernels/hopper.py`) and how."""
+"""The Triton backend on Hopper (sm_90): which calls go to the warp-specialised kernels (`kernels/hopper.py`)."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..kernels import configs, hopper_backward, hopper_forward, tune
-from ..kernels.backward import Statistics
+from ..kernels.backward import StatsPointers
 from ..kernels.configs import Roles
 from ..kernels.state import Sizes
 from ..kernels.tiles import Heads
 from ..score import Score
 from .setting import Setting
 
-# FLASHATTN_HOPPER=0: the plain kernels, to compare or where these are at fault.
+# FLASHATTN_HOPPER=0 selects the plain kernels, to compare, or if these are at fault.
 ENABLED = Setting(os.environ.get("FLASHATTN_HOPPER") != "0")
 
 
-# How tiles and queries' statistics lie in shared memory.
+# The layouts of tiles, and of queries' statistics, in shared memory.
 TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Within the block, in every thread, the plain kernels do what these would: to compare them."""
+    """Within the block, in every thread, the plain kernels replace these: to compare them."""
     with ENABLED.during(False):
         yield
 
 
 def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:
-    """How a pass shares its work out; None where the plain kernel is to do it. `others`: what else it copies."""
+    """How a pass divides its work; None for the plain kernel. `others`: further tensors that it copies in bulk."""
     if not ENABLED.value or q.element_size() != 2 or configs.architecture() != "sm_90":
         return None
     if not all(copyable(x) for x in (q, k, v, *others)):
         return None
-    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes(score))
+    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes_scores(score))
     row = tune.row_for(direction, q, v, score, row)
     if not isinstance(row, Roles):
         return None
@@ -51,7 +51,7 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     return row
 
 
-def changes(score: Score) -> bool:
+def changes_scores(score: Score) -> bool:
     """Whether scores or weights change by more than a scale and positions."""
     pieces = (score.softcap, score.alibi_slopes, score.bias, score.mask, score.score_mod)
     return score.dropout_p > 0 or any(x is not None for x in pieces)
@@ -66,28 +66,28 @@ def copyable(x: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """x (batch, heads, seq, dim) as bulk copies read it: tiles of so many rows of a head, with as many columns as a
-    product takes; what lies outside reads as 0."""
+    """x (batch, heads, seq, dim) as bulk copies read it: tiles of `rows` rows of a head, with as many columns as a
+    product reads; elements outside are 0."""
     cols = columns(x)
-    # Nothing steps over a dimension of one, but the stride must be valid.
+    # The stride of a dimension of one is not used, but must be valid.
     strides = [stride if size > 1 else cols for size, stride in zip(x.shape, x.stride(), strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], TILES)
 
 
 def columns(x: Tensor) -> int:
-    """Of a tile: those of one swizzled row, 128 bytes, at least."""
+    """The columns of a tile: at least those of one swizzled row, 128 bytes."""
     return max(64, configs.next_power_of_2(x.shape[-1]))
 
 
 def statistics_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
-    """Statistics (2 or 4, batch * heads, stride) of queries as bulk copies read them: all of `count` queries."""
+    """Statistics (2 or 4, batch * heads, stride) of queries as bulk copies read them: all those of `count` queries."""
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [rows.shape[0], 1, count], ROWS)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, rest: Tensor | None, args: tuple, row: Roles
 ) -> None:
-    """Fills out, lse and its rest; `args` are those that all attention kernels share."""
+    """Fill out, lse and its rest. `args`: those that all attention kernels share."""
     sizes = Sizes(*args[1:])
     programs = configs.cdiv(sizes.seq_q, row.owned) * sizes.heads * sizes.batches
     if row.persistent:
@@ -101,9 +101,9 @@ def forward(
 
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Heads, grad_out: Tensor, lse: Tensor, rest: Tensor | None,
-    grad_lse: Tensor | None, grad_q: Heads, rows: Statistics, args: tuple, row: Roles,
+    grad_lse: Tensor | None, grad_q: Heads, rows: StatsPointers, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
-    """Fills grad_q and the queries' statistics."""
+    """Fill grad_q and the queries' statistics."""
     sizes = Sizes(*args[1:])
     programs = configs.cdiv(sizes.seq_q, row.owned) * sizes.heads * sizes.batches
     launch(
@@ -117,7 +117,7 @@ def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, rows: Tensor, grad_k: Heads,
     grad_v: Heads, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
-    """Fills grad_k and grad_v. `rows`: the queries' statistics, (2 or 4, batch * heads, stride)."""
+    """Fill grad_k and grad_v. `rows`: the queries' statistics, (2 or 4, batch * heads, stride)."""
     sizes = Sizes(*args[1:])
     programs = configs.cdiv(sizes.seq_k, row.owned) * sizes.kv_heads * sizes.batches
     launch(

@@ -1,21 +1,22 @@
 """Attention backward, recomputing the weights from lse. Two passes, so that nothing is atomic:
 
-1. `attention_backward_q`: a program owns BLOCK_M queries, visits the keys, writes grad_q and the query's statistics.
-2. `attention_backward_kv`: a program owns BLOCK_N keys of one key/value head, visits the queries of every head in
-   the group, writes grad_k and grad_v.
+1. `attention_backward_q`: a program owns BLOCK_M queries, visits the keys, and writes grad_q and the queries'
+   statistics.
+2. `attention_backward_kv`: a program owns BLOCK_N keys of one key/value head, visits the queries of every head in the
+   group, and writes grad_k and grad_v.
 
-With s = q k^T * scale, p = exp(s - lse), do = grad_out (p = exp(s - lse - rest) where forward kept what rounding took
-from lse):
+With s = q k^T * scale, p = exp(s - lse), do = grad_out (p = exp(s - lse - rest) where forward kept the rounding error
+of lse):
 
     delta = rowsum(do * out) - grad_lse
     ds    = p * (do v^T - delta)
     grad_q = scale * ds k,   grad_k = scale * ds^T q,   grad_v = p^T do
 
-Dao, "FlashAttention-2" (2023), arXiv:2307.08691, Algorithm 2. That lse may have a gradient of its own adds
-p * grad_lse to ds, which delta takes in. With dropout, p is dropped where it meets do, and do v^T likewise; a softcap
-multiplies ds by its derivative on its way to grad_q and grad_k.
+Dao, "FlashAttention-2" (2023), arXiv:2307.08691, Algorithm 2. The gradient of lse
+adds p * grad_lse to ds, which delta includes. Dropout multiplies p in p^T do, and do v^T, by the same factors; a
+softcap multiplies ds by its derivative before grad_q and grad_k.
 
-A third pass, `attention_backward_bias`, sums ds over what shares an element of the bias.
+A third pass, `attention_backward_bias`, sums ds over the positions that share an element of the bias.
 """
 
 from typing import NamedTuple
@@ -24,45 +25,45 @@ import triton
 import triton.language as tl
 
 from .compiler import kernel
-from .dropout import kept_weights
+from .dropout import dropout_multipliers
 from .scores import (
-    SIZES,
+    NO_SPECIALIZE,
+    apply_score_mods,
+    apply_softcap,
+    block_is_active,
     block_state,
-    cap,
-    edge_start,
-    gradient_through,
+    in_window_and_bounds,
+    key_range,
+    key_tile_of_program,
     key_tiles,
-    looks,
-    owned_keys,
-    owned_queries,
+    load_seq_info,
+    lse_offset,
+    partial_start,
+    query_tile_of_program,
     query_tiles,
-    scaled,
-    sequence,
-    shift,
-    statistics_at,
-    visible,
-    visible_keys,
+    scale_products,
+    scores_backward,
 )
 from .softmax import LARGEST_RAW_LSE, LOG2E
 from .state import HeadInfo, KeyGradients, KeyTile, QueryTile, RowStats, Shape, Sizes, TilePositions
-from .tiles import load_tile, one_head, rounded_product, store_tile
+from .tiles import head_view, load_tile, rounded_product, store_tile
 
 
-class Statistics(NamedTuple):
-    """What pass 1 leaves the others of each query, float32, (batch * heads, stride), packed (heads, stride): what
-    `exponents` returned, and its delta. Rows and packed sequences start at multiples of 16 bytes: an H200 takes no bulk
-    copy of numbers from elsewhere."""
+class StatsPointers(NamedTuple):
+    """The statistics of each query that pass 1 writes for the others, float32, (batch * heads, stride), packed (heads,
+    stride): lse and rest as `load_lse` returns them, and delta. Rows and packed sequences start at multiples of 16
+    bytes: an H200 copies numbers in bulk from nowhere else."""
 
     lse: tl.tensor
     delta: tl.tensor
-    rest: tl.tensor  # raw scores have none: not written or read
+    rest: tl.tensor  # raw scores have none: neither written nor read
     stride: tl.tensor
 
 
 @triton.jit
-def exponents(lse, rest, score, at, exists):
-    """(lse, rest) of queries as `weights` takes them. lse is +inf where a query attends to nothing, so that its weights
-    are 0; that of raw scores is in base 2, as rest is, which raw scores do not have."""
+def load_lse(lse, rest, score, at, exists):
+    """(lse, rest) of queries for `recompute_weights`. lse is +inf of a fully masked row, whose weights are then 0; that
+    of raw scores is in base 2. rest is in base 2; raw scores have none."""
     lse_row = tl.load(lse + at, mask=exists, other=float("-inf"))
     rest_row = lse_row
     if score.raw:
@@ -72,32 +73,32 @@ def exponents(lse, rest, score, at, exists):
     elif rest is not None:
         rest_row = tl.load(rest + at, mask=exists, other=0.0) * LOG2E
     else:
-        rest_row = tl.where(exists, 0.0, 0.0)  # without naming a layout, which Gluon asks for
+        rest_row = tl.where(exists, 0.0, 0.0)  # zeros without a layout, which Gluon would ask for
     return tl.where(lse_row == float("-inf"), float("inf"), lse_row), rest_row
 
 
 @triton.jit
-def statistics_place(score, at):
-    """(row, column) where the statistics of a head's queries start."""
+def stats_location(score, at):
+    """(row, column) at which the statistics of a head's queries start."""
     line = at.batch * at.heads + at.head
     start = 0
     if score.cu_seqlens is not None:
         line = at.head
-        start = (at.seq.q_start + 4 * at.batch) // 4 * 4  # a gap of 1 to 4 between sequences
+        start = (at.seq.q_start + 4 * at.batch) // 4 * 4  # 1 to 4 unused numbers between sequences
     return line, start
 
 
 @triton.jit
-def of_head(score, rows, at):
-    """The statistics of one head's queries."""
-    line, start = statistics_place(score, at)
+def stats_of_head(score, rows, at):
+    """Pointers to the statistics of one head's queries."""
+    line, start = stats_location(score, at)
     offset = tl.cast(line, tl.int64) * rows.stride + start
-    return Statistics(rows.lse + offset, rows.delta + offset, rows.rest + offset, rows.stride)
+    return StatsPointers(rows.lse + offset, rows.delta + offset, rows.rest + offset, rows.stride)
 
 
 @triton.jit
-def store_statistics(rows, stats, queries, end, RAW: tl.constexpr):
-    """Of queries before `end`."""
+def store_stats(rows, stats, queries, end, RAW: tl.constexpr):
+    """Store the RowStats of queries before `end`."""
     tl.store(rows.lse + queries, stats.lse, mask=queries < end)
     tl.store(rows.delta + queries, stats.delta, mask=queries < end)
     if not RAW:
@@ -105,8 +106,8 @@ def store_statistics(rows, stats, queries, end, RAW: tl.constexpr):
 
 
 @triton.jit
-def load_statistics(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """The RowStats of queries; of those at or past `query_end` (looked at only with CHECK_ROWS) +inf, 0 and 0."""
+def load_stats(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """The RowStats of queries; +inf, 0 and 0 of those at or past `query_end` (compared only with CHECK_ROWS)."""
     if CHECK_ROWS:
         lse = tl.load(rows.lse + queries, mask=queries < query_end, other=float("inf"))
         delta = tl.load(rows.delta + queries, mask=queries < query_end, other=0.0)
@@ -122,53 +123,53 @@ def load_statistics(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.
 
 
 @triton.jit
-def weights(products, lse, rest, score, at, tile, EDGE: tl.constexpr):
-    """(p, slope) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse` and `rest`
+def recompute_weights(products, lse, rest, score, at, tile, PARTIAL: tl.constexpr):
+    """(p, dscore) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse` and `rest`
     broadcast to its shape."""
-    scores, slope = cap(score, scaled(score, products))
-    scores, slope = shift(score, at, scores, slope, tile)
+    scores, dscore = apply_softcap(score, scale_products(score, products))
+    scores, dscore = apply_score_mods(score, at, scores, dscore, tile)
     if score.raw:
         p = tl.exp2(scores * (score.scale * LOG2E) - lse)
     else:
         p = tl.exp2((scores - lse) * LOG2E - rest)
-    if EDGE:
-        p = tl.where(visible(score, at.seq, tile), p, 0.0)
-    return p, slope
+    if PARTIAL:
+        p = tl.where(in_window_and_bounds(score, at.seq, tile), p, 0.0)
+    return p, dscore
 
 
 @triton.jit
-def score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, EDGE: tl.constexpr):
-    """(ds, slope) of a tile (queries, keys): the gradient of the scores as softmax takes them, and the softcap's
-    derivative. own: the QueryTile."""
+def score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
+    """(ds, dscore) of a tile (queries, keys): the gradient of the scores, and their derivative by scale * q.k. own: the
+    QueryTile."""
     products = tl.dot(own.q, tl.trans(k_tile), input_precision=score.precision)
     queries = own.start + tl.arange(0, shape.BLOCK_M)
     keys = start_n + tl.arange(0, shape.BLOCK_N)[None, :]
     tile = TilePositions(queries[:, None], keys, block_state(score, at, own.start, start_n))
-    p, slope = weights(products, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, EDGE)
-    v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, EDGE)
+    p, dscore = recompute_weights(products, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, PARTIAL)
+    v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, PARTIAL)
     dp = tl.dot(own.grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
-        dp *= kept_weights(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)
-    return p * (dp - own.stats.delta[:, None]), slope
+        dp *= dropout_multipliers(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)
+    return p * (dp - own.stats.delta[:, None]), dscore
 
 
 @triton.jit
-def visit_keys(acc, own, k, v, score, at, start_n, shape: tl.constexpr, EDGE: tl.constexpr):
+def accumulate_dq(acc, own, k, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
     """One key tile of pass 1: acc += ds k."""
-    k_tile = load_tile(k, start_n, at.seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, EDGE)
-    ds, slope = score_gradients(own, k_tile, v, score, at, start_n, shape, EDGE)
-    ds = gradient_through(score, ds, slope)
+    k_tile = load_tile(k, start_n, at.seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, PARTIAL)
+    ds, dscore = score_gradients(own, k_tile, v, score, at, start_n, shape, PARTIAL)
+    ds = scores_backward(score, ds, dscore)
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=score.precision)
 
 
 @triton.jit
-def load_queries(x, start_m, at, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """The rows of q, out or grad_out that belong to a tile of a head's queries."""
-    head = one_head(x, at.batch, at.head, at.seq.q_start)
+def load_query_tile(x, start_m, at, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The rows of q, out or grad_out for a tile of a head's queries."""
+    head = head_view(x, at.batch, at.head, at.seq.q_start)
     return load_tile(head, start_m, at.seq.query_end, COLS, BLOCK_M, BLOCK_COLS, True)
 
 
-@kernel(do_not_specialize=SIZES)
+@kernel(do_not_specialize=NO_SPECIALIZE)
 def attention_backward_q(
     q, k, v, out, grad_out, lse, rest, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -180,67 +181,67 @@ def attention_backward_q(
     """
     shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    start_m, kv_head, at = owned_queries(tl.program_id(0), score, sizes, shape.BLOCK_M)
+    start_m, kv_head, at = query_tile_of_program(tl.program_id(0), score, sizes, shape.BLOCK_M)
     seq = at.seq
-    k = one_head(k, at.batch, kv_head, seq.k_start)
-    v = one_head(v, at.batch, kv_head, seq.k_start)
+    k = head_view(k, at.batch, kv_head, seq.k_start)
+    v = head_view(v, at.batch, kv_head, seq.k_start)
     queries = start_m + tl.arange(0, shape.BLOCK_M)
-    row = statistics_at(score, at)
-    do_tile = load_queries(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
-    out_tile = load_queries(out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
+    row = lse_offset(score, at)
+    do_tile = load_query_tile(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
+    out_tile = load_query_tile(out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
     exists = queries < seq.query_end
     delta = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
-    lse_row, rest_row = exponents(lse, rest, score, row + queries, exists)
+    lse_row, rest_row = load_lse(lse, rest, score, row + queries, exists)
     stats = RowStats(lse_row, delta, rest_row)
-    store_statistics(of_head(score, rows, at), stats, queries, seq.seq_q, score.raw)
+    store_stats(stats_of_head(score, rows, at), stats, queries, seq.seq_q, score.raw)
 
-    q_tile = load_queries(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
+    q_tile = load_query_tile(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
     own = QueryTile(start_m, q_tile, do_tile, stats)
     acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_D), tl.float32)
     tiles = key_tiles(score, seq, start_m, shape.BLOCK_M, shape.BLOCK_N)
-    for start_n in range(tiles.steady_begin, tiles.steady_end, shape.BLOCK_N):
-        if looks(score, at, start_m, start_n):
-            acc = visit_keys(acc, own, k, v, score, at, start_n, shape, False)
-    for index in tl.range(0, tiles.edges, num_stages=1):
-        start_n = edge_start(tiles, index, shape.BLOCK_N)
-        if looks(score, at, start_m, start_n):
-            acc = visit_keys(acc, own, k, v, score, at, start_n, shape, True)
-    grad_q_head = one_head(grad_q, at.batch, at.head, seq.q_start)
+    for start_n in range(tiles.full_begin, tiles.full_end, shape.BLOCK_N):
+        if block_is_active(score, at, start_m, start_n):
+            acc = accumulate_dq(acc, own, k, v, score, at, start_n, shape, False)
+    for index in tl.range(0, tiles.partial_count, num_stages=1):
+        start_n = partial_start(tiles, index, shape.BLOCK_N)
+        if block_is_active(score, at, start_m, start_n):
+            acc = accumulate_dq(acc, own, k, v, score, at, start_n, shape, True)
+    grad_q_head = head_view(grad_q, at.batch, at.head, seq.q_start)
     store_tile(grad_q_head, acc * score.scale, start_m, seq.seq_q, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
 
 
 @triton.jit
-def visit_queries(grads, own, q, grad_out, rows, score, at, start_m, shape: tl.constexpr, EDGE: tl.constexpr):
+def accumulate_dkv(grads, own, q, grad_out, rows, score, at, start_m, shape: tl.constexpr, PARTIAL: tl.constexpr):
     """One query tile of pass 2, transposed (keys down, queries across): grad_v += p^T do, grad_k += ds^T q. own: the
     KeyTile; q, grad_out and rows are those of the head."""
     query_end = at.seq.query_end
     queries = start_m + tl.arange(0, shape.BLOCK_M)
-    q_tile = load_tile(q, start_m, query_end, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D, EDGE)
+    q_tile = load_tile(q, start_m, query_end, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D, PARTIAL)
     products = tl.dot(own.k, tl.trans(q_tile), input_precision=score.precision)
     keys = own.start + tl.arange(0, shape.BLOCK_N)[:, None]
     state = block_state(score, at, start_m, own.start)
-    stats = load_statistics(rows, queries, query_end, score.raw, EDGE)
+    stats = load_stats(rows, queries, query_end, score.raw, PARTIAL)
     tile = TilePositions(queries[None, :], keys, state)
-    p, slope = weights(products, stats.lse[None, :], stats.rest[None, :], score, at, tile, EDGE)
-    do_tile = load_tile(grad_out, start_m, query_end, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV, EDGE)
+    p, dscore = recompute_weights(products, stats.lse[None, :], stats.rest[None, :], score, at, tile, PARTIAL)
+    do_tile = load_tile(grad_out, start_m, query_end, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV, PARTIAL)
     dropped = p
     if score.dropout is not None:
         head = at.batch * at.heads + at.head
-        kept = tl.trans(kept_weights(score.dropout, head, queries, own.start, shape.BLOCK_N))
+        kept = tl.trans(dropout_multipliers(score.dropout, head, queries, own.start, shape.BLOCK_N))
         dropped = p * kept
     grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grads.v, input_precision=score.precision)
     dp = tl.dot(own.v, tl.trans(do_tile), input_precision=score.precision)
     if score.dropout is not None:
         dp *= kept
     ds = p * (dp - stats.delta[None, :])
-    ds = gradient_through(score, ds, slope)
+    ds = scores_backward(score, ds, dscore)
     grad_k = tl.dot(ds.to(q_tile.dtype), q_tile, grads.k, input_precision=score.precision)
     return KeyGradients(grad_k, grad_v)
 
 
-@kernel(do_not_specialize=SIZES)
+@kernel(do_not_specialize=NO_SPECIALIZE)
 def attention_backward_kv(
     q, k, v, grad_out, rows, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -252,13 +253,13 @@ def attention_backward_kv(
     """
     shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    start_n, kv_head, batch = owned_keys(tl.program_id(0), sizes, shape.BLOCK_N)
+    start_n, kv_head, batch = key_tile_of_program(tl.program_id(0), sizes, shape.BLOCK_N)
     group = sizes.heads // sizes.kv_heads
-    seq = sequence(score, batch, sizes)
+    seq = load_seq_info(score, batch, sizes)
 
-    k_head = one_head(k, batch, kv_head, seq.k_start)
+    k_head = head_view(k, batch, kv_head, seq.k_start)
     k_tile = load_tile(k_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, True)
-    v_head = one_head(v, batch, kv_head, seq.k_start)
+    v_head = head_view(v, batch, kv_head, seq.k_start)
     v_tile = load_tile(v_head, start_n, seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, True)
     own = KeyTile(start_n, k_tile, v_tile)
     acc_k = tl.zeros((shape.BLOCK_N, shape.BLOCK_D), tl.float32)
@@ -266,36 +267,36 @@ def attention_backward_kv(
     tiles = query_tiles(score, seq, start_n, shape.BLOCK_M, shape.BLOCK_N)
     for head in range(kv_head * group, kv_head * group + group):
         at = HeadInfo(batch, head, sizes.heads, seq)
-        q_head = one_head(q, batch, head, seq.q_start)
-        do_head = one_head(grad_out, batch, head, seq.q_start)
-        rows_head = of_head(score, rows, at)
-        for start_m in range(tiles.steady_begin, tiles.steady_end, shape.BLOCK_M):
-            if looks(score, at, start_m, start_n):
-                grads = visit_queries(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, False)
-        for index in tl.range(0, tiles.edges, num_stages=1):
-            start_m = edge_start(tiles, index, shape.BLOCK_M)
-            if looks(score, at, start_m, start_n):
-                grads = visit_queries(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, True)
+        q_head = head_view(q, batch, head, seq.q_start)
+        do_head = head_view(grad_out, batch, head, seq.q_start)
+        rows_head = stats_of_head(score, rows, at)
+        for start_m in range(tiles.full_begin, tiles.full_end, shape.BLOCK_M):
+            if block_is_active(score, at, start_m, start_n):
+                grads = accumulate_dkv(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, False)
+        for index in tl.range(0, tiles.partial_count, num_stages=1):
+            start_m = partial_start(tiles, index, shape.BLOCK_M)
+            if block_is_active(score, at, start_m, start_n):
+                grads = accumulate_dkv(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, True)
 
-    # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are dropped here, once, so that the
-    # steady loop need not look at them.
+    # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are cleared here, once, and not in the
+    # loop over full tiles.
     exists = (start_n + tl.arange(0, shape.BLOCK_N) < seq.key_end)[:, None]
     acc_k = tl.where(exists, grads.k * score.scale, 0.0)
     acc_v = tl.where(exists, grads.v, 0.0)
-    k_head = one_head(grad_k, batch, kv_head, seq.k_start)
+    k_head = head_view(grad_k, batch, kv_head, seq.k_start)
     store_tile(k_head, acc_k, start_n, seq.seq_k, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D)
-    v_head = one_head(grad_v, batch, kv_head, seq.k_start)
+    v_head = head_view(grad_v, batch, kv_head, seq.k_start)
     store_tile(v_head, acc_v, start_n, seq.seq_k, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV)
 
 
 @triton.jit
-def shared(size, index, all_of_them, BLOCK: tl.constexpr):
-    """The range that belongs to position `index` of a dimension of the bias: all of it where it is broadcast."""
+def reduction_range(size, index, count, BLOCK: tl.constexpr):
+    """(begin, end) of the positions to sum for tile `index` of a dimension of the bias: all where it is broadcast."""
     begin = tl.where(size == 1, 0, index * BLOCK)
-    return begin, tl.where(size == 1, all_of_them, tl.minimum(begin + BLOCK, all_of_them))
+    return begin, tl.where(size == 1, count, tl.minimum(begin + BLOCK, count))
 
 
-@kernel(do_not_specialize=[*SIZES, "size_batch", "size_head", "size_q", "size_k"])
+@kernel(do_not_specialize=[*NO_SPECIALIZE, "size_batch", "size_head", "size_q", "size_k"])
 def attention_backward_bias(
     q, k, v, grad_out, rows, grad_bias, score, batches, heads, kv_heads, seq_q, seq_k,
     size_batch, size_head, size_q, size_k,
@@ -306,7 +307,7 @@ def attention_backward_bias(
     keys that share an element.
 
     Grid: (tiles of keys * tiles of queries * size_head * size_batch,). A program owns BLOCK_M x BLOCK_N elements of the
-    bias, or all queries or keys where those are broadcast; S and dP are computed once more.
+    bias, or all queries or keys where those are broadcast. It computes S and dP once more.
     """
     shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
@@ -317,32 +318,32 @@ def attention_backward_bias(
     tile_m = program // tiles_n % tiles_m
     bias_head = program // tiles_n // tiles_m % size_head
     bias_batch = program // tiles_n // tiles_m // size_head
-    first_batch, last_batch = shared(size_batch, bias_batch, sizes.batches, 1)
-    first_head, last_head = shared(size_head, bias_head, sizes.heads, 1)
-    first_m, last_m = shared(size_q, tile_m, sizes.seq_q, shape.BLOCK_M)
-    first_n, last_n = shared(size_k, tile_n, sizes.seq_k, shape.BLOCK_N)
+    first_batch, last_batch = reduction_range(size_batch, bias_batch, sizes.batches, 1)
+    first_head, last_head = reduction_range(size_head, bias_head, sizes.heads, 1)
+    first_m, last_m = reduction_range(size_q, tile_m, sizes.seq_q, shape.BLOCK_M)
+    first_n, last_n = reduction_range(size_k, tile_n, sizes.seq_k, shape.BLOCK_N)
     acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     for batch in range(first_batch, last_batch):
-        seq = sequence(score, batch, sizes)
+        seq = load_seq_info(score, batch, sizes)
         for head in range(first_head, last_head):
             at = HeadInfo(batch, head, sizes.heads, seq)
             kv_head = head // (sizes.heads // sizes.kv_heads)
-            k_head = one_head(k, batch, kv_head, seq.k_start)
-            v_head = one_head(v, batch, kv_head, seq.k_start)
-            rows_head = of_head(score, rows, at)
+            k_head = head_view(k, batch, kv_head, seq.k_start)
+            v_head = head_view(v, batch, kv_head, seq.k_start)
+            rows_head = stats_of_head(score, rows, at)
             for start_m in range(first_m, tl.minimum(last_m, seq.query_end), shape.BLOCK_M):
                 queries = start_m + tl.arange(0, shape.BLOCK_M)
-                q_tile = load_queries(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
-                do_tile = load_queries(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
-                stats = load_statistics(rows_head, queries, seq.query_end, score.raw, True)
+                q_tile = load_query_tile(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
+                do_tile = load_query_tile(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
+                stats = load_stats(rows_head, queries, seq.query_end, score.raw, True)
                 own = QueryTile(start_m, q_tile, do_tile, stats)
-                begin, end = visible_keys(score, seq, start_m, shape.BLOCK_M)
+                begin, end = key_range(score, seq, start_m, shape.BLOCK_M)
                 begin = tl.maximum(first_n, begin // shape.BLOCK_N * shape.BLOCK_N)
                 for start_n in range(begin, tl.minimum(last_n, end), shape.BLOCK_N):
                     k_tile = load_tile(k_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, True)
                     ds, _ = score_gradients(own, k_tile, v_head, score, at, start_n, shape, True)
                     acc += ds
-    # Where queries or keys are broadcast, every row or column belongs to the first.
+    # Where queries or keys are broadcast, all rows or columns are summed into the first.
     i = tl.arange(0, shape.BLOCK_M)
     j = tl.arange(0, shape.BLOCK_N)
     if size_q == 1:

@@ -1,19 +1,19 @@
-"""What the project's kernels ask of Triton's compiler, and the two faults of it that they work around.
+"""Compiler options that all kernels share, and workarounds for two compiler bugs.
 
 The first: Triton puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core instruction
-(`wgmma`, `tcgen05.mma`) that reads what it copied, before 3.7.1 never (pytorch/pytorch#181248, triton-lang/triton#9610,
-#10537) and since then not where a loop waits for its second copy behind its first product, as with a bias of 16-byte
-pieces. On Hopper and datacenter Blackwell the tensor cores may then read shared memory before the copy is there: wrong
-results that change between runs. Here a fence follows each wait that has none before the next product: the loops stay
-pipelined. `tests/kernels/every_triton.py` proves on the PTX machine that the fault is there without the fences and gone
-with them.
+(`wgmma`, `tcgen05.mma`) that reads the copy, before 3.7.1 never (pytorch/pytorch#181248, triton-lang/triton#9610,
+#10537) and since then not where a loop waits for its second copy after its first product, as with a bias of 16-byte
+pieces. On Hopper and datacenter Blackwell the tensor cores may then read shared memory before the copy arrives: wrong
+results that change between runs. Here a fence follows each wait that has none before the next product; the loops stay
+pipelined. `tests/kernels/every_triton.py` proves on the PTX machine that the bug is present without the fences and
+absent with them.
 
-The second is the assembler's: ptxas before 12.9, which Triton brings before 3.8, loses the address in the descriptor by
-which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and lies where k has
-lain before: wrong results, or an illegal access. An H100 showed it and the machine code explains it: the address is
-that of k's descriptor, and the copy of its register is left out. So there `configs.attention_cols` widens v.
+The second is in the assembler: ptxas before 12.9, which Triton bundles before 3.8, loses the address in the descriptor
+by which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and reuses the
+memory of k: wrong results, or an illegal access. An H100 showed it and the machine code explains it: the address is
+that of k's descriptor, since the copy of its register is missing. There `configs.attention_cols` widens v.
 `bench/descriptors.py` finds such a descriptor in machine code; `tests/kernels/test_compiled.py` checks every kernel
-with it, and shows the fault where nothing is widened.
+with it, and shows the bug where nothing is widened.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from triton import knobs
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
-# As triton.__version__ tells it; a nightly build of 3.7.0 says 3.7.0+git...
+# By triton.__version__, which is 3.7.0+git... in a nightly build of 3.7.0.
 LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None  # all of them
 ADDS_FENCES = True
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$")
 FENCE = "ttng.fence_async_shared"
-# What ends the code in which a fence behind a wait is looked for: a product, which may read the copy, or a block's end.
+# A fence after a wait must come before the next product, which may read the copy, or the end of the block.
 PRODUCT = re.compile(r"ttng\.(warp_group_dot|tc_gen5_mma)\b|\bscf\.yield\b|^ *}")
-_compiling = threading.Lock()  # Triton's hook is one for the process
+_compiling = threading.Lock()  # Triton has one hook for the process
 
 
 @functools.cache
 def loses_descriptors() -> bool:
-    """Whether the ptxas that Triton calls has the second fault."""
+    """Whether the ptxas that Triton calls has the second bug."""
     try:
         version = knobs.nvidia.ptxas.version
-    except RuntimeError:  # there is none, as in a Triton for AMD's GPUs alone
+    except RuntimeError:  # there is none, as in a Triton for AMD GPUs only
         return False
     return tuple(int(number) for number in version.split(".")) < (12, 9)
 
 
 def faults() -> list[str]:
-    """What is wrong with this compiler and is worked around, in a sentence each."""
+    """The bugs of this compiler that are worked around, in a sentence each."""
     found = []
     if LACKS_FENCES:
         found.append(
@@ -69,15 +69,15 @@ def faults() -> list[str]:
     return found
 
 
-class SameEverywhere:
+class VersionIndependent:
     """A kernel that is launched the same way by every version of Triton."""
 
     def run(self, *args, **options):
-        # Triton 3.10 contracts no multiply-adds unless it is asked to: the bits shall not depend on the version.
+        # From 3.10 on Triton fuses multiply-adds only if asked to: the bits must not depend on the version.
         return super().run(*args, enable_fp_fusion=True, **options)
 
 
-class Kernel(SameEverywhere, JITFunction):
+class Kernel(VersionIndependent, JITFunction):
     def create_binder(self):
         binder = super().create_binder()
         if ADDS_FENCES:
@@ -85,12 +85,12 @@ class Kernel(SameEverywhere, JITFunction):
         return binder
 
 
-class GluonKernel(SameEverywhere, GluonJITFunction):
+class GluonKernel(VersionIndependent, GluonJITFunction):
     """One in Gluon, whose author sets the fences."""
 
 
 def kernel(do_not_specialize: list[str], launched: type[JITFunction] = Kernel) -> Callable:
-    """A decorator for the functions that are launched: triton.jit with the options all of them share."""
+    """A decorator for functions that are launched: triton.jit with the options that all of them share."""
 
     def decorate(function):
         if knobs.runtime.interpret:
@@ -106,13 +106,13 @@ def gluon_kernel(do_not_specialize: list[str]) -> Callable:
 
 
 def with_fences(compile: Callable) -> Callable:
-    """Triton's compile with a fence behind every wait. The environment is part of the key that compiled kernels are
-    kept under, so that none without fences is found there."""
+    """Triton's compile with a fence after every wait. The environment is part of the cache key, so that no kernel
+    without fences is found in Triton's cache."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     def compile_with_fences(source, target, options, _env_vars=None):
         env_vars = get_cache_invalidating_env_vars() if _env_vars is None else _env_vars
-        with _compiling, stage_hook(fence_waits):
+        with _compiling, stage_hook(fence_hook):
             return compile(source, target=target, options=options, _env_vars=env_vars | {"FLASHATTN_FENCES": "2"})
 
     return compile_with_fences
@@ -128,22 +128,22 @@ def stage_hook(hook: Callable) -> Iterator[None]:
         knobs.runtime.add_stages_inspection_hook = before
 
 
-def fence_waits(backend=None, stages: dict | None = None, *_) -> tuple[str, str] | None:
-    """Triton's hook: changes the stages of a compilation or, called without any, says what is to tell them apart."""
+def fence_hook(backend=None, stages: dict | None = None, *_) -> tuple[str, str] | None:
+    """Triton's hook: changes the stages of a compilation or, called without any, returns its part of the cache key."""
     if backend is None:
         return "flashattn-fences-2", "flashattn-fences-2"
     make_ttgir = stages["ttgir"]
     if backend.target.backend == "cuda" and backend.target.arch in range(90, 120):
-        stages["ttgir"] = lambda module, metadata: fenced(make_ttgir(module, metadata))
+        stages["ttgir"] = lambda module, metadata: fence_module(make_ttgir(module, metadata))
     return None
 
 
-def fenced(module):
-    """A module of Triton's GPU dialect with a proxy fence behind every wait for copies."""
+def fence_module(module):
+    """A module of Triton's GPU dialect with a proxy fence after every wait for copies."""
     from triton._C.libtriton import ir
 
     before, context = str(module), module.context
-    text = with_fence_behind_waits(before)
+    text = add_fences(before)
     if text == before:
         return module
     with tempfile.TemporaryDirectory() as folder:
@@ -154,14 +154,14 @@ def fenced(module):
     return module
 
 
-def with_fence_behind_waits(text: str) -> str:
-    """The text of a module with a fence behind each wait that has none before what may be the next product."""
+def add_fences(text: str) -> str:
+    """The text of a module with a fence after each wait that has none before the next product."""
     lines = text.split("\n")
     fenced = []
     for number, line in enumerate(lines):
         fenced.append(line)
         if wait := ASYNC_WAIT.match(line):
-            behind = next((x for x in lines[number + 1 :] if FENCE in x or PRODUCT.search(x)), "")
-            if FENCE not in behind:
+            following = next((x for x in lines[number + 1 :] if FENCE in x or PRODUCT.search(x)), "")
+            if FENCE not in following:
                 fenced.append(f"{wait.group(1)}{FENCE} {{bCluster = false}}")
     return "\n".join(fenced)

@@ -1,7 +1,8 @@
-"""Counter-based dropout: what is dropped depends on the seed and the position alone, so every backend, tile size
-and pass drops the same.
+"""Counter-based dropout: whether an element is dropped depends on the seed and its position alone, so every backend,
+tile size and pass drops the same ones.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox-4x32-10, first word.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox-4x32, for norms of 10 rounds, whose first
+word is used, for attention of 7 rounds, whose four words serve four keys.
 """
 
 from typing import NamedTuple
@@ -13,12 +14,12 @@ import triton.language as tl
 class DropoutArgs(NamedTuple):
     seed: tl.tensor  # pointer to one int64
     threshold: tl.tensor  # int: dropped where 31 random bits are below it, p * 2**31
-    scale: tl.tensor  # float: 1 / (1 - p), what is kept is multiplied by
+    scale: tl.tensor  # float: 1 / (1 - p), the factor of elements that are kept
 
 
 @triton.jit
-def dropout(value, args, rows, cols):
-    """`value` with some elements dropped and the others scaled. `rows` and `cols` broadcast to its shape."""
+def apply_dropout(value, args, rows, cols):
+    """`value` with some elements dropped and the others scaled, for norms. `rows` and `cols` broadcast to its shape."""
     seed = tl.load(args.seed)
     cols, rows = tl.broadcast(cols, rows)
     bits, _, _, _ = tl.philox(seed, cols, rows, 0, 0)
@@ -35,14 +36,14 @@ def random_words(args, head, queries, quarters):
 
 
 @triton.jit
-def kept(args, bits):
-    """What to multiply a weight by: 0 or the scale."""
+def multiplier_of_bits(args, bits):
+    """The factor of a weight: 0 or the scale."""
     return tl.where((bits >> 1).to(tl.int32, bitcast=True) >= args.threshold, args.scale, 0.0)
 
 
 @triton.jit
-def kept_weights(args, head, queries, start_n, BLOCK_N: tl.constexpr):
-    """What to multiply the weights (queries, BLOCK_N keys) of a head by."""
+def dropout_multipliers(args, head, queries, start_n, BLOCK_N: tl.constexpr):
+    """The factors of the weights (queries, BLOCK_N keys) of a head."""
     quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     a, b, c, d = random_words(args, head, queries[:, None], quarters)
-    return kept(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+    return multiplier_of_bits(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))

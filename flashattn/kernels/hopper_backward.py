@@ -1,10 +1,10 @@
-"""Attention backward for Hopper: the two passes of `backward.py` in roles (`hopper.py`), with the same mathematics.
+"""Attention backward for Hopper: the passes of `backward.py` with the same formulas, warp-specialised (`hopper.py`).
 
 1. `attention_backward_q_hopper`: a consumer owns 64 queries; S = Q K^T and dP = dO V^T of a key tile are issued
    together, and the exponentials run beside the second.
 2. `attention_backward_kv_hopper`: a consumer owns 64 keys (over head_dim 128 two consumers share them), and tiles are
-   transposed: S^T = K Q^T, dP^T = V dO^T. The queries of every head in the group pass by, and their lse and delta with
-   them, by bulk copies too.
+   transposed: S^T = K Q^T, dP^T = V dO^T. The queries of every head in the group, their lse and delta follow each
+   other, all by bulk copies.
 """
 
 from typing import NamedTuple
@@ -18,57 +18,57 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import Statistics, exponents, of_head, statistics_place, store_statistics, weights
+from .backward import StatsPointers, load_lse, recompute_weights, stats_location, stats_of_head, store_stats
 from .compiler import gluon_kernel
 from .hopper import (
     Ring,
     batch_coordinate,
     copy,
-    empty,
+    dropout_multipliers,
+    empty_barrier,
     fill,
     fill_rows,
-    full,
+    full_barrier,
     head_of,
-    kept_weights,
-    matrix,
+    load_work,
     multiply,
     new_barrier,
     new_ring,
     product_layout,
-    query_work,
     release,
     store_rows,
+    tile_at,
     tile_count,
     tile_start,
     wait_full,
     wide_layout,
 )
 from .scores import (
-    SIZES,
-    Tiles,
+    NO_SPECIALIZE,
+    TileRanges,
+    block_is_active,
     block_state,
-    gradient_through,
-    looks,
-    owned_keys,
+    key_tile_of_program,
+    load_seq_info,
+    lse_offset,
     query_tiles,
-    sequence,
-    statistics_at,
+    scores_backward,
 )
 from .state import HeadInfo, KeyGradients, KeyTile, QueryTile, RowStats, SeqInfo, Sizes, TilePositions
-from .tiles import Heads, one_head, rounded_product
+from .tiles import Heads, head_view, rounded_product
 
 # ------------------------------------------------------------------------------------------------ pass 1: grad_q
 
 
 class Outputs(NamedTuple):
-    """What a consumer of pass 1 reads and writes in global memory."""
+    """Global memory that a consumer of pass 1 reads and writes."""
 
     out: Heads
     lse: gl.tensor
     rest: gl.tensor | None
     grad_lse: gl.tensor | None
     grad_q: Heads
-    rows: Statistics
+    rows: StatsPointers
 
 
 class KeyRings(NamedTuple):
@@ -79,7 +79,7 @@ class KeyRings(NamedTuple):
 
 
 @gluon.jit
-def load_keys(q, k, v, do, rings, landing, score, work):
+def produce_keys(q, k, v, do, rings, landing, score, work):
     """The producer: Q and dO of each consumer, then K and V tiles in turn."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
@@ -95,7 +95,7 @@ def load_keys(q, k, v, do, rings, landing, score, work):
     landed = gl.to_tensor(0)
     for index in range(tile_count(work.tiles, BLOCK_N)):
         start_n = tile_start(work.tiles, index, BLOCK_N)
-        if looks(score, at, work.start_m, start_n):
+        if block_is_active(score, at, work.start_m, start_n):
             row = seq.k_start + start_n
             exist = seq.key_end - start_n
             landed = fill_rows(rings.k, loaded, k, batch, work.kv_head, row, exist, landing, landed, RAGGED)
@@ -104,29 +104,29 @@ def load_keys(q, k, v, do, rings, landing, score, work):
 
 
 @gluon.jit
-def visit_keys(acc, own, rings, number, index, score, work, EDGE: gl.constexpr):
+def accumulate_dq(acc, own, rings, number, index, score, work, PARTIAL: gl.constexpr):
     """Key tile `index`, the ring's tile `number`: acc += ds k. own: the consumer's QueryTile."""
     LAYOUT: gl.constexpr = product_layout(rings.k.tiles.shape[3])
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
-    k_tile = matrix(rings.k, number)
+    k_tile = tile_at(rings.k, number)
     wait_full(rings.k, number)
     s = multiply(own.q, k_tile)
     wait_full(rings.v, number)
-    dp = multiply(own.grad_out, matrix(rings.v, number))
+    dp = multiply(own.grad_out, tile_at(rings.v, number))
     start_n = tile_start(work.tiles, index, BLOCK_N)
     queries = own.start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     keys = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     at = head_of(work)
     tile = TilePositions(queries[:, None], keys[None, :], block_state(score, at, work.start_m, start_n))
     s = warpgroup_mma_wait(1, deps=(s,))
-    p, slope = weights(s, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, EDGE)
-    wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays behind the exponentials
+    p, dscore = recompute_weights(s, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, PARTIAL)
+    wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays after the exponentials
     dp = warpgroup_mma_wait(0, deps=(dp,))
     release(rings.v, number)
     if score.dropout is not None:
-        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, own.start, start_n, 64, BLOCK_N)
+        keep = dropout_multipliers(score.dropout, at.batch * at.heads + at.head, own.start, start_n, 64, BLOCK_N)
         dp *= gl.convert_layout(keep, LAYOUT)
-    ds = gradient_through(score, p * (dp - own.stats.delta[:, None]), slope)
+    ds = scores_backward(score, p * (dp - own.stats.delta[:, None]), dscore)
     ds = gl.convert_layout(ds.to(k_tile.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     acc = warpgroup_mma(ds, k_tile, acc, is_async=True)
     acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
@@ -135,7 +135,7 @@ def visit_keys(acc, own, rings, number, index, score, work, EDGE: gl.constexpr):
 
 
 @gluon.jit
-def load_out(out, start_m, end, COLS: gl.constexpr, BLOCK_COLS: gl.constexpr):
+def load_out_tile(out, start_m, end, COLS: gl.constexpr, BLOCK_COLS: gl.constexpr):
     """64 rows of out; 0 at and past `end`."""
     LAYOUT: gl.constexpr = wide_layout(BLOCK_COLS)
     rows = (start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)))[:, None]
@@ -151,7 +151,7 @@ def row_exists(tile, start, end):
 
 
 @gluon.jit
-def sum_keys(
+def consume_keys(
     rings, outputs, score, work,
     ME: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
 ):  # fmt: skip
@@ -165,54 +165,54 @@ def sum_keys(
     start_m = work.start_m + ME * 64
     queries = start_m + gl.arange(0, 64, ROW)
     exists = queries < seq.query_end
-    out_tile = load_out(
-        one_head(outputs.out, at.batch, at.head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_DV
+    out_tile = load_out_tile(
+        head_view(outputs.out, at.batch, at.head, seq.q_start), start_m, seq.query_end, HEAD_DIM_V, BLOCK_DV
     )
-    q_tile = matrix(rings.q, ME)
-    do_tile = matrix(rings.do, ME)
+    q_tile = tile_at(rings.q, ME)
+    do_tile = tile_at(rings.do, ME)
     wait_full(rings.q, ME)
     wait_full(rings.do, ME)
     grad_out = do_tile.load(wide_layout(BLOCK_DV)).to(gl.float32)
     delta = gl.convert_layout(gl.sum(rounded_product(grad_out, out_tile.to(gl.float32)), 1), ROW)
-    row = statistics_at(score, at)
+    row = lse_offset(score, at)
     if outputs.grad_lse is not None:
         delta -= gl.load(outputs.grad_lse + row + queries, mask=exists, other=0.0)
-    lse_row, rest_row = exponents(outputs.lse, outputs.rest, score, row + queries, exists)
-    rows = of_head(score, outputs.rows, at)
+    lse_row, rest_row = load_lse(outputs.lse, outputs.rest, score, row + queries, exists)
+    rows = stats_of_head(score, outputs.rows, at)
     stored = RowStats(lse_row, gl.where(exists, delta, 0.0), rest_row)
-    store_statistics(rows, stored, queries, seq.seq_q, score.raw)
+    store_stats(rows, stored, queries, seq.seq_q, score.raw)
     own = QueryTile(start_m, q_tile, do_tile, RowStats(lse_row, delta, rest_row))
 
     acc = gl.zeros([64, BLOCK_D], gl.float32, product_layout(BLOCK_D))
     count = tile_count(work.tiles, BLOCK_N)
     begin = 0
-    end = gl.minimum(gl.maximum(work.tiles.edges, 1), count)
+    end = gl.minimum(gl.maximum(work.tiles.partial_count, 1), count)
     number = gl.to_tensor(0)
-    for EDGE in gl.static_range(1, -1, -1):
+    for PARTIAL in gl.static_range(1, -1, -1):
         for index in range(begin, end):
-            if looks(score, at, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-                acc = visit_keys(acc, own, rings, number, index, score, work, EDGE)
+            if block_is_active(score, at, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+                acc = accumulate_dq(acc, own, rings, number, index, score, work, PARTIAL)
                 number += 1
         begin, end = end, count
     grad = acc * score.scale
     if score.q_lengths is not None:  # q and grad_out may be NaN past the length
         grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)
-    store_rows(one_head(outputs.grad_q, at.batch, at.head, seq.q_start), grad, start_m, seq.seq_q, HEAD_DIM)
+    store_rows(head_view(outputs.grad_q, at.batch, at.head, seq.q_start), grad, start_m, seq.seq_q, HEAD_DIM)
 
 
-@gluon_kernel(do_not_specialize=SIZES)
+@gluon_kernel(do_not_specialize=NO_SPECIALIZE)
 def attention_backward_q_hopper(
     q, k, v, out, do, lse, rest, grad_lse, grad_q, rows, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attention_backward_q`; q, k, v and do (grad_out) are tensor descriptors, of tiles of 64 queries and of
+    """As `attention_backward_q`. q, k, v and do (grad_out) are tensor descriptors, of tiles of 64 queries and of
     BLOCK_N keys.
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A program owns CONSUMERS * 64 queries.
     """
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    work = query_work(gl.program_id(0), score, sizes, CONSUMERS * 64, k.block_type.shape[2])
+    work = load_work(gl.program_id(0), score, sizes, CONSUMERS * 64, k.block_type.shape[2])
     rings = KeyRings(
         new_ring(q, CONSUMERS, 1), new_ring(do, CONSUMERS, 1),
         new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS),
@@ -225,9 +225,9 @@ def attention_backward_q_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (load_keys, (q, k, v, do, rings, landing, score, work)),
-                (sum_keys, (rings, outputs, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, outputs, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (produce_keys, (q, k, v, do, rings, landing, score, work)),
+                (consume_keys, (rings, outputs, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (consume_keys, (rings, outputs, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -235,10 +235,10 @@ def attention_backward_q_hopper(
     else:
         gl.warp_specialize(
             [
-                (load_keys, (q, k, v, do, rings, landing, score, work)),
-                (sum_keys, (rings, outputs, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, outputs, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
-                (sum_keys, (rings, outputs, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
+                (produce_keys, (q, k, v, do, rings, landing, score, work)),
+                (consume_keys, (rings, outputs, score, work, 0, HEAD_DIM, HEAD_DIM_V)),
+                (consume_keys, (rings, outputs, score, work, 1, HEAD_DIM, HEAD_DIM_V)),
+                (consume_keys, (rings, outputs, score, work, 2, HEAD_DIM, HEAD_DIM_V)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -253,40 +253,40 @@ class QueryRings(NamedTuple):
     v: Ring
     q: Ring
     do: Ring
-    rows: Ring  # of Statistics: lse, delta and, if scores are not raw, rest and a row of nothing
+    rows: Ring  # of statistics: lse, delta and, if scores are not raw, rest and an unused row
 
 
-class Keys(NamedTuple):
-    """Keys of one key/value head, and the query tiles that look at them."""
+class KeyWork(NamedTuple):
+    """A work item: keys of one key/value head, and the query tiles that attend to them."""
 
     batch: gl.tensor
     kv_head: gl.tensor
     heads: gl.tensor
     group: gl.tensor
     start_n: gl.tensor
-    tiles: Tiles
+    tiles: TileRanges
     seq: SeqInfo
 
 
 @gluon.jit
 def fill_statistics(ring, number, descriptor, line, column):
-    """`fill` of a ring whose tiles are the statistics of some queries."""
+    """`fill` of a ring of query statistics."""
     SLOTS: gl.constexpr = ring.tiles.shape[0]
-    mbarrier.wait(empty(ring, number), number // SLOTS & 1 ^ 1)
-    mbarrier.expect(full(ring, number), descriptor.block_type.nbytes)
-    copy(descriptor, [0, line, column], full(ring, number), ring.tiles.index(number % SLOTS))
+    mbarrier.wait(empty_barrier(ring, number), number // SLOTS & 1 ^ 1)
+    mbarrier.expect(full_barrier(ring, number), descriptor.block_type.nbytes)
+    copy(descriptor, [0, line, column], full_barrier(ring, number), ring.tiles.index(number % SLOTS))
 
 
 @gluon.jit
-def statistic(ring, number, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
-    """One of what `fill_statistics` brought: 0 lse, 1 delta, 2 rest."""
+def row_stat(ring, number, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+    """One row that `fill_statistics` copied: 0 lse, 1 delta, 2 rest."""
     COUNT: gl.constexpr = ring.tiles.shape[3]
     every = ring.tiles.index(number % ring.tiles.shape[0]).reshape([ring.tiles.shape[1] * COUNT])
     return every.slice(WHICH * COUNT, COUNT).load(LAYOUT)
 
 
 @gluon.jit
-def load_queries(k, v, q, do, rows, rings, landing, score, keys):
+def produce_queries(k, v, q, do, rows, rings, landing, score, keys):
     """The producer: the K and V tiles that the program owns, then the query tiles of each head of the group."""
     TILES: gl.constexpr = rings.k.tiles.shape[0]
     BLOCK_M: gl.constexpr = rings.q.tiles.shape[3]
@@ -302,10 +302,10 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
     landed = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
         at = HeadInfo(keys.batch, head, keys.heads, seq)
-        line, column = statistics_place(score, at)
+        line, column = stats_location(score, at)
         for index in range(count):
             start_m = tile_start(keys.tiles, index, BLOCK_M)
-            if looks(score, at, start_m, keys.start_n):
+            if block_is_active(score, at, start_m, keys.start_n):
                 row = seq.q_start + start_m
                 exist = seq.query_end - start_m
                 landed = fill_rows(rings.q, loaded, q, batch, head, row, exist, landing, landed, RAGGED)
@@ -315,9 +315,9 @@ def load_queries(k, v, q, do, rows, rings, landing, score, keys):
 
 
 @gluon.jit
-def visit_queries(
+def accumulate_dkv(
     grads, own, rings, number, index, score, at, keys,
-    EDGE: gl.constexpr, GRAD_K: gl.constexpr, GRAD_V: gl.constexpr,
+    PARTIAL: gl.constexpr, GRAD_K: gl.constexpr, GRAD_V: gl.constexpr,
 ):  # fmt: skip
     """Query tile `index` of a head, the ring's tile `number`: acc_v += p^T do if GRAD_V, acc_k += ds^T q if GRAD_K.
     own: the consumer's KeyTile."""
@@ -325,8 +325,8 @@ def visit_queries(
     LAYOUT: gl.constexpr = product_layout(BLOCK_M)
     COLS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     acc_k, acc_v = grads
-    q_tile = matrix(rings.q, number)
-    do_tile = matrix(rings.do, number)
+    q_tile = tile_at(rings.q, number)
+    do_tile = tile_at(rings.do, number)
     wait_full(rings.q, number)
     s = multiply(own.k, q_tile)
     wait_full(rings.do, number)
@@ -334,35 +334,35 @@ def visit_queries(
         dp = multiply(own.v, do_tile)
     start_m = tile_start(keys.tiles, index, BLOCK_M)
     queries = start_m + gl.arange(0, BLOCK_M, COLS)
-    where = own.start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    tile = TilePositions(queries[None, :], where[:, None], block_state(score, at, start_m, keys.start_n))
+    keys_of_tile = own.start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    tile = TilePositions(queries[None, :], keys_of_tile[:, None], block_state(score, at, start_m, keys.start_n))
     wait_full(rings.rows, number)
     s = warpgroup_mma_wait(GRAD_K, deps=(s,))  # as many products as were issued after it
-    lse = statistic(rings.rows, number, 0, COLS)  # only now: before, the registers are needed
+    lse = row_stat(rings.rows, number, 0, COLS)  # only now: the registers were needed before
     rest = lse
     if not score.raw:
-        rest = statistic(rings.rows, number, 2, COLS)
-    p, slope = weights(s, lse[None, :], rest[None, :], score, at, tile, EDGE)
+        rest = row_stat(rings.rows, number, 2, COLS)
+    p, dscore = recompute_weights(s, lse[None, :], rest[None, :], score, at, tile, PARTIAL)
     DTYPE: gl.constexpr = q_tile.dtype
     dropped = p
     if score.dropout is not None:
-        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, start_m, own.start, BLOCK_M, 64)
+        keep = dropout_multipliers(score.dropout, at.batch * at.heads + at.head, start_m, own.start, BLOCK_M, 64)
         keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)
         dropped = p * keep
     if GRAD_V:
         pt = gl.convert_layout(dropped.to(DTYPE), gl.DotOperandLayout(0, acc_v.type.layout, 2))
         acc_v = warpgroup_mma(pt, do_tile, acc_v, is_async=True)
     if GRAD_K:
-        wait_full(rings.do, number)  # ends a block of code: the wait for dP stays behind the exponentials
+        wait_full(rings.do, number)  # ends a block of code: the wait for dP stays after the exponentials
         dp = warpgroup_mma_wait(GRAD_V, deps=(dp,))
-        delta = statistic(rings.rows, number, 1, COLS)
+        delta = row_stat(rings.rows, number, 1, COLS)
     release(rings.rows, number)
     if GRAD_K:
-        if EDGE:
-            delta = gl.where(queries < at.seq.query_end, delta, 0.0)  # another sequence's, or never written
+        if PARTIAL:
+            delta = gl.where(queries < at.seq.query_end, delta, 0.0)  # of another sequence, or never written
         if score.dropout is not None:
             dp *= keep
-        ds = gradient_through(score, p * (dp - delta[None, :]), slope)
+        ds = scores_backward(score, p * (dp - delta[None, :]), dscore)
         ds = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, acc_k.type.layout, 2))
         acc_k = warpgroup_mma(ds, q_tile, acc_k, is_async=True)
     if GRAD_V:
@@ -375,7 +375,7 @@ def visit_queries(
 
 
 @gluon.jit
-def sum_queries(
+def consume_queries(
     rings, grad_k, grad_v, score, keys, TILE: gl.constexpr, GRAD_K: gl.constexpr, GRAD_V: gl.constexpr,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
 ):  # fmt: skip
@@ -392,41 +392,41 @@ def sum_queries(
         acc_v = gl.zeros([64, BLOCK_DV], gl.float32, product_layout(BLOCK_DV))
     seq = keys.seq
     start_n = keys.start_n + TILE * 64
-    k_tile = matrix(rings.k, TILE)
-    v_tile = matrix(rings.v, TILE)
+    k_tile = tile_at(rings.k, TILE)
+    v_tile = tile_at(rings.v, TILE)
     wait_full(rings.k, TILE)
     wait_full(rings.v, TILE)
     own = KeyTile(start_n, k_tile, v_tile)
     grads = KeyGradients(acc_k, acc_v)
     count = tile_count(keys.tiles, BLOCK_M)
-    edges = gl.minimum(gl.maximum(keys.tiles.edges, 1), count)
+    partial_count = gl.minimum(gl.maximum(keys.tiles.partial_count, 1), count)
     number = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
         at = HeadInfo(keys.batch, head, keys.heads, seq)
-        begin, end = 0, edges
-        for EDGE in gl.static_range(1, -1, -1):
+        begin, end = 0, partial_count
+        for PARTIAL in gl.static_range(1, -1, -1):
             for index in range(begin, end):
-                if looks(score, at, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
-                    grads = visit_queries(grads, own, rings, number, index, score, at, keys, EDGE, GRAD_K, GRAD_V)
+                if block_is_active(score, at, tile_start(keys.tiles, index, BLOCK_M), keys.start_n):
+                    grads = accumulate_dkv(grads, own, rings, number, index, score, at, keys, PARTIAL, GRAD_K, GRAD_V)
                     number += 1
             begin, end = end, count
-    # Keys past the end were read from another sequence, or from memory that nothing has written.
+    # Keys past the end were read from another sequence, or from uninitialised memory.
     acc_k, acc_v = grads
     if GRAD_K:
         acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
-        store_rows(one_head(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
+        store_rows(head_view(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
     if GRAD_V:
         acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)
-        store_rows(one_head(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
+        store_rows(head_view(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
 
 
-@gluon_kernel(do_not_specialize=SIZES)
+@gluon_kernel(do_not_specialize=NO_SPECIALIZE)
 def attention_backward_kv_hopper(
     q, k, v, do, rows, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attention_backward_kv`; q, k, v, do (grad_out) and rows (Statistics) are tensor descriptors, of tiles of
+    """As `attention_backward_kv`. q, k, v, do (grad_out) and rows (the statistics) are tensor descriptors, of tiles of
     BLOCK_M queries and of 64 keys.
 
     Grid: (key tiles * kv_heads * batch,), the longest causal tiles first. A program owns 64 keys for each consumer or,
@@ -436,10 +436,10 @@ def attention_backward_kv_hopper(
     TILES: gl.constexpr = 1 if SHARED else CONSUMERS
     BLOCK_N: gl.constexpr = TILES * 64
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    start_n, kv_head, batch = owned_keys(gl.program_id(0), sizes, BLOCK_N)
-    seq = sequence(score, batch, sizes)
+    start_n, kv_head, batch = key_tile_of_program(gl.program_id(0), sizes, BLOCK_N)
+    seq = load_seq_info(score, batch, sizes)
     tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
-    keys = Keys(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)
+    keys = KeyWork(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)
     rings = QueryRings(
         new_ring(k, TILES, 1), new_ring(v, TILES, 1), new_ring(q, STAGES, CONSUMERS),
         new_ring(do, STAGES, CONSUMERS), new_ring(rows, STAGES, CONSUMERS),
@@ -450,9 +450,9 @@ def attention_backward_kv_hopper(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (load_queries, (k, v, q, do, rows, rings, landing, score, keys)),
-            (sum_queries, (rings, grad_k, grad_v, score, keys, 0, True, not SHARED, HEAD_DIM, HEAD_DIM_V)),
-            (sum_queries, (rings, grad_k, grad_v, score, keys, TILES - 1, not SHARED, True, HEAD_DIM, HEAD_DIM_V)),
+            (produce_queries, (k, v, q, do, rows, rings, landing, score, keys)),
+            (consume_queries, (rings, grad_k, grad_v, score, keys, 0, True, not SHARED, HEAD_DIM, HEAD_DIM_V)),
+            (consume_queries, (rings, grad_k, grad_v, score, keys, TILES - 1, not SHARED, True, HEAD_DIM, HEAD_DIM_V)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],

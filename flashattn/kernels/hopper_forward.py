@@ -1,7 +1,7 @@
-"""Attention forward for Hopper: `attention_forward` in roles (`hopper.py`).
+"""Attention forward for Hopper: `attention_forward`, warp-specialised (`hopper.py`).
 
-A consumer issues S(j) = Q K(j)^T, then O += P(j - 1) V(j - 1), and computes the softmax of S(j) beside that product.
-With PINGPONG the consumers take turns to issue, so that one's products run beside another's exponentials.
+A consumer issues S(j) = Q K(j)^T, then O += P(j - 1) V(j - 1), and computes the softmax of S(j) during that product.
+With PINGPONG the consumers take turns to issue, so that the products of one run during the exponentials of another.
 Shah et al., "FlashAttention-3" (2024), arXiv:2407.08608, Algorithms 1 and 2.
 """
 
@@ -17,30 +17,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compiler import gluon_kernel
-from .forward import finish, fold
+from .forward import finalize_and_store_lse, fold_tile
 from .hopper import (
     Ring,
     batch_coordinate,
+    dropout_multipliers,
     fill,
     fill_rows,
-    first_tile,
+    first_active_tile,
     head_of,
-    kept_weights,
-    matrix,
+    load_work,
     multiply,
     new_barrier,
     new_ring,
     product_layout,
-    query_work,
     release,
     store_rows,
+    tile_at,
     tile_count,
     tile_start,
     wait_full,
 )
-from .scores import SIZES, block_state, looks
+from .scores import NO_SPECIALIZE, block_is_active, block_state
 from .state import HeadInfo, SeqInfo, Sizes, TilePositions
-from .tiles import Heads, one_head
+from .tiles import Heads, head_view
 
 
 class Inputs(NamedTuple):
@@ -64,16 +64,17 @@ class Rings(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The 64 queries of a consumer."""
+    """The 64 queries of a consumer. `done` work items came before."""
 
     start: gl.tensor
     tile: gl.shared_memory_descriptor
+    done: gl.tensor
 
 
-class Running(NamedTuple):
-    """What a consumer carries from key tile to key tile: its softmax, and the weights of the last tile, whose product
-    with v is the next turn's, with the factor of acc before it. The weights are float32: rounded ones would be taken
-    apart and put together again at each turn."""
+class ForwardState(NamedTuple):
+    """The state of a consumer between key tiles: its softmax, and the weights of the last tile, whose product with v
+    the next step issues, with the factor of acc before it. The weights are float32: rounded ones would be unpacked and
+    packed again in each step."""
 
     acc: gl.tensor
     weights: gl.tensor
@@ -97,10 +98,10 @@ def load_tiles(inputs, rings, landing, score, work, done, loaded, landed):
     for i in gl.static_range(CONSUMERS):
         fill(rings.q, done * CONSUMERS + i, inputs.q, batch, at.head, seq.q_start + work.start_m + i * 64)
     count = tile_count(work.tiles, BLOCK_N)
-    first = first_tile(score, work, count, BLOCK_N)
+    first = first_active_tile(score, work, count, BLOCK_N)
     for index in range(first, count):
         start_n = tile_start(work.tiles, index, BLOCK_N)
-        if index == first or looks(score, at, work.start_m, start_n):
+        if index == first or block_is_active(score, at, work.start_m, start_n):
             row = seq.k_start + start_n
             fill(rings.k, loaded, inputs.k, batch, work.kv_head, row)
             exist = seq.key_end - start_n
@@ -118,11 +119,11 @@ def produce(inputs, rings, landing, score, sizes, items, PERSISTENT: gl.constexp
         loaded = 0
         landed = 0
         for program in range(gl.program_id(0), items, gl.num_programs(0)):
-            work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
+            work = load_work(program, score, sizes, BLOCK_M, BLOCK_N)
             loaded, landed = load_tiles(inputs, rings, landing, score, work, done, loaded, landed)
             done += 1  # noqa: SIM113
     else:
-        work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
+        work = load_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
         none = gl.to_tensor(0)
         load_tiles(inputs, rings, landing, score, work, none, none, none)
 
@@ -131,28 +132,28 @@ def produce(inputs, rings, landing, score, sizes, items, PERSISTENT: gl.constexp
 
 
 @gluon.jit
-def softmax(products, m_i, l_i, score, work, at, start_m, start_n, EDGE: gl.constexpr):
+def update_softmax(products, m_i, l_i, score, work, at, start_m, start_n, PARTIAL: gl.constexpr):
     """(weights, alpha, m_i, l_i) of one key tile from q k^T. at: the HeadInfo of the work, or of fewer keys."""
     LAYOUT: gl.constexpr = products.type.layout
     queries = start_m + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     keys = start_n + gl.arange(0, products.shape[1], gl.SliceLayout(0, LAYOUT))
     tile = TilePositions(queries[:, None], keys[None, :], block_state(score, at, work.start_m, start_n))
-    return fold(products, m_i, l_i, score, at, tile, EDGE)
+    return fold_tile(products, m_i, l_i, score, at, tile, PARTIAL)
 
 
 @gluon.jit
-def dropped(weights, score, at, start_m, start_n):
-    """The weights after dropout."""
+def drop_weights(weights, score, at, start_m, start_n):
+    """Weights after dropout."""
     if score.dropout is not None:
         head = at.batch * at.heads + at.head
-        keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])
+        keep = dropout_multipliers(score.dropout, head, start_m, start_n, 64, weights.shape[1])
         weights *= gl.convert_layout(keep, weights.type.layout)
     return weights
 
 
 @gluon.jit
-def accumulate(acc, weights, alpha, v_tile):
-    """(acc, p): acc = alpha acc + p v is issued. p lies in registers and must stay there until that product is done."""
+def accumulate_pv(acc, weights, alpha, v_tile):
+    """Issue acc = alpha acc + p v. Returns (acc, p): p must stay in its registers until that product is done."""
     LAYOUT: gl.constexpr = acc.type.layout
     p = gl.convert_layout(weights.to(v_tile.dtype), gl.DotOperandLayout(0, LAYOUT, 2))
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT))[:, None]
@@ -160,37 +161,37 @@ def accumulate(acc, weights, alpha, v_tile):
 
 
 @gluon.jit
-def step(
-    run, number, done, index, own, rings, turns, score, work,
-    ME: gl.constexpr, PINGPONG: gl.constexpr, EDGE: gl.constexpr,
+def attend_tile(
+    state, number, index, own, rings, turns, score, work,
+    ME: gl.constexpr, PINGPONG: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
-    """Key tile `index`, the ring's tile `number`: S = q k^T, then acc += p v of the tile before, and beside that
+    """Key tile `index`, the ring's tile `number`: S = q k^T, then acc += p v of the tile before, and during that
     product the softmax of S. own: the consumer's Queries."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     at = head_of(work)
     wait_full(rings.k, number)
     if PINGPONG:
         # All key tiles of a work item but its first take turns.
-        mbarrier.wait(turns[ME], (number - 1 - done) & 1)
-    s = multiply(own.tile, matrix(rings.k, number))
-    acc, p = accumulate(run.acc, run.weights, run.alpha, matrix(rings.v, number - 1))
+        mbarrier.wait(turns[ME], (number - 1 - own.done) & 1)
+    s = multiply(own.tile, tile_at(rings.k, number))
+    acc, p = accumulate_pv(state.acc, state.weights, state.alpha, tile_at(rings.v, number - 1))
     if PINGPONG:
         mbarrier.arrive(turns[(ME + 1) % CONSUMERS], count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     release(rings.k, number)
     start_n = tile_start(work.tiles, index, s.shape[1])
-    weights, alpha, m_i, l_i = softmax(s, run.m_i, run.l_i, score, work, at, own.start, start_n, EDGE)
-    weights = dropped(weights, score, at, own.start, start_n)
-    # The next V tile is waited for here: what waits ends a block of code, so that the assembler cannot move the wait
-    # for the product up, in front of the exponentials that it is to run beside.
+    weights, alpha, m_i, l_i = update_softmax(s, state.m_i, state.l_i, score, work, at, own.start, start_n, PARTIAL)
+    weights = drop_weights(weights, score, at, own.start, start_n)
+    # The wait for the next V tile is here because it ends a block of code: the assembler cannot move the wait for the
+    # product up, before the exponentials that are to run during it.
     wait_full(rings.v, number)
     acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
     release(rings.v, number - 1)
-    return Running(acc, weights, alpha, m_i, l_i)
+    return ForwardState(acc, weights, alpha, m_i, l_i)
 
 
 @gluon.jit
-def attend(
+def attend_queries(
     rings, turns, outputs, score, work, done, read,
     ME: gl.constexpr, HEAD_DIM_V: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
@@ -206,50 +207,50 @@ def attend(
     seq = at.seq
     start_m = work.start_m + ME * 64
     count = tile_count(work.tiles, BLOCK_N)
-    first = first_tile(score, work, count, BLOCK_N)
+    first = first_active_tile(score, work, count, BLOCK_N)
     acc = gl.zeros([64, BLOCK_DV], gl.float32, OUT)
     m_i = gl.full([64], float("-inf"), gl.float32, ROW)
     l_i = gl.zeros([64], gl.float32, ROW)
 
-    q_tile = matrix(rings.q, ME)
+    q_tile = tile_at(rings.q, ME)
     wait_full(rings.q, done * CONSUMERS + ME)
     wait_full(rings.k, read)
-    s = multiply(q_tile, matrix(rings.k, read))
+    s = multiply(q_tile, tile_at(rings.k, read))
     s = warpgroup_mma_wait(0, deps=(s,))
     release(rings.k, read)
     start_n = tile_start(work.tiles, first, BLOCK_N)
     key_end = seq.key_end
-    if score.blocks is not None:  # the block mask may hide every tile: then the first has no key
-        key_end = gl.where(looks(score, at, work.start_m, start_n), key_end, 0)
-    there = SeqInfo(seq.seq_q, seq.seq_k, seq.query_end, key_end, seq.q_start, seq.k_start, seq.diagonal)
-    first_at = HeadInfo(at.batch, at.head, at.heads, there)
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, score, work, first_at, start_m, start_n, EDGE=True)
-    weights = dropped(weights, score, at, start_m, start_n)
-    run = Running(acc, weights, alpha, m_i, l_i)
-    own = Queries(start_m, q_tile)
+    if score.blocks is not None:  # no tile may be active: then the first has no key
+        key_end = gl.where(block_is_active(score, at, work.start_m, start_n), key_end, 0)
+    first_seq = SeqInfo(seq.seq_q, seq.seq_k, seq.query_end, key_end, seq.q_start, seq.k_start, seq.diagonal)
+    first_at = HeadInfo(at.batch, at.head, at.heads, first_seq)
+    weights, alpha, m_i, l_i = update_softmax(s, m_i, l_i, score, work, first_at, start_m, start_n, PARTIAL=True)
+    weights = drop_weights(weights, score, at, start_m, start_n)
+    state = ForwardState(acc, weights, alpha, m_i, l_i)
+    own = Queries(start_m, q_tile, done)
     wait_full(rings.v, read)
 
     number = read + 1
     begin = first + 1
-    end = gl.minimum(gl.maximum(work.tiles.edges, begin), count)
-    for EDGE in gl.static_range(1, -1, -1):
+    end = gl.minimum(gl.maximum(work.tiles.partial_count, begin), count)
+    for PARTIAL in gl.static_range(1, -1, -1):
         for index in range(begin, end):
-            if looks(score, at, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
-                run = step(run, number, done, index, own, rings, turns, score, work, ME, PINGPONG, EDGE)
+            if block_is_active(score, at, work.start_m, tile_start(work.tiles, index, BLOCK_N)):
+                state = attend_tile(state, number, index, own, rings, turns, score, work, ME, PINGPONG, PARTIAL)
                 number += 1
         begin, end = end, count
-    acc, p = accumulate(run.acc, run.weights, run.alpha, matrix(rings.v, number - 1))
+    acc, p = accumulate_pv(state.acc, state.weights, state.alpha, tile_at(rings.v, number - 1))
     release(rings.q, ME)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     release(rings.v, number - 1)
 
     queries = start_m + gl.arange(0, 64, ROW)
-    l_i, alpha = finish(outputs.lse, outputs.rest, run.m_i, run.l_i, score, at, queries)
+    l_i, alpha = finalize_and_store_lse(outputs.lse, outputs.rest, state.m_i, state.l_i, score, at, queries)
     if score.sinks is not None:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     total = gl.convert_layout(l_i, gl.SliceLayout(1, OUT))[:, None]
     result = gl.where(total == 0.0, 0.0, acc / total)
-    store_rows(one_head(outputs.out, at.batch, at.head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V)
+    store_rows(head_view(outputs.out, at.batch, at.head, seq.q_start), result, start_m, seq.seq_q, HEAD_DIM_V)
     return number
 
 
@@ -264,25 +265,25 @@ def consume(
         done = 0
         read = 0
         for program in range(gl.program_id(0), items, gl.num_programs(0)):
-            work = query_work(program, score, sizes, BLOCK_M, BLOCK_N)
-            read = attend(rings, turns, outputs, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
+            work = load_work(program, score, sizes, BLOCK_M, BLOCK_N)
+            read = attend_queries(rings, turns, outputs, score, work, done, read, ME, HEAD_DIM_V, PINGPONG)
             done += 1  # noqa: SIM113
     else:
-        work = query_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
+        work = load_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
         none = gl.to_tensor(0)
-        attend(rings, turns, outputs, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
+        attend_queries(rings, turns, outputs, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
 
 
-@gluon_kernel(do_not_specialize=SIZES)
+@gluon_kernel(do_not_specialize=NO_SPECIALIZE)
 def attention_forward_hopper(
     q, k, v, out, lse, rest, score, batches, heads, kv_heads, seq_q, seq_k,
     HEAD_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
     PINGPONG: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """As `attention_forward`; q, k and v are tensor descriptors, of tiles of 64 queries and of BLOCK_N keys.
+    """As `attention_forward`. q, k and v are tensor descriptors, of tiles of 64 queries and of BLOCK_N keys.
 
     Grid: (query tiles * heads * batch,), the longest causal tiles first. A work item is CONSUMERS * 64 queries of one
     head; if PERSISTENT there are fewer programs, each of which takes items in turn.
@@ -292,7 +293,7 @@ def attention_forward_hopper(
     inputs = Inputs(q, k, v)
     outputs = Outputs(out, lse, rest)
     rings = Rings(new_ring(q, CONSUMERS, 1), new_ring(k, STAGES, CONSUMERS), new_ring(v, STAGES, CONSUMERS))
-    # Only what is used: Triton lets an unused barrier share its memory with another while it is being initialised.
+    # Only the barriers that are used: Triton lets an unused one share its memory with another during initialisation.
     turns = 0
     if PINGPONG and CONSUMERS == 2:
         turns = (new_barrier(1), new_barrier(1))

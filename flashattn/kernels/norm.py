@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm, forward and backward, with dropout and the residual addition fused in.
 
-    h    = residual + dropout(x), rounded to its dtype: what is kept of h is what was normalised
+    h    = residual + dropout(x), rounded to the dtype of hidden, and normalised as rounded
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps)       (RMSNorm: mean = 0)
     y    = xhat * (weight + weight_offset) + bias
 
@@ -13,14 +13,14 @@ Normalization" (2019), arXiv:1910.07467.
 A weight may be per head: row r then uses weight[r % heads]. The programs of one head visit its rows only, so that a
 program reads one weight row and sums one weight gradient.
 
-What is read how often (`bench/ptx/norm_bytes.py` counts it): a row of at most configs.NORM_COLS is SINGLE, read once
-and kept in registers. Those end it. 32 warps have 64 each, of which 32,768 columns take 32 forward. Backward a column
-takes four or five, for two sums over rows, xhat, g and the weight, and 8,192 columns fill the 128 of 16 warps. A wider
-row is read in chunks: forward all but the last one twice; backward grad_y and hidden twice, once for their means and
-once for what depends on those. A cluster of programs would hold such a row; Triton sums across one from 3.8 on only.
+Memory traffic (`bench/ptx/norm_bytes.py` counts it): a row of at most configs.NORM_COLS is SINGLE, read once and kept
+in registers. They set the limit: a thread of 32 warps has 64, of which 32,768 columns take 32 forward. Backward a
+column takes four or five, for two sums over rows, xhat, g and the weight, and 8,192 columns fill the 128 of 16 warps. A
+wider row is read in chunks: forward all but the last one twice; backward grad_y and hidden twice, once for their means
+and once for the gradients. A cluster of programs could hold such a row, but Triton sums across one only from 3.8 on.
 
-Backward, as many programs as run at a time share out the rows, by the multiprocessors of the card, and each writes a
-row of partial sums of the parameters' gradients. They are added in a fixed order: the same bits every run, on a card of
+Backward, as many programs as run at a time, by the multiprocessors of the card, share the rows, and each writes a row
+of partial sums of the parameters' gradients. They are added in a fixed order: the same bits every run, on a card with
 as many multiprocessors.
 """
 
@@ -30,11 +30,11 @@ import triton
 import triton.language as tl
 
 from .compiler import kernel
-from .dropout import DropoutArgs, dropout
+from .dropout import DropoutArgs, apply_dropout
 from .tiles import rounded_product
 
-# Not specialised on: see scores.py. The width is, since its divisibility is what makes loads wide.
-SIZES = ["row_count", "heads"]
+# Triton must not specialise on these (see scores.py). It must on the width, whose divisibility makes loads wide.
+NO_SPECIALIZE = ["row_count", "heads"]
 
 
 class RowView(NamedTuple):
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What h is made of."""
+    """The terms of h."""
 
     x: RowView
     residual: RowView | None
@@ -138,7 +138,7 @@ def load_hidden(source, chunk, HIDDEN: tl.constexpr):
     """h = residual + dropout(x), rounded to the dtype HIDDEN, as float32."""
     h = load_chunk(source.x, chunk)
     if source.drop is not None:
-        h = dropout(h, source.drop, chunk.rows[:, None], chunk.cols[None, :])
+        h = apply_dropout(h, source.drop, chunk.rows[:, None], chunk.cols[None, :])
     if source.residual is not None:
         h += load_chunk(source.residual, chunk)
     return h.to(HIDDEN).to(tl.float32)
@@ -160,10 +160,10 @@ def normalize(h, stats, CENTER: tl.constexpr):
 
 @triton.jit
 def update_moments(moments, h, mask, count, width, CENTER: tl.constexpr):
-    """Fold a chunk into the moments of `count` columns seen so far. The deviations of a chunk are taken from its own
-    mean, so nothing cancels, and their mean corrects both for what rounding took from that mean: of equal numbers the
-    mean is that number. Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), the corrected
-    two-pass algorithm, and how to update it.
+    """Fold a chunk into the moments of the `count` columns before it. The deviations of a chunk are taken from its own
+    mean, so nothing cancels, and their mean corrects both moments for the rounding error of that mean: the mean of
+    equal numbers is that number. Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), the
+    corrected two-pass algorithm, and how to update it.
     """
     mean, squares = moments
     if CENTER:
@@ -183,7 +183,7 @@ def update_moments(moments, h, mask, count, width, CENTER: tl.constexpr):
 
 @triton.jit
 def read_chunk(moments, source, hidden, rows, start, norm: tl.constexpr):
-    """(h, moments): one chunk of h, stored to `hidden` where asked, and folded into the moments."""
+    """(h, moments): one chunk of h, stored to `hidden` unless that is None, and folded into the moments."""
     chunk = chunk_of(rows, start + tl.arange(0, norm.BLOCK_COLS))
     h = load_hidden(source, chunk, norm.HIDDEN)
     if hidden is not None:
@@ -203,13 +203,13 @@ def write_chunk(y, h, stats, affine, rows, start, norm: tl.constexpr):
     store_chunk(y, value, chunk)
 
 
-@kernel(do_not_specialize=SIZES)
+@kernel(do_not_specialize=NO_SPECIALIZE)
 def norm_forward(
     x, residual, weight, bias, y, hidden, mean, rstd, drop, row_count, width, heads, eps, weight_offset,
     CENTER: tl.constexpr, HIDDEN: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """y, and where asked hidden = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head.
+    """y and, if asked for, hidden = h. Grid: (row tiles, heads). A program owns BLOCK_ROWS rows of one head.
 
     The last chunk of columns stays in registers; the others, of a row that is not SINGLE, are read again.
     """
@@ -245,7 +245,7 @@ def load_stats(mean, rstd, rows, CENTER: tl.constexpr):
     return RowStats(row_mean, row_rstd)
 
 
-@kernel(do_not_specialize=SIZES)
+@kernel(do_not_specialize=NO_SPECIALIZE)
 def norm_backward_means(
     grad_y, hidden, weight, mean, rstd, mean_g, mean_gx, row_count, width, heads, weight_offset,
     CENTER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -268,19 +268,19 @@ def norm_backward_means(
     tl.store(mean_gx + rows.index, sum_gx / width, mask=rows.exist)
 
 
-@kernel(do_not_specialize=SIZES)
+@kernel(do_not_specialize=NO_SPECIALIZE)
 def norm_backward(
     grad_y, grad_hidden, hidden, weight, mean, rstd, mean_g, mean_gx, grad_x, grad_residual, weight_parts,
     bias_parts, drop, row_count, width, heads, weight_offset,
     CENTER: tl.constexpr, SINGLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_x and grad_residual, and this program's share of the weight and bias gradients.
+    """grad_x and grad_residual, and partial sums of the gradients of weight and bias.
 
     Grid: (programs, heads, chunks of columns). A program visits every programs-th tile of BLOCK_ROWS rows of its head,
     in order, and owns its chunk of row (program, head) of weight_parts and bias_parts (programs, heads, width): no
-    atomics. mean_g, mean_gx: of `norm_backward_means`, where a row is not SINGLE. With STAGES of 2 the next
-    tile's loads are asynchronous copies, so that memory is busy while a row is summed.
+    atomics. mean_g and mean_gx come from `norm_backward_means`, for rows that are not SINGLE. With STAGES of 2 the next
+    tile is loaded by asynchronous copies, so that memory is busy while a row is summed.
     """
     head = tl.program_id(1)
     cols = tl.program_id(2) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -317,7 +317,7 @@ def norm_backward(
         if grad_residual is not None:
             store_chunk(grad_residual, grad, chunk)
         if drop is not None:
-            grad = dropout(grad, drop, rows.index[:, None], cols[None, :])
+            grad = apply_dropout(grad, drop, rows.index[:, None], cols[None, :])
         store_chunk(grad_x, grad, chunk)
     offsets = (tl.program_id(0) * heads + head).to(tl.int64) * width + cols
     if weight_parts is not None:

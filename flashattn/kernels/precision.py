@@ -1,4 +1,4 @@
-"""How kernels multiply float32: as PyTorch is told to multiply its own float32 matrices on the GPU.
+"""How kernels multiply float32: by the setting for PyTorch's own float32 matrix products on the GPU.
 
 | torch.set_float32_matmul_precision | Triton's input_precision | a product |
 |---|---|---|
@@ -6,8 +6,8 @@
 | "high" | "tf32x3" | three of tensor cores: big big + big small + small big of x = big + small, both TF32 |
 | "medium" | "tf32" | one: tensor cores read the upper 19 bits of a float32, its fraction is cut to 10 bits |
 
-AMD's GPUs have matrix instructions for float32 itself, which "ieee" takes; of their Triton no version has "tf32x3", and
-"tf32" only gfx942. Triton's interpreter computes float32 whatever it is told.
+AMD's GPUs have matrix instructions for float32 itself, which "ieee" uses; Triton has "tf32x3" for none of them, and
+"tf32" for gfx942 only. Triton's interpreter always computes float32.
 """
 
 import torch
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from .configs import architecture
 
-WIDEST_SPLIT = 128  # head_dim: of more the parts fit neither in registers nor, on smaller GPUs, in shared memory
+WIDEST_SPLIT = 128  # head_dim: beyond, the parts fit neither in registers nor, on smaller GPUs, in shared memory
 
 
 def input_precision(q: Tensor, v: Tensor) -> str:
-    """Of the products of a pass, for tl.dot. It asks the setting of this moment, which a backward may find changed."""
+    """Of the products of a pass, for tl.dot, by the current setting, which may have changed before a backward."""
     if q.dtype != torch.float32:
-        return "ieee"  # as ever, so that the setting compiles nothing anew
+        return "ieee"  # so that a change of the setting compiles nothing anew
     try:
         setting = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch.backends' newer fp32_precision, whose "tf32" is a single product
+    except RuntimeError:  # set by the newer fp32_precision of torch.backends, whose "tf32" is a single product
         setting = "medium"
-    # The older setting does not know what the newer one said since then of CUDA's products.
+    # The older setting ignores later changes of the newer one for CUDA.
     if setting == "highest" or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     if not architecture().startswith("sm_"):

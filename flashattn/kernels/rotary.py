@@ -1,5 +1,5 @@
-"""Rotary position embedding, and the writing of new keys and values into a cache: one kernel, since the rotation is
-free where memory is moved, and one launch for q, k and v, since a step of decoding is short.
+"""Rotary position embedding, and appending new keys and values to a cache: one kernel, since the rotation costs nothing
+beside the memory traffic, and one launch for q, k and v, since a decode step is short.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .compiler import kernel
-from .decode import cached_rows
+from .pages import cache_row_pointers
 
 
 class RotaryArgs(NamedTuple):
@@ -20,8 +20,8 @@ class RotaryArgs(NamedTuple):
 
 
 @triton.jit
-def rotated(row, x, cols, positions, mask, rotary, N: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """x, which was loaded from row + cols, with the pairs among its first 2 N columns rotated."""
+def apply_rotary(row, x, cols, positions, mask, rotary, N: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """x, which was loaded from row + cols, with the pairs of its first 2 N columns rotated."""
     if INTERLEAVED:
         partner = cols ^ 1
         angle = cols // 2
@@ -30,44 +30,44 @@ def rotated(row, x, cols, positions, mask, rotary, N: tl.constexpr, INTERLEAVED:
         first = cols < N
         partner = tl.where(first, cols + N, cols - N)
         angle = tl.where(first, cols, cols - N)
-    turned = mask & (cols < 2 * N)[None, :]
-    other = tl.load(row[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+    rotated = mask & (cols < 2 * N)[None, :]
+    other = tl.load(row[:, None] + partner[None, :], mask=rotated, other=0.0).to(tl.float32)
     at = positions.to(tl.int64)[:, None] * rotary.stride + angle[None, :]
-    cos = tl.load(rotary.cos + at, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(rotary.sin + at, mask=turned, other=0.0).to(tl.float32)
+    cos = tl.load(rotary.cos + at, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(rotary.sin + at, mask=rotated, other=0.0).to(tl.float32)
     return x.to(tl.float32) * cos + other * tl.where(first[None, :], -sin, sin)
 
 
 @triton.jit
-def rows_of(x, batch, head, tokens):
+def token_pointers(x, batch, head, tokens):
     """Pointers to rows of a (batch, heads, seq, dim) tensor."""
     row = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
     return row + tokens.to(tl.int64) * x.stride_seq
 
 
 @triton.jit
-def move(
+def copy_rows(
     row, to, exists, positions, rotary,
     N: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one tensor, rotated (or with rotary None as they are), to those of another."""
+    """Copy rows of a tensor to another, rotated unless rotary is None."""
     cols = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (cols < HEAD_DIM)[None, :]
     value = tl.load(row[:, None] + cols[None, :], mask=mask, other=0.0)
     if rotary is not None:
-        value = rotated(row, value, cols, positions, mask, rotary, N, INTERLEAVED)
+        value = apply_rotary(row, value, cols, positions, mask, rotary, N, INTERLEAVED)
     tl.store(to[:, None] + cols[None, :], value.to(to.dtype.element_ty), mask=mask)
 
 
 @kernel(do_not_specialize=["heads", "kv_heads", "seq_q", "seq_new"])
 def rotate_and_store(
-    q, turned, k, v, k_cache, v_cache, pages, starts, counts, rotary, heads, kv_heads, seq_q, seq_new,
+    q, rotated, k, v, k_cache, v_cache, pages, starts, counts, rotary, heads, kv_heads, seq_q, seq_new,
     N: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Token t of a batch row is at position starts[batch] + t. Of q it goes, rotated, to row t of `turned`; of k,
-    rotated where there is a rotary, and of v to its position in the caches. Either q or k and v may be None. Tokens at
-    and past counts[batch], where given, are left out.
+    """Token t of a batch row is at position starts[batch] + t. Its q is rotated into row t of `rotated`; its k, rotated
+    unless rotary is None, and its v are stored at its position in the caches. Either q or k and v may be None. Tokens
+    at and past counts[batch], if given, are left out.
 
     Grid: (tiles of tokens * (heads + 2 * kv_heads) * batch,): each program owns tokens of one head of q, k or v.
     """
@@ -82,16 +82,18 @@ def rotate_and_store(
         end = tl.minimum(end, tl.load(counts + batch))
     exists = tokens < end
     if q is not None:
-        row = rows_of(q, batch, head, tokens)
+        row = token_pointers(q, batch, head, tokens)
         if head < heads:
-            to = rows_of(turned, batch, head, tokens)
-            move(row, to, exists, positions, rotary, N, INTERLEAVED, HEAD_DIM, BLOCK_D)
+            to = token_pointers(rotated, batch, head, tokens)
+            copy_rows(row, to, exists, positions, rotary, N, INTERLEAVED, HEAD_DIM, BLOCK_D)
     if k is not None:
         head -= heads
         if (head >= 0) & (head < kv_heads):
-            to = cached_rows(k_cache, pages, batch, head, positions, exists)
-            move(rows_of(k, batch, head, tokens), to, exists, positions, rotary, N, INTERLEAVED, HEAD_DIM, BLOCK_D)
+            to = cache_row_pointers(k_cache, pages, batch, head, positions, exists)
+            row = token_pointers(k, batch, head, tokens)
+            copy_rows(row, to, exists, positions, rotary, N, INTERLEAVED, HEAD_DIM, BLOCK_D)
         head -= kv_heads
         if head >= 0:
-            to = cached_rows(v_cache, pages, batch, head, positions, exists)
-            move(rows_of(v, batch, head, tokens), to, exists, positions, None, N, INTERLEAVED, HEAD_DIM_V, BLOCK_DV)
+            to = cache_row_pointers(v_cache, pages, batch, head, positions, exists)
+            row = token_pointers(v, batch, head, tokens)
+            copy_rows(row, to, exists, positions, None, N, INTERLEAVED, HEAD_DIM_V, BLOCK_DV)

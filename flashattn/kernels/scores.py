@@ -1,14 +1,14 @@
 """Everything between q.k and softmax, for the kernels: which tiles to visit, which scores to keep.
 
-`ScoreArgs` is what `flashattn.score.Score` becomes inside a kernel. An absent piece is None, and the code that
-would read it is compiled away. A new piece is one field here and one branch in the function it concerns:
+`ScoreArgs` is `flashattn.score.Score` inside a kernel. An absent feature is None, and the code that would read it is
+compiled away. A new feature is one field here and one branch in the function that it concerns:
 
-- `key_tiles` and `query_tiles`: tiles that a piece masks away as a whole are never visited;
-- `visible`: what a piece masks by position inside a tile;
-- `cap` and `shift`: what a piece does to the scores themselves.
+- `key_tiles` and `query_tiles` leave out tiles that it masks entirely;
+- `in_window_and_bounds` masks by position inside a tile;
+- `apply_softcap` and `apply_score_mods` change the scores themselves.
 
-Tiles come in two kinds. In a *steady* tile every score is kept, so the steady loop has no compare and no select.
-*Edge* tiles (the diagonal, the tail of a sequence) are the others; one loop visits those on both sides.
+Tiles come in two kinds. In a *full* tile every score is kept, so the loop over full tiles compares and selects nothing.
+*Partial* tiles (at the diagonal, at the end of a sequence) are the others; one loop visits those on both sides.
 """
 
 from typing import NamedTuple
@@ -22,12 +22,13 @@ from .softmax import LOG2E
 from .state import HeadInfo, SeqInfo
 from .tiles import rounded_product
 
-# Kernel arguments Triton is not to specialise on. A length of 1 or a multiple of 16 would else be compiled anew, and
-# with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward.
-SIZES = ["score", "batches", "heads", "kv_heads", "seq_q", "seq_k"]
+# Kernel arguments that Triton must not specialise on: it would compile a length of 1, or a multiple of 16, anew, and
+# with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward. On numbers inside a
+# tuple it specialises regardless, so the sizes are arguments of their own.
+NO_SPECIALIZE = ["score", "batches", "heads", "kv_heads", "seq_q", "seq_k"]
 
 
-class Plane(NamedTuple):
+class ScoreTensor(NamedTuple):
     """A (batch, heads, seq_q, seq_k) mask or bias; the stride of a broadcast dimension is 0."""
 
     ptr: tl.tensor
@@ -37,68 +38,74 @@ class Plane(NamedTuple):
     stride_k: tl.tensor
 
 
-def plane_arg(x: Tensor | None) -> Plane | None:
-    """A tensor of four dimensions, each that of the scores or 1, as kernels take it."""
+def score_tensor_arg(x: Tensor | None) -> ScoreTensor | None:
+    """A tensor of four dimensions, each that of the scores or 1, as an argument of a kernel."""
     if x is None:
         return None
-    return Plane(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+    return ScoreTensor(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+# Of a block mask's block: no pair attends, mask_mod decides, all pairs attend.
+BLOCK_SKIP = tl.constexpr(0)
+BLOCK_PARTIAL = tl.constexpr(1)
+BLOCK_FULL = tl.constexpr(2)
 
 
 class ModArgs(NamedTuple):
     """A score_mod, generated from its graph: functions of (score, batch, head, query, key, captured)."""
 
     value: tl.constexpr
-    slope: tl.constexpr  # its derivative by the score
+    dscore: tl.constexpr  # its derivative by the score
     captured: tuple | None
 
 
 class BlocksArgs(NamedTuple):
-    """A block mask: 0 for a block without a pair that attends, 1 where mask_mod decides, 2 where all attend."""
+    """A block mask. `states` has BLOCK_SKIP, BLOCK_PARTIAL or BLOCK_FULL for each block."""
 
     captured: tuple | None
-    states: Plane  # of bytes, by blocks
+    states: ScoreTensor  # of bytes, by blocks
     block_q: tl.tensor
     block_k: tl.tensor
     mask_mod: tl.constexpr  # a function of (batch, head, query, key, captured)
 
 
 class ScoreArgs(NamedTuple):
-    """A constant comes last, as in BlocksArgs: behind a loop Triton 3.6 has forgotten constants inside nested tuples
-    that no constant of the tuple itself follows."""
+    """A constant comes last, as in BlocksArgs: after a loop Triton 3.6 forgets constants inside nested tuples that no
+    constant of the tuple itself follows."""
 
     scale: tl.tensor  # float: multiplies q.k
-    first: tl.tensor | None  # int: query i sees keys i + diagonal + first <= j; None = no such limit
-    last: tl.tensor | None  # int: and keys j <= i + diagonal + last
+    first: tl.tensor | None  # int: query i attends to keys j >= i + diagonal + first; None = no limit
+    last: tl.tensor | None  # int: and to keys j <= i + diagonal + last
     q_lengths: tl.tensor | None  # (batch,) int32: queries at or past it attend to nothing
     kv_lengths: tl.tensor | None  # (batch,) int32: keys at or past it are masked
     softcap: tl.tensor | None = None  # float
-    inverse_softcap: tl.tensor | None = None  # which a GPU's division takes for 0 from a softcap of 2^126 on
-    slopes: tl.tensor | None = None  # (batch or 1, heads) float32
-    slopes_stride: tl.tensor | None = None  # from batch to batch
-    mask: Plane | None = None  # of bytes
-    bias: Plane | None = None
+    inverse_softcap: tl.tensor | None = None  # a GPU's division gives 0 from a softcap of 2^126 on
+    alibi_slopes: tl.tensor | None = None  # (batch or 1, heads) float32
+    alibi_stride: tl.tensor | None = None  # from batch to batch
+    mask: ScoreTensor | None = None  # of bytes
+    bias: ScoreTensor | None = None
     sinks: tl.tensor | None = None  # (heads,)
     dropout: DropoutArgs | None = None
     cu_seqlens: tl.tensor | None = None  # (2, batch + 1) int32, of packed q, k and v
     total_q: tl.tensor | None = None  # tokens in packed q
     score_mod: ModArgs | None = None
     blocks: BlocksArgs | None = None
-    raw: tl.constexpr = tl.constexpr(False)  # scores are q.k, unscaled: the exponents of softmax take the scale in
-    precision: tl.constexpr = tl.constexpr("ieee")  # of products of float32 (`precision.py`)
+    raw: tl.constexpr = tl.constexpr(False)  # scores are q.k, unscaled: softmax folds the scale into its exponents
+    precision: tl.constexpr = tl.constexpr("ieee")  # of float32 products (`precision.py`)
 
 
-class Tiles(NamedTuple):
-    """The tiles a program visits: edge tiles, then the steady ones at steady_begin .. steady_end."""
+class TileRanges(NamedTuple):
+    """The tiles that a program visits: the partial ones, then the full ones at full_begin .. full_end."""
 
     begin: tl.tensor
-    steady_begin: tl.tensor
-    steady_end: tl.tensor
-    edges: tl.tensor  # how many edge tiles
+    full_begin: tl.tensor
+    full_end: tl.tensor
+    partial_count: tl.tensor  # of both sides
 
 
 # Triton 3.6 compiles no function that returns None, or a tuple that holds None.
 @triton.jit
-def sequence(score, batch, sizes):
+def load_seq_info(score, batch, sizes):
     """The SeqInfo of this batch row."""
     q_start = 0
     k_start = 0
@@ -119,7 +126,7 @@ def sequence(score, batch, sizes):
 
 
 @triton.jit
-def owned_queries(program, score, sizes, BLOCK_M: tl.constexpr):
+def query_tile_of_program(program, score, sizes, BLOCK_M: tl.constexpr):
     """(first query, kv_head, HeadInfo) of a program, in a grid of (query tiles * heads * batch,).
 
     The tiles of a head follow each other, the last first: under a causal mask those have the most keys. One dimension,
@@ -130,11 +137,11 @@ def owned_queries(program, score, sizes, BLOCK_M: tl.constexpr):
     head = program // tiles % sizes.heads
     kv_head = head // (sizes.heads // sizes.kv_heads)
     batch = program // tiles // sizes.heads
-    return start_m, kv_head, HeadInfo(batch, head, sizes.heads, sequence(score, batch, sizes))
+    return start_m, kv_head, HeadInfo(batch, head, sizes.heads, load_seq_info(score, batch, sizes))
 
 
 @triton.jit
-def owned_keys(program, sizes, BLOCK_N: tl.constexpr):
+def key_tile_of_program(program, sizes, BLOCK_N: tl.constexpr):
     """(first key, kv_head, batch) of a program, in a grid of (key tiles * kv_heads * batch,)."""
     tiles = tl.cdiv(sizes.seq_k, BLOCK_N)
     start_n = program % tiles * BLOCK_N
@@ -142,8 +149,8 @@ def owned_keys(program, sizes, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def statistics_at(score, at):
-    """Where a head's numbers begin in lse and what has its shape: (batch, heads, seq_q), packed (heads, total_q)."""
+def lse_offset(score, at):
+    """Where a head begins in lse, and in tensors of its shape: (batch, heads, seq_q), packed (heads, total_q)."""
     if score.cu_seqlens is not None:
         offset = tl.cast(at.head, tl.int64) * score.total_q + at.seq.q_start
     else:
@@ -152,25 +159,25 @@ def statistics_at(score, at):
 
 
 @triton.jit
-def _split(begin, steady_begin, steady_end, end, BLOCK: tl.constexpr):
-    """Round the steady range inwards to whole tiles; what is left on both sides are the edges."""
+def round_to_tiles(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """Round the range of full tiles inwards to whole tiles; the tiles left on both sides are partial."""
     begin = begin // BLOCK * BLOCK
     end = tl.maximum(end, begin)
-    steady_begin = tl.minimum(tl.cdiv(tl.maximum(steady_begin, begin), BLOCK) * BLOCK, tl.cdiv(end, BLOCK) * BLOCK)
-    steady_end = tl.maximum(tl.minimum(steady_end, end) // BLOCK * BLOCK, steady_begin)
-    edges = (steady_begin - begin) // BLOCK + tl.cdiv(tl.maximum(end - steady_end, 0), BLOCK)
-    return Tiles(begin, steady_begin, steady_end, edges)
+    full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK) * BLOCK, tl.cdiv(end, BLOCK) * BLOCK)
+    full_end = tl.maximum(tl.minimum(full_end, end) // BLOCK * BLOCK, full_begin)
+    partial_count = (full_begin - begin) // BLOCK + tl.cdiv(tl.maximum(end - full_end, 0), BLOCK)
+    return TileRanges(begin, full_begin, full_end, partial_count)
 
 
 @triton.jit
-def visible_keys(score, seq, start_m, BLOCK_M):
-    """(begin, end) of the keys that queries start_m .. start_m + BLOCK_M look at."""
+def key_range(score, seq, start_m, BLOCK_M):
+    """(begin, end) of the keys that queries start_m .. start_m + BLOCK_M attend to."""
     begin = 0
     end = seq.key_end
     if score.first is not None:
-        begin = tl.maximum(start_m + seq.diagonal + score.first, 0)  # the first key the first query sees
+        begin = tl.maximum(start_m + seq.diagonal + score.first, 0)  # the first key of the first query
     if score.last is not None:
-        end = tl.minimum(end, start_m + BLOCK_M + seq.diagonal + score.last)  # past the last key the last query sees
+        end = tl.minimum(end, start_m + BLOCK_M + seq.diagonal + score.last)  # past the last key of the last query
     if score.q_lengths is not None or score.cu_seqlens is not None:
         end = tl.where(start_m < seq.query_end, end, 0)
     return begin, end
@@ -178,46 +185,46 @@ def visible_keys(score, seq, start_m, BLOCK_M):
 
 @triton.jit
 def key_tiles(score, seq, start_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key tiles that queries start_m .. start_m + BLOCK_M look at."""
-    begin, end = visible_keys(score, seq, start_m, BLOCK_M)
+    """The key tiles that queries start_m .. start_m + BLOCK_M attend to."""
+    begin, end = key_range(score, seq, start_m, BLOCK_M)
     aligned = start_m + seq.diagonal
-    steady_begin = 0
-    steady_end = seq.key_end
+    full_begin = 0
+    full_end = seq.key_end
     if score.first is not None:
-        steady_begin = tl.maximum(aligned + BLOCK_M - 1 + score.first, 0)  # the first key the last query sees
+        full_begin = tl.maximum(aligned + BLOCK_M - 1 + score.first, 0)  # the first key of the last query
     if score.last is not None:
-        steady_end = tl.minimum(steady_end, aligned + 1 + score.last)  # past the last key the first one sees
-    return _split(begin, steady_begin, steady_end, end, BLOCK_N)
+        full_end = tl.minimum(full_end, aligned + 1 + score.last)  # past the last key of the first one
+    return round_to_tiles(begin, full_begin, full_end, end, BLOCK_N)
 
 
 @triton.jit
 def query_tiles(score, seq, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The query tiles that look at keys start_n .. start_n + BLOCK_N."""
+    """The query tiles that attend to keys start_n .. start_n + BLOCK_N."""
     aligned = start_n - seq.diagonal
     begin = 0
-    steady_begin = 0
+    full_begin = 0
     end = seq.query_end
-    steady_end = seq.query_end
+    full_end = seq.query_end
     if score.last is not None:
-        begin = tl.maximum(aligned - score.last, 0)  # the first query that sees the first key
-        steady_begin = tl.maximum(aligned + BLOCK_N - 1 - score.last, 0)  # and the last key
+        begin = tl.maximum(aligned - score.last, 0)  # the first query of the first key
+        full_begin = tl.maximum(aligned + BLOCK_N - 1 - score.last, 0)  # and the last key
     if score.first is not None:
-        end = tl.minimum(end, aligned + BLOCK_N - score.first)  # past the last query that sees the last key
-        steady_end = tl.minimum(steady_end, aligned + 1 - score.first)  # and the first key
+        end = tl.minimum(end, aligned + BLOCK_N - score.first)  # past the last query of the last key
+        full_end = tl.minimum(full_end, aligned + 1 - score.first)  # and the first key
     end = tl.where(start_n < seq.key_end, end, 0)
-    return _split(begin, steady_begin, steady_end, end, BLOCK_M)
+    return round_to_tiles(begin, full_begin, full_end, end, BLOCK_M)
 
 
 @triton.jit
-def edge_start(tiles, index, BLOCK: tl.constexpr):
-    """Where edge tile number `index` starts: first those before the steady range, then those after it."""
-    before = (tiles.steady_begin - tiles.begin) // BLOCK
-    return tl.where(index < before, tiles.begin + index * BLOCK, tiles.steady_end + (index - before) * BLOCK)
+def partial_start(tiles, index, BLOCK: tl.constexpr):
+    """Where partial tile number `index` starts: first those before the full ones, then those after them."""
+    before = (tiles.full_begin - tiles.begin) // BLOCK
+    return tl.where(index < before, tiles.begin + index * BLOCK, tiles.full_end + (index - before) * BLOCK)
 
 
 @triton.jit
-def visible(score, seq, tile):
-    """Which (query, key) pairs of an edge tile attend."""
+def in_window_and_bounds(score, seq, tile):
+    """Which (query, key) pairs of a partial tile attend, by the window and the lengths."""
     keep = (tile.keys < seq.key_end) & (tile.queries < seq.query_end)
     if score.first is not None:
         keep = keep & (tile.keys >= tile.queries + (seq.diagonal + score.first))
@@ -247,104 +254,100 @@ def tanh(x):
 
 
 @triton.jit
-def scaled(score, products):
-    """The scores that pieces change, from q.k; raw ones stay what they are. A bare product would be contracted into the
-    subtraction of the maximum, where it loses the rounding that the maximum has."""
+def scale_products(score, products):
+    """Scores from q.k; raw ones stay as they are. A bare product would be contracted into the subtraction of the
+    maximum, where it loses the rounding that the maximum has."""
     if not score.raw:
         products = rounded_product(products, score.scale)
     return products
 
 
 @triton.jit
-def cap(score, scores):
-    """(softcap * tanh(scores / softcap), derivative); without a softcap the scores and 1. A score beside which the
-    softcap is huge stays what it is, though their quotient may be 0."""
-    slope = 1.0
+def apply_softcap(score, scores):
+    """(softcap * tanh(scores / softcap), its derivative); without a softcap the scores and 1. A score that is tiny
+    beside the softcap stays as it is, though their quotient may be 0."""
+    dscore = 1.0
     if score.softcap is not None:
         x = scores * score.inverse_softcap
         near, p, far = tanh_parts(x)
         t = tl.where(near, p * x + x, far)
-        slope = 1 - t * t
+        dscore = 1 - t * t
         scores = tl.where(near, p * scores + scores, rounded_product(far, score.softcap))
-    return scores, slope
+    return scores, dscore
 
 
 @triton.jit
-def plane_base(x, batch, head):
-    return x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
-
-
-@triton.jit
-def plane_pointers(x, batch, head, queries, keys):
+def score_tensor_pointers(x, batch, head, queries, keys):
     """Pointers to a mask or a bias at positions that broadcast. 64-bit: it may pass 2**31 elements."""
-    base = plane_base(x, batch, head)
+    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
     return base + queries.to(tl.int64) * x.stride_q + keys.to(tl.int64) * x.stride_k
 
 
 @triton.jit
 def block_state(score, at, start_m, start_n):
-    """What a block mask says of a tile, which lies in one of its blocks: 0, 1 or 2. 2 without a block mask."""
+    """The block mask's state of a tile, which lies in one of its blocks: BLOCK_FULL without a block mask."""
     if score.blocks is None:
-        return 2
+        return BLOCK_FULL
     else:
         i = tl.cast(start_m // score.blocks.block_q, tl.int64)
         j = tl.cast(start_n // score.blocks.block_k, tl.int64)
-        return tl.load(plane_pointers(score.blocks.states, at.batch, at.head, i, j)).to(tl.int32)
+        return tl.load(score_tensor_pointers(score.blocks.states, at.batch, at.head, i, j)).to(tl.int32)
 
 
 @triton.jit
-def looks(score, at, start_m, start_n):
-    """Whether a tile has a pair that the block mask lets attend. True, at compile time, without one."""
+def block_is_active(score, at, start_m, start_n):
+    """Whether a tile has a pair that attends by the block mask. True, at compile time, without one."""
     if score.blocks is None:
         return True
     else:
-        return block_state(score, at, start_m, start_n) > 0
+        return block_state(score, at, start_m, start_n) > BLOCK_SKIP
 
 
 @triton.jit
 def signed_infinity(keep):
-    """+inf where a byte is not 0, else -inf; by its bits, since Triton 3.9 compiles no compare with a loaded tile for
-    AMD's GPUs where its result must change layout."""
+    """+inf where a byte is not 0, else -inf; by its bits, since for AMD's GPUs Triton 3.9 cannot compile a compare with
+    a loaded tile whose result must change its layout."""
     return (((keep.to(tl.uint32) + 0x7FFFFFFF) & 0x80000000) ^ 0xFF800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def shift(score, at, scores, slope, tile):
-    """(scores, slope): ALiBi, bias, score_mod and masks on capped scores, and their derivative by scale * q.k."""
+def apply_score_mods(score, at, scores, dscore, tile):
+    """(scores, dscore): ALiBi, bias, score_mod and masks applied to capped scores, and the derivative of the result by
+    scale * q.k."""
     batch, head, seq = at.batch, at.head, at.seq
     queries, keys = tile.queries, tile.keys
-    if score.slopes is not None:
-        alibi = tl.load(score.slopes + batch * score.slopes_stride + head)
+    if score.alibi_slopes is not None:
+        alibi = tl.load(score.alibi_slopes + batch * score.alibi_stride + head)
         scores -= alibi * tl.abs(queries + seq.diagonal - keys).to(tl.float32)
     exists = (queries < seq.query_end) & (keys < seq.key_end)
     if score.bias is not None:
-        bias = tl.load(plane_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
+        bias = tl.load(score_tensor_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
         scores += bias.to(tl.float32)
     if score.score_mod is not None:
-        # A tile may go past the end of what exists: there positions stay, so that captured tensors are read inside.
+        # A tile may pass the end of the sequence: positions stop there, so that reads of captured tensors stay inside.
         i = tl.minimum(queries, seq.query_end - 1)
         j = tl.minimum(keys, seq.key_end - 1)
-        # (A tuple that holds a function cannot be assigned to a name.)
+        # (A tuple that holds a function cannot be assigned to a variable.)
         captured = score.score_mod.captured
-        slope, _ = tl.broadcast(slope * score.score_mod.slope(scores, batch, head, i, j, captured), scores)
+        dscore, _ = tl.broadcast(dscore * score.score_mod.dscore(scores, batch, head, i, j, captured), scores)
         value = score.score_mod.value(scores, batch, head, i, j, captured)
-        scores, _ = tl.broadcast(rounded_product(value, 1.0), scores)  # for the reason that `scaled` gives
+        scores, _ = tl.broadcast(rounded_product(value, 1.0), scores)  # rounded as in `scale_products`
     if score.mask is not None:
-        keep = tl.load(plane_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
+        keep = tl.load(score_tensor_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.minimum(scores, signed_infinity(keep))
     if score.blocks is not None:
         i = tl.minimum(queries, seq.query_end - 1)
         j = tl.minimum(keys, seq.key_end - 1)
-        keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (tile.state == 2)
+        keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (tile.block_state == BLOCK_FULL)
         scores = tl.where(keep, scores, float("-inf"))
-    return scores, slope
+    return scores, dscore
 
 
 @triton.jit
-def gradient_through(score, ds, slope):
-    """The gradient of scale * q.k from that of the scores. A weight of 0 has none, whatever the slope is there."""
+def scores_backward(score, ds, dscore):
+    """The gradient of scale * q.k from that of the scores. A weight of 0 has none, whatever its dscore is."""
     if score.score_mod is not None:
-        ds = tl.where(ds == 0.0, 0.0, ds * slope)
+        ds = tl.where(ds == 0.0, 0.0, ds * dscore)
     elif score.softcap is not None:
-        ds *= slope
+        ds *= dscore
     return ds

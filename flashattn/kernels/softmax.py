@@ -1,19 +1,21 @@
 """The online softmax. Scores and their maxima stay in natural units, so that a difference of two is as exact as they
 are and none near the end of float32 becomes infinite: e^(s - m) = 2^((s - m) log2(e)). Raw scores, q.k of 16-bit
-numbers, go to base 2 on the way: one multiply-add and one exp2 a score."""
+tensors, are scaled to base 2 in the exponent: one multiply-add and one exp2 a score."""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e)
 LN2 = tl.constexpr(0.6931471805599453)  # ln(2)
-# Of a row's base-2 maximum, whose rounding is a factor of all its weights: 1/16 to 16 here. Forward divides by it.
+# The largest base-2 maximum of a row. Its rounding is a factor of all weights of the row, 1/16 to 16 here, by which
+# forward divides.
 LARGEST_RAW = tl.constexpr(2.0**26)
-LARGEST_RAW_LSE = tl.constexpr(2.0**16)  # in base 2, of a backward, which does not: off by 0.3%, as bfloat16 is rounded
+# The largest base-2 lse of a backward, which does not: weights are off by 0.3%, the rounding of bfloat16.
+LARGEST_RAW_LSE = tl.constexpr(2.0**16)
 
 
 @triton.jit
-def power(x, RAW: tl.constexpr):
+def exp_or_exp2(x, RAW: tl.constexpr):
     """e^x, or 2^x where scores are raw and so their maxima in base 2."""
     if not RAW:
         x *= LOG2E
@@ -27,8 +29,8 @@ def online_softmax(scores, factor, m_i, l_i, RAW: tl.constexpr, EMPTY: tl.conste
         m' = max(m, rowmax(s));         p = e^(s - m');         l' = e^(m - m') l + rowsum(p)
         m' = max(m, factor rowmax(s));  p = 2^(factor s - m');  l' = 2^(m - m') l + rowsum(p)      (RAW)
 
-    Returns (p, alpha, m', l'), where alpha = e^(m - m') or 2^(m - m') rescales what was accumulated before. EMPTY: a
-    row may have seen no key yet. The factor is positive, and rounding keeps order, so m' is the largest of the rounded
+    Returns (p, alpha, m', l'), where alpha = e^(m - m') or 2^(m - m') rescales the accumulators. EMPTY: a row may have
+    seen no key yet. The factor is positive, and rounding keeps order, so m' is the largest of the rounded
     products. Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), arXiv:1805.02867.
     """
     largest = tl.max(scores, 1)
@@ -43,37 +45,37 @@ def online_softmax(scores, factor, m_i, l_i, RAW: tl.constexpr, EMPTY: tl.conste
         p = tl.exp2(scores * factor - base[:, None])
     else:
         p = tl.exp2((scores - base[:, None]) * LOG2E)
-    alpha = power(m_i - base, RAW)
+    alpha = exp_or_exp2(m_i - base, RAW)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def is_empty(m_i, l_i):
-    """Whether a row has nothing to attend to. A maximum leaves NaN out, a sum does not."""
+    """Whether a row is fully masked. A maximum ignores NaN, a sum does not."""
     return (m_i == float("-inf")) & (l_i == 0.0)
 
 
 @triton.jit
-def join_sink(m_i, l_i, sink, RAW: tl.constexpr):
-    """Let a sink, a natural logarithm, join the sums. Returns (m, l, the factor of what was accumulated); a row with
-    nothing to attend to stays as it is."""
+def add_sink(m_i, l_i, sink, RAW: tl.constexpr):
+    """Add a sink, a natural logarithm, to the sums. Returns (m, l, the factor of the accumulators); a fully masked row
+    stays as it is."""
     sink = sink.to(tl.float32)
     if RAW:
         sink *= LOG2E
     empty = is_empty(m_i, l_i)
     m_new = tl.where(empty, m_i, tl.maximum(m_i, sink))
-    alpha = tl.where(empty, 1.0, power(m_i - m_new, RAW))
-    return m_new, tl.where(empty, 0.0, l_i * alpha + power(sink - m_new, RAW)), alpha
+    alpha = tl.where(empty, 1.0, exp_or_exp2(m_i - m_new, RAW))
+    return m_new, tl.where(empty, 0.0, l_i * alpha + exp_or_exp2(sink - m_new, RAW)), alpha
 
 
 @triton.jit
 def logsumexp(m_i, l_i, RAW: tl.constexpr):
-    """(lse, rest) of a row: the natural logarithm of its sum, -inf where nothing was attended to, and what rounding
-    took from it, with which e^(s - lse - rest) sums to one however large the scores are. Raw scores have no rest."""
+    """(lse, rest) of a row: the natural logarithm of its sum, -inf where it is fully masked, and its rounding error,
+    with which e^(s - lse - rest) sums to one however large the scores are. Raw scores have no rest."""
     log = tl.log2(l_i)
     if RAW:
         lse = (m_i + log) * LN2
-        rest = log  # nobody looks at it
+        rest = log  # never read
     else:
         log *= LN2
         lse = m_i + log

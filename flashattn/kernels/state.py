@@ -1,5 +1,5 @@
-"""What attention kernels carry from function to function, as named tuples: a tuple is taken apart when it is compiled,
-so it costs nothing. Inside a kernel a tuple of constants is assigned as `name: tl.constexpr = Shape(...)`."""
+"""The state of attention kernels, as named tuples that their functions pass on. The compiler takes tuples apart, so
+they cost nothing. Inside a kernel a tuple of constants needs `name: tl.constexpr = Shape(...)`."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import triton.language as tl
 
 
 class Shape(NamedTuple):
-    """The sizes that a pass is compiled for: head dimensions, and a tile's columns of q and k, columns of v, queries
-    and keys."""
+    """The sizes that a pass is compiled for: head dimensions, columns of a tile of q or k and of one of v, queries and
+    keys of a tile."""
 
     HEAD_DIM: tl.constexpr
     HEAD_DIM_V: tl.constexpr
@@ -19,7 +19,7 @@ class Shape(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a call: in a packed one, batches of cu_seqlens, and seq_q and seq_k of the longest sequence."""
+    """The sizes of a call. In a packed one batches counts the sequences, and seq_q and seq_k are the longest ones."""
 
     batches: tl.tensor
     heads: tl.tensor
@@ -29,8 +29,8 @@ class Sizes(NamedTuple):
 
 
 class SeqInfo(NamedTuple):
-    """One batch row: its sizes, how much of it exists, where it starts in packed tensors (0 in others), and the key
-    that query 0 is aligned with."""
+    """One batch row: its sizes, the ends of its queries and keys by the lengths, where it starts in packed tensors (0
+    in others), and the key that query 0 is aligned with."""
 
     seq_q: tl.tensor
     seq_k: tl.tensor
@@ -51,12 +51,12 @@ class HeadInfo(NamedTuple):
 
 
 class TilePositions(NamedTuple):
-    """The queries and keys of a tile of scores, of any two shapes that broadcast to the tile's, so that one function
+    """The queries and keys of a tile of scores, in any two shapes that broadcast to the tile's, so that one function
     serves tiles laid out (M, N) and (N, M); and the tile's `block_state`."""
 
     queries: tl.tensor
     keys: tl.tensor
-    state: tl.tensor
+    block_state: tl.tensor
 
 
 class Softmax(NamedTuple):
@@ -68,7 +68,7 @@ class Softmax(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Of some queries, what backward reads of them: as `exponents` returns lse and rest, and delta."""
+    """lse and its rest, as `load_lse` returns them, and delta of some queries, in registers."""
 
     lse: tl.tensor
     delta: tl.tensor

@@ -19,8 +19,8 @@ class Heads(NamedTuple):
     stride_seq: tl.tensor
 
 
-class Rows(NamedTuple):
-    """A (rows, cols) matrix: one (batch, head) of a `Heads`, or the flattened input of a norm."""
+class Matrix(NamedTuple):
+    """A (rows, cols) matrix: one batch row and head of a `Heads`."""
 
     ptr: tl.tensor
     stride: tl.tensor
@@ -28,17 +28,17 @@ class Rows(NamedTuple):
 
 @triton.jit
 def rounded_product(a, b):
-    """a * b, rounded by itself. A bare product in a sum may be contracted into the addition of what another lane has;
-    then lanes that hold the same sum hold different last bits of it, and which of them is stored is chance."""
+    """a * b, rounded on its own. A bare product in a sum may be contracted into the addition of another lane's value;
+    then lanes that hold the same sum differ in its last bits, and which of them is stored is chance."""
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
-def one_head(x, batch, head, start):
-    """The (seq, head_dim) matrix of one batch and head from row `start` on: where a packed sequence starts, or 0. The
-    batch stride of packed tensors is 0. 64-bit: a tensor may pass 2**31 elements."""
+def head_view(x, batch, head, start):
+    """The (seq, head_dim) matrix of one batch row and head, from row `start` on: where a packed sequence starts, or 0.
+    The batch stride of packed tensors is 0. 64-bit: a tensor may pass 2**31 elements."""
     row = tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(start, tl.int64) * x.stride_seq
-    return Rows(x.ptr + row + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq)
+    return Matrix(x.ptr + row + tl.cast(head, tl.int64) * x.stride_head, x.stride_seq)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def tile_pointers(x, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 @triton.jit
 def tile_mask(start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Which elements of the tile exist: rows before `end`, columns before COLS."""
+    """The elements of a tile that exist: rows before `end`, columns before COLS."""
     mask = (start + tl.arange(0, BLOCK_ROWS) < end)[:, None]
     if COLS != BLOCK_COLS:
         mask = mask & (tl.arange(0, BLOCK_COLS) < COLS)[None, :]
@@ -61,15 +61,15 @@ def tile_mask(start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CO
 def load_tile(
     x, start, end, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, CHECK_ROWS: tl.constexpr
 ):
-    """Rows start .. start + BLOCK_ROWS of `x`. Rows at or past `end` (looked at only with CHECK_ROWS) and
-    columns at or past COLS read as 0, whatever lies in memory there."""
+    """Rows start .. start + BLOCK_ROWS of `x`. Rows at or past `end` (compared only with CHECK_ROWS) and columns at or
+    past COLS are 0, whatever memory holds there."""
     pointers = tile_pointers(x, start, BLOCK_ROWS, BLOCK_COLS)
     if CHECK_ROWS:
         tile = tl.load(pointers, mask=tile_mask(start, end, COLS, BLOCK_ROWS, BLOCK_COLS), other=0.0)
     elif COLS != BLOCK_COLS:
         tile = tl.load(pointers, mask=(tl.arange(0, BLOCK_COLS) < COLS)[None, :], other=0.0)
     else:
-        tile = tl.load(pointers)  # all of it exists: no compare is compiled
+        tile = tl.load(pointers)  # no compare is compiled
     return tile
 
 

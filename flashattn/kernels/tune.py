@@ -1,11 +1,11 @@
-"""The search for tiles: the neighbours of a row of `configs.py` that fit and do not spill, timed against the row. Of a
-row for Hopper's kernels in roles the candidates stand in `configs.py` too.
+"""The search for tiles: the neighbours of a row of `configs.py` that fit and do not spill, timed against the row. For
+the warp-specialised kernels of Hopper the candidates are rows of `configs.py` too.
 
 Under FLASHATTN_AUTOTUNE=1 the first call of a kind on a GPU searches, for each of its passes, on its own tensors, and
-the process remembers what it chose; nothing is written to disk. A kind is a pass, the dtype, the head dimensions and
-the features (`kind_of`), not the lengths: make that first call at lengths that matter. It takes a minute or two for
+the process remembers the choice; nothing is written to disk. A kind is a pass, the dtype, the head dimensions and the
+features (`kind_of`), not the lengths: make that first call at lengths that matter. A search takes a minute or two for
 each pass, most of it compiling. Bits depend on the tiles, so they may differ from those of a process that chose others.
-While a CUDA graph is captured, in Triton's interpreter and on the PTX machine nothing is searched.
+There is no search while a CUDA graph is captured, in Triton's interpreter or on the PTX machine.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from triton.runtime.jit import JITFunction
 
 from ..score import Score
 from . import configs
-from .configs import Roles, Tiles
+from .configs import Roles, TileConfig
 from .precision import input_precision
 
 ENABLED = os.environ.get("FLASHATTN_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret
 SMALLEST, LARGEST = 16, 256  # of a side of a tile
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
-ROUNDS, CALLS = 9, 4  # of a candidate: rounds in which all take their turns, calls of a turn
-HELD_BACK = 2_000_000  # clocks the GPU waits, so that a turn's calls are all queued when the first one starts
-SAME = 8  # units in the last place by which elements of two right results may differ
-SUMMED = 2.0**-20  # the unit where that of the dtype is finer: sums of thousands of terms in float32 keep 20 bits
+ROUNDS, CALLS = 9, 4  # of a candidate: rounds, in each of which every candidate has a turn, and calls of a turn
+HELD_BACK = 2_000_000  # clocks that the GPU waits, so that all calls of a turn are queued when the first one starts
+SAME = 8  # units in the last place by which elements of two correct results may differ
+SUMMED = 2.0**-20  # the unit if that of the dtype is finer: sums of thousands of terms in float32 keep 20 bits
 
 
-Row = Tiles | Roles  # of configs.py
+Row = TileConfig | Roles  # of configs.py
 
 
 class Times(NamedTuple):
@@ -52,17 +52,17 @@ class Times(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search found."""
+    """The result of a search."""
 
     best: Row
-    times: dict[Row, Times]  # of all that were timed, the row first
-    refused: dict[Row, str]  # why others were not
+    times: dict[Row, Times]  # of all candidates that were timed, the row first
+    refused: dict[Row, str]  # why the others were not
 
 
 # --------------------------------------------------------------------------------------------- candidates
 
 
-def neighbours(row: Tiles) -> list[Tiles]:
+def neighbours(row: TileConfig) -> list[TileConfig]:
     """Tiles that differ from `row` in one or two of: block_m or block_n halved or doubled, other warps, other stages.
     Those that differ least come first.
 
@@ -70,7 +70,7 @@ def neighbours(row: Tiles) -> list[Tiles]:
     [(16, 128), (32, 256), (32, 128)]
     """
     around = [
-        Tiles(m, n, warps, stages)
+        TileConfig(m, n, warps, stages)
         for m in (row.block_m, row.block_m // 2, row.block_m * 2)
         for n in (row.block_n, row.block_n // 2, row.block_n * 2)
         for warps in (row.warps, *WARPS)
@@ -108,9 +108,9 @@ def compiled(call: Callable[[], object]) -> list[CompiledKernel]:
     return kernels
 
 
-def why_not(kernel: CompiledKernel) -> str | None:
-    """Why a compiled kernel is not worth a launch, None if it is. To load it, which launches nothing, is what makes
-    Triton hold its metadata against the card's limits, and the driver say what it spills."""
+def rejection_reason(kernel: CompiledKernel) -> str | None:
+    """Why a compiled kernel is not worth a launch; None if it is. Loading it launches nothing, but makes Triton check
+    its metadata against the card's limits, and the driver report its spills."""
     try:
         kernel._init_handles()
     except OutOfResources as error:
@@ -127,8 +127,8 @@ def search(
     refusal: Callable[[Row], str | None],
     measure: Callable[[list[Row]], dict[Row, Times]],
 ) -> Found:
-    """Times the row and those candidates that nothing is said against. Best is the one with the least median, if even
-    its upper quartile is below the row's lower one; else the row."""
+    """Time the row and the candidates without a refusal. The best has the least median, if even its upper quartile is
+    below the row's lower one; else it is the row."""
     reasons = {tiles: refusal(tiles) for tiles in candidates}
     times = measure([row, *(tiles for tiles, reason in reasons.items() if reason is None)])
     best = min(times, key=lambda tiles: times[tiles].median)
@@ -142,7 +142,7 @@ _forced: ContextVar[dict[str, Row]] = ContextVar("forced", default={})  # noqa: 
 
 @contextlib.contextmanager
 def forced(direction: str, tiles: Row) -> Iterator[None]:
-    """Within the block, in this thread, launches of this pass take these tiles."""
+    """Within the block, in this thread, launches of this pass use these tiles."""
     token = _forced.set({**_forced.get(), direction: tiles})
     try:
         yield
@@ -170,9 +170,9 @@ def search_call(
             kernels = {kernel.hash: kernel for kernel in compiled(run)}
             new = [kernel for hash, kernel in kernels.items() if hash not in known]
             known.update(kernels)
-            reasons = [why_not(kernel) for kernel in new] or ["compiles to a kernel that was there already"]
+            reasons = [rejection_reason(kernel) for kernel in new] or ["compiles to a kernel that was there already"]
             return next(filter(None, reasons), None) or (None if is_same(run(), expected) else "another result")
-        except Exception as error:  # Triton raises what its passes raise; a search must not fail the call
+        except Exception as error:  # Triton raises whatever its passes raise; a search must not fail the call
             return f"{type(error).__name__}: {error}"
 
     return search(row, candidates, refusal, lambda found: measure({tiles: with_tiles(tiles) for tiles in found}))
@@ -180,7 +180,7 @@ def search_call(
 
 def is_same(results: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> bool:
     """Whether two results differ only by rounding, in every element: of itself and of the tensor's root mean square,
-    since a tile left out or read too early is off by as much. Infinities stand in the same places; no NaN is right."""
+    since a tile left out or read too early is off by as much. Infinities must be in the same places; NaN is wrong."""
     return all(y is None or are_close(x, y) for x, y in zip(results, expected, strict=True))
 
 
@@ -215,27 +215,27 @@ def quartiles(seconds: list[float]) -> Times:
     return Times(median, low, high)
 
 
-# --------------------------------------------------------------------------------------------- what calls take
+# --------------------------------------------------------------------------------------------- calls
 
 
 class Unknown(NamedTuple):
-    """What a search of a new kind starts from."""
+    """A kind without a choice: its row, and the candidates."""
 
     row: Row
     candidates: list[Row]
 
 
 _chosen: dict[tuple, Row] = {}  # by kind
-_unknown: ContextVar[dict[tuple, Unknown] | None] = ContextVar("unknown", default=None)  # kinds that a call met
+_unknown: ContextVar[dict[tuple, Unknown] | None] = ContextVar("unknown", default=None)  # kinds in the current call
 _searching = threading.Lock()  # one search at a time: others would share the GPU with it
 
 
 def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row:
-    """What a pass takes: what a search forces or chose, else the row of the table. Forced tiles turn a kernel in roles
-    into the plain one; the plain one, which serves what those do not, has tiles whatever is forced."""
+    """The row for a pass: forced by a search, or chosen by one, else that of the table. A forced TileConfig selects the
+    plain kernel; where the plain kernel runs anyway, a forced row of HOPPER is ignored."""
     found = _forced.get().get(direction)
     if found is not None:
-        return row if isinstance(found, Roles) and isinstance(row, Tiles) else found
+        return row if isinstance(found, Roles) and isinstance(row, TileConfig) else found
     if not ENABLED:
         return row
     kind, unknown = (*kind_of(direction, q, v, score), type(row)), _unknown.get()
@@ -245,15 +245,15 @@ def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row
 
 
 def candidates(direction: str, head_dim: int, row: Row) -> list[Row]:
-    """What to time against a row."""
-    if isinstance(row, Tiles):
+    """The rows to time against a row."""
+    if isinstance(row, TileConfig):
         return neighbours(row)
     return configs.hopper_candidates(direction, head_dim, row != configs.hopper_roles(direction, head_dim, False))
 
 
 def kind_of(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
-    """What calls must have in common to share tiles: all that the kernel is compiled for, so that what fits for one
-    fits for all."""
+    """What calls must have in common to share tiles: everything that the kernel is compiled for, so that tiles that fit
+    one call fit all."""
     *fields, score_mod, block_mask = score
     blocks = block_mask and (block_mask.mask.graph, block_mask.block_q, block_mask.block_k)
     features = tuple(structure(x) for x in (*fields, *(score_mod.captured if score_mod else ())))
@@ -268,7 +268,7 @@ def structure(x) -> tuple | bool:
 
 
 def call(verb: Callable, *args):
-    """verb(*args) on the current GPU, behind a search for each of its passes whose kind is new."""
+    """verb(*args) on the current GPU, after a search for each of its passes whose kind is new."""
     if not ENABLED or _unknown.get() is not None or torch.cuda.is_current_stream_capturing():
         return verb(*args)
     unknown: dict[tuple, Unknown] = {}
@@ -277,7 +277,7 @@ def call(verb: Callable, *args):
         results = verb(*args)
         with _searching:
             for kind, (row, others) in unknown.items():
-                _chosen[kind] = row  # stands where memory does not suffice for a search
+                _chosen[kind] = row  # remains if memory does not suffice for a search
                 with contextlib.suppress(torch.OutOfMemoryError):
                     _chosen[kind] = search_call(lambda: verb(*args), kind[0], row, others, results).best
     finally:

@@ -208,7 +208,7 @@ def _(q, k, v, *flat):
     # (The callables stay text: reading one makes a graph.)
     score, backend, has_score_mod = Score(*flat[:SCORE_FIELDS]), flat[SCORE_FIELDS], flat[-3] is not None
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
-    raw = not has_score_mod and backend == "triton" and BACKENDS["triton"].stays_raw(q, score)
+    raw = not has_score_mod and backend == "triton" and BACKENDS["triton"].uses_raw_scores(q, score)
     packed = score.cu_seqlens is not None
     return new_result(q, v.shape[-1], packed), lse, lse.new_empty(0 if raw else q.shape[:3])
 

@@ -21,16 +21,16 @@ from bench.gpu.card import REHEARSAL
 from bench.gpu.context import Context, Settings, prepare_device
 from flashattn.backends import triton as backend
 from flashattn.kernels import configs, tune
-from flashattn.kernels.configs import Tiles
+from flashattn.kernels.configs import TileConfig
 from flashattn.kernels.tune import Times
 from flashattn.protocol import Saved
 from flashattn.score import Score
 
-ROW = Tiles(64, 64, 8, 2)
+ROW = TileConfig(64, 64, 8, 2)
 TABLE = {tiles for by_family in configs.ATTENTION.values() for rows in by_family.values() for *_, tiles in rows}
 
 
-LIMITS = {Tiles(16, 256, 4, 1), Tiles(256, 16, 8, 4)}
+LIMITS = {TileConfig(16, 256, 4, 1), TileConfig(256, 16, 8, 4)}
 
 
 @pytest.mark.parametrize("row", sorted(TABLE | LIMITS | {tiles for *_, tiles in configs.DECODE}), ids=str)
@@ -53,10 +53,10 @@ def test_neighbours_change_each_field_both_ways():
         dict(stages=3), dict(stages=4),
     )]  # fmt: skip
     assert set(found[:8]) == set(alone)
-    assert Tiles(128, 32, 8, 2) in found
+    assert TileConfig(128, 32, 8, 2) in found
 
 
-def search(medians: dict[Tiles, float], spread=0.0, wrong=()) -> tune.Found:
+def search(medians: dict[TileConfig, float], spread=0.0, wrong=()) -> tune.Found:
     def measure(found):
         return {tiles: Times(medians[tiles], medians[tiles] - spread, medians[tiles] + spread) for tiles in found}
 
@@ -124,10 +124,10 @@ def test_what_does_not_fit_or_spills_is_not_launched(gpu, monkeypatch):
     assert not gpu.launches
     fits = kernel.metadata
     monkeypatch.setattr(kernel, "metadata", fits._replace(shared=10**6))
-    assert tune.why_not(kernel) == "1,000,000 of shared memory, of which there are 166,912"
+    assert tune.rejection_reason(kernel) == "1,000,000 of shared memory, of which there are 166,912"
     monkeypatch.setattr(kernel, "metadata", fits)
     monkeypatch.setattr(gpu, "load_binary", lambda *_: ("module", "function", 255, 12, 1024))
-    assert tune.why_not(kernel) == "12 registers spilled"
+    assert tune.rejection_reason(kernel) == "12 registers spilled"
     assert not gpu.launches
 
 

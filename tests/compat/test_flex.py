@@ -232,10 +232,10 @@ def test_a_sliced_block_mask_is_refused_as_by_flex_attention():
 
 
 def test_what_triton_cannot_generate_is_named():
-    generate = pytest.importorskip("flashattn.kernels.generate")
+    codegen = pytest.importorskip("flashattn.kernels.codegen")
     traced = trace("score_mod", lambda score, b, h, i, j: torch.special.bessel_j0(score), 1)
     with pytest.raises(TypeError, match=r"score_mod uses aten.special_bessel_j0.default, which the triton backend"):
-        generate.mod_arg(traced)
+        codegen.mod_arg(traced)
 
 
 def test_a_trace_is_used_again_only_while_it_is_the_same():

@@ -72,13 +72,13 @@ def test_the_default_device_does_not_matter(backend, default_device):
 
 
 def test_a_derivative_is_traced_whatever_the_default_device(default_device):
-    generate = pytest.importorskip("flashattn.kernels.generate")
+    codegen = pytest.importorskip("flashattn.kernels.codegen")
     table = torch.randn(4, 100)
     default_device()
     traced = flashattn.score_mod.trace(
         "score_mod", lambda score, b, h, i, j: torch.where(i >= j, score * table[h, j], -1.0), 1
     )
-    derivative = str(generate.derivative(traced.graph, traced.captured))
+    derivative = str(codegen.derivative(traced.graph, traced.captured))
     assert "captured_0" in derivative
     assert "meta" not in str(traced.graph.graph) + derivative
 
@@ -102,9 +102,9 @@ def test_rows_far_apart_are_copied():
         torch.empty_strided((1, 1, seq, 8), (8, 8, stride, 1), device=META)
         for seq, stride in ((100, 2**23), (100, 2**23 + 1), (1, 2**30))
     )
-    assert triton.readable(near) is near
-    assert triton.readable(alone) is alone
-    assert triton.readable(far).stride() == (800, 800, 8, 1)
+    assert triton.make_readable(near) is near
+    assert triton.make_readable(alone) is alone
+    assert triton.make_readable(far).stride() == (800, 800, 8, 1)
 
 
 def test_a_grid_of_more_heads_than_there_are_is_refused():

@@ -54,9 +54,9 @@ def faults_of(kernel: Kernel) -> set[str]:
         waits = [n for n, x in enumerate(loop) if x.name.startswith("WARPGROUP.DEPBAR")]
         exponentials = [n for n, name in enumerate(names) if name.startswith("MUFU.EX2")]
         if waits[1] < exponentials[-1]:
-            found.add("the wait for the second product stands in front of exponentials")
+            found.add("the wait for the second product comes before exponentials")
         if any(name.startswith("PRMT") for name in names):
-            found.add("weights are taken apart and put together")
+            found.add("weights are unpacked and packed")
         if any(name.startswith(("LDL", "STL")) for name in names):
             found.add("local memory")
     return found
@@ -101,7 +101,7 @@ def test_candidates(direction, head_dim, row, monkeypatch):
 
 
 PLANTED = {
-    "the wait for the second product stands in front of exponentials": (
+    "the wait for the second product comes before exponentials": (
         "    wait_full(rings.v, number)\n    acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))\n",
         "    acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))\n    wait_full(rings.v, number)\n",
     ),
@@ -132,15 +132,15 @@ def test_planted_faults_are_found(fault, monkeypatch, tmp_path):
 
 DROPOUT = (
     "    if score.dropout is not None:\n        head = at.batch * at.heads + at.head\n"
-    "        keep = kept_weights(score.dropout, head, start_m, start_n, 64, weights.shape[1])\n"
+    "        keep = dropout_multipliers(score.dropout, head, start_m, start_n, 64, weights.shape[1])\n"
     "        weights *= gl.convert_layout(keep, weights.type.layout)\n"
 )
 SINK = (
     "    if score.sinks is not None:\n        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]\n"
 )
 BLOCKS = (
-    "    if score.blocks is not None:  # the block mask may hide every tile: then the first has no key\n"
-    "        key_end = gl.where(looks(score, at, work.start_m, start_n), key_end, 0)\n"
+    "    if score.blocks is not None:  # no tile may be active: then the first has no key\n"
+    "        key_end = gl.where(block_is_active(score, at, work.start_m, start_n), key_end, 0)\n"
 )
 
 
@@ -155,14 +155,16 @@ def test_absent_features_cost_nothing(head_dim, monkeypatch, tmp_path):
 
 BACKWARD_PIECES = [
     "    if score.dropout is not None:\n"
-    "        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, own.start, start_n, 64, BLOCK_N)\n"
+    "        keep = dropout_multipliers(score.dropout, at.batch * at.heads + at.head, "
+    "own.start, start_n, 64, BLOCK_N)\n"
     "        dp *= gl.convert_layout(keep, LAYOUT)\n",
     "    if score.q_lengths is not None:  # q and grad_out may be NaN past the length\n"
     "        grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)\n",
     "    if outputs.grad_lse is not None:\n"
     "        delta -= gl.load(outputs.grad_lse + row + queries, mask=exists, other=0.0)\n",
     "    if score.dropout is not None:\n"
-    "        keep = kept_weights(score.dropout, at.batch * at.heads + at.head, start_m, own.start, BLOCK_M, 64)\n"
+    "        keep = dropout_multipliers(score.dropout, at.batch * at.heads + at.head, "
+    "start_m, own.start, BLOCK_M, 64)\n"
     "        keep = gl.convert_layout(keep.permute((1, 0)), LAYOUT)\n"
     "        dropped = p * keep\n",
     "        if score.dropout is not None:\n            dp *= keep\n",
@@ -189,9 +191,9 @@ def test_a_spill_is_found(monkeypatch):
 
 def test_backward_waits_are_found(monkeypatch, tmp_path):
     change = (
-        "    wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays behind the "
+        "    wait_full(rings.v, number)  # ends a block of code: the wait for the second product stays after the "
         "exponentials\n",
         "",
     )
     monkeypatch.setattr(triton_hopper, "hopper_backward", plant(hopper_backward, tmp_path, change))
-    assert "the wait for the second product stands in front of exponentials" in faults_of(compiled_backward(128)[0])
+    assert "the wait for the second product comes before exponentials" in faults_of(compiled_backward(128)[0])

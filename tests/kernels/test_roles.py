@@ -92,7 +92,7 @@ EARLY = {
     "k": (hopper_backward, "    release(rings.k, number)\n    return acc", "    return acc", (
         "    release(rings.v, number)\n", "    release(rings.v, number)\n    release(rings.k, number)\n",
     )),
-    "v": (hopper_forward, "    release(rings.v, number - 1)\n    return Running", "    return Running", (
+    "v": (hopper_forward, "    release(rings.v, number - 1)\n    return ForwardState", "    return ForwardState", (
         "    wait_full(rings.v, number)\n    acc, p, weights",
         "    wait_full(rings.v, number)\n    release(rings.v, number - 1)\n    acc, p, weights",
     )),

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 from bench import compiled
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import plain_kernels
-from flashattn.cache import CacheView
-from flashattn.kernels import configs, generate
-from flashattn.kernels.configs import Pairs
+from flashattn.cache import Cached
+from flashattn.kernels import codegen, configs
+from flashattn.kernels.configs import PairCosts
 from flashattn.kernels.precision import WIDEST_SPLIT, input_precision
 from flashattn.protocol import Saved
 from flashattn.score import Score
@@ -37,22 +37,24 @@ def can_be(arch: str, precision: str, head_dim: int) -> bool:
 @pytest.mark.parametrize("arch", [*configs.SHARED_MEMORY, "sm_999", "gfx1"])
 def test_every_call_fits(arch):
     limit = configs.shared_memory(arch)
-    for direction, d, dv, (itemsize, precision), loaded, dropout, modified in itertools.product(
+    for direction, d, dv, (itemsize, precision), loaded, dropout, has_score_mod in itertools.product(
         PASSES, COLS, COLS, KINDS, sorted(set(LOADS)), (False, True), (False, True)
     ):
         if not can_be(arch, precision, max(d, dv)):
             continue
-        pairs = Pairs(loaded, min(loaded, 8), dropout)
-        tiles = configs.fitting_tiles(arch, direction, (d, dv), itemsize, pairs, modified, precision)
+        pairs = PairCosts(loaded, min(loaded, 8), dropout)
+        tiles = configs.fitting_tiles(arch, direction, (d, dv), itemsize, pairs, has_score_mod, precision)
         used = configs.shared_bytes(arch, direction, tiles, (d, dv), itemsize, pairs, precision)
         assert used <= limit, (direction, d, dv, itemsize, precision, pairs, tiles)
 
 
 def test_what_is_loaded_makes_tiles_smaller_only_where_it_must():
     """The case that failed on an H100: a float32 bias at head_dim 64."""
-    plain, biased = (configs.fitting_tiles("sm_90", "forward", (64, 64), 2, Pairs(n, n), False) for n in (0, 4))
+    plain, biased = (configs.fitting_tiles("sm_90", "forward", (64, 64), 2, PairCosts(n, n), False) for n in (0, 4))
     assert plain == configs.plain_tiles("forward", 64, 2, "sm_90")
-    assert configs.shared_bytes("sm_90", "forward", plain, (64, 64), 2, Pairs(4, 4)) > configs.SHARED_MEMORY["sm_90"]
+    assert (
+        configs.shared_bytes("sm_90", "forward", plain, (64, 64), 2, PairCosts(4, 4)) > configs.SHARED_MEMORY["sm_90"]
+    )
     assert biased == plain._replace(stages=plain.stages - 1)
 
 
@@ -62,7 +64,7 @@ def test_plain_rows_are_taken_as_they_are():
             if not can_be(arch, precision, cols):
                 continue
             row = configs.plain_tiles(direction, cols, itemsize if precision == "ieee" else precision, family)
-            assert configs.fitting_tiles(arch, direction, (cols, cols), itemsize, Pairs(), False, precision) == row
+            assert configs.fitting_tiles(arch, direction, (cols, cols), itemsize, PairCosts(), False, precision) == row
 
 
 TABLE, ROWS = torch.ones(4, 1024, dtype=torch.float64), torch.ones(512)
@@ -76,7 +78,7 @@ def test_loads_of_a_callable_are_counted_where_they_depend_on_both_positions():
         lambda s, b, h, i, j: s + TABLE[h, i] * ROWS[(i * j) % 512]: [4],
     }
     for mod, expected in counted.items():
-        assert generate.pair_loads(trace("score_mod", mod, 1)) == expected
+        assert codegen.pair_loads(trace("score_mod", mod, 1)) == expected
 
 
 @pytest.fixture
@@ -162,10 +164,10 @@ def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
         backend.backward(out, None, Saved(q, k, k, out, lse, rest), score, score.bias is not None, [])
     passes = ["forward", "backward_q", "backward_kv"] + ["backward_q"] * (score.bias is not None)
     for direction, bytes_used in zip(passes, used, strict=True):
-        modified, pairs = score.score_mod is not None, backend.pairs(score)
+        has_score_mod, pairs = score.score_mod is not None, backend.pair_costs(score)
         cols = (head_dim, head_dim)
         with compiled.compile_only(arch):
             precision = input_precision(q, k)
-        tiles = configs.fitting_tiles(arch, direction, cols, dtype.itemsize, pairs, modified, precision)
+        tiles = configs.fitting_tiles(arch, direction, cols, dtype.itemsize, pairs, has_score_mod, precision)
         allowed = configs.shared_bytes(arch, direction, tiles, cols, dtype.itemsize, pairs, precision)
         assert bytes_used <= allowed, direction

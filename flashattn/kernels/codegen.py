@@ -1,7 +1,7 @@
 """Triton functions from the graphs that `flashattn/score_mod.py` traced: a score_mod, its derivative, a mask_mod.
 
-A graph is of one score; the function it becomes works on a tile, whose scores, positions and intermediate values
-broadcast. `EXPRESSIONS` says what each of PyTorch's operations is in Triton; another is refused by name.
+A graph computes one score; its Triton function works on a tile, whose scores, positions and intermediate values
+broadcast. `EXPRESSIONS` maps PyTorch's operations to Triton; others are refused by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from ..score_mod import example_scalars, in_clean_thread, tracing
-from .scores import BlocksArgs, ModArgs, plane_arg, tanh
+from .scores import BlocksArgs, ModArgs, score_tensor_arg, tanh
 
 if TYPE_CHECKING:
     from ..score_mod import BlockMask, Traced
@@ -44,13 +44,13 @@ def true_divide(a, b):
 
 
 @triton.jit
-def wrapped(index, size):
+def wrap_index(index, size):
     """An index from the end, where it is negative."""
     return (index + tl.where(index < 0, size, 0)).to(tl.int64)
 
 
 @triton.jit
-def inside(index, size):
+def is_inside(index, size):
     return (index >= -size) & (index < size)
 
 
@@ -62,9 +62,9 @@ def power(x, exponent):
     return tl.where(exponent == 0, 1.0, tl.where((x < 0) & odd, -magnitude, magnitude))
 
 
-# What of this module, and of Triton, a generated function may name.
+# The names that a generated function may use.
 NAMES = dict(tl=tl, tanh=tanh, floor_divide=floor_divide, remainder=remainder, true_divide=true_divide)
-NAMES |= dict(wrapped=wrapped, inside=inside, power=power)
+NAMES |= dict(wrap_index=wrap_index, is_inside=is_inside, power=power)
 
 EXPRESSIONS = {
     aten.add.Tensor: "({0} + {1})", aten.sub.Tensor: "({0} - {1})", aten.mul.Tensor: "({0} * {1})",
@@ -93,10 +93,10 @@ EXPRESSIONS = {
 for name, sign in dict(eq="==", ne="!=", lt="<", le="<=", gt=">", ge=">=").items():
     for kind in ("Tensor", "Scalar"):
         EXPRESSIONS[getattr(getattr(aten, name), kind)] = f"({{0}} {sign} {{1}})"
-SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default}
+PASSTHROUGH = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default}
 CONSTANTS = {aten.zeros.default: 0, aten.zeros_like.default: 0, aten.new_zeros.default: 0}
 CONSTANTS |= {aten.ones.default: 1, aten.ones_like.default: 1, aten.new_ones.default: 1}
-# Which of its arguments an operation fills a tensor with.
+# The index of the argument with which an operation fills a tensor.
 FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
 TYPES = {torch.float16: "tl.float32", torch.bfloat16: "tl.float32", torch.float32: "tl.float32", torch.bool: "tl.int1"}
 TYPES |= {torch.float64: "tl.float32", torch.int32: "tl.int32", torch.int64: "tl.int64"}
@@ -117,15 +117,15 @@ def captured_args(tensors: tuple[Tensor, ...]) -> tuple[CapturedArg, ...]:
     )
 
 
-class Printer(NamedTuple):
-    """Writes a graph in Triton. `name` is what errors call it."""
+class TritonCodegen(NamedTuple):
+    """Writes a graph as a Triton function. Errors call the callable `name`."""
 
     name: str
     captured: tuple[Tensor, ...]
 
     def source(self, graph: fx.Graph, function: str) -> str:
-        """A function of the graph's arguments, the captured tensors in one."""
-        arguments = [n.name for n in graph.nodes if n.op == "placeholder" and captured_number(n) is None]
+        """The source of a function of the graph's arguments, with the captured tensors as one tuple."""
+        arguments = [n.name for n in graph.nodes if n.op == "placeholder" and captured_index(n) is None]
         lines = [f"def {function}({', '.join(arguments)}, captured):"]
         for node in graph.nodes:
             if node.op == "call_function":
@@ -138,7 +138,7 @@ class Printer(NamedTuple):
     def expression(self, node: fx.Node) -> str:
         """One operation."""
         operation, arguments = node.target, node.args
-        if operation in SAME:
+        if operation in PASSTHROUGH:
             return self.value(arguments[0])
         if operation in CONSTANTS:
             return self.constant(CONSTANTS[operation], node.meta["val"].dtype)
@@ -170,7 +170,7 @@ class Printer(NamedTuple):
         return self.value(float(number) if dtype.is_floating_point else int(number))
 
     def power(self, base: fx.Node, exponent: float) -> str:
-        """x ** n of a number n: by multiplication where it is a small whole one."""
+        """x ** n of a number n: by multiplication where n is a small integer."""
         value = self.value(base)
         if exponent == int(exponent) and 1 <= abs(exponent) <= 8:
             product = "(" + " * ".join([f"({value} * 1.0)"] * abs(int(exponent))) + ")"
@@ -178,15 +178,15 @@ class Printer(NamedTuple):
         return "1.0" if exponent == 0 else f"tl.exp2({float(exponent)} * tl.log2({value} * 1.0))"
 
     def indexed(self, table: fx.Node, indices: list) -> str:
-        """One number of a captured tensor. Nothing is read outside it: a pair that a mask hides may point there."""
-        which = captured_number(table)
+        """One element of a captured tensor. Nothing outside it is read: the indices of a masked pair may be outside."""
+        which = captured_index(table)
         if which is None or None in indices or len(indices) != self.captured[which].dim():
             raise TypeError(f"{self.name} must index captured tensors, one number at a time, for the triton backend")
         arg = f"captured[{which}]"
         values = [self.value(index) for index in indices]
-        offsets = [f"wrapped({x}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, x in enumerate(values)]
-        there = " & ".join(f"inside({x}, {arg}.sizes[{d}])" for d, x in enumerate(values))
-        # Where a pair that attends points outside, its score is to be NaN: a GPU's kernel cannot raise.
+        offsets = [f"wrap_index({x}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, x in enumerate(values)]
+        there = " & ".join(f"is_inside({x}, {arg}.sizes[{d}])" for d, x in enumerate(values))
+        # The score of a pair that attends, with indices outside, becomes NaN: a kernel cannot raise.
         other = 'float("nan")' if self.captured[which].is_floating_point() else "0"
         return self.loaded(which, f"{arg}.ptr + {' + '.join(offsets)}, mask={there}, other={other}")
 
@@ -195,9 +195,9 @@ class Printer(NamedTuple):
         return f"(tl.load({arguments}) != 0)" if dtype == torch.bool else f"tl.load({arguments}).to({TYPES[dtype]})"
 
     def value(self, value) -> str:
-        """A number, an argument or what was computed before."""
+        """A number, an argument or an earlier value."""
         if isinstance(value, fx.Node):
-            which = captured_number(value)
+            which = captured_index(value)
             if which is not None:
                 return self.loaded(which, f"captured[{which}].ptr")
             return value.name if value.op == "placeholder" else f"v_{value.name}"
@@ -206,14 +206,14 @@ class Printer(NamedTuple):
         return repr(value)
 
 
-def captured_number(node: fx.Node) -> int | None:
-    """Which captured tensor an argument of a graph is; None for what is none."""
+def captured_index(node: fx.Node) -> int | None:
+    """Which captured tensor an argument of a graph is; None if it is none."""
     number = node.name.removeprefix("captured_")
     return int(number) if node.op == "placeholder" and number.isdigit() else None
 
 
 def pair_loads(traced: Traced) -> list[int]:
-    """Bytes of each number that a callable loads anew for every (query, key) pair: by an index that depends on both."""
+    """The bytes of each element that a callable loads for every (query, key) pair, by an index that depends on both."""
     if traced.graph not in _pair_loads:
         _pair_loads[traced.graph] = _find_pair_loads(traced)
     return _pair_loads[traced.graph]
@@ -224,7 +224,7 @@ _pair_loads: weakref.WeakKeyDictionary[fx.GraphModule, list[int]] = weakref.Weak
 
 def _find_pair_loads(traced: Traced) -> list[int]:
     nodes = list(traced.graph.graph.nodes)
-    *before, query, key = (n for n in nodes if n.op == "placeholder" and captured_number(n) is None)
+    *before, query, key = (n for n in nodes if n.op == "placeholder" and captured_index(n) is None)
     depends: dict[fx.Node, set[str]] = {query: {"query"}, key: {"key"}}
     if len(before) == 3:  # the score, before batch and head
         depends[before[0]] = {"query", "key"}
@@ -232,7 +232,7 @@ def _find_pair_loads(traced: Traced) -> list[int]:
     for node in nodes:
         depends.setdefault(node, set()).update(*(depends[n] for n in node.all_input_nodes))
         if node.target is aten.index.Tensor and len(depends[node]) == 2:
-            which = captured_number(node.args[0])  # None is refused where the function is written
+            which = captured_index(node.args[0])  # None is refused when the function is generated
             loads += [] if which is None else [traced.captured[which].element_size()]
     return loads
 
@@ -241,9 +241,9 @@ _functions: dict[str, triton.JITFunction] = {}
 
 
 def jit(name: str, graph: fx.Graph, captured: tuple[Tensor, ...]) -> triton.JITFunction:
-    """A graph as a Triton function; the same source is compiled once. The name holds the source's hash, for to the
-    compiler two functions of one name and the same types of arguments are one function."""
-    code = Printer(name, captured).source(graph, "FUNCTION")
+    """A graph as a Triton function; the same source is compiled once. The name contains the source's hash, since the
+    compiler takes two functions with one name and the same types of arguments for one."""
+    code = TritonCodegen(name, captured).source(graph, "FUNCTION")
     function = f"{name.replace('.', '_')}_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     code = code.replace("FUNCTION", function, 1)
     if code not in _functions:
@@ -259,24 +259,26 @@ _mods: weakref.WeakKeyDictionary[fx.GraphModule, tuple] = weakref.WeakKeyDiction
 
 
 def mod_arg(mod: Traced | None) -> ModArgs | None:
-    """A score_mod as kernels take it."""
+    """A score_mod as an argument of a kernel."""
     if mod is None:
         return None
     with tracing:
         if mod.graph not in _mods:
-            slope = in_clean_thread(derivative, mod.graph, mod.captured)
-            _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, slope))
+            dscore = in_clean_thread(derivative, mod.graph, mod.captured)
+            _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, dscore))
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
 
 
 def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
-    """A block mask as kernels take it: 0 for a block that is left out, 1 where mask_mod decides, 2 for a full one."""
+    """A block mask as an argument of a kernel. Its states are 0, 1 and 2: `scores.BLOCK_SKIP` and so on."""
     if block_mask is None:
         return None
     mask = block_mask.mask
     states = block_mask.partial.to(torch.uint8) + 2 * block_mask.full.to(torch.uint8)
     function = jit("block_mask.mask_mod", mask.graph.graph, mask.captured)
-    return BlocksArgs(captured_args(mask.captured), plane_arg(states), block_mask.block_q, block_mask.block_k, function)
+    return BlocksArgs(
+        captured_args(mask.captured), score_tensor_arg(states), block_mask.block_q, block_mask.block_k, function
+    )
 
 
 def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
@@ -284,7 +286,7 @@ def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
     from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def slope(score, *others):
+    def dscore(score, *others):
         with torch.enable_grad():
             score = score.detach().requires_grad_()
             result = graph(score, *others)
@@ -297,9 +299,9 @@ def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
 
     names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     examples = example_scalars(1)
-    # Of what was captured only shape and dtype count: nothing is copied from a GPU.
+    # Only shape and dtype of captured tensors matter: nothing is copied from a GPU.
     examples += [torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape) for x in captured]
-    traced = make_fx(slope)(*examples)
+    traced = make_fx(dscore)(*examples)
     decompositions = core_aten_decompositions()
     traced = make_fx(torch.func.functionalize(traced), decomposition_table=decompositions)(*examples)
     for node, wanted in zip([n for n in traced.graph.nodes if n.op == "placeholder"], names, strict=True):
