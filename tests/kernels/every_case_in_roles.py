@@ -1,5 +1,5 @@
-"""The case tables of all backends through the kernels in roles, on the PTX machine for sm_90, in bfloat16 and float16,
-and one case through every row of tiles that may be timed against the ones that are taken.
+"""The case tables of all backends through the warp-specialised kernels, on the PTX machine for sm_90, in bfloat16 and
+float16, and one case through every row of tiles that may be timed against the ones that are taken.
 `make roles` runs this file on the oldest and the newest Triton, which takes two cores some two hours: pytest does not
 find it by its name. `test_roles.py` and `every_triton.py` hold samples."""
 
@@ -43,7 +43,7 @@ def test_attention_cases(case, dtype, in_roles):
 @DTYPES
 @pytest.mark.parametrize("direction, head_dim, row", CANDIDATES, ids=str)
 def test_candidates(direction, head_dim, row, dtype, in_roles, monkeypatch):
-    """Whole tiles and edges; more work items than the programs of a persistent grid."""
+    """Full and partial tiles; more work items than the programs of a persistent grid."""
     monkeypatch.setitem(configs.HOPPER[direction], head_dim, row)
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)
     case = Case("", 2, 2, 1, 250, 330, head_dim, head_dim, causal=True, q_lengths=(250, 90), kv_lengths=(330, 200))

@@ -1,5 +1,5 @@
-"""What the assembler made of the attention kernels, held to what they were written for: no local memory in loops over
-whole tiles, few instructions that do not multiply, exponentials beside products, registers by role."""
+"""The machine code of the attention kernels against its design goals: no local memory in loops over full tiles, few
+instructions that do not multiply, exponentials beside products, registers by role."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Norms move the bytes they need: counted in what the compiler made of them. `python -m bench ptx norm` prints it."""
+"""Norms move the bytes they need: counted in the compiled kernels. `python -m bench ptx norm` prints it."""
 
 import pytest
 import torch

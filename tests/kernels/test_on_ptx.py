@@ -161,7 +161,7 @@ def test_score_mod_and_block_mask(gpu, mod, block_mask):
 @pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("options", [dict(scale=-0.25), dict(softcap=2.0)], ids=str)
 def test_queries_whose_blocks_are_all_hidden(gpu, options):
-    """By the list of blocks alone; kernels in roles begin with a tile even there."""
+    """By the list of blocks alone; warp-specialised kernels begin with a tile even there."""
     counts, indices = torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([[[[0, 1]] * 2]], dtype=torch.int32)
     block_mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=128)
     q, k, v = (torch.randn(1, 1, 256, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -239,7 +239,7 @@ def test_nan_beside_sinks(gpu):
 
 
 def test_usual_sizes(gpu):
-    """The tiles of a usual model: several blocks, several tiles in each, all loops with their steady part."""
+    """The tiles of a usual model: several blocks, several tiles in each, and full tiles in all loops."""
     case = cases.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)
     cases.check(case, torch.bfloat16, "triton")
 

@@ -1,5 +1,5 @@
-"""The kernels in roles, on the PTX machine: sizes with whole tiles in every loop, each way to share the work out, what
-packed sequences must not see of each other, and slots given up too early."""
+"""The warp-specialised kernels on the PTX machine: sizes with full tiles in every loop, each way to divide the work,
+what packed sequences must not see of each other, and slots given up too early."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ SEQUENCES = slice(0, 70), slice(70, 140)
 
 @pytest.mark.parametrize("seen, spoilt", [SEQUENCES, SEQUENCES[::-1]], ids=["the first", "the second"])
 def test_a_sequence_sees_no_other(seen, spoilt):
-    """Tiles reach into the sequence behind: what is NaN there stays there."""
+    """Tiles reach into the next sequence: its NaN must not spread."""
     starts = torch.tensor([0, 70, 140], dtype=torch.int32)
     tensors = [torch.randn(140, 2, 64, dtype=torch.bfloat16) for _ in range(4)]  # q, k, v and the gradient of out
     clean = gradients_of(tensors, starts)

@@ -155,11 +155,11 @@ def test_float32_on_tensor_cores_uses_no_more(without_assembler, arch, setting, 
 
 
 def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
-    """Of each kernel what it was compiled to use is at most what the arithmetic says."""
+    """Each kernel is compiled to use at most as much as the arithmetic allows."""
     torch.use_deterministic_algorithms(False)
     q, k = torch.empty(2, 4, 512, head_dim, dtype=dtype), torch.empty(2, 2, 512, head_dim, dtype=dtype)
     score = Score(0.125, None, 0, **FEATURES[feature])
-    with compiled.compile_for(arch) as used, plain_kernels():  # those in roles have tiles that all features fit
+    with compiled.compile_for(arch) as used, plain_kernels():  # the tiles of warp-specialised ones fit all features
         out, lse, rest = backend.forward(q, k, k, score)
         backend.backward(out, None, Saved(q, k, k, out, lse, rest), score, score.bias is not None, [])
     passes = ["forward", "backward_q", "backward_kv"] + ["backward_q"] * (score.bias is not None)
