@@ -44,7 +44,6 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.precision import input_precision
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, score_tensor_arg
-    from ..kernels.state import Sizes
     from ..kernels.tiles import Heads
     from . import triton_hopper
 else:
@@ -122,8 +121,8 @@ def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
 
 
 def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
-    """The arguments all attention kernels share: (score, *sizes). The score's limits count from each batch row's own
-    diagonal, which kernels add."""
+    """The arguments all attention kernels share: the score, then the fields of `Sizes`. The score's limits count from
+    each batch row's own diagonal, which kernels add."""
     batches, seq_q, seq_k = score.sizes(q, k)
     first, last = score.bounds(0, 0)
     slopes, mask, softcap = score.alibi_slopes, score.mask, score.softcap
@@ -148,7 +147,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         raw=tl.constexpr(uses_raw_scores(q, score)),
         precision=tl.constexpr(input_precision(q, v)),
     )
-    return args, *Sizes(batches, q.shape[1], k.shape[1], seq_q, seq_k)
+    return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
 def new_stats(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, StatsPointers]:

@@ -13,7 +13,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..kernels import configs, hopper_backward, hopper_forward, tune
 from ..kernels.backward import StatsPointers
 from ..kernels.configs import Roles
-from ..kernels.state import Sizes
 from ..kernels.tiles import Heads
 from ..score import Score
 from .setting import Setting
@@ -88,8 +87,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Heads, lse: Tensor, rest: Tensor | None, args: tuple, row: Roles
 ) -> None:
     """Fill out, lse and its rest. `args`: those that all attention kernels share."""
-    sizes = Sizes(*args[1:])
-    programs = configs.cdiv(sizes.seq_q, row.owned) * sizes.heads * sizes.batches
+    _, batches, heads, _, seq_q, _ = args
+    programs = configs.cdiv(seq_q, row.owned) * heads * batches
     if row.persistent:
         programs = min(programs, configs.multiprocessors(q.device))
     launch(
@@ -104,8 +103,8 @@ def backward_q(
     grad_lse: Tensor | None, grad_q: Heads, rows: StatsPointers, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
     """Fill grad_q and the queries' statistics."""
-    sizes = Sizes(*args[1:])
-    programs = configs.cdiv(sizes.seq_q, row.owned) * sizes.heads * sizes.batches
+    _, batches, heads, _, seq_q, _ = args
+    programs = configs.cdiv(seq_q, row.owned) * heads * batches
     launch(
         hopper_backward.attention_backward_q_hopper, programs, row,
         descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
@@ -118,8 +117,8 @@ def backward_kv(
     grad_v: Heads, args: tuple, row: Roles,
 ) -> None:  # fmt: skip
     """Fill grad_k and grad_v. `rows`: the queries' statistics, (2 or 4, batch * heads, stride)."""
-    sizes = Sizes(*args[1:])
-    programs = configs.cdiv(sizes.seq_k, row.owned) * sizes.kv_heads * sizes.batches
+    _, batches, _, kv_heads, _, seq_k = args
+    programs = configs.cdiv(seq_k, row.owned) * kv_heads * batches
     launch(
         hopper_backward.attention_backward_kv_hopper, programs, row,
         descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),

@@ -61,17 +61,17 @@ class StatsPointers(NamedTuple):
 
 
 @triton.jit
-def load_lse(lse, rest, score, at, exists):
+def load_lse(lse, rest, score, offsets, exists):
     """(lse, rest) of queries for `recompute_weights`. lse is +inf of a fully masked row, whose weights are then 0; that
     of raw scores is in base 2. rest is in base 2; raw scores have none."""
-    lse_row = tl.load(lse + at, mask=exists, other=float("-inf"))
+    lse_row = tl.load(lse + offsets, mask=exists, other=float("-inf"))
     rest_row = lse_row
     if score.raw:
         lse_row *= LOG2E
         too_large = (tl.abs(lse_row) >= LARGEST_RAW_LSE) & (lse_row > float("-inf"))
         lse_row = tl.where(too_large, float("nan"), lse_row)  # gradients that are NaN, not wrong
     elif rest is not None:
-        rest_row = tl.load(rest + at, mask=exists, other=0.0) * LOG2E
+        rest_row = tl.load(rest + offsets, mask=exists, other=0.0) * LOG2E
     else:
         rest_row = tl.where(exists, 0.0, 0.0)  # zeros without a layout, which Gluon would ask for
     return tl.where(lse_row == float("-inf"), float("inf"), lse_row), rest_row

@@ -124,8 +124,8 @@ def produce(inputs, rings, landing, score, sizes, items, PERSISTENT: gl.constexp
             done += 1  # noqa: SIM113
     else:
         work = load_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
-        none = gl.to_tensor(0)
-        load_tiles(inputs, rings, landing, score, work, none, none, none)
+        zero = gl.to_tensor(0)
+        load_tiles(inputs, rings, landing, score, work, zero, zero, zero)
 
 
 # ------------------------------------------------------------------------------------------------ a consumer
@@ -270,8 +270,8 @@ def consume(
             done += 1  # noqa: SIM113
     else:
         work = load_work(gl.program_id(0), score, sizes, BLOCK_M, BLOCK_N)
-        none = gl.to_tensor(0)
-        attend_queries(rings, turns, outputs, score, work, none, none, ME, HEAD_DIM_V, PINGPONG)
+        zero = gl.to_tensor(0)
+        attend_queries(rings, turns, outputs, score, work, zero, zero, ME, HEAD_DIM_V, PINGPONG)
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
