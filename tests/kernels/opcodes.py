@@ -20,7 +20,7 @@ from bench import sass
 from bench.compiled import Kernel, compile_for
 from bench.gpu.kernel_hashes import fix_hashes
 from flashattn.backends import triton_hopper
-from flashattn.decode import Rotary
+from flashattn.cache import Rotary
 from flashattn.kernels import tune
 from flashattn.kernels.configs import Roles
 

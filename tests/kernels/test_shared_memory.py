@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from bench import compiled
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import plain_kernels
-from flashattn.cache import Cached
+from flashattn.cache import CacheView
 from flashattn.kernels import codegen, configs
 from flashattn.kernels.configs import PairCosts
 from flashattn.kernels.precision import WIDEST_SPLIT, input_precision
