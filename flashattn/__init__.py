@@ -1,5 +1,5 @@
 """Exact fused softmax attention and LayerNorm/RMSNorm: Triton GPU kernels, a native CPU engine and a reference,
-behind one call each. `python -m flashattn` prints what is usable here."""
+with one call for each. `python -m flashattn` prints what is usable here."""
 
 from . import flops  # noqa: F401  (which registers what the operators count as)
 from .attention import attention, attention_varlen, decode

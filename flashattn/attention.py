@@ -72,32 +72,31 @@ def attention(
         k: (batch, kv_heads, seq_k, head_dim); kv_heads divides heads, and query head h reads key/value head
             h // (heads // kv_heads).
         v: (batch, kv_heads, seq_k, head_dim_v).
-        causal: query i sees keys j <= i + seq_k - seq_q (aligned bottom-right).
-        window: (left, right): query i sees keys from i - left to i + right inclusive, counted from the same diagonal;
+        causal: query i attends to keys j <= i + seq_k - seq_q (aligned bottom-right).
+        window: (left, right): query i attends to keys i - left to i + right inclusive, from the same diagonal;
             None on a side leaves it open. With causal, right is 0.
         mask: bool, broadcastable to (batch, heads, seq_q, seq_k): True = attend. Broadcast dimensions are not expanded.
         bias: floating, broadcastable likewise, added to the scaled scores; gets a gradient.
         alibi_slopes: (heads,) or (batch, heads) float32: -slope * |i + seq_k - seq_q - j| is added to the scores. No
             gradient.
-        softcap: the scaled scores become softcap * tanh(score / softcap), before bias, slopes and masks.
+        softcap: the scaled scores become softcap * tanh(score / softcap), before bias, ALiBi and masks.
         sinks: (heads,): a learned logit that joins the softmax denominator only; gets a gradient.
         kv_lengths: (batch,) integers: keys at or past the length are masked, and never read.
         q_lengths: (batch,) integers: queries at or past the length attend to nothing.
         dropout_p: probability in [0, 1) that a weight is dropped; those kept are divided by 1 - dropout_p.
         seed: int, or an int64 tensor of one element on q's device. The same seed drops the same weights on every
             backend, forward and backward; None draws one from PyTorch's generator.
-        score_mod: (score, batch, head, q_idx, kv_idx) -> score, of FlexAttention: a function of one score, behind bias
-            and slopes and before masks. Tensors that it captures get gradients.
-        block_mask: of `torch.nn.attention.flex_attention.create_block_mask`; its blocks without a pair that attends are
-            never looked at.
+        score_mod: (score, batch, head, q_idx, kv_idx) -> score, of FlexAttention: a function of one score, after bias
+            and ALiBi, before masks. Tensors that it captures get gradients.
+        block_mask: of `torch.nn.attention.flex_attention.create_block_mask`; its empty blocks are skipped.
         scale: multiplies q.k; head_dim ** -0.5 by default.
         return_lse: also return the logarithm of each softmax denominator.
         return_aux: a `flashattn.AuxRequest`: also return what it asks for, as a `flashattn.AuxOutput`.
 
     Returns:
         out (batch, heads, seq_q, head_dim_v) in q's dtype; with `return_lse` (out, lse), lse (batch, heads, seq_q)
-        float32, natural logarithm; with `return_aux` (out, aux). Gradients flow through out and lse. A query with
-        nothing to attend to gives out 0, lse -inf and gradient 0.
+        float32, natural logarithm; with `return_aux` (out, aux). Gradients flow through out and lse. A fully
+        masked row gives out 0, lse -inf and gradient 0.
 
     Under autocast q, k, v and bias are cast to its dtype, as PyTorch's own attention does.
 
@@ -110,16 +109,16 @@ def attention(
     Weights sum to one however large the scores are, with -1e9 or the least float as a mask too. On a GPU, where nothing
     but scale and masks changes the scores of 16-bit tensors, results are NaN beyond 4e7, and gradients beyond 4e4.
 
-    On a GPU nothing waits for it, and a CUDA graph can capture it, forward and backward, after a first call, which
-    compiles: with tensors that are all on the GPU, lengths too. In a replay an int for a seed drops the same weights
-    again, None others. Gradients of what a score_mod captured cannot be captured, nor without the triton backend
-    (float64, a head_dim over 256) callables and packed sequences: a ValueError says so.
+    A call never synchronises with the GPU, and a CUDA graph can capture it, forward and backward, after a first call,
+    which compiles; all tensors, lengths too, must be on the GPU. In a replay an int for a seed drops the same weights
+    again, None others. The gradients of tensors that a score_mod captured cannot be captured in a CUDA graph, nor can
+    callables and packed sequences without the triton backend (float64, a head_dim over 256): a ValueError says so.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything runs.
-        IndexError: where a pair that attends points outside of what a score_mod captured (on a GPU, which cannot raise,
-            a floating tensor reads as NaN there and others as 0).
-        NotImplementedError: in forward mode (`torch.func.jvp`, dual tensors), whose derivatives are not there.
+        IndexError: if a pair that attends indexes a captured tensor outside of its bounds (a GPU cannot raise: there a
+            floating tensor reads as NaN and others as 0).
+        NotImplementedError: in forward mode (`torch.func.jvp`, dual tensors), which is not implemented.
 
     >>> import torch, flashattn
     >>> q = k = v = torch.ones(1, 8, 5, 64)
@@ -183,15 +182,15 @@ def attention_varlen(
     return_lse: bool = False,
     **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of sequences of different lengths, packed one behind the other without padding.
+    """`attention` of sequences of different lengths, concatenated without padding.
 
     Args:
         q: (total_q, heads, head_dim): the queries of sequence b are rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1].
         k: (total_k, kv_heads, head_dim), likewise by cu_seqlens_k.
         v: (total_k, kv_heads, head_dim_v).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, from 0, never falling. A sequence may be empty.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None finds it (on a GPU that waits for it;
-            in a CUDA graph it must be given).
+        max_seqlen_q, max_seqlen_k: an upper bound of the lengths; computed if None, which synchronises on a GPU (in a
+            CUDA graph it must be given).
         mask, bias: broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), by positions inside a sequence.
         dropout_p, seed: a weight is dropped where `attention` on a padded batch drops it.
 
@@ -275,10 +274,10 @@ def decode(
     return_lse: bool = False,
     **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step of generation: append new keys and values to the cache, in place, and attend to all of it.
+    """A decode step: append new keys and values to the cache, in place, and attend to all of it.
 
-    The first call, of whole prompts, is a step like any other. It is inference only: no dropout, no gradients. On a GPU
-    nothing waits for it, but for a q_lengths that lies there.
+    The first call, with whole prompts, is a step like any other (prefill). Inference only: no dropout, no gradients. A
+    step synchronises with the GPU only to read a q_lengths that is on it.
 
     Args:
         q: (batch, heads, seq_q, head_dim), in the cache's dtype and on its device. Under autocast q, k and v are cast
@@ -287,14 +286,14 @@ def decode(
         k: (batch, kv_heads, seq_q, head_dim) new keys; None appends nothing.
         v: (batch, kv_heads, seq_q, head_dim_v) new values.
         rotary: rotates q and k by their positions, counted from the beginning of each sequence.
-        causal: a new token sees those before it and itself; False: all.
-        q_lengths: (batch,) int: how many of the new tokens of a row exist, where rows differ; the others are not
-            appended, and give out 0 and lse -inf. Best on the CPU, where reading it waits for nothing.
+        causal: a new token attends to itself and those before it; False: to all.
+        q_lengths: (batch,) int: the number of new tokens of each row, where rows differ; the others are not appended,
+            and give out 0 and lse -inf. Pass it on the CPU to avoid a synchronisation.
         mask, bias: broadcastable to (batch, heads, seq_q, seq_k), seq_k the longest length after appending.
 
-    A graph of `torch.compile` moves the cache on when it runs, whatever its lengths and pages are then; a cache's own
-    methods, but for `select`, are for outside of it. A step that breaks off, for want of memory or by an interrupt,
-    leaves the cache's lengths as they were.
+    A graph of `torch.compile` advances the cache when it runs, with the lengths and pages of that time; except for
+    `select`, a cache's own methods cannot be called inside a graph. A step that fails, out of memory or by an
+    interrupt, leaves the cache's lengths as they were.
 
     window, alibi_slopes, softcap, sinks and scale are those of `attention`; the diagonal ends at the last new token and
     the last key of each sequence.
@@ -306,7 +305,7 @@ def decode(
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written; a cache without room is one of them, and
-            one in the capture of a CUDA graph: its lengths are Python's numbers, which a replay would not move on.
+            one in the capture of a CUDA graph: its lengths are Python's numbers, which a replay would not advance.
             `flashattn.compat.flash_attn.flash_attn_with_kvcache` can be captured.
 
     >>> import torch, flashattn

@@ -1,4 +1,4 @@
-"""PyTorch's autocast. Our calls reach their kernels past its lists, so each does here what its counterpart's list says:
+"""PyTorch's autocast. Our calls bypass its lists of operators, so each casts here as its counterpart's list says:
 attention runs in autocast's dtype, on the CPU too; norms in float32, but on the CPU, where they are on no list."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def norm_inputs(x, *others) -> tuple:
 
 
 def cast(dtype: torch.dtype, first: Tensor, *others) -> tuple:
-    """In dtype, but what is not floating, is float64 or lies on another device: autocast leaves these as they are."""
+    """All in dtype, except tensors that are not floating, are float64 or on another device: autocast leaves these."""
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         and x.device.type == first.device.type else x

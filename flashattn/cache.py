@@ -43,7 +43,7 @@ _caches: weakref.WeakValueDictionary[int, NumberedCache] = weakref.WeakValueDict
 
 
 class NumberedCache:
-    """A cache that a graph can name, by a tensor: what it knows of its tokens is not for graphs to see."""
+    """A cache that a graph can name, by the number in a tensor: its lengths and pages are Python's."""
 
     def __init__(self):
         refuse_in_graph("made")

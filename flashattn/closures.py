@@ -27,12 +27,12 @@ class Identity:
 
 
 class UnknownError(Exception):
-    """It cannot be told what a value depends on: a module, a list and an object may change behind its name."""
+    """A value may depend on things that cannot be compared: a module, a list or an object can change in place."""
 
 
 class Closure:
-    """`key` is equal for two calls of a function, or of another of the same code, in which it sees the same values;
-    None where that cannot be told. `tensors`: those it sees."""
+    """`key` is equal for two calls of a function, or of another with the same code, in which it reads the same values;
+    None where that cannot be determined. `tensors`: those it reads."""
 
     def __init__(self, function: Callable):
         self.tensors: list[Tensor] = []
@@ -86,7 +86,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 @functools.lru_cache
 def _looks_up_more(code: types.CodeType) -> bool:
-    """Whether code, or a function inside it, sees more than its names say: what it imports, and globals by a call."""
+    """Whether code, or a function inside it, reads more than its names say: imports, and globals through a call."""
     if {"globals", "vars", "eval", "exec", "__import__"} & set(code.co_names):
         return True
     if any(instruction.opname.startswith("IMPORT_") for instruction in dis.get_instructions(code)):

@@ -1,5 +1,5 @@
-"""A traced callable as text and back: what an operator takes and a compiled graph holds, one that is kept on disk for
-another process too."""
+"""A traced callable as text and back: operators take it so, and compiled graphs hold it so, also on disk for another
+process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import mod_graph
 
 
 def write(graph: fx.Graph, arguments: int) -> str:
-    """Operation by operation, with the dtypes that they give; of the tensors that come behind the arguments dtype and
+    """Operation by operation, with their result dtypes; of the tensors that come after the arguments dtype and
     dimensions. Two callables of one text are one callable."""
     nodes = [node for node in graph.nodes if node.op != "output"]
     captured = [node.meta["val"] for node in nodes if node.op == "placeholder"][arguments:]
@@ -33,7 +33,7 @@ def write(graph: fx.Graph, arguments: int) -> str:
 
 @functools.lru_cache(maxsize=256)
 def read(text: str) -> fx.GraphModule:
-    """The graph of a text; the same for the same text, so that what is generated from it is found again."""
+    """The graph of a text; the same object for the same text, so that its generated kernel is found again."""
     written = json.loads(text)
     graph = fx.Graph()
     nodes = [graph.placeholder(f"argument_{number}") for number in range(written["arguments"])]

@@ -2,7 +2,7 @@
 
 Dynamo traces them beside PyTorch's own FlexAttention, to one graph module each and the tensors that they captured, and
 asks for this by the operator's name. So `mods_in_graph` bears that name. Whenever what Dynamo wrote down runs, it calls
-the plain operator in its place, with each graph module as text: what is compiled further holds no callables.
+the plain operator in its place, with each graph module as text: later compilation stages hold no callables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 from . import mod_graph, mod_text, score_mod
 
 ANY_SIZES = 1024, 1000  # for a dimension whose size is a symbol: what is traced must be the same for both
-KINDS = Tensor, torch.SymInt, torch.SymFloat  # of what a graph takes; other numbers are written into it
+KINDS = Tensor, torch.SymInt, torch.SymFloat  # of a graph's inputs; other numbers are written into it
 
 
 class ModsInGraph(HigherOrderOperator):
@@ -28,7 +28,7 @@ class ModsInGraph(HigherOrderOperator):
         self, number, operator, has_mod, mod, operands_and_mask, has_mask, _, captured, mask_captured
     ):  # fmt: skip
         """FlexAttention's query, key, value, score_mod, block_mask, scale, kernel_options, and what the callables
-        captured. Dynamo hands on as it is what is no callable."""
+        captured. Dynamo passes other arguments through."""
         *operands, mask = operands_and_mask
         text, captured = lower("score_mod", mod, 1, captured, operands[0]) if has_mod else (None, [])
         mask_text, mask_captured = (

@@ -117,7 +117,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: its constructor, arguments, state dict and masks (True = masked, in both).
 
     Without `need_weights` nothing of size (seq_q, seq_k) is made, and masks are not expanded. With it the weights are,
-    by PyTorch's own operations, and after dropout, as there. A query with nothing to attend to gives zeros, not NaN,
+    by PyTorch's own operations, and after dropout, as there. A fully masked row gives zeros, not NaN,
     before the output projection. In a `torch.nn.TransformerEncoderLayer` it computes in evaluation too, where PyTorch's
     own module would not be called. Nested inputs (batch, seq, embed_dim) are taken without masks and
     need_weights.
@@ -158,7 +158,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if x is not None and x.dtype != torch.bool and not x.is_floating_point():
                 raise TypeError(f"{name} must be bool (True = masked) or floating (added to the scores), got {x.dtype}")
         batched = query.dim() == 3
-        first = 0 if self.batch_first and batched else 1  # where the batch stands
+        first = 0 if self.batch_first and batched else 1  # the batch dimension
         if not batched:
             query, key, value = query[:, None], key[:, None], value[:, None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]

@@ -44,7 +44,7 @@ class Traced(NamedTuple):
 
     graph: fx.GraphModule  # its arguments may be tensors that broadcast, too
     captured: tuple[Tensor, ...]
-    before: fx.GraphModule | None = None  # computes from what was captured what the graph takes instead
+    before: fx.GraphModule | None = None  # computes, from the captured tensors, those that the graph takes instead
 
     @property
     def indexes(self) -> bool:
@@ -56,7 +56,7 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     """Trace a callable that takes `scores` (1 or 0) scores and four positions.
 
     Raises:
-        TypeError: for what is not a function of one score: control flow on it, reductions, mutation.
+        TypeError: if it is not a function of one score: control flow on it, reductions, mutation.
     """
     closure = Closure(function)
     key = None if closure.key is None else (closure.key, scores)
@@ -106,8 +106,8 @@ class ListsRead(TorchFunctionMode):
 
 
 def in_clean_thread(function: Callable, *args):
-    """The function's result, from a thread with no modes and with every dispatch key: who asks may be in the middle of
-    PyTorch's own tracing, or in an operator, below autograd."""
+    """The function's result, from a thread with no modes and with every dispatch key: the caller may be in PyTorch's
+    own tracing, or in an operator, below autograd."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result()
 
@@ -120,7 +120,7 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
 
 
 def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tuple[torch.dtype, list[int]]]) -> Traced:
-    """What a callable became elsewhere; behind its arguments it takes what it captured, of these dtypes and sizes."""
+    """Trace a graph made elsewhere; after its arguments it takes captured tensors of these dtypes and sizes."""
     captured = [torch.zeros((), dtype=dtype, device="cpu").expand(shape) for dtype, shape in shapes]
     module = _make_fx(name, graph, [*example_scalars(scores), *captured], "fake")
     if any(node.op == "get_attr" for node in module.graph.nodes):
@@ -257,7 +257,7 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
 
 
 def _block_size(size: int, seq: int) -> int:
-    """A block larger than the sequence is made smaller: memory is taken for what its blocks cover."""
+    """A block larger than the sequence is made smaller: memory is allocated for all that the blocks cover."""
     enough = 128
     while enough < seq and enough < size:  # each a guard of a graph, which serves other lengths up to the next power
         enough *= 2

@@ -61,7 +61,7 @@ def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """Of statistics, and of what is accumulated: float32, of float64 tensors float64."""
+    """The dtype of statistics and accumulators: float32, for float64 tensors float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
