@@ -1,4 +1,4 @@
-"""python -m bench ptx: run a kernel on the PTX machine, check its result, show what it did."""
+"""python -m bench ptx: runs a kernel on the PTX machine, checks its result and prints its counts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SHAPES = {
 DIMENSIONS = {"attention": "BATCH,HEADS,SEQ,HEAD_DIM", "norm": "ROWS,COLS", "decode": "BATCH,HEADS,CACHED,HEAD_DIM",
               "precision": "BATCH,HEADS,SEQ,HEAD_DIM"}  # fmt: skip
 DESCRIPTION = """\
-Compiles a kernel for a GPU, runs what the compiler made of it on this machine's CPU, compares the result with float64
-and prints what a profiler would count: instructions by pipe, global sectors, shared wavefronts and bank conflicts,
-tensor FLOPs, and what they take at least on that GPU. It models results, order and counts; no time, no caches. A
-kernel that reads outside a tensor, races, or reads a copy before its wait stops with the block, thread, PTX line and
-Python line.
+Compiles a kernel for a GPU, executes the PTX on this machine's CPU, compares the result with float64 and prints what a
+profiler would count: instructions by pipe, global sectors, shared wavefronts and bank conflicts, tensor FLOPs, and
+lower bounds on the time on that GPU. It models results, memory ordering and counts; no time, no caches. A kernel that
+reads outside of a tensor, races, or reads a copy before its wait stops with the block, thread, PTX line and Python
+line.
 
   python -m bench ptx attention --arch sm_90 --shape 1,2,256,64 --backward --lines
   python -m bench ptx precision --arch sm_90 (errors of float32 by torch.set_float32_matmul_precision)
@@ -41,7 +41,7 @@ Python line.
 
 def add_parser(commands) -> None:
     command = commands.add_parser(
-        "ptx", help="compiled kernels executed and counted without a GPU", description=DESCRIPTION,
+        "ptx", help="execute compiled kernels and count, without a GPU", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     command.add_argument("what", help="attention, norm, decode, precision or file.py:function")
@@ -71,13 +71,13 @@ def parse_numbers(text: str, what: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise UsageError(f"{what} takes whole numbers from 1 on, separated by commas, got {text!r}")
+        raise UsageError(f"{what} takes positive integers separated by commas, got {text!r}")
     return found
 
 
 def parse_shape(args) -> tuple[int, ...]:
     if args.arguments:
-        raise UsageError(f"{args.what} takes options, no arguments: got {args.arguments[0]!r}")
+        raise UsageError(f"{args.what} takes options, not arguments: got {args.arguments[0]!r}")
     shape = parse_numbers(args.shape, "--shape") if args.shape else SHAPES[args.what]
     if len(shape) != len(SHAPES[args.what]):
         raise UsageError(f"--shape of {args.what} takes {DIMENSIONS[args.what]}, got {args.shape!r}")
@@ -87,7 +87,7 @@ def parse_shape(args) -> tuple[int, ...]:
 
 
 def make_work(args) -> launches.Work | None:
-    """The project's call that `args` name, None for a kernel of a file."""
+    """The call of this project that `args` name; None for a kernel in a file."""
     if args.what not in SHAPES:
         return None
     shape = parse_shape(args)
@@ -100,14 +100,14 @@ def make_work(args) -> launches.Work | None:
 
 
 def make_call(args):
-    """What a kernel of a file runs."""
+    """The launch of a kernel in a file."""
     if ":" not in args.what:
         raise UsageError(f"takes {', '.join(SHAPES)} or file.py:function, got {args.what!r}")
     return named_kernel.make_launch(args.what, args.arguments, parse_numbers(args.grid, "--grid"))
 
 
 def run(args) -> int:
-    """0: ran and, where there is a truth, is right; 1: wrong, or a fault."""
+    """Returns 0 if the result is right, or not checked, and 1 if it is wrong."""
     console = make_console(200)
     if args.what == "precision":
         return precision.run(parse_shape(args), args.arch, console)
@@ -141,8 +141,8 @@ def run(args) -> int:
 
 
 def print_errors(console, work: launches.Work, results: dict) -> bool:
-    """Largest errors against float64. Wrong is more than twice what PyTorch's operations make in the same dtype, and a
-    unit in the last place."""
+    """Prints the largest errors against float64; returns whether all are at most twice that of PyTorch's operations in
+    the same dtype plus one unit in the last place."""
     with flashattn.use_backend("reference"):
         truth, theirs = work.truth(), work.run()
     correct = True

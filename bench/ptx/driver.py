@@ -1,4 +1,4 @@
-"""A Triton driver whose GPU is the PTX machine: under `with device("sm_80"):` launches on CPU tensors run there."""
+"""A Triton driver for the PTX machine: within `with device("sm_80"):` it executes launches on CPU tensors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .frontend.program import Program
 from .machine.counts import Counts, Launch
 from .machine.execute import MAX_INSTRUCTIONS, execute
 from .memory.tensor_maps import encode_map
-from .memory.tensors import TensorExtent, make_extent, storage_tensor
+from .memory.tensors import TensorExtent, make_extent, unwrap_tensor
 from .memory.uninitialised import UninitialisedMemory
 from .rates import bounds, find_gpu
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
-# From Triton 3.8 on it takes a third argument, which it does not use.
+# Since Triton 3.8 it takes a third argument, which it does not use.
 UNUSED = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters) - 2)
 
 
@@ -45,15 +45,15 @@ UNUSED = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters
 def device(
     architecture: str, *, max_instructions: int = MAX_INSTRUCTIONS, on_fault: str | Mapping[str, str] = ()
 ) -> Iterator[Device]:
-    """Within the block every Triton kernel that is launched on CPU tensors is compiled for `architecture` ("sm_80",
-    "sm_90" …) and executed by the PTX machine. `launches` of what it gives is the list of what ran, with its counts.
+    """Within the context every Triton kernel that is launched on CPU tensors is compiled for `architecture` ("sm_80",
+    "sm_90" …) and executed by the PTX machine. The device's `launches` lists what ran, with its counts.
 
-    Raises `Fault` where a kernel does what a GPU would punish or would let pass unseen: the kernel, tensor, element,
-    block, thread, PTX line and Python line are in it. on_fault: "raise", "note" (keep it in `notes` of what this gives,
-    and go on) or "ignore", for all kinds of `ptx.CHOICES` or {kind: choice}; left out, those of `ptx.CHOICES`. What no
-    kernel can go on after is always raised. max_instructions: of one warp, past it a kernel counts as endless.
+    Raises `Fault` at an error that would stop a GPU, or pass unnoticed on it; it names the kernel, tensor, element,
+    block, thread, PTX line and Python line. on_fault: "raise", "note" (keep it in the device's `notes` and go on) or
+    "ignore", for all kinds of `ptx.CHOICES` or as {kind: choice}; the default is `ptx.CHOICES`. Faults after which a
+    kernel cannot go on are always raised. max_instructions: of one warp, more count as an endless loop.
 
-    It models results, order and counts. It models no time, no caches and no occupancy.
+    It models results, memory ordering and counts. It does not model time, caches or occupancy.
 
     >>> import torch, triton, triton.language as tl
     >>> from bench import ptx
@@ -70,7 +70,7 @@ def device(
 
 
 class Device(NoDriver, GPUDriver):
-    """What Triton asks of a driver."""
+    """The interface of a Triton driver."""
 
     def __init__(self, architecture: str, max_instructions: int, on_fault: str | Mapping[str, str]):
         NoDriver.__init__(self, architecture)
@@ -81,11 +81,11 @@ class Device(NoDriver, GPUDriver):
 
     @property
     def notes(self) -> list[Fault]:
-        """The faults that were let pass: the first of each kind, kernel, instruction and tensor."""
+        """The faults that were noted: the first of each kind, kernel, instruction and tensor."""
         return self.judge.notes
 
     def show(self, lines: bool = False) -> None:
-        """Print what the launches did; lines: with the counts of each line of Python."""
+        """Prints the counts of the launches. lines: also for each line of Python."""
         console = make_console(200)
         for launch in self.launches:
             report.print_launch(console, launch)
@@ -102,7 +102,7 @@ class Device(NoDriver, GPUDriver):
         return nvidia.ty_to_cpp(ty)
 
     def get_benchmarker(self):
-        """For autotuning: runs the kernel once, and takes its bound for its time."""
+        """For autotuning: runs the kernel once and returns its lower bound as its time."""
 
         def once(call, *, quantiles, **_):
             before = len(self.launches)
@@ -113,8 +113,8 @@ class Device(NoDriver, GPUDriver):
         return once
 
     def get_device_properties(self, number: int) -> dict[str, int]:
-        """Of the GPU, but for its multiprocessors: a kernel that launches a block for each has one block here. Clocks
-        are in kHz; the memory's and its bus are such that they make its bandwidth."""
+        """Those of the GPU, but with one multiprocessor, so that persistent kernels launch one block. Clocks are in
+        kHz; memory clock and bus width give the bandwidth."""
         gpu, bus = find_gpu(self.architecture), 4096  # bits
         return {
             "max_shared_mem": SHARED_MEMORY[self.architecture], "warpSize": 32, "multiprocessor_count": 1,
@@ -123,32 +123,32 @@ class Device(NoDriver, GPUDriver):
         }  # fmt: skip
 
     def load_binary(self, name: str, binary: bytes, shared: int, number: int) -> tuple:
-        """(module, function, registers of a thread, spills, most threads of a block). The assembler never ran: a thread
-        counts as having all registers that it may have."""
+        """(module, function, registers of a thread, spills, maximum threads of a block). The assembler has not run: a
+        thread counts as using all registers that it may use."""
         return name, name, bound_registers(binary.decode(), MULTIPROCESSOR[self.architecture].registers), 0, 1024
 
     def fill_tma_descriptor_tiled(self, base, swizzle, itemsize, element, box, sizes, strides, fill) -> np.ndarray:
-        """The numbers of element types differ between the CUDA driver and PTX."""
+        """The CUDA driver and PTX number the element types differently."""
         element = {8: 9, 9: 10, 10: 8}.get(element, element)
         return np.frombuffer(encode_map(base, element, sizes, strides, box, swizzle, fill), np.uint8)
 
     fill_tma_descriptor = fill_tma_descriptor_tiled  # its name in Triton 3.6
 
     def allocate(self, size: int, align: int) -> torch.Tensor:
-        """Workspace that a kernel asks for."""
+        """Workspace for a kernel."""
         memory = torch.empty(size + align, dtype=torch.uint8)
         return memory[-memory.data_ptr() % align :][:size]
 
 
 def bound_registers(ptx: str, registers: int) -> int:
-    """That a thread of a kernel may have, of those of a multiprocessor."""
+    """The registers that a thread may use, given those of a multiprocessor."""
     threads, bound = (re.search(rf"\.{name}\s+(\d+)", ptx) for name in ("reqntid", "maxnreg"))
     share = registers // int(threads.group(1)) // 8 * 8 if threads else 255
     return min(255, share, int(bound.group(1)) if bound else 255)
 
 
 class Argument(NamedTuple):
-    """What a parameter of a compiled kernel takes, and the tensor whose memory it gives access to."""
+    """The value of a parameter of a compiled kernel, and the tensor that it gives access to."""
 
     name: str
     value: object
@@ -156,7 +156,7 @@ class Argument(NamedTuple):
 
 
 class Launcher:
-    """What a compiled kernel calls to launch: the arguments become the bytes of the kernel's parameters."""
+    """Launches a compiled kernel: encodes its arguments as the bytes of its parameters."""
 
     def __init__(self, src, metadata):
         if getattr(metadata, "num_ctas", 1) != 1:
@@ -189,7 +189,7 @@ class Launcher:
             leave(launch_metadata)
 
     def flatten(self, args: tuple) -> list[Argument]:
-        """What the parameters of the compiled kernel take, in their order."""
+        """The arguments in the order of the compiled kernel's parameters."""
         found: list[Argument] = []
         descriptors = iter(self.descriptors or [])
 
@@ -200,10 +200,10 @@ class Launcher:
                     visit(f"{name}.{field}", k, v)
             elif kind.startswith("tensordesc"):
                 first, *rest = nvidia.make_tensordesc_arg(value, next(descriptors, None), *UNUSED)
-                found.append(Argument(name, first, storage_tensor(value.base)))
+                found.append(Argument(name, first, unwrap_tensor(value.base)))
                 found.extend(Argument(name, x) for x in rest)
             elif kind != "constexpr":
-                found.append(Argument(name, value, storage_tensor(value)))
+                found.append(Argument(name, value, unwrap_tensor(value)))
 
         for (name, kind), value in zip(self.signature.items(), args, strict=True):
             visit(name, kind, value)
@@ -211,7 +211,7 @@ class Launcher:
 
 
 def find_extents(program: Program, arguments: list[Argument]) -> list[TensorExtent]:
-    """Of the tensors among them; they must lie in the CPU's memory."""
+    """The extents of the tensors among the arguments, which must be CPU tensors."""
     found = []
     for param, (name, _, tensor) in zip(program.function.params, arguments, strict=False):
         if tensor is None:
@@ -242,14 +242,14 @@ def encode_param(kind: str, size: int, value) -> bytes:
         return value.data_ptr().to_bytes(8, "little")
     if kind in ("f32", "f64"):
         return struct.pack("<f" if kind == "f32" else "<d", float(value))
-    if isinstance(value, float):  # a float16 or bfloat16 scalar comes as bits of a wider parameter
+    if isinstance(value, float):  # a float16 or bfloat16 scalar is the bits of a wider parameter
         return struct.pack("<f", value)[:size] if size == 4 else struct.pack("<e", value)
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
 
 
 def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, judge: Judge | None = None) -> Counts:
-    """Runs the first kernel of a PTX text on CPU tensors, whole numbers and floats, one for each parameter. judge: what
-    is done with faults, as `on_fault` of `device` says.
+    """Runs the first kernel of a PTX text on CPU tensors, integers and floats, one for each parameter. judge: handles
+    faults, as `on_fault` of `device` does.
 
     >>> import torch
     >>> out = torch.zeros(32, dtype=torch.int32)
@@ -266,7 +266,7 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, 
     """
     module = parse(text)
     program = Program(next(iter(module.kernels.values())), module)
-    tensors = find_extents(program, [Argument(f"argument {i}", x, storage_tensor(x)) for i, x in enumerate(args)])
+    tensors = find_extents(program, [Argument(f"argument {i}", x, unwrap_tensor(x)) for i, x in enumerate(args)])
     return execute(
         program,
         (*grid, 1, 1)[:3],
@@ -278,9 +278,9 @@ def run_text(text: str, *args, grid: tuple[int, ...] = (1,), threads: int = 32, 
     )
 
 
-@functools.lru_cache(maxsize=16)  # a large kernel takes some 20 MB
+@functools.lru_cache(maxsize=16)  # a large program takes some 20 MB
 def load_program(hash: str, name: str, shared: int) -> Program:
-    """The program of a compiled kernel: Triton keeps the PTX beside the binary in its cache."""
+    """The program of a compiled kernel, whose PTX is beside the binary in Triton's cache."""
     group = get_cache_manager(hash).get_group(f"{name}.json")
     text = Path(next(path for file, path in group.items() if file.endswith(".ptx"))).read_text()
     module = parse(text, find_local_file)
@@ -288,7 +288,7 @@ def load_program(hash: str, name: str, shared: int) -> Program:
 
 
 def find_local_file(path: str) -> str:
-    """The file of this process: a kernel may have been compiled, and kept, for the same source in another place."""
+    """The file in this process: a cached kernel may come from the same source in another directory."""
     tail = os.sep + os.sep.join(Path(path).parts[-2:])
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)

@@ -1,4 +1,4 @@
-"""What the machine refuses, where it happened, and what the caller wants to be done about it."""
+"""Faults of a kernel, and what is done about each kind."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from .frontend.syntax import Instruction
 
 RAISE, NOTE, IGNORE = "raise", "note", "ignore"
-# The kinds that a launch can go on after, with what is done where the caller says nothing. What is noted by default may
-# be right on a GPU: slow, or with last bits that are a matter of chance; and what nothing wrote of a box that a bulk
-# copy brings, a kernel need not use.
+# The kinds of fault after which a launch can go on, with the default choice. What is noted by default may be right on a
+# GPU: slow, or with last bits that vary; and a kernel may not use the uninitialised part of a box that a bulk copy
+# brings.
 CHOICES = {
     "out of bounds": RAISE, "out of view": RAISE, "uninitialised": RAISE, "pending copy": RAISE, "race": RAISE,
     "global race": RAISE, "pending wgmma": NOTE, "last bits": NOTE, "uninitialised copy": NOTE,
@@ -17,11 +17,11 @@ CHOICES = {
 
 
 class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
-    """A kernel did what a GPU would punish, or would let pass unseen.
+    """An error of a kernel that would stop a GPU, or pass unnoticed on it.
 
     kind: one of CHOICES, or "misaligned", "barrier", "endless", "assert", "unknown instruction" or "unsupported".
-    kernel, block, thread, tensor, element (the index of the first element that is concerned) and instruction say where,
-    as far as they are known.
+    kernel, block, thread, tensor, element (the index of the first element concerned) and instruction say where, as far
+    as known.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Fault(RuntimeError):  # noqa: N818  (it is the kernel's, not ours)
         block: tuple[int, int, int] | None = None,
         thread: int | None = None,
         tensor: str | None = None,
-        other: Instruction | None = None,  # what it clashes with
+        other: Instruction | None = None,  # the conflicting one
         kernel: str | None = None,
         element: tuple[int, ...] | None = None,
     ):
@@ -55,10 +55,10 @@ def format_instruction(instruction: Instruction) -> list[str]:
 
 
 class Judge:
-    """Raises faults, notes them or lets them pass, by their kinds."""
+    """Raises, notes or ignores faults, by their kinds."""
 
     def __init__(self, on_fault: str | Mapping[str, str] = ()):
-        """on_fault: what is done with each kind of CHOICES, or with all of them."""
+        """on_fault: the choice for each kind of CHOICES, or for all of them."""
         given = dict.fromkeys(CHOICES, on_fault) if isinstance(on_fault, str) else dict(on_fault)
         for kind, choice in given.items():
             if kind not in CHOICES:

@@ -1,12 +1,12 @@
-"""Bytes that a norm moves over the bytes it needs, from what the machine counted.
+"""Bytes that a norm moves relative to the bytes that it needs, from the machine's counts.
 
 needed: x, y, hidden, their gradients and residuals, each once.
-rows: the same as they were moved. They are larger than a cache, so what the warps ask for counts, each time they ask,
-    in whole sectors. rows / needed is 1 where no row is read twice.
-rest: parameters, their gradients, mean, rstd: many programs read them, out of the L2. Each sector once.
+rows: the traffic of the same tensors. They exceed a cache, so every request of the warps counts, in whole sectors.
+    rows / needed is 1 if no row is read twice.
+rest: parameters, their gradients, mean, rstd: many programs read them, from the L2. Each sector counts once.
 sums: partial sums of the parameters' gradients, written and read once: programs * width * 8 bytes for each parameter.
-    There are as many programs as fill the card, whatever the rows are, so their share falls as the rows grow. They come
-    back out of the L2 where it is large enough.
+    The number of programs fills the GPU whatever the number of rows, so their share falls with more rows. They are read
+    from the L2 if it is large enough.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PassBytes(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Over what is needed."""
+        """Relative to the bytes needed."""
         return self.rows / self.needed
 
     @property
@@ -37,7 +37,7 @@ class PassBytes(NamedTuple):
 
 
 def count_norm_bytes(launches: Iterable[Launch]) -> dict[str, PassBytes]:
-    """Of "forward" and "backward", as far as they are among the launches."""
+    """By pass, "forward" or "backward", as far as the launches include it."""
     found: dict[str, list[Launch]] = {}
     for launch in launches:
         found.setdefault("forward" if launch.kernel == "norm_forward" else "backward", []).append(launch)

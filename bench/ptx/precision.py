@@ -1,4 +1,4 @@
-"""python -m bench ptx precision: float32's errors against float64 by each setting of its products."""
+"""python -m bench ptx precision: errors of float32 against float64 for each precision of its matrix products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = ("highest", "high", "medium")  # of torch.set_float32_matmul_precisio
 
 
 def measure_errors(shape: tuple[int, ...], architecture: str, setting: str) -> dict[str, float]:
-    """The largest of each result: attention, its gradients, and a token decoded against a cache of as many."""
+    """The largest error of each result: attention, its gradients, and one decode step on a cache of that length."""
     found = {}
     calls = {"": launches.attention(shape, torch.float32, backward=True)}
     calls["decode"] = launches.decode(shape, torch.float32)

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, and what a launch therefore takes at least.
+"""Peak rates of GPUs, and the lower bounds on a launch's time that follow.
 
 The rates of a multiprocessor (SM) are warp instructions or bytes a clock. NVIDIA, "CUDA C++ Programming Guide", table
 "Throughput of Native Arithmetic Instructions" (results a clock of an SM, divided by 32 lanes). Tensor rates, clocks,
@@ -27,7 +27,7 @@ class Gpu(NamedTuple):
     bandwidth: float  # GB/s
 
 
-# By what ptx.device takes. sm_100 is there for the compiled report's readers: the machine does not run it.
+# By architecture. sm_100 is for readers of the compiled report: the machine does not execute it.
 GPUS = {
     "sm_80": Gpu("A100 SXM 80 GB", 108, 1.41, 4, 2, 2, 0.5, 1,
                  {"f16": 312, "bf16": 312, "tf32": 156, "f64": 19.5, "s8": 624, "u8": 624}, 2039),
@@ -41,12 +41,12 @@ GPUS = {
                   {"f16": 2250, "bf16": 2250, "tf32": 1120, "f64": 37, "e4m3": 4500, "e5m2": 4500, "s8": 4500,
                    "u8": 4500}, 8000),
 }  # fmt: skip
-# Architectures of the same family, for which the rates of one stand.
+# Architectures of the same family, whose rates are used.
 SAME_RATES = {"sm_86": "sm_89", "sm_87": "sm_80"}
 
 
 class Bound(NamedTuple):
-    """A limit: what it is of, how much work there is, and the least microseconds it takes."""
+    """A lower bound: of which resource, for how much work, in microseconds."""
 
     name: str
     work: str
@@ -54,12 +54,12 @@ class Bound(NamedTuple):
 
 
 def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
-    """What the launch takes at least, by each of the limits, the longest first.
+    """The lower bounds on the time of a launch by each resource, the longest first.
 
-    Work inside an SM is that of the fullest one if the blocks are dealt out evenly: a launch of one block cannot use
-    two. Memory: the bytes that must move at least once. Nothing here knows of latencies: a real launch takes longer.
-    The instructions are those of PTX, of which the assembler makes fewer or more: moves, which it mostly erases, are
-    left out.
+    Work inside an SM is that of the fullest one if the blocks are distributed evenly: a launch of one block cannot use
+    two. Memory: the bytes that must move at least once. Latencies are not modelled: a real launch takes longer. The
+    instructions are those of PTX, from which the assembler makes fewer or more; moves, which it mostly removes, do not
+    count.
     """
     gpu = find_gpu(architecture)
     share = -(-blocks // gpu.sms) / max(blocks, 1)  # of all work, on the fullest SM

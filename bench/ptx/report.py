@@ -1,4 +1,4 @@
-"""What launches did, for people: the table of a launch, its bounds, the Python source with counts beside each line."""
+"""Reports of launches: a table of counts, lower bounds, and the Python source with the counts of each line."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .frontend.syntax import Location
 from .machine.counts import PIPES, Counts, Launch, find_pipe
 from .rates import bounds, find_gpu
 
-TRITON = "/triton/language/"  # the library's own functions, whatever environment compiled them
+TRITON = "/triton/language/"  # Triton's own functions, in any environment
 CONTEXT_LINES = 2  # lines shown around a counted one
 LINE_FIELDS = ("issued", *PIPES, "global_sectors", "shared_wavefronts")
 
 
 def find_user_line(location: Location | None) -> Location | None:
-    """The line to blame: the innermost that is not in Triton's own library."""
+    """The innermost line outside of Triton's own library."""
     while location is not None and location.caller is not None and TRITON in location.file:
         location = location.caller
     return location
 
 
 def sum_by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
-    """(file, line) -> counts: every field of Counts, and warp instructions by pipe. ("", 0): no line is known."""
+    """{(file, line): counts}: every field of Counts, and warp instructions by pipe. ("", 0): unknown line."""
     found: dict[tuple[str, int], dict[str, int]] = {}
     for instruction, row in counts.rows():
         line = find_user_line(instruction.location)
@@ -39,7 +39,7 @@ def sum_by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
 
 
 def make_record(launch: Launch) -> dict[str, object]:
-    """All that is known of a launch, for JSON."""
+    """A launch as a JSON object."""
     counts, blocks = launch.counts, launch.blocks
     limits = bounds(counts, launch.architecture, blocks)
     return {
@@ -55,7 +55,7 @@ def make_record(launch: Launch) -> dict[str, object]:
 
 
 def count_barriers(counts: Counts) -> int:
-    """Warps that came to a barrier of the block."""
+    """Arrivals of warps at barriers of the block."""
     issued = counts.by_opcode()
     return sum(n for op, n in issued.items() if op.startswith(("bar.sync", "barrier.sync", "barrier.cta.sync")))
 
@@ -84,7 +84,7 @@ def print_launch(console: Console, launch: Launch) -> None:
     limits = bounds(counts, launch.architecture, blocks)
     gpu = find_gpu(launch.architecture)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    table.title = f"at least, on {gpu.name} (no latency, no caches)"
+    table.title = f"lower bounds on {gpu.name} (no latency, no caches)"
     for name, justify in (("limit", "left"), ("work", "right"), ("us", "right"), ("", "left")):
         table.add_column(name, justify=justify, no_wrap=True)
     for bound in limits:
@@ -94,9 +94,9 @@ def print_launch(console: Console, launch: Launch) -> None:
 
 
 def print_tensors(console: Console, counts: Counts) -> None:
-    """How often each tensor is moved: more than once where it is read again, and where many programs read it."""
+    """The traffic of each tensor: more than its size if it is read again or by several programs."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("tensor", "bytes", "asked for", "at least once", "asked for / bytes"):
+    for name in ("tensor", "bytes", "requested", "unique", "requested / bytes"):
         table.add_column(name, justify="left" if name == "tensor" else "right", no_wrap=True)
     for t in counts.tensors:
         table.add_row(t.name, f"{t.size:,}", f"{t.requested:,}", f"{t.unique:,}", f"{t.requested / t.size:.2f}")
@@ -104,7 +104,7 @@ def print_tensors(console: Console, counts: Counts) -> None:
 
 
 def summarise(counts: Counts) -> list[tuple[str, str, str]]:
-    """(name, value, what to make of it)."""
+    """(name, value, explanation)."""
     issued, requests = counts.total("issued"), counts.total("global_requests")
     sectors, moved = counts.total("global_sectors"), counts.total("global_bytes")
     wavefronts, ideal = counts.total("shared_wavefronts"), counts.total("shared_ideal")
@@ -114,20 +114,20 @@ def summarise(counts: Counts) -> list[tuple[str, str, str]]:
     rows += [
         ("tensor FLOP", f"{counts.total('flops'):,}", ""),
         ("global requests", f"{requests:,}", f"{sectors / max(requests, 1):.1f} sectors each"),
-        ("  sectors", f"{sectors:,}", f"{moved / max(32 * sectors, 1):.0%} of their bytes asked for"),
-        ("  bytes asked for", f"{moved:,}", ""),
-        ("  bytes at least once", f"{counts.read_bytes + counts.written_bytes:,}",
+        ("  sectors", f"{sectors:,}", f"{moved / max(32 * sectors, 1):.0%} of their bytes requested"),
+        ("  bytes requested", f"{moved:,}", ""),
+        ("  unique bytes", f"{counts.read_bytes + counts.written_bytes:,}",
          f"{counts.read_bytes:,} read, {counts.written_bytes:,} written"),
         ("shared requests", f"{counts.total('shared_requests'):,}", ""),
         ("  wavefronts", f"{wavefronts:,}", f"{wavefronts - ideal:,} of them for bank conflicts"),
-        ("barriers", f"{count_barriers(counts):,}", "warps that came to one"),
+        ("barriers", f"{count_barriers(counts):,}", "arrivals of warps"),
         ("divergent branches", f"{counts.total('divergent'):,}", ""),
     ]  # fmt: skip
     return rows
 
 
 def annotate_source(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, int] | None]]]:
-    """File -> (line number, text, counts): the counted lines with two around each. A number of 0 stands for a gap."""
+    """{file: [(line number, text, counts)]}: lines with counts, and two around each. Number 0 is a gap."""
     lines, files = sum_by_line(launch.counts), {}
     for file in sorted({file for file, _ in lines if file}):
         there = sorted(line for name, line in lines if name == file)
@@ -150,7 +150,7 @@ def annotate_source(launch: Launch) -> dict[str, list[tuple[int, str, dict[str, 
 
 
 def print_lines(console: Console, launch: Launch) -> None:
-    """Plain lines, so that nothing is folded: those of the source are cut at the edge."""
+    """Plain lines rather than a table: source lines are cropped, not wrapped."""
     total = max(launch.counts.total("issued"), 1)
     head = f"{'share':>6}" + "".join(f"{HEADS[name]:>9}" for name in LINE_FIELDS)
     for file, lines in annotate_source(launch).items():
@@ -193,12 +193,12 @@ td.name, th.name { text-align: left; } .side { display: flex; flex-wrap: wrap; g
 
 
 def render_page(launches: list[Launch], command: str) -> str:
-    """An HTML page of the launches, complete in itself."""
+    """A self-contained HTML page of the launches."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
         f"<title>{html.escape(launches[0].kernel)} on {launches[0].architecture}</title><style>{STYLE}</style>",
         f"<h1>Compiled for {launches[0].architecture}, executed and counted</h1>",
-        f"<p><code>{html.escape(command)}</code></p><p>Counts are exact for these inputs. The bounds know nothing of",
+        f"<p><code>{html.escape(command)}</code></p><p>Counts are exact for these inputs. The lower bounds ignore",
         "latencies and caches: a launch takes longer.</p>",
     ]
     for launch in launches:
@@ -222,7 +222,7 @@ def render_launch(launch: Launch) -> list[str]:
     out = [
         f"<h2>{html.escape(launch.kernel)}: {blocks:,} blocks of {launch.threads} threads, "
         f"{launch.shared_bytes:,} bytes of shared memory</h2><div class='side'><table>{rows}</table>",
-        f"<table><tr><th class='name'>at least, on {gpu.name}<th>work<th>us<th>{bars}</table></div>",
+        f"<table><tr><th class='name'>lower bound on {gpu.name}<th>work<th>us<th>{bars}</table></div>",
     ]
     total = max(counts.total("issued"), 1)
     files = annotate_source(launch)

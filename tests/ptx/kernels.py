@@ -56,7 +56,7 @@ def matmul_made_descriptors(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def matmul_specialised(a, b, c, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """On sm_90 one group of warps copies and two multiply; they meet at mbarriers."""
+    """On sm_90 one warp group copies and two multiply; mbarriers synchronise them."""
     row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=2, warp_specialize=True):
@@ -165,7 +165,7 @@ def atomics(x, maximum, minimum, total, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def count_under_lock(lock, out):
-    """Blocks spin on a lock and change a number with plain loads and stores."""
+    """Blocks spin on a lock and update a number with plain loads and stores."""
     while tl.atomic_cas(lock, 0, 1) == 1:
         pass
     tl.store(out, tl.load(out) + 1)
@@ -185,7 +185,7 @@ def asserts(x, n, BLOCK: tl.constexpr):
     tl.device_assert(tl.load(x + i, i < n, other=0) < 10, "too big")
 
 
-# Functions for `apply`, each with its NumPy twin in test_kernels.py.
+# Functions for `apply`; test_kernels.py has the NumPy equivalents.
 @triton.jit
 def sin_cos(x):
     return tl.sin(x) + 2 * tl.cos(x)
@@ -224,7 +224,7 @@ def double_mathematics(x):
 
 
 @triton.jit
-def whole_numbers(x, y):
+def integers(x, y):
     return (
         x * y
         + x // (y | 1)
@@ -261,7 +261,7 @@ def copy_with_modifiers(x, out, n, BLOCK: tl.constexpr, LOAD: tl.constexpr, STOR
 
 @triton.jit
 def matmul_with_hints(a, b, c, K, N, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Asynchronous copies that carry a cache policy."""
+    """Asynchronous copies with a cache policy."""
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=3):
@@ -291,19 +291,19 @@ def sum_and_product(x, y):
 
 @triton.jit
 def calls_a_function(x, y, out):
-    """One that is not inlined, and returns a pair: an array of bytes."""
+    """A function that is not inlined and returns a pair, as an array of bytes."""
     i = tl.program_id(0)
     total, product = sum_and_product(tl.load(x + i), tl.load(y + i))
     total, product = sum_and_product(total, product)
     tl.store(out + i, total - product)
 
 
-# ------------------------------------------------------------------------------------------------ whose memory it is
+# ------------------------------------------------------------------------------------------------ provenance
 
 
 @triton.jit
 def copy_by_table(pointers, sizes, out, BLOCK: tl.constexpr, OVER: tl.constexpr):
-    """Each program copies what the next pointer of a table points to; OVER: how many elements too many."""
+    """Each program copies from the next pointer of a table. OVER: excess elements."""
     group, i = tl.program_id(0), tl.arange(0, BLOCK)
     source = tl.load(pointers + group).to(tl.pointer_type(tl.float32))
     n = tl.load(sizes + group) + OVER
@@ -318,7 +318,7 @@ def fill_by_table(pointers, BLOCK: tl.constexpr):
 
 @triton.jit
 def copy_by_number(address, out, BLOCK: tl.constexpr):
-    """The address comes as a whole number."""
+    """The address is passed as an integer."""
     i = tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(address.to(tl.pointer_type(tl.float32)) + i))
 
@@ -338,7 +338,7 @@ def copy_one_of(x, y, which, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def walk(x, out, n, BLOCK: tl.constexpr):
-    """A pointer that a loop moves on."""
+    """A pointer that a loop advances."""
     total = tl.zeros((BLOCK,), tl.float32)
     pointer = x + tl.arange(0, BLOCK)
     for _ in range(0, n, BLOCK):
@@ -376,12 +376,12 @@ def maximum(x, y):
     return tl.maximum(x, y)
 
 
-# ------------------------------------------------------------------------------------------------ what goes on and on
+# ------------------------------------------------------------------------------------------------ endless loops
 
 
 @triton.jit
 def count_past(out, n, STEP: tl.constexpr):
-    """A counter that steps over the number it waits for."""
+    """A counter that skips the number at which it would stop."""
     i = tl.load(out)
     while i != n:
         i += STEP
@@ -404,7 +404,7 @@ def take_lock_twice(lock):
 
 @triton.jit
 def wait_for_next(flags, n):
-    """Each program waits for the one after it, the last for none."""
+    """Each program but the last waits for the next one."""
     i = tl.program_id(0)
     if i < n - 1:
         while tl.atomic_add(flags + i + 1, 0) == 0:
@@ -426,6 +426,6 @@ def halve(x, out, n):
 
 @triton.jit
 def dot_rows(x, weight, out, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One element a thread: each adds its own product, rounded once, to the rounded one of another."""
+    """One element a thread: each adds its own product, fused, to the rounded product of another."""
     r, c = tl.arange(0, ROWS), tl.arange(0, COLS)
     tl.store(out + r, tl.sum(tl.load(x + r[:, None] * COLS + c) * tl.load(weight + c), 1))

@@ -1,6 +1,6 @@
-"""Attention without its exponentials, the sum over key tiles of (s - max(s)) v with s = q k^T, as a warp-specialised
-kernel for Hopper: a producer warp fills rings of tiles by TMA, two consumer warp groups multiply them in turns. FAULT
-plants a fault of such kernels in it."""
+"""Attention without exponentials, the sum over key tiles of (s - max(s)) v with s = q k^T, as a warp-specialised kernel
+for Hopper: a producer warp fills rings of tiles by TMA, two consumer warp groups take turns to multiply them. FAULT
+injects a typical fault of such kernels."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  
 
 
 class Ring(NamedTuple):
-    """Tiles in shared memory, each with an mbarrier that says it is full and one that says it may be overwritten."""
+    """Tiles in shared memory, each with a full and an empty mbarrier."""
 
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -51,7 +51,7 @@ def new_ring(descriptor, SLOTS: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.jit
 def fill(ring, index, descriptor, row, SLOTS: gl.constexpr, FAULT: gl.constexpr):
-    """The producer's part: tile number `index` comes from these rows."""
+    """The producer loads tile number `index` from these rows."""
     slot = index % SLOTS
     if FAULT != "no wait for empty":
         mbarrier.wait(ring.empty.index(slot), index // SLOTS & 1 ^ 1)
@@ -74,7 +74,7 @@ def release(ring, index, SLOTS: gl.constexpr):
 def load_tiles(
     q, k, v, q_ring, k_ring, v_ring, tiles, SLOTS: gl.constexpr, AHEAD: gl.constexpr, FAULT: gl.constexpr
 ):  # fmt: skip
-    """The producer. AHEAD: K is a tile ahead of V, as the consumers take them; else each V tile follows its K tile."""
+    """The producer. AHEAD: K is loaded a tile ahead of V, as the consumers read them; else V follows K."""
     for i in gl.static_range(CONSUMERS):
         fill(q_ring, i, q, (gl.program_id(0) * CONSUMERS + i) * M, CONSUMERS, FAULT)
     for index in range(tiles + AHEAD):
@@ -86,7 +86,7 @@ def load_tiles(
 
 @gluon.jit
 def attend(q_ring, k_ring, v_ring, turns, out, tiles, ME: gl.constexpr, SLOTS: gl.constexpr, FAULT: gl.constexpr):
-    """Consumer ME: its queries against all tiles. A tile's product with V runs beside that of the next one with K."""
+    """Consumer ME: its queries against all tiles. The product with V of a tile overlaps the next one with K."""
     q_tile = q_ring.tiles.index(ME)
     acc = gl.zeros([M, D], gl.float32, LAYOUT)
     wait_full(q_ring, ME, CONSUMERS)
@@ -132,7 +132,7 @@ def attend(q_ring, k_ring, v_ring, turns, out, tiles, ME: gl.constexpr, SLOTS: g
 
 @gluon.jit
 def products(q, k, v, out, tiles, SLOTS: gl.constexpr, AHEAD: gl.constexpr, FAULT: gl.constexpr):
-    """A program for each CONSUMERS * M queries."""
+    """One program for CONSUMERS * M queries."""
     q_ring = new_ring(q, CONSUMERS, 1)
     k_ring = new_ring(k, SLOTS, 1 if FAULT == "wrong reader count" else CONSUMERS)
     v_ring = new_ring(v, SLOTS, CONSUMERS)
@@ -152,7 +152,7 @@ def products(q, k, v, out, tiles, SLOTS: gl.constexpr, AHEAD: gl.constexpr, FAUL
 
 @gluon.jit
 def products_made(q, k, v, out, queries, keys, SLOTS: gl.constexpr):
-    """The same, the descriptors made in the kernel."""
+    """The same, with descriptors made in the kernel."""
     q = tma.make_tensor_descriptor(q, [queries, D], [D, 1], [M, D], SHARED)
     k = tma.make_tensor_descriptor(k, [keys, D], [D, 1], [N, D], SHARED)
     v = tma.make_tensor_descriptor(v, [keys, D], [D, 1], [N, D], SHARED)
@@ -164,7 +164,7 @@ def descriptor(x: torch.Tensor) -> TensorDescriptor:
 
 
 def matrices(queries: int, keys: int):
-    """(q, k, v, the right result): of small whole numbers, so that float16 and the sums are exact."""
+    """(q, k, v, expected result) with small integers, so that float16 and the sums are exact."""
     torch.manual_seed(0)
     q, k, v = (torch.randint(-1, 2, (n, D.value)).half() for n in (queries, keys, keys))
     scores = torch.zeros(queries, -(-keys // N.value) * N.value, dtype=torch.float64)
@@ -175,7 +175,7 @@ def matrices(queries: int, keys: int):
 
 
 def run(tiles: int, slots: int = 2, ahead: int = 1, fault: str = "", programs: int = 1):
-    """(the compiled kernel, its result, the right one)."""
+    """(compiled kernel, result, expected result)."""
     q, k, v, right = matrices(programs * CONSUMERS.value * M.value, tiles * N.value)
     out = torch.full(q.shape, float("nan"))
     compiled = products[(programs,)](
@@ -185,7 +185,7 @@ def run(tiles: int, slots: int = 2, ahead: int = 1, fault: str = "", programs: i
 
 
 def run_made(queries: int, keys: int):
-    """(the result of `products_made`, the right one), the tensors ending inside their last tile."""
+    """(result of `products_made`, expected result); the tensors end within their last tile."""
     q, k, v, right = matrices(queries, keys)
     programs = -(-queries // (CONSUMERS.value * M.value))
     out = torch.full((programs * CONSUMERS.value * M.value, D.value), float("nan"))

@@ -1,4 +1,4 @@
-"""What stops, what is noted and what passes: the caller's choices, and the cases that are right on a GPU."""
+"""Which faults are raised, noted or ignored: the caller's choices, and cases that are right on a GPU."""
 
 import re
 import subprocess
@@ -14,14 +14,14 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import ptx
-from tests.ptx.test_faults import compiled_matmul, run_matmul, without
-from tests.ptx.text import caught, run
+from tests.ptx.helpers import compile_matmul, remove_line, run_matmul
+from tests.ptx.text import expect_fault, run
 
 # ------------------------------------------------------------------------------------------------ choices
 
 
-def overrun(**options) -> tuple[ptx.Device, torch.Tensor]:
-    """A copy of 300 elements of 200, and what it made."""
+def run_overrun(**options) -> tuple[ptx.Device, torch.Tensor]:
+    """Copies 300 elements of 200; (device, result)."""
     x, out = torch.arange(200.0), torch.full((300,), float("nan"))
     with ptx.device("sm_80", **options) as gpu:
         kernels.copy[(2,)](x, out, 300, BLOCK=256, OFFSET=0, STRIDE=1)
@@ -29,9 +29,9 @@ def overrun(**options) -> tuple[ptx.Device, torch.Tensor]:
 
 
 @pytest.mark.parametrize("on_fault", ["note", {"out of bounds": "note"}])
-def test_what_is_noted(on_fault, capsys):
-    """A read where nothing is gives 0. One note for each instruction that meets it, in whatever block and thread."""
-    gpu, out = overrun(on_fault=on_fault)
+def test_noted_faults(on_fault, capsys):
+    """An out-of-bounds read gives 0. One note for each instruction, in any block and thread."""
+    gpu, out = run_overrun(on_fault=on_fault)
     assert torch.equal(out, torch.cat([torch.arange(200.0), torch.zeros(100)]))
     assert len(gpu.notes) == len({note.instruction.line for note in gpu.notes})
     for note in gpu.notes:
@@ -40,21 +40,21 @@ def test_what_is_noted(on_fault, capsys):
     assert "noted: out of bounds: reads" in capsys.readouterr().out
 
 
-def test_what_is_ignored():
-    gpu, out = overrun(on_fault={"out of bounds": "ignore"})
+def test_ignored_faults():
+    gpu, out = run_overrun(on_fault={"out of bounds": "ignore"})
     assert gpu.notes == []
     assert out.nan_to_num(-1).min() == 0
 
 
-def test_what_is_raised():
+def test_raised_faults():
     with pytest.raises(ptx.Fault, match="out of bounds"):
-        overrun()
+        run_overrun()
     with pytest.raises(ptx.Fault, match="out of bounds"):
-        overrun(on_fault={"race": "note"})
+        run_overrun(on_fault={"race": "note"})
 
 
-def test_writes_where_nothing_is():
-    """They are left out."""
+def test_noted_writes_out_of_bounds():
+    """They are not performed."""
     whole = torch.zeros(300)
     with ptx.device("sm_80", on_fault="note") as gpu:
         kernels.copy[(2,)](torch.ones(300), whole[:200], 300, BLOCK=256, OFFSET=0, STRIDE=1)
@@ -75,13 +75,13 @@ NOTED = {
 def test_kinds_that_are_noted(kind):
     from bench.ptx.faults import Judge
 
-    caught(kind, NOTED[kind], blocks=2)
+    expect_fault(kind, NOTED[kind], blocks=2)
     judge = Judge({kind: "note"})
     run(NOTED[kind], blocks=2, judge=judge)
     assert {note.kind for note in judge.notes} == {kind}
 
 
-def test_what_nothing_can_go_on_after():
+def test_faults_that_are_always_raised():
     with pytest.raises(ptx.Fault, match="misaligned"):
         run("ld.global.b64 %rd8, [%rd1+4];", judge=None)
     with ptx.device("sm_80", on_fault="ignore"), pytest.raises(ptx.Fault, match="device_assert"):
@@ -93,13 +93,13 @@ def test_what_nothing_can_go_on_after():
     [({"gap": "note"}, r"takes the kinds 'out of bounds', .*, got 'gap'"), ({"race": "print"}, "'raise', 'note' or"),
      ("warn", "got 'warn'"), ({"misaligned": "note"}, "got 'misaligned'")],
 )  # fmt: skip
-def test_choices_that_are_none(on_fault, match):
+def test_invalid_choices(on_fault, match):
     with pytest.raises(ValueError, match=match), ptx.device("sm_80", on_fault=on_fault):
         pass
 
 
-def test_notes_of_a_launch_that_began_again():
-    """Where warps meet in global memory the machine begins again, one warp at a time: nothing is noted twice."""
+def test_notes_of_a_restarted_launch():
+    """If warps communicate through global memory the launch restarts, one warp to a unit: nothing is noted twice."""
     from bench.ptx.faults import Judge
 
     judge = Judge("note")
@@ -113,8 +113,8 @@ def test_notes_of_a_launch_that_began_again():
 
 @pytest.mark.parametrize("shape", [(32, 4), (16, 8), (64, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_lanes_that_store_the_same_but_for_rounding(shape, dtype):
-    """Of one instruction: the compiler has several lanes hold, and store, each sum."""
+def test_stores_that_differ_only_by_rounding(shape, dtype):
+    """Within one instruction: several lanes compute and store each sum."""
     torch.manual_seed(0)
     x, weight, out = (
         torch.randn(shape, dtype=dtype),
@@ -127,7 +127,7 @@ def test_lanes_that_store_the_same_but_for_rounding(shape, dtype):
         torch.testing.assert_close(out, x @ weight)
         assert {note.kind for note in gpu.notes} <= {"last bits"}
         if dtype == torch.float32:
-            assert "differ" in gpu.notes[0].message or "but for rounding" in gpu.notes[0].message
+            assert "differs only by rounding" in gpu.notes[0].message
             with ptx.device(architecture, on_fault="raise"), pytest.raises(ptx.Fault, match="last bits"):
                 kernels.dot_rows[(1,)](x, weight, out, *shape, num_warps=4)
 
@@ -138,8 +138,8 @@ STORE_SUM = """
 """
 
 
-def test_lanes_whose_values_are_further_apart():
-    """Floats that are not the same but for rounding, and whole numbers a bit apart, race."""
+def test_stores_that_differ_by_more():
+    """Floats that differ by more than rounding, and integers that differ by one bit, race."""
     from bench.ptx.faults import Judge
 
     near = STORE_SUM.replace("FACTOR", "0f2E000000").replace("KIND", "mov.b32 %f2, %f1;")  # 128 of 2 ** -35
@@ -148,17 +148,17 @@ def test_lanes_whose_values_are_further_apart():
     judge = Judge()
     run(near, judge=judge)
     assert [note.kind for note in judge.notes] == ["last bits"]
-    caught("race", STORE_SUM.replace("FACTOR", "0f3A000000").replace("KIND", "mov.b32 %f2, %f1;"))
-    whole = "mov.b32 %r10, %f1; and.b32 %r10, %r10, -1; mov.b32 %f2, %r10;"  # no instruction of floats
-    caught("race", STORE_SUM.replace("FACTOR", "0f32000000").replace("KIND", whole))
-    caught("race", "add.s32 %r10, %r1, 8388608; st.shared.b32 [%r5], %r10;")
+    expect_fault("race", STORE_SUM.replace("FACTOR", "0f3A000000").replace("KIND", "mov.b32 %f2, %f1;"))
+    whole = "mov.b32 %r10, %f1; and.b32 %r10, %r10, -1; mov.b32 %f2, %r10;"  # not from a floating-point instruction
+    expect_fault("race", STORE_SUM.replace("FACTOR", "0f32000000").replace("KIND", whole))
+    expect_fault("race", "add.s32 %r10, %r1, 8388608; st.shared.b32 [%r5], %r10;")
 
 
 # ------------------------------------------------------------------------------------------------ wgmma
 
 
-def assembler(text: str) -> str:
-    """What ptxas says of a text for sm_90a."""
+def run_ptxas(text: str) -> str:
+    """The messages of ptxas about a text for sm_90a."""
     run = subprocess.run(
         [triton.knobs.nvidia.ptxas.path, "-v", "-arch", "sm_90a", "-o", "/dev/null", "/dev/stdin"],
         input=text, capture_output=True, text=True, check=True,
@@ -168,14 +168,14 @@ def assembler(text: str) -> str:
 
 @pytest.mark.parametrize("which", ["the last wait", "every wait"])
 def test_results_that_the_assembler_waits_for(which):
-    """ptxas says that it does (C7514, C7517); the machine goes on as it does."""
-    text, shared = compiled_matmul("sm_90")
-    assert not re.search("C75", assembler(text))
+    """ptxas warns that it inserts a wait (C7514, C7517), and so does the machine."""
+    text, shared = compile_matmul("sm_90")
+    assert not re.search("C75", run_ptxas(text))
     last = len(re.findall(r"wgmma\.wait_group", text)) - 1
-    changed = without(text, r"wgmma\.wait_group", last)
+    changed = remove_line(text, r"wgmma\.wait_group", last)
     if which == "every wait":
         changed = re.sub(r"^.*wgmma\.wait_group.*$", "", text, flags=re.M)
-    assert re.search("C7514|C7517", assembler(changed))
+    assert re.search("C7514|C7517", run_ptxas(changed))
     if which == "the last wait":
         (note,) = run_matmul(changed, shared, on_fault={})
         assert note.kind == "pending wgmma"
@@ -187,29 +187,29 @@ def test_results_that_the_assembler_waits_for(which):
 # ------------------------------------------------------------------------------------------------ endless loops
 
 
-def test_a_loop_that_comes_back_to_the_same_state():
+def test_a_loop_that_returns_to_the_same_state():
     x = torch.zeros(1, dtype=torch.int32)
     with ptx.device("sm_80") as gpu:
         x.fill_(1)
         kernels.endless[(1,)](x)
         x.fill_(0)
-        with pytest.raises(ptx.Fault, match="goes round for ever") as raised:
+        with pytest.raises(ptx.Fault, match="loops forever") as raised:
             kernels.endless[(1,)](x)
-        with pytest.raises(ptx.Fault, match="goes round for ever"):
+        with pytest.raises(ptx.Fault, match="loops forever"):
             kernels.take_lock_twice[(1,)](x)
     assert len(gpu.launches) == 1
     assert (raised.value.kind, raised.value.kernel) == ("endless", "endless")
     assert "ptx/kernels.py" in str(raised.value)
-    caught("endless", "LOOP: bra LOOP;", "goes round for ever")
-    caught("endless", "LOOP: xor.b32 %r10, %r10, 1; add.s32 %r11, %r10, 1; bra LOOP;", "goes round for ever")
+    expect_fault("endless", "LOOP: bra LOOP;", "loops forever")
+    expect_fault("endless", "LOOP: xor.b32 %r10, %r10, 1; add.s32 %r11, %r10, 1; bra LOOP;", "loops forever")
     some = "setp.eq.b32 %p1, %r1, 77; LOOP: @%p1 bra LOOP; bar.sync 0;"
-    assert caught("endless", some, "goes round for ever").thread == 77
+    assert expect_fault("endless", some, "loops forever").thread == 77
 
 
 def test_loops_without_end_that_change_something():
     x = torch.zeros(1, dtype=torch.int32)
     with ptx.device("sm_80", max_instructions=4000):
-        with pytest.raises(ptx.Fault, match="1000 instructions without an access to memory"):
+        with pytest.raises(ptx.Fault, match="1000 instructions without a memory access"):
             kernels.count_past[(1,)](x, 5, STEP=2)
         with pytest.raises(ptx.Fault, match="more than 4000 instructions"):
             kernels.count_in_memory[(1,)](x)
@@ -236,6 +236,6 @@ SPIN = """
 
 @pytest.mark.parametrize("setter", ["0", "96"])
 def test_a_warp_that_waits_for_another(setter):
-    """Whichever of them runs first."""
+    """Whichever runs first."""
     assert run(SPIN.replace("SETTER", setter))[64] == 7
-    caught("endless", SPIN.replace("SETTER", "1000"), "goes round for ever")
+    expect_fault("endless", SPIN.replace("SETTER", "1000"), "loops forever")

@@ -1,4 +1,4 @@
-"""What the PTX machine counts, against numbers worked out by hand."""
+"""The counts of the PTX machine against numbers computed by hand."""
 
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def run(body: str, out: torch.Tensor, x: torch.Tensor, threads: int = 128, block
     return run_text(HEAD + body + " ret; }", out, x, grid=(blocks,), threads=threads)
 
 
-def aligned(n: int) -> torch.Tensor:
-    """float32 numbers from a multiple of 128 bytes on."""
+def make_aligned(n: int) -> torch.Tensor:
+    """float32 elements, aligned to 128 bytes."""
     whole = torch.randn(n + 32)
     return whole[-whole.data_ptr() % 128 // 4 :][:n]
 
@@ -58,7 +58,7 @@ COPY = """
 )
 def test_vector_copy(stride, offset, sectors):
     """4 blocks of 4 warps: 16 loads and 16 stores; a store is 4 sectors."""
-    x, out = aligned(512 * max(stride, 1) + 8), aligned(512)
+    x, out = make_aligned(512 * max(stride, 1) + 8), make_aligned(512)
     counts = run(COPY.replace("STRIDE", str(stride)).replace("OFFSET", str(offset)), out, x, blocks=4)
     assert torch.equal(out, x[offset:][: 512 * stride : stride] if stride else x[:1].expand(512))
     assert counts.total("global_requests") == 32
@@ -72,7 +72,7 @@ def test_vector_copy(stride, offset, sectors):
 
 def test_vector_copy_of_triton():
     """2,048 numbers, 4 a lane: one load and one store of 16 bytes a lane, 16 sectors each."""
-    x, out = aligned(2048), aligned(2048)
+    x, out = make_aligned(2048), make_aligned(2048)
     with ptx.device("sm_80") as gpu:
         kernels.copy[(4,)](x, out, 2048, BLOCK=512, OFFSET=0, STRIDE=1)
     counts = gpu.launches[0].counts
@@ -83,7 +83,7 @@ def test_vector_copy_of_triton():
 
 def test_traffic_of_each_tensor():
     """Each of 4 blocks reads the same 128 numbers of x and writes its own of out."""
-    x, out = aligned(128), aligned(512)
+    x, out = make_aligned(128), make_aligned(512)
     body = """
         mul.wide.u32 %rd3, %r1, 4; add.s64 %rd4, %rd2, %rd3; ld.global.b32 %r11, [%rd4];
         mul.wide.u32 %rd5, %r4, 4; add.s64 %rd6, %rd1, %rd5; st.global.b32 [%rd6], %r11;
@@ -105,9 +105,9 @@ TRANSPOSE = """
 
 @pytest.mark.parametrize(("width", "wavefronts"), [(32, 32), (33, 1), (34, 2), (36, 4), (40, 8)])
 def test_transpose_through_shared_memory(width, wavefronts):
-    """A tile of 32 by 32 numbers: a column's lie `width` words apart, in one bank of 32 without padding, in all of them
-    with a word of it."""
-    x, out = aligned(1024), aligned(1024)
+    """A tile of 32 by 32 elements: those of a column are `width` words apart: in one bank without padding, in all 32
+    banks with one word of it."""
+    x, out = make_aligned(1024), make_aligned(1024)
     counts = run(TRANSPOSE.replace("WIDTH", str(width)), out, x, threads=1024)
     assert torch.equal(out.view(32, 32), x.view(32, 32).T)
     assert counts.total("shared_requests") == 64
@@ -128,8 +128,8 @@ def test_transpose_through_shared_memory(width, wavefronts):
     ],
 )
 def test_wavefronts(access, wavefronts):
-    """One warp. 16 bytes a lane are served for 8 lanes at a time, 8 bytes for 16."""
-    counts = run(".reg .b16 %rs<2>; " + access, aligned(32), aligned(32), threads=32)
+    """One warp: 16-byte accesses are served for 8 lanes at a time, 8-byte accesses for 16."""
+    counts = run(".reg .b16 %rs<2>; " + access, make_aligned(32), make_aligned(32), threads=32)
     assert counts.total("shared_requests") == 1
     assert counts.total("shared_wavefronts") == wavefronts
 
@@ -143,7 +143,7 @@ def test_matrix_loads():
     load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r11];"
     for shift, wavefronts in ((4, 4), (7, 32)):
         place = f"bar.warp.sync -1; shl.b32 %r11, %r1, {shift}; add.s32 %r11, %r11, %r5;"
-        counts = run(fill + place + load, aligned(32), aligned(32), threads=32)
+        counts = run(fill + place + load, make_aligned(32), make_aligned(32), threads=32)
         assert counts.total("shared_wavefronts") == 8 * 4 + wavefronts
 
 
@@ -164,7 +164,7 @@ def test_reduction():
     """128 numbers: five shuffles in each of four warps, four partial sums in shared memory, three additions of one
     lane. Only the first warp's branch parts its lanes."""
     steps = " ".join(f"shfl.sync.bfly.b32 %r11, %r10, {n}, 31, -1; add.f32 %r10, %r10, %r11;" for n in (16, 8, 4, 2, 1))
-    x, out = aligned(128), aligned(1)
+    x, out = make_aligned(128), make_aligned(1)
     counts = run(REDUCTION.replace("STEPS", steps), out, x)
     torch.testing.assert_close(out[0], x.sum())
     opcodes = counts.by_opcode()

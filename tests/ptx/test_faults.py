@@ -1,11 +1,10 @@
-"""Each fault that the PTX machine knows, planted in a small kernel and caught where it is; its twin passes."""
+"""Each kind of fault of the PTX machine, in a small kernel beside its correct twin."""
 
 import re
 
 import pytest
 import torch
 import triton
-import triton.language as tl
 
 from tests.common import INTERPRETED
 from tests.ptx import kernels
@@ -14,18 +13,17 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import ptx
-from bench.ptx.driver import run_text
-from bench.ptx.faults import Judge
-from tests.ptx.text import caught, run
+from tests.ptx.helpers import TILES, compile_matmul, load_text, remove_line, run_matmul
+from tests.ptx.text import expect_fault, run
 
 COPY = "ld.global.b32 %r10, [%rd5]; st.global.b32 [%rd4], %r10;"
 
 
 def test_out_of_bounds():
     assert torch.equal(run(COPY), torch.arange(128, dtype=torch.int32))
-    fault = caught("out of bounds", COPY, "reads 4 bytes right past the end of argument 1", elements=100)
+    fault = expect_fault("out of bounds", COPY, "reads 4 bytes right past the end of argument 1", elements=100)
     assert (fault.thread, fault.tensor) == (100, "argument 1")
-    caught("out of bounds", COPY.replace("[%rd5]", "[%rd5+-4]"), "4 bytes before the start of|past the end of")
+    expect_fault("out of bounds", COPY.replace("[%rd5]", "[%rd5+-4]"), "4 bytes before the start of|past the end of")
 
 
 def test_out_of_bounds_in_triton_names_tensor_and_line():
@@ -40,7 +38,7 @@ def test_out_of_bounds_in_triton_names_tensor_and_line():
 
 
 def test_bounds_are_the_views():
-    """The part of a tensor that a view shows, not the memory it lies in."""
+    """Those of a view, not of the memory that contains it."""
     whole, out = torch.randn(2000), torch.empty(1000)
     with ptx.device("sm_80"):
         kernels.copy[(4,)](whole[500:1500], out, 1000, BLOCK=256, OFFSET=0, STRIDE=1)
@@ -57,9 +55,9 @@ VECTOR = """
 
 def test_misaligned():
     run(VECTOR.replace("OFFSET", "16"))
-    fault = caught("misaligned", VECTOR.replace("OFFSET", "4"), "not a multiple of 16")
+    fault = expect_fault("misaligned", VECTOR.replace("OFFSET", "4"), "not a multiple of 16")
     assert fault.tensor == "argument 1"
-    caught("misaligned", "ld.shared.b32 %r10, [%r7+2];", "shared address")
+    expect_fault("misaligned", "ld.shared.b32 %r10, [%r7+2];", "shared address")
 
 
 EXCHANGE = """
@@ -78,24 +76,24 @@ def test_race_on_shared_memory_read():
     assert torch.equal(good, torch.arange(127, -1, -1, dtype=torch.int32))
     with pytest.raises(ptx.Fault) as raised:
         run(EXCHANGE.replace("BARRIER", ""))
-    # Run first, a warp meets what nothing has written yet; run last, a write it has not seen.
+    # A warp that runs first reads uninitialised memory; one that runs last, a write that it has not seen.
     assert raised.value.kind in ("race", "uninitialised")
     first = "st.shared.b32 [%r7], %r3; bar.sync 0;"
-    caught("race", first + EXCHANGE.replace("BARRIER", ""), "with no barrier between")
+    expect_fault("race", first + EXCHANGE.replace("BARRIER", ""), "with no barrier between")
 
 
 def test_race_on_shared_memory_write():
-    """The second round overwrites what slower warps still read."""
+    """The second exchange overwrites what slower warps still read."""
     twice = (
         EXCHANGE.replace("BARRIER", "bar.sync 0;") + "AGAIN" + "add.s32 %r14, %r13, 1000; st.shared.b32 [%r7], %r14;"
     )
     run(twice.replace("AGAIN", "bar.sync 0;"))
-    caught("race", twice.replace("AGAIN", ""), "with no barrier between")
+    expect_fault("race", twice.replace("AGAIN", ""), "with no barrier between")
 
 
 @pytest.mark.parametrize("writer", [0, 3])
 def test_race_of_one_warp_with_those_that_read(writer):
-    """Whether the warp that writes runs before or after those that read."""
+    """Whether the writing warp runs before or after the reading ones."""
     text = """
         st.shared.b32 [%r7], %r1; bar.sync 0;
         ld.shared.b32 %r10, [%r5]; BARRIER
@@ -103,7 +101,7 @@ def test_race_of_one_warp_with_those_that_read(writer):
         @%p2 st.shared.b32 [%r5], 77;
     """.replace("WRITER", str(writer))
     run(text.replace("BARRIER", "bar.sync 0;"))
-    caught("race", text.replace("BARRIER", ""), "with no barrier between")
+    expect_fault("race", text.replace("BARRIER", ""), "with no barrier between")
 
 
 def test_warps_run_in_more_than_one_order():
@@ -121,9 +119,9 @@ def test_warps_run_in_more_than_one_order():
 
 
 @pytest.mark.parametrize("distance", [32, 64])
-def test_warps_that_meet_in_global_memory(distance):
-    """Each thread counts up its element once, whatever the machine tried before, and then reads another warp's. Without
-    a barrier some read what is not there yet."""
+def test_warps_that_communicate_in_global_memory(distance):
+    """Each thread increments its element once, even if the launch restarts, and then reads another warp's. Without a
+    barrier some read it too early."""
     text = f"""
         ld.global.b32 %r10, [%rd4]; add.s32 %r11, %r10, 1; st.global.b32 [%rd4], %r11; BARRIER
         xor.b32 %r20, %r1, {distance}; mul.wide.u32 %rd8, %r20, 4; add.s64 %rd9, %rd1, %rd8;
@@ -135,7 +133,7 @@ def test_warps_that_meet_in_global_memory(distance):
 
 @pytest.mark.parametrize("distance", [32, 64])
 def test_warps_that_overwrite_what_others_read(distance):
-    """Each thread reads another warp's element and then writes its own; without a barrier some read what is new."""
+    """Each thread reads another warp's element and then writes its own; without a barrier some read the new value."""
     text = f"""
         xor.b32 %r20, %r1, {distance}; mul.wide.u32 %rd8, %r20, 4; add.s64 %rd9, %rd1, %rd8;
         ld.global.b32 %r12, [%rd9]; BARRIER add.s32 %r13, %r12, 1; st.global.b32 [%rd4], %r13;
@@ -145,29 +143,29 @@ def test_warps_that_overwrite_what_others_read(distance):
 
 
 def test_race_between_lanes_of_one_store():
-    caught("race", "st.shared.b32 [%r5], %r1;", "writes shared address 0")
+    expect_fault("race", "st.shared.b32 [%r5], %r1;", "writes shared address 0")
     run("st.shared.b32 [%r5], %r3;")  # the same value from all of them
 
 
 def test_race_within_a_warp():
-    """Lanes need no lockstep: between them stands bar.warp.sync."""
+    """Lanes do not run in lockstep: bar.warp.sync orders them."""
     neighbour = """
         st.shared.b32 [%r7], %r1; MEET
         xor.b32 %r11, %r6, 4; add.s32 %r12, %r5, %r11; ld.shared.b32 %r13, [%r12]; st.global.b32 [%rd4], %r13;
     """
     assert run(neighbour.replace("MEET", "bar.warp.sync -1;"))[:4].tolist() == [1, 0, 3, 2]
-    caught("race", neighbour.replace("MEET", ""))
+    expect_fault("race", neighbour.replace("MEET", ""))
 
 
 def test_shared_memory_never_written():
     run("st.shared.b32 [%r7], %r1; bar.sync 0; ld.shared.b32 %r10, [%r7];")
-    fault = caught("uninitialised", "ld.shared.b32 %r10, [%r7+512];", "nothing has written")
+    fault = expect_fault("uninitialised", "ld.shared.b32 %r10, [%r7+512];", "was never written")
     assert fault.tensor == "shared memory"
-    caught("out of bounds", "ld.shared.b32 %r10, [%r7+4096];", "of 4096 bytes of shared memory")
+    expect_fault("out of bounds", "ld.shared.b32 %r10, [%r7+4096];", "of 4096 bytes of shared memory")
 
 
-def test_bytes_that_the_compiler_does_not_look_at():
-    """Four words are loaded where three were written; the pragma says which bytes matter."""
+def test_bytes_that_the_program_does_not_use():
+    """Four words are loaded, three were written; the pragma tells which bytes are used."""
     text = """
         shl.b32 %r20, %r1, 4; add.s32 %r21, %r5, %r20;
         st.shared.v2.b32 [%r21], {%r1, %r1}; st.shared.b32 [%r21+8], %r1;
@@ -177,13 +175,13 @@ def test_bytes_that_the_compiler_does_not_look_at():
     used = '.pragma "used_bytes_mask {}";'
     assert torch.equal(run(text.replace("PRAGMA", used.format("0xfff"))), torch.arange(128, dtype=torch.int32))
     run(text.replace("PRAGMA", used.format("0xf0f")))
-    caught("uninitialised", text.replace("PRAGMA", used.format("0x1000")), "nothing has written")
-    caught("uninitialised", text.replace("PRAGMA", ""))
-    caught("uninitialised", text.replace("PRAGMA", used.format("0xfff") + "ld.shared.b32 %r26, [%r21];"))
+    expect_fault("uninitialised", text.replace("PRAGMA", used.format("0x1000")), "was never written")
+    expect_fault("uninitialised", text.replace("PRAGMA", ""))
+    expect_fault("uninitialised", text.replace("PRAGMA", used.format("0xfff") + "ld.shared.b32 %r26, [%r21];"))
 
 
 def test_branch_by_index():
-    """Lanes of one warp go to different targets; of a name that two scopes declare the inner one counts."""
+    """Lanes of one warp branch to different targets; an inner declaration shadows an outer one."""
     text = """
         and.b32 %r20, %r1, MASK; mov.b32 %r21, 7;
         TABLE: .branchtargets OUT; {
@@ -197,13 +195,13 @@ def test_branch_by_index():
     """.replace("@PREDICATE", "setp.lt.u32 %p1, %r1, 64; @%p1")
     out = run(text.replace("MASK", "1"))
     assert out.tolist() == [10, 11] * 32 + [7] * 64
-    caught("out of bounds", text.replace("MASK", "3"), "index 3 of a table of 3 branch targets")
+    expect_fault("out of bounds", text.replace("MASK", "3"), "index 3 of a table of 3 branch targets")
     with pytest.raises(ptx.Fault, match="no label TABLE"):
         run("brx.idx %r1, TABLE;")
 
 
 def test_address_of_a_parameter():
-    """In the space of parameters, 32 or 64 bits wide, and made generic."""
+    """In the param space, 32 or 64 bits wide, and converted to a generic address."""
     load = "cvta.param.u64 %rd9, %rd8; ld.b64 %rd10, [%rd9]; st.global.b32 [%rd10], 5;"
     assert run("mov.b64 %rd8, out;" + load)[0] == 5
     assert run("mov.b32 %r10, out; cvt.u64.u32 %rd8, %r10;" + load)[0] == 5
@@ -211,13 +209,13 @@ def test_address_of_a_parameter():
 
 @pytest.mark.parametrize("style", ["comment", "inlined_at"])
 def test_lines_of_inlined_code(style):
-    """As Triton writes them until 3.7, and since 3.8."""
+    """As Triton emits them before 3.8 and since."""
     text = {
         "comment": ".loc 1 7 5 // a.py:7:5 @[ b.py:20:3 @[ b.py:30:1 ] ]\n",
         "inlined_at": ".loc 2 30 1 // b.py:30:1\n .loc 2 20 3, function_name $x, inlined_at 2 30 1 // b.py:20:3\n"
         ".loc 1 7 5, function_name $y, inlined_at 2 20 3 // a.py:7:5\n",
     }[style]
-    fault = caught("race", f'.file 1 "/x/a.py";\n .file 2 "/x/b.py";\n {text} st.shared.b32 [%r5], %r1;')
+    fault = expect_fault("race", f'.file 1 "/x/a.py";\n .file 2 "/x/b.py";\n {text} st.shared.b32 [%r5], %r1;')
     assert "/x/a.py:7, called at /x/b.py:20, called at /x/b.py:30" in str(fault)
 
 
@@ -237,12 +235,12 @@ ASYNC = """
 def test_copy_without_its_wait(place):
     text = ASYNC.replace("PLACE", place)
     assert torch.equal(run(text.replace("WAIT", "cp.async.wait_group 0;")), torch.arange(128, dtype=torch.int32))
-    caught("pending copy", text.replace("WAIT", ""), "not delivered")
+    expect_fault("pending copy", text.replace("WAIT", ""), "not delivered")
     one = text.replace("WAIT", "cp.async.wait_group 1;")
     if place == "0":
         run(one)
     else:
-        caught("pending copy", one)
+        expect_fault("pending copy", one)
 
 
 def test_copy_over_what_others_read():
@@ -252,7 +250,7 @@ def test_copy_over_what_others_read():
     """
     copy = "cp.async.ca.shared.global [%r7], [%rd5], 4; cp.async.wait_all;"
     run(text + "bar.sync 0;" + copy)
-    caught("race", text + copy)
+    expect_fault("race", text + copy)
 
 
 GLOBAL = """
@@ -264,18 +262,20 @@ GLOBAL = """
 
 def test_race_between_blocks():
     run(GLOBAL.replace("MASK", "0"), blocks=2)
-    fault = caught("global race", GLOBAL.replace("MASK", "128"), r"which block \(\d, 0, 0\) wrote", blocks=2)
+    fault = expect_fault("global race", GLOBAL.replace("MASK", "128"), r"which block \(\d, 0, 0\) wrote", blocks=2)
     assert fault.tensor == "argument 0"
-    caught("global race", "st.global.b32 [%rd1], %r4;", threads=32, blocks=2)
+    expect_fault("global race", "st.global.b32 [%rd1], %r4;", threads=32, blocks=2)
     run("st.global.b32 [%rd1], %r3;", blocks=2)  # the same value
-    caught("global race", "ld.global.b32 %r10, [%rd1]; add.s32 %r11, %r10, 1; st.global.b32 [%rd1], %r11;", blocks=2)
+    expect_fault(
+        "global race", "ld.global.b32 %r10, [%rd1]; add.s32 %r11, %r10, 1; st.global.b32 [%rd1], %r11;", blocks=2
+    )
     run("atom.global.add.u32 %r10, [%rd1], 1;", blocks=2)
-    caught("global race", "atom.global.add.u32 %r10, [%rd1], 1; ld.global.b32 %r11, [%rd1];", blocks=2)
+    expect_fault("global race", "atom.global.add.u32 %r10, [%rd1], 1; ld.global.b32 %r11, [%rd1];", blocks=2)
     run("atom.global.add.u32 %r10, [%rd1], 1; ld.volatile.global.b32 %r11, [%rd1];", blocks=2)
 
 
 def test_release_and_acquire_order_blocks():
-    """The last block of two to take a ticket reads what the other wrote."""
+    """The second of two blocks to increment a counter reads what the other wrote."""
     text = """
         add.s32 %r20, %r4, 1; st.global.b32 [%rd5], %r20; bar.sync 0;
         setp.eq.b32 %p1, %r1, 0; @!%p1 bra OVER;
@@ -285,22 +285,22 @@ def test_release_and_acquire_order_blocks():
         OVER:
     """
     assert run(text.replace("SEM", "acq_rel"), blocks=2)[1] == 130
-    caught("global race", text.replace("SEM", "relaxed"), "wrote", blocks=2)
+    expect_fault("global race", text.replace("SEM", "relaxed"), "wrote", blocks=2)
 
 
 def test_race_between_blocks_of_different_waves():
-    """Blocks that do not run together on the machine could on a GPU."""
-    caught("global race", "st.global.b32 [%rd1], %r2;", threads=1024, blocks=20)
+    """Blocks of different waves could run together on a GPU."""
+    expect_fault("global race", "st.global.b32 [%rd1], %r2;", threads=1024, blocks=20)
 
 
 def test_barrier_divergence():
     some = "setp.lt.u32 %p1, %r1, {n}; @%p1 bra AT; bra OVER; AT: bar.sync 0; OVER:"
     run(some.format(n=128))
-    fault = caught("barrier", some.format(n=64), "64 threads of the block wait here, and 64 never come")
+    fault = expect_fault("barrier", some.format(n=64), "64 threads of the block wait here and 64 never arrive")
     assert fault.thread < 64
-    caught("barrier", some.format(n=16), "never come|takes them together")
+    expect_fault("barrier", some.format(n=16), "never arrive|execute together")
     two = "setp.lt.u32 %p1, %r1, 64; @%p1 bra AT; bar.sync 0; bra OVER; AT: bar.sync 0; OVER:"
-    caught("barrier", two, "different barriers")
+    expect_fault("barrier", two, "different barriers")
     named = "setp.lt.u32 %p1, %r1, 64; @%p1 bra AT; bar.sync 1, 64; bra OVER; AT: bar.sync 2, 64; OVER: bar.sync 0;"
     run(named)
 
@@ -308,11 +308,11 @@ def test_barrier_divergence():
 def test_lanes_missing_from_a_shuffle():
     shuffle = "setp.lt.u32 %p1, %r1, {n}; @!%p1 bra OVER; shfl.sync.bfly.b32 %r10, %r1, 1, 31, -1; OVER:"
     run(shuffle.format(n=64))
-    caught("barrier", shuffle.format(n=50) + "bar.sync 0;", "takes them together")
+    expect_fault("barrier", shuffle.format(n=50) + "bar.sync 0;", "execute together")
 
 
-def test_divergence_comes_together():
-    """Lanes of a warp take different paths, loops of different lengths, and meet again for a shuffle."""
+def test_diverged_lanes_reconverge():
+    """Lanes of a warp run loops of different lengths and reconverge for a shuffle."""
     out = run("""
         and.b32 %r20, %r1, 7; mov.b32 %r21, 0; setp.eq.b32 %p1, %r20, 0; @%p1 bra DONE;
         LOOP: add.s32 %r21, %r21, %r20; add.s32 %r20, %r20, -1; setp.ne.b32 %p2, %r20, 0; @%p2 bra LOOP;
@@ -331,60 +331,30 @@ def test_device_assert():
 
 
 def test_unknown_instruction():
-    caught_text = "wmma.load.a.sync.aligned.m16n16k16.row.f16 {%r1}, [%rd1];"
+    text = "wmma.load.a.sync.aligned.m16n16k16.row.f16 {%r1}, [%rd1];"
     with pytest.raises(ptx.Fault, match=r"unknown instruction: wmma\.load") as raised:
-        run(caught_text)
+        run(text)
     assert raised.value.instruction.line > 0
 
 
 # ------------------------------------------------------------------------------------------------ the compiler's code
 
-TILES = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
-
-
-def compiled_matmul(architecture: str) -> tuple[str, int]:
-    """(PTX, bytes of shared memory) of the pipelined product."""
-    with ptx.device(architecture):
-        a = torch.zeros(64, 128, dtype=torch.float16)
-        compiled = kernels.matmul.warmup(
-            a, a, a, 64, 64, 128, 128, 64, 64, **TILES, ACC=tl.float32, grid=(1,), num_warps=4
-        )
-        return compiled.asm["ptx"], compiled.metadata.shared
-
-
-def run_matmul(text: str, shared: int, on_fault: str | dict = "raise") -> list[ptx.Fault]:
-    """A text with a sum of 128 products, in four turns of the loop; what was noted."""
-    torch.manual_seed(0)
-    a, b = torch.randn(64, 128).half(), torch.randn(128, 64).half()
-    c = torch.zeros(64, 64, dtype=torch.float16)
-    text = text.replace("global_smem[]", f"global_smem[{shared}]")
-    judge = Judge(on_fault)
-    run_text(text, a, b, c, 64, 64, 128, 128, 64, 64, 0, 0, threads=128, judge=judge)
-    torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=2e-3, atol=2e-2)
-    return judge.notes
-
-
-def without(text: str, pattern: str, which: int) -> str:
-    """The text without the n-th match of a line."""
-    found = list(re.finditer(rf"^.*{pattern}.*$", text, re.M))[which]
-    return text[: found.start()] + text[found.end() :]
-
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_faults_in_a_pipelined_product(architecture):
-    """The compiler's own code with one line taken out: a barrier, a wait for the copies, a wait for the product."""
-    text, shared = compiled_matmul(architecture)
+    """The compiler's own code without one line: a barrier, a wait for the copies, a wait for the product."""
+    text, shared = compile_matmul(architecture)
     run_matmul(text, shared)
     with pytest.raises(ptx.Fault) as raised:
-        run_matmul(without(text, r"cp\.async\.wait_group", 0), shared)
+        run_matmul(remove_line(text, r"cp\.async\.wait_group", 0), shared)
     assert raised.value.kind == "pending copy"
     with pytest.raises(ptx.Fault) as raised:
-        run_matmul(without(text, r"bar\.sync", 1), shared)  # the first guards nothing
+        run_matmul(remove_line(text, r"bar\.sync", 1), shared)  # the first protects nothing
     assert raised.value.kind in ("race", "pending copy", "uninitialised")
     if architecture == "sm_90":
         waits = len(re.findall(r"wgmma\.wait_group", text))
         with pytest.raises(ptx.Fault) as raised:
-            run_matmul(without(text, r"wgmma\.wait_group", waits - 1), shared)
+            run_matmul(remove_line(text, r"wgmma\.wait_group", waits - 1), shared)
         assert raised.value.kind == "pending wgmma"
         with pytest.raises(ptx.Fault, match=r"fence\.proxy\.async"):
             run_matmul(text.replace("fence.proxy.async.shared::cta;", ""), shared)
@@ -394,9 +364,9 @@ def test_faults_in_a_pipelined_product(architecture):
                 run_matmul(less, shared)
 
 
-def test_warps_meet_again_where_a_wgmma_takes_them_together():
-    """Two of four go a way round, behind the others in the text, as libdevice's functions make them."""
-    text, shared = compiled_matmul("sm_90")
+def test_warps_reconverge_for_a_wgmma():
+    """Two of four take a branch to code after the others', as libdevice's functions do."""
+    text, shared = compile_matmul("sm_90")
     way = "mov.u32 %way0, %tid.x;\nsetp.ge.u32 %goes0, %way0, 64;\n@%goes0 bra $WAY;\n$BACK:\n"
     text = re.sub(r"^.*wgmma\.mma_async", lambda found: way + found.group(), text, count=1, flags=re.M)
     text = re.sub(r"^.*\.reg \.pred", lambda x: f".reg .pred %goes<1>; .reg .b32 %way<1>;\n{x.group()}", text, count=1,
@@ -417,20 +387,11 @@ def test_a_bulk_copy_without_its_wait(monkeypatch):
     text = compiled.asm["ptx"]
     assert "mbarrier.try_wait" in text
     open_text = re.sub(r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 complete, 0, 0;", text)
-    program = plant(compiled, open_text)
+    program = load_text(compiled, open_text)
     monkeypatch.setattr("bench.ptx.driver.load_program", lambda *_: program)
     with ptx.device("sm_90"), pytest.raises(ptx.Fault) as raised:
         kernels.matmul_descriptors[(1,)](*maps, 64, **TILES)
     assert raised.value.kind in ("pending copy", "uninitialised")
-
-
-def plant(compiled, text: str):
-    """The program of a changed text for a compiled kernel."""
-    from bench.ptx.frontend.parse import parse
-    from bench.ptx.frontend.program import Program
-
-    module = parse(text)
-    return Program(module.kernels[compiled.metadata.name], module, compiled.metadata.shared)
 
 
 def test_another_device_is_refused():

@@ -1,4 +1,4 @@
-"""Arithmetic and conversions of floats on the PTX machine against exact values: NaN, infinities, subnormals, ties."""
+"""Floating-point arithmetic and conversions against exact values: NaN, infinities, subnormals, ties."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from tests.common import INTERPRETED
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tests.ptx.text import EDGES, WIDTH, compute, rounded, same, to_bits, to_float
+from tests.ptx.text import EDGES, WIDTH, assert_same, compute, round_to_format, to_bits, to_float
 
 
 def exact(base: str, kind: str, mode: str, *x: float) -> float:
@@ -25,11 +25,11 @@ def exact(base: str, kind: str, mode: str, *x: float) -> float:
         if not all(map(math.isfinite, (a, b))):
             return a + b
         zero = a if a == b == 0 and math.copysign(1, a) == math.copysign(1, b) else -0.0 if mode == "rm" else 0.0
-        return rounded(Fraction(a) + Fraction(b), kind, mode, zero)
+        return round_to_format(Fraction(a) + Fraction(b), kind, mode, zero)
     if base == "mul":
         if not all(map(math.isfinite, x)):
             return x[0] * x[1]
-        return rounded(Fraction(x[0]) * Fraction(x[1]), kind, mode, x[0] * x[1] if 0 in x else 0.0)
+        return round_to_format(Fraction(x[0]) * Fraction(x[1]), kind, mode, x[0] * x[1] if 0 in x else 0.0)
     a, b, c = x
     if not all(map(math.isfinite, x)):
         product = a * b if not all(map(math.isfinite, (a, b))) else math.copysign(0.0, a) * b
@@ -38,7 +38,7 @@ def exact(base: str, kind: str, mode: str, *x: float) -> float:
     product_sign = math.copysign(1, a) * math.copysign(1, b)
     both_zero = (a == 0 or b == 0) and c == 0
     zero = c if both_zero and product_sign == math.copysign(1, c) else -0.0 if mode == "rm" else 0.0
-    return rounded(total, kind, mode, zero)
+    return round_to_format(total, kind, mode, zero)
 
 
 OPERATIONS = [
@@ -61,7 +61,7 @@ def test_edges_of_arithmetic(op):
     if kind == "f64" and base in ("mul", "fma"):  # the machine's doc: products under 2^-969 are rounded twice
         keep = [i for i, x in enumerate(inputs) if not tiny_product(*x[:2])]
         inputs, got = [inputs[i] for i in keep], [got[i] for i in keep]
-    same(got, [exact(base, kind, mode, *(to_float(b, kind) for b in x)) for x in inputs], kind, inputs)
+    assert_same(got, [exact(base, kind, mode, *(to_float(b, kind) for b in x)) for x in inputs], kind, inputs)
 
 
 def tiny_product(a: int, b: int) -> bool:
@@ -82,7 +82,7 @@ def test_random_fused_multiply_add(data):
         z = float(np.float32(math.ldexp(x * y, shift) + nudge)) * (-1 if negative else 1)
         inputs.append(tuple(to_bits(float(np.float32(v)), "f32") for v in (x, y, z)))
     got = compute("fma.rn.f32", "32", *(("32", list(column)) for column in zip(*inputs, strict=True)))
-    same(got, [exact("fma", "f32", "rn", *(to_float(b, "f32") for b in x)) for x in inputs], "f32", inputs)
+    assert_same(got, [exact("fma", "f32", "rn", *(to_float(b, "f32") for b in x)) for x in inputs], "f32", inputs)
 
 
 def test_fma_rounds_once():
@@ -105,22 +105,24 @@ def test_division_and_roots(op):
         inputs = list(itertools.product(values, values))
         if kind == "f64":
             inputs = [x for x in inputs if all(2.0**-900 < to_float(b, kind) < 2.0**900 for b in x)]
-        expected = [rounded(Fraction(to_float(a, kind)) / Fraction(to_float(b, kind)), kind, mode) for a, b in inputs]
+        expected = [
+            round_to_format(Fraction(to_float(a, kind)) / Fraction(to_float(b, kind)), kind, mode) for a, b in inputs
+        ]
     elif base == "rcp":
         inputs = [(x,) for x in values]
-        expected = [rounded(1 / Fraction(to_float(x, kind)), kind, mode) for (x,) in inputs]
+        expected = [round_to_format(1 / Fraction(to_float(x, kind)), kind, mode) for (x,) in inputs]
     else:
         inputs = [(x,) for x in values]
         expected = [square_root(to_float(x, kind), kind, mode) for (x,) in inputs]
     got = compute(op, WIDTH[kind], *((WIDTH[kind], list(column)) for column in zip(*inputs, strict=True)))
-    same(got, expected, kind, inputs)
+    assert_same(got, expected, kind, inputs)
 
 
 def square_root(x: float, kind: str, mode: str) -> float:
     scale = 2**400
     root = math.isqrt(int(Fraction(x) * scale * scale))
     below = Fraction(root, scale)
-    return rounded(below if below * below == Fraction(x) else below + Fraction(1, 2 * scale), kind, mode)
+    return round_to_format(below if below * below == Fraction(x) else below + Fraction(1, 2 * scale), kind, mode)
 
 
 def test_flush_to_zero():
@@ -236,8 +238,8 @@ def test_conversion_to_16_bits(to, mode):
     expected = []
     for bits in inputs:
         x = to_float(bits, "f32")
-        expected.append(rounded(Fraction(x), to, mode, x) if math.isfinite(x) else x)
-    same(got, expected, to, [(x,) for x in inputs])
+        expected.append(round_to_format(Fraction(x), to, mode, x) if math.isfinite(x) else x)
+    assert_same(got, expected, to, [(x,) for x in inputs])
     pair = compute(f"cvt.{mode}.{to}x2.f32", "32", ("32", inputs), ("32", inputs[::-1]))
     assert pair == [a << 16 | b for a, b in zip(got, got[::-1], strict=True)]
 
@@ -340,7 +342,7 @@ def test_conversion_from_integers(source, to):
     width = "8" if bits == 8 else str(bits)
     got = compute(f"cvt.rn.{to}.{source}", WIDTH[to], (width, values))
     signed = [v - (1 << bits) if source[0] == "s" and v >> bits - 1 else v for v in values]
-    same(got, [rounded(Fraction(v), to) for v in signed], to, [(v,) for v in values])
+    assert_same(got, [round_to_format(Fraction(v), to) for v in signed], to, [(v,) for v in values])
 
 
 def test_widths_of_integers():

@@ -1,5 +1,5 @@
-"""Forms of instructions that compilers write beside the plain ones: cache policies, parameters by address, calls with
-arrays, printf; and what kernels ask of a driver."""
+"""Less common forms of instructions: cache policies, parameters by address, calls with arrays, printf; and properties
+of the device."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ if INTERPRETED:
 
 from bench import ptx
 from bench.ptx.driver import run_text
-from tests.ptx.text import caught, run
+from tests.ptx.text import expect_fault, run
 
 
 @pytest.mark.parametrize("store", ["", "evict_first", "evict_last"])
@@ -79,8 +79,8 @@ def test_parameters_by_an_address_in_a_register():
 
 
 @pytest.mark.parametrize("offset", [-8, 12, 16])
-def test_parameters_that_are_not_there(offset):
-    caught("out of bounds", f"ld.param.b64 %rd9, [out+{offset}];", "of 16 bytes of parameters")
+def test_parameters_out_of_bounds(offset):
+    expect_fault("out of bounds", f"ld.param.b64 %rd9, [out+{offset}];", "of 16 bytes of parameters")
 
 
 CALL = """
@@ -153,7 +153,7 @@ def test_device_print(capsys):
 
 
 def test_printf_of_every_conversion(capsys):
-    """%s and %c are C's, as is %%; a call beyond the arguments' memory is a fault."""
+    """As in C, including %s, %c and %%."""
     text = """
     .target sm_80
     .extern .func (.param .b32 r) vprintf(.param .b64 a, .param .b64 b);
@@ -174,7 +174,7 @@ def test_printf_of_every_conversion(capsys):
     assert capsys.readouterr().out.splitlines() == ["hi A% -3  | 1.50e+00 -9"] * 32
 
 
-def test_a_function_from_outside_is_named():
+def test_an_unknown_external_function_is_named():
     text = """.target sm_80
     .extern .func (.param .b32 r) elsewhere(.param .b64 a);
     .visible .entry kernel(.param .u64 out)
@@ -185,7 +185,7 @@ def test_a_function_from_outside_is_named():
 
 
 def test_registers_of_a_kernel():
-    """Kernels that choose their grid by occupancy ask: the most that a thread may have, for ptxas never ran."""
+    """Kernels that choose their grid by occupancy read it: the maximum for a thread, since ptxas has not run."""
     with ptx.device("sm_90"):
         properties = triton.runtime.driver.active.utils.get_device_properties(0)
         x, out = torch.randn(300), torch.zeros(300)

@@ -1,4 +1,4 @@
-"""Whole numbers, shuffles, votes, small products on the PTX machine, one instruction at a time, and exact values."""
+"""Integers, shuffles, votes and small matrix products on the PTX machine, each instruction against exact values."""
 
 import itertools
 import math

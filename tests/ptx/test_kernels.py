@@ -257,14 +257,14 @@ INTEGER_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
 
 
 @pytest.mark.parametrize("dtype", INTEGER_TYPES, ids=str)
-def test_whole_numbers(gpu, dtype):
+def test_integers(gpu, dtype):
     limits = torch.iinfo(dtype)
     random = np.random.default_rng(0)
     kind = getattr(np, str(dtype).removeprefix("torch."))
     x, y = (random.integers(limits.min, limits.max, 1000, kind, endpoint=True) for _ in range(2))
     out = torch.empty(1000, dtype=dtype)
     arguments = (torch.from_numpy(x), torch.from_numpy(y), out, 1000)
-    kernels.apply_two[(4,)](*arguments, FUNCTION=kernels.whole_numbers, BLOCK=256)
+    kernels.apply_two[(4,)](*arguments, FUNCTION=kernels.integers, BLOCK=256)
     d = y | kind(1)
     q = [math.trunc(Fraction(a, b)) for a, b in zip(x.tolist(), d.tolist(), strict=True)]  # towards zero, as in C
     with np.errstate(all="ignore"):

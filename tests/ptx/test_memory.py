@@ -1,4 +1,4 @@
-"""Whose memory a kernel touches: views, tensors side by side, tables of pointers, and memory that nothing wrote."""
+"""Whose memory a kernel accesses: views, adjacent tensors, tables of pointers, and uninitialised memory."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import ptx
-from tests.ptx.text import caught, run
+from tests.ptx.text import expect_fault, run
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
@@ -22,7 +22,7 @@ def gpu(request):
         yield device
 
 
-def refused(kind: str, match: str):
+def raises_fault(kind: str, match: str):
     return pytest.raises(ptx.Fault, match=f"(?s)^({kind}): .*{match}")
 
 
@@ -34,7 +34,7 @@ def table(tensors) -> torch.Tensor:
 
 
 def test_pointers_kept_in_a_tensor(gpu):
-    """As in a grouped GEMM: the tensors behind a table are no arguments."""
+    """As in a grouped GEMM: the tensors of a table are no arguments."""
     groups = [torch.randn(n) for n in (64, 40, 7)]
     out = torch.full((3, 64), float("nan"))
     kernels.copy_by_table[(3,)](table(groups), torch.tensor([64, 40, 7]), out, BLOCK=64, OVER=0)
@@ -53,7 +53,7 @@ def test_a_table_made_before_the_device():
 
 
 def test_a_table_into_an_argument_and_its_rest(gpu):
-    """One pointer is to a tensor of which an argument shows a part."""
+    """One pointer is to a tensor that contains an argument."""
     whole = torch.randn(4, 64)
     out = torch.zeros(2, 64)
     kernels.copy_by_table[(2,)](table([whole[0], whole[3]]), torch.tensor([64, 64]), out, BLOCK=64, OVER=0)
@@ -62,23 +62,23 @@ def test_a_table_into_an_argument_and_its_rest(gpu):
     assert torch.equal(whole[1], whole[0])
 
 
-def test_a_table_of_memory_that_nothing_wrote(gpu):
+def test_a_table_of_uninitialised_memory(gpu):
     out, sizes = torch.zeros(2, 64), torch.tensor([64, 64])
     groups = [torch.zeros(64), torch.empty(64)]
-    with refused("uninitialised", r"at element \[0\] of a tensor of this process, float32\[64\]"):
+    with raises_fault("uninitialised", r"at element \[0\] of a tensor of this process, float32\[64\]"):
         kernels.copy_by_table[(2,)](table(groups), sizes, out, BLOCK=64, OVER=0)
     kernels.fill_by_table[(2,)](table(groups), BLOCK=64)
     kernels.copy_by_table[(2,)](table(groups), sizes, out, BLOCK=64, OVER=0)
     assert torch.equal(out[1], 1 + torch.arange(64.0))
 
 
-def test_pointers_that_lead_nowhere(gpu):
+def test_invalid_pointers(gpu):
     x, out, sizes = torch.randn(1 << 16), torch.zeros(1, 64), torch.tensor([64])
-    with refused("out of bounds", "before the start of"):
+    with raises_fault("out of bounds", "before the start of"):
         kernels.copy_by_table[(1,)](torch.tensor([64]), sizes, out, BLOCK=64, OVER=0)
     address = table([x])
     del x
-    with refused("out of bounds", ""):
+    with raises_fault("out of bounds", ""):
         kernels.copy_by_table[(1,)](address, sizes, out, BLOCK=64, OVER=0)
 
 
@@ -99,12 +99,12 @@ def test_reinterpreted_tensors(gpu):
     back = torch.zeros(300, dtype=torch.uint8)
     kernels.cast[(1,)](x.float(), triton.reinterpret(back, tl.float8e5), 300, BLOCK=512)
     assert torch.equal(back.view(torch.float8_e5m2).float(), x.float())
-    with refused("out of bounds", r"of x, uint8\[300\]"):
+    with raises_fault("out of bounds", r"of x, uint8\[300\]"):
         kernels.cast[(1,)](triton.reinterpret(x.view(torch.uint8), tl.float8e5), out, 301, BLOCK=512)
 
 
 def test_a_tensor_by_its_address_alone(gpu):
-    """An argument that only says where it is."""
+    """An argument with nothing but data_ptr."""
 
     class Pointer:
         dtype = torch.float32
@@ -128,33 +128,33 @@ def test_a_tensor_by_its_address_alone(gpu):
     ],
 )
 def test_past_one_argument_into_another(gpu, offset, match):
-    """They lie side by side in one allocation."""
+    """They are adjacent in one allocation."""
     whole = torch.randn(3000)
     first, x, out = whole[:1000], whole[1000:2000], whole[2000:]
     kernels.apply_two[(4,)](first, x, out, 1000, FUNCTION=kernels.maximum, BLOCK=256)
     assert torch.equal(out, torch.maximum(first, x))
-    with refused("out of view", match) as raised:
+    with raises_fault("out of view", match) as raised:
         kernels.copy_beside[(4,)](x, first, out, 1000, OFFSET=offset, BLOCK=256)
     assert (raised.value.tensor, raised.value.kernel) == ("x", "copy_beside")
 
 
 def test_a_write_past_one_argument_into_another():
     whole = torch.zeros(200)
-    with ptx.device("sm_80"), refused("out of view", r"writes 4 bytes right past the end of out, .* of x, "):
+    with ptx.device("sm_80"), raises_fault("out of view", r"writes 4 bytes right past the end of out, .* of x, "):
         kernels.copy[(1,)](whole[99:], whole[:100], 101, BLOCK=128, OFFSET=0, STRIDE=1)
 
 
 def test_gaps_of_a_strided_view(gpu):
-    """The columns beside those that the view shows lie between its first and its last element."""
+    """Columns outside of the view lie between its first and last element."""
     whole, out = torch.randn(4, 128), torch.zeros(4, 64)
     kernels.copy_rows[(4,)](whole[:, :64], out, 128, COLS=64)
     assert torch.equal(out, whole[:, :64])
     match = r"between the elements of x, float32\[4, 60\] with strides \[128, 1\]"
-    with refused("out of view", match) as raised:
+    with raises_fault("out of view", match) as raised:
         kernels.copy_rows[(3,)](whole[:, :60], out, 128, COLS=64)
     assert raised.value.element is None
     out = torch.zeros(8, 64)
-    with refused("out of view", "writes .* between the elements of out"):
+    with raises_fault("out of view", "writes .* between the elements of out"):
         kernels.copy_rows[(3,)](whole, out[::2], 128, COLS=64)
 
 
@@ -177,42 +177,42 @@ def test_views_without_gaps(view):
 
 
 def test_a_descriptor_of_more_than_its_tensor(gpu):
-    """What the host says of a tensor is larger than the tensor, and an argument lies behind it."""
+    """The shape in the descriptor is larger than the tensor, and an argument follows it in memory."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     whole = torch.randn(12, 16, 32)
     x, out = whole[:3], whole[3:]
     rights = TensorDescriptor(x, [4, 20, 32], [16 * 32, 32, 1], [2, 16, 16])
-    with refused("out of view|out of bounds", "past the end of x"):
+    with raises_fault("out of view|out of bounds", "past the end of x"):
         kernels.copy_box[(1,)](rights, TensorDescriptor.from_tensor(out, [2, 16, 16]))
 
 
 def test_one_of_two_tensors(gpu):
-    """An address that may derive from either is held against both."""
+    """An address that may derive from either may be in both."""
     whole = torch.randn(384)
     x, y, which, out = whole[:128], whole[256:], torch.arange(128) % 2, torch.zeros(128)
     kernels.copy_one_of[(1,)](x, y, which, out, BLOCK=128)
     assert torch.equal(out, torch.where(which != 0, x, y))
-    with refused("out of view|out of bounds", "past the end of"):
+    with raises_fault("out of view|out of bounds", "past the end of"):
         kernels.copy_one_of[(2,)](x, whole[128:200], torch.zeros(256), torch.zeros(256), BLOCK=128)
 
 
-def test_a_pointer_that_walks(gpu):
+def test_a_pointer_that_advances(gpu):
     whole, out = torch.randn(1024), torch.zeros(64)
     kernels.walk[(1,)](whole[:512], out, 512, BLOCK=64)
     torch.testing.assert_close(out, whole[:512].view(8, 64).sum(0))
-    with refused("out of bounds", "past the end of x"):
+    with raises_fault("out of bounds", "past the end of x"):
         kernels.walk[(1,)](whole[:512], out, 576, BLOCK=64)
-    with refused("out of view", "past the end of x"):
+    with raises_fault("out of view", "past the end of x"):
         kernels.walk[(1,)](whole[:512], whole[512:], 576, BLOCK=64)
 
 
 def test_the_element_is_named(gpu):
     x, out = torch.randn(8, 32), torch.zeros(8, 32)
-    with refused("out of view", r"writes 4 bytes at byte \d+ between the elements of out") as raised:
+    with raises_fault("out of view", r"writes 4 bytes at byte \d+ between the elements of out") as raised:
         kernels.copy_rows[(4,)](x, out[:, :16], 32, COLS=32)
     assert (raised.value.tensor, raised.value.element) == ("out", None)
-    fault = caught("global race", "add.s32 %r10, %r4, 1; st.global.b32 [%rd1+8], %r10;", threads=32, blocks=2)
+    fault = expect_fault("global race", "add.s32 %r10, %r4, 1; st.global.b32 [%rd1+8], %r10;", threads=32, blocks=2)
     assert fault.element == (2,)
     assert "at element [2] of argument 0, int32[64]" in str(fault)
     assert "\n  kernel kernel, block (" in str(fault)
@@ -232,13 +232,13 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("make", EMPTY.values(), ids=EMPTY)
-def test_memory_that_nothing_wrote(gpu, make):
+def test_uninitialised_memory(gpu, make):
     x = torch.randn(300)
     out = make(300)
-    kernels.copy[(2,)](x, out, 300, BLOCK=256, OFFSET=0, STRIDE=1)  # it is written first
+    kernels.copy[(2,)](x, out, 300, BLOCK=256, OFFSET=0, STRIDE=1)  # now it is written
     kernels.add_to[(2,)](x, out, 300, BLOCK=256)
     assert torch.equal(out, 2 * x)
-    with refused("uninitialised", r"at element \[0\] of out, .* which nothing has written") as raised:
+    with raises_fault("uninitialised", r"at element \[0\] of out, .* which was never written") as raised:
         kernels.add_to[(2,)](x, make(300), 300, BLOCK=256)
     assert (raised.value.tensor, raised.value.element, raised.value.kernel) == ("out", (0,), "add_to")
 
@@ -266,33 +266,33 @@ def test_memory_that_a_kernel_wrote_in_part(gpu):
     x, out = torch.randn(300), torch.empty(300)
     kernels.copy[(1,)](x, out, 101, BLOCK=256, OFFSET=0, STRIDE=1)
     kernels.add_to[(1,)](x, out, 101, BLOCK=256)
-    with refused("uninitialised", r"at element \[101\] of out"):
+    with raises_fault("uninitialised", r"at element \[101\] of out"):
         kernels.add_to[(1,)](x, out, 102, BLOCK=256)
     out[100:].zero_()
     kernels.add_to[(2,)](x, out, 300, BLOCK=256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.int8, torch.bool], ids=str)
-def test_dtypes_of_memory_that_nothing_wrote(dtype):
+def test_dtypes_of_uninitialised_memory(dtype):
     with ptx.device("sm_80"):
         x, out = torch.empty(64, dtype=dtype), torch.zeros(64, dtype=dtype)
-        with refused("uninitialised", r"at element \[0\] of x"):
+        with raises_fault("uninitialised", r"at element \[0\] of x"):
             kernels.copy[(1,)](x, out, 64, BLOCK=64, OFFSET=0, STRIDE=1)
         kernels.copy[(1,)](out, x, 64, BLOCK=64, OFFSET=0, STRIDE=1)
         kernels.copy[(1,)](x, out, 64, BLOCK=64, OFFSET=0, STRIDE=1)
 
 
-def test_a_counter_that_nothing_zeroed():
+def test_an_uninitialised_counter():
     with ptx.device("sm_80"):
         counter = torch.empty(1, dtype=torch.int32)
-        with refused("uninitialised", r"updates 4 bytes at element \[0\] of out"):
+        with raises_fault("uninitialised", r"updates 4 bytes at element \[0\] of out"):
             kernels.count[(3,)](counter)
         counter.zero_()
         kernels.count[(3,)](counter)
         assert counter.item() == 3
 
 
-def test_copies_of_memory_that_nothing_wrote():
+def test_copies_of_uninitialised_memory():
     """cp.async and bulk copies read too."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -300,13 +300,13 @@ def test_copies_of_memory_that_nothing_wrote():
     for architecture in ("sm_80", "sm_90"):
         with ptx.device(architecture):
             a, b, c = torch.empty(64, 128).half(), torch.empty(128, 64, dtype=torch.float16), torch.zeros(64, 64).half()
-            with refused("uninitialised", "copies 16 bytes .* of b"):
+            with raises_fault("uninitialised", "copies 16 bytes .* of b"):
                 kernels.matmul[(1,)](a, b, c, 64, 64, 128, 128, 64, 64, **tiles)
         kind = {"sm_80": "uninitialised", "sm_90": "uninitialised copy"}[architecture]
         with ptx.device(architecture, on_fault="raise"):
             b = torch.empty(128, 64, dtype=torch.float16)
             maps = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, c), blocks, strict=True)]
-            with refused(kind, " of b, .* which nothing has written"):
+            with raises_fault(kind, " of b, .* which was never written"):
                 kernels.matmul_descriptors[(1,)](*maps, 128, **tiles)
 
 
@@ -319,34 +319,34 @@ def test_empty_tensors_outside_of_a_device():
     assert (torch.empty, torch.Tensor.new_empty) == before
 
 
-# ------------------------------------------------------------------------------------------------ what changes nothing
+# --------------------------------------------------------------------------------------------- writes without a change
 
 
-def test_writing_what_is_there_before_another_block_reads_it(gpu):
+def test_a_write_without_a_change_before_another_block_reads(gpu):
     flag, out = torch.full((1,), 7, dtype=torch.int32), torch.zeros(20, dtype=torch.int32)
     kernels.set_and_read[(20,)](flag, out, 7)
     assert out.tolist() == [7] * 20
-    with refused("global race", r"at element \[0\] of flag"):
+    with raises_fault("global race", r"at element \[0\] of flag"):
         kernels.set_and_read[(20,)](flag, out, 8)
 
 
-def test_writing_what_is_there_while_another_block_changes_it():
-    """Whose write comes last decides."""
+def test_a_write_without_a_change_beside_one_with():
+    """The result depends on the order."""
     text = "setp.eq.b32 %p1, %r2, CHANGES; mov.b32 %r10, 0; @%p1 mov.b32 %r10, 5; st.global.b32 [%rd1], %r10;"
     for block in ("0", "1"):
-        caught("global race", text.replace("CHANGES", block), threads=32, blocks=2)
-        caught("global race", text.replace("CHANGES", block), threads=1024, blocks=20)
+        expect_fault("global race", text.replace("CHANGES", block), threads=32, blocks=2)
+        expect_fault("global race", text.replace("CHANGES", block), threads=1024, blocks=20)
     run(text.replace("CHANGES", "7"), threads=32, blocks=2)
 
 
-def test_writing_what_is_there_before_another_warp_reads_it():
-    """In shared memory; what nothing has written is not there."""
+def test_a_write_without_a_change_before_another_warp_reads():
+    """In shared memory, where a first write is always a change."""
     text = """
         st.shared.b32 [%r5], VALUE; bar.sync 0;
         st.shared.b32 [%r5], 9; ld.shared.b32 %r10, [%r5]; st.global.b32 [%rd4], %r10;
     """
     assert run(text.replace("VALUE", "9")).tolist() == [9] * 128
-    caught("race", text.replace("VALUE", "8"), "with no barrier between")
+    expect_fault("race", text.replace("VALUE", "8"), "with no barrier between")
     first = "setp.lt.u32 %p1, %r1, 32; @%p1 st.shared.b32 [%r5], 0; @!%p1 ld.shared.b32 %r10, [%r5];"
     with pytest.raises(ptx.Fault, match=r"race|uninitialised"):
         run(first)

@@ -1,5 +1,5 @@
-"""Single PTX instructions and bodies of kernels run on the machine, and the truth of number formats in fractions, with
-none of its code."""
+"""Runs single PTX instructions and kernel bodies, and computes the results that number formats require, in fractions
+and with none of the machine's code."""
 
 import math
 import struct
@@ -13,7 +13,7 @@ from bench import ptx
 from bench.ptx.driver import run_text
 from bench.ptx.faults import Judge
 
-# Where the project's own kernels are held to more than is right on a GPU by chance, or at a price.
+# For the project's own kernels: faults that a GPU tolerates, or that only cost time, are errors.
 STRICT = {"last bits": "raise", "pending wgmma": "raise"}
 
 HEAD = """.version 8.7
@@ -46,7 +46,7 @@ def run(body: str, threads: int = 128, blocks: int = 1, elements: int | None = N
     return out
 
 
-def caught(kind: str, body: str, match: str | None = None, **options) -> ptx.Fault:
+def expect_fault(kind: str, body: str, match: str | None = None, **options) -> ptx.Fault:
     with pytest.raises(ptx.Fault, match=match) as raised:
         run(body, **options)
     fault = raised.value
@@ -66,7 +66,7 @@ def register(kind: str) -> str:
 
 
 def compute(op: str, out: str, *inputs: tuple[str, list[int]], immediates: str = "", extra: str = "") -> list[int]:
-    """`op` of each lane's inputs, given as (bits, numbers) each; the bits of the results."""
+    """The bits of the results of `op` for each lane's inputs, which are given as (width, values)."""
     n = len(inputs[0][1])
     lanes = -(-n // 32) * 32
     lines, declared = [], []
@@ -109,7 +109,7 @@ def to_float(bits: int, kind: str) -> float:
 
 
 def to_bits(x: float, kind: str) -> int:
-    """Of a float that the format holds exactly."""
+    """Of a float that the format represents exactly."""
     if math.isnan(x):
         return {"f64": 0x7FF8000000000000, "f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}[kind]
     if kind == "bf16":
@@ -117,8 +117,8 @@ def to_bits(x: float, kind: str) -> int:
     return int.from_bytes(struct.pack(CODES[kind], x), "little")
 
 
-def rounded(x: Fraction, kind: str, mode: str = "rn", zero: float = 0.0) -> float:
-    """An exact number to the format. zero: the sign of a result that is exactly 0."""
+def round_to_format(x: Fraction, kind: str, mode: str = "rn", zero: float = 0.0) -> float:
+    """Rounds an exact number. zero: the signed zero to return for an exact 0."""
     mantissa, lowest, highest = FORMATS[kind]
     if x == 0:
         return zero
@@ -161,7 +161,7 @@ EDGES = {
 WIDTH = {"f32": "32", "f64": "64", "f16": "16", "bf16": "16"}
 
 
-def same(got: list[int], expected: list[float], kind: str, inputs) -> None:
+def assert_same(got: list[int], expected: list[float], kind: str, inputs) -> None:
     for i, (bits, want) in enumerate(zip(got, expected, strict=True)):
         value = to_float(bits, kind)
         if math.isnan(want):

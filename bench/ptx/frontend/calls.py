@@ -1,4 +1,4 @@
-"""Calls inlined, labels resolved: what the parser read becomes one flat list of instructions."""
+"""Inlines calls and resolves labels."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def rename_registers(operand: Operand, names: dict[str, str]) -> Operand:
 
 
 def inline_calls(kernel: Function, functions: dict[str, Function]) -> None:
-    """Each call of a function of the module gives way to its instructions; its parameters are the memory that the
-    caller made for them.
+    """Replaces each call of a function of the module by its instructions. Its parameters are the caller's variables.
 
-    `__assertfail` and other names from outside stay calls, for the machine to know or to refuse."""
+    Calls of external functions such as `__assertfail` stay (`instructions/external_calls.py`)."""
     calls = 0
     while True:
         at = next((i for i, x in enumerate(kernel.instructions) if callee(x) in functions), None)
@@ -44,7 +43,7 @@ def callee(instruction: Instruction) -> str | None:
 
 
 def call_arguments(call: Instruction, returns: bool) -> tuple[list[str], list[str]]:
-    """(where a call wants its results, where its arguments are): names of the caller's variables."""
+    """(results, arguments) of a call: names of the caller's variables."""
     lists = [[x.name for x in operand.items] for operand in call.operands if isinstance(operand, Group)]
     results = lists.pop(0) if returns else []
     return results, lists[0] if lists else []
@@ -80,7 +79,7 @@ def inline_call(kernel: Function, at: int, function: Function, suffix: str) -> N
 
 
 def resolve_names(kernel: Function) -> None:
-    """Branch targets by number, and each register with its type."""
+    """Sets the branch targets, as instruction numbers, and the type of each register."""
     for instruction in kernel.instructions:
         names = []
         if instruction.parts[0] == "bra":
@@ -92,7 +91,7 @@ def resolve_names(kernel: Function) -> None:
 
 
 def look_up(declared: dict, name: str, instruction: Instruction):
-    """What a name stands for at an instruction: the innermost scope that declares it."""
+    """The declaration of a name in the innermost scope of an instruction that has one."""
     for scopes in instruction.scopes:
         if (scopes, name) in declared:
             return declared[scopes, name]

@@ -1,7 +1,7 @@
-"""PTX text into instructions: what the machine runs, one flat list for a kernel, calls inlined.
+"""Parses PTX text: for each kernel one flat list of instructions, with calls inlined.
 
-PTX ISA 8.7, chapters 4 (syntax) and 5 (state spaces). Names are made unique where a scope in braces declares them
-again; each instruction keeps its PTX line and the Python line that the compiler's `.loc` gives.
+PTX ISA 8.7, chapters 4 (syntax) and 5 (state spaces). Names that an inner scope declares again are made unique; each
+instruction keeps its PTX line and the Python line of the compiler's `.loc`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 
 
 def parse(text: str, map_path: Callable[[str], str] = str) -> Module:
-    """The module of a PTX text. file_of: from the path of a source file, as the text has it, to the one to show.
+    """The module of a PTX text. map_path: from the path of a source file in the text to the one to show.
 
     >>> module = parse('''.target sm_80
     ... .visible .entry add(.param .u64 add_param_0)
@@ -66,7 +66,7 @@ class Parser:
     def __init__(self, text: str, map_path: Callable[[str], str] = str):
         files = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)
         self.files = {number: map_path(path) for number, path in files}
-        section = text.find(".section")  # debug information, which holds braces of its own
+        section = text.find(".section")  # debug information: its braces are no scopes
         self.original = text if section < 0 else text[:section]
         self.names = {path.rsplit("/", 1)[-1]: path for path in self.files.values()}
         self.text = COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), self.original)
@@ -74,7 +74,7 @@ class Parser:
         self.position = 0
         self.next_scope = 0
         self.locations: dict[tuple[str, str, str], Location | None] = {}  # (file, line, column) of a .loc
-        self.used_bytes: int | None = None  # of the instruction that comes next
+        self.used_bytes: int | None = None  # of the next instruction
 
     # -------------------------------------------------------------------------------------------- text
 
@@ -85,7 +85,7 @@ class Parser:
             self.position += 1
 
     def read_until(self, *ends: str) -> str:
-        """The text up to the first of these characters, which is passed over."""
+        """The text up to the first of these characters, which is skipped."""
         found = [x for x in (self.text.find(end, self.position) for end in ends) if x >= 0]
         end = min(found, default=len(self.text))
         piece, self.position = self.text[self.position : end], end + 1
@@ -161,7 +161,7 @@ class Parser:
     # -------------------------------------------------------------------------------------------- body
 
     def parse_body(self, function: Function) -> None:
-        scopes: list[tuple[int, dict[str, Register | Symbol]]] = []  # what names stand for
+        scopes: list[tuple[int, dict[str, Register | Symbol]]] = []  # (number, what each name refers to)
         location = None
 
         def open_scope():
@@ -193,8 +193,8 @@ class Parser:
                 function.instructions.append(self.parse_instruction(self.read_until(";"), line, location, scopes))
 
     def parse_location(self) -> Location | None:
-        """`.loc 3 87 23 // tiles.py:87:23 @[ forward.py:34:72 @[ … ] ]`: the compiler writes the callers there. Or,
-        from Triton 3.8 on, `.loc 3 87 23, function_name …, inlined_at 1 34 72`, and `.loc 1 34 72` stands before it."""
+        """`.loc 3 87 23 // tiles.py:87:23 @[ forward.py:34:72 @[ … ] ]`, with the callers in the comment. Since
+        Triton 3.8 `.loc 3 87 23, function_name …, inlined_at 1 34 72`, and `.loc 1 34 72` comes before it."""
         match = LOC.match(self.original, self.position)
         self.position = self.original.find("\n", self.position)
         *place, options, comment = match.groups()
@@ -202,7 +202,7 @@ class Parser:
         if not chain:
             chain = [(self.files.get(place[0], "?"), place[1])]
         if chain[0][1] == "0":
-            return None  # code that belongs to no line: keep the line before
+            return None  # belongs to no line: keep the line before
         inlined = INLINED.search(options)
         found = self.locations.get(inlined.groups()) if inlined else None
         for name, line in reversed(chain):
@@ -219,7 +219,7 @@ class Parser:
                 for each in [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [name]:
                     unique = f"{each}@{scope}" if len(scopes) > 1 else each
                     names[each], function.registers[unique] = Register(unique, ""), kind
-        elif match := PARAM.match(text):  # of a call that this function makes
+        elif match := PARAM.match(text):  # of a call in this function
             align, kind, name, count = match.groups()
             unique, size = f"{name}@{scope}", BYTES[kind] * int(count or 1)
             names[name] = Symbol(unique)
@@ -277,7 +277,7 @@ class Parser:
 
 
 def split_operands(text: str) -> list[str]:
-    """Operands at their commas, those in braces and brackets kept together."""
+    """Splits at the commas outside of braces and brackets."""
     if not any(c in text for c in "{[("):
         return [p for p in text.split(",") if p.strip()]
     pieces, depth, start = [], 0, 0

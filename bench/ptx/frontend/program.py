@@ -1,7 +1,7 @@
-"""A kernel made ready to run: each instruction a function of (unit, mask), its operands slots of the register file.
+"""A kernel ready to execute: each instruction a function of (unit, mask), its operands slots of the register file.
 
-A slot is one register seen as one type; a unit makes the arrays. `mask` is None where every lane of the unit is active.
-Modules register the builders of their instructions in BUILDERS with `@builds`.
+A slot is one register viewed as one type; a unit allocates the arrays. `mask` is None where every lane of the unit is
+active. The modules of `instructions/` register their builders with `@implements`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from ..faults import Fault
 from ..memory.tensors import TensorExtent
-from .syntax import Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol
+from .syntax import Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol, vector_items
 from .types import BYTES, UNSIGNED
 
-# Where generic addresses of the other spaces begin: no tensor lies there.
+# Generic addresses of the other state spaces begin here: no tensor has such addresses.
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 60, 1 << 61, 1 << 62
 
 
 Step = Callable  # (unit, mask) -> None
-Control = Callable  # (unit, pc, mask) -> None: says where each lane goes on
+Control = Callable  # (unit, pc, mask) -> None: enqueues each lane at its next instruction
 BUILDERS: dict[str, Callable] = {}
 CONTROLS: dict[str, Callable] = {}
 
@@ -65,14 +65,12 @@ class Program:
         self.block_ends = self.find_block_ends()
         together = {n: count_converged_lanes(i) for n, i in enumerate(self.instructions)}
         self.convergent = {n: lanes for n, lanes in together.items() if lanes > 1}
-        self.provenance_parameters: frozenset[str] | None = (
-            None  # the parameters that the instructions' origins are told by
-        )
+        self.provenance_parameters: frozenset[str] | None = None  # of Instruction.provenance
         self.has_wgmma = any(i.parts[0] == "wgmma" for i in self.instructions)
 
     @functools.cached_property
     def definitions(self) -> dict[str, list[Instruction]]:
-        """Of each register the instructions that write it."""
+        """The instructions that write each register."""
         found: dict[str, list[Instruction]] = {}
         for instruction in self.instructions:
             for name in find_results(instruction):
@@ -82,8 +80,8 @@ class Program:
     # -------------------------------------------------------------------------------------------- layout
 
     def place_variables(self, variables: dict, shared_bytes: int) -> None:
-        """Addresses of the module's variables: shared and local ones from 0, parameters of calls behind the kernel's
-        own, global ones where NumPy put them."""
+        """Assigns addresses: shared and local variables from 0, parameters of calls after the kernel's own, global
+        variables where NumPy allocates them."""
         self.addresses: dict[str, int] = {}
         self.constant_data: list[tuple[TensorExtent, np.ndarray]] = []
         self.local_bytes = shared = 0
@@ -110,7 +108,7 @@ class Program:
         self.shared_bytes = shared + shared_bytes
 
     def choose_grains(self) -> None:
-        """The smallest access to each space: what its bookkeeping counts in."""
+        """Sets the grain of each state space, the unit of its bookkeeping: its smallest access."""
         self.shared_grain = self.global_grain = 16
         for i in self.instructions:
             if i.parts[0] in ("ld", "st", "atom", "red") and "param" not in i.parts and "local" not in i.parts:
@@ -126,7 +124,7 @@ class Program:
                 self.shared_grain = min(self.shared_grain, 4 if i.parts[0] == "tensormap" else 8)
 
     def find_block_ends(self) -> list[int]:
-        """For each instruction the next one, from it on, that is control or begins a block of its own."""
+        """For each instruction the end of its basic block: the next control instruction or branch target."""
         ends, end = [0] * len(self.steps), len(self.steps)
         for n in range(len(self.steps) - 1, -1, -1):
             if n in self.controls:
@@ -151,7 +149,7 @@ class Program:
         return self.slots[key]
 
     def source_slot(self, operand: Operand, dtype: type) -> int:
-        """The slot of an operand that is read as `dtype`."""
+        """The slot of a source operand that is read as `dtype`."""
         if isinstance(operand, Immediate):
             return self.constant_slot(convert_immediate(operand, dtype))
         if isinstance(operand, Symbol):
@@ -169,7 +167,7 @@ class Program:
         return self.register_slot(operand, dtype)
 
     def dest_slot(self, operand: Operand, dtype: type) -> int | None:
-        """The slot of a result; None for `_`. A narrower result is extended to the register by its sign."""
+        """The slot of a destination; None for `_`. A narrower result is sign- or zero-extended to the register."""
         if isinstance(operand, Symbol) and operand.name == "_":
             return None
         width = BYTES[operand.type]
@@ -186,7 +184,7 @@ class Program:
         raise Fault("unknown instruction", f"no variable {symbol.name}")
 
     def address_getter(self, operand: Address) -> Callable:
-        """A function of the unit: the address of each lane, int64 for 32-bit registers, uint64 for 64."""
+        """A function of the unit: the address of each lane, int64 for 32-bit and uint64 for 64-bit registers."""
         offset = operand.offset
         if isinstance(operand.base, Register):
             wide = BYTES[operand.base.type] == 8
@@ -208,7 +206,7 @@ class Program:
             raise Fault(fault.kind, fault.message, instruction, kernel=self.function.name) from None
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise Fault(
-                "unknown instruction", f"{instruction.op}: a form not known ({error!r})", instruction,
+                "unknown instruction", f"{instruction.op}: unsupported form ({error!r})", instruction,
                 kernel=self.function.name,
             ) from error  # fmt: skip
         if run is None:
@@ -221,7 +219,7 @@ class Program:
 
 
 def assign(compute: Callable, operands: list[int], out: list[int | None], many: bool) -> Step:
-    """slots[out] = compute(slots[operands]), where the mask holds."""
+    """slots[out] = compute(slots[operands]) where the mask is true."""
     if many:
 
         def run(unit, mask):
@@ -249,7 +247,7 @@ def write_masked(target: np.ndarray, value, mask: np.ndarray | None) -> None:
 
 
 def apply_guard(run: Step, guard: int, instruction: Instruction) -> Step:
-    """@p and @!p: the lanes where the predicate holds."""
+    """@p and @!p: only in the lanes whose guard predicate is true."""
     negated = instruction.negated
 
     def run_guarded(unit, mask):
@@ -259,7 +257,7 @@ def apply_guard(run: Step, guard: int, instruction: Instruction) -> Step:
         if active.all():
             run(unit, None)
         elif active.any():
-            run(unit, active.copy())  # the guard may be the instruction's own result
+            run(unit, active.copy())  # the instruction may overwrite its own guard
 
     return run_guarded
 
@@ -268,14 +266,14 @@ def convert_immediate(operand: Immediate, dtype: type):
     if dtype is np.bool_:
         return np.bool_(operand.bits != 0)
     width = np.dtype(dtype).itemsize
-    if operand.floating == 8 and width == 4:  # a decimal literal for a float32
+    if operand.floating == 8 and width == 4:  # a decimal literal as float32
         number = np.uint64(operand.bits).view(np.float64)
         return np.float32(number).view(dtype) if dtype is not np.float32 else np.float32(number)
     return UNSIGNED[width](operand.bits % (1 << 8 * width)).view(dtype)
 
 
 def find_registers(instruction: Instruction) -> frozenset[str]:
-    """All registers that an instruction reads or writes."""
+    """The registers that an instruction reads or writes."""
     found: set[str] = set()
 
     def visit(operand):
@@ -295,15 +293,14 @@ def find_registers(instruction: Instruction) -> frozenset[str]:
 
 
 def find_results(instruction: Instruction) -> frozenset[str]:
-    """The registers that it writes."""
+    """The registers that an instruction writes."""
     if not instruction.operands or instruction.parts[0] in ("st", "bar", "bra", "red", "stmatrix", "call"):
         return frozenset()
-    first = instruction.operands[0]
-    return frozenset(x.name for x in (first.items if isinstance(first, Group) else (first,)) if isinstance(x, Register))
+    return frozenset(x.name for x in vector_items(instruction.operands[0]) if isinstance(x, Register))
 
 
 def count_converged_lanes(instruction: Instruction) -> int:
-    """How many lanes must be there together: those of a warp, or of the four that a wgmma takes."""
+    """How many lanes execute an instruction convergently: 1, a warp, or the warp group of a wgmma."""
     if instruction.parts[0] in ("mbarrier", "cp", "fence", "membar", "tensormap"):
         return 1
     if instruction.parts[:2] == ("wgmma", "mma_async"):
@@ -315,7 +312,7 @@ def count_converged_lanes(instruction: Instruction) -> int:
 
 
 def guard_mask(program: Program, instruction: Instruction):
-    """A function of (unit, mask): the lanes of the mask where the guard holds."""
+    """A function of (unit, mask): the lanes of the mask whose guard predicate is true."""
     if instruction.guard is None:
         return lambda unit, mask: mask
     slot, negated = program.register_slot(instruction.guard, np.bool_), instruction.negated

@@ -1,10 +1,9 @@
-"""Which of a launch's tensors an address derives from, told from the text of the kernel alone.
+"""Pointer provenance: the tensors of a launch that an address may derive from, by static analysis of the kernel.
 
-A value is a set of alternatives, one for each way to come by it: a pointer to a tensor (by the name of the parameter or
-variable that holds it), the address of such a parameter ("&" and its name), an integer that is neither (INTEGER), or
-anything (UNKNOWN: what was loaded from memory). A sum is of every pair of alternatives, and a pointer plus a number
-stays a pointer. Where a register has several definitions all
-of them count, so an address is never said to derive from too few tensors.
+The provenance of a value is a set of alternatives: a pointer to a tensor (the name of the parameter or variable that
+holds it), the address of such a parameter ("&" and its name), another integer (INTEGER), or anything (UNKNOWN: loaded
+from memory). A sum combines every pair of alternatives; a pointer plus an integer is a pointer. All definitions of a
+register count, so the analysis is conservative: it never names too few tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .syntax import Address, Group, Immediate, Instruction, Operand, Register, S
 
 Provenance = frozenset  # of names
 INTEGER, UNKNOWN = "integer", "unknown"
-INTEGERS, UNKNOWNS = Provenance([INTEGER]), Provenance([UNKNOWN])
+ONLY_INTEGER, ONLY_UNKNOWN = Provenance([INTEGER]), Provenance([UNKNOWN])
 SUMS = ("add", "sub", "mad", "or", "xor", "and", "lop3", "prmt", "bfi", "shl", "shr", "addc", "subc", "madc")
 COPIES = ("mov", "cvta", "cvt", "shfl")
 CHOICES = ("selp", "min", "max")
@@ -24,17 +23,17 @@ PRODUCTS = ("mul", "div", "rem", "popc", "clz", "bfind", "setp", "set", "vote", 
 ACCESSES = ("ld", "ldu", "st", "atom", "red", "cp")
 
 
-def find_provenance(program: Program, parameters: Iterable[str]) -> None:
-    """Sets `origin` of each access of the program. parameters: those that hold a tensor's address or its map."""
+def infer_provenance(program: Program, parameters: Iterable[str]) -> None:
+    """Sets `provenance` of each access. parameters: those that hold the address of a tensor or its tensor map."""
     if program.provenance_parameters == frozenset(parameters):
         return
     program.provenance_parameters = frozenset(parameters)
-    # What a symbol stands for: the address of a parameter, or that of a variable, which is a tensor of its own.
+    # A symbol is the address of a parameter, or of a variable, which is a tensor of its own.
     pointers = {name: f"&{name}" for name in parameters} | {
-        make_extent.name: make_extent.name for make_extent, _ in program.constant_data
+        extent.name: extent.name for extent, _ in program.constant_data
     }
     declared = program.function.registers
-    values = {name: INTEGERS for names in program.uses for name in names if name not in declared}  # %tid.x …
+    values = {name: ONLY_INTEGER for names in program.uses for name in names if name not in declared}  # %tid.x …
     rules = [rule for i in program.instructions if (rule := make_rule(i, pointers, values))]
     while sum([rule() for rule in rules]):
         pass
@@ -46,18 +45,18 @@ def find_provenance(program: Program, parameters: Iterable[str]) -> None:
 def access_provenance(
     instruction: Instruction, pointers: dict[str, str], values: dict[str, Provenance]
 ) -> Provenance | None:
-    """The tensors that an access may be to; None: any."""
+    """The tensors that an instruction may access; None: any."""
     addresses = [x.base for x in instruction.operands if isinstance(x, Address)]
     maps = [x.items[0] for x in instruction.operands if isinstance(x, Group) and isinstance(x.items[0], Address)]
-    known = [operand_provenance(x, pointers, values) or UNKNOWNS for x in addresses]
+    known = [operand_provenance(x, pointers, values) or ONLY_UNKNOWN for x in addresses]
     if maps:  # of a bulk copy
-        known = [dereference([operand_provenance(x.base, pointers, values) or UNKNOWNS]) for x in maps]
-    found = Provenance().union(*known) - INTEGERS
+        known = [dereference([operand_provenance(x.base, pointers, values) or ONLY_UNKNOWN]) for x in maps]
+    found = Provenance().union(*known) - ONLY_INTEGER
     return found if found and UNKNOWN not in found else None
 
 
 def make_rule(instruction: Instruction, pointers: dict[str, str], values: dict[str, Provenance]) -> Callable | None:
-    """A function that takes what is known of the operands over to the results, and says whether that was news."""
+    """A function that propagates provenance from the operands to the results; it returns whether these changed."""
     operands = instruction.operands
     if not operands or instruction.parts[0] in ("st", "red", "bra", "brx", "bar", "barrier", "call"):
         return None
@@ -67,7 +66,7 @@ def make_rule(instruction: Instruction, pointers: dict[str, str], values: dict[s
     def propagate() -> bool:
         known = [operand_provenance(x, pointers, values) for x in sources]
         if None in known:
-            return False  # its operands come later in the text
+            return False  # defined later in the text
         found, news = combine(known), False
         for name in results:
             before = values.get(name, Provenance())
@@ -79,7 +78,7 @@ def make_rule(instruction: Instruction, pointers: dict[str, str], values: dict[s
 
 
 def choose_rule(instruction: Instruction) -> tuple[Callable, list[Operand]]:
-    """(what makes a result of its operands, the operands that it is made of)."""
+    """(function of the operands' provenance, those operands)."""
     base, operands = instruction.parts[0], instruction.operands
     sources = [y for x in operands[1:] for y in vector_items(x)]
     if base == "ld" and "param" in instruction.parts:
@@ -92,16 +91,16 @@ def choose_rule(instruction: Instruction) -> tuple[Callable, list[Operand]]:
         return unite, sources[:2]
     if base in SUMS:
         return add, sources
-    return (lambda _: INTEGERS if base in PRODUCTS else UNKNOWNS), []
+    return (lambda _: ONLY_INTEGER if base in PRODUCTS else ONLY_UNKNOWN), []
 
 
 def operand_provenance(operand: Operand, pointers: dict[str, str], values: dict[str, Provenance]) -> Provenance | None:
-    """None: not known yet."""
+    """None: not yet known."""
     if isinstance(operand, Symbol):
-        return Provenance([pointers[operand.name]]) if operand.name in pointers else INTEGERS
+        return Provenance([pointers[operand.name]]) if operand.name in pointers else ONLY_INTEGER
     if isinstance(operand, Immediate):
-        return INTEGERS
-    return values.get(operand.name.lstrip("!")) if isinstance(operand, Register) else UNKNOWNS
+        return ONLY_INTEGER
+    return values.get(operand.name.lstrip("!")) if isinstance(operand, Register) else ONLY_UNKNOWN
 
 
 def take_first(known: list[Provenance]) -> Provenance:
@@ -109,7 +108,7 @@ def take_first(known: list[Provenance]) -> Provenance:
 
 
 def dereference(known: list[Provenance]) -> Provenance:
-    """What the parameters at an address hold."""
+    """The values of the parameters at an address."""
     return Provenance(x[1:] if x.startswith("&") else UNKNOWN for x in known[0])
 
 
@@ -118,12 +117,12 @@ def unite(known: list[Provenance]) -> Provenance:
 
 
 def add(known: list[Provenance]) -> Provenance:
-    """Of every pair of alternatives: a pointer outdoes what is no pointer, or may be none."""
-    result = INTEGERS
+    """Combines every pair of alternatives; a pointer wins over an integer and over an unknown value."""
+    result = ONLY_INTEGER
     for other in (Provenance(UNKNOWN if x.startswith("&") else x for x in each) for each in known):
-        if result != INTEGERS and other != INTEGERS:
+        if result != ONLY_INTEGER and other != ONLY_INTEGER:
             result = Provenance().union(*(add_pair(a, b) for a in result for b in other))
-        elif result == INTEGERS:
+        elif result == ONLY_INTEGER:
             result = other
     return result
 

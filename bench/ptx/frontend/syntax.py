@@ -1,4 +1,4 @@
-"""The parts of a PTX program: operands, instructions, functions and their variables."""
+"""The syntax of a PTX module: operands, instructions, functions and their variables."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Instruction:
     parts: tuple[str, ...]  # op split at its dots
     operands: tuple[Operand, ...]
     guard: Register | None
-    negated: bool  # the guard
-    line: int  # of the PTX text, from 1
+    negated: bool  # whether the guard predicate is negated: @!p
+    line: int  # of the PTX text, the first is 1
     text: str
     location: Location | None
-    targets: tuple[int, ...] = ()  # instruction numbers that a branch goes to
-    used_bytes: int | None = None  # of a load, one bit a byte: those the compiler looks at; None: all
-    provenance: frozenset[str] | None = None  # of an access: the parameters that its address may derive from; None: any
-    scopes: tuple[int, ...] = ()  # while labels are resolved
+    targets: tuple[int, ...] = ()  # of a branch, as instruction numbers
+    used_bytes: int | None = None  # of a load: mask of the bytes that the program uses, None: all
+    provenance: frozenset[str] | None = None  # parameters that the address derives from, None: any
+    scopes: tuple[int, ...] = ()  # innermost first; for resolving labels
 
     @property
     def type(self) -> str:
@@ -75,7 +75,7 @@ class Param(NamedTuple):
 
 @dataclass
 class Variable:
-    """A module or local variable: its bytes, zeros where no initialiser is given; size 0 is dynamic shared memory."""
+    """A module or local variable with its initial bytes, zeros by default; size 0 is dynamic shared memory."""
 
     name: str
     space: str

@@ -1,4 +1,4 @@
-"""The types of PTX: their sizes, and the NumPy types of their bits."""
+"""Fundamental types of PTX: their sizes, and the NumPy types that hold their bits."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ DTYPES = {
 }  # fmt: skip
 
 
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by size in bytes

@@ -1,4 +1,4 @@
-"""What each instruction does. Importing this package registers all of them (`frontend.program.builds`)."""
+"""The semantics of the instructions. Importing this package registers all of them (`frontend.program.implements`)."""
 
 from . import (  # noqa: F401  (they register instructions)
     arithmetic,

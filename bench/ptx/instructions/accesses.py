@@ -1,4 +1,4 @@
-"""Accesses of lanes to memory, each checked and counted before it is done."""
+"""Memory accesses of lanes: each is checked and counted before it is performed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import functools
 import numpy as np
 
 from ..faults import Fault
-from ..frontend.program import (
-    LOCAL_WINDOW,
-    PARAM_WINDOW,
-    SHARED_WINDOW,
-)
+from ..frontend.program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from ..frontend.syntax import Address, Instruction
 from ..frontend.types import UNSIGNED
 from ..memory.global_memory import WarpConflict
@@ -36,8 +32,8 @@ def check_global_access(
     unit, instruction: Instruction, lanes: np.ndarray, address: np.ndarray, nbytes: int, align: int, does: str,
     partly: bool = False,
 ) -> np.ndarray | None:  # fmt: skip
-    """Before an access to global memory of these lanes: aligned, and inside a tensor. partly: the caller can do without
-    the lanes that are outside. Gives those that are inside; None: all."""
+    """Checks that accesses to global memory are aligned and within a tensor. partly: the caller can leave out lanes
+    that are outside. Returns the mask of those inside; None: all."""
     memory = unit.wave.memory
     bad = address % np.uint64(align) != 0
     if bad.any():
@@ -60,28 +56,28 @@ def check_global_access(
 
 
 def make_global_fault(unit, kind, message, instruction, lanes, address, at, nbytes) -> Fault:
-    """Of the access of lane number `at` of these. message: with {} for the place in a tensor."""
+    """Of the access of lanes[at]. message: {} is replaced by the place in a tensor."""
     memory, where = unit.wave.memory, int(address[at])
-    tensor = memory.nearest_tensor(where, memory.tensors_for(instruction.provenance))
+    tensor = memory.find_nearest_tensor(where, memory.tensors_for(instruction.provenance))
     if tensor is None:
         return unit.make_fault(
             kind, message.format(f"at address {where:#x}, with no tensor in the launch"), instruction, lanes[at]
         )
     place = tensor.describe(where, nbytes)
     if kind == "out of view" and not tensor.start <= where < tensor.end:
-        place += f", {memory.nearest_tensor(where).describe(where, nbytes)}"
+        place += f", {memory.find_nearest_tensor(where).describe(where, nbytes)}"
     return unit.make_fault(
         kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.element_index(where)
     )  # fmt: skip
 
 
 def is_strong(instruction: Instruction) -> bool:
-    """Accesses that are meant to meet others: they do not race."""
+    """Whether an access is strong in the PTX memory model: such accesses do not race."""
     return any(p in ("volatile", "relaxed", "acquire", "release") for p in instruction.parts)
 
 
 def order_blocks(unit, lanes, address, acquires: bool = False, releases: bool = False) -> None:
-    """Release and acquire of an address make what a block did visible to the blocks after it."""
+    """A release at an address orders what a block did before the blocks that acquire there."""
     order = unit.wave.memory.order
     for block, where in dict.fromkeys(zip(unit.grid_block[lanes].tolist(), address.tolist(), strict=True)):
         if acquires:
@@ -95,7 +91,7 @@ def load_global(unit, pc: int, instruction: Instruction, lanes, address, width: 
 
 
 def read_global(unit, pc, instruction, lanes, address, width, count, align: int, does: str) -> np.ndarray:
-    """A load, or a copy's: (n, count) elements; zeros where there is no memory, if the caller lets that pass."""
+    """A read by a load or a copy: (n, count) elements; zeros outside of memory, if the caller lets that pass."""
     nbytes, memory = width * count, unit.wave.memory
     inside = check_global_access(unit, instruction, lanes, address, nbytes, align, does, partly=True)
     if inside is not None:
@@ -140,7 +136,7 @@ def report_race(unit, instruction, lanes, address, nbytes, race, does, did) -> N
 def report_unwritten(unit, instruction, lanes, address, nbytes, does, kind: str = "uninitialised") -> None:
     at = unit.wave.memory.find_unwritten_read(address, nbytes, instruction.used_bytes)
     if at is not None:
-        message = f"{does} {nbytes} bytes {{}}, which nothing has written"
+        message = f"{does} {nbytes} bytes {{}}, which was never written"
         unit.wave.judge(make_global_fault(unit, kind, message, instruction, lanes, address, at, nbytes))
 
 
@@ -190,7 +186,7 @@ def store_local(unit, pc, instruction, lanes, address, values):
 
 
 def locate_param(unit, instruction, lanes, address, nbytes, first: int = 0) -> tuple:
-    """first: where what the access may touch begins."""
+    """first: the lowest address allowed."""
     size = unit.program.param_bytes
     bad = (address < first) | (address + nbytes > size)
     if bad.any():
@@ -207,7 +203,7 @@ def load_param(unit, pc, instruction, lanes, address, width, count):
 
 
 def store_param(unit, pc, instruction, lanes, address, values):
-    """Only to parameters of calls: a kernel does not write its own."""
+    """Only to parameters of calls: a kernel cannot write its own."""
     nbytes, own = values.dtype.itemsize * values.shape[1], unit.program.function.param_bytes
     where = locate_param(unit, instruction, lanes, address, nbytes, own)
     unit.params[where] = np.ascontiguousarray(values).view(np.uint8)
@@ -219,7 +215,7 @@ WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW
 
 
 def to_space(space: str, address: np.ndarray) -> np.ndarray:
-    """A space's own addresses, as its functions take them."""
+    """Addresses in a state space, from generic ones or its own."""
     if space in ("global", "const"):
         return address.astype(np.uint64)
     window = WINDOWS[space]
@@ -228,7 +224,7 @@ def to_space(space: str, address: np.ndarray) -> np.ndarray:
 
 
 def split_by_space(space: str, address: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Generic addresses: each space with the lanes whose addresses are in its window."""
+    """(state space, mask of lanes): for generic addresses, each space whose window contains some."""
     if space != "generic":
         return [(space, np.ones(len(address), bool))]
     where = address.astype(np.uint64) >> np.uint64(60)

@@ -1,7 +1,7 @@
-"""What each arithmetic instruction computes: functions on NumPy arrays, chosen by the instruction's parts.
+"""Arithmetic instructions: functions on NumPy arrays, chosen by the parts of the opcode.
 
-`value(parts)` gives (function, operand types, result types). Types are NumPy dtypes of the register's bits: a float32
-operand arrives as a float32 view. PTX ISA 8.7, chapter 9.7.
+`find_operation(parts)` returns the function and the types of its operands and results. Types are NumPy dtypes of the
+register's bits: a float32 operand arrives as a float32 view. PTX ISA 8.7, chapter 9.7.
 """
 
 from __future__ import annotations
@@ -10,13 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    assign,
-    implements,
-    write_masked,
-)
+from ..frontend.program import Program, Step, assign, implements, write_masked
 from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import DTYPES
 from . import floats, integers
@@ -25,7 +19,7 @@ from .integers import FLOAT_TYPES, INTEGER_OPERATIONS, Operation
 
 
 def find_operation(parts: tuple[str, ...]) -> Operation | None:
-    """None for an instruction that is not arithmetic."""
+    """None if the instruction is not arithmetic."""
     base = parts[0]
     if base == "cvt":
         return Operation(*build_conversion(parts))
@@ -44,7 +38,7 @@ def flush_subnormals(x: np.ndarray) -> np.ndarray:
 
 
 def canonicalise_nan(x: np.ndarray) -> np.ndarray:
-    """NaN results are one NaN, as on the GPU."""
+    """Replaces every NaN by the canonical one, as the GPU does."""
     nan = np.isnan(x)
     if not np.any(nan):
         return x
@@ -52,21 +46,21 @@ def canonicalise_nan(x: np.ndarray) -> np.ndarray:
 
 
 def round_directed(rounded: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
-    """A result to nearest, moved to the neighbour where the exact one (rounded + error) lies on the other side."""
+    """Rounds in a direction, given the result rounded to nearest and the sign of its error (exact - rounded)."""
     toward = rounded.dtype.type({"rz": 0, "rm": -np.inf, "rp": np.inf}[mode])
     moves = {"rz": rounded * error < 0, "rm": error < 0, "rp": error > 0}[mode]
     return np.where(moves, np.nextafter(rounded, toward), rounded)
 
 
 def is_sum_of_positive_zeros(base: str, operands: tuple) -> np.ndarray:
-    """Where a sum is of two zeros, both positive: of others that cancel, rounding down makes -0."""
+    """Where both terms are +0. Of other terms that cancel the sum rounds down to -0."""
     first = operands[0] * operands[1] if base == "fma" else operands[0]
     last = -operands[-1] if base == "sub" else operands[-1]
     return (first == 0) & (last == 0) & ~np.signbit(first) & ~np.signbit(last)
 
 
 def has_overflowed(result: np.ndarray, operands: tuple, base: str) -> np.ndarray:
-    """Where an infinite result stands for a finite one that is too large."""
+    """Where an infinite result is a finite one that overflowed."""
     finite = np.isinf(result)
     for x in operands:
         finite = finite & np.isfinite(x)
@@ -74,7 +68,7 @@ def has_overflowed(result: np.ndarray, operands: tuple, base: str) -> np.ndarray
 
 
 def min_or_max(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarray:
-    """max or min of floats: a NaN gives way to the number, or stays (.NaN); -0 is less than +0."""
+    """max or min of floats: the other operand wins over a NaN, or with .NaN loses; -0 is less than +0."""
     out = (np.fmin if least else np.fmax)(a, b)
     kind = np.uint32 if out.dtype == np.float32 else np.uint64 if out.dtype == np.float64 else np.uint16
     zeros = (a == b) & (out == 0)
@@ -85,7 +79,7 @@ def min_or_max(a: np.ndarray, b: np.ndarray, least: bool, nan: bool) -> np.ndarr
 
 
 def find_rounding_error(base: str, result: np.ndarray, operands: tuple) -> np.ndarray:
-    """Exact result minus the rounded one, by sign: enough for a directed rounding."""
+    """A number with the sign of exact minus rounded result: enough for directed rounding."""
     a, b = (np.asarray(x, np.float64) for x in operands[:2])
     if base in ("add", "sub"):
         s, error = floats.two_sum(a, -b if base == "sub" else b)
@@ -113,8 +107,8 @@ def fma(a, b, c):
     return floats.fma32(a, b, c) if np.result_type(a, b, c) == np.float32 else floats.fma64(a, b, c)
 
 
-# Approximations (ex2, lg2, sin …) are computed in float64 and rounded once: within the documented error, which is 1 ulp
-# or more of it (PTX ISA, tables under each instruction).
+# Approximations (ex2, lg2, sin …) are computed in float64 and rounded once, within the documented error of 1 ulp or
+# more (PTX ISA, tables under each instruction).
 def approximate(function: Callable) -> Callable:
     def compute(a):
         return function(np.asarray(a, np.float64)).astype(np.asarray(a).dtype)
@@ -132,7 +126,7 @@ FLOAT_OPERATIONS = {
 }  # fmt: skip
 OPERAND_COUNT = {"add": 2, "sub": 2, "mul": 2, "fma": 3, "mad": 3, "div": 2, "min": 2, "max": 2, "copysign": 2}
 ROUNDED_OPERATIONS = ("add", "sub", "mul", "fma", "div", "sqrt", "rcp")
-KEEPS_NAN = ("abs", "neg", "copysign", "min", "max")  # no arithmetic: a NaN keeps its bits
+KEEPS_NAN = ("abs", "neg", "copysign", "min", "max")  # a NaN keeps its bits
 
 
 def choose_float_operation(parts: tuple[str, ...]) -> Operation:
@@ -154,12 +148,12 @@ def half_storage(kind: str) -> str:
 
 
 def build_float_function(parts: tuple[str, ...]) -> Callable:
-    """The base function with the modifiers around it: .ftz, .sat, .rz …, .NaN."""
+    """The base function with its modifiers: .ftz, .sat, .rz …, .NaN."""
     base, kind = parts[0], parts[-1]
     function = FLOAT_OPERATIONS[base]
     mode = next((m for m in ("rz", "rm", "rp") if m in parts), None)
     ftz, sat = "ftz" in parts, "sat" in parts
-    coarse = base in ("rcp", "rsqrt") and kind == "f64"  # of .approx.ftz.f64 the lower 32 bits are zero
+    coarse = base in ("rcp", "rsqrt") and kind == "f64"  # .approx.ftz.f64: the lower 32 bits are zero
     if "NaN" in parts:
         function = lambda a, b: min_or_max(a, b, base == "min", True)  # noqa: E731
 
@@ -189,7 +183,7 @@ def build_float_function(parts: tuple[str, ...]) -> Callable:
 
 
 def build_half_function(parts: tuple[str, ...], count: int) -> Callable:
-    """16-bit arithmetic, alone or in pairs: exact or to odd in float64, rounded once to the format."""
+    """16-bit arithmetic, scalar or packed: exact or rounded to odd in float64, then rounded once to the format."""
     base, kind = parts[0], parts[-1]
     pair, name = kind.endswith("x2"), kind.removesuffix("x2")
 
@@ -248,7 +242,7 @@ def build_arithmetic(program: Program, instruction: Instruction) -> Step | None:
 
 @implements("add.cc", "addc", "sub.cc", "subc", "mad.lo", "mad.hi", "madc")
 def add_with_carry(program: Program, instruction: Instruction) -> Step | None:
-    """Additions with the carry flag in (addc, subc, madc) and out (.cc)."""
+    """Addition with carry-in (addc, subc, madc) and carry-out (.cc)."""
     parts, base = instruction.parts, instruction.parts[0]
     takes, gives = base in ("addc", "subc", "madc"), "cc" in parts
     if not (takes or gives):

@@ -1,4 +1,4 @@
-"""atom and red, of global and of shared memory."""
+"""atom and red, in global and shared memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    implements,
-)
+from ..frontend.program import Program, Step, implements
 from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
 from .accesses import (
@@ -45,7 +41,7 @@ ATOMICS = {
 
 @implements("atom", "red")
 def build_atomic(program: Program, instruction: Instruction) -> Step:
-    """Lanes in order, blocks in order."""
+    """In the order of lanes and blocks."""
     parts = instruction.parts
     if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector_length(instruction) > 1:
         return build_half_atomic(program, instruction)
@@ -79,7 +75,7 @@ def build_atomic(program: Program, instruction: Instruction) -> Step:
 
 
 def locate_atomic(unit, pc, instruction, space, lanes, address, width) -> tuple[np.ndarray, np.ndarray]:
-    """(view, index of each lane's element)."""
+    """(view, index of each lane's element), checked and counted."""
     if space == "shared":
         shared = unit.wave.shared
         check_shared_bounds(unit, instruction, lanes, address, width, width)
@@ -95,7 +91,7 @@ def locate_atomic(unit, pc, instruction, space, lanes, address, width) -> tuple[
     report_unwritten(unit, instruction, lanes, address, width, "updates")
     pieces = memory.split_by_segment(address, width)
     if len(pieces) > 1:
-        raise unit.make_fault("unsupported", "one atomic on several tensors", instruction, lanes[0])
+        raise unit.make_fault("unsupported", "one atomic instruction on several tensors", instruction, lanes[0])
     view, index = pieces[0][0].locate_elements(address, width, 1)
     return view, index[:, 0]
 
@@ -106,7 +102,7 @@ def record_change(unit, space: str, view: np.ndarray, index: np.ndarray, old: np
 
 
 def build_half_atomic(program: Program, instruction: Instruction) -> Step:
-    """add.noftz of float16 and bfloat16, alone or in pairs, and vectors of floats."""
+    """add.noftz of float16 and bfloat16, scalar or packed, and vectors of floats."""
     kind, count = instruction.type, vector_length(instruction)
     operation = next(p for p in instruction.parts[1:] if p in ATOMICS)
     add = find_operation((operation, kind)).compute
@@ -144,7 +140,7 @@ def build_half_atomic(program: Program, instruction: Instruction) -> Step:
 def apply_in_order(
     function: Callable, view: np.ndarray, index: np.ndarray, lanes: Iterable[int], operands: tuple
 ) -> np.ndarray:
-    """One after another: the old values. function(old, *operands) gives the new one."""
+    """Applies function(old, *operands) in each lane in turn; returns the old values."""
     old = np.empty(len(index), view.dtype)
     for i in lanes:
         old[i] = view[index[i]]

@@ -1,4 +1,4 @@
-"""cp.async.bulk.tensor: boxes of a tensor between global and shared memory, by a tensor map."""
+"""cp.async.bulk.tensor: copies boxes of a tensor between global and shared memory, by a tensor map."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    implements,
-)
+from ..frontend.program import Program, Step, implements
 from ..frontend.syntax import Instruction
 from ..memory.segments import SECTOR
 from ..memory.shared_memory import Mbarrier
@@ -21,7 +17,7 @@ from .tensormap import load_tensor_map
 
 
 class Box(NamedTuple):
-    """The elements of one bulk copy: offsets in global memory, which of them are in the tensor, offsets in shared."""
+    """The elements of one bulk copy: global addresses, the mask of those inside the tensor, shared addresses."""
 
     address: np.ndarray
     inside: np.ndarray
@@ -29,7 +25,7 @@ class Box(NamedTuple):
 
 
 def locate_box(tensor: TensorMap, coordinates: list[int], start: int) -> Box:
-    """Element by element. The swizzle exchanges 16-byte pieces of a row by bits of the shared address itself."""
+    """Element by element. The swizzle permutes 16-byte chunks of a row by bits of the shared address."""
     index = np.indices(tensor.box[::-1]).reshape(len(tensor.box), -1)[::-1]  # innermost first
     place = index + np.array(coordinates)[:, None]
     inside = ((place >= 0) & (place < np.array(tensor.sizes)[:, None])).all(0)
@@ -39,12 +35,12 @@ def locate_box(tensor: TensorMap, coordinates: list[int], start: int) -> Box:
 
 
 def swizzle(address: np.ndarray, mode: int) -> np.ndarray:
-    """Bits 4 to 4 + mode - 1 of an address, exclusive-or with the bits from 7 on. mode 1, 2, 3: 32, 64, 128 bytes."""
+    """XORs the `mode` bits of an address from bit 4 on with those from bit 7 on. mode 1, 2, 3: 32, 64, 128 bytes."""
     return address ^ (((address >> 7) & ((1 << mode) - 1)) << 4)
 
 
 @implements("cp.async.bulk")
-def bulk(program: Program, instruction: Instruction) -> Step | None:
+def copy_bulk(program: Program, instruction: Instruction) -> Step | None:
     parts = instruction.parts
     if "commit_group" in parts:
         return lambda unit, mask: None
@@ -81,7 +77,7 @@ def bulk(program: Program, instruction: Instruction) -> Step | None:
 
 
 def check_alignment(tensor: TensorMap, coordinates: list[int], start: int) -> str | None:
-    """What an H200 stopped at with "an illegal instruction was encountered": it copies 16 bytes at a time."""
+    """Alignments without which an H200 reports "an illegal instruction was encountered"; the message, if any."""
     into = coordinates[0] * tensor.itemsize
     if into % 16:
         return f"copies a box that starts {into} bytes into a row of its tensor; that must be a multiple of 16"
@@ -128,7 +124,7 @@ def count_box(unit, pc, address, itemsize) -> None:
 
 
 def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
-    """From shared to global memory. The bytes are taken at once; the place may be written again after the wait."""
+    """From shared to global memory. The source is read at once, but may be overwritten only after the wait."""
     shared = unit.wave.shared
     n = len(box.shared)
     lanes, block = np.full(n, lane), np.full(n, unit.block[lane])
@@ -149,7 +145,7 @@ def store_box(unit, pc, instruction, lane, tensor: TensorMap, box: Box) -> None:
 
 
 def wait_group(unit, mask) -> None:
-    """cp.async.bulk.wait_group: the stores of these lanes have read their source, those of open groups too."""
+    """cp.async.bulk.wait_group: all stores of these lanes have read their source, uncommitted ones too."""
     left = []
     for record in unit.wave.bulk_stores:
         owner, lane, grains = record

@@ -5,13 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..faults import Fault
-from ..frontend.program import (
-    Control,
-    Program,
-    Step,
-    guard_mask,
-    implements,
-)
+from ..frontend.program import Control, Program, Step, guard_mask, implements
 from ..frontend.syntax import Instruction
 from ..machine.unit import Blocked
 
@@ -34,7 +28,7 @@ def branch(program: Program, instruction: Instruction) -> Control:
 
 @implements("brx", control=True)
 def branch_by_index(program: Program, instruction: Instruction) -> Control:
-    """brx.idx index, table: each lane goes where its index says."""
+    """brx.idx index, table: each lane branches to the target at its index."""
     guard, targets = guard_mask(program, instruction), instruction.targets
     index = program.source_slot(instruction.operands[0], np.uint32)
 
@@ -71,13 +65,13 @@ def trap(program: Program, instruction: Instruction) -> Control:
 
 
 def build_assert(program: Program, instruction: Instruction, message: str) -> Control:
-    """A fault where a lane comes to it."""
+    """Raises a fault if a lane reaches it."""
     guard = guard_mask(program, instruction)
 
     def run(unit, pc, mask):
-        exiting = guard(unit, mask)
-        if exiting.any():
-            raise unit.make_fault("assert", message, instruction, int(np.argmax(exiting)))
+        reached = guard(unit, mask)
+        if reached.any():
+            raise unit.make_fault("assert", message, instruction, int(np.argmax(reached)))
         unit.enqueue(pc + 1, mask)
 
     return run
@@ -85,8 +79,8 @@ def build_assert(program: Program, instruction: Instruction, message: str) -> Co
 
 @implements("bar", "barrier", control=True)
 def barrier(program: Program, instruction: Instruction) -> Control:
-    """bar.sync n[, threads]: lanes park until all threads of the block, or that many, have come; bar.arrive only
-    counts. bar.warp.sync: the lanes of a warp have met."""
+    """bar.sync n[, threads]: lanes block until all threads of the block, or that many, have arrived; bar.arrive does
+    not block. bar.warp.sync synchronises the lanes of a warp."""
     parts = instruction.parts
     if "warp" in parts:
         return sync_warp(program, instruction)
@@ -130,8 +124,9 @@ def sync_warp(program: Program, instruction: Instruction) -> Control:
 
 @implements("fence", "membar", "griddepcontrol", "nanosleep", "setmaxnreg")
 def fence(program: Program, instruction: Instruction) -> Step:
-    """fence.proxy.async shows ordinary writes to wgmma and to bulk copies. Other fences order what this machine has in
-    order already; griddepcontrol orders launches, which run one after another."""
+    """fence.proxy.async makes writes through the generic proxy visible to the async proxy: to wgmma and bulk copies.
+    This machine performs everything else in order, so other fences do nothing; nor does griddepcontrol, since
+    launches run one after another."""
     if instruction.parts[:3] != ("fence", "proxy", "async"):
         return lambda unit, mask: None
 

@@ -1,4 +1,4 @@
-"""cvt: between number formats, in every form the compiler writes. PTX ISA 8.7, 9.7.9.21."""
+"""cvt: conversions between number formats, in every form that compilers emit. PTX ISA 8.7, 9.7.9.21."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build_integer_conversion(source: type, to: type, saturate: bool) -> tuple[Ca
 
 
 def build_float_to_integer(source: str, to: type, mode: str, ftz: bool) -> tuple[Callable, tuple, tuple]:
-    """Out of range gives the nearest end of the range, NaN gives 0 (of 64 bits the lowest number)."""
+    """Out of range gives the nearest limit, NaN gives 0 (for 64 bits 1 << 63)."""
     low, high = np.iinfo(to).min, np.iinfo(to).max
 
     def compute(bits):
@@ -85,7 +85,7 @@ def build_float_conversion(source: str, to: str, parts: tuple[str, ...], mode: s
         x = floats.decode(np.atleast_1d(bits), source)
         if "ftz" in parts and source == "f32":
             x = np.where(np.abs(x) < 2.0**-126, np.copysign(0, x), x)
-        if mode and mode.endswith("i"):  # to a whole number of the same type
+        if mode and mode.endswith("i"):  # to an integer of the same type
             x = floats.round_to_integer(x, mode)
         return round_and_encode(x, to, parts, "rn" if mode is None or mode.endswith("i") else mode)
 
@@ -105,7 +105,7 @@ def round_and_encode(x: np.ndarray, to: str, parts: tuple[str, ...], mode: str) 
 
 
 def build_pack(source: str, to: str, parts: tuple[str, ...], mode: str) -> tuple[Callable, tuple, tuple]:
-    """Two float32 to a pair: the first operand goes to the upper half."""
+    """Two float32 to a packed pair: the first operand is the upper half."""
     half = build_float_conversion(source, to, (*(p for p in parts[:-2]), to, source), mode)
     small = to in floats.FP8
     out = np.uint16 if small else np.uint32
@@ -119,7 +119,7 @@ def build_pack(source: str, to: str, parts: tuple[str, ...], mode: str) -> tuple
 
 
 def build_pair_conversion(source: str, to: str, parts: tuple[str, ...]) -> tuple[Callable, tuple, tuple]:
-    """f16x2 and the 8-bit pairs."""
+    """Between f16x2 and packed 8-bit pairs."""
     kinds = {
         name: (np.uint8, 8, np.uint16) if name in floats.FP8 else (np.uint16, 16, np.uint32) for name in (source, to)
     }

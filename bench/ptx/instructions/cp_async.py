@@ -1,7 +1,7 @@
 """cp.async: asynchronous copies of up to 16 bytes a lane, waited for in groups.
 
-The data of a copy is taken when it starts and appears only where it is waited for; until then the place is marked, and
-a read of it is a fault.
+A copy reads its source when it starts and writes its destination when it is waited for. Until then the destination is
+marked, and a read of it is a fault.
 """
 
 from __future__ import annotations
@@ -10,20 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    immediate_bits,
-    implements,
-    write_masked,
-)
+from ..frontend.program import Program, Step, immediate_bits, implements, write_masked
 from ..frontend.syntax import Instruction
 from .accesses import check_shared_bounds, read_global, to_space
 
 
 @dataclass
 class Copy:
-    """One cp.async of some lanes: what goes where, and the group of each lane that it belongs to."""
+    """One cp.async in flight: its lanes, destinations, data, and the group of each lane."""
 
     lanes: np.ndarray
     address: np.ndarray
@@ -52,7 +46,7 @@ def copy_async(program: Program, instruction: Instruction) -> Step | None:
         where = to_space("shared", get_destination(unit)[lanes])
         taken = np.broadcast_to(unit.slots[source_bytes], unit.count)[lanes].astype(np.int64)
         data = np.zeros((len(lanes), nbytes), np.uint8)
-        for size in np.unique(taken[taken > 0]):  # the rest of the bytes are zeros
+        for size in np.unique(taken[taken > 0]):  # the remaining bytes are zeros
             chosen = taken == size
             address = to_space("global", get_source(unit)[lanes[chosen]])
             data[chosen, :size] = read_global(
@@ -74,7 +68,7 @@ def commit_group(unit, mask) -> None:
 
 
 def wait_group(unit, mask, allowed: int | None) -> None:
-    """All but the last `allowed` groups arrive; None: all copies, committed or not."""
+    """Completes all but the last `allowed` groups; None: all copies, committed or not."""
     active = np.ones(unit.count, bool) if mask is None else mask
     shared, left = unit.wave.shared, []
     for copy in unit.copies:

@@ -1,4 +1,4 @@
-"""Functions that no module defines and every GPU has: __assertfail (tl.device_assert) and vprintf (tl.device_print)."""
+"""Calls of functions that the GPU provides: __assertfail (tl.device_assert) and vprintf (tl.device_print)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import numpy as np
 
 from ..faults import Fault
 from ..frontend.calls import call_arguments, callee
-from ..frontend.program import (
-    Control,
-    Program,
-    guard_mask,
-    implements,
-)
+from ..frontend.program import Control, Program, guard_mask, implements
 from ..frontend.syntax import Instruction
 from .accesses import LOADS, check_global_access, split_by_space, to_space
 from .control import build_assert
@@ -33,17 +28,17 @@ def call(program: Program, instruction: Instruction) -> Control:
 
 
 def build_printf(program: Program, instruction: Instruction) -> Control:
-    """vprintf(format, arguments), both addresses: a line of text for each lane, one lane after another."""
+    """vprintf(format, arguments), both addresses: prints for each lane in turn."""
     results, given = call_arguments(instruction, returns=True)
     result, form, values = (program.addresses[name] for name in (*results, *given))
-    guard, pc_of = guard_mask(program, instruction), len(program.steps)
+    guard, call_pc = guard_mask(program, instruction), len(program.steps)
 
     def run(unit, pc, mask):
-        texts: dict[int, str] = {}  # strings by their addresses
+        texts: dict[int, str] = {}  # strings by address
         lanes = np.flatnonzero(guard(unit, mask))
         for lane in lanes.tolist():
             at, arguments_at = (int(unit.params[lane, x : x + 8].view(np.uint64)[0]) for x in (form, values))
-            reader = ArgumentReader(unit, pc_of, instruction, lane, arguments_at, texts)
+            reader = ArgumentReader(unit, call_pc, instruction, lane, arguments_at, texts)
             sys.stdout.write(CONVERSION.sub(reader.format_argument, reader.read_string(at)))
         unit.params[lanes, result : result + 4] = 0
         unit.enqueue(pc + 1, mask)
@@ -52,14 +47,14 @@ def build_printf(program: Program, instruction: Instruction) -> Control:
 
 
 class ArgumentReader:
-    """One lane's arguments of a printf, taken one after another as its format asks for them."""
+    """Reads the arguments of one lane's printf in the order of the format."""
 
     def __init__(self, unit, pc: int, instruction: Instruction, lane: int, address: int, texts: dict[int, str]):
         self.unit, self.pc, self.instruction, self.lane = unit, pc, instruction, np.array([lane])
         self.address, self.texts = address, texts
 
     def format_argument(self, match: re.Match) -> str:
-        """What stands for one conversion of the format."""
+        """The text of one conversion of the format."""
         shape, size, kind = match.groups()
         if kind == "%":
             return "%"
@@ -81,7 +76,7 @@ class ArgumentReader:
         )
 
     def next_argument(self, dtype: type):
-        """The next argument, as a number of Python."""
+        """The next argument, as a Python number."""
         size = np.dtype(dtype).itemsize
         self.address = -(-self.address // size) * size
         where = np.array([self.address], np.uint64)
@@ -91,7 +86,7 @@ class ArgumentReader:
         return raw.view(dtype)[0, 0].item()
 
     def read_string(self, address: int) -> str:
-        """The text at an address of global memory, up to its end."""
+        """The null-terminated text at an address of global memory."""
         if address not in self.texts:
             data, where = bytearray(), np.array([address], np.uint64)
             while not data.endswith(b"\0"):

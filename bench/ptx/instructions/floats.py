@@ -1,8 +1,8 @@
-"""Number formats of the GPU on NumPy arrays: decode to float64, encode from it with a stated rounding.
+"""Floating-point formats on NumPy arrays: decoded to float64, encoded from it with a given rounding.
 
-Every value of the formats here is a float64. Where a result needs more than float64 holds (a fused multiply-add, a sum
-of far exponents) it is first rounded to odd: the neighbour with the odd last bit, so that a second rounding to at most
-51 bits is the correct one (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+float64 represents every value of these formats. A result that needs more precision (a fused multiply-add, a sum of
+distant exponents) is first rounded to odd: to the neighbour whose last bit is odd, so that a second rounding to at most
+51 bits is correct (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TINY = np.float32(2.0**-126)  # the smallest normal float32
 
 
 class Format(NamedTuple):
-    """mantissa: bits after the point; smallest: exponent of the smallest normal; largest: the largest finite number."""
+    """mantissa: stored bits; smallest: exponent of the smallest normal; largest: the largest finite number."""
 
     mantissa: int
     smallest: int
@@ -39,21 +39,21 @@ FORMATS = {
 
 
 def round_to_odd(value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """The float64 `value`, off from the exact result by `error` (exact - value), rounded to odd instead."""
+    """Rounds to odd, given the float64 nearest to the exact result and its error (exact - value)."""
     even = (value.view(np.uint64) & np.uint64(1)) == 0
     move = even & (error != 0) & np.isfinite(value)
     return np.where(move, np.nextafter(value, np.where(error > 0, np.inf, -np.inf)), value)
 
 
 def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(a + b rounded, what rounding lost): Knuth's."""
+    """(a + b rounded, rounding error), by Knuth."""
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
 
 
 def two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(a * b rounded, what rounding lost): Dekker's, with Veltkamp's splitting."""
+    """(a * b rounded, rounding error), by Dekker, with Veltkamp's splitting."""
 
     def halves(x):
         t = x * 134217729.0  # 2^27 + 1
@@ -66,14 +66,14 @@ def two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a + b of float64, rounded to odd."""
+    """a + b in float64, rounded to odd."""
     s, error = two_sum(a, b)
     return round_to_odd(s, np.where(np.isfinite(s), error, 0))
 
 
 def round_to_format(value: np.ndarray, name: str, mode: str = "rn") -> np.ndarray:
-    """float64 values rounded to a format, still as float64. mode: rn (ties to even), rna (ties away), rz, rm (down),
-    rp (up). Overflow gives infinity, or the largest number where the mode points away from infinity."""
+    """Rounds float64 values to a format, as float64. mode: rn (ties to even), rna (ties away from zero), rz, rm (down),
+    rp (up). Overflow gives infinity, or the largest finite number if the mode rounds toward zero there."""
     form = FORMATS[name]
     value = np.asarray(value, np.float64)
     if name == "f64":
@@ -90,7 +90,7 @@ def round_to_format(value: np.ndarray, name: str, mode: str = "rn") -> np.ndarra
 
 
 def round_to_integer(value: np.ndarray, mode: str) -> np.ndarray:
-    """To a whole number, as a float: rn or rni, rna, rz or rzi, rm or rmi, rp or rpi."""
+    """To an integer, as a float. mode: rn or rni, rna, rz or rzi, rm or rmi, rp or rpi."""
     if mode == "rna":
         return np.copysign(np.floor(np.abs(value) + 0.5), value)
     return {"rn": np.rint, "rz": np.trunc, "rm": np.floor, "rp": np.ceil}[mode[:2]](value)
@@ -104,7 +104,7 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
 
 
 def f32_to_bf16(value: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16 bits, to the nearest, ties to even."""
+    """float32 to bfloat16 bits, to nearest, ties to even."""
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(value), NAN16, rounded.astype(np.uint16))
@@ -130,7 +130,7 @@ FP8 = {name: make_fp8_table(name) for name in ("e4m3", "e5m2")}
 
 
 def decode(bits: np.ndarray, name: str) -> np.ndarray:
-    """Bits of a format (uint8, uint16 or uint32; float64 as it is) as float64."""
+    """Bits of a format (uint8, uint16, uint32 or uint64) as float64."""
     if name == "f64":
         return bits.view(np.float64)
     if name == "f32":
@@ -145,7 +145,7 @@ def decode(bits: np.ndarray, name: str) -> np.ndarray:
 
 
 def encode(value: np.ndarray, name: str, mode: str = "rn", saturate: bool = False) -> np.ndarray:
-    """float64 to the bits of a format. saturate: past the largest number gives the largest number, not infinity."""
+    """float64 to the bits of a format. saturate: overflow gives the largest finite number, not infinity."""
     rounded = round_to_format(value, name, mode)
     if saturate or name == "e4m3":
         largest = FORMATS[name].largest
@@ -167,7 +167,7 @@ def encode(value: np.ndarray, name: str, mode: str = "rn", saturate: bool = Fals
 
 
 def round_integer_to_odd(value: np.ndarray) -> np.ndarray:
-    """64-bit integers as float64, rounded to odd where they have more than 53 bits."""
+    """64-bit integers as float64, rounded to odd if they have more than 53 bits."""
     high = (value >> value.dtype.type(32)).astype(np.float64) * 2.0**32  # keeps the sign
     low = (value & value.dtype.type(0xFFFFFFFF)).astype(np.float64)
     return add_to_odd(high, low)
@@ -177,10 +177,10 @@ def round_integer_to_odd(value: np.ndarray) -> np.ndarray:
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of float32, rounded once, to nearest even.
+    """a * b + c in float32 with one rounding, to nearest even.
 
-    The product is exact in float64. Rounding the sum to float64 first matters only where that lands on a tie of the
-    second rounding: there the sum is rounded to odd."""
+    The product is exact in float64. Rounding the sum to float64 first matters only if the result is a tie of the second
+    rounding: then the sum is rounded to odd."""
     product = np.multiply(a, b, dtype=np.float64)
     s = product + c
     tie = (s.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
@@ -191,7 +191,7 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of float64, rounded once. Past 2^996 or under 2^-969, where splitting is not exact, rounded twice."""
+    """a * b + c in float64 with one rounding; two above 2^996 or below 2^-969, where splitting is not exact."""
     high, low = two_product(a, b)
     th, tl = two_sum(c, low)
     vh, vl = two_sum(high, th)

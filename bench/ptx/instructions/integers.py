@@ -1,4 +1,4 @@
-"""Whole numbers, logic, comparisons and choices: what each instruction computes, and the types of operands."""
+"""Integer arithmetic, logic, comparisons and selection."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build_mul(parts: tuple[str, ...]) -> Operation:
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Toward zero. Division by zero gives all ones, as the hardware does (PTX leaves it open)."""
+    """Rounds toward zero. Division by zero gives all ones, as on the hardware (undefined in PTX)."""
     dtype = np.result_type(a, b).type
     kind = to_unsigned(dtype)
     zero = b == 0
@@ -81,7 +81,7 @@ def absolute(x: np.ndarray, kind: type) -> np.ndarray:
 
 
 def shift_left(a: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """By more than the width gives 0; the amount is 32 bits whatever the type."""
+    """A shift by the width or more gives 0; the amount is 32 bits wide for every type."""
     dtype = np.asarray(a).dtype.type
     size = np.dtype(dtype).itemsize * 8
     return np.where(n >= size, dtype(0), a << np.minimum(n, size - 1).astype(dtype))
@@ -100,7 +100,7 @@ def build_shift(parts: tuple[str, ...]) -> Operation:
 
 
 def build_funnel_shift(parts: tuple[str, ...]) -> Operation:
-    """shf: 32 bits out of the 64 of (high, low), shifted by c modulo 32 (.wrap) or at most 32 (.clamp)."""
+    """shf: 32 of the 64 bits (high, low), shifted by n modulo 32 (.wrap) or by at most 32 (.clamp)."""
     left, wrap = parts[1] == "l", parts[2] == "wrap"
 
     def compute(low, high, n):
@@ -146,7 +146,7 @@ def build_insert_field(parts: tuple[str, ...]) -> Operation:
 
 
 def build_permute(parts: tuple[str, ...]) -> Operation:
-    """prmt: each byte of the result is one of the eight of (b, a), or its sign repeated."""
+    """prmt: each byte of the result is one of the eight of (b, a), or its replicated sign."""
     mode = parts[2] if len(parts) > 2 else None
     table = {
         "f4e": lambda s, i: (s + i) & 7, "b4e": lambda s, i: (s - i) & 7, "rc8": lambda s, i: s & 3,
@@ -171,7 +171,7 @@ def build_permute(parts: tuple[str, ...]) -> Operation:
 
 
 def build_lop3(parts: tuple[str, ...]) -> Operation:
-    """lop3: any function of three bits, its truth table in the last operand, which is a constant."""
+    """lop3: a function of three bits, given by its truth table in the last operand, a constant."""
     dtype = np.uint32
 
     def compute(a, b, c, table):
@@ -203,7 +203,7 @@ def reverse_bits(a: np.ndarray) -> np.ndarray:
 
 
 def build_bfind(parts: tuple[str, ...]) -> Operation:
-    """bfind: the position of the highest one (of the highest bit that differs from the sign), -1 if none."""
+    """bfind: the position of the most significant 1 (signed: of the bit that differs from the sign), -1 if none."""
     dtype = DTYPES[parts[-1]]
     size = np.dtype(dtype).itemsize * 8
 
@@ -218,7 +218,7 @@ def build_bfind(parts: tuple[str, ...]) -> Operation:
 
 
 def build_dp4a(parts: tuple[str, ...]) -> Operation:
-    """dp4a: c + the sum of four products of bytes."""
+    """dp4a: c plus the dot product of four bytes."""
     types = [np.int8 if kind == "s32" else np.uint8 for kind in parts[-2:]]
 
     def compute(a, b, c):
@@ -234,7 +234,7 @@ def build_dp4a(parts: tuple[str, ...]) -> Operation:
     return Operation(compute, (np.uint32,) * 3, (np.uint32,))
 
 
-def elementwise(function: Callable, count: int, out: type | None = None) -> Callable:
+def make_elementwise(function: Callable, count: int, out: type | None = None) -> Callable:
     def build(parts):
         dtype = DTYPES[parts[-1]]
         return Operation(function, (dtype,) * count, (out or dtype,))
@@ -242,7 +242,7 @@ def elementwise(function: Callable, count: int, out: type | None = None) -> Call
     return build
 
 
-def saturable(function: Callable) -> Callable:
+def make_saturating(function: Callable) -> Callable:
     """add and sub, with .sat of s32."""
 
     def build(parts):
@@ -259,7 +259,7 @@ def saturable(function: Callable) -> Callable:
     return build
 
 
-def min_or_max(function: Callable) -> Callable:
+def make_min_max(function: Callable) -> Callable:
     def build(parts):
         dtype = DTYPES[parts[-1]]
         if "relu" not in parts:
@@ -276,7 +276,7 @@ COMPARISONS = {
 
 
 def choose_comparison(name: str, kind: str) -> Callable:
-    """Of floats: eq … ge are false for a NaN, equ … geu true."""
+    """With a NaN the ordered comparisons eq … ge are false, the unordered equ … geu true."""
     if name in ("num", "nan"):
         return (lambda a, b: np.isnan(a) | np.isnan(b)) if name == "nan" else lambda a, b: ~(np.isnan(a) | np.isnan(b))
     plain = COMPARISONS.get(name) or COMPARISONS.get(name[:-1])
@@ -293,7 +293,7 @@ COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def build_setp(parts: tuple[str, ...]) -> Operation:
-    """setp: p = compare(a, b), with .and/.or/.xor p2 after it; its second result is the opposite comparison's."""
+    """setp: compare(a, b), combined with c by .and/.or/.xor; the second result uses the negated comparison."""
     kind = parts[-1]
     dtype = DTYPES[kind]
     compare = choose_comparison(parts[1], kind)
@@ -307,7 +307,7 @@ def build_setp(parts: tuple[str, ...]) -> Operation:
 
 
 def build_set(parts: tuple[str, ...]) -> Operation:
-    """set: all ones, or 1.0, where the comparison holds."""
+    """set: all ones, or 1.0, where the comparison is true."""
     if parts[-1].endswith("x2"):
         return build_set_pair(parts)
     kind, out = DTYPES[parts[-1]], parts[-2]
@@ -320,7 +320,7 @@ HALF_ONES = {"f16": 0x3C00, "bf16": 0x3F80}
 
 
 def build_set_pair(parts: tuple[str, ...]) -> Operation:
-    """set of pairs of halves: in each 1.0, or all ones where the result is no pair of floats, if it holds there."""
+    """set of packed halves: 1.0, or all ones for an integer result, in each half where the comparison is true."""
     kind, out = parts[-1].removesuffix("x2"), parts[-2].removesuffix("x2")
     compare, true = choose_comparison(parts[1], "f64"), HALF_ONES.get(out, 0xFFFF)
 
@@ -340,27 +340,27 @@ def invert(a: np.ndarray) -> np.ndarray:
     return np.logical_not(a) if np.asarray(a).dtype == np.bool_ else ~a
 
 
-def logical(ufunc: Callable, logical: Callable) -> Callable:
+def make_logical(ufunc: Callable, on_predicates: Callable) -> Callable:
     def build(parts):
         dtype = DTYPES[parts[-1]]
-        return Operation(logical if dtype is np.bool_ else ufunc, (dtype, dtype), (dtype,))
+        return Operation(on_predicates if dtype is np.bool_ else ufunc, (dtype, dtype), (dtype,))
 
     return build
 
 
 INTEGER_OPERATIONS = {
-    "add": saturable(np.add), "sub": saturable(np.subtract), "mul": build_mul, "mad": build_mul,
-    "div": elementwise(divide, 2), "rem": elementwise(remainder, 2), "abs": elementwise(np.abs, 1),
-    "neg": elementwise(lambda a: np.asarray(a).dtype.type(0) - a, 1),
-    "min": min_or_max(np.minimum), "max": min_or_max(np.maximum),
-    "and": logical(np.bitwise_and, np.logical_and), "or": logical(np.bitwise_or, np.logical_or),
-    "xor": logical(np.bitwise_xor, np.logical_xor), "not": elementwise(invert, 1),
-    "cnot": elementwise(lambda a: (a == 0).astype(np.asarray(a).dtype), 1),
+    "add": make_saturating(np.add), "sub": make_saturating(np.subtract), "mul": build_mul, "mad": build_mul,
+    "div": make_elementwise(divide, 2), "rem": make_elementwise(remainder, 2), "abs": make_elementwise(np.abs, 1),
+    "neg": make_elementwise(lambda a: np.asarray(a).dtype.type(0) - a, 1),
+    "min": make_min_max(np.minimum), "max": make_min_max(np.maximum),
+    "and": make_logical(np.bitwise_and, np.logical_and), "or": make_logical(np.bitwise_or, np.logical_or),
+    "xor": make_logical(np.bitwise_xor, np.logical_xor), "not": make_elementwise(invert, 1),
+    "cnot": make_elementwise(lambda a: (a == 0).astype(np.asarray(a).dtype), 1),
     "shl": build_shift, "shr": build_shift, "shf": build_funnel_shift,
     "bfe": build_extract_field, "bfi": build_insert_field, "prmt": build_permute, "lop3": build_lop3,
-    "popc": elementwise(count_bits, 1, np.uint32), "clz": elementwise(count_leading_zeros, 1, np.uint32),
-    "brev": elementwise(reverse_bits, 1), "bfind": build_bfind,
-    "sad": elementwise(lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), 3), "dp4a": build_dp4a,
+    "popc": make_elementwise(count_bits, 1, np.uint32), "clz": make_elementwise(count_leading_zeros, 1, np.uint32),
+    "brev": make_elementwise(reverse_bits, 1), "bfind": build_bfind,
+    "sad": make_elementwise(lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), 3), "dp4a": build_dp4a,
     "setp": build_setp, "set": build_set, "selp": build_selp,
     "slct": lambda parts: Operation(
         lambda a, b, c: np.where(c >= 0, a, b), (DTYPES[parts[1]],) * 2 + (DTYPES[parts[2]],), (DTYPES[parts[1]],)

@@ -1,28 +1,23 @@
-"""ldmatrix and stmatrix: matrices of 8 by 8 elements of 16 bits between shared memory and the registers of a warp."""
+"""ldmatrix, stmatrix and movmatrix: 8 by 8 matrices of 16-bit elements in shared memory and in a warp's registers."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    implements,
-    write_masked,
-)
+from ..frontend.program import Program, Step, implements, write_masked
 from ..frontend.syntax import Instruction, vector_items
 from .accesses import check_shared_bounds
 
 
 def locate_rows(unit, mask, get_address, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(warps (n,), lanes that give row addresses (n * count * 8,), their addresses) of ldmatrix and stmatrix."""
+    """(warps (n,), lanes that hold the row addresses (n * count * 8,), these addresses)."""
     warps = np.arange(unit.count // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
     lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
     return warps, lanes, np.broadcast_to(get_address(unit), unit.count)[lanes].astype(np.int64)
 
 
 def check_rows(unit, pc: int, instruction: Instruction, warps: np.ndarray, lanes: np.ndarray, address) -> None:
-    """Rows of 16 bytes: inside the block's memory, and counted."""
+    """Checks and counts accesses to rows of 16 bytes."""
     check_shared_bounds(unit, instruction, lanes, address, 16, 16)
     unit.wave.counts.shared_requests[pc] += len(warps)
     unit.wave.counts.count_wavefronts(pc, lanes >> 3, address, 16)
@@ -34,8 +29,8 @@ def parse_count(instruction: Instruction) -> int:
 
 @implements("ldmatrix")
 def load_matrix(program: Program, instruction: Instruction) -> Step:
-    """Lanes 8i to 8i+7 give the rows of matrix i, of eight 16-bit elements; lane t gets the elements 2(t%4) and
-    2(t%4)+1 of row t/4 (.trans: of column t/4)."""
+    """Lanes 8i to 8i+7 hold the row addresses of matrix i; lane t receives the elements 2(t%4) and 2(t%4)+1 of row t/4
+    (.trans: of column t/4)."""
     count, trans = parse_count(instruction), "trans" in instruction.parts
     if instruction.type != "b16":
         return None
@@ -86,7 +81,7 @@ def store_matrix(program: Program, instruction: Instruction) -> Step:
 
 @implements("movmatrix")
 def movmatrix(program: Program, instruction: Instruction) -> Step:
-    """movmatrix: an 8 by 8 matrix of 16-bit elements, one row in four lanes, transposed across the warp."""
+    """Transposes an 8 by 8 matrix of 16-bit elements across a warp, four lanes to a row."""
     out, value = (program.source_slot(x, np.uint32) for x in instruction.operands)
 
     def run(unit, mask):

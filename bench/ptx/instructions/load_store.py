@@ -1,14 +1,10 @@
-"""ld and st, and the hints that only caches take note of."""
+"""ld and st, and the cache hints, which have no effect here."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    implements,
-)
+from ..frontend.program import Program, Step, implements
 from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
 from .accesses import LOADS, STORES, find_space, scatter, split_by_space, to_space, vector_length
@@ -63,5 +59,5 @@ def store(program: Program, instruction: Instruction) -> Step:
 
 @implements("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
 def ignore_hint(program: Program, instruction: Instruction) -> Step:
-    """What only caches take note of."""
+    """Affects only caches."""
     return lambda unit, mask: None

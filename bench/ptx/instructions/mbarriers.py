@@ -1,18 +1,11 @@
-"""mbarrier objects: arrivals and bytes of bulk copies that a phase waits for."""
+"""mbarrier: a phase completes after its expected arrivals and the bytes of its bulk copies."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..faults import Fault
-from ..frontend.program import (
-    Control,
-    Program,
-    Step,
-    guard_mask,
-    implements,
-    write_masked,
-)
+from ..frontend.program import Control, Program, Step, guard_mask, implements, write_masked
 from ..frontend.syntax import Instruction, Register
 from ..machine.unit import Blocked
 from ..memory.shared_memory import Mbarrier
@@ -33,7 +26,7 @@ def find_mbarrier(unit, instruction: Instruction, lane: int, address: int) -> Mb
 
 @implements("mbarrier.try_wait", "mbarrier.test_wait", control=True)
 def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
-    """Waits until the phase of the given parity is over. Lanes park until then: a loop around it never spins."""
+    """Waits until the phase of the given parity completes. Lanes block until then: a loop around it never spins."""
     if "parity" not in instruction.parts:
         raise Fault("unknown instruction", instruction.op, instruction)
     out = program.dest_slot(instruction.operands[0], np.bool_)
@@ -45,7 +38,7 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
         address = to_space("shared", get_address(unit))
         wanted = np.broadcast_to(unit.slots[parity], unit.count)
         free = np.zeros(unit.count, bool)
-        for lane in first_lanes(unit, mask, address, wanted):
+        for lane in pick_lanes(unit, mask, address, wanted):
             barrier = find_mbarrier(unit, instruction, lane, int(address[lane]))
             deliver_copies(unit, barrier, int(unit.block[lane]))
             if barrier.phase != int(wanted[lane]) & 1:
@@ -63,7 +56,7 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
 
     def describe(unit, lane) -> str:
         barrier = unit.wave.mbarriers[int(unit.block[lane]), int(to_space("shared", get_address(unit))[lane])]
-        return f"{barrier.pending} of {barrier.expected} arrivals and {barrier.tx_bytes} bytes are missing"
+        return f"{barrier.pending} of {barrier.expected} arrivals and {barrier.tx_bytes} bytes are pending"
 
     def run(unit, pc, mask):
         waiting = guard(unit, mask)
@@ -78,8 +71,8 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
     return run
 
 
-def first_lanes(unit, mask, *keys) -> list[int]:
-    """One lane for each warp and each different set of keys."""
+def pick_lanes(unit, mask, *keys) -> list[int]:
+    """One lane for each warp and each distinct combination of keys."""
     lanes = np.flatnonzero(mask)
     rows = np.stack([lanes >> 5, *(np.asarray(k)[lanes].astype(np.int64) for k in keys)], 1)
     return lanes[np.unique(rows, axis=0, return_index=True)[1]].tolist()
@@ -90,7 +83,7 @@ def mbarrier(program: Program, instruction: Instruction) -> Step | None:
     verb = instruction.parts[1]
     operands = list(instruction.operands)
     if verb == "arrive" and isinstance(operands[0], Register):
-        return None  # a result that is used: the state token
+        return None  # returns a state token: not supported
     if verb == "arrive" and len(operands) > 1:
         operands.pop(0)
     get_address = program.address_getter(as_address(operands[0]))
@@ -142,7 +135,7 @@ def arrive(unit, instruction, lane, address, value) -> None:
     barrier.pending -= 1 if value is None else value
     if barrier.pending < 0:
         raise unit.make_fault(
-            "barrier", f"more arrivals than the {barrier.expected} the mbarrier takes", instruction, lane
+            "barrier", f"more arrivals than the {barrier.expected} that the mbarrier expects", instruction, lane
         )
     barrier.complete_phase()
 
@@ -158,17 +151,17 @@ def complete_tx(unit, instruction, lane, address, value) -> None:
 
 
 def deliver_copies(unit, barrier: Mbarrier, block: int) -> None:
-    """What the copies bring appears, written by the engine that made them."""
+    """Writes the data of completed bulk copies, as their engine."""
     shared = unit.wave.shared
-    async_proxy = shared.warps
+    engine = shared.warps  # its row of the clocks
     for where, data in barrier.deliveries:
         blocks = np.full(len(where), block)
         shared.pending_copies[shared.grain_indices(blocks, where, data.shape[1])] = False
         shared.store(blocks, where, data)
-        shared.record_copies(blocks, where, data.shape[1], np.full(len(where), async_proxy * 32))
+        shared.record_copies(blocks, where, data.shape[1], np.full(len(where), engine * 32))
         barrier.tx_bytes -= data.size
     if barrier.deliveries:
-        barrier.arriving_clocks = np.maximum(barrier.arriving_clocks, shared.release(block, async_proxy))
-        shared.clocks[block, async_proxy, async_proxy] += 1
+        barrier.arriving_clocks = np.maximum(barrier.arriving_clocks, shared.release(block, engine))
+        shared.clocks[block, engine, engine] += 1
         barrier.deliveries = []
         barrier.complete_phase()

@@ -1,9 +1,8 @@
-"""Tensor-core products: mma.sync, and wgmma with its operands in shared memory.
+"""mma.sync, and the fragments and sums that it shares with wgmma.
 
-Products are exact and summed in float64, the sum with the accumulator is rounded once to the accumulator's type. The
-hardware cuts the bits of small addends off instead (by an amount that NVIDIA does not state), so it can be off by a few
-units of the accumulator's last place from what is computed here.
-Layouts of the fragments: PTX ISA 8.7, 9.7.14 (mma) and 9.7.15 (wgmma).
+Products are exact and summed in float64; the sum with the accumulator is rounded once to the accumulator's type. The
+hardware truncates the bits of small addends instead (NVIDIA does not document how many), so its result can differ by a
+few units in the last place of the accumulator. Fragment layouts: PTX ISA 8.7, 9.7.14 (mma) and 9.7.15 (wgmma).
 """
 
 from __future__ import annotations
@@ -13,11 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    implements,
-)
+from ..frontend.program import Program, Step, implements
 from ..frontend.syntax import Group, Instruction
 from . import floats
 
@@ -29,15 +24,15 @@ INTEGERS = ("s8", "u8", "s32")
 
 
 def decode_elements(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Elements of a matrix as float64: exact for all types here."""
+    """Elements of a matrix as float64, exactly."""
     return bits.astype(np.float64) if kind in INTEGERS else floats.decode(bits, kind)
 
 
 def locate_fragment(count: int, kind: str, rows: bool) -> tuple[np.ndarray, np.ndarray]:
     """(row, column) of the elements of A, (column, row) of B, for each register, lane and element of a register.
 
-    With e elements in a register, g = lane / 4 and t = lane % 4: register i of A holds row g + 8 (i % 2) and columns
-    t e + 4 e (i / 2) on; register i of B holds column g and rows t e + 4 e i on."""
+    With e elements to a register, g = lane / 4 and t = lane % 4: register i of A holds row g + 8 (i % 2) and e columns
+    from t e + 4 e (i / 2); register i of B holds column g and e rows from t e + 4 e i."""
     each = 1 if kind == "f64" else 4 // np.dtype(ELEMENT_TYPES[kind]).itemsize
     i, lane, j = np.ogrid[:count, :32, :each]
     g, t = lane // 4, lane % 4
@@ -50,7 +45,7 @@ def locate_fragment(count: int, kind: str, rows: bool) -> tuple[np.ndarray, np.n
 
 
 def locate_accumulator(columns: int, halves: bool, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) for each register, lane and element of C and D, of 16 rows (8 for the small float64 shape)."""
+    """(row, column) for each register, lane and element of C and D, with 16 rows (8 in the small float64 shape)."""
     pairs = 2 if rows == 16 else 1
     each = 2 if halves else 1
     i, lane, j = np.ogrid[: columns // 8 * pairs * (1 if halves else 2), :32, :each]
@@ -63,7 +58,7 @@ def locate_accumulator(columns: int, halves: bool, rows: int = 16) -> tuple[np.n
 
 
 def encode_sums(total: np.ndarray, kind: str, saturate: bool) -> np.ndarray:
-    """float64 sums as the bits of the accumulator's registers, two halves not yet joined."""
+    """float64 sums as bits of the accumulator's type, halves not yet packed."""
     if kind == "s32":
         if saturate:
             return np.clip(total, -(2**31), 2**31 - 1).astype(np.int64).astype(np.uint32)
@@ -90,14 +85,14 @@ def parse_shape(instruction: Instruction) -> Shape:
 
 
 class Fragment:
-    """The registers of an operand: gathers them into matrices (warps, …) and scatters a result back."""
+    """The registers of an operand: gathered into matrices (warps, …), and scattered from a result."""
 
     def __init__(self, program: Program, group: Group, kind: str, index: tuple[np.ndarray, np.ndarray], shape: tuple):
         self.kind, self.index, self.shape = kind, index, shape
         self.word = np.uint64 if kind == "f64" else np.uint32
         self.slots = [program.source_slot(x, self.word) for x in group.items]
         if index[0].shape[0] != len(self.slots):
-            raise ValueError(f"{len(self.slots)} registers where {index[0].shape[0]} were expected")
+            raise ValueError(f"{len(self.slots)} registers, expected {index[0].shape[0]}")
 
     def read_bits(self, unit, warps: np.ndarray, dtype: type) -> np.ndarray:
         """(warps, registers, 32, elements of a register)."""
@@ -112,7 +107,7 @@ class Fragment:
         return out
 
     def read_sums(self, unit, warps: np.ndarray) -> np.ndarray:
-        """What an accumulator holds, as float64."""
+        """The values of an accumulator, as float64."""
         if self.kind == "f16":
             return self.read_matrix(unit, warps, np.uint16, "f16")
         return self.read_matrix(unit, warps, ACCUMULATOR_TYPES[self.kind], "s32")

@@ -1,4 +1,4 @@
-"""mov and cvta: registers packed and unpacked, addresses between the generic space and others."""
+"""mov, which also packs and unpacks vectors, and cvta, which converts addresses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from ..frontend.program import (
 from ..frontend.syntax import Group, Instruction
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
 
-# ------------------------------------------------------------------------------------------------ moves
-
 
 @implements("mov")
 def move(program: Program, instruction: Instruction) -> Step:
-    """Also packs and unpacks: mov.b64 {low, high}, x and mov.b64 x, {low, high}."""
+    """Unpacks with mov.b64 {low, high}, x and packs with mov.b64 x, {low, high}."""
     kind = instruction.type
     dtype = DTYPES[kind]
     to, source = instruction.operands
@@ -58,7 +56,7 @@ def move(program: Program, instruction: Instruction) -> Step:
 
 @implements("cvta")
 def convert_address(program: Program, instruction: Instruction) -> Step:
-    """Between a space's own addresses and generic ones. Global ones are generic already."""
+    """Between the addresses of a state space and generic ones. Global addresses are generic ones."""
     window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
     space = next(p for p in instruction.parts[1:] if p != "to").split("::")[0]
     distance = window.get(space, 0) * (-1 if "to" in instruction.parts else 1)

@@ -1,6 +1,6 @@
-"""Values to store that differ in their last bits only: threads that hold the same sum add it up each in its own order.
+"""Stored values that differ only by rounding: threads that compute the same sum, each in its own order.
 
-Only where every instruction that makes the value is one of floats: bits that come from elsewhere may be anything.
+Applies only if floating-point instructions produce every bit of the value: other bits may mean anything.
 """
 
 from __future__ import annotations
@@ -9,22 +9,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-)
-from ..frontend.syntax import Group, Instruction, Operand, Register
+from ..frontend.program import Program
+from ..frontend.syntax import Group, Instruction, Operand, Register, vector_items
 from . import floats
 
-MANTISSA_BITS = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}  # bits
-MAX_ULPS = 16  # in the last place, that sums of the same may be apart
+MANTISSA_BITS = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}
+MAX_ULPS = 16  # by which sums of the same terms may differ
 
 
 def is_rounding_difference(
-    program: Program, stored_values: Operand, wanted: np.ndarray, stored_bits: np.ndarray, values: np.ndarray
+    program: Program, operand: Operand, wanted: np.ndarray, stored_bits: np.ndarray, values: np.ndarray
 ) -> bool:
-    """(n, count) bits of the operand that is stored, and what others store in their places; all that are stored."""
-    registers = stored_values.items if isinstance(stored_values, Group) else (stored_values,)
-    for i, register in enumerate(registers):
+    """wanted: (n, count) bits that some lanes store; stored_bits: those that others store; values: all of them."""
+    for i, register in enumerate(vector_items(operand)):
         different = wanted[:, i] != stored_bits[:, i]
         if not different.any():
             continue
@@ -35,20 +32,20 @@ def is_rounding_difference(
 
 
 def find_source_types(program: Program, register: Operand, seen: frozenset[str]) -> Iterator[str]:
-    """The types of the instructions that a register's bits come from."""
+    """The types of the instructions that compute the bits of a register."""
     if not isinstance(register, Register) or register.name in seen:
         return
     seen |= {register.name}
     for instruction in program.definitions.get(register.name, ()):
-        sources = copied_operands(instruction)
+        sources = find_copied_operands(instruction)
         if not sources:
             yield find_result_type(instruction)
         for source in sources:
             yield from find_source_types(program, source, seen)
 
 
-def copied_operands(instruction: Instruction) -> tuple[Operand, ...]:
-    """The operands whose bits an instruction takes over as they are."""
+def find_copied_operands(instruction: Instruction) -> tuple[Operand, ...]:
+    """The operands whose bits an instruction copies."""
     base, operands = instruction.parts[0], instruction.operands
     if base == "mov":
         return operands[1].items if isinstance(operands[1], Group) else operands[1:]
@@ -65,8 +62,7 @@ def find_result_type(instruction: Instruction) -> str:
 
 
 def is_close(a: np.ndarray, b: np.ndarray, all_bits: np.ndarray, kind: str) -> bool:
-    """Whether these bits are of floats UNITS apart at most, in the last place of the largest that is stored: in a sum
-    that is smaller the terms may have been as large."""
+    """Whether floats differ by at most MAX_ULPS of the largest stored value, as the terms of a smaller sum may be."""
     name = kind.removesuffix("x2")
     if name not in MANTISSA_BITS or a.dtype.itemsize * 8 < (64 if name == "f64" else 16):
         return False

@@ -1,23 +1,17 @@
-"""Tensor maps changed and published by a kernel, and read by bulk copies."""
+"""tensormap: a kernel modifies and publishes tensor maps, which bulk copies read."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..frontend.program import (
-    PARAM_WINDOW,
-    Program,
-    Step,
-    immediate_bits,
-    implements,
-)
+from ..frontend.program import PARAM_WINDOW, Program, Step, immediate_bits, implements
 from ..frontend.syntax import Instruction
 from ..memory.tensor_maps import FIELDS, MAP_BYTES, TensorMap, decode_map
 from .accesses import check_global_access, check_shared_bounds, to_space
 
 
 def load_tensor_map(unit, instruction, lane: int, address: int) -> TensorMap:
-    """A tensor map in the kernel's parameters or in global memory."""
+    """Of a tensor map in the kernel's parameters or in global memory."""
     if address >= PARAM_WINDOW:
         start = address - PARAM_WINDOW
         return decode_map(unit.wave.params[start : start + MAP_BYTES].tobytes())
@@ -27,7 +21,7 @@ def load_tensor_map(unit, instruction, lane: int, address: int) -> TensorMap:
 
 
 @implements("tensormap")
-def tensor_map(program: Program, instruction: Instruction) -> Step | None:
+def modify_tensor_map(program: Program, instruction: Instruction) -> Step | None:
     """tensormap.replace writes a field of a map in shared memory, tensormap.cp_fenceproxy copies it to global."""
     if instruction.parts[1] == "cp_fenceproxy":
         return publish_map(program, instruction)
@@ -61,7 +55,7 @@ def publish_map(program: Program, instruction: Instruction) -> Step:
 
     def run(unit, mask):
         lanes = unit.active_lanes(mask)
-        lanes = lanes[unit.lane[lanes] == 0]  # the warp does it together
+        lanes = lanes[unit.lane[lanes] == 0]  # one copy for the whole warp
         where, source = get_destination(unit)[lanes], to_space("shared", get_source(unit)[lanes])
         check_global_access(unit, instruction, lanes, where, MAP_BYTES, 128, "writes a tensor map to")
         unit.wave.memory.store(where, unit.wave.shared.load(unit.block[lanes], source, 4, MAP_BYTES // 4))

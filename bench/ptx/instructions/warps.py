@@ -1,27 +1,20 @@
-"""What lanes of a warp tell each other: shfl, vote, redux, elect, match."""
+"""Communication between the lanes of a warp: shfl, vote, redux, elect, match."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    implements,
-    write_masked,
-)
-from ..frontend.syntax import Group, Instruction
+from ..frontend.program import Program, Step, implements, write_masked
+from ..frontend.syntax import Instruction, vector_items
 from ..frontend.types import DTYPES
-
-# ------------------------------------------------------------------------------------------------ shuffles
 
 
 @implements("shfl")
 def shuffle(program: Program, instruction: Instruction) -> Step:
-    """PTX ISA 9.7.9.6: lane i gets the value of lane j, or its own where j is outside the segment."""
+    """PTX ISA 9.7.9.6: lane i receives the value of lane j, or keeps its own if j is outside the segment."""
     mode = instruction.parts[2]
     first, source, *rest = instruction.operands
-    results = first.items if isinstance(first, Group) else (first,)
+    results = vector_items(first)
     outs = [program.dest_slot(results[0], np.uint32)] + [program.dest_slot(x, np.bool_) for x in results[1:]]
     value, lane, clamp = (program.source_slot(x, np.uint32) for x in (source, *rest[:2]))
 
@@ -46,7 +39,7 @@ def shuffle(program: Program, instruction: Instruction) -> Step:
 
 @implements("vote")
 def vote(program: Program, instruction: Instruction) -> Step:
-    """Over the lanes of each warp that take part."""
+    """Over the active lanes of each warp."""
     mode = instruction.parts[2]
     out = program.dest_slot(instruction.operands[0], np.uint32 if mode == "ballot" else np.bool_)
     source = instruction.operands[1]
@@ -68,7 +61,7 @@ def vote(program: Program, instruction: Instruction) -> Step:
 
 @implements("redux")
 def reduce_warp(program: Program, instruction: Instruction) -> Step:
-    """redux.sync: of whole numbers, and on sm_100 min and max of float32."""
+    """redux.sync: of integers, and on sm_100 min and max of float32."""
     dtype = DTYPES[instruction.type]
     operation = instruction.parts[2]
     functions = {
@@ -92,7 +85,7 @@ def reduce_warp(program: Program, instruction: Instruction) -> Step:
 
 @implements("elect")
 def elect(program: Program, instruction: Instruction) -> Step:
-    """elect.sync d|p: p is true in one lane of the warp, the first of those that take part."""
+    """elect.sync d|p: p is true in one lane of the warp, the first active one."""
     lane, chosen = instruction.operands[0].items
     outs = program.dest_slot(lane, np.uint32), program.dest_slot(chosen, np.bool_)
 
@@ -108,7 +101,7 @@ def elect(program: Program, instruction: Instruction) -> Step:
 
 @implements("match")
 def match_any(program: Program, instruction: Instruction) -> Step | None:
-    """match.any: the lanes with the same value."""
+    """match.any: the mask of the lanes with the same value."""
     if instruction.parts[1] != "any":
         return None
     kind = DTYPES[instruction.type]

@@ -1,4 +1,4 @@
-"""wgmma: products of a warp group with operands in shared memory, asynchronous until they are waited for."""
+"""wgmma: asynchronous matrix products of a warp group, with operands in shared memory."""
 
 from __future__ import annotations
 
@@ -6,55 +6,46 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..frontend.program import (
-    Program,
-    Step,
-    find_results,
-    implements,
-    write_masked,
-)
+from ..frontend.program import Program, Step, find_results, implements, write_masked
 from ..frontend.syntax import Group, Immediate, Instruction, Register
 from .mma import ELEMENT_TYPES, Fragment, decode_elements, encode_sums, locate_accumulator, locate_fragment, parse_shape
-
-# ------------------------------------------------------------------------------------------------ wgmma
 
 
 @dataclass
 class PendingWgmma:
-    """One wgmma of some lanes: the registers it works on, and each lane's group."""
+    """One wgmma in flight: its registers, its lanes, and the group of each lane."""
 
-    registers: frozenset[str]  # of the result
-    inputs: frozenset[str]  # registers of A: they may be read, not written
+    registers: frozenset[str]  # of D: neither read nor written until the wait
+    inputs: frozenset[str]  # of A: not written until the wait
     lanes: np.ndarray  # mask
     group: np.ndarray
 
 
 class SharedOperand:
-    """A or B in shared memory: where a 64-bit descriptor puts each element.
+    """A or B in shared memory: the address of each element, by a 64-bit matrix descriptor.
 
     Bits 0-13: address / 16; 16-29: leading byte offset / 16; 32-45: stride byte offset / 16; 49-51: base offset; 62-63:
-    swizzle, 0 none, 1, 2, 3: 128, 64, 32 bytes. With rows of the M or N dimension and columns of K:
-    K-major: groups of 8 rows lie `stride` apart; a row of a group is as long as the swizzle; without one, 16 bytes, and
-    the next 16 bytes of a row lie `leading` away. MN-major: the same with rows and columns exchanged: groups of 8
-    columns lie `stride` apart, the next swizzle-width of rows `leading` away (without a swizzle the two
-    offsets change places).
+    swizzle, 0 none, 1, 2, 3: 128, 64, 32 bytes. With rows along M or N and columns along K:
+    K-major: groups of 8 rows are `stride` apart; a row of a group is as long as the swizzle, or 16 bytes without one,
+    and the next 16 bytes of a row are `leading` away. MN-major: rows and columns are exchanged: groups of 8 columns are
+    `stride` apart, the next swizzle width of rows is `leading` away (without a swizzle the two offsets are swapped).
     """
 
     def __init__(self, rows: int, columns: int, itemsize: int, transposed: bool):
         self.itemsize, self.transposed = itemsize, transposed
         r, c = np.indices((rows, columns))
-        self.long, self.short = (r, c) if transposed else (c, r)  # along a line of memory, across lines
+        self.long, self.short = (r, c) if transposed else (c, r)  # contiguous index, strided index
         self.layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, descriptor: int) -> tuple[np.ndarray, np.ndarray]:
-        """(`offsets`, the addresses of the 16-byte pieces that they touch); kept, for loops come to the same few."""
+        """(`offsets`, the addresses of the 16-byte chunks that they touch); cached, since loops reuse descriptors."""
         if descriptor not in self.layouts:
-            offsets = self.offsets(descriptor)
+            offsets = self.find_offsets(descriptor)
             self.layouts[descriptor] = offsets, np.unique(offsets // 16 * 16)
         return self.layouts[descriptor]
 
-    def offsets(self, descriptor: int) -> np.ndarray:
-        """Byte address of each element, (rows, columns)."""
+    def find_offsets(self, descriptor: int) -> np.ndarray:
+        """The byte address of each element, (rows, columns)."""
         start = (descriptor & 0x3FFF) << 4
         leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
         mode = descriptor >> 62 & 3
@@ -83,7 +74,7 @@ def wgmma(program: Program, instruction: Instruction) -> Step | None:
 
 
 def build_mma_async(program: Program, instruction: Instruction) -> Step:
-    """D = A B + D of four warps: 64 rows, 16 to a warp. A in registers or in shared memory, B in shared memory."""
+    """D = A B + D of a warp group: 64 rows, 16 to a warp. A is in registers or shared memory, B in shared memory."""
     program.check_pending_use = check_pending_use
     shape = parse_shape(instruction)
     d_kind, a_kind, b_kind = instruction.parts[-3:]
@@ -91,7 +82,7 @@ def build_mma_async(program: Program, instruction: Instruction) -> Step:
     in_registers = isinstance(a, Group)
     flags = [x.bits for x in rest]
     scale_a, scale_b = flags[:2] if len(flags) >= 2 else (1, 1)
-    transposed = flags[2:]  # for 16-bit types: A (where it is in shared memory) and B are MN-major
+    transposed = flags[2:]  # 16-bit types: whether A (in shared memory) and B are MN-major
     size = np.dtype(ELEMENT_TYPES[a_kind]).itemsize
     right = SharedOperand(shape.n, shape.k, size, bool(transposed and transposed[-1]))
     left = None if in_registers else SharedOperand(64, shape.k, size, bool(transposed and transposed[0]))
@@ -133,19 +124,19 @@ def build_mma_async(program: Program, instruction: Instruction) -> Step:
 
 
 def find_warp_groups(unit, mask, instruction: Instruction) -> np.ndarray:
-    """Numbers of the warp groups, four warps each, that are there; all four must be."""
+    """Indices of the active warp groups; all of their threads must be active."""
     if mask is None:
         return np.arange(unit.count // 128)
     rows = mask.reshape(-1, 128)
     partial = rows.any(1) & ~rows.all(1)
     if partial.any():
-        message = "a wgmma that not all lanes of its four warps have reached"
+        message = "not all threads of the warp group reach this wgmma"
         raise unit.make_fault("barrier", message, instruction, int(np.argmax(partial)) * 128)
     return np.flatnonzero(rows.any(1))
 
 
 def read_shared_matrix(unit, pc, instruction, groups, operand: SharedOperand, slot, dtype, kind) -> np.ndarray:
-    """(groups, rows, columns) as float64: the warp group's first lane stands for its reads."""
+    """(groups, rows, columns) as float64; the first lane of a warp group counts as the reader."""
     lanes = groups * 128
     descriptors = np.broadcast_to(unit.slots[slot], unit.count)[lanes]
     distinct, which = np.unique(descriptors, return_inverse=True)
@@ -163,7 +154,7 @@ def read_shared_matrix(unit, pc, instruction, groups, operand: SharedOperand, sl
     view = shared.data.view(dtype)
     bits = view[(block[:, None, None] * shared.stride + offsets) // itemsize]
     unit.wave.counts.shared_requests[pc] += len(groups)
-    unit.wave.counts.shared_wavefronts[pc] += pieces.size * 16 // 128  # the swizzles leave no bank conflict
+    unit.wave.counts.shared_wavefronts[pc] += pieces.size * 16 // 128  # without bank conflicts, by the swizzle
     unit.wave.counts.shared_ideal[pc] += pieces.size * 16 // 128
     return decode_elements(bits, kind)
 
@@ -173,13 +164,13 @@ def commit_group(unit, mask) -> None:
 
 
 def wait_group(unit, mask, allowed: int) -> None:
-    """All but the last `allowed` groups are done: their registers may be read, their operands overwritten."""
+    """Completes all but the last `allowed` groups: their registers may be read, their operands overwritten."""
     active = np.ones(unit.count, bool) if mask is None else mask
     complete_groups(unit, active, unit.wgmma_groups - allowed)
 
 
 def complete_groups(unit, lanes: np.ndarray, count: np.ndarray) -> None:
-    """Of these lanes' groups the first `count` are done."""
+    """Completes the first `count` groups of these lanes."""
     for pending in unit.wgmmas:
         pending.lanes = pending.lanes & ~(lanes & (pending.group < count))
     unit.wgmmas = [pending for pending in unit.wgmmas if pending.lanes.any()]
@@ -188,14 +179,14 @@ def complete_groups(unit, lanes: np.ndarray, count: np.ndarray) -> None:
 
 
 def check_pending_use(unit, instruction: Instruction, names: frozenset[str], mask) -> None:
-    """Before an instruction that is not a wgmma uses a register of one that has not been waited for. The assembler sees
-    that too, and makes it wait: so do the lanes here, if that is to pass."""
+    """A fault if an instruction other than wgmma uses a register of a wgmma in flight. The assembler inserts a wait
+    there; if the caller lets the fault pass, so do the lanes here."""
     if instruction.parts[0] == "wgmma":
         return
     for pending in list(unit.wgmmas):
         taken = names & pending.registers or (find_results(instruction) & pending.inputs)
         lanes = pending.lanes if mask is None else pending.lanes & mask
         if taken and lanes.any():
-            message = f"uses {min(taken)}, which a wgmma works on: it has not been waited for"
+            message = f"uses {min(taken)}, a register of a wgmma that has not been waited for"
             unit.wave.judge(unit.make_fault("pending wgmma", message, instruction, int(np.argmax(lanes))))
             complete_groups(unit, lanes, pending.group + 1)

@@ -1,1 +1,1 @@
-"""Runs a program over a grid, and counts what it does."""
+"""Executes a program over a grid and counts what it does."""

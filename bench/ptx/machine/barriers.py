@@ -1,4 +1,4 @@
-"""Lanes that wait at barriers and mbarriers: who goes on, and who never will."""
+"""Releases lanes that wait at barriers and mbarriers, and describes deadlocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from ..frontend.program import Program
 from .unit import Blocked, Unit
 from .wave import Wave
 
-# ------------------------------------------------------------------------------------------------ barriers
-
 
 def release_blocked(program: Program, wave: Wave, units: list[Unit]) -> None:
-    """Lets the lanes go on whose barrier all threads have reached, and those whose mbarrier is through."""
+    """Resumes lanes whose barrier is complete, and those whose mbarrier phase is."""
     for number in sorted(
         {int(n) for unit in units for p in unit.blocked if p.barrier is not None for n in p.barrier[p.mask]}
     ):
@@ -63,7 +61,7 @@ def release_barrier(program: Program, wave: Wave, units: list[Unit], number: int
 
 
 def sync_warps(wave: Wave, units: list[Unit], at: list, done: np.ndarray, expected: np.ndarray) -> None:
-    """The warps at the barrier have seen each other; all of the block where the barrier takes all of it."""
+    """Synchronises the clocks of the warps at a barrier, or of the whole block if it takes all threads."""
     shared = wave.shared
     everyone = done[expected[done] == wave.warps * 32]
     shared.sync_blocks(everyone)
@@ -82,12 +80,12 @@ def make_barrier_fault(units: list[Unit], block: int, message: str, program: Pro
 
 
 def make_deadlock_fault(program: Program, wave: Wave, units: list[Unit]) -> Fault:
-    """Nobody can go on: what the first lane that waits is waiting for. An mbarrier comes before a barrier, where warps
-    without a role wait for the end."""
+    """What the first waiting lane waits for. Mbarriers come first: warps without a role wait at a barrier for the
+    end."""
     for unit in units:
         for pc, mask in unit.waiting.items():
-            lanes = "its four warps" if program.convergent[pc] > 32 else "the warp"
-            message = f"not all lanes of {lanes} reach this instruction, which takes them together"
+            threads = "the warp group" if program.convergent[pc] > 32 else "the warp"
+            message = f"not all threads of {threads} reach this instruction, which they must execute together"
             return unit.make_fault("barrier", message, program.instructions[pc], int(np.argmax(mask)))
     blocked: Blocked
     at = [(unit, blocked) for unit in units for blocked in unit.blocked]
@@ -95,17 +93,17 @@ def make_deadlock_fault(program: Program, wave: Wave, units: list[Unit]) -> Faul
     lane = int(np.argmax(blocked.mask))
     block = unit.block[lane]
     if blocked.poll is not None:
-        message = f"waits for an mbarrier that nothing completes: {blocked.describe(unit, lane)}"
+        message = f"waits for an mbarrier phase that never completes: {blocked.describe(unit, lane)}"
         places = list_waiting_places(program, units, block)
         return unit.make_fault("barrier", "\n  ".join([message, *places]), program.instructions[blocked.pc], lane)
     waiting = sum(int((p.mask & (u.block == block)).sum()) for u in units for p in u.blocked)
     missing = wave.warps * 32 - waiting
-    message = f"{waiting} threads of the block wait here, and {missing} never come: they have left, or wait elsewhere"
+    message = f"{waiting} threads of the block wait here and {missing} never arrive: they have exited or wait elsewhere"
     return unit.make_fault("barrier", message, program.instructions[blocked.pc], lane)
 
 
 def list_waiting_places(program: Program, units: list[Unit], block: int) -> list[str]:
-    """Where the warps of a block wait, one line for each place."""
+    """One line for each place at which warps of a block wait."""
     places: dict[str, set[int]] = {}
     for unit in units:
         for blocked in unit.blocked:

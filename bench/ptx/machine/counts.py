@@ -1,9 +1,9 @@
-"""What a launch did, counted for each instruction: what a profiler would count, without its guesses.
+"""Counts for each instruction of a launch: those of a profiler, but exact.
 
 A warp instruction is one issue, whatever lanes are active. A global request is one warp's load or store; it moves the
-32-byte sectors its lanes touch. A shared request is served in wavefronts of 128 bytes: a wavefront takes one word from
-each of the 32 banks, so lanes that want different words of one bank need more of them. 8-byte accesses are served for
-16 lanes at a time, 16-byte accesses for 8.
+32-byte sectors that its lanes access. A shared request is served in wavefronts of 128 bytes: a wavefront takes one word
+from each of the 32 banks, so lanes that access different words of one bank need several (a bank conflict). 8-byte
+accesses are served for 16 lanes at a time, 16-byte accesses for 8.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..frontend.syntax import Instruction
 from ..memory.global_memory import Traffic
 from ..memory.segments import SECTOR
 
-# The pipes of a multiprocessor; "move" is none: register moves, which the assembler mostly erases.
+# The pipes of a multiprocessor; "move" is no pipe: register moves, most of which the assembler removes.
 PIPES = ("tensor", "fma", "alu", "special", "memory", "control", "move")
 SPECIAL = ("ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "sqrt", "rcp")
 MEMORY = (
@@ -31,8 +31,8 @@ CONTROL = (
 
 
 def find_pipe(instruction: Instruction) -> str:
-    """The unit that an instruction occupies. div and sqrt with a stated rounding are many instructions in truth: they
-    count as one special here."""
+    """The pipe that executes an instruction. div and sqrt with a rounding modifier are many machine instructions; here
+    they count as one special."""
     base, kind = instruction.parts[0], instruction.type
     if base in ("mma", "wgmma"):
         return "control" if base == "wgmma" and instruction.parts[1] != "mma_async" else "tensor"
@@ -46,13 +46,13 @@ def find_pipe(instruction: Instruction) -> str:
         return "special"
     if base in ("add", "sub", "mul", "fma", "mad") and kind in ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64"):
         return "fma"
-    if base in ("mul", "mad"):  # whole numbers are multiplied there too
+    if base in ("mul", "mad"):  # integers are multiplied there too
         return "fma"
     return "alu"
 
 
 class Counts:
-    """One number for each instruction of the kernel, in each array."""
+    """Arrays with one count for each instruction of the kernel."""
 
     FIELDS = (
         "issued", "flops", "global_requests", "global_sectors", "global_bytes", "shared_requests", "shared_wavefronts",
@@ -64,11 +64,11 @@ class Counts:
         for field in self.FIELDS:
             setattr(self, field, np.zeros(len(instructions), np.int64))
         self.first_address = np.zeros(len(instructions), np.uint64)  # in global memory
-        self.read_bytes = self.written_bytes = 0  # each sector once
+        self.read_bytes = self.written_bytes = 0  # each sector counts once
         self.tensors: list[Traffic] = []
 
     def count_global_access(self, pc: int, warp: np.ndarray, address: np.ndarray, nbytes: int) -> None:
-        """One access of each lane, all within aligned sectors."""
+        """One access of each lane, which crosses no sector boundary."""
         if not self.global_requests[pc]:
             self.first_address[pc] = address[0]
         sectors = address.astype(np.int64) // SECTOR
@@ -79,18 +79,18 @@ class Counts:
     def count_shared_access(
         self, pc: int, warp: np.ndarray, lane: np.ndarray, address: np.ndarray, nbytes: int
     ) -> None:
-        """warp numbers the requests: one for each warp of each block."""
+        """warp: number of the request, one for each warp of each block."""
         phases = max(1, nbytes // 4)
         group = warp.astype(np.int64) * phases + lane // (32 // phases)
         self.shared_requests[pc] += count_distinct(warp)
         self.count_wavefronts(pc, group, address, nbytes)
 
     def count_wavefronts(self, pc: int, group: np.ndarray, address: np.ndarray, nbytes: int) -> None:
-        """group numbers the sets of lanes that are served together."""
+        """group: number of the set of lanes that are served together."""
         words = (address[:, None] + np.arange(0, max(nbytes, 4), 4)) // 4
         wanted = np.sort((group[:, None] << 24 | words).ravel())
-        wanted = wanted[mark_changes(wanted)]  # a word that many lanes want is read once
-        number = np.cumsum(mark_changes(wanted >> 24)) - 1  # of the groups that are there
+        wanted = wanted[mark_changes(wanted)]  # a word that several lanes access is read once
+        number = np.cumsum(mark_changes(wanted >> 24)) - 1  # index of the group
         banks = np.bincount(number * 32 + wanted % 32, minlength=(number[-1] + 1) * 32)
         self.shared_wavefronts[pc] += int(banks.reshape(-1, 32).max(1).sum())
         self.shared_ideal[pc] += int(number[-1]) + 1
@@ -121,19 +121,19 @@ class Counts:
 
 
 def mark_changes(x: np.ndarray) -> np.ndarray:
-    """Which of these sorted numbers differ from the one before."""
+    """Mask of the sorted numbers that differ from the previous one."""
     found = np.ones(len(x), bool)
     np.not_equal(x[1:], x[:-1], out=found[1:])
     return found
 
 
 def count_distinct(x: np.ndarray) -> int:
-    """How many different numbers."""
+    """The number of different values."""
     return int(np.count_nonzero(mark_changes(np.sort(x))))
 
 
 class Launch(NamedTuple):
-    """One launch that ran: what it was and what it did."""
+    """An executed launch: its configuration and its counts."""
 
     kernel: str
     architecture: str

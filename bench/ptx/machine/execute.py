@@ -1,11 +1,11 @@
-"""The machine: runs a kernel over a grid, wave by wave, and says what it did.
+"""Executes a kernel over a grid, wave by wave, and counts.
 
-A wave is as many blocks as fit the lane budget; its lanes run as NumPy arrays, one unit for each group of warps (a
-warp, or the four warps of a wgmma). A unit runs until all its lanes wait or are done, then the next one does; the order
-of the units turns round after every barrier, so that what one warp must see of another is tried both ways. Clocks tell
-what a warp has seen of shared memory, whatever the order. So the first attempt has units of several warps, which take
-NumPy no longer than one; where warps of a block turn out to meet in global memory, the launch begins again with a unit
-for each warp.
+A wave is as many blocks as the lane budget allows; its lanes run as NumPy arrays, one unit for each set of warps (one
+warp, or the four of a warp group). A unit runs until all of its lanes wait or have exited, then the next unit runs. The
+order of the units is reversed after every barrier, so that each warp runs both before and after the others. Vector
+clocks detect races in shared memory whatever the order. The first attempt has units of several warps, which cost NumPy
+no more than one; if warps of a block turn out to communicate through global memory, the launch restarts with a
+unit for each warp.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..faults import Judge
 from ..frontend.program import Program
-from ..frontend.provenance import find_provenance
+from ..frontend.provenance import infer_provenance
 from ..memory.global_memory import GlobalMemory, WarpConflict
 from ..memory.tensors import TensorExtent
 from ..memory.uninitialised import UninitialisedMemory
@@ -26,11 +26,9 @@ from .progress import IDLE
 from .unit import Unit
 from .wave import Execution, Wave
 
-LANES = 8192  # of a wave, at most (one block at least)
-REGISTER_BYTES = 256 << 20  # of a wave's register files
-
-
-MAX_INSTRUCTIONS = 2_000_000  # of one unit in one wave: past it the kernel counts as endless
+LANES = 8192  # of a wave, at most; at least one block
+REGISTER_BYTES = 256 << 20  # register files of a wave, at most
+MAX_INSTRUCTIONS = 2_000_000  # of one unit in one wave; more count as an endless loop
 
 
 def execute(
@@ -43,13 +41,13 @@ def execute(
     unwritten: UninitialisedMemory,
     max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Counts:
-    """Runs every block of the grid on the tensors' own memory. Raises Fault at the first thing that is wrong and that
-    `judge` does not let pass. unwritten: the memory that nothing has written so far."""
+    """Executes every block of the grid on the tensors' own memory. Raises the first Fault that `judge` does not let
+    pass. unwritten: the memory that was never written."""
     tensors, params = list(tensors), np.frombuffer(params, np.uint8)
-    find_provenance(program, {t.parameter for t in tensors} - {None})
+    infer_provenance(program, {t.parameter for t in tensors} - {None})
     half, noted = min(max(threads // 64, 1), 4), dict(judge.noted)
     for size in (4,) if program.has_wgmma else (half, 1):
-        constants = (make_extent for make_extent, _ in program.constant_data)
+        constants = (extent for extent, _ in program.constant_data)
         memory = GlobalMemory(tensors, constants, program.global_grain, unwritten)
         execution = Execution(program, grid, threads, params, memory, Counts(program.instructions), judge)
         try:
@@ -60,7 +58,7 @@ def execute(
             continue
         unwritten.update(memory.segments)
         return counts
-    raise AssertionError("a unit of one warp that meets another of itself")
+    raise AssertionError("a unit of one warp conflicts with itself")
 
 
 def run_grid(execution: Execution, size: int, max_instructions: int) -> Counts:
@@ -89,7 +87,7 @@ def run_wave(program: Program, wave: Wave, size: int, max_instructions: int) -> 
     for unit in units:
         if unit.suspended:
             pc, mask, _ = unit.suspended[0]
-            message = "goes round for ever: it comes back to the same state, and nothing else runs that could change it"
+            message = "loops forever: it returns to the same state, and no other warp or block could change that"
             raise unit.make_fault("endless", message, program.instructions[pc], int(np.argmax(mask)))
     stuck = [unit for unit in units if unit.blocked or unit.waiting]
     if stuck:
@@ -97,7 +95,7 @@ def run_wave(program: Program, wave: Wave, size: int, max_instructions: int) -> 
 
 
 def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
-    """Until every lane waits or is done."""
+    """Runs until every lane waits or has exited."""
     steps, block_ends, controls, issued = program.steps, program.block_ends, program.controls, unit.wave.counts.issued
     while unit.runnable or unit.wake():
         pc, mask = unit.next_lanes()
@@ -114,11 +112,12 @@ def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
             mask = run_checked(program, unit, pc, end, mask)
         unit.steps += end - pc + 1
         if unit.steps > max_instructions:
-            message = f"more than {max_instructions} instructions: `max_instructions` of ptx.device allows others"
+            message = f"more than {max_instructions} instructions: raise max_instructions of ptx.device to allow more"
             raise unit.make_fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
         if unit.progress.is_idle(unit, max_instructions):
-            message = f"{max_instructions // IDLE} instructions without an access to memory: `max_instructions` allows"
-            raise unit.make_fault("endless", f"{message} more", program.instructions[end - 1], int(np.argmax(mask)))
+            message = f"{max_instructions // IDLE} instructions without a memory access"
+            message += ": raise max_instructions of ptx.device to allow more"
+            raise unit.make_fault("endless", message, program.instructions[end - 1], int(np.argmax(mask)))
         if not mask.any():
             continue
         if end in controls:
@@ -129,7 +128,7 @@ def run_unit(program: Program, unit: Unit, max_instructions: int) -> None:
 
 
 def run_checked(program: Program, unit: Unit, pc: int, end: int, mask: np.ndarray) -> np.ndarray:
-    """With lanes missing, or wgmma results pending: checked before each instruction. The lanes that came through."""
+    """With inactive lanes or wgmmas in flight: checks before each instruction. Returns the lanes that reach `end`."""
     issued, n = unit.wave.counts.issued, pc
     while n < end:
         if n in unit.waiting and n != pc:
@@ -142,7 +141,7 @@ def run_checked(program: Program, unit: Unit, pc: int, end: int, mask: np.ndarra
             if not mask.any():
                 return mask
         active, count = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
-        while n < end:  # as far as the same lanes go
+        while n < end:  # while the same lanes are active
             if unit.wgmmas:
                 program.check_pending_use(unit, program.instructions[n], program.uses[n], mask)
             issued[n] += count

@@ -1,8 +1,8 @@
-"""Loops without an end: lanes that come back to the same state.
+"""Detects endless loops: lanes that return to the same state.
 
-What a lane does next follows from its registers and from memory. Lanes that stand where they stood before with the same
-registers, while nothing has changed memory, go round for ever, unless another warp or block changes something: they are
-set aside until then. States are compared with one of before, which moves on as the steps double (Brent, 1980).
+Registers and memory determine what a lane does next. Lanes that return to an instruction with the same registers and
+unchanged memory loop forever unless another warp or block changes memory: they are suspended until then. The state is
+compared with an earlier one, which is replaced each time that the number of steps doubles (Brent, 1980).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from .unit import Unit
 
-
-FIRST_STEPS = 1024  # steps before the first state is kept
-IDLE = 4  # a unit may go without memory for this part of the instructions that it may execute
+FIRST_STEPS = 1024  # before the first state is saved
+IDLE = 4  # max_instructions // IDLE may pass without a memory access
 
 
 class State(NamedTuple):
@@ -36,7 +35,7 @@ class Progress:
         self.next = FIRST_STEPS
 
     def is_repeating(self, unit: Unit, pc: int, mask: np.ndarray) -> bool:
-        """Whether these lanes, about to go on at an instruction, have been there in the same state."""
+        """Whether these lanes were at this instruction before in the same state."""
         if unit.steps >= self.next:
             self.next = 2 * unit.steps
             copies = [x.copy() for x in unit.lane_state()]
@@ -51,12 +50,12 @@ class Progress:
         ):
             return False
         lane, pairs = int(np.argmax(mask)), list(zip(unit.lane_state(), state.registers, strict=True))
-        if any((now[..., lane] != before[..., lane]).any() for now, before in pairs):  # as in most loops
+        if any((now[..., lane] != before[..., lane]).any() for now, before in pairs):  # the common case, cheaply
             return False
         return all(np.array_equal(now, before) for now, before in pairs)
 
     def is_idle(self, unit: Unit, max_instructions: int) -> bool:
-        """Whether the unit has not touched memory for so long that it counts in vain."""
+        """Whether the unit has accessed no memory for too long."""
         state = self.state
         return (
             state is not None
@@ -66,7 +65,7 @@ class Progress:
 
 
 def count_changes(unit: Unit) -> int:
-    """A number that is another after each change of memory."""
+    """The number of changes of memory."""
     return unit.wave.memory.changes + unit.wave.shared.changes
 
 

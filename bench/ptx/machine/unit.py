@@ -1,4 +1,4 @@
-"""The lanes that run as one: some warps of all the blocks of a wave, their registers, and where each of them stands."""
+"""The lanes that run as one: some warps of every block of a wave, with their registers and program counters."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .wave import Wave
 
 
 class Blocked(NamedTuple):
-    """Lanes that wait at an instruction: at a barrier (its number, how many threads it takes) or for an mbarrier."""
+    """Lanes that wait at an instruction: at a barrier (its number, its thread count) or for an mbarrier phase."""
 
     pc: int
     mask: np.ndarray
     barrier: np.ndarray | None = None
     threads: np.ndarray | None = None
-    aligned: bool = False  # all threads at this one instruction: bar.sync; not barrier.sync
-    poll: Callable | None = None  # for an mbarrier: of the unit and mask, the lanes that may go on
-    describe: Callable | None = None  # and of the unit and a lane, in words what it waits for
+    aligned: bool = False  # all threads must wait at this instruction: bar.sync, not barrier.sync
+    poll: Callable | None = None  # for an mbarrier: (unit, mask) -> the lanes whose phase has completed
+    describe: Callable | None = None  # and (unit, lane) -> what is pending, for a message
 
 
 class SuspendedLanes(NamedTuple):
-    """Lanes that go round at an instruction until memory is changed, which it was so many times."""
+    """Lanes that loop in the same state until memory changes; changes: how often it had."""
 
     pc: int
     mask: np.ndarray
@@ -42,16 +42,16 @@ class Unit:
     def __init__(self, program: Program, wave: Wave, warps: range):
         blocks = len(wave.coordinates)
         self.program, self.wave, self.warps = program, wave, warps
-        self.merges_warps = len(warps) > 1 and not program.has_wgmma  # only to run faster
+        self.merges_warps = len(warps) > 1 and not program.has_wgmma  # only for speed
         self.count = blocks * len(warps) * 32
         shape = (blocks, len(warps), 32)
         index = np.indices(shape).reshape(3, -1)
         self.block, self.warp, self.lane = index[0], index[1] + warps.start, index[2]
         self.thread = self.warp * 32 + self.lane
-        self.grid_block = wave.grid_blocks[self.block]  # of the block in the grid
+        self.grid_block = wave.grid_blocks[self.block]  # number of the block in the grid
         self.alive = np.ones(self.count, bool)
         self.runnable: dict[int, np.ndarray] = {0: self.alive.copy()}
-        self.waiting: dict[int, np.ndarray] = {}  # lanes at an instruction that the rest of their warp has not reached
+        self.waiting: dict[int, np.ndarray] = {}  # for the rest of their warp, by pc
         self.blocked: list[Blocked] = []
         self.carry = np.zeros(self.count, np.int64)
         self.local = np.zeros((self.count, max(program.local_bytes, 1)), np.uint8) if program.local_bytes else None
@@ -59,12 +59,13 @@ class Unit:
         self.turns = self.steps = 0
         self.progress = Progress()
         self.suspended: list[SuspendedLanes] = []
-        self.copies, self.copy_groups = [], np.zeros(self.count, np.int64)  # cp.async: records, groups committed
-        self.wgmmas, self.wgmma_groups = [], np.zeros(self.count, np.int64)  # wgmma: the same
+        # Asynchronous copies and wgmmas in flight, and the number of groups that each lane has committed.
+        self.copies, self.copy_groups = [], np.zeros(self.count, np.int64)
+        self.wgmmas, self.wgmma_groups = [], np.zeros(self.count, np.int64)
         self.slots = self.make_slots()
 
     def make_params(self) -> np.ndarray:
-        """(1, bytes) of the kernel's parameters; (lanes, bytes) where parameters of calls lie behind them."""
+        """(1, bytes) of the kernel's parameters; (lanes, bytes) if parameters of calls follow them."""
         own, size = self.wave.params, self.program.param_bytes
         if size == self.program.function.param_bytes:
             return own[None]
@@ -85,7 +86,7 @@ class Unit:
         for slot, number in program.slots.items():
             width, row = rows[slot.register]
             view = files[width][row].view(slot.dtype)
-            slots[number] = view[:: len(view) // self.count]  # a narrower type sees the lower part
+            slots[number] = view[:: len(view) // self.count]  # a narrower type views the lower part
         for number, value in program.constants.items():
             slots[number] = value
         for number, name in program.specials.items():
@@ -93,7 +94,7 @@ class Unit:
         return slots
 
     def lane_state(self) -> list[np.ndarray]:
-        """All that a lane knows, lanes last."""
+        """All state of the lanes but memory, lanes last."""
         known = [*self.files.values(), self.carry, self.copy_groups, self.wgmma_groups]
         return known + [x.T for x in (self.local, self.params) if x is not None and len(x) > 1]
 
@@ -127,8 +128,8 @@ class Unit:
             self.runnable[pc] = mask if there is None else there | mask
 
     def next_lanes(self) -> tuple[int, np.ndarray]:
-        """The lanes furthest behind, so that the others wait for them where paths meet; now and then those furthest
-        ahead, for they may hold what the ones behind spin on."""
+        """The lanes with the lowest pc, so that diverged lanes reconverge; now and then those with the highest, which
+        the others may wait for."""
         self.turns += 1
         pc = max(self.runnable) if self.turns % 1024 == 0 else min(self.runnable)
         mask = self.runnable.pop(pc)
@@ -136,21 +137,21 @@ class Unit:
             mask = mask | self.waiting.pop(pc)
         return pc, mask
 
-    def wait_for_warp(self, pc: int, mask: np.ndarray, aligned: int = 32) -> None:
+    def wait_for_warp(self, pc: int, mask: np.ndarray, lanes: int = 32) -> None:
         there = self.waiting.get(pc)
         mask = mask if there is None else there | mask
-        whole, rest = self.split_converged(mask, aligned)
+        whole, rest = self.split_converged(mask, lanes)
         self.waiting.pop(pc, None)
         if rest.any():
             self.waiting[pc] = rest
         self.enqueue(pc, whole)
 
     def suspend(self, pc: int, mask: np.ndarray) -> None:
-        """These lanes wait until memory is changed."""
+        """Makes lanes wait until memory changes."""
         self.suspended.append(SuspendedLanes(pc, mask, count_changes(self)))
 
     def wake(self) -> bool:
-        """Lets those go on that waited for a change, if there was one; whether any lane can."""
+        """Resumes suspended lanes if memory has changed; returns whether any lane can run."""
         now = count_changes(self)
         for lanes in [s for s in self.suspended if s.changes != now]:
             self.suspended.remove(lanes)
@@ -160,22 +161,22 @@ class Unit:
     def exit_lanes(self, mask: np.ndarray) -> None:
         self.alive &= ~mask
 
-    def split_converged(self, mask: np.ndarray, aligned: int = 32) -> tuple[np.ndarray, np.ndarray]:
-        """(lanes whose warp, or group of warps, is all there, those whose is not)."""
-        aligned = aligned if self.count % aligned == 0 else 32
-        rows, alive = mask.reshape(-1, aligned), self.alive.reshape(-1, aligned)
-        whole = np.repeat((rows == alive).all(1), aligned)
+    def split_converged(self, mask: np.ndarray, lanes: int = 32) -> tuple[np.ndarray, np.ndarray]:
+        """(lanes whose warp, or warp group, is complete, the others)."""
+        lanes = lanes if self.count % lanes == 0 else 32
+        rows, alive = mask.reshape(-1, lanes), self.alive.reshape(-1, lanes)
+        whole = np.repeat((rows == alive).all(1), lanes)
         return mask & whole, mask & ~whole
 
     def active_lanes(self, mask: np.ndarray | None) -> np.ndarray:
         return np.arange(self.count) if mask is None else np.flatnonzero(mask)
 
     def report(self, problem: Problem, instruction: Instruction, lanes) -> None:
-        """A problem with shared memory that the launch can go on after, if the caller wants it to."""
+        """Handles a problem in shared memory as the caller of the launch chose."""
         self.wave.judge(self.make_shared_fault(problem, instruction, lanes))
 
     def make_shared_fault(self, problem: Problem, instruction: Instruction, lanes) -> Fault:
-        """A problem with shared memory as a fault. lanes: those the problem counts, or one that stands for all."""
+        """lanes: those that the problem indexes, or one for all of them."""
         lane = lanes[problem.at] if len(lanes) > 1 else lanes[0]
         other = None if problem.other is None else self.program.instructions[problem.other]
         return self.make_fault(problem.kind, problem.message, instruction, int(lane), "shared memory", other)

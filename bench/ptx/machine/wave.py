@@ -1,4 +1,4 @@
-"""The blocks that run together, and what they run on."""
+"""The blocks that run together and the state that they share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .counts import Counts
 
 
 class Execution(NamedTuple):
-    """A program with what it runs on."""
+    """A launch: the program, its configuration and its memory."""
 
     program: Program
     grid: tuple[int, int, int]
@@ -26,7 +26,7 @@ class Execution(NamedTuple):
 
 
 class Wave:
-    """Blocks that run together: their shared memory, and the tensors of the launch."""
+    """Blocks that run together: their shared memory and barriers, and the memory of the launch."""
 
     def __init__(self, execution: Execution, grid_blocks: np.ndarray):
         program, self.grid, threads, self.params, self.memory, self.counts, self.judge = execution
@@ -37,11 +37,11 @@ class Wave:
         groups = -(-self.warps // 4) if program.has_wgmma else 0
         self.shared = SharedMemory(len(grid_blocks), program.shared_bytes, self.warps, program.shared_grain, groups)
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
-        self.bulk_stores: list = []  # bulk stores whose source has not been waited for
+        self.bulk_stores: list = []  # bulk stores that may still read their source
         self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
 
     def block_coordinates(self, number: int) -> tuple[int, int, int]:
-        """A block of the grid by its number."""
+        """The coordinates in the grid of a block."""
         x, y = self.grid[0], self.grid[1]
         return number % x, number // x % y, number // (x * y)
 

@@ -1,1 +1,1 @@
-"""Global and shared memory: their bytes, and who read and wrote them when."""
+"""Global and shared memory: the data, and the accesses that race detection compares."""

@@ -1,8 +1,8 @@
-"""Global memory: the tensors' own bytes, and who touched them.
+"""Global memory: the tensors' own memory, with bounds checks and race detection between blocks.
 
-A segment is a stretch of addresses that some tensor of the launch covers (tensors that overlap share one). An access
-outside every segment is a fault. For races between blocks each grain of a segment (as many bytes as the kernel's
-smallest global access) remembers the last block that wrote it and the blocks that read it.
+A segment is a range of addresses that tensors of the launch cover (overlapping tensors share one). An access outside
+of every segment is a fault. Each grain of a segment (the size of the kernel's smallest global access) records the last
+block that wrote it and the blocks that read it.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import numpy as np
 
 from ..frontend.types import UNSIGNED
 from .segments import MANY_WARPS, SECTOR, Segment, is_other_block, is_other_warp, reduce_to_grains
-from .tensors import TensorExtent, find_live_tensors, raw_bytes
+from .tensors import TensorExtent, find_live_tensors, view_bytes
 from .uninitialised import UninitialisedMemory
 
 
 class Traffic(NamedTuple):
-    """What a launch moved of one tensor, in bytes of whole sectors."""
+    """The memory traffic of one tensor in a launch, in bytes of whole sectors."""
 
     name: str
     size: int  # of the tensor
-    requested: int  # by the warps, each time they asked: what moves where nothing is cached
-    unique: int  # each sector that was read, and each that was written
+    requested: int  # by the warps, repeated requests included: the traffic without caches
+    unique: int  # each sector read or written counts once
 
 
 def lane_index(lanes: np.ndarray | slice, at: int) -> int:
-    """Which of all lanes is number `at` of these: a mask, or all of them."""
+    """The index among all lanes of number `at` of these: a mask, or all."""
     return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
 
 
-class WarpConflict(Exception):  # noqa: N818  (nothing is wrong)
-    """Warps of one block meet in global memory while the machine runs several of them as one."""
+class WarpConflict(Exception):  # noqa: N818  (a signal, no error)
+    """Warps of one block access the same global memory while one unit runs several of them."""
 
 
 class OutOfBoundsError(Exception):
-    """Accesses that no segment holds: which of the lanes."""
+    """Accesses outside of every segment; `lanes` masks them."""
 
     def __init__(self, lanes: np.ndarray):
         super().__init__(lanes)
@@ -52,7 +52,7 @@ class GlobalMemory:
         grain: int,
         unwritten: UninitialisedMemory,
     ):
-        """unwritten: what nothing has written so far."""
+        """unwritten: the memory that was never written."""
         self.tensors, self.grain, self.unwritten = [*tensors, *constants], grain, unwritten
         self.order, self.changes = BlockOrder(), 0
         merged: list[list[int]] = []
@@ -64,7 +64,7 @@ class GlobalMemory:
         self.segments: list[Segment] = []
         self.add_segments([Segment(start, end, grain) for start, end in merged])
         self.has_gaps = any(t.view_elements is not None for t in self.tensors)
-        self.live_tensors: list[TensorExtent] | None = None  # the tensors of the process, once they are asked for
+        self.live_tensors: list[TensorExtent] | None = None  # of the process, found when needed
         self.by_provenance: dict[frozenset[str], list[TensorExtent]] = {}
 
     def add_segments(self, segments: list[Segment]) -> None:
@@ -73,7 +73,7 @@ class GlobalMemory:
         self.starts = np.array([s.start for s in self.segments], np.uint64)
 
     def tensors_for(self, provenance: frozenset[str] | None) -> list[TensorExtent]:
-        """The tensors that an address of this origin may be in; all of them where none is known."""
+        """The tensors that an address of this provenance may be in; all if it is unknown."""
         if provenance is None:
             return self.tensors
         if provenance not in self.by_provenance:
@@ -84,8 +84,8 @@ class GlobalMemory:
     def find_stray(
         self, provenance: frozenset[str] | None, address: np.ndarray, nbytes: int, used_bytes: int | None
     ) -> tuple[str, np.ndarray] | None:
-        """(kind, which lanes): accesses that no memory of the launch holds, or that touch what the tensors that their
-        addresses derive from do not show. None: none. used: the bytes that are looked at."""
+        """(kind of fault, mask of lanes) of accesses outside of all memory of the launch, or outside of the views that
+        their addresses derive from; None: all are inside. used_bytes: mask of the bytes that matter."""
         tensors = self.tensors_for(provenance)
         if tensors is not self.tensors or self.has_gaps:
             good = tensors[0].contains(address, nbytes, used_bytes)
@@ -101,14 +101,14 @@ class GlobalMemory:
             return "out of bounds", error.lanes
         return ("out of view", ~good) if tensors is not self.tensors or self.has_gaps else None
 
-    def nearest_tensor(self, address: int, tensors: list[TensorExtent] | None = None) -> TensorExtent | None:
+    def find_nearest_tensor(self, address: int, tensors: list[TensorExtent] | None = None) -> TensorExtent | None:
         tensors = tensors or self.tensors
         inside = [t for t in tensors if t.start <= address < t.end]
         return min(inside or tensors, key=lambda t: max(t.start - address, address - t.end, 0), default=None)
 
     def adopt_tensors(self, address: np.ndarray, nbytes: int) -> bool:
-        """Takes in the tensors of this process that hold these addresses; whether there were any. For addresses that a
-        kernel loaded from memory: a table of pointers."""
+        """Adds the tensors of this process that contain these addresses; returns whether there are any. For addresses
+        that a kernel loaded from memory: a table of pointers."""
         if self.live_tensors is None:
             self.live_tensors = find_live_tensors()
         found = [tensor for tensor in self.live_tensors if tensor.contains(address, nbytes, None).any()]
@@ -119,7 +119,7 @@ class GlobalMemory:
         return bool(news)
 
     def find_uncovered(self, tensors: list[TensorExtent]) -> list[tuple[int, int]]:
-        """The stretches of these tensors that no segment holds."""
+        """The address ranges of these tensors outside of every segment."""
         pieces, at = [], 0
         for start, end in sorted((t.start, t.end) for t in tensors):
             at = max(at, start)
@@ -134,7 +134,7 @@ class GlobalMemory:
         return pieces
 
     def split_by_segment(self, address: np.ndarray, nbytes: int) -> list[tuple[Segment, np.ndarray | slice]]:
-        """Each segment with the lanes that fall in it."""
+        """Each accessed segment with the lanes that access it."""
         if not self.segments:
             raise OutOfBoundsError(np.ones(len(address), bool))
         number = np.searchsorted(self.starts, address, side="right") - 1
@@ -142,7 +142,7 @@ class GlobalMemory:
         found, outside = [], np.zeros(len(address), bool)
         for n, lanes in [(number[0], slice(None))] if one else [(n, number == n) for n in np.unique(number)]:
             there, segment = address[lanes], self.segments[n]
-            # Those before the first segment are bad too: -1 is the last one, whose start is past them.
+            # Addresses before the first segment are outside too: -1 is the last one, which starts after them.
             outside[lanes] = (there < np.uint64(segment.start)) | (there + np.uint64(nbytes) > np.uint64(segment.end))
             found.append((segment, lanes))
         if outside.any():
@@ -159,13 +159,13 @@ class GlobalMemory:
         return out
 
     def restore(self) -> None:
-        """Every byte as it was before the launch."""
+        """Restores the data from before the launch."""
         for segment in self.segments:
             if segment.saved is not None:
-                raw_bytes(segment.start, segment.end - segment.start)[:] = segment.saved
+                view_bytes(segment.start, segment.end - segment.start)[:] = segment.saved
 
     def store(self, address: np.ndarray, values: np.ndarray) -> None:
-        """Of lanes that write the same address the last one stays."""
+        """Of lanes that write to the same address the last one wins."""
         width, count = values.dtype.itemsize, values.shape[1]
         for segment, lanes in self.split_by_segment(address, width * count):
             view, index = segment.locate_elements(address[lanes], width, count)
@@ -175,7 +175,7 @@ class GlobalMemory:
                 segment.unwritten[segment.grain_indices(address[lanes], width * count)] = False
 
     def find_unwritten_read(self, address: np.ndarray, nbytes: int, used_bytes: int | None) -> int | None:
-        """The first lane that reads what nothing has written, in the bytes that are used."""
+        """The first lane that reads memory that was never written, within the used bytes."""
         if all(segment.unwritten is None for segment in self.segments):
             return None
         for segment, lanes in self.split_by_segment(address, nbytes):
@@ -194,8 +194,9 @@ class GlobalMemory:
     def has_warp_conflict(
         self, pieces, address: np.ndarray, nbytes: int, block: np.ndarray, warp: np.ndarray, write: bool
     ) -> bool:
-        """Whether one of these warps touches what another of its block wrote, or writes what another touched: then the
-        order of warps may matter. Notes the access, and the bytes before the first write. pieces: of `split`."""
+        """Whether one of these warps accesses what another of its block wrote, or writes what another accessed: then
+        the order of warps may matter. Records the access and, before a write, the data. pieces: of
+        `split_by_segment`."""
         for segment, lanes in pieces:
             grains = segment.grain_indices(address[lanes], nbytes)
             mine = ((block[lanes].astype(np.int64) + 1) << 6 | warp[lanes])[:, None]
@@ -204,13 +205,13 @@ class GlobalMemory:
             read = is_other_warp(segment.reading_warp[grains], mine)
             if not write:
                 segment.reading_warp[grains] = np.where(read, mine | MANY_WARPS, mine)
-                together = is_other_warp(segment.reading_warp[grains], mine)  # in this very access
+                together = is_other_warp(segment.reading_warp[grains], mine)  # within this access
                 segment.reading_warp[grains[together]] |= MANY_WARPS
                 continue
             if read.any():
                 return True
             segment.writing_warp[grains] = mine
-            if is_other_warp(segment.writing_warp[grains], mine).any():  # in this very access
+            if is_other_warp(segment.writing_warp[grains], mine).any():  # within this access
                 return True
             segment.save()
         return False
@@ -218,15 +219,15 @@ class GlobalMemory:
     # -------------------------------------------------------------------------------------------- races
 
     def find_unordered(self, marks: tuple[np.ndarray, ...], mine: np.ndarray, lanes) -> tuple[int, int] | None:
-        """(lane, other block) where marks of blocks (n, grains) are of another one that nothing orders before."""
+        """(lane, other block) where marks (n, grains) are of another block that is not ordered before this one."""
         for other in marks:
             bad = is_other_block(other, mine[:, None])
-            if bad.any() and (at := self.order.first_unordered(bad, other, mine)):
+            if bad.any() and (at := self.order.find_first_unordered(bad, other, mine)):
                 return lane_index(lanes, at[0]), at[1]
         return None
 
     def check_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
-        """(lane, other block) of a read of what another block wrote, and these reads noted."""
+        """(lane, other block) of a read that races with a write of another block. Records the reads."""
         for segment, lanes in self.split_by_segment(address, nbytes):
             grains, mine = segment.grain_indices(address[lanes], nbytes), block[lanes] + 1
             if race := self.find_unordered((segment.writer[grains], segment.updater[grains]), mine, lanes):
@@ -235,8 +236,8 @@ class GlobalMemory:
         return None
 
     def check_write(self, address: np.ndarray, values: np.ndarray, block: np.ndarray) -> tuple[int, int] | None:
-        """(lane, other block) of a write to what another block read or wrote. A write of what is there changes nothing
-        for others: it is noted as a read, which a write of something else would race with."""
+        """(lane, other block) of a write that races with an access of another block. Writing the value that is already
+        there counts as a read: only a write of another value races with it."""
         nbytes = values.dtype.itemsize * values.shape[1]
         for segment, lanes in self.split_by_segment(address, nbytes):
             grains, mine = segment.grain_indices(address[lanes], nbytes), block[lanes] + 1
@@ -250,19 +251,19 @@ class GlobalMemory:
             writer = np.where(writer == 0, segment.updater[grains], writer)
             bad = changes & (is_other_block(writer, mine) | is_other_block(reader, mine))
             segment.writer[grains[changes]] = mine[changes]
-            clash = changes & (segment.writer[grains] != mine)  # two blocks in this very access
+            clash = changes & (segment.writer[grains] != mine)  # two blocks within this access
             if not (bad | clash).any():
                 continue
             view[index] = values[lanes]
             disagrees = reduce_to_grains(view[index] != values[lanes], grains.shape[1])
             other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
             bad |= clash & disagrees
-            if bad.any() and (at := self.order.first_unordered(bad, other, mine[:, 0])):
+            if bad.any() and (at := self.order.find_first_unordered(bad, other, mine[:, 0])):
                 return lane_index(lanes, at[0]), at[1]
         return None
 
     def check_atomic(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
-        """(lane, other block) of an atomic on what another block wrote or read without one. Notes the atomic."""
+        """(lane, other block) of an atomic that races with a plain access of another block. Records the atomic."""
         for segment, lanes in self.split_by_segment(address, nbytes):
             grains, mine = segment.grain_indices(address[lanes], nbytes), block[lanes] + 1
             if race := self.find_unordered((segment.writer[grains], segment.reader[grains]), mine, lanes):
@@ -273,15 +274,15 @@ class GlobalMemory:
         return None
 
     def count_unique_bytes(self) -> tuple[int, int]:
-        """(read, written): the sectors touched at least once, in bytes."""
+        """(read, written): bytes of the sectors accessed at least once."""
         return tuple(
             SECTOR * sum(int(getattr(s, kind).sum()) for s in self.segments)
             for kind in ("read_sectors", "written_sectors")
         )
 
     def count_traffic(self, address: np.ndarray, sectors: np.ndarray) -> list[Traffic]:
-        """Of each tensor that was touched. address, sectors: for each instruction that made accesses, the address of
-        the first and the sectors of all. An instruction counts for the tensor of its first access."""
+        """Of each accessed tensor. address, sectors: for each accessing instruction its first address and its number of
+        sectors. An instruction counts for the tensor of its first access."""
         tensors = sorted(self.tensors, key=lambda t: t.start)
         starts = np.array([t.start for t in tensors], np.uint64)
         requested = np.zeros(len(tensors), np.int64)
@@ -302,7 +303,7 @@ class GlobalMemory:
 
 
 class BlockOrder:
-    """Which blocks an acquire has made visible to which: block b has seen all of the blocks in bits[b]."""
+    """The happens-before order of blocks by release and acquire: seen[block] has a bit for each earlier block."""
 
     def __init__(self):
         self.seen: dict[int, int] = {}
@@ -314,8 +315,8 @@ class BlockOrder:
     def acquire(self, address: int, block: int) -> None:
         self.seen[block] = self.seen.get(block, 0) | self.released.get(address, 0)
 
-    def first_unordered(self, bad: np.ndarray, other: np.ndarray, mine: np.ndarray) -> tuple[int, int] | None:
-        """(lane, other block) of the first marked pair that no release and acquire order. Blocks come plus 1."""
+    def find_first_unordered(self, bad: np.ndarray, other: np.ndarray, mine: np.ndarray) -> tuple[int, int] | None:
+        """(lane, other block) of the first marked pair without such an order. Block numbers come plus 1."""
         for lane, grain in zip(*np.nonzero(bad), strict=True):
             him, me = int(other[lane, grain]) - 1, int(mine[lane]) - 1
             if him < 0 or not self.seen.get(me, 0) >> him & 1:

@@ -1,4 +1,4 @@
-"""Tensor maps: what bulk copies know of a tensor, made on the host or field by field on the device."""
+"""Tensor maps: the descriptors of bulk tensor copies (TMA), encoded by the host or written by the kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class TensorMap(NamedTuple):
-    """What the 128 bytes of a CUtensorMap say, in this machine's own layout of them (`FIELDS`). Innermost
+    """The content of the 128 bytes of a CUtensorMap, whose layout here is this machine's own (`FIELDS`). Innermost
     dimension first, as in CUDA."""
 
     base: int
@@ -19,18 +19,18 @@ class TensorMap(NamedTuple):
 
 
 MAP_BYTES = 128
-# Where each field of a tensor map lies, by its name in tensormap.replace: (first byte, bytes of one).
+# The fields of a tensor map by their names in tensormap.replace: (offset, size of an entry) in bytes.
 FIELDS = {
     "global_address": (0, 8), "rank": (8, 4), "elemtype": (12, 4), "global_dim": (16, 4), "global_stride": (40, 8),
     "box_dim": (72, 4), "element_stride": (92, 4), "interleave_layout": (112, 4), "swizzle_mode": (116, 4),
     "fill_mode": (120, 4), "swizzle_atomicity": (124, 4),
 }  # fmt: skip
-# Bytes of an element by the number of its type: u8 u16 u32 s32 u64 s64 f16 f32 f32.ftz f64 bf16 tf32 tf32.ftz.
+# Element size by elemtype: u8 u16 u32 s32 u64 s64 f16 f32 f32.ftz f64 bf16 tf32 tf32.ftz.
 TYPE_BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4)
 
 
 def encode_map(base: int, element: int, sizes, strides, box, swizzle: int, fill: int) -> bytes:
-    """sizes, strides in elements and box outermost first, as Triton has them."""
+    """sizes, strides (in elements) and box are outermost first, as in Triton."""
     itemsize, rank = TYPE_BYTES[element], len(sizes)
     data = bytearray(MAP_BYTES)
 
@@ -60,6 +60,6 @@ def decode_map(data: bytes) -> TensorMap:
     return TensorMap(
         get_field("global_address"), tuple(get_field("global_dim", i) for i in range(rank)),
         (itemsize, *(get_field("global_stride", i) for i in range(rank - 1))),
-        tuple(get_field("box_dim", i) for i in range(rank)),
-        get_field("swizzle_mode"), get_field("fill_mode"), itemsize,
+        tuple(get_field("box_dim", i) for i in range(rank)), get_field("swizzle_mode"), get_field("fill_mode"),
+        itemsize,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tensors of a launch: which addresses are theirs, element by element, and what they are called."""
+"""The tensors of a launch: their addresses, element by element, and their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class TensorExtent(NamedTuple):
-    """A tensor: the addresses from its first to its last element."""
+    """The addresses of a tensor, from its first to its last element."""
 
     name: str
     start: int
@@ -20,11 +20,11 @@ class TensorExtent(NamedTuple):
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()  # elements
     itemsize: int = 1
-    view_elements: np.ndarray | None = None  # which from first to last are the view's; None: all
-    parameter: str | None = None  # the kernel's, that holds its address
+    view_elements: np.ndarray | None = None  # which places are elements of the view, None: all
+    parameter: str | None = None  # of the kernel, which holds its address
 
     def contains(self, address: np.ndarray, nbytes: int, used_bytes: int | None) -> np.ndarray:
-        """Which accesses to these addresses touch nothing but elements of this tensor, in the bytes that are used."""
+        """Which accesses stay within the elements of this tensor, in the used bytes."""
         good = (address >= np.uint64(self.start)) & (address + np.uint64(nbytes) <= np.uint64(self.end))
         if self.view_elements is None or not good.any():
             return good
@@ -38,7 +38,7 @@ class TensorExtent(NamedTuple):
         return good
 
     def element_index(self, address: int) -> tuple[int, ...] | None:
-        """The index of the element at an address; None where there is none, or several."""
+        """The index of the element at an address; None if there is none or if there are several."""
         left = (address - self.start) // self.itemsize
         index = dict.fromkeys(range(len(self.shape)), 0)
         for d in sorted(index, key=lambda d: -self.strides[d]):
@@ -48,7 +48,7 @@ class TensorExtent(NamedTuple):
         return tuple(index.values()) if whole else None
 
     def describe(self, address: int, nbytes: int) -> str:
-        """Where an access is: "at element [3, 5] of x, float32[4, 64]", "12 bytes past the end of …"."""
+        """The place of an access: "at element [3, 5] of x, float32[4, 64]", "12 bytes past the end of …"."""
         return f"{self.describe_place(address, nbytes)} {self.name}, {self.text}"
 
     def describe_place(self, address: int, nbytes: int) -> str:
@@ -68,18 +68,18 @@ class TensorExtent(NamedTuple):
         return f"at {f'byte {into} of ' if into else ''}element {list(index)}{over} of"
 
 
-def raw_bytes(start: int, count: int) -> np.ndarray:
+def view_bytes(start: int, count: int) -> np.ndarray:
     return np.frombuffer((ctypes.c_uint8 * count).from_address(start), np.uint8)
 
 
-def storage_tensor(value) -> torch.Tensor | None:
-    """The tensor whose memory an argument is: itself, or the base of what triton.reinterpret makes."""
+def unwrap_tensor(value) -> torch.Tensor | None:
+    """The tensor of an argument: itself, or the base of a triton.reinterpret."""
     value = getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value
     return value if isinstance(value, torch.Tensor) else None
 
 
 def make_extent(name: str, tensor: torch.Tensor, parameter: str | None = None) -> TensorExtent | None:
-    """A PyTorch CPU tensor; None if it is empty."""
+    """Of a CPU tensor; None if it is empty."""
     if tensor.numel() == 0:
         return None
     shape, strides, itemsize = tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()
@@ -93,8 +93,8 @@ def make_extent(name: str, tensor: torch.Tensor, parameter: str | None = None) -
 
 
 def find_view_elements(shape: tuple[int, ...], strides: tuple[int, ...], span: int) -> np.ndarray | None:
-    """Which of the `span` places between its first and its last element a view shows; None: all, as far as their
-    number tells."""
+    """Which of the `span` places from its first to its last element are elements of a view; None: all, judged by their
+    number."""
     moving = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s > 0]
     if np.prod([n for n, _ in moving], dtype=np.int64) >= span:
         return None
@@ -104,13 +104,13 @@ def find_view_elements(shape: tuple[int, ...], strides: tuple[int, ...], span: i
 
 
 def find_live_tensors() -> list[TensorExtent]:
-    """Every CPU tensor that Python holds."""
+    """Every CPU tensor that Python refers to."""
     found = []
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter):
             try:
                 if thing.device.type == "cpu" and (extent := make_extent("a tensor of this process", thing)):
                     found.append(extent)
-            except RuntimeError:  # without memory of its own: sparse, or of a transform
+            except RuntimeError:  # without memory of its own: sparse, or under a transform
                 continue
     return found

@@ -1,9 +1,8 @@
-"""Memory that nothing has written: what torch.empty and its like give while a device is active.
+"""Uninitialised memory: tensors that torch.empty and its like make while a device is active.
 
-They are filled with a pattern that no program writes. Where it still stands at a launch the host has written nothing,
-be it by PyTorch, NumPy or C++. Sixteen bytes count together: a part of them that the host wrote makes all of them
-written. What kernels write is known to the byte. What was made in other ways, or before, counts as
-written; so does a copy.
+They are filled with a pattern that no program writes. Bytes that still hold it at a launch were not written by the
+host, be it by PyTorch, NumPy or C++. The host's writes are tracked in units of sixteen bytes, the kernels' by the
+byte. Tensors made in other ways, or earlier, count as written; so does a copy.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .segments import Segment
-from .tensors import raw_bytes
+from .tensors import view_bytes
 
 # NaN in every format of 16 bits and more.
 PATTERN = np.array([0x7FF7, 0xFFF9, 0x7FFB, 0xFFF3, 0x7FF5, 0x7FFE, 0xFFF2, 0x7FFD], np.uint16).view(np.uint8)
-MIN_PATTERN_BYTES = 4  # bytes of a pattern that count as one
+MIN_PATTERN_BYTES = 4  # fewer bytes of the pattern prove nothing
 FACTORIES = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"),
-         (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided")]  # fmt: skip
+             (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided")]  # fmt: skip
 
 
 class EmptyAllocation:
-    """The memory of one tensor that was made empty."""
+    """The storage of one uninitialised tensor."""
 
     def __init__(self, storage: torch.UntypedStorage):
         self.owner = StorageWeakRef(storage)
         self.start, self.size = storage.data_ptr(), storage.nbytes()
         self.unwritten = np.ones(self.size, bool)
         self.pattern = np.resize(PATTERN, self.size)
-        raw_bytes(self.start, self.size)[:] = self.pattern
+        view_bytes(self.start, self.size)[:] = self.pattern
 
     def find_unwritten(self) -> np.ndarray:
-        """Which bytes nothing has written up to now: of sixteen those that no kernel wrote, if the host left all of
-        them alone and there are enough of them to tell."""
-        changed = (raw_bytes(self.start, self.size) != self.pattern) & self.unwritten
+        """Mask of the bytes never written so far: of each sixteen those that no kernel wrote, if all hold the pattern
+        and are enough to tell."""
+        changed = (view_bytes(self.start, self.size) != self.pattern) & self.unwritten
         rest = -self.size % len(PATTERN)
         changed, left = (np.pad(x, (0, rest)).reshape(-1, len(PATTERN)) for x in (changed, self.unwritten))
         written = changed.any(1) | (left.sum(1) < MIN_PATTERN_BYTES)
@@ -48,14 +47,14 @@ class EmptyAllocation:
 
 
 class UninitialisedMemory:
-    """All such memory of a device."""
+    """All uninitialised memory of a device."""
 
     def __init__(self):
         self.allocations: dict[int, EmptyAllocation] = {}  # by address
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Within the block tensors that are made empty are remembered."""
+        """Within the context uninitialised tensors are recorded."""
         before = [(where, name, getattr(where, name)) for where, name in FACTORIES]
         for where, name, make in before:
             setattr(where, name, self.wrap(make))
@@ -79,13 +78,13 @@ class UninitialisedMemory:
         try:
             storage = tensor.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
-        except (RuntimeError, NotImplementedError):  # no memory of its own: a transform's
+        except (RuntimeError, NotImplementedError):  # without memory of its own: under a transform
             return
         if size:
             self.allocations[address] = EmptyAllocation(storage)
 
-    def overlaps(self, segments: list[Segment]) -> Iterator[tuple[EmptyAllocation, Segment, int, int]]:
-        """Each area that is alive with a segment that it meets, and the addresses where they do."""
+    def find_overlaps(self, segments: list[Segment]) -> Iterator[tuple[EmptyAllocation, Segment, int, int]]:
+        """(allocation, segment, start, end) of each overlap of a living allocation with a segment."""
         self.allocations = {
             address: allocation for address, allocation in self.allocations.items() if not allocation.owner.expired()
         }
@@ -96,16 +95,16 @@ class UninitialisedMemory:
                     yield allocation, segment, low, high
 
     def mark_segments(self, segments: list[Segment]) -> None:
-        """Before a launch: tells the segments which of their grains nothing has written."""
-        for allocation, segment, low, high in self.overlaps(segments):
+        """Before a launch: marks the grains of the segments that were never written."""
+        for allocation, segment, low, high in self.find_overlaps(segments):
             bytes_there = allocation.find_unwritten()[low - allocation.start : high - allocation.start]
             if bytes_there.any():
                 segment.mark_unwritten(low, bytes_there)
 
     def update(self, segments: list[Segment]) -> None:
-        """After it: what it wrote."""
-        for allocation, segment, low, high in self.overlaps(segments):
+        """After a launch: removes the bytes that it wrote."""
+        for allocation, segment, low, high in self.find_overlaps(segments):
             if segment.unwritten is not None:
-                allocation.unwritten[low - allocation.start : high - allocation.start] &= segment.unwritten_bytes(
+                allocation.unwritten[low - allocation.start : high - allocation.start] &= segment.find_unwritten_bytes(
                     low, high
                 )
