@@ -303,7 +303,8 @@ static void backward_section(const Attention& a, int64_t batch, int64_t kv_head,
   for (int64_t i = 0; i < length * dv; i++) section.grad_v[i] = 0;
 
   // Keys past the length are not read; their gradient is 0.
-  const Range keys = section.keys = {rows.begin, min(rows.end, key_end(a, batch))};
+  const Range keys = {rows.begin, min(rows.end, key_end(a, batch))};
+  section.keys = keys;
   Range attending = keys.begin < keys.end ? query_range(a, keys, batch) : Range{0, 0};
   if (attending.begin < attending.end) {
     section.k = pack_a_rows<Dot>(k, keys, k_packed), section.v = pack_a_rows<Dot>(v, keys, v_packed);

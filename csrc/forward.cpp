@@ -5,6 +5,8 @@
 //   S = K Q^T,  P = exp(S - m),  O^T = alpha O^T + V^T P
 //
 // Dao, "FlashAttention-2" (2023), arXiv:2307.08691.
+#include <type_traits>
+
 #include "kernels.h"
 #include "score_mods.h"
 #include "softmax.h"
@@ -45,15 +47,16 @@ static void forward(const Attention& a, const Tile& tile, Scratch scratch) {
     Matrix k = gather_rows(a, a.k, a.head_dim, tile.batch, kv_head, keys, page_copy);
     matmul<Dot>(pack_a_rows<Dot>(k, {0, n}, k_packed), q_t + from, lanes, n, width, k_lanes<Dot>(a.head_dim),
                 [=](auto& c, int64_t row, int64_t col) {
-                  vf top[c.VECS];
-                  FLASHATTN_UNROLL for (int i = 0; i < c.VECS; i++) top[i] = load<vf>(part.m + col + i * W);
+                  constexpr int VECS = std::remove_reference_t<decltype(c)>::VECS;
+                  vf top[VECS];
+                  FLASHATTN_UNROLL for (int i = 0; i < VECS; i++) top[i] = load<vf>(part.m + col + i * W);
                   c.for_each([&](int r, int i, vf x) {
                     x *= scale;
                     top[i] = max(top[i], x);
                     store(scores + (row + r) * lanes + col + i * W, x);
                   });
                   if (partial || has_mods) return;  // apply_score_mods computes the maximum
-                  FLASHATTN_UNROLL for (int i = 0; i < c.VECS; i++) store(part.m + col + i * W, top[i]);
+                  FLASHATTN_UNROLL for (int i = 0; i < VECS; i++) store(part.m + col + i * W, top[i]);
                 });
     if (partial || has_mods) {
       TileCoord at = {tile.batch, tile.head, tile.rows.begin + from, width};
