@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 def code_of(kernel: Kernel) -> Code:
     if kernel.architecture.startswith("sm_"):
-        names = [instruction.name for instruction in sass.read(kernel.code)[0]]
+        names = [instruction.name for instruction in sass.parse(kernel.code)[0]]
     else:
         names = AMD_OPCODE.findall(kernel.code)
     digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
