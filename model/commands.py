@@ -211,11 +211,11 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result))
         return
-    plain = type(config).__dataclass_fields__
+    fields = type(config).__dataclass_fields__
     for name, value in result["config"].items():
-        if value != plain[name].default:
+        if value != fields[name].default:
             shown = f"{len(value)} of them" if name == "labels" else value
-            print(f"{name:<18} {shown}")
+            print(f"{name:<22} {shown}")
     print(f"\n{result['parameters']:,} parameters, {result['bytes']:,} bytes as {args.dtype}")
     for name, count in groups.items():
         print(f"  {name:<36} {count:>13,}")
