@@ -1,11 +1,15 @@
 """Small checkpoints with random weights, one for each variant of each family, written by `transformers`."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import model
+from model.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 
@@ -19,7 +23,7 @@ SMALL_DECODER = dict(
     max_position_embeddings=64,
 )  # fmt: skip
 EXTRA = {"SequenceClassification": dict(num_labels=5), "TokenClassification": dict(num_labels=7)}
-ROPES = {  # with what stands beside a rope_type and its factor, and the context in config.json
+ROPES = {  # rope_type: more fields, and the context in config.json
     "linear": ({}, 16),
     "dynamic": ({}, 16),
     "llama3": (dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16), 64),
@@ -31,7 +35,20 @@ ROPES = {  # with what stands beside a rope_type and its factor, and the context
         64,
     ),
 }  # fmt: skip
-TINY = {
+
+
+class Tiny(NamedTuple):
+    """A small model of `transformers`, made anew by each call."""
+
+    make: Callable
+    no_cache: str = ""  # why the tests of caches and of generation do not apply
+
+    def __call__(self):
+        return self.make()
+
+
+# Variants of decoders. One with its family's name is tested with a server and with speculative decoding too.
+DECODERS = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=6,
@@ -100,6 +117,8 @@ TINY = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=64)
     ),
+}  # fmt: skip
+ENCODERS = {
     "bert": lambda: transformers.BertModel(
         transformers.BertConfig(
             vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
@@ -115,16 +134,10 @@ TINY = {
     },
     "albert": lambda: transformers.AlbertModel(transformers.AlbertConfig(**SMALL_ENCODER, embedding_size=20)),
 }  # fmt: skip
-
-
-def written(name, path, **options):
-    """A tiny checkpoint with random weights, large enough that every bias and norm shows."""
-    theirs = TINY[name]().eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) * 0.3)
-    theirs.save_pretrained(path, **options)
-    return theirs
+TINY = {name: Tiny(make) for name, make in DECODERS.items()}
+TINY |= {name: Tiny(make, no_cache="an encoder sees later tokens") for name, make in ENCODERS.items()}
+CACHED = [name for name, tiny in TINY.items() if not tiny.no_cache]
+SERVED = [name for name in CACHED if name in FAMILIES]  # a variant of each family
 
 
 def change_config(path, **changes):
@@ -155,18 +168,31 @@ ENCODER_DECODERS = {
 }
 
 
-def written_encoder_decoder(name, path):
-    """The model of `transformers`, and ours."""
-    theirs = ENCODER_DECODERS[name]().eval()
+def written(name, path, **options):
+    """A tiny checkpoint with random weights, large enough that every bias and norm shows: the model of
+    `transformers`."""
+    theirs = (TINY | ENCODER_DECODERS)[name]().eval()
     with torch.no_grad():
         for parameter_name, p in theirs.named_parameters():
             if "embed_positions" not in parameter_name:  # sinusoids
                 p.copy_(torch.randn_like(p) * 0.3)
-        if name.startswith("marian"):
+        if hasattr(theirs, "final_logits_bias"):
             theirs.final_logits_bias.copy_(torch.randn(1, 101))
     if name == "t5_1.1":  # a head of its own, which this transformers has no config for
         theirs.lm_head.weight = torch.nn.Parameter(torch.randn(101, 48) * 0.3)
-    theirs.save_pretrained(path)
+    theirs.save_pretrained(path, **options)
     if name == "t5_1.1":
         change_config(path, tie_word_embeddings=False)
-    return theirs, model.load(path)[0]
+    return theirs
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint, and both models of it."""
+
+    path: Path
+    theirs: torch.nn.Module
+    ours: model.Transformer | model.EncoderDecoder
+
+
+def write_checkpoint(name, path) -> Checkpoint:
+    return Checkpoint(path, written(name, path), model.load(path)[0])

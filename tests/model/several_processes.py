@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from model.training import parallel, train
 from model.training.runs import Run
 from model.training.train import Training
-from tests.model.test_train import batch, make
+from tests.model.training import batch, make
 
 if __name__ == "__main__":  # doctest's collector imports every file
     how, directory, steps, changes = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])

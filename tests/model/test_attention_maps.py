@@ -5,7 +5,7 @@ import torch
 
 import model
 from model.inference.attention_maps import attention_maps
-from tests.model.checkpoints import TINY, written
+from tests.model.checkpoints import written
 from tests.packages import needs_minilm
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +25,6 @@ def test_weights_equal_transformers(name, size, tmp_path):
     theirs = written(name, tmp_path)
     theirs.set_attn_implementation("eager")
     ours, _ = model.load(tmp_path)
-    assert name in TINY
     tokens = torch.randint(1, 101, (23,))
     with torch.no_grad():
         expected = theirs(tokens[None], output_attentions=True).attentions
@@ -36,9 +35,8 @@ def test_weights_equal_transformers(name, size, tmp_path):
         torch.testing.assert_close(maps.entropy[layer], entropy, rtol=1e-3, atol=1e-4)
 
 
-def test_wrong_arguments_are_named(tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_wrong_arguments_are_named(tiny):
+    ours = tiny("gpt2").ours
     with pytest.raises(ValueError, match=r"tokens must be \(seq,\), at least one, got shape \(1, 3\)"):
         attention_maps(ours, torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="size must be between 1 and 256"):

@@ -1,12 +1,13 @@
 """Encoder-decoders that generate: greedy and beam search as in `transformers`, and against a search of everything."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import model
-from tests.model.checkpoints import ENCODER_DECODERS, written_encoder_decoder
+from tests.model.checkpoints import ENCODER_DECODERS
 
 STOP = 1
 TIED = [name for name in ENCODER_DECODERS if name != "t5_1.1"]  # whose head this transformers would tie
@@ -27,9 +28,9 @@ def theirs_of(theirs, tokens, lengths, stop, **options):
 
 @pytest.mark.parametrize("name", TIED)
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (4, 0.0), (4, 2.0)])
-def test_as_in_transformers(name, beams, penalty, tmp_path):
+def test_as_in_transformers(name, beams, penalty, tiny):
     """Random weights know no end: the stop token is one that the first output would have later."""
-    theirs, ours = written_encoder_decoder(name, tmp_path)
+    _, theirs, ours = tiny(name)
     lengths = torch.tensor([7, 3, 5, 6])
     tokens = torch.randint(2, 101, (4, 7))
     sources = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
@@ -50,12 +51,9 @@ def log_probability(ours, source, tokens):
     return sum(logs[i, t].item() for i, t in enumerate(tokens))
 
 
-def test_many_beams_find_the_best_of_all(tmp_path):
+def test_many_beams_find_the_best_of_all(tiny):
     """All outputs of up to three of six tokens, each scored by itself."""
-    from dataclasses import replace
-
-    _, ours = written_encoder_decoder("t5", tmp_path)
-    small = model.EncoderDecoder(replace(ours.config, vocab_size=6))
+    small = model.EncoderDecoder(replace(tiny("t5").ours.config, vocab_size=6))
     torch.manual_seed(3)
     for p in small.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -72,8 +70,8 @@ def test_many_beams_find_the_best_of_all(tmp_path):
         assert found == [[t for t in best if t != STOP]]
 
 
-def test_wrong_arguments_are_named(tmp_path):
-    _, ours = written_encoder_decoder("marian", tmp_path)
+def test_wrong_arguments_are_named(tiny):
+    ours = tiny("marian").ours
     with pytest.raises(ValueError, match="beams must be at least 1, got 0"):
         model.beam_search(ours, [[1]], 5, beams=0)
     with pytest.raises(ValueError, match=r"sources\[1\] must have at least one token"):

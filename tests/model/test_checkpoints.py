@@ -15,7 +15,7 @@ from model import heads
 from model.families import gpt2
 from model.io.checkpoints import CheckpointError
 from model.io.packages import locate
-from tests.model.checkpoints import SMALL_ENCODER, SMALL_T5, TINY, change_config, written
+from tests.model.checkpoints import CACHED, SMALL_ENCODER, SMALL_T5, TINY, change_config, written
 from tests.packages import needs_minilm, needs_rxnfp, needs_rxnmapper, needs_smollm2
 
 transformers = pytest.importorskip("transformers")
@@ -29,19 +29,16 @@ def their_output(theirs, tokens, mask=None):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_parity_with_transformers(name, tmp_path):
-    theirs = written(name, tmp_path)
-    ours, tokenizer = model.load(tmp_path)
-    assert tokenizer is None
+def test_parity_with_transformers(name, tiny):
+    _, theirs, ours = tiny(name)
     tokens = torch.randint(0, 101, (3, 37))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), their_output(theirs, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_parity_when_padded(name, tmp_path):
-    theirs = written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_parity_when_padded(name, tiny):
+    _, theirs, ours = tiny(name)
     tokens, lengths = torch.randint(0, 101, (3, 37)), torch.tensor([37, 5, 20])
     exists = torch.arange(37) < lengths[:, None]
     with torch.no_grad():
@@ -51,12 +48,9 @@ def test_parity_when_padded(name, tmp_path):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gpt_neo", "gpt_oss", "bert", "mistral", "qwen3", "gemma2", "albert", "albert_MaskedLM"]
-)
-def test_gradients_equal_transformers(name, tmp_path):
-    theirs = written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_equal_transformers(name, tiny):
+    _, theirs, ours = tiny(name)
     tokens = torch.randint(1, 101, (2, 17))  # 0 may be padding, which transformers gives no gradient
     ours(tokens).square().mean().backward()
     their_output(theirs, tokens).square().mean().backward()
@@ -82,25 +76,10 @@ def some(labels: int, share: float):
     return torch.randint(0, labels, (3, 11)).where(torch.rand(3, 11) < share, -100)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llama",
-        "llama_yarn",
-        "llama_dynamic",
-        "llama_longrope",
-        "gpt2",
-        "gpt_neo",
-        "gpt_oss",
-        "mistral",
-        "qwen3",
-        "gemma2",
-    ],
-)
-def test_a_cache_changes_nothing(name, tmp_path):
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_changes_nothing(name, tiny):
     """A prompt, then token by token, past the windows."""
-    written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
+    ours = tiny(name).ours
     tokens = torch.randint(0, 101, (2, 30))
     cache = ours.new_cache(2, 30)
     with torch.no_grad():
@@ -139,9 +118,8 @@ def test_losses_equal_transformers(name, tmp_path, monkeypatch):
     )
 
 
-def test_loss_of_answers_equals_transformers(tmp_path):
-    theirs = written("bert_QuestionAnswering", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_loss_of_answers_equals_transformers(tiny):
+    _, theirs, ours = tiny("bert_QuestionAnswering")
     tokens, at = torch.randint(1, 101, (3, 11)), torch.randint(0, 11, (3, 2))
     expected = theirs(tokens, start_positions=at[:, 0], end_positions=at[:, 1]).loss
     torch.testing.assert_close(heads.loss(ours.config, ours(tokens), at), expected, rtol=1e-5, atol=1e-5)
@@ -156,9 +134,8 @@ def test_labels_are_read(tmp_path):
         model.load(tmp_path)
 
 
-def test_token_types(tmp_path):
-    theirs = written("bert", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_token_types(tiny):
+    _, theirs, ours = tiny("bert")
     tokens, types = torch.randint(0, 101, (2, 9)), torch.randint(0, 2, (2, 9))
     with torch.no_grad():
         b = theirs(tokens, token_type_ids=types).last_hidden_state

@@ -16,7 +16,7 @@ from model.io.tokenizer import Tokenizer
 from model.layers import initialise
 from model.tasks import translation
 from model.tasks.common import small_llama
-from tests.model.test_predict import BERT, small_tokenizer
+from tests.model.fakes import BERT, small_tokenizer
 from tests.packages import needs_minilm, needs_rampart, needs_smollm2, needs_whisper
 
 POEM = (

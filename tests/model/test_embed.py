@@ -11,7 +11,7 @@ from model.inference.predict import classify
 from model.io.checkpoints import CheckpointError
 from model.io.tokenizer import Tokenizer
 from tests.model.checkpoints import written
-from tests.model.test_predict import BERT, Says, small_tokenizer
+from tests.model.fakes import BERT, Says, small_tokenizer
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["new york is large", "paris", "paris is larger than new york"]

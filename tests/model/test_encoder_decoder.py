@@ -6,15 +6,15 @@ import torch
 import model
 from model.io.checkpoints import CheckpointError
 from model.positions import sinusoids
-from tests.model.checkpoints import ENCODER_DECODERS, SMALL_T5, change_config, written_encoder_decoder
+from tests.model.checkpoints import ENCODER_DECODERS, SMALL_T5, change_config, written
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_parity_with_transformers(name, tmp_path):
+def test_parity_with_transformers(name, tiny):
     """Past the largest distance; d_kv times heads is not d_model."""
-    theirs, ours = written_encoder_decoder(name, tmp_path)
+    _, theirs, ours = tiny(name)
     tokens, targets = torch.randint(1, 101, (3, 37)), torch.randint(1, 101, (3, 29))
     with torch.no_grad():
         expected = theirs(input_ids=tokens, decoder_input_ids=targets).logits
@@ -22,8 +22,8 @@ def test_parity_with_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_parity_when_padded(name, tmp_path):
-    theirs, ours = written_encoder_decoder(name, tmp_path)
+def test_parity_when_padded(name, tiny):
+    _, theirs, ours = tiny(name)
     tokens, targets = torch.randint(1, 101, (3, 17)), torch.randint(1, 101, (3, 9))
     lengths, target_lengths = torch.tensor([17, 5, 9]), torch.tensor([4, 9, 1])
     exists, target_exists = (torch.arange(n) < x[:, None] for n, x in ((17, lengths), (9, target_lengths)))
@@ -37,9 +37,9 @@ def test_parity_when_padded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_gradients_equal_transformers(name, tmp_path):
-    """Those of the tables of biases by distance too."""
-    theirs, ours = written_encoder_decoder(name, tmp_path)
+def test_gradients_equal_transformers(name, tiny):
+    """Those of the relative position biases too."""
+    _, theirs, ours = tiny(name)
     tokens, targets = torch.randint(1, 101, (2, 17)), torch.randint(1, 101, (2, 9))
     ours(tokens, targets).square().mean().backward()
     theirs(input_ids=tokens, decoder_input_ids=targets).logits.square().mean().backward()
@@ -53,9 +53,9 @@ def test_gradients_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_a_cache_changes_nothing(name, tmp_path):
+def test_a_cache_changes_nothing(name, tiny):
     """Several tokens, then one by one; the encoder's keys and values are made once."""
-    _, ours = written_encoder_decoder(name, tmp_path)
+    ours = tiny(name).ours
     tokens, targets, lengths = torch.randint(1, 101, (2, 11)), torch.randint(1, 101, (2, 30)), torch.tensor([11, 4])
     with torch.no_grad():
         whole = ours(tokens, targets, lengths)
@@ -70,7 +70,7 @@ def test_a_cache_changes_nothing(name, tmp_path):
 def test_float16_stays_finite(name, how, tmp_path):
     """Where feed-forwards put out more than float16 holds: as in transformers, which keeps their last product in
     float32, and close to what float32 gives."""
-    theirs, _ = written_encoder_decoder(name, tmp_path)
+    theirs = written(name, tmp_path)
     with torch.no_grad():
         for parameter_name, p in theirs.named_parameters():
             if ".wo." in parameter_name:
@@ -101,7 +101,7 @@ def test_an_unknown_feed_forward_is_named(tmp_path):
 
 
 def test_a_head_that_only_the_config_ties(tmp_path):
-    written_encoder_decoder("t5_1.1", tmp_path)
+    written("t5_1.1", tmp_path)
     change_config(tmp_path, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"but lm_head\.weight is another"):
         model.load(tmp_path)

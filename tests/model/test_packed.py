@@ -1,12 +1,15 @@
 """Packed sequences: the same numbers as padded ones, forward and gradients, for every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import flashattn
 import model
 from model.inference.embed import embed
 from model.io.packages import locate
-from tests.model.checkpoints import ENCODER_DECODERS, TINY, written, written_encoder_decoder
+from tests.model.checkpoints import ENCODER_DECODERS, TINY
 from tests.packages import needs_minilm
 
 LENGTHS = torch.tensor([17, 1, 9])
@@ -34,17 +37,16 @@ def compare(ours, packed, padded):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_packed_equals_padded(name, tmp_path):
-    written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_packed_equals_padded(name, tiny):
+    ours = tiny(name).ours
     tokens = torch.randint(1, 101, (int(LENGTHS.sum()),))
     packed, padded = ours(tokens, LENGTHS), ours(pad(tokens, LENGTHS), LENGTHS)
     compare(ours, packed, padded if ours.config.task == "classify" else unpad(padded, LENGTHS))
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_packed_encoder_decoders(name, tmp_path):
-    _, ours = written_encoder_decoder(name, tmp_path)
+def test_packed_encoder_decoders(name, tiny):
+    ours = tiny(name).ours
     target_lengths = torch.tensor([3, 12, 1])
     tokens = torch.randint(1, 101, (int(LENGTHS.sum()),))
     targets = torch.randint(1, 101, (int(target_lengths.sum()),))
@@ -55,9 +57,8 @@ def test_packed_encoder_decoders(name, tmp_path):
         ours(tokens, targets[None], LENGTHS)
 
 
-def test_wrong_lengths_are_named(tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_wrong_lengths_are_named(tiny):
+    ours = tiny("gpt2").ours
     with pytest.raises(ValueError, match="lengths must sum to the 5 packed tokens, got 4"):
         ours(torch.arange(5), torch.tensor([1, 3]))
     with pytest.raises(ValueError, match="they need lengths, and go without a cache"):
@@ -67,13 +68,10 @@ def test_wrong_lengths_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
-def test_dropout_is_of_training_alone(name, tmp_path):
+def test_dropout_is_of_training_alone(name, tiny):
     """Another draw, another result; the same draw, the same; none in evaluation. Packed drops what padded drops in
     attention only, so the two are not compared."""
-    from dataclasses import replace
-
-    written(name, tmp_path)
-    plain, _ = model.load(tmp_path)
+    plain = tiny(name).ours
     ours = model.Transformer(replace(plain.config, dropout=0.3))
     ours.load_state_dict(plain.state_dict())
     tokens = torch.randint(1, 101, (2, 9))
@@ -89,13 +87,9 @@ def test_dropout_is_of_training_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_where_is_dropped(name, tmp_path, monkeypatch):
+def test_where_is_dropped(name, tiny, monkeypatch):
     """In each attention and each norm's addition; a norm that adds nothing drops nothing, but for the first of a GPT-2,
     which drops from the embeddings."""
-    from dataclasses import replace
-
-    import flashattn
-
     dropped = {"attention": [], "layer_norm": []}
 
     def watch(where, function, position):
@@ -107,9 +101,7 @@ def test_where_is_dropped(name, tmp_path, monkeypatch):
 
         monkeypatch.setattr(where, function, watched)
 
-    written(name, tmp_path)
-    config = model.load(tmp_path)[0].config
-    ours = model.Transformer(replace(config, dropout=0.3))
+    ours = model.Transformer(replace(tiny(name).ours.config, dropout=0.3))
     watch(flashattn, "attention", 99)
     watch(flashattn.modules, "layer_norm", 5)
     ours(torch.randint(1, 101, (2, 9)))

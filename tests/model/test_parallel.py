@@ -11,7 +11,7 @@ import torch
 
 import model
 from model.training import parallel
-from tests.model.test_train import CONFIG, make
+from tests.model.training import CONFIG, make
 
 SCRIPT = Path(__file__).parent / "several_processes.py"
 LLAMA = dict(family="llama", norm="rms", activation="silu", gated=True, positions="rope", bias=False, kv_heads=2)

@@ -1,46 +1,15 @@
 """Classes, labelled spans and answers: by hand on logits made for it, and a real BERT that labels personal data."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers, processors
 
 import model
 from model.inference.predict import answer, classify, tag
 from model.io import onnx_file
 from model.io.packages import locate
-from model.io.tokenizer import Tokenizer
+from tests.model.fakes import BERT, Says, small_tokenizer
 from tests.packages import needs_rampart
-
-WORDS = ["[CLS]", "[SEP]", "new", "york", "is", "large", "##r", "than", "paris", "[UNK]", "##d"]
-NUMBER = {word: i for i, word in enumerate(WORDS)}
-BERT = model.Config(
-    "bert", vocab_size=len(WORDS), width=16, layers=1, heads=2, kv_heads=2, head_dim=8, ffn_width=16, context=32,
-    causal=False, norm="layer", norm_eps=1e-12, norm_first=False, activation="gelu", gated=False, positions="learned",
-    token_types=2, embedding_norm=True, lm_head=False,
-)  # fmt: skip
-
-
-def small_tokenizer():
-    backend = tokenizers.Tokenizer(models.WordPiece(NUMBER, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = [("[CLS]", 0), ("[SEP]", 1)]
-    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
-    return Tokenizer(backend, [])
-
-
-class Says:
-    """A model whose logits are those given."""
-
-    def __init__(self, logits, **config):
-        self.logits, self.config = torch.tensor(logits).float(), replace(BERT, **config)
-
-    def __call__(self, *args, **kwargs):
-        return self.logits
-
 
 LABELS = ("O", "B-CITY", "I-CITY", "B-SIZE", "SAME")
 

@@ -126,10 +126,9 @@ def test_the_error_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama_dynamic", "llama_longrope"])
-def test_a_server_whose_requests_would_change_each_other(name, tmp_path):
+def test_a_server_whose_requests_would_change_each_other(name, tiny):
     """Frequencies that depend on the length: up to the original context all requests have the same."""
-    written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
+    ours, draft = (tiny(name).ours for _ in range(2))
     server = Server(ours, pages=32, page_size=4)
     first, second = server.submit(Request([1, 2, 3], 13)), server.submit(Request([1, 2, 3, 4, 5], 3))
     server.run()
@@ -138,7 +137,6 @@ def test_a_server_whose_requests_would_change_each_other(name, tmp_path):
     ]
     with pytest.raises(ValueError, match="must fit the original context of 16, got 17 tokens"):
         server.submit(Request([1, 2, 3], 14))
-    draft = model.load(tmp_path)[0]
     found = model.speculate(ours, draft, [1, 2, 3], 30, lookahead=3)
     assert found.tokens == model.generate(ours, [[1, 2, 3]], 30)[0]
 

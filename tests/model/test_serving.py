@@ -10,11 +10,9 @@ import model
 from model import Request, Sampling, Server
 from model.inference import serving
 from model.io.packages import locate
-from tests.model.checkpoints import written
-from tests.model.test_generate import CONFIGS
+from tests.model.checkpoints import SERVED
+from tests.model.configs import CONFIGS
 from tests.packages import needs_smollm2
-
-FAMILIES = ["gpt2", "llama", "qwen3", "gemma2", "mistral"]
 
 
 def alone(ours, request):
@@ -27,29 +25,27 @@ def some_requests(count, seed=0):
     return [Request(prompt, rng.randint(1, 20), stop_tokens=(7, 8)) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("pages", "page_size", "largest"), [(100, 4, 32), (13, 4, 3), (50, 1, 5)])
-def test_each_gets_what_it_gets_alone(name, pages, page_size, largest, tmp_path):
+@pytest.mark.parametrize("name", SERVED)
+def test_each_gets_what_it_gets_alone(name, tiny):
     """With room for all, room for few, and pages of one token; requests come while others run."""
-    written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
-    server = Server(ours, pages, page_size, largest)
-    requests = some_requests(12)
-    for i, request in enumerate(requests):
-        server.submit(request)
-        if i % 3 == 2:
-            server.step()
-    server.run()
-    for request in requests:
-        assert request.done
-        assert request.tokens == alone(ours, request)
-    held = sum(server.cache.pages_for(server.cache.length(r.sequence)) for r in server.finished)
-    assert held >= pages - server.cache.free_pages  # nothing else holds pages
+    ours = tiny(name).ours
+    expected = [alone(ours, request) for request in some_requests(12)]
+    for pages, page_size, largest in ((100, 4, 32), (13, 4, 3), (50, 1, 5)):
+        server = Server(ours, pages, page_size, largest)
+        requests = some_requests(12)
+        for i, request in enumerate(requests):
+            server.submit(request)
+            if i % 3 == 2:
+                server.step()
+        server.run()
+        assert all(request.done for request in requests)
+        assert [request.tokens for request in requests] == expected
+        held = sum(server.cache.pages_for(server.cache.length(r.sequence)) for r in server.finished)
+        assert held >= pages - server.cache.free_pages  # nothing else holds pages
 
 
-def test_a_beginning_is_computed_once(tmp_path):
-    written("llama", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_a_beginning_is_computed_once(tiny):
+    ours = tiny("llama").ours
     server = Server(ours, pages=40, page_size=4)
     beginning = list(range(10, 31))
     first = server.submit(Request([*beginning, 1], 3))
@@ -76,9 +72,8 @@ def test_prompts_are_read_with_those_about_as_long():
         assert sum(lengths) >= 3 / 4 * len(lengths) * max(lengths)
 
 
-def test_while_one_runs_another_shares(tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_while_one_runs_another_shares(tiny):
+    ours = tiny("gpt2").ours
     server = Server(ours, pages=40, page_size=4)
     first = server.submit(Request(list(range(12)), 20))
     server.step()
@@ -88,9 +83,8 @@ def test_while_one_runs_another_shares(tmp_path):
     assert [r.tokens for r in (first, second)] == [alone(ours, r) for r in (first, second)]
 
 
-def test_sampling_depends_on_the_seed_alone(tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_sampling_depends_on_the_seed_alone(tiny):
+    ours = tiny("gpt2").ours
     results = []
     for neighbours in (0, 5):
         server = Server(ours, pages=100, page_size=4)
@@ -102,10 +96,8 @@ def test_sampling_depends_on_the_seed_alone(tmp_path):
     assert results[0] == results[1]
 
 
-def test_what_can_never_run_is_refused(tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
-    server = Server(ours, pages=4, page_size=4)
+def test_what_can_never_run_is_refused(tiny):
+    server = Server(tiny("gpt2").ours, pages=4, page_size=4)
     with pytest.raises(ValueError, match="must fit the 4 pages, got 5"):
         server.submit(Request([1] * 10, 7))
     with pytest.raises(ValueError, match="must fit the context of 64"):
@@ -114,9 +106,8 @@ def test_what_can_never_run_is_refused(tmp_path):
     server.run()
 
 
-def served(tmp_path, requests, pages=100, **options):
-    written("gpt2", tmp_path)
-    server = Server(model.load(tmp_path)[0], pages=pages, page_size=4, **options)
+def served(tiny, requests, pages=100, **options):
+    server = Server(tiny("gpt2").ours, pages=pages, page_size=4, **options)
     return server, [server.submit(request) for request in requests]
 
 
@@ -137,10 +128,10 @@ def failing(at: int):
 
 
 @pytest.mark.parametrize("at", [1, 2, 9])
-def test_a_callback_that_raises_ends_its_request_alone(at, tmp_path):
+def test_a_callback_that_raises_ends_its_request_alone(at, tiny):
     before, after = some_requests(2), some_requests(2, seed=1)
     request = Request([1, 2, 3], 9, on_token=failing(at))
-    server, _ = served(tmp_path, [*before, request, *after])
+    server, _ = served(tiny, [*before, request, *after])
     server.run()
     assert request.done
     assert isinstance(request.error, WrongError)
@@ -154,10 +145,9 @@ def test_a_callback_that_raises_ends_its_request_alone(at, tmp_path):
     )
 
 
-def test_a_request_that_cannot_choose_ends_alone(tmp_path):
+def test_a_request_that_cannot_choose_ends_alone(tiny):
     """Its token has no number, and from logits that are none nothing can be drawn."""
-    written("llama", tmp_path)
-    ours, _ = model.load(tmp_path)
+    ours = tiny("llama").ours
     with torch.no_grad():
         ours.token_embedding.weight[0] = torch.nan
     server = Server(ours, pages=100, page_size=4)
@@ -179,16 +169,16 @@ def test_a_request_that_cannot_choose_ends_alone(tmp_path):
         (dict(stop_tokens=7), "stop_tokens must be token numbers, got 7"),
     ],
 )
-def test_what_would_stop_a_step_is_refused(options, message, tmp_path):
+def test_what_would_stop_a_step_is_refused(options, message, tiny):
     with pytest.raises(TypeError, match=message):
-        served(tmp_path, [Request([1, 2, 3], 9, **options)])
+        served(tiny, [Request([1, 2, 3], 9, **options)])
 
 
 @pytest.mark.parametrize(("kind", "call"), [(RuntimeError, 1), (KeyboardInterrupt, 2), (RuntimeError, 8)])
-def test_a_step_that_fails_can_be_taken_again(kind, call, tmp_path, monkeypatch):
+def test_a_step_that_fails_can_be_taken_again(kind, call, tiny, monkeypatch):
     """What stops a pass through the model, in any layer, leaves every request as it was."""
     requests = [Request(list(range(3 * i + 1)), 9) for i in range(4)]
-    server, _ = served(tmp_path, requests)
+    server, _ = served(tiny, requests)
     block, calls = server.model.blocks[1], []
     inner = block.forward
 
@@ -206,22 +196,22 @@ def test_a_step_that_fails_can_be_taken_again(kind, call, tmp_path, monkeypatch)
     assert [r.tokens for r in requests] == [alone(server.model, r) for r in requests]
 
 
-def test_an_interrupt_in_a_callback_stops_the_server_and_nothing_is_lost(tmp_path):
+def test_an_interrupt_in_a_callback_stops_the_server_and_nothing_is_lost(tiny):
     def interrupt(token: int) -> None:
         if len(request.tokens) == 2:
             raise KeyboardInterrupt
 
     others = some_requests(4)
     request = Request([1, 2, 3], 9, on_token=interrupt)
-    server, _ = served(tmp_path, [*others[:2], request, *others[2:]])
+    server, _ = served(tiny, [*others[:2], request, *others[2:]])
     with pytest.raises(KeyboardInterrupt):
         server.run()
     server.run()
     assert [r.tokens for r in [request, *others]] == [alone(server.model, r) for r in [request, *others]]
 
 
-def test_a_request_serves_once(tmp_path):
-    server, (request,) = served(tmp_path, [Request([1, 2], 3)])
+def test_a_request_serves_once(tiny):
+    server, (request,) = served(tiny, [Request([1, 2], 3)])
     with pytest.raises(ValueError, match="request must be a new one, got one that was submitted"):
         server.submit(request)
     server.run()
@@ -232,9 +222,9 @@ def test_a_request_serves_once(tmp_path):
         Request([1, 2], 3, tokens=[5])  # what becomes of it is not said in front
 
 
-def test_a_prompt_is_what_it_was_when_it_was_submitted(tmp_path):
+def test_a_prompt_is_what_it_was_when_it_was_submitted(tiny):
     prompt = [1, 2, 3]
-    server, (first, second) = served(tmp_path, [Request(prompt, 6), Request((4, 5), 6, Sampling(temperature=1.0))])
+    server, (first, second) = served(tiny, [Request(prompt, 6), Request((4, 5), 6, Sampling(temperature=1.0))])
     expected = alone(server.model, first)
     server.step()
     prompt.clear()
@@ -245,17 +235,15 @@ def test_a_prompt_is_what_it_was_when_it_was_submitted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["largest_batch", "pages", "page_size"])
-def test_a_server_of_nothing_is_refused(name, tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_a_server_of_nothing_is_refused(name, tiny):
+    ours = tiny("gpt2").ours
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         Server(ours, **{"pages": 4, name: 0})
 
 
-def test_a_server_needs_a_language_model(tmp_path):
-    written("bert", tmp_path)
+def test_a_server_needs_a_language_model(tiny):
     with pytest.raises(ValueError, match="model must be a causal language model, got a bert"):
-        Server(model.load(tmp_path)[0], pages=4)
+        Server(tiny("bert").ours, pages=4)
 
 
 @pytest.mark.parametrize(
@@ -265,13 +253,13 @@ def test_a_server_needs_a_language_model(tmp_path):
         (lambda: Request([1, 2], 2.5), "max_new_tokens must be an integer, got 2.5"),
     ],
 )
-def test_what_is_not_a_number_of_tokens_is_refused(request_of, message, tmp_path):
+def test_what_is_not_a_number_of_tokens_is_refused(request_of, message, tiny):
     with pytest.raises(ValueError, match=message):
-        served(tmp_path, [request_of()])
+        served(tiny, [request_of()])
 
 
-def test_cancel_while_it_waits(tmp_path):
-    server, (first, second) = served(tmp_path, [Request([1, 2], 5), Request([3, 4], 5)], largest_batch=1)
+def test_cancel_while_it_waits(tiny):
+    server, (first, second) = served(tiny, [Request([1, 2], 5), Request([3, 4], 5)], largest_batch=1)
     server.step()
     server.cancel(second)
     assert second.done
@@ -283,9 +271,9 @@ def test_cancel_while_it_waits(tmp_path):
     assert not first.cancelled
 
 
-def test_cancel_while_it_runs(tmp_path):
+def test_cancel_while_it_runs(tiny):
     """Its pages serve others."""
-    server, (first, second) = served(tmp_path, [Request([1, 2], 20), Request([3, 4], 30)], pages=14)
+    server, (first, second) = served(tiny, [Request([1, 2], 20), Request([3, 4], 30)], pages=14)
     third = server.submit(Request([5, 6], 30))
     for _ in range(4):
         server.step()
@@ -299,13 +287,13 @@ def test_cancel_while_it_runs(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["itself", "next", "last"])
-def test_cancel_out_of_a_callback(which, tmp_path):
+def test_cancel_out_of_a_callback(which, tiny):
     requests = [Request([1, 2], 9), Request([3, 4], 9), Request(list(range(30)), 9)]
     target = requests[["itself", "next", "last"].index(which)]
     requests[0].on_token = lambda token: server.cancel(target) if len(requests[0].tokens) == 3 else None
     after = []
     target.on_token = target.on_token or (lambda token: after.append(target.cancelled))
-    server, _ = served(tmp_path, requests)
+    server, _ = served(tiny, requests)
     server.run()
     assert target.cancelled
     assert len(target.tokens) < 9
@@ -315,16 +303,16 @@ def test_cancel_out_of_a_callback(which, tmp_path):
         assert request.tokens == (expected[: len(request.tokens)] if request is target else expected)
 
 
-def test_a_callback_may_submit(tmp_path):
+def test_a_callback_may_submit(tiny):
     later = Request([9, 8], 4)
     first = Request([1, 2], 6, on_token=lambda token: server.submit(later) if later.generator is None else None)
-    server, _ = served(tmp_path, [first])
+    server, _ = served(tiny, [first])
     server.run()
     assert [r.tokens for r in (first, later)] == [alone(server.model, r) for r in (first, later)]
 
 
-def test_cancel_of_what_is_done_changes_nothing(tmp_path):
-    server, (request,) = served(tmp_path, [Request([1, 2], 3)])
+def test_cancel_of_what_is_done_changes_nothing(tiny):
+    server, (request,) = served(tiny, [Request([1, 2], 3)])
     server.run()
     server.cancel(request)
     assert not request.cancelled
@@ -333,29 +321,28 @@ def test_cancel_of_what_is_done_changes_nothing(tmp_path):
         server.cancel(Request([1, 2], 3))
 
 
-@pytest.mark.parametrize("lookahead", [1, 3, 6])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_guesses_change_nothing(name, lookahead, tmp_path):
+@pytest.mark.parametrize("name", SERVED)
+def test_guesses_change_nothing(name, tiny):
     """A draft that is wrong, one that is the model itself, and one that is right now and then."""
-    written(name, tmp_path)
-    ours, _ = model.load(tmp_path)
-    near, far = model.load(tmp_path)[0], model.load(tmp_path)[0]
+    ours, near, far = (tiny(name).ours for _ in range(3))
     with torch.no_grad():
         for one, noise in ((near, 0.01), (far, 1.0)):
             for p in one.parameters():
                 p += noise * torch.randn_like(p)
     for prompt in ([5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]):
         expected = model.generate(ours, [prompt], 30)[0]
-        for draft in (ours, near, far):
-            seen = []
-            found = model.speculate(ours, draft, prompt, 30, lookahead=lookahead, on_token=seen.append)
-            assert found.tokens == expected == seen
-            if draft is ours:
-                assert found.accepted == 1
-                assert found.steps == 1 + -(-29 // (lookahead + 1))  # the prompt first
         stop = expected[10]
-        found = model.speculate(ours, near, prompt, 30, lookahead=lookahead, stop_tokens=[stop])
-        assert found.tokens == model.generate(ours, [prompt], 30, stop_tokens=[stop])[0]
+        stopped = model.generate(ours, [prompt], 30, stop_tokens=[stop])[0]
+        for lookahead in (1, 3, 6):
+            for draft in (ours, near, far):
+                seen = []
+                found = model.speculate(ours, draft, prompt, 30, lookahead=lookahead, on_token=seen.append)
+                assert found.tokens == expected == seen
+                if draft is ours:
+                    assert found.accepted == 1
+                    assert found.steps == 1 + -(-29 // (lookahead + 1))  # the prompt first
+            found = model.speculate(ours, near, prompt, 30, lookahead=lookahead, stop_tokens=[stop])
+            assert found.tokens == stopped
 
 
 @pytest.mark.parametrize("lookahead", [1, 4, 7])
@@ -382,9 +369,8 @@ def test_guesses_change_no_bit(name, size, dtype, lookahead, monkeypatch):
     assert torch.equal(torch.cat(certain), expected)
 
 
-def test_a_draft_of_another_vocabulary(tmp_path):
-    written("gpt2", tmp_path)
-    ours, _ = model.load(tmp_path)
+def test_a_draft_of_another_vocabulary(tiny):
+    ours = tiny("gpt2").ours
     draft = model.Transformer(replace(ours.config, vocab_size=50))
     with pytest.raises(ValueError, match="draft must have the model's vocabulary of 101, got 50"):
         model.speculate(ours, draft, [1], 5)

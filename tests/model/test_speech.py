@@ -16,6 +16,7 @@ import model
 from model.encoder_decoder import Memory
 from model.inference import sound, speech
 from model.io import ctranslate2_file
+from model.io.checkpoints import CheckpointError
 from model.io.packages import locate
 from model.io.tokenizer import Tokenizer
 from tests.packages import needs_whisper
@@ -328,7 +329,7 @@ def test_a_file_that_is_cut_off(tmp_path):
     with (source / "model.bin").open("rb") as file:
         data = file.read(1_000_000)
     (tmp_path / "model.bin").write_bytes(data)
-    with pytest.raises(model.checkpoints.CheckpointError, match=r"model\.bin: truncated"):
+    with pytest.raises(CheckpointError, match=r"model\.bin: truncated"):
         model.load(tmp_path)
     with pytest.raises(ValueError, match="version must be 6 and the model a WhisperSpec, got 1"):
         ctranslate2_file.read_arrays(io.BytesIO(b"\1\0\0\0" + bytes(100)))

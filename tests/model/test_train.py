@@ -16,36 +16,11 @@ import model
 from model import heads
 from model.io.checkpoints import CheckpointError
 from model.io.tokenizer import Tokenizer
-from model.layers import initialise
 from model.training import runs, train
 from model.training.batches import Batch
 from model.training.runs import Run
 from model.training.train import Training
-
-CONFIG = model.Config(
-    "gpt2", vocab_size=31, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_width=64, context=64, causal=True,
-    norm="layer", norm_eps=1e-5, norm_first=True, activation="gelu_tanh", gated=False, positions="learned",
-)  # fmt: skip
-
-
-def make(**changes):
-    torch.manual_seed(0)
-    ours = model.Transformer(replace(CONFIG, **changes))
-    initialise(ours, CONFIG.layers)
-    return ours
-
-
-def batch(number, lengths=(9, 5, 17)):
-    """Counting upwards from anywhere: what follows a token can be learned. Packed."""
-    random = torch.Generator().manual_seed(number)
-    firsts = torch.randint(0, 31, (len(lengths),), generator=random)
-    rows = [(first + torch.arange(n + 1)) % 31 for first, n in zip(firsts, lengths, strict=True)]
-    tokens, targets = torch.cat([row[:-1] for row in rows]), torch.cat([row[1:] for row in rows])
-    return Batch(dict(tokens=tokens, lengths=torch.tensor(lengths)), targets)
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+from tests.model.training import CONFIG, batch, equal, make
 
 
 def test_it_learns(tmp_path):
@@ -250,9 +225,10 @@ def test_the_log_grows_with_each_step(tmp_path):
 
 SCRIPT = """
 import sys; sys.path[:0] = {paths}
-from tests.model.test_train import *
-settings = Training(steps=100_000, save_every=1, schedule="constant")
-train.train(make(dropout=0.1), batch, settings, Run({run!r}), progress=False)
+from model.training import train
+from tests.model.training import batch, make
+settings = train.Training(steps=100_000, save_every=1, schedule="constant")
+train.train(make(dropout=0.1), batch, settings, train.Run({run!r}), progress=False)
 """
 
 

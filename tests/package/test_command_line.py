@@ -114,8 +114,8 @@ def test_help(command):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--model", "smollm2"]])
-def test_help_of_model_waits_for_no_torch(arguments):
-    """Nor for flashattn, and a usage error neither."""
+def test_help_of_model_imports_no_torch(arguments):
+    """Nor flashattn; so help and usage errors come at once."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "model", *arguments], capture_output=True, text=True, cwd=ROOT
     )
