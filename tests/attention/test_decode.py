@@ -100,6 +100,17 @@ def test_forked_sequences_share_pages():
     assert cache.sequences == []
 
 
+def test_the_last_of_those_that_share_a_page_keeps_it():
+    """So one free page is enough for two sequences."""
+    cache = flashattn.PagedKVCache(pages=3, page_size=4, kv_heads=1, head_dim=8)
+    first = cache.add()
+    step(cache.select([first]), 6)
+    both = [first, cache.fork(first)]
+    step(cache.select(both), 1, batch=2)
+    assert cache.free_pages == 0
+    assert [cache.length(sequence) for sequence in both] == [7, 7]
+
+
 def test_truncate():
     cache = flashattn.KVCache(1, 1, 8, 8)
     q, k, v = tokens(6)
