@@ -53,13 +53,18 @@ def named(cases, *names: str) -> list:
     return [by_name[name] for name in names]
 
 
+def half_the_heads(case: cases.Case) -> cases.Case:
+    """The machine's time is in proportion. "grouped" has several key/value heads of several queries each."""
+    return case._replace(heads=case.heads // 2, kv_heads=case.kv_heads // 2)
+
+
 BACKWARD = {"attention_forward", "attention_backward_q", "attention_backward_kv"}
 
 
 @pytest.mark.parametrize("number", range(7))
 def test_attention_features(gpu, number):
     """Every two features together, and each without the other; each case in one 16-bit dtype on each architecture."""
-    case = cases.pairwise()[number]
+    case = half_the_heads(cases.pairwise()[number])
     cases.check(case, HALF[(number + (gpu.architecture == "sm_90")) % 2], "triton")
     assert ran(gpu) == BACKWARD | ({"attention_backward_bias"} if case.bias else set())
 
@@ -67,9 +72,11 @@ def test_attention_features(gpu, number):
 SHAPES = named(
     cases.CASES, "one_query_one_key", "grouped", "more_queries_than_keys", "decode", "wider_v", "head_dim_64",
     "head_dim_128", "head_dim_256", "head_dim_200", "both_lengths", "window_causal", "window_of_everything",
-    "bias_of_keys", "everything",
-    "everything",  # on both
+    "bias_of_keys",
 )  # fmt: skip
+(EVERYTHING,) = named(cases.CASES, "everything")
+EVERYTHING = half_the_heads(EVERYTHING)._replace(batch=2, kv_lengths=(130, 77), q_lengths=(50, 111))
+SHAPES += [EVERYTHING, EVERYTHING]  # on both
 
 
 @in_turn(SHAPES, (torch.bfloat16,))
@@ -77,16 +84,19 @@ def test_attention_shapes(gpu, case, dtype):
     cases.check(case, dtype, "triton")
 
 
-@pytest.mark.parametrize("name", ["head_dim_64", "pairs_0"])  # the first is causal
-def test_attention_float32(gpu, name):
+FLOAT32 = [*named(cases.CASES, "head_dim_64"), cases.Case("two_widths", 1, 2, 1, 70, 90, 24, 40)]  # the first is causal
+
+
+@pytest.mark.parametrize("case", FLOAT32, ids=lambda case: case.name)
+def test_attention_float32(gpu, case):
     """Without tensor cores: tf32 would not be float32."""
-    (case,) = named([*cases.CASES, *cases.pairwise()], name)
     cases.check(case, torch.float32, "triton")
 
 
 def test_packed_sequences(gpu):
+    """One without keys, one without queries, one of few and one of several tiles with a rest."""
     (case,) = named(packed_cases.CASES, "everything")
-    packed_cases.check(case, *packed_cases.LENGTHS, torch.bfloat16, "triton")
+    packed_cases.check(half_the_heads(case), (0, 20, 1, 130), (33, 0, 9, 111), torch.bfloat16, "triton")
 
 
 DECODED = named(
@@ -107,6 +117,7 @@ def test_decoding(gpu, case, dtype):
     assert "rotate_and_store" in ran(gpu)
 
 
+@pytest.mark.parametrize("gpu", ["sm_80"], indirect=True)
 def test_decoding_long_caches(gpu):
     """Five splits of the keys, merged."""
     features = decode_cases.features(heads=2, kv_heads=1, window=(540, None), sinks=True)
@@ -114,10 +125,12 @@ def test_decoding_long_caches(gpu):
     assert "attention_merge" in ran(gpu)
 
 
+@pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 def test_the_grid_of_decoding_changes_no_bit(gpu):
     decode_cases.check_bits_of_longest_row_and_capacity("triton")
 
 
+@pytest.mark.parametrize("gpu", ["sm_80"], indirect=True)
 def test_a_step_of_decoding_is_three_launches(gpu):
     """With new keys and values and a rotary embedding of q and k."""
     (step,) = named(decode_cases.STEPS, "rotary")
@@ -126,10 +139,18 @@ def test_a_step_of_decoding_is_three_launches(gpu):
     assert [launch.kernel for launch in gpu.launches] == kernels * 2  # the tokens before and the new ones
 
 
-@in_turn(norm_cases.CASES, (torch.bfloat16, torch.float32))
+IN_FLOAT32_TOO = named(
+    norm_cases.CASES, "layer", "rms", "plain", "wide", "rms_wide", "residual_prenorm", "per_head", "dropout_residual",
+)  # fmt: skip
+
+
+@in_turn(norm_cases.CASES, (torch.bfloat16,))
 def test_norms(gpu, case, dtype):
-    if case.name == "width_1" and dtype == torch.float32:
-        pytest.skip("below: the truth is 0, and a fused multiply-add leaves the rounding of a product")
+    norm_cases.check(case, dtype, "triton")
+
+
+@in_turn(IN_FLOAT32_TOO, (torch.float32,))
+def test_norms_float32(gpu, case, dtype):
     norm_cases.check(case, dtype, "triton")
 
 
@@ -151,10 +172,10 @@ def test_norm_of_very_wide_rows(gpu, center, monkeypatch):
     assert ran(gpu) == kernels
 
 
-@pytest.mark.parametrize("block_mask", [None, "documents"])
-@pytest.mark.parametrize("mod", ["relative_bias"])
-def test_score_mod_and_block_mask(gpu, mod, block_mask):
-    flex_cases.check_gradients(torch.bfloat16, mod, block_mask, "triton")
+@pytest.mark.parametrize("gpu, block_mask", [("sm_80", "documents"), ("sm_90", None)], indirect=["gpu"])
+def test_score_mod_and_block_mask(gpu, block_mask):
+    """`every_triton.py` has both on sm_90."""
+    flex_cases.check_gradients(torch.bfloat16, "relative_bias", block_mask, "triton")
     assert ran(gpu) >= BACKWARD
 
 
@@ -238,8 +259,10 @@ def test_nan_beside_sinks(gpu):
             torch.testing.assert_close(x, y, rtol=0.02, atol=0.02, equal_nan=True)
 
 
+@pytest.mark.parametrize("gpu", ["sm_80"], indirect=True)
 def test_usual_sizes(gpu):
-    """The tiles of a usual model: several blocks, several tiles in each, and full tiles in all loops."""
+    """The tiles of a usual model: several blocks, several tiles in each, and full tiles in all loops. On sm_90 it is
+    the first case of `test_roles.py`."""
     case = cases.Case("", 1, 2, 1, 300, 300, 64, 64, causal=True)
     cases.check(case, torch.bfloat16, "triton")
 
@@ -254,7 +277,7 @@ def test_same_bits_every_run(gpu):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("width", [3, 8])
+@pytest.mark.parametrize("gpu, width", [("sm_80", 3), ("sm_90", 8)], indirect=["gpu"])
 def test_lanes_that_hold_the_same_sum_hold_the_same_bits(gpu, width):
     """One element a thread: its bare product, contracted into the addition of another lane's, gave each lane last bits
     of its own, and chance which of them were stored."""

@@ -1,11 +1,13 @@
 """Results do not depend on `torch.set_default_dtype`: what is allocated or converted names its dtype."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
-from tests.common import BACKENDS, device_of
+from tests.common import device_of
 
 FLOAT = dict(dtype=torch.float32)
 CAUSAL = create_block_mask(lambda b, h, i, j: i >= j, None, None, 24, 24, device="cpu", BLOCK_SIZE=16)
@@ -55,9 +57,15 @@ def results(name, backend, dtype):
     return *outputs, *torch.autograd.grad([x.float().square().sum() for x in outputs], [q])
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CALLS)
+def calls_and_defaults():
+    """In the interpreter, which is slow, each call under one of the two."""
+    defaults = torch.float64, torch.bfloat16
+    for number, name in enumerate(CALLS):
+        yield pytest.param(name, "triton", defaults[number % 2], marks=pytest.mark.interpreter)
+        yield from itertools.product([name], ("cpu", "reference"), defaults)
+
+
+@pytest.mark.parametrize("name, backend, default", [*calls_and_defaults()], ids=str)
 def test_the_default_dtype_changes_nothing(name, backend, default):
     dtype = torch.float16  # which neither default is, and the interpreter computes rightly
     expected = results(name, backend, dtype)
