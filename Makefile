@@ -11,10 +11,12 @@ OLDEST_AND_NEWEST := $(firstword $(TRITONS)) $(lastword $(TRITONS))
 matrix_of = $(RUN) tests/matrix.py $(foreach version,$(1),$(version)=$(VENV)/triton/$(version))
 folders_of = $(addprefix $(VENV)/triton/,$(1))
 
-.PHONY: help setup demo test matrix roles lint bench sanitize torch-versions clean
+.PHONY: help setup demo test test-main test-rest quick mutants matrix roles lint bench sanitize torch-versions clean
 help:
 	@echo "make demo   set up, then generate, embed and measure on real models"
 	@echo "make test   set up, then run all tests (ARGS='-k name' for some)"
+	@echo "make quick  all quick tests and some of the slow ones, for the time between two changes: under two minutes"
+	@echo "make mutants  plants known faults and runs the tests that have to find them (ARGS='-k word' for some)"
 	@echo "make matrix every kernel on every supported version of Triton, $(firstword $(TRITONS)) to $(lastword $(TRITONS))"
 	@echo "make roles  every case table through the kernels for Hopper, on the oldest and the newest Triton: two hours"
 	@echo "make lint   ruff, rules and format, and clang-format"
@@ -40,13 +42,30 @@ demo: $(READY)
 		"The girl is carrying a baby." "A woman is playing violin."
 	$(RUN) -m bench attention --quick
 
+# Processes share the cores: threads that wait must not spin.
+test quick mutants: export OMP_WAIT_POLICY := passive
+test quick mutants: export OPENBLAS_NUM_THREADS := 1
+
 # Each of two processes takes half of the tests, in order, and then what is left of the other: so they share what a file
 # prepares. Twice: Triton reads TRITON_INTERPRET when it is imported, so its interpreter needs a process of its own.
-# Without ARGS also what other versions of Triton make of the kernels.
+# Without ARGS also what other versions of Triton make of the kernels. What comes second runs beside the first, where
+# cores are idle, and says at the end what came of it.
 test: $(READY) $(if $(ARGS),,$(call folders_of,$(OLDEST_AND_NEWEST)))
+	+$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=none test-main test-rest
+
+test-main:
 	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m interpreter $(ARGS)
-	$(if $(ARGS),,$(call matrix_of,$(OLDEST_AND_NEWEST)))
+
+test-rest:
+	@code=0; { TRITON_INTERPRET=1 nice $(RUN) -m pytest -n 2 --dist worksteal -m interpreter $(ARGS) || code=1; \
+		$(if $(ARGS),,nice $(call matrix_of,$(OLDEST_AND_NEWEST)) || code=1;) } > $(VENV)/test-rest.log 2>&1; \
+		cat $(VENV)/test-rest.log; exit $$code
+
+quick: $(READY)
+	$(RUN) -m pytest -n 2 --dist worksteal --quick $(ARGS)
+
+mutants: $(READY)
+	$(RUN) -m tests.mutants $(ARGS)
 
 matrix: $(READY) $(call folders_of,$(TRITONS))
 	$(call matrix_of,$(TRITONS))

@@ -7,6 +7,7 @@ import torch
 
 import flashattn
 from tests.common import INTERPRETED
+from tests.quick import is_quick
 
 # Plain modules of checks, whose assertions should show their values as test modules' do.
 for _folder in ("attention", "compat", "gpu", "kernels", "norm"):
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
         "--rehearse-gpu", metavar="ARCH", choices=["sm_80", "sm_90"],
         help="run the tests marked gpu without one: sm_80 or sm_90, whose launches the PTX machine takes",
     )  # fmt: skip
+    parser.addoption("--quick", action="store_true", help="leave the slow tests out, but for samples (tests/quick.py)")
 
 
 def pytest_configure(config):
@@ -37,10 +39,11 @@ def pytest_collection_modifyitems(config, items):
         for marker, skip in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
-    if INTERPRETED:
-        left_out = other_dtypes(items)
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
+    left_out = other_dtypes(items) if INTERPRETED else set()
+    if config.getoption("--quick"):
+        left_out |= {item for item in items if not is_quick(item.nodeid)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def other_dtypes(items) -> set:

@@ -1,0 +1,63 @@
+"""What `make quick` runs: all tests but the slow ones named here, and a few of those. Its time is under two minutes on
+two cores with cold caches; a test that takes over some two seconds belongs in SLOW."""
+
+from __future__ import annotations
+
+# Whole modules, and functions of others.
+SLOW = {
+    "attention/test_attention.py": ("test_random_cases", "test_memory_is_linear"),
+    "attention/test_decode.py": ("test_long_caches",),
+    "attention/test_float32_precision.py": ("test_attention", "test_features", "test_decoding", "test_loops_"),
+    "attention/test_varlen.py": ("test_random_cases", "test_memory_follows_the_tokens"),
+    "backends/test_backends.py": ("test_instruction_sets", "test_environment_variable"),
+    "bench/test_gpu.py": (),
+    "bench/test_tune.py": (),
+    "compat/test_flex.py": ("test_memory_is_linear",),
+    "compat/test_sdpa.py": ("test_provider_is_activated_only_when_asked",),
+    "kernels/test_compiled.py": (),
+    "kernels/test_machine_code.py": (),
+    "kernels/test_norm_bytes.py": ("test_every_row_is_moved_once",),
+    "kernels/test_on_ptx.py": (),
+    "kernels/test_roles.py": (),
+    "kernels/test_shared_memory.py": ("test_the_compiler_uses_no_more", "test_decoding_uses", "test_every_call_fits"),
+    "model/test_checkpoints.py": ("test_smollm2_continues_as_in_transformers",),
+    "model/test_parallel.py": (),
+    "model/test_serving.py": ("test_real_weights",),
+    "model/test_tasks.py": (),
+    "model/test_train.py": ("test_killed_at_any_moment",),
+    "operators/test_forward_mode.py": ("test_a_tangent_is_refused_in_every_mode",),
+    "operators/test_fullgraph.py": (
+        "test_another_callable_is_another_graph", "test_autocast", "test_block_mask_alone", "test_inductor",
+        "test_nested_tensors", "test_return_aux", "test_score_mod_and_block_mask", "test_sizes_that_are_symbols",
+        "test_what_can_be_a_callable",
+    ),
+    "operators/test_fullgraph_decode.py": (),
+    "operators/test_ops.py": ("test_compile_equals_eager",),
+    "package/test_command_line.py": (),
+    "package/test_install.py": (),
+    "ptx/test_counts.py": ("test_decoding_moves_the_cache_once",),
+    "ptx/test_kernels.py": ("test_matmul",),
+    "ptx/test_rings.py": (),
+}  # fmt: skip
+# Of these: each kernel compiled and executed once, a graph, rings with faults, a command.
+SAMPLES = (
+    "bench/test_gpu.py::test_help_teaches",
+    "kernels/test_compiled.py::test_attention[sm_80-64]",
+    "kernels/test_compiled.py::test_attention[gfx942-64]",
+    "kernels/test_compiled.py::test_decoding[sm_90-plain-torch.bfloat16-False]",
+    "kernels/test_compiled.py::test_features_in_roles[sinks]",
+    "kernels/test_compiled.py::test_norms[sm_80-64]",
+    "kernels/test_on_ptx.py::test_attention_shapes[sm_80-wider_v-torch.bfloat16]",
+    "kernels/test_on_ptx.py::test_attention_shapes[sm_90-head_dim_64-torch.bfloat16]",
+    "kernels/test_on_ptx.py::test_decoding[sm_90-rotary_partial-torch.bfloat16]",
+    "kernels/test_on_ptx.py::test_norms[sm_80-layer-torch.bfloat16]",
+    "operators/test_fullgraph_decode.py::test_opcheck[cpu]",
+    "ptx/test_rings.py::test_faults",
+)
+
+
+def is_quick(node: str) -> bool:
+    """Of a test's id, or of a module's doctest."""
+    file, _, name = node.removeprefix("tests/").partition("::")
+    slow = file in SLOW and (not SLOW[file] or name.startswith(SLOW[file]))
+    return not slow or node.removeprefix("tests/").startswith(SAMPLES)
