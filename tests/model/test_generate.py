@@ -107,8 +107,9 @@ def test_repetition_penalty(tiny):
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)
     logits, tokens = torch.randn(3, 50), torch.randint(0, 50, (3, 9))
     seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, tokens, True)
-    ours = Sampling(repetition_penalty=1.7).choose(logits, seen)
-    assert torch.equal(ours, theirs(tokens, logits).argmax(-1))
+    for signs in (logits, -logits.abs()):
+        ours = Sampling(repetition_penalty=1.7).choose(signs, seen)
+        assert torch.equal(ours, theirs(tokens, signs).argmax(-1))
     for result, prompt in zip(generate(tiny, PROMPTS, 12, repetition_penalty=1e6), PROMPTS, strict=True):
         assert len(set(prompt + result)) == len(set(prompt)) + len(result)  # nothing twice, while others are left
 

@@ -97,10 +97,10 @@ MUTANTS = [
         (GENERATE + "test_repetition_penalty",),
     ),
     Mutant(
-        "a sum of squares around a rounded mean is not taken anew",
+        "a mean keeps what its sum lost to rounding",
         "csrc/norm.cpp",
-        "if (d.sum * shift > d.squares * 0x1p-10f)",
-        "if (false)",
+        "n.mean[r] = mean += shift;",
+        "n.mean[r] = mean;",
         (NORM + "test_rows_of_equal_numbers", NORM + "test_rows_far_from_zero"),
     ),
     Mutant(
