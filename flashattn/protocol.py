@@ -45,6 +45,9 @@ class Backend(Protocol):
     def unavailable_reason(self, device: torch.device) -> str | None:
         """Why this machine cannot run it on tensors of the device; None if it can."""
 
+    def has_rest(self, q: Tensor, score: Score) -> bool:
+        """Whether forward returns the rest of lse."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
         """(out, lse, rest), as in `Saved`."""
 

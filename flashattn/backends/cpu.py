@@ -107,7 +107,7 @@ def engine_backward(
     return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
 
 
-attention_stats = reference.attention_stats
+attention_stats, has_rest = reference.attention_stats, reference.has_rest
 
 
 # ------------------------------------------------------------------------------------------------ decoding

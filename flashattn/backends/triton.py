@@ -171,6 +171,10 @@ def uses_raw_scores(q: Tensor, score: Score) -> bool:
     return q.element_size() == 2 and score.scale > 0 and all(x is None for x in changed)
 
 
+def has_rest(q: Tensor, score: Score) -> bool:
+    return not uses_raw_scores(q, score)
+
+
 def pair_costs(score: Score) -> configs.PairCosts:
     """What kernels load and compute for each (query, key) pair."""
     loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]

@@ -205,12 +205,10 @@ def _(q, k, v, *flat):
 
 @torch.library.register_fake("flashattn::attention_forward")
 def _(q, k, v, *flat):
-    # (The callables stay text: reading one makes a graph.)
-    score, backend, has_score_mod = Score(*flat[:SCORE_FIELDS]), flat[SCORE_FIELDS], flat[-3] is not None
+    score, backend = Score(*flat[:SCORE_FIELDS], score_mod=flat[-3]), flat[SCORE_FIELDS]  # text: reading it takes long
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
-    raw = not has_score_mod and backend == "triton" and BACKENDS["triton"].uses_raw_scores(q, score)
-    packed = score.cu_seqlens is not None
-    return new_result(q, v.shape[-1], packed), lse, lse.new_empty(0 if raw else q.shape[:3])
+    rest = lse.new_empty(q.shape[:3] if BACKENDS[backend].has_rest(q, score) else 0)
+    return new_result(q, v.shape[-1], score.cu_seqlens is not None), lse, rest
 
 
 def _set_up_context(ctx, inputs, output):

@@ -7,9 +7,11 @@ Read `naive.py` first: the formulas in one page. `attention.py` computes the sam
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from ..protocol import Capabilities
+from ..score import Score
 from .attention import backward, forward
 from .caches import append, decode, rotate, store
 from .norm import norm_backward, norm_forward
@@ -21,6 +23,7 @@ __all__ = [
     "backward",
     "decode",
     "forward",
+    "has_rest",
     "linear",
     "norm_backward",
     "norm_forward",
@@ -33,3 +36,7 @@ CAPABILITIES = Capabilities(refused_dtypes={}, max_head_dim=None)
 
 def unavailable_reason(device: torch.device) -> str | None:
     return None
+
+
+def has_rest(q: Tensor, score: Score) -> bool:
+    return True

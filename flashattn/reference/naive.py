@@ -22,7 +22,7 @@ def attention(
     batch, heads, seq_q, head_dim = q.shape
     seq_k, group = k.shape[2], heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    distance = torch.arange(seq_k, device=q.device) - torch.arange(seq_q, device=q.device)[:, None] - (seq_k - seq_q)
+    distance = diagonal_distance(seq_q, seq_k, q.device)
     attends = attend_mask(distance, causal, window, mask, q_lengths, kv_lengths).expand(batch, -1, -1, -1)
     some = attends.any(-1, keepdim=True)
 
@@ -43,8 +43,14 @@ def attention(
     return (p * torch.as_tensor(dropout).to(p)) @ v, torch.where(some[..., 0], lse, -torch.inf)
 
 
+def diagonal_distance(seq_q: int, seq_k: int, device: torch.device) -> Tensor:
+    """(seq_q, seq_k): how far each key is past its query, both counted from the end (bottom-right alignment)."""
+    i, j = torch.arange(seq_q, device=device), torch.arange(seq_k, device=device)
+    return j - i[:, None] - (seq_k - seq_q)
+
+
 def attend_mask(distance, causal, window, mask, q_lengths, kv_lengths) -> Tensor:
-    """(batch or 1, heads or 1, seq_q, seq_k): which pairs attend. `distance`: of each key from its query's diagonal."""
+    """(batch or 1, heads or 1, seq_q, seq_k): which pairs attend."""
     left, right = window or (None, None)
     i, j = (torch.arange(size, device=distance.device) for size in distance.shape)
     attends = torch.ones_like(distance, dtype=torch.bool)[None, None]

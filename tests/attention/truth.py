@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 import flashattn
+from flashattn.reference import naive
 from flashattn.reference.philox import philox
 from tests.common import randn
 
@@ -80,24 +81,14 @@ def ours(case: Case, options: dict):
     )
 
 
-def visible(case: Case, options: dict, device) -> torch.Tensor:
-    """The mask written out, independently of the reference: (batch, 1 or heads, seq_q, seq_k)."""
-    i = torch.arange(case.seq_q, device=device)[:, None]
-    j = torch.arange(case.seq_k, device=device)[None, :]
-    keep = torch.ones(case.batch, 1, case.seq_q, case.seq_k, dtype=torch.bool, device=device)
-    if case.causal:
-        keep &= j - i <= case.seq_k - case.seq_q
-    left, right = case.window or (None, None)
-    if left is not None:
-        keep &= j - i >= case.seq_k - case.seq_q - left
-    if right is not None:
-        keep &= j - i <= case.seq_k - case.seq_q + right
-    for b in range(case.batch):
-        if case.q_lengths is not None:
-            keep[b, :, case.q_lengths[b] :] = False
-        if case.kv_lengths is not None:
-            keep[b, :, :, case.kv_lengths[b] :] = False
-    return keep & options["mask"] if "mask" in options else keep
+def naive_options(case: Case, options: dict, device) -> dict:
+    """The options of `naive.attention`, without dropout."""
+    lengths = {
+        name: None if value is None else torch.tensor(value, device=device)
+        for name, value in (("q_lengths", case.q_lengths), ("kv_lengths", case.kv_lengths))
+    }
+    own = dict(causal=case.causal, window=case.window, scale=case.scale, softcap=case.softcap, **lengths)
+    return own | {name: options[name] for name in ("alibi_slopes", "mask") if name in options}
 
 
 def kept(case: Case, device) -> torch.Tensor | float:
@@ -113,33 +104,10 @@ def kept(case: Case, device) -> torch.Tensor | float:
 
 
 def torch_attention(case: Case, options: dict, q, k, v, *others):
-    """(out, lse) by PyTorch's own operations in the inputs' dtype; a row that attends to nothing gives 0 and -inf."""
+    """(out, lse) by PyTorch's own operations in the inputs' dtype; a fully masked row gives 0 and -inf."""
     others = dict(zip(names_of(case)[3:], others, strict=True))
-    group = case.heads // case.kv_heads
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    keep = visible(case, options, q.device)
-    some = keep.any(-1, keepdim=True)
-    scores = q @ k.mT * (case.head_dim**-0.5 if case.scale is None else case.scale)
-    if case.softcap is not None:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    if case.slopes is not None:
-        i = torch.arange(case.seq_q, device=q.device)[:, None] + case.seq_k - case.seq_q
-        distance = (i - torch.arange(case.seq_k, device=q.device)).abs()
-        scores = scores - (options["alibi_slopes"].to(scores.dtype)[..., None, None] * distance).to(scores.dtype)
-    if case.bias is not None:
-        scores = scores + others["bias"]
-    scores = scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0)  # 0 keeps NaN out of the gradient
-    # float64 for the truth, float32 for the 16-bit dtypes: lse is float32 there.
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    if case.sinks:
-        sinks = others["sinks"].view(-1, 1, 1).expand(*case.rows, 1)
-        weights = torch.cat([scores, sinks.to(scores)], -1).softmax(-1)[..., :-1]
-        wide = torch.cat([wide, sinks.to(wide)], -1)
-    else:
-        weights = scores.softmax(-1)
-    weights = torch.where(some & keep, weights, 0) * torch.as_tensor(kept(case, q.device)).to(scores)
-    lse = torch.where(some[..., 0], torch.logsumexp(wide, -1) if case.seq_k else wide.sum(-1), -torch.inf)
-    return weights @ v, lse
+    options = naive_options(case, options, q.device)
+    return naive.attention(q, k, v, **options, **others, dropout=kept(case, q.device))
 
 
 def run(function, inputs, grad_out, grad_lse):
@@ -153,8 +121,10 @@ def run(function, inputs, grad_out, grad_lse):
 def gradients_for(case: Case, options: dict, dtype: torch.dtype, device):
     grad_out = randn(case.batch, case.heads, case.seq_q, case.head_dim_v, dtype=dtype, device=device)
     grad_lse = randn(case.batch, case.heads, case.seq_q, dtype=torch.float32, device=device)
-    some = visible(case, options, device).any(-1).expand_as(grad_lse)
-    return grad_out, torch.where(some, grad_lse, 0)  # lse is constant -inf elsewhere
+    options = naive_options(case, options, device)
+    masks = (options.get(name) for name in ("causal", "window", "mask", "q_lengths", "kv_lengths"))
+    some = naive.attend_mask(naive.diagonal_distance(case.seq_q, case.seq_k, device), *masks).any(-1)
+    return grad_out, torch.where(some.expand_as(grad_lse), grad_lse, 0)  # lse is constant -inf elsewhere
 
 
 def hide_past_lengths(case: Case, inputs, gradients) -> None:
