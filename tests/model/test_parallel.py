@@ -1,5 +1,6 @@
 """Two or four processes over gloo: the losses and the weights of one."""
 
+import functools
 import json
 import os
 import subprocess
@@ -26,15 +27,27 @@ def losses(how, directory, steps, changes):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def train_alone(tmp_path_factory):
+    """The losses and the directory of a run in one process, of each config once."""
+
+    @functools.cache
+    def run(changes: str):
+        directory = tmp_path_factory.mktemp("one")
+        return losses("one", directory, 6, json.loads(changes)), directory
+
+    return lambda changes: run(json.dumps(changes))
+
+
 @pytest.mark.parametrize(("how", "changes"), [("shard", LLAMA), ("split", {}), ("both", LLAMA)])
-def test_several_processes_train_as_one(how, changes, tmp_path):
-    """A sharded run stops half-way and goes on; its checkpoints are those of one process."""
-    one = losses("one", tmp_path / "one", 6, changes)
+def test_several_processes_train_as_one(how, changes, train_alone, tmp_path):
+    """A sharded run stops half-way and is resumed; its checkpoints are those of one process."""
+    one, directory = train_alone(changes)
     if how == "shard":
-        losses(how, tmp_path / "several", 3, changes)
-    several = losses(how, tmp_path / "several", 6, changes)
+        losses(how, tmp_path, 3, changes)
+    several = losses(how, tmp_path, 6, changes)
     assert one == pytest.approx(several, abs=1e-5)
-    a, b = (model.load(tmp_path / name / "step-000006")[0] for name in ("one", "several"))
+    a, b = (model.load(path / "step-000006")[0] for path in (directory, tmp_path))
     for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
         if not name.endswith(".k.bias"):  # softmax does not see it: its gradient is rounding, which Adam makes large
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=name)

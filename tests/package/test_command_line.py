@@ -96,13 +96,6 @@ def test_errors(arguments, code, message):
     assert "Traceback" not in done.stderr
 
 
-@needs_smollm2
-def test_a_prompt_longer_than_the_context():
-    done = run("model", "generate", "--model", "smollm2", "--prompt", "x", "--max-new-tokens", "9000")
-    assert done.returncode == 1
-    assert "must fit the context of 8192" in done.stderr
-
-
 @pytest.mark.parametrize(
     "command",
     [["model"], ["model", "generate"], ["bench"], ["bench", "attention"], ["bench", "ptx"], ["bench", "compiled"]],
