@@ -3,21 +3,8 @@ and the tests of which at least one has to fail. Add the fault here when a bug i
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]  # node ids
-    interpreted: bool = False  # the tests are those of Triton's interpreter
-
-    @property
-    def is_engine(self) -> bool:
-        return self.file.startswith("csrc/")
-
+from . import engine, kernels, models, operators, ptx
+from .mutant import Mutant
 
 DECODE = "tests/attention/test_decode.py::"
 FLEX = "tests/compat/test_flex.py::"
@@ -77,21 +64,21 @@ MUTANTS = [
     ),
     Mutant(
         "top_p leaves out the token that reaches it",
-        "model/sampling.py",
+        "model/inference/sampling.py",
         "before = ordered.cumsum(-1) - ordered",
         "before = ordered.cumsum(-1)",
         (GENERATE + "test_top_p",),
     ),
     Mutant(
         "top_k keeps the likeliest token alone",
-        "model/sampling.py",
+        "model/inference/sampling.py",
         ".values[:, -1:]",
         ".values[:, :1]",
         (GENERATE + "test_top_k",),
     ),
     Mutant(
         "negative logits are divided by the repetition penalty too",
-        "model/sampling.py",
+        "model/inference/sampling.py",
         "logits * penalty",
         "logits / penalty",
         (GENERATE + "test_repetition_penalty",),
@@ -99,22 +86,23 @@ MUTANTS = [
     Mutant(
         "a mean keeps what its sum lost to rounding",
         "csrc/norm.cpp",
-        "n.mean[r] = mean += shift;",
+        "n.mean[r] = mean += delta;",
         "n.mean[r] = mean;",
         (NORM + "test_rows_of_equal_numbers", NORM + "test_rows_far_from_zero"),
     ),
     Mutant(
         "the last number of a ragged row is not in the variance",
         "csrc/norm.cpp",
-        "c < width; c++) {  // not of the zeros",
-        "c < width - 1; c++) {  // not of the zeros",
+        "c < width; c++) {  // without the padding",
+        "c < width - 1; c++) {  // without the padding",
         (NORM + "test_against_float64",),
     ),
     Mutant(
         "weight_offset is dropped",
         "csrc/norm.cpp",
-        "x * (parameter(weight, c, width) + offset)",
-        "x * (parameter(weight, c, width) + 0 * offset)",
+        "x * (load_parameters(weight, c, width) + offset)",
+        "x * (load_parameters(weight, c, width) + 0 * offset)",
         (NORM + "test_against_float64",),
     ),
 ]
+MUTANTS += [*kernels.MUTANTS, *engine.MUTANTS, *operators.MUTANTS, *ptx.MUTANTS, *models.MUTANTS]
