@@ -1,5 +1,5 @@
 // The operators of attention, decoding and rotary embedding. They take arguments that Python has checked
-// (flashattn/arguments.py, checks.py).
+// (flashattn/arguments.py).
 #include <limits>
 #include <tuple>
 

@@ -152,7 +152,7 @@ inline const float* as_float32(OptionalTensor& p) {
   return data_ptr<float>(p);
 }
 
-// The threshold is that of dropout_threshold in flashattn/backends/common.py.
+// The threshold is that of dropout_threshold in flashattn/tensors.py.
 inline Dropout dropout(double p, const OptionalTensor& seed) {
   if (p == 0) return {};
   uint32_t threshold = static_cast<uint32_t>(std::min(p * 2147483648.0, 2147483647.0));

@@ -1,4 +1,4 @@
-// The fields of `Norm` (flashattn/norm_settings.py), in the same order: X(C++ type, schema type, name). The bindings
+// The fields of `Norm` (flashattn/score.py), in the same order: X(C++ type, schema type, name). The bindings
 // generate NormArgs and the parameters and schemas of both norm operators from this list.
 #pragma once
 
