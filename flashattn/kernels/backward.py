@@ -253,7 +253,7 @@ def attention_backward_kv(
     """
     shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    start_n, kv_head, batch = key_tile_of_program(tl.program_id(0), sizes, shape.BLOCK_N)
+    start_n, kv_head, batch = key_tile_of_program(sizes, shape.BLOCK_N)
     group = sizes.heads // sizes.kv_heads
     seq = load_seq_info(score, batch, sizes)
 

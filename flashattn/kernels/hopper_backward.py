@@ -436,7 +436,7 @@ def attention_backward_kv_hopper(
     TILES: gl.constexpr = 1 if SHARED else CONSUMERS
     BLOCK_N: gl.constexpr = TILES * 64
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    start_n, kv_head, batch = key_tile_of_program(gl.program_id(0), sizes, BLOCK_N)
+    start_n, kv_head, batch = key_tile_of_program(sizes, BLOCK_N)
     seq = load_seq_info(score, batch, sizes)
     tiles = query_tiles(score, seq, start_n, BLOCK_M, BLOCK_N)
     keys = KeyWork(batch, kv_head, heads, heads // kv_heads, start_n, tiles, seq)

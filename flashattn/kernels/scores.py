@@ -141,9 +141,10 @@ def query_tile_of_program(program, score, sizes, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def key_tile_of_program(program, sizes, BLOCK_N: tl.constexpr):
-    """(first key, kv_head, batch) of a program, in a grid of (key tiles * kv_heads * batch,)."""
+def key_tile_of_program(sizes, BLOCK_N: tl.constexpr):
+    """(first key, kv_head, batch) of this program, in a grid of (key tiles * kv_heads * batch,)."""
     tiles = tl.cdiv(sizes.seq_k, BLOCK_N)
+    program = tl.program_id(0)
     start_n = program % tiles * BLOCK_N
     return start_n, program // tiles % sizes.kv_heads, program // tiles // sizes.kv_heads
 
