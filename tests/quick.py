@@ -22,6 +22,7 @@ SLOW = {
     "kernels/test_shared_memory.py": ("test_the_compiler_uses_no_more", "test_decoding_uses", "test_every_call_fits"),
     "model/test_checkpoints.py": ("test_smollm2_continues_as_in_transformers",),
     "model/test_parallel.py": (),
+    "model/test_saving.py": ("test_a_gguf_becomes_a_directory",),
     "model/test_serving.py": ("test_real_weights",),
     "model/test_tasks.py": (),
     "model/test_train.py": ("test_killed_at_any_moment",),
@@ -39,9 +40,8 @@ SLOW = {
     "ptx/test_kernels.py": ("test_matmul",),
     "ptx/test_rings.py": (),
 }  # fmt: skip
-# Of these: each kernel compiled and executed once, a graph, rings with faults, a command.
+# Of these: each kernel compiled and executed once, a graph, rings with faults.
 SAMPLES = (
-    "bench/test_gpu.py::test_help_teaches",
     "kernels/test_compiled.py::test_attention[sm_80-64]",
     "kernels/test_compiled.py::test_attention[gfx942-64]",
     "kernels/test_compiled.py::test_decoding[sm_90-plain-torch.bfloat16-False]",
