@@ -1,6 +1,7 @@
 """Fixtures and settings every test runs under."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ def other_dtypes(items) -> set:
     return left_out
 
 
+# Of this checkout: a kernel out of another one's cache names the files of that one.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # the workers share the cores; test_threads sets its own number
