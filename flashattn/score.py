@@ -63,6 +63,17 @@ class Score(NamedTuple):
             None if self.right is None else diagonal + self.right,
         )
 
+    def changes_scores(self) -> bool:
+        """Whether a field changes the scores scale * q.k, apart from masking some."""
+        return any(self[n] is not None for n in CHANGES_SCORES)
+
+
+KEEPS_SCORES = (
+    "scale", "left", "right", "q_lengths", "kv_lengths", "mask", "dropout_p", "seed", "cu_seqlens", "max_seqlen_q",
+    "max_seqlen_k", "sinks", "block_mask",
+)  # fmt: skip
+CHANGES_SCORES = tuple(n for n, name in enumerate(Score._fields) if name not in KEEPS_SCORES)  # a new field too
+
 
 class ScoreOptions(TypedDict, total=False):
     """The options that `attention`, `attention_varlen` and `decode` hand over as they are; None by default. `attention`

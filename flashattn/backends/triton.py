@@ -167,8 +167,7 @@ def uses_raw_scores(q: Tensor, score: Score) -> bool:
     thousands in float16 and tens of thousands in bfloat16; larger ones (`softmax.py`) become NaN. Other features can
     make scores as large as float32 allows, and float32 results show the error: those stay in natural units.
     """
-    changed = (score.softcap, score.alibi_slopes, score.bias, score.score_mod)
-    return q.element_size() == 2 and score.scale > 0 and all(x is None for x in changed)
+    return q.element_size() == 2 and score.scale > 0 and not score.changes_scores()
 
 
 def has_rest(q: Tensor, score: Score) -> bool:
@@ -182,9 +181,7 @@ def pair_costs(score: Score) -> configs.PairCosts:
         loads += codegen.pair_loads(score.score_mod)
     if score.block_mask is not None:
         loads += codegen.pair_loads(score.block_mask.mask)
-    return configs.PairCosts(
-        sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.changes_scores(score)
-    )
+    return configs.PairCosts(sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.changes_tiles(score))
 
 
 def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:

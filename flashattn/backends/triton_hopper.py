@@ -39,7 +39,7 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
         return None
     if not all(copyable(x) for x in (q, k, v, *others)):
         return None
-    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes_scores(score))
+    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes_tiles(score))
     row = tune.row_for(direction, q, v, score, row)
     if not isinstance(row, Roles):
         return None
@@ -50,10 +50,9 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     return row
 
 
-def changes_scores(score: Score) -> bool:
-    """Whether scores or weights change by more than a scale and positions."""
-    pieces = (score.softcap, score.alibi_slopes, score.bias, score.mask, score.score_mod)
-    return score.dropout_p > 0 or any(x is not None for x in pieces)
+def changes_tiles(score: Score) -> bool:
+    """Whether a tile's scores or weights change by more than a scale and positions."""
+    return score.changes_scores() or score.mask is not None or score.dropout_p > 0
 
 
 def copyable(x: Tensor) -> bool:
