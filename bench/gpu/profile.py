@@ -28,10 +28,10 @@ LARGEST = 16 * 2**20  # bytes; a larger trace is deleted
 STEPS = 6  # without the profiler; the first is a warm-up
 # Groups of kernels and substrings of their names, the first match counts; in a rehearsal, PyTorch's operators.
 GROUPS = {
-    "attention backward": ("attention_backward", "attention_forwardbackward"),
-    "attention forward": ("attention_forward",),
+    "attention backward": ("attention_backward", "flashattentionbackward"),
+    "attention forward": ("attention_forward", "flashattention"),
     "decode": ("attention_decode", "attention_merge"),
-    "norms": ("norm_forward", "norm_backward"),
+    "norms": ("norm_forward", "norm_backward", "fusednorm"),
     "rotary": ("rotate_and_store",),
     "matmul": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "splitk", "aten::mm", "aten::addmm", "aten::bmm",
                "aten::_scaled_mm"),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
-from ..score_mod import example_scalars, in_clean_thread, tracing
+from ..score_mod import example_scalars, in_clean_thread, trace_lock
 from .scores import BlocksArgs, ModArgs, score_tensor_arg, tanh
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
     """A score_mod as an argument of a kernel."""
     if mod is None:
         return None
-    with tracing:
+    with trace_lock:
         if mod.graph not in _mods:
             dscore = in_clean_thread(derivative, mod.graph, mod.captured)
             _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, dscore))

@@ -66,7 +66,7 @@ def neighbours(row: TileConfig) -> list[TileConfig]:
     """Tiles that differ from `row` in one or two of: block_m or block_n halved or doubled, other warps, other stages.
     Those that differ least come first.
 
-    >>> [tiles[:2] for tiles in neighbours(Tiles(16, 256, 4, 1)) if tiles[2:] == (4, 1)]
+    >>> [tiles[:2] for tiles in neighbours(TileConfig(16, 256, 4, 1)) if tiles[2:] == (4, 1)]
     [(16, 128), (32, 256), (32, 128)]
     """
     around = [

@@ -108,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tu
         out, lse, _ = dispatch("attention_forward", (q, k, v), score, backend)
         return out, lse
     if requires_grad and torch.is_grad_enabled():
-        return Attention.apply(q, k, v, score.bias, score.sinks, score, backend, *captured)
+        return FlashAttention.apply(q, k, v, score.bias, score.sinks, score, backend, *captured)
     out, lse, _ = BACKENDS[backend].forward(q, k, v, score)
     return out, lse
 
@@ -119,7 +119,7 @@ def _refuse_capture_of_mods(score: Score, captured: tuple[Tensor, ...], backend:
         tracing.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
 
 
-class Attention(torch.autograd.Function):
+class FlashAttention(torch.autograd.Function):
     """The operator's shortcut past the dispatcher."""
 
     @staticmethod

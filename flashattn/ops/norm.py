@@ -48,11 +48,11 @@ def norm(
         tracing.refuse_onnx("norm_forward")
         return torch.ops.flashattn.norm_forward.default(*args, *settings, backend)[:2]
     if requires_grad and torch.is_grad_enabled():
-        return NormFunction.apply(*args, settings, backend)[:2]
+        return FusedNorm.apply(*args, settings, backend)[:2]
     return run_forward(*args, settings, backend)[:2]
 
 
-class NormFunction(torch.autograd.Function):
+class FusedNorm(torch.autograd.Function):
     """The operator's shortcut past the dispatcher."""
 
     @staticmethod

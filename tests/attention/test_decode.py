@@ -43,10 +43,10 @@ def test_same_bits_whatever_the_longest_row_and_the_capacity(backend):
 
 def test_pages_are_found_by_multiplication():
     """As the kernels divide by the page size: exactly, for every number of 31 bits."""
-    kernels = pytest.importorskip("flashattn.kernels.decode")
+    kernels = pytest.importorskip("flashattn.kernels.pages")
     last = 2**31 - 1
     for size in (*range(1, 70), 100, 127, 1000, 4096, 4097, 10**6, 2**30, 2**30 + 1, last):
-        pages = kernels.pages_arg(torch.zeros(1, 1, dtype=torch.int32), size)
+        pages = kernels.page_table_arg(torch.zeros(1, 1, dtype=torch.int32), size)
         assert 2**31 <= pages.factor < 2**32  # of one type, for which the kernel is compiled once
         whole = last // size * size
         for j in {0, 1, size - 1, size, size + 1, 12345678, whole - 1, whole, last - 1, last}:

@@ -184,7 +184,7 @@ def test_an_exported_step_moves_the_cache_on(strict):
 def test_what_an_operator_got_of_a_cache_that_is_gone():
     number = contiguous()._number
     q, k, v = step_inputs(1)
-    options = (None, None, None, False, True, *[None] * 8, 0.3, "cpu")
+    options = (None, None, None, False, *Score(0.3, right=0)[:SCORE_FIELDS], "cpu")
     with pytest.raises(ValueError, match="cache must be one of this process"):
         OPS.step(q, *torch.zeros(2, 2, 2, 30, 8), k, v, number, *options)
 
