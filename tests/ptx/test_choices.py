@@ -22,7 +22,8 @@ from tests.ptx.text import expect_fault, run
 
 def run_overrun(**options) -> tuple[ptx.Device, torch.Tensor]:
     """Copies 300 elements of 200; (device, result)."""
-    x, out = torch.arange(200.0), torch.full((300,), float("nan"))
+    x, out = torch.full((400,), 7.0)[:200], torch.full((300,), float("nan"))  # what follows x is no other tensor's
+    x.copy_(torch.arange(200.0))
     with ptx.device("sm_80", **options) as gpu:
         kernels.copy[(2,)](x, out, 300, BLOCK=256, OFFSET=0, STRIDE=1)
     return gpu, out
