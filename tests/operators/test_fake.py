@@ -93,6 +93,15 @@ def test_as_with_data(name, kind):
     assert found[0].stride() == expected[0].stride()
 
 
+MAKE_TENSORS = {"dropout", "block_mask", "return_aux", "layer_norm"}  # with data, outside the mode
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - MAKE_TENSORS))
+def test_outside_the_mode(name):
+    """There is no mode to ask: that an input is a FakeTensor has to bring the call to the dispatcher."""
+    assert all(isinstance(x, FakeTensor) for x in run(name, FakeTensorMode().from_tensor))
+
+
 @pytest.mark.parametrize("kind", ["meta", "fake"])
 @pytest.mark.parametrize("name", DECODING)
 def test_decoding_as_with_data(name, kind):
