@@ -127,16 +127,17 @@ def attention(
     """
     arguments.check_names("attention", options)
     q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
-    options |= dict(causal=causal, bias=bias, dropout_p=dropout_p, seed=seed)
     plain = type(q) is type(k) is type(v) is Tensor
     if q.is_nested or k.is_nested or v.is_nested if plain else any(map(nested.is_nested, (q, k, v))):
         refused = dict(score_mod=score_mod, block_mask=block_mask, return_aux=return_aux)
+        options |= dict(causal=causal, bias=bias, dropout_p=dropout_p, seed=seed)
         return _nested(q, k, v, q_lengths, kv_lengths, refused, return_lse, options)
     request = None if return_aux is None else auxiliary.read_request(return_aux, return_lse)
     shape = arguments.check_shapes(q, k, v)
     score = arguments.build_score(
-        q, shape, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod, block_mask=block_mask, **options
-    )
+        q, shape, causal=causal, bias=bias, dropout_p=dropout_p, seed=seed, q_lengths=q_lengths, kv_lengths=kv_lengths,
+        score_mod=score_mod, block_mask=block_mask, **options,
+    )  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
     if request is not None:
@@ -228,9 +229,9 @@ def attention_varlen(
         )
     shape = (cu_seqlens_q.shape[0] - 1, heads, max_seqlen_q, max_seqlen_k)
     score = arguments.build_score(
-        q, shape, causal=causal, bias=bias, dropout_p=dropout_p, seed=seed,
-        cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)), max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, **options,
+        q, shape, causal=causal, bias=bias, dropout_p=dropout_p, seed=seed, **options
+    )._replace(
+        cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)), max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
     )  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
@@ -324,7 +325,7 @@ def decode(
     if autocast.is_on(q):
         q, k, v = autocast.cast(cache.k.dtype, q, k, v)
     arguments.check_decode_inputs(q, cache, k, v, dropout_p)
-    score = arguments.collect_options(q, causal=causal, bias=bias, q_lengths=q_lengths, **options)
+    score = arguments.build_score(q, None, causal=causal, bias=bias, q_lengths=q_lengths, **options)
     arguments.refuse_gradients(q=q, k=k, v=v, bias=score.bias, alibi_slopes=score.alibi_slopes, sinks=score.sinks)
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], cache.v.shape[3]))
     out, lse = ops.decode.step(q, cache, k, v, rotary, score, backend)

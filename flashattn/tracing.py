@@ -35,6 +35,21 @@ def has_no_subclass(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
 
+def choose_path(*inputs: Tensor | None) -> tuple[bool, bool]:
+    """(whether a call on these must pass through the dispatcher, whether it needs a gradient otherwise). The first is
+    no None."""
+    dispatched, requires_grad = must_dispatch() or inputs[0].is_meta, False
+    for x in inputs:  # a loop: this is the path that is counted in microseconds
+        if x is None:
+            continue
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            requires_grad = requires_grad or x.requires_grad
+        else:
+            dispatched = True  # a subclass may override dispatch
+    return dispatched, requires_grad and torch.is_grad_enabled()
+
+
 def has_data(x: Tensor) -> bool:
     """Whether x's values can be read: not while a graph is compiled, nor of a meta or fake tensor."""
     return not (is_traced() or x.is_meta or type(x).__name__ == "FakeTensor")

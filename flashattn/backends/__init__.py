@@ -64,8 +64,10 @@ HEAD_DIM_LIMITS = sorted({b.CAPABILITIES.max_head_dim for b in BACKENDS.values()
 def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:
     """The name of the backend that takes a call on tensors of these dtypes."""
     # Rounded up to a limit, so that a symbolic head_dim is decided by a guard and the cache has few entries.
-    rounded = next((limit for limit in HEAD_DIM_LIMITS if head_dim <= limit), sys.maxsize)
-    return _choose(_forced.value, device, dtypes, rounded)
+    for limit in HEAD_DIM_LIMITS:
+        if head_dim <= limit:
+            return _choose(_forced.value, device, dtypes, limit)
+    return _choose(_forced.value, device, dtypes, sys.maxsize)
 
 
 def find(device: torch.device, dtype: torch.dtype) -> str | None:

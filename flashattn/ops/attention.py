@@ -73,11 +73,14 @@ def unflatten(flat: Sequence) -> tuple[Score, str]:
     return score, backend
 
 
+def has_mods(score: Score) -> bool:
+    return score.score_mod is not None or score.block_mask is not None
+
+
 def dispatch(operator: str, tensors: tuple, score: Score, backend: str):
     """Call an operator of ours. The first of the tensors is q."""
     operands = (*tensors, *flatten(score, backend))
-    has_mods = score.score_mod is not None or score.block_mask is not None
-    if has_mods and torch.compiler.is_dynamo_compiling():
+    if has_mods(score) and torch.compiler.is_dynamo_compiling():
         mask = None if score.block_mask is None else score.block_mask.mask
         return mods_in_graph.call(operator, operands, score.score_mod, mask)
     return getattr(torch.ops.flashattn, operator).default(*operands, *flatten_mods(score))
@@ -88,27 +91,19 @@ def dispatch(operator: str, tensors: tuple, score: Score, backend: str):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in q, k, v, bias, sinks and the tensors that a score_mod captured."""
-    must_dispatch = tracing.must_dispatch() or q.is_meta
-    has_mods = score.score_mod is not None or score.block_mask is not None
-    captured = () if score.score_mod is None or torch.compiler.is_dynamo_compiling() else score.score_mod.captured
-    requires_grad = False
-    for x in (q, k, v, score.bias, score.sinks, *captured):  # a loop: this is the path that is counted in microseconds
-        if x is None:
-            continue
-        kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            requires_grad = requires_grad or x.requires_grad
-        else:
-            must_dispatch = True  # a subclass may override dispatch
-    if has_mods and not torch.compiler.is_dynamo_compiling():
+    captured: tuple = ()
+    if has_mods(score) and not torch.compiler.is_dynamo_compiling():
+        captured = () if score.score_mod is None else score.score_mod.captured
         _refuse_capture_of_mods(score, captured, backend)
+    inputs = (q, k, v, score.bias, score.sinks, *captured)
+    must_dispatch, requires_grad = tracing.choose_path(*inputs)
     if must_dispatch:
-        tracing.refuse_tangents(q, k, v, score.bias, score.sinks, *captured)
+        tracing.refuse_tangents(*inputs)
         tracing.refuse_onnx("attention_forward")
         out, lse, _ = dispatch("attention_forward", (q, k, v), score, backend)
         return out, lse
-    if requires_grad and torch.is_grad_enabled():
-        return FlashAttention.apply(q, k, v, score.bias, score.sinks, score, backend, *captured)
+    if requires_grad:
+        return FlashAttention.apply(*inputs[:5], score, backend, *captured)
     out, lse, _ = BACKENDS[backend].forward(q, k, v, score)
     return out, lse
 
@@ -119,13 +114,20 @@ def _refuse_capture_of_mods(score: Score, captured: tuple[Tensor, ...], backend:
         tracing.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
 
 
+def replace_trained(score: Score, bias: Tensor | None, sinks: Tensor | None) -> Score:
+    """The score with these; itself where nothing changes, since `_replace` takes as long as a launch."""
+    if score.bias is bias and score.sinks is sinks:
+        return score
+    return score._replace(bias=bias, sinks=sinks)
+
+
 class FlashAttention(torch.autograd.Function):
     """The operator's shortcut past the dispatcher."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, sinks, score, backend, *captured):
         out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
-        ctx.score, ctx.backend, ctx.captured = score._replace(bias=None, sinks=None), backend, len(captured)
+        ctx.score, ctx.backend, ctx.captured = replace_trained(score, None, None), backend, len(captured)
         ctx.save_for_backward(q, k, v, out, lse, rest, bias, sinks, *captured, *score.saved_tensors())
         ctx.set_materialize_grads(False)
         return out, lse
@@ -137,7 +139,7 @@ class FlashAttention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(captured))
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        score = ctx.score._replace(bias=bias, sinks=sinks)
+        score = replace_trained(ctx.score, bias, sinks)
         needed = bias is not None and ctx.needs_input_grad[3], ctx.needs_input_grad[7:]
         *gradients, grad_bias, grad_sinks, grad_captured = call_backward(
             grad_out, grad_lse, Saved(q, k, v, out, lse, rest), score, ctx.backend, *needed
@@ -153,9 +155,7 @@ def call_backward(
 ) -> tuple:  # fmt: skip
     """`differentiate`, through the dispatcher where something watches."""
     # Gradients are computed with gradients enabled only to be differentiated again, which the operator refuses.
-    if not (torch.is_grad_enabled() or tracing.must_dispatch() or grad_out.is_meta) and tracing.has_no_subclass(
-        grad_out
-    ):
+    if not (torch.is_grad_enabled() or tracing.choose_path(grad_out)[0]):
         return differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)
     tracing.refuse_tangents(grad_out, grad_lse, *saved, score.bias, score.sinks)
     return torch.ops.flashattn.attention_backward.default(

@@ -33,21 +33,13 @@ def norm(
     keep_hidden: bool, settings: Norm, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, hidden), differentiable in x, residual, weight and bias; hidden is empty without keep_hidden."""
-    must_dispatch, requires_grad = tracing.must_dispatch() or x.is_meta, False
-    for tensor in (x, residual, weight, bias):  # a loop: this is the path that is counted in microseconds
-        if tensor is None:
-            continue
-        kind = type(tensor)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            requires_grad = requires_grad or tensor.requires_grad
-        else:
-            must_dispatch = True  # a subclass may override dispatch
+    must_dispatch, requires_grad = tracing.choose_path(x, residual, weight, bias)
     args = (x, residual, weight, bias, hidden_dtype, keep_hidden)
     if must_dispatch:
         tracing.refuse_tangents(x, residual, weight, bias)
         tracing.refuse_onnx("norm_forward")
         return torch.ops.flashattn.norm_forward.default(*args, *settings, backend)[:2]
-    if requires_grad and torch.is_grad_enabled():
+    if requires_grad:
         return FusedNorm.apply(*args, settings, backend)[:2]
     return run_forward(*args, settings, backend)[:2]
 
@@ -114,7 +106,7 @@ def norm_backward(
     residual_dtype: torch.dtype | None, norm: Norm, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     # Gradients are computed with gradients enabled only to be differentiated again, which the operator refuses.
-    if torch.is_grad_enabled() or tracing.must_dispatch() or grad_y.is_meta or not tracing.has_no_subclass(grad_y):
+    if torch.is_grad_enabled() or tracing.choose_path(grad_y)[0]:
         tracing.refuse_tangents(grad_y, grad_hidden, *saved)
         return torch.ops.flashattn.norm_backward.default(
             grad_y, grad_hidden, *saved, x_dtype, residual_dtype, *norm, backend

@@ -4,18 +4,18 @@ from .mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "a call without gradients keeps its tensors",
+        "backward does not notice that a tensor of the options was changed",
         "flashattn/ops/attention.py",
-        "if requires_grad and torch.is_grad_enabled():",
-        "if requires_grad:",
+        "*captured, *score.saved_tensors())",
+        "*captured)",
         ("tests/operators/test_changed_in_place.py",),
     ),
     Mutant(
         "a subclass takes the fast path",
-        "flashattn/ops/attention.py",
-        "            must_dispatch = True  # a subclass may override dispatch",
+        "flashattn/tracing.py",
+        "            dispatched = True  # a subclass may override dispatch",
         "            pass",
-        ("tests/compat/test_sdpa.py",),
+        ("tests/operators/test_fake.py::test_outside_the_mode",),
     ),
     Mutant(
         "Dynamo traces into an operator's implementation",
