@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import Saved
-from ..reference.scores import Block, Keys, is_set
+from ..reference.scores import Block, Keys, is_set, slice_queries
 from ..score import Score
 
 QUERIES = 256  # at a time
@@ -48,7 +48,7 @@ def make_part_score(score: Score, shape: tuple[int, int, int, int], queries: sli
     mask = score.block_mask.attend_mask(*block.indices)
     mask = mask.expand(*mask.shape[:2], queries.stop - queries.start, keys.stop - keys.start)
     if score.mask is not None:
-        mask = mask & is_set(slice_keys(block.slice_queries(score.mask), keys))
+        mask = mask & is_set(slice_keys(slice_queries(score.mask, queries), keys))
     # How far the diagonal of the whole is from the part's own, both counted in the part.
     moved = (queries.start + seq_k - seq_q - keys.start) - (mask.shape[3] - mask.shape[2])
     return score._replace(
@@ -57,7 +57,7 @@ def make_part_score(score: Score, shape: tuple[int, int, int, int], queries: sli
         q_lengths=shift_lengths(score.q_lengths, queries),
         kv_lengths=shift_lengths(score.kv_lengths, keys),
         mask=mask.contiguous(),
-        bias=None if score.bias is None else slice_keys(block.slice_queries(score.bias), keys),
+        bias=None if score.bias is None else slice_keys(slice_queries(score.bias, queries), keys),
         block_mask=None,
     )
 
@@ -105,7 +105,6 @@ def backward(
         grad_k[:, :, j] += part_k
         grad_v[:, :, j] += part_v
         if with_grad_bias:
-            rows = grad_bias if grad_bias.shape[2] == 1 else grad_bias[:, :, i]
-            slice_keys(rows, j).add_(part_bias)
+            slice_keys(slice_queries(grad_bias, i), j).add_(part_bias)
     gradients = (x.to(dtype) for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
     return *gradients, grad_bias.to(bias.dtype) if with_grad_bias else None

@@ -16,7 +16,7 @@ from ..protocol import Saved
 from ..score import Score
 from ..tensors import accumulate_dtype, dropout_threshold, new_lse, new_result
 from .philox import philox
-from .scores import Block, compute_scores, query_blocks, zero_past_length
+from .scores import Block, compute_scores, query_blocks, slice_queries, zero_past_length
 
 
 class PackedSequence(NamedTuple):
@@ -171,7 +171,7 @@ def backward_dense(
             delta = delta - grad_lse[:, :, block.queries]
         ds = p * (dp - delta)
         if grad_bias is not None:
-            total = block.slice_queries(grad_bias)
+            total = slice_queries(grad_bias, block.queries)
             block.keys.add_to(total, ds.sum_to_size([*total.shape[:3], min(total.shape[3], ds.shape[3])]), 3)
         ds = vjp(ds, grad_captured) * score.scale
         grad_q[:, :, block.queries] = ds @ k_block

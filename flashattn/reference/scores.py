@@ -49,9 +49,10 @@ class Block(NamedTuple):
         i = torch.arange(seq_q, device=device)[self.queries].view(-1, 1)
         return b.int(), h.int(), i.int(), self.keys.positions.int()
 
-    def slice_queries(self, x: Tensor) -> Tensor:
-        """The part of a mask or a bias for these queries."""
-        return x if x.shape[2] == 1 else x[:, :, self.queries]
+
+def slice_queries(x: Tensor, queries: slice) -> Tensor:
+    """The part of a mask or a bias for these queries."""
+    return x if x.shape[2] == 1 else x[:, :, queries]
 
 
 def query_blocks(score: Score, shape: tuple[int, int, int, int], device: torch.device) -> Iterator[Block]:
@@ -82,7 +83,7 @@ def attend_mask(score: Score, block: Block) -> Tensor:
     if score.kv_lengths is not None:
         attends = attends & (j < score.kv_lengths.view(-1, 1, 1, 1))
     if score.mask is not None:
-        attends = attends & is_set(block.keys.select(block.slice_queries(score.mask)))
+        attends = attends & is_set(block.keys.select(slice_queries(score.mask, block.queries)))
     if score.block_mask is not None:
         attends = attends & score.block_mask.attend_mask(*block.indices)
     return attends
@@ -117,7 +118,7 @@ def compute_scores(q: Tensor, k: Tensor, score: Score, block: Block) -> tuple[Te
         distances = (i + seq_k - seq_q - j).abs()
         scores = scores - score.alibi_slopes[:, :, None, None].to(scores.dtype) * distances
     if score.bias is not None:
-        scores = scores + block.keys.select(block.slice_queries(score.bias)).to(scores.dtype)
+        scores = scores + block.keys.select(slice_queries(score.bias, block.queries)).to(scores.dtype)
     attends = attend_mask(score, block)
     if score.score_mod is not None:
         scores, vjp_of_mod = apply_score_mod(score.score_mod, scores, block.indices, attends)
