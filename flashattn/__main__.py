@@ -37,9 +37,10 @@ def main() -> None:
         kinds = {device.type, "cpu"}
         reasons = {kind: unavailable_reason(name, kind, torch.float32) for kind in kinds}
         usable = [kind for kind, reason in reasons.items() if reason is None]
-        note = f"runs on {', '.join(sorted(usable))}" if usable else reasons[device.type]
-        if name == "cpu" and usable:
-            note += f", instruction set {cpu.isa()}"
+        runs = f"runs on {', '.join(sorted(usable))}"
+        if name == "cpu":
+            runs += f", instruction set {cpu.isa()}"
+        note = runs if usable else reasons[device.type]
         print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
     for fault in triton.compiler_faults():
         print(f"\n{fault}")

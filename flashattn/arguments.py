@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 def build_score(
-    q: Tensor, shape: tuple[int, ...] | None, *, scale: float | None = None, causal: bool = False, window=None,
-    dropout_p: float = 0.0, seed=None, **fields,
+    q: Tensor, shape: tuple[int, int, int, int] | None, *, scale: float | None = None, causal: bool = False,
+    window=None, dropout_p: float = 0.0, seed=None, **fields,
 ) -> Score:  # fmt: skip
     """The checked `Score` of a call's options. `shape`: (batch, heads, seq_q, seq_k), of packed sequences their number
     and the longest lengths; None where it is not known yet, for `check_score` to check the other fields then."""
@@ -33,7 +33,7 @@ def build_score(
 
 
 # The checks of the other fields, and what the kernels read then: (value, q, shape) -> value.
-CHECKS = {
+CHECKS: dict[str, Callable[[object, Tensor, tuple[int, int, int, int]], object]] = {
     "q_lengths": lambda x, q, shape: check_lengths("q_lengths", x, shape[0], shape[2], q.device),
     "kv_lengths": lambda x, q, shape: check_lengths("kv_lengths", x, shape[0], shape[3], q.device),
     "softcap": lambda x, q, shape: check_softcap(x),
@@ -46,7 +46,7 @@ CHECKS = {
 }
 
 
-def check_fields(fields: Mapping, q: Tensor, shape: tuple[int, ...]) -> dict:
+def check_fields(fields: Mapping, q: Tensor, shape: tuple[int, int, int, int]) -> dict:
     """Those that are given, checked. (A loop: this is the path that is counted in microseconds.)"""
     given = {}
     for name, value in fields.items():
@@ -55,7 +55,7 @@ def check_fields(fields: Mapping, q: Tensor, shape: tuple[int, ...]) -> dict:
     return given
 
 
-def check_score(score: Score, q: Tensor, shape: tuple[int, ...]) -> Score:
+def check_score(score: Score, q: Tensor, shape: tuple[int, int, int, int]) -> Score:
     """A Score that was built without a shape, checked."""
     return score._replace(**check_fields({name: getattr(score, name) for name in CHECKS}, q, shape))
 
@@ -102,8 +102,10 @@ def overrides_functions(x: Tensor) -> bool:
 def has_own_operations(x: Tensor) -> bool:
     """Whether x's class, such as PyTorch's CausalBias, answers differently than Tensor: its memory may not be its
     value."""
-    own, usual = type(x).__torch_function__, Tensor.__torch_function__
-    return overrides_functions(x) and getattr(own, "__func__", None) is not usual.__func__
+    if not overrides_functions(x):
+        return False
+    own, usual = (getattr(kind.__torch_function__, "__func__", None) for kind in (type(x), Tensor))
+    return own is not usual
 
 
 def refuse_own_operations(name: str, x: Tensor) -> None:
@@ -225,7 +227,7 @@ def check_window(window) -> tuple[int | None, int | None]:
             raise TypeError(f"window must be (left, right), each an int or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window must be (left, right) with each at least 0, or None for no limit, got {window!r}")
-    return tuple(None if side is None else min(side, MAX_WINDOW) for side in (left, right))
+    return None if left is None else min(left, MAX_WINDOW), None if right is None else min(right, MAX_WINDOW)
 
 
 def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device) -> Tensor:

@@ -130,8 +130,8 @@ def attention(
     plain = type(q) is type(k) is type(v) is Tensor
     if q.is_nested or k.is_nested or v.is_nested if plain else any(map(nested.is_nested, (q, k, v))):
         refused = dict(score_mod=score_mod, block_mask=block_mask, return_aux=return_aux)
-        options |= dict(causal=causal, bias=bias, dropout_p=dropout_p, seed=seed)
-        return _nested(q, k, v, q_lengths, kv_lengths, refused, return_lse, options)
+        taken = dict(causal=causal, bias=bias, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **options)
+        return _nested(q, k, v, q_lengths, kv_lengths, refused, taken)
     request = None if return_aux is None else auxiliary.read_request(return_aux, return_lse)
     shape = arguments.check_shapes(q, k, v)
     score = arguments.build_score(
@@ -332,7 +332,7 @@ def decode(
     return (out, lse) if return_lse else out
 
 
-def _nested(q, k, v, q_lengths, kv_lengths, refused: dict, return_lse: bool, options: dict):
+def _nested(q, k, v, q_lengths, kv_lengths, refused: dict, options: dict) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of nested tensors (batch, heads, seq, head_dim), ragged along seq: packed sequences."""
     for name, x in refused.items():
         if x is not None:
@@ -352,10 +352,9 @@ def _nested(q, k, v, q_lengths, kv_lengths, refused: dict, return_lse: bool, opt
     (rows_q, starts_q), (rows_k, starts_k), (rows_v, starts_v) = map(nested.pack, (q, k, v))
     nested.check_same_lengths("v", starts_v, "k", starts_k)
     longest = map(nested.bound_longest, (rows_q, rows_k))
-    out = attention_varlen(
-        rows_q, rows_k, rows_v, starts_q.int(), starts_k.int(), *longest, return_lse=return_lse, **options
-    )
-    if not return_lse:
-        return nested.unpack(out, starts_q, q.layout).transpose(1, 2)
-    results = out[0], out[1].transpose(0, 1)
-    return tuple(nested.unpack(x, starts_q, q.layout).transpose(1, 2) for x in results)
+    result = attention_varlen(rows_q, rows_k, rows_v, starts_q.int(), starts_k.int(), *longest, **options)
+    if isinstance(result, Tensor):
+        return nested.unpack(result, starts_q, q.layout).transpose(1, 2)
+    results = result[0], result[1].transpose(0, 1)
+    out, lse = (nested.unpack(x, starts_q, q.layout).transpose(1, 2) for x in results)
+    return out, lse

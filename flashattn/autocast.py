@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from .tracing import mark_constant
 
+Inputs = ParamSpec("Inputs")
+Result = TypeVar("Result")
 
-def is_on(x) -> bool:
+
+def is_on(x) -> TypeGuard[Tensor]:
     """Whether autocast is enabled for x's device."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return False
@@ -44,11 +48,11 @@ def cast(dtype: torch.dtype, first: Tensor, *others) -> tuple:
     )  # fmt: skip
 
 
-def off(function: Callable) -> Callable:
+def off(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """The function, whose first tensor says which device's, without autocast."""
 
     @functools.wraps(function)
-    def without(*args, **options):
+    def without(*args: Inputs.args, **options: Inputs.kwargs) -> Result:
         if not torch._C._is_any_autocast_enabled():
             return function(*args, **options)
         first = next((x for x in (*args, *options.values()) if isinstance(x, Tensor)), None)

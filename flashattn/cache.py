@@ -318,7 +318,8 @@ def _allocate(rows, kv_heads, seq, head_dim, head_dim_v, dtype, device) -> tuple
     for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim), ("head_dim_v", head_dim_v), ("page_size", seq)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
-    return tuple(torch.empty(rows, kv_heads, seq, dim, dtype=dtype, device=device) for dim in (head_dim, head_dim_v))
+    k, v = (torch.empty(rows, kv_heads, seq, dim, dtype=dtype, device=device) for dim in (head_dim, head_dim_v))
+    return k, v
 
 
 def _check_length(length: int, present: int) -> None:

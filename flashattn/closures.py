@@ -37,6 +37,7 @@ class Closure:
     def __init__(self, function: Callable):
         self.tensors: list[Tensor] = []
         self._entered: list[Callable] = []
+        self.key: tuple | None
         try:
             self.key = self._key_of_function(function)
         except UnknownError:

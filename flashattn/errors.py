@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+
+Inputs = ParamSpec("Inputs")
+Result = TypeVar("Result")
 
 
 class ArgumentValueError(RuntimeError, ValueError):
@@ -17,11 +21,11 @@ class ArgumentTypeError(RuntimeError, TypeError):
     """A TypeError that is PyTorch's RuntimeError too."""
 
 
-def as_torch_raises(function: Callable) -> Callable:
+def as_torch_raises(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """The function, whose ValueError and TypeError are RuntimeErrors too."""
 
     @functools.wraps(function)
-    def call(*args, **options):
+    def call(*args: Inputs.args, **options: Inputs.kwargs) -> Result:
         if torch.compiler.is_dynamo_compiling():  # which raises an error of its own that says what this one does
             return function(*args, **options)
         try:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
 from . import mod_graph, mod_text, score_mod
+from .score_mod import Traced
 
 ANY_SIZES = 1024, 1000  # for a dimension whose size is a symbol: what is traced must be the same for both
 KINDS = Tensor, torch.SymInt, torch.SymFloat  # of a graph's inputs; other numbers are written into it
@@ -25,7 +26,7 @@ class ModsInGraph(HigherOrderOperator):
         self.__name__, self.__module__ = "flex_attention", __name__  # a printed graph finds it in this module
 
     def __call__(
-        self, number, operator, has_mod, mod, operands_and_mask, has_mask, _, captured, mask_captured
+        self, number, operator, has_mod, mod, operands_and_mask, has_mask, _, captured=(), mask_captured=()
     ):  # fmt: skip
         """FlexAttention's query, key, value, score_mod, block_mask, scale, kernel_options, and what the callables
         captured. Dynamo passes other arguments through."""
@@ -45,7 +46,7 @@ def identity_mod(score, batch, head, q_idx, kv_idx):
     return score
 
 
-def call(operator: str, operands: tuple, mod: Callable | None, mask: Callable | None):
+def call(operator: str, operands: tuple, mod: Callable | Traced | None, mask: Callable | Traced | None):
     """In what Dynamo traces: flashattn's operator of this name, whose last arguments are what the score_mod captured,
     its text, and likewise of the mask_mod. The first of the operands is q."""
     number = torch.zeros((), dtype=torch.float32, device="cpu")  # Dynamo makes its example of a score like it
@@ -105,9 +106,8 @@ def as_tensor(value: Tensor | torch.SymInt | torch.SymFloat, q: Tensor) -> Tenso
     if isinstance(value, Tensor):
         return value
     floating = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.scalar_tensor(
-        value, dtype=torch.int64 if isinstance(value, torch.SymInt) else floating, device=q.device
-    )
+    dtype = torch.int64 if isinstance(value, torch.SymInt) else floating
+    return torch.scalar_tensor(value, dtype=dtype, device=q.device)  # type: ignore[arg-type]  # its stub has no symbols
 
 
 def retrace(name: str, graph: fx.GraphModule, scores: int, values: list[Tensor], any_size: int):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,13 @@ from .attention import attention, attention_varlen
 from .errors import ArgumentValueError, as_torch_raises
 from .norm import layer_norm, rms_norm
 
+Inputs = ParamSpec("Inputs")
+
+
+def _with_signature(of: Callable[Inputs, None]) -> Callable[[Callable], Callable[Inputs, None]]:
+    """A decorator for a function that passes on what it is given."""
+    return functools.wraps(of)
+
 
 def _wait_for_results(module: nn.Module, inputs: tuple, results) -> None:
     """A hook that does nothing. In evaluation `torch.nn.TransformerEncoderLayer` computes all of itself from the
@@ -20,6 +29,9 @@ def _wait_for_results(module: nn.Module, inputs: tuple, results) -> None:
 
 
 class _Norm(nn.Module):
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, normalized_shape, eps, elementwise_affine, bias, heads, weight_offset, device, dtype):
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -41,7 +53,9 @@ class _Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _in_one_dimension(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _in_one_dimension(
+        self, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """x, weight, bias and residual as the norm over one dimension takes them."""
         dims = len(self.normalized_shape)
         if not x.is_nested and tuple(x.shape[-dims:]) != self.normalized_shape:
@@ -51,13 +65,14 @@ class _Norm(nn.Module):
         for name, p in (("weight", self.weight), ("bias", self.bias)):
             if p is not None and p.shape != self.normalized_shape:
                 raise ValueError(f"{name} must have normalized_shape {self.normalized_shape}, got {tuple(p.shape)}")
-        return tuple(None if p is None else p.flatten(-dims) for p in (x, self.weight, self.bias, residual))
+        weight, bias, residual = (None if p is None else p.flatten(-dims) for p in (self.weight, self.bias, residual))
+        return x.flatten(-dims), weight, bias, residual
 
     def _in_all_dimensions(self, results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         if len(self.normalized_shape) == 1:
             return results
         if isinstance(results, tuple):
-            return tuple(map(self._in_all_dimensions, results))
+            return tuple(y.unflatten(-1, self.normalized_shape) for y in results)
         return results.unflatten(-1, self.normalized_shape)
 
     def extra_repr(self) -> str:
@@ -130,7 +145,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     (torch.Size([2, 5, 64]), torch.Size([2, 5, 5]))
     """
 
-    @functools.wraps(nn.MultiheadAttention.__init__)
+    @_with_signature(nn.MultiheadAttention.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_forward_hook(_wait_for_results)
@@ -169,6 +184,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         k, v, (padding, attn_mask) = self._add_keys(k, v, padding, attn_mask)
         mask, bias = _mask_and_bias(attn_mask, padding, q.dtype)
         dropout_p = self.dropout if self.training else 0.0
+        weights: Tensor | None
         if need_weights or dropout_p == 1:
             out, weights = _plain(q, k, v, mask, bias, dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights
@@ -218,7 +234,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _add_keys(self, k: Tensor, v: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """With add_bias_kv and add_zero_attn: one more key and value each, which no mask hides."""
         added = 0
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k, v = (
                 torch.cat([x, self._heads(extra, 1).expand(x.shape[0], -1, -1, -1)], 2)
                 for x, extra in ((k, self.bias_k), (v, self.bias_v))
@@ -237,7 +253,7 @@ def _mask_and_bias(
     expanded: of two boolean ones, that of the padding becomes a bias of -inf."""
     given = [m for m in (attn_mask, padding) if m is not None]
     masks, biases = [~m for m in given if m.dtype == torch.bool], [m.to(dtype) for m in given if m.dtype != torch.bool]
-    if len(masks) == 2:
+    if len(masks) == 2 and padding is not None:
         hidden = torch.zeros(padding.shape, dtype=dtype, device=padding.device)
         biases = [hidden.masked_fill_(padding, float("-inf"))]
     bias = biases[0] + biases[1] if len(biases) == 2 else biases[0] if biases else None

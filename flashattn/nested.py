@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeGuard
+
 import torch
 from torch import Tensor
 
 from . import arguments, tracing
 
 
+class Jagged(Protocol):
+    """What a tensor of PyTorch's jagged layout has."""
+
+    _ragged_idx: int
+
+    def values(self) -> Tensor: ...
+    def offsets(self) -> Tensor: ...
+    def lengths(self) -> Tensor | None: ...
+
+
 def is_nested(x) -> bool:
     return isinstance(x, Tensor) and x.is_nested
+
+
+def is_jagged(x: Tensor) -> TypeGuard[Jagged]:
+    return x.layout == torch.jagged
 
 
 def check_nested(name: str, x, dims: int, shape: str) -> None:
@@ -20,14 +36,14 @@ def check_nested(name: str, x, dims: int, shape: str) -> None:
 
 
 def _is_ragged_by_token(x: Tensor) -> bool:
-    if x.layout == torch.jagged:
+    if is_jagged(x):
         return x._ragged_idx == 1
     return len({part.shape[1:] for part in x.unbind()}) == 1
 
 
 def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     """(rows (total, ...), where sequences start and end (batch + 1,)) of a nested (batch, seq, ...)."""
-    if x.layout == torch.jagged and x.lengths() is None:  # no gaps between sequences
+    if is_jagged(x) and x.lengths() is None:  # no gaps between sequences
         return x.values(), x.offsets()
     parts = x.unbind()
     return torch.cat(parts), torch.tensor([0, *(part.shape[0] for part in parts)], device=x.device).cumsum(0)

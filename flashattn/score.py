@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, ForwardRef, NamedTuple, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -52,8 +52,9 @@ class Score(NamedTuple):
         """(batch, seq_q, seq_k); of packed sequences their number and the largest possible lengths."""
         if self.cu_seqlens is None:
             return q.shape[0], q.shape[2], k.shape[2]
-        longest = min(self.max_seqlen_q, q.shape[2]), min(self.max_seqlen_k, k.shape[2])
-        return self.cu_seqlens.shape[1] - 1, *longest
+        assert self.max_seqlen_q is not None
+        assert self.max_seqlen_k is not None
+        return self.cu_seqlens.shape[1] - 1, min(self.max_seqlen_q, q.shape[2]), min(self.max_seqlen_k, k.shape[2])
 
     def bounds(self, seq_q: int, seq_k: int) -> tuple[int | None, int | None]:
         """(first, last): query i attends to keys i + first <= j <= i + last; None is no limit."""
@@ -89,10 +90,14 @@ class ScoreOptions(TypedDict, total=False):
 
 def read_annotations(settings: type) -> dict[str, str]:
     """{name: its annotation as text} of the fields of a class of this file."""
-    return {name: getattr(hint, "__forward_arg__", hint) for name, hint in settings.__annotations__.items()}
+    hints = settings.__annotations__.items()
+    return {name: hint.__forward_arg__ if isinstance(hint, ForwardRef) else hint for name, hint in hints}
 
 
-def list_options(call: Callable) -> Callable:
+Call = TypeVar("Call", bound=Callable)
+
+
+def list_options(call: Call) -> Call:
     """A decorator for a call with **options: Unpack[ScoreOptions], which names them in its signature."""
     signature = inspect.signature(call)
     *own, _ = signature.parameters.values()
@@ -100,7 +105,9 @@ def list_options(call: Callable) -> Callable:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in read_annotations(ScoreOptions).items()
     )
-    call.__signature__ = signature.replace(parameters=[*own, *shared])
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]  # which inspect looks for
+        parameters=[*own, *shared]
+    )
     return call
 
 

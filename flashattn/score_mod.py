@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -60,7 +60,7 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     """
     closure = Closure(function)
     key = None if closure.key is None else (closure.key, scores)
-    if (traced := _traces.get(key)) is not None:
+    if key is not None and (traced := _traces.get(key)) is not None:
         return traced
     with no_compilation(), trace_lock:
         if key in _traces:
@@ -131,7 +131,9 @@ def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tupl
     return _make_pointwise(name, module.graph, scores, tuple(captured))
 
 
-def _make_fx(name: str, function: Callable, examples: list[Tensor], mode: str = "real") -> fx.GraphModule:
+def _make_fx(
+    name: str, function: Callable, examples: list[Tensor], mode: Literal["real", "fake"] = "real"
+) -> fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
@@ -179,12 +181,12 @@ def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
     return tuple(captured)
 
 
-def trace_for(name: str, function: Callable, scores: int, device: torch.device) -> Traced | Callable:
+def trace_for(name: str, function: object, scores: int, device: torch.device) -> Traced:
     """A callable for a call on tensors of this device; itself in what Dynamo traces, which traces it then."""
     if not callable(function):
         raise TypeError(f"{name} must be a callable, got {type(function).__name__}")
     if torch.compiler.is_dynamo_compiling():
-        return function
+        return function  # type: ignore[return-value]  # there only `mods_in_graph.call` gets it
     return move_numbers(name, trace(name, function, scores), device)
 
 
@@ -250,7 +252,7 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
     list_ones = torch.ops.flashattn.list_blocks if torch.compiler.is_dynamo_compiling() else _densify
     partial = list_ones(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = list_ones(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
     mask = trace_for("block_mask.mask_mod", block_mask.mask_mod, 0, device)
     return BlockMask(mask, partial, full, block_q, block_k)

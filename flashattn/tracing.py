@@ -4,11 +4,14 @@ they may read, what they must pass on to the dispatcher, and what they have to r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable)
 
 
 def is_traced() -> bool:
@@ -38,7 +41,9 @@ def has_no_subclass(*tensors: Tensor | None) -> bool:
 def choose_path(*inputs: Tensor | None) -> tuple[bool, bool]:
     """(whether a call on these must pass through the dispatcher, whether it needs a gradient otherwise). The first is
     no None."""
-    dispatched, requires_grad = must_dispatch() or inputs[0].is_meta, False
+    first = inputs[0]
+    assert first is not None
+    dispatched, requires_grad = must_dispatch() or first.is_meta, False
     for x in inputs:  # a loop: this is the path that is counted in microseconds
         if x is None:
             continue
@@ -61,9 +66,9 @@ def keep_from_dynamo(function: Callable) -> Callable:
     return _disable_dynamo(function)
 
 
-def mark_constant(function: Callable) -> Callable:
+def mark_constant(function: Function) -> Function:
     """`torch.compiler.assume_constant_result` without its import of torch._dynamo: a graph holds the result."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # which Dynamo looks for
     return function
 
 

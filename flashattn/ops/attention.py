@@ -65,12 +65,9 @@ def flatten_mods(score: Score) -> tuple:
 def unflatten(flat: Sequence) -> tuple[Score, str]:
     """(score, backend) from the arguments of an operator."""
     fields, (backend, *blocks, captured, mod, mask_captured, mask) = flat[:SCORE_FIELDS], flat[SCORE_FIELDS:]
-    score = Score(
-        *fields,
-        score_mod=None if mod is None else Traced(mod_text.read(mod), tuple(captured)),
-        block_mask=None if mask is None else BlockMask(Traced(mod_text.read(mask), tuple(mask_captured)), *blocks),
-    )
-    return score, backend
+    score_mod = None if mod is None else Traced(mod_text.read(mod), tuple(captured))
+    block_mask = None if mask is None else BlockMask(Traced(mod_text.read(mask), tuple(mask_captured)), *blocks)
+    return Score._make((*fields, score_mod, block_mask)), backend
 
 
 def has_mods(score: Score) -> bool:
@@ -205,7 +202,8 @@ def _(q, k, v, *flat):
 
 @torch.library.register_fake("flashattn::attention_forward")
 def _(q, k, v, *flat):
-    score, backend = Score(*flat[:SCORE_FIELDS], score_mod=flat[-3]), flat[SCORE_FIELDS]  # text: reading it takes long
+    fields, backend, mod = flat[:SCORE_FIELDS], flat[SCORE_FIELDS], flat[-3]
+    score = Score._make((*fields, mod, None))  # with the text: reading it takes long
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
     rest = lse.new_empty(q.shape[:3] if BACKENDS[backend].has_rest(q, score) else 0)
     return new_result(q, v.shape[-1], score.cu_seqlens is not None), lse, rest

@@ -48,6 +48,7 @@ def step(
     """(out, lse) of checked inputs; the score is still to be checked. In a graph lengths and pages are those of the
     time when it runs."""
     if not tracing.is_traced():
+        assert not isinstance(cache, PagedKVCache)
         tracing.refuse_capture("cache", NOT_CAPTURED)
         return run_step(q, cache, (cache.k, cache.v), k, v, rotary, score, backend)
     owner, sequences = (cache.cache, cache.sequences) if isinstance(cache, PagedBatch) else (cache, None)
@@ -111,7 +112,7 @@ def run(
     q: Tensor, cached: CacheView, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, score: Score, backend: str
 ) -> tuple[Tensor, Tensor]:
     verbs = BACKENDS[backend]
-    if k is not None:
+    if k is not None and v is not None:
         q = verbs.append(q, k, v, cached, score.q_lengths, rotary)
     elif rotary is not None:  # q belongs to the last keys of the cache
         starts = cached.lengths - (q.shape[2] if score.q_lengths is None else score.q_lengths)
@@ -133,7 +134,7 @@ def flatten_rotary(rotary: Rotary | None) -> tuple:
 
 
 def unflatten_rotary(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rotary | None:
-    return None if cos is None else Rotary(cos, sin, interleaved)
+    return None if cos is None or sin is None else Rotary(cos, sin, interleaved)
 
 
 def _check_starts(starts: Tensor, most: int) -> None:
@@ -159,6 +160,7 @@ def _(x, *_):
 @implement("decode")
 def _(q, k_cache, v_cache, k, v, page_table, starts, longest, cos, sin, interleaved, *flat):
     score, backend = Score(*flat[:SCORE_FIELDS]), flat[SCORE_FIELDS]
+    assert score.kv_lengths is not None
     capacity = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
     _check_starts(starts, capacity - (0 if k is None else k.shape[2]))
     if page_table is not None:
@@ -177,9 +179,13 @@ def _(q, k_cache, v_cache, *_):
 @implement("step")
 def _(q, k_cache, v_cache, k, v, number, sequences, cos, sin, interleaved, *flat):
     tracing.refuse_capture("cache", NOT_CAPTURED)
-    cache = caches.find_cache(int(number))
-    if isinstance(cache, PagedKVCache):
-        cache = cache.select(cache.sequences if sequences is None else sequences)
+    found = caches.find_cache(int(number))
+    cache: KVCache | PagedBatch
+    if isinstance(found, PagedKVCache):
+        cache = found.select(found.sequences if sequences is None else sequences)
+    else:
+        assert isinstance(found, KVCache)
+        cache = found
     arguments.check_batch(q, cache)
     rotary = unflatten_rotary(cos, sin, interleaved)
     score, backend = Score(*flat[:SCORE_FIELDS]), flat[SCORE_FIELDS]

@@ -94,11 +94,14 @@ def differentiate(ctx, grad_y, grad_hidden, *_) -> tuple[Tensor | None, ...]:
     grad_x, grad_residual, grad_weight, grad_bias = norm_backward(
         grad_y, grad_hidden, saved, ctx.x_dtype, None if same else ctx.residual_dtype, ctx.norm, ctx.backend
     )
-    if ctx.residual_dtype is None:
-        grad_residual = None
-    elif same:
+    if same:
         grad_residual = grad_x
-    return grad_x, grad_residual, None if weight is None else grad_weight, None if bias is None else grad_bias
+    return (
+        grad_x,
+        None if ctx.residual_dtype is None else grad_residual,
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+    )
 
 
 def norm_backward(
