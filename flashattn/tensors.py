@@ -16,11 +16,9 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def as_rows(x: Tensor | None) -> Tensor | None:
+def as_rows(x: Tensor) -> Tensor:
     """A view of x as (n0, n1, n2, width), its leading dimensions merged in row-major order; unused ones have size 1
     and come last. Copied once if three are not enough or its last dimension is not contiguous."""
-    if x is None:
-        return None
     if x.is_contiguous():
         return x.view(-1, 1, 1, x.shape[-1]) if x.numel() else x.reshape(0, 1, 1, x.shape[-1])
     x = last_dim_contiguous(x)

@@ -58,7 +58,7 @@ def unavailable_reason(name: str, device: torch.device | str, *dtypes: torch.dty
     return None if limit is None or head_dim <= limit else f"it does not take a head_dim over {limit}"
 
 
-HEAD_DIM_LIMITS = sorted({b.CAPABILITIES.max_head_dim for b in BACKENDS.values()} - {None})
+HEAD_DIM_LIMITS = sorted({n for b in BACKENDS.values() if (n := b.CAPABILITIES.max_head_dim) is not None})
 
 
 def choose(device: torch.device, *dtypes: torch.dtype, head_dim: int = 1) -> str:

@@ -104,7 +104,7 @@ def engine_backward(
     *gradients, grad_bias = ops.attention_backward.default(
         grad_out, grad_lse, *saved, *score[:SCORE_FIELDS], with_grad_bias
     )
-    return *gradients, None if grad_bias is None else grad_bias.to(score.bias.dtype)
+    return *gradients, None if grad_bias is None or score.bias is None else grad_bias.to(score.bias.dtype)
 
 
 attention_stats, has_rest = reference.attention_stats, reference.has_rest

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..protocol import Saved
 from ..reference.scores import Block, Keys, is_set, slice_queries
 from ..score import Score
+from ..score_mod import BlockMask
 
 QUERIES = 256  # at a time
 
@@ -33,19 +34,22 @@ def supports(score: Score) -> bool:
 
 def split_queries(score: Score, shape: tuple[int, int, int, int]) -> Iterator[Part]:
     """The queries of a call of this (batch, heads, seq_q, seq_k) in parts; one without keys has an empty slice."""
-    seq_q, seq_k = shape[2:]
+    (seq_q, seq_k), blocks = shape[2:], score.block_mask
+    assert blocks is not None
     for start in range(0, seq_q, QUERIES):
         queries = slice(start, min(start + QUERIES, seq_q))
-        active = score.block_mask.select_keys(queries, seq_k)
+        active = blocks.select_keys(queries, seq_k)
         keys = slice(int(active[0]), int(active[-1]) + 1) if active.numel() else slice(0, 0)
-        yield Part(queries, keys, make_part_score(score, shape, queries, keys))
+        yield Part(queries, keys, make_part_score(score, blocks, shape, queries, keys))
 
 
-def make_part_score(score: Score, shape: tuple[int, int, int, int], queries: slice, keys: slice) -> Score:
+def make_part_score(
+    score: Score, blocks: BlockMask, shape: tuple[int, int, int, int], queries: slice, keys: slice
+) -> Score:
     seq_q, seq_k = shape[2:]
-    positions = torch.arange(keys.start, keys.stop, device=score.block_mask.partial.device)
+    positions = torch.arange(keys.start, keys.stop, device=blocks.partial.device)
     block = Block(shape, queries, Keys(positions, positions))
-    mask = score.block_mask.attend_mask(*block.indices)
+    mask = blocks.attend_mask(*block.indices)
     mask = mask.expand(*mask.shape[:2], queries.stop - queries.start, keys.stop - keys.start)
     if score.mask is not None:
         mask = mask & is_set(slice_keys(slice_queries(score.mask, queries), keys))
@@ -90,21 +94,21 @@ def backward(
     """`run`: the engine's backward. In float32, since the gradients of the parts are summed."""
     dtypes = [x.dtype for x in saved[:3]]
     q, k, v, out, grad_out = (x.float() for x in (*saved[:4], grad_out))
-    bias = score.bias
+    bias, grad_bias = score.bias, None
     if bias is not None:
         score = score._replace(bias=bias.float())
+        grad_bias = q.new_zeros(bias.shape) if with_grad_bias else None
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
-    grad_bias = q.new_zeros(bias.shape) if with_grad_bias else None
     for i, j, part in split_queries(score, (*q.shape[:3], k.shape[2])):
         if j.start == j.stop:
             continue
-        statistics = (x[:, :, i].contiguous() for x in (saved.lse, saved.rest))
-        own = Saved(q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], *statistics)
+        lse, rest = saved.lse[:, :, i].contiguous(), None if saved.rest is None else saved.rest[:, :, i].contiguous()
+        own = Saved(q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], lse, rest)
         of_lse = None if grad_lse is None else grad_lse[:, :, i]
         grad_q[:, :, i], part_k, part_v, part_bias = run(grad_out[:, :, i], of_lse, own, part, with_grad_bias)
         grad_k[:, :, j] += part_k
         grad_v[:, :, j] += part_v
-        if with_grad_bias:
+        if grad_bias is not None:
             slice_keys(slice_queries(grad_bias, i), j).add_(part_bias)
-    gradients = (x.to(dtype) for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
-    return *gradients, grad_bias.to(bias.dtype) if with_grad_bias else None
+    grad_q, grad_k, grad_v = (x.to(dtype) for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
+    return grad_q, grad_k, grad_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)

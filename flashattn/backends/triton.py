@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.backward import StatsPointers
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
-    from ..kernels.pages import page_table_arg
+    from ..kernels.pages import PageTable, page_table_arg
     from ..kernels.precision import input_precision
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, score_tensor_arg
@@ -77,7 +78,10 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def on_tensor_device(verb):
+Verb = TypeVar("Verb", bound=Callable)
+
+
+def on_tensor_device(verb: Verb) -> Verb:
     """Launch on the GPU the tensors are on: Triton launches on the current one."""
 
     @functools.wraps(verb)
@@ -87,7 +91,7 @@ def on_tensor_device(verb):
         with torch.cuda.device(x.device):
             return tune.call(verb, x, *args)
 
-    return guarded
+    return guarded  # type: ignore[return-value]  # of the same signature
 
 
 REFUSED_DTYPES = {torch.float64: "it does not take float64"}
@@ -137,7 +141,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         alibi_slopes=slopes,
         alibi_stride=None if slopes is None else slopes.stride(0) * (slopes.shape[0] > 1),
         mask=None if mask is None else score_tensor_arg(mask.view(torch.uint8)),
-        bias=score_tensor_arg(score.bias),
+        bias=None if score.bias is None else score_tensor_arg(score.bias),
         sinks=contiguous(score.sinks),
         dropout=dropout_arg(score.dropout_p, score.seed),
         cu_seqlens=score.cu_seqlens,
@@ -277,7 +281,7 @@ def launch_backward(
                 heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, heads_arg(grad_k),
                 heads_arg(grad_v), *args, **meta,
             )  # fmt: skip
-    if not with_grad_bias:
+    if not with_grad_bias or score.bias is None:
         return grad_q, grad_k, grad_v, None
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
     meta = attention_meta("backward_q", q, v, score)
@@ -299,7 +303,9 @@ attention_stats = reference.attention_stats
 
 @on_tensor_device
 def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
-    return rotate_and_store(x, None, None, None, starts, counts, rotary)
+    turned = rotate_and_store(x, None, None, None, starts, counts, rotary)
+    assert turned is not None
+    return turned
 
 
 @on_tensor_device
@@ -310,7 +316,7 @@ def append(q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | 
     for x, to in ((whole.k, cached.k), (whole.v, cached.v)):
         if x is not to:
             to.copy_(x)
-    return q if rotary is None else turned
+    return q if turned is None else turned
 
 
 def rotate_and_store(
@@ -319,7 +325,9 @@ def rotate_and_store(
 ) -> Tensor | None:  # fmt: skip
     """One launch: returns q rotated, and stores k, rotated, and v in the cache, each if given."""
     q, k, v = (None if x is None else last_dim_contiguous(x) for x in (q, k, v))
-    batch, head_dim = starts.shape[0], (k if q is None else q).shape[3]
+    given = k if q is None else q
+    assert given is not None
+    batch, head_dim = starts.shape[0], given.shape[3]
     heads, seq_q = (0, 0) if q is None else q.shape[1:3]
     kv_heads, seq_new, head_dim_v = (0, 0, 1) if v is None else v.shape[1:]
     turned = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -329,7 +337,7 @@ def rotate_and_store(
     programs = configs.cdiv(seq, block_rows) * (heads + 2 * kv_heads) * batch
     if not programs:
         return turned
-    caches = None, None, None
+    caches: tuple[Heads | None, Heads | None, PageTable | None] = None, None, None
     if cached is not None:
         caches = heads_arg(cached.k), heads_arg(cached.v), page_table_arg(cached.page_table, cached.k.shape[2])
     args = None
@@ -425,14 +433,14 @@ def norm_backward(
     grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None, norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    hidden, weight, bias, mean, rstd = saved
+    hidden, weight, bias, _, rstd = saved
     width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
     grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
     heads = norm_parameter_heads(weight, bias)
     hidden_arg, grad_arg, weight_arg = row_arg(hidden), row_arg(grad_y), contiguous(weight)
-    mean = mean if norm.center else None
-    means, tile = (None, None), configs.norm_tile("backward", width)
+    mean, tile = saved.mean if norm.center else None, configs.norm_tile("backward", width)
+    means: tuple[Tensor | None, Tensor | None] = None, None
     if row_count and not tile.single:
         means = None if mean is None else torch.empty_like(mean), torch.empty_like(rstd)
         one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
@@ -453,7 +461,8 @@ def norm_backward(
             row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
             norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **norm_meta(tile, norm),
         )  # fmt: skip
-    return grad_x, grad_residual, *sum_parts(parts, (weight, bias))
+    grad_weight, grad_bias = sum_parts(parts, (weight, bias))
+    return grad_x, grad_residual, grad_weight, grad_bias
 
 
 def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:

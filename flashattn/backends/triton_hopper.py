@@ -39,8 +39,8 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
         return None
     if not all(copyable(x) for x in (q, k, v, *others)):
         return None
-    row = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes_tiles(score))
-    row = tune.row_for(direction, q, v, score, row)
+    usual = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes_tiles(score))
+    row = tune.row_for(direction, q, v, score, usual)
     if not isinstance(row, Roles):
         return None
     blocks = score.block_mask

@@ -18,6 +18,7 @@ from .norm import norm_backward, norm_forward
 from .stats import attention_stats
 
 __all__ = [
+    "CAPABILITIES",
     "append",
     "attention_stats",
     "backward",
@@ -29,6 +30,7 @@ __all__ = [
     "norm_forward",
     "rotate",
     "store",
+    "unavailable_reason",
 ]
 
 CAPABILITIES = Capabilities(refused_dtypes={}, max_head_dim=None)

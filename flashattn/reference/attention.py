@@ -45,9 +45,9 @@ class PackedSequence(NamedTuple):
         )  # fmt: skip
 
 
-def unpack_sequences(score: Score) -> Iterator[PackedSequence]:
+def unpack_sequences(cu_seqlens: Tensor) -> Iterator[PackedSequence]:
     tracing.refuse_capture("cu_seqlens", "without the triton backend it is read back")
-    starts_q, starts_k = score.cu_seqlens.tolist()
+    starts_q, starts_k = cu_seqlens.tolist()
     ranges = zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
     for batch, (queries, keys) in enumerate(ranges):
         yield PackedSequence(batch, slice(*queries), slice(*keys))
@@ -58,6 +58,7 @@ def dropout_multiplier(score: Score, block: Block, first_batch: int, dtype: torc
     of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
         return 1.0
+    assert score.seed is not None
     (batch, heads, seq_q, seq_k), device = block.shape, block.keys.positions.device
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) + first_batch * heads
     i = torch.arange(seq_q, device=device)[block.queries].view(-1, 1)
@@ -99,7 +100,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
         return forward_dense(q, k, v, score)
     out, lse = new_result(q, v.shape[-1], True), new_lse(q, score, accumulate_dtype(q))
     rest = torch.zeros_like(lse)
-    for one in unpack_sequences(score):
+    for one in unpack_sequences(score.cu_seqlens):
         own = (q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], one.own_score(score))
         results = forward_dense(*own, one.batch)
         out[:, :, one.queries], lse[:, :, one.queries], rest[:, :, one.queries] = results
@@ -132,19 +133,22 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """With the weights p, dropped to p', and dp' = grad_out v^T: ds = p * (dp - rowsum(p * dp) + grad_lse)."""
     q, k, v = saved[:3]
-    grad_bias = torch.zeros_like(score.bias, dtype=accumulate_dtype(q)) if with_grad_bias else None
+    bias, grad_bias = score.bias if with_grad_bias else None, None
+    if bias is not None:
+        grad_bias = torch.zeros_like(bias, dtype=accumulate_dtype(q))
     if score.cu_seqlens is None:
         gradients = backward_dense(grad_out, grad_lse, q, k, v, score, grad_bias, grad_captured)
     else:
-        gradients = tuple(new_result(x, x.shape[-1], True) for x in (q, k, v))
-        for one in unpack_sequences(score):
+        grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], True) for x in (q, k, v))
+        gradients = grad_q, grad_k, grad_v
+        for one in unpack_sequences(score.cu_seqlens):
             i, j = one.queries, one.keys
             of_lse = None if grad_lse is None else grad_lse[:, :, i]
             own = (grad_out[:, :, i], of_lse, q[:, :, i], k[:, :, j], v[:, :, j], one.own_score(score))
             results = backward_dense(*own, one.slice_scores(grad_bias), grad_captured, one.batch)
             for total, part, result in zip(gradients, (i, j, j), results, strict=True):
                 total[:, :, part] = result
-    return *gradients, grad_bias.to(score.bias.dtype) if with_grad_bias else None
+    return *gradients, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 
 @autocast.off

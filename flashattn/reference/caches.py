@@ -56,7 +56,7 @@ def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     out = new_result(q, cached.v.shape[3], True)
     lse = torch.full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q), device=q.device)
     tracing.refuse_capture("cache_seqlens", "without the triton backend it is read back")
-    lengths = score.kv_lengths.tolist()
+    lengths = cached.lengths.tolist()
     counts = [q.shape[2]] * len(lengths) if score.q_lengths is None else score.q_lengths.tolist()
     for batch, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         own = PackedSequence(batch, slice(0, count), slice(0, length)).own_score(score)

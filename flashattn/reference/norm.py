@@ -15,6 +15,7 @@ def dropout(x: Tensor, norm: Norm) -> Tensor:
     """x (rows, width) with elements dropped where 31 random bits are below p * 2**31, the others scaled up."""
     if norm.dropout_p == 0:
         return x
+    assert norm.seed is not None
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     cols = torch.arange(x.shape[1], device=x.device)[None, :]
     keep = philox(norm.seed.view(()), cols, rows)[0] >> 1 >= dropout_threshold(norm.dropout_p)
@@ -37,10 +38,11 @@ def norm_forward(
     if residual is not None:
         hidden = hidden + residual.reshape(-1, width).to(dtype)
     hidden = hidden.to(hidden_dtype).to(dtype)  # the rounded h is normalised
-    mean = hidden.mean(-1) if norm.center else None
-    if norm.center:  # the mean of the residuals corrects a rounded sum: of equal numbers the mean is that number
-        mean = mean + (hidden - mean[:, None]).mean(-1)
-    centered = hidden - mean[:, None] if norm.center else hidden
+    mean, centered = None, hidden
+    if norm.center:
+        mean = hidden.mean(-1)
+        mean = mean + (hidden - mean[:, None]).mean(-1)  # corrects a rounded sum: the mean of equal numbers is theirs
+        centered = hidden - mean[:, None]
     rstd = torch.rsqrt(centered.square().mean(-1) + norm.eps)
     y = centered * rstd[:, None]
     if weight is not None:

@@ -13,8 +13,8 @@ def philox(seed: int | Tensor, *counter: Tensor, rounds: int = 10) -> tuple[Tens
     """
     mask = 0xFFFFFFFF
     key_0, key_1 = seed & mask, seed >> 32 & mask
-    words = torch.broadcast_tensors(*(c & mask for c in counter))
-    c_0, c_1, c_2, c_3 = (*words, *[torch.zeros_like(words[0])] * (4 - len(words)))
+    words = list(torch.broadcast_tensors(*(c & mask for c in counter)))
+    c_0, c_1, c_2, c_3 = words + [torch.zeros_like(words[0])] * (4 - len(words))
     for _ in range(rounds):
         product_0, product_2 = c_0 * 0xD2511F53, c_2 * 0xCD9E8D57  # wraps, but keeps the low 64 bits
         c_0, c_1, c_2, c_3 = (

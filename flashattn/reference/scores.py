@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,7 +110,9 @@ def compute_scores(q: Tensor, k: Tensor, score: Score, block: Block) -> tuple[Te
     score_mod captured to `totals`."""
     _, _, seq_q, seq_k = block.shape
     _, _, i, j = block.indices
-    scores, dscore, vjp_of_mod = q[:, :, block.queries] @ k.mT * score.scale, 1.0, None
+    scores = q[:, :, block.queries] @ k.mT * score.scale
+    dscore: Tensor | float = 1.0
+    vjp_of_mod: Vjp | None = None
     if score.softcap is not None:
         tanh = torch.tanh(scores / score.softcap)
         scores, dscore = score.softcap * tanh, 1 - tanh * tanh
@@ -146,18 +148,18 @@ def apply_score_mod(
         result, gradients = apply_where(attends)(mod, scores, indices)
 
     def vjp(gradient: Tensor, totals: list[Tensor | None]) -> Tensor:
-        needed = [n for n, total in enumerate(totals) if total is not None]
-        of_scores, *of_captured = gradients(gradient, needed)
+        needed = {n: total for n, total in enumerate(totals) if total is not None}
+        of_scores, *of_captured = gradients(gradient, list(needed))
         if not all(x.isfinite().all() for x in of_captured):  # 0 * inf
-            _, *of_captured = apply_where(attends)(mod, scores, indices)[1](gradient, needed)
-        for n, x in zip(needed, of_captured, strict=True):
-            totals[n] += x
+            _, *of_captured = apply_where(attends)(mod, scores, indices)[1](gradient, list(needed))
+        for total, x in zip(needed.values(), of_captured, strict=True):
+            total.add_(x)
         return torch.where(gradient == 0, 0, of_scores)
 
     return result, vjp
 
 
-Gradients = Callable[[Tensor, list[int]], list[Tensor]]
+Gradients = Callable[[Tensor, list[int]], Sequence[Tensor]]
 
 
 def apply_everywhere(mod: Traced, scores: Tensor, indices: tuple[Tensor, ...]) -> tuple[Tensor, Gradients]:
@@ -168,7 +170,7 @@ def apply_everywhere(mod: Traced, scores: Tensor, indices: tuple[Tensor, ...]) -
         inputs += [x.detach().requires_grad_(x.is_floating_point()) for x in mod.captured]
         result = mod.graph.forward(inputs[0], *indices, *inputs[1:]).to(scores.dtype).broadcast_to(scores.shape)
 
-    def gradients(gradient: Tensor, needed: list[int]) -> list[Tensor]:
+    def gradients(gradient: Tensor, needed: list[int]) -> Sequence[Tensor]:
         of = [inputs[0], *(inputs[n + 1] for n in needed)]
         if not result.requires_grad:
             return [torch.zeros_like(x) for x in of]
