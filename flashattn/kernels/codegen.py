@@ -10,7 +10,7 @@ import hashlib
 import linecache
 import math
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -137,7 +137,9 @@ class TritonCodegen(NamedTuple):
 
     def expression(self, node: fx.Node) -> str:
         """One operation."""
-        operation, arguments = node.target, node.args
+        operation = node.target
+        arguments: tuple[Any, ...] = node.args  # the operation's schema says what each is
+        options: dict[str, Any] = node.kwargs
         if operation in PASSTHROUGH:
             return self.value(arguments[0])
         if operation in CONSTANTS:
@@ -145,7 +147,7 @@ class TritonCodegen(NamedTuple):
         if operation in FILLED:
             return self.constant(arguments[FILLED[operation]], node.meta["val"].dtype)
         if operation is aten._to_copy.default:
-            dtype = node.kwargs.get("dtype")
+            dtype = options.get("dtype")
             return self.value(arguments[0]) if dtype is None else f"({self.value(arguments[0])}).to({TYPES[dtype]})"
         if operation is aten.index.Tensor:
             return self.indexed(*arguments)
@@ -158,9 +160,9 @@ class TritonCodegen(NamedTuple):
             return self.power(*arguments)
         if operation is aten.pow.Scalar:
             return f"tl.exp2({math.log2(arguments[0])} * {self.value(arguments[1])})"
-        if operation is aten.div.Tensor_mode and node.kwargs.get("rounding_mode") == "floor":
+        if operation is aten.div.Tensor_mode and options.get("rounding_mode") == "floor":
             return f"floor_divide({self.value(arguments[0])}, {self.value(arguments[1])})"
-        if operation not in EXPRESSIONS or node.kwargs.get("alpha", 1) != 1:
+        if operation not in EXPRESSIONS or options.get("alpha", 1) != 1:
             raise TypeError(f"{self.name} uses {operation}, which the triton backend cannot generate")
         return EXPRESSIONS[operation].format(*map(self.value, arguments))
 
@@ -255,7 +257,8 @@ def jit(name: str, graph: fx.Graph, captured: tuple[Tensor, ...]) -> triton.JITF
     return _functions[code]
 
 
-_mods: weakref.WeakKeyDictionary[fx.GraphModule, tuple] = weakref.WeakKeyDictionary()
+_mods: weakref.WeakKeyDictionary[fx.GraphModule, tuple[triton.JITFunction, triton.JITFunction]]
+_mods = weakref.WeakKeyDictionary()  # a score_mod and its derivative
 
 
 def mod_arg(mod: Traced | None) -> ModArgs | None:
@@ -264,8 +267,9 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
         return None
     with trace_lock:
         if mod.graph not in _mods:
-            dscore = in_clean_thread(derivative, mod.graph, mod.captured)
-            _mods[mod.graph] = tuple(jit("score_mod", graph, mod.captured) for graph in (mod.graph.graph, dscore))
+            graphs = mod.graph.graph, in_clean_thread(derivative, mod.graph, mod.captured)
+            value, dscore = (jit("score_mod", graph, mod.captured) for graph in graphs)
+            _mods[mod.graph] = value, dscore
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
 
 
@@ -302,8 +306,9 @@ def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
     # Only shape and dtype of captured tensors matter: nothing is copied from a GPU.
     examples += [torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape) for x in captured]
     traced = make_fx(dscore)(*examples)
-    decompositions = core_aten_decompositions()
-    traced = make_fx(torch.func.functionalize(traced), decomposition_table=decompositions)(*examples)
+    functional = torch.func.functionalize(traced)
+    table = core_aten_decompositions()
+    traced = make_fx(functional, decomposition_table=table)(*examples)  # type: ignore[arg-type]  # of wider keys
     for node, wanted in zip([n for n in traced.graph.nodes if n.op == "placeholder"], names, strict=True):
         node.name = wanted
     traced.graph.eliminate_dead_code()

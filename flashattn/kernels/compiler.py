@@ -69,7 +69,7 @@ def faults() -> list[str]:
     return found
 
 
-class VersionIndependent:
+class VersionIndependent(JITFunction):
     """A kernel that is launched the same way by every version of Triton."""
 
     def run(self, *args, **options):
@@ -77,7 +77,9 @@ class VersionIndependent:
         return super().run(*args, enable_fp_fusion=True, **options)
 
 
-class Kernel(VersionIndependent, JITFunction):
+class Kernel(VersionIndependent):
+    compile: Callable
+
     def create_binder(self):
         binder = super().create_binder()
         if ADDS_FENCES:
@@ -130,7 +132,7 @@ def stage_hook(hook: Callable) -> Iterator[None]:
 
 def fence_hook(backend=None, stages: dict | None = None, *_) -> tuple[str, str] | None:
     """Triton's hook: changes the stages of a compilation or, called without any, returns its part of the cache key."""
-    if backend is None:
+    if backend is None or stages is None:
         return "flashattn-fences-2", "flashattn-fences-2"
     make_ttgir = stages["ttgir"]
     if backend.target.backend == "cuda" and backend.target.arch in range(90, 120):

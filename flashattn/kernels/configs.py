@@ -27,6 +27,9 @@ class TileConfig(NamedTuple):
     stages: int
 
 
+# The largest head_dim, and bytes per element or how float32 is multiplied, of the calls that take the tiles.
+TileRow = tuple[int, int | str, TileConfig]
+
 # Shared memory that a block may use, in bytes. Triton does not check it when it compiles.
 # NVIDIA: CUDA C++ Programming Guide, table of compute capabilities. AMD: the LDS of a workgroup, from the ISA manuals.
 SHARED_MEMORY = {
@@ -42,7 +45,7 @@ FAMILY = {
     "gfx90a": "amd", "gfx942": "amd", "gfx950": "amd", "gfx1100": "amd", "gfx1201": "amd",
 }  # fmt: skip
 
-ATTENTION = {
+ATTENTION: dict[str, dict[str, list[TileRow]]] = {
     "forward": {
         "sm_80": [
             (64, 2, TileConfig(128, 128, 8, 2)),
@@ -159,7 +162,7 @@ ATTENTION = {
 
 # For calls that change scores or weights by more than a scale and positions, which needs registers: smaller tiles,
 # where those above would spill in their loop over full tiles.
-CHANGED_SCORES = {
+CHANGED_SCORES: dict[str, dict[str, list[TileRow]]] = {
     "forward": {"sm_80": [(64, 2, TileConfig(128, 64, 8, 3)), (128, 2, TileConfig(128, 32, 8, 2))]},
     "backward_q": {"sm_80": [(64, 2, TileConfig(128, 64, 8, 3)), (128, 2, TileConfig(64, 32, 4, 2))]},
     "backward_kv": {
@@ -230,7 +233,7 @@ HOPPER_CANDIDATES = {
 }  # fmt: skip
 # A decode pass: programs are many and short, and memory is the limit, so three stages load two tiles while one is used.
 # The bits of a result depend on SPLITS, as on SPLIT_KEYS in decode.py.
-DECODE = [
+DECODE: list[TileRow] = [
     (128, 2, TileConfig(16, 64, 4, 3)),
     (256, 2, TileConfig(16, 32, 4, 3)),
     (256, 4, TileConfig(16, 16, 4, 3)),

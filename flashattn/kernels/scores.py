@@ -38,10 +38,8 @@ class ScoreTensor(NamedTuple):
     stride_k: tl.tensor
 
 
-def score_tensor_arg(x: Tensor | None) -> ScoreTensor | None:
+def score_tensor_arg(x: Tensor) -> ScoreTensor:
     """A tensor of four dimensions, each that of the scores or 1, as an argument of a kernel."""
-    if x is None:
-        return None
     return ScoreTensor(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 

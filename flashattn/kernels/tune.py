@@ -14,9 +14,9 @@ import contextlib
 import os
 import statistics
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import triton
@@ -78,7 +78,7 @@ def neighbours(row: TileConfig) -> list[TileConfig]:
         if min(m, n) >= SMALLEST and max(m, n) <= LARGEST
     ]
     changes = {tiles: sum(a != b for a, b in zip(tiles, row, strict=True)) for tiles in around}
-    return sorted((tiles for tiles, n in changes.items() if 1 <= n <= 2), key=changes.get)
+    return sorted((tiles for tiles, n in changes.items() if 1 <= n <= 2), key=changes.__getitem__)
 
 
 @contextlib.contextmanager
@@ -151,11 +151,11 @@ def forced(direction: str, tiles: Row) -> Iterator[None]:
 
 
 def search_call(
-    call: Callable[[], tuple[Tensor | None, ...]], direction: str, row: Row, candidates: list[Row], expected: tuple
+    call: Callable[[], tuple[Tensor | None, ...]], direction: str, row: Row, candidates: Sequence[Row], expected: tuple
 ) -> Found:
     """The best tiles of one pass of a call, whose results with the row are `expected`."""
 
-    def with_tiles(tiles: Row) -> Callable[[], object]:
+    def with_tiles(tiles: Row) -> Callable[[], tuple[Tensor | None, ...]]:
         def run():
             with forced(direction, tiles):
                 return call()
@@ -181,7 +181,8 @@ def search_call(
 def is_same(results: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> bool:
     """Whether two results differ only by rounding, in every element: of itself and of the tensor's root mean square,
     since a tile left out or read too early is off by as much. Infinities must be in the same places; NaN is wrong."""
-    return all(y is None or are_close(x, y) for x, y in zip(results, expected, strict=True))
+    pairs = zip(results, expected, strict=True)
+    return all(y is None or (x is not None and are_close(x, y)) for x, y in pairs)
 
 
 def are_close(x: Tensor, y: Tensor) -> bool:
@@ -222,7 +223,7 @@ class Unknown(NamedTuple):
     """A kind without a choice: its row, and the candidates."""
 
     row: Row
-    candidates: list[Row]
+    candidates: Sequence[Row]
 
 
 _chosen: dict[tuple, Row] = {}  # by kind
@@ -230,6 +231,10 @@ _unknown: ContextVar[dict[tuple, Unknown] | None] = ContextVar("unknown", defaul
 _searching = threading.Lock()  # one search at a time: others would share the GPU with it
 
 
+@overload
+def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: TileConfig) -> TileConfig: ...
+@overload
+def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Roles) -> Row: ...
 def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row:
     """The row for a pass: forced by a search, or chosen by one, else that of the table. A forced TileConfig selects the
     plain kernel; where the plain kernel runs anyway, a forced row of HOPPER is ignored."""
@@ -244,7 +249,7 @@ def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row
     return _chosen.get(kind, row)
 
 
-def candidates(direction: str, head_dim: int, row: Row) -> list[Row]:
+def candidates(direction: str, head_dim: int, row: Row) -> Sequence[Row]:
     """The rows to time against a row."""
     if isinstance(row, TileConfig):
         return neighbours(row)
