@@ -237,6 +237,8 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None:
         if k is None:
             raise ValueError("k must be given with rotary_cos: rotary positions are those of new tokens")
+        if rotary_sin is None:
+            raise ValueError("rotary_sin must be given with rotary_cos, got None")
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
         positions = cached.longest - new + max(seq_q, new)  # there may be more queries than new keys
         arguments.check_rotary(rotary, q, positions)
@@ -248,7 +250,7 @@ def flash_attn_with_kvcache(
     )._replace(kv_lengths=cached.lengths)  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v_cache.shape[3]))
     refuse_derivatives_and_onnx(q, k_cache, v_cache, k, v, *(rotary or ()))
-    if rotary is not None and not causal and window == (None, None):
+    if rotary is not None and k is not None and not causal and window == (None, None):
         q = _rotate_at_cache_end(q, cached.starts, rotary, backend)
         k = rotate(k, cached.starts, rotary, backend)
         rotary = None

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..attention import attention
-from ..auxiliary import AuxOutput
+from ..auxiliary import AuxOutput, read_request
 from ..errors import as_torch_raises
 from .layout import follow
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+    from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from ..auxiliary import AuxRequest
 
 
 @as_torch_raises
@@ -29,8 +32,8 @@ def flex_attention(
     return_lse: bool = False,
     kernel_options: dict | None = None,
     *,
-    return_aux: AuxRequest | None = None,
-) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
+    return_aux: AuxRequest | FlexAuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Tensor | AuxOutput]:
     """PyTorch's call: softmax(score_mod(scale * query key^T)) value, where block_mask attends.
 
     Args:
@@ -57,9 +60,10 @@ def flex_attention(
         raise ValueError(f"key must have query's {query.shape[1]} heads without enable_gqa, got {key.shape[1]}")
     if key.dim() == value.dim() == query.dim() == 4 and key.shape[0] == 1 < query.shape[0]:
         key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
+    request = None if return_aux is None else read_request(return_aux, return_lse)
     result = attention(
         query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, return_lse=return_lse,
-        return_aux=return_aux,
+        return_aux=request,
     )  # fmt: skip
     if isinstance(result, tuple):
         return follow(result[0], query), result[1]

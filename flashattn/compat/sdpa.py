@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from . import layout, sdpa_provider  # noqa: F401  (the provider registers its n
 original = torch.nn.functional.scaled_dot_product_attention
 
 # Whether 3-D results keep the memory layout of the query; 4-D results always do.
-FOLLOWS_3D = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
+FOLLOWS_3D = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
 
 
 @as_torch_raises
@@ -64,13 +65,16 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask must be None where is_causal is True, as PyTorch has it")
     if torch.onnx.is_in_onnx_export():  # ONNX has PyTorch's own call only
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    is_bias = isinstance(attn_mask, CausalBias)  # a subclass that is handled here
-    subclasses = [x for x in (query, key, value, None if is_bias else attn_mask) if _has_override(x)]
+    causal_bias = attn_mask if isinstance(attn_mask, CausalBias) else None  # a subclass that is handled here
+    others = (query, key, value, attn_mask if causal_bias is None else None)
+    subclasses = [x for x in others if _has_override(x)]
     if subclasses:
-        options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-        return _call_override(subclasses, query, key, value, attn_mask, **options)
-    lower_right = is_bias and attn_mask.variant == CausalVariant.LOWER_RIGHT
-    if is_bias:
+        return _call_override(
+            subclasses, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa,
+        )  # fmt: skip
+    lower_right = causal_bias is not None and causal_bias.variant == CausalVariant.LOWER_RIGHT
+    if causal_bias is not None:
         is_causal, attn_mask = True, None
     if dropout_p == 1:  # nothing is left
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa) * 0
@@ -87,8 +91,8 @@ def scaled_dot_product_attention(
     elif is_causal:
         k, v = k[:, :, :seq_q], v[:, :, :seq_q]  # no query attends to keys past the last query
         window = (None, seq_q - k.shape[2])  # relative to our diagonal, which is aligned bottom-right
-    options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
-    out = attention(q, k, v, window=window, dropout_p=dropout_p, scale=scale, **options)
+    mask, bias = _mask_and_bias(mask)
+    out = attention(q, k, v, window=window, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
     dims = len(leading) + 2
     if query.dim() == dims == 4:
         return layout.follow(out, query)
@@ -97,7 +101,7 @@ def scaled_dot_product_attention(
     return out.reshape(*leading, seq_q, v.shape[-1])
 
 
-def _has_override(x) -> bool:
+def _has_override(x) -> TypeGuard[Tensor]:
     """Whether x is a subclass whose __torch_function__ PyTorch would call."""
     if not isinstance(x, Tensor) or not arguments.overrides_functions(x) or x.is_nested:
         return False
@@ -115,8 +119,12 @@ def _attend_nested(q, k, v, mask, dropout_p: float, is_causal: bool, lower_right
     """Attention of nested tensors (batch, heads, seq, head_dim)."""
     if is_causal and not lower_right and not _has_same_lengths(q, k):
         raise ValueError("key must have query's lengths where is_causal is True and they are nested")
-    options = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
-    return attention(q, k, v, causal=is_causal, dropout_p=dropout_p, scale=scale, **options)
+    mask, bias = _mask_and_bias(mask)
+    return attention(q, k, v, causal=is_causal, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (attn_mask, None) if attn_mask is None or attn_mask.dtype == torch.bool else (None, attn_mask)
 
 
 def _has_same_lengths(q: Tensor, k: Tensor) -> bool:
@@ -159,7 +167,9 @@ def _choose_split(leading: torch.Size, mask: Tensor | None) -> int:
     """How many leading dimensions to merge into the batch (the others become the heads), so that the mask broadcasts
     along all or none of each group; all but the last if no number does."""
     last = len(leading) - 1
-    for split in range(last, 0, -1) if mask is not None else ():
+    if mask is None:
+        return last
+    for split in range(last, 0, -1):
         parts = (mask.shape[:split], leading[:split]), (mask.shape[split:-2], leading[split:])
         if all(of_mask == full or math.prod(of_mask) == 1 for of_mask, full in parts):
             return split

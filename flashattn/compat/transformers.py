@@ -15,6 +15,7 @@ from .. import backends, tracing
 from ..attention import attention, attention_varlen
 
 NAME = "flashattn"
+CHECK = "_check_and_adjust_attn_implementation"  # a method of transformers' models
 
 
 def register() -> None:
@@ -41,7 +42,7 @@ def _accept_name(model: type) -> None:
     """Have transformers use NAME as it is. It assumes that a name with "flash" in it is a package with flash_attn's
     calls: it would look for ours on its hub, and choose another for a model that lists compatible packages
     (gpt-oss)."""
-    original = model._check_and_adjust_attn_implementation
+    original = getattr(model, CHECK)
     if getattr(original, "accepts", None) == NAME:
         return
 
@@ -49,8 +50,8 @@ def _accept_name(model: type) -> None:
     def check(self, attn_implementation, *args, **kwargs):
         return NAME if attn_implementation == NAME else original(self, attn_implementation, *args, **kwargs)
 
-    check.accepts = NAME
-    model._check_and_adjust_attn_implementation = check
+    check.accepts = NAME  # type: ignore[attr-defined]  # a mark for the next call
+    setattr(model, CHECK, check)
 
 
 def attention_mask(
@@ -117,21 +118,29 @@ def attention_forward(
         backends.warn_once(
             f'attn_implementation="{NAME}" has no output_attentions: weights are never formed ("eager" has)'
         )
-    options = dict(softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None:
         if position_bias is not None:
             raise ValueError("position_bias must be None in a packed batch: its positions are those of a padded one")
-        packed = (x[0].transpose(0, 1) for x in (query, key, value))
+        if cu_seq_lens_k is None:
+            raise ValueError("cu_seq_lens_k must be given with cu_seq_lens_q, got None")
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = None if sliding_window is None else (sliding_window - 1, None)
-        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return attention_varlen(*packed, *lengths, causal=causal, window=window, **options)[None], None
+        out = attention_varlen(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal=causal, window=window,
+            dropout_p=dropout, softcap=softcap, sinks=s_aux, scale=scaling,
+        )  # fmt: skip
+        return out[None], None
     mask, bias = attention_mask, position_bias
     if mask is not None and mask.dtype != torch.bool:  # a custom mask, which is additive
-        mask, bias = None, mask if bias is None else bias + mask
+        bias = mask if bias is None else bias + mask
+        mask = None
     if bias is not None:
         bias = bias.to(query.dtype)
     # A mask includes causality and the window. Without one, the window is not shorter than the keys.
     causal = causal and attention_mask is None
-    out = attention(query, key, value, causal=causal, mask=mask, bias=bias, **options)
+    out = attention(
+        query, key, value, causal=causal, mask=mask, bias=bias, dropout_p=dropout, softcap=softcap, sinks=s_aux,
+        scale=scaling,
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None

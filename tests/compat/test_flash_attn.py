@@ -193,6 +193,10 @@ WRONG = {
         "k_cache must have q's batch 1, got 0",
     ),
     "only_k": (lambda: flash_attn.flash_attn_with_kvcache(X, X, X, X), "k and v must be given together"),
+    "only_cos": (
+        lambda: flash_attn.flash_attn_with_kvcache(X, X, X, X[:, :1], X[:, :1], X[0, :, 0, :4], cache_seqlens=1),
+        "rotary_sin must be given with rotary_cos",
+    ),
     "dropout": (lambda: flash_attn.flash_attn_func(X, X, X, dropout_p=1.0), r"dropout_p must be in \[0, 1\), got 1.0"),
     "rows": (
         lambda: flash_attn.flash_attn_with_kvcache(X, X, X, cache_batch_idx=torch.zeros(1, 1).int()),

@@ -133,6 +133,12 @@ def test_packed_by_cu_seq_lens(name):
     assert_same(ours, (logits, {n: sum(gradients[n] for _, gradients in each) for n in ours[1]}))
 
 
+def test_cu_seq_lens_are_given_together():
+    x, starts = torch.zeros(1, 2, 5, 8), torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_k must be given with cu_seq_lens_q"):
+        compat.attention_forward(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=starts)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "bert"])
 def test_generation_as_eager(name, cache):
