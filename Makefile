@@ -19,7 +19,7 @@ help:
 	@echo "make mutants  plants known faults and runs the tests that have to find them (ARGS='-k word' for some)"
 	@echo "make matrix every kernel on every supported version of Triton, $(firstword $(TRITONS)) to $(lastword $(TRITONS))"
 	@echo "make roles  every case table through the kernels for Hopper, on the oldest and the newest Triton: two hours"
-	@echo "make lint   ruff, rules and format, and clang-format"
+	@echo "make lint   ruff, rules and format, mypy on the package, and clang-format"
 	@echo "make bench  attention and the CPU engine against PyTorch, the long lists, with a plot in bench/out/"
 	@echo "make sanitize  the CPU engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make torch-versions  the engine built with the oldest PyTorch, run with the newest, and the other way round"
@@ -82,6 +82,7 @@ $(VENV)/triton/%: | $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
 
 bench: $(READY)
@@ -119,4 +120,4 @@ torch-versions: $(READY)
 	rm -rf build/torch
 
 clean:
-	rm -rf $(VENV) build *.egg-info flashattn/*.so flashattn/no_engine.txt bench/out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info flashattn/*.so flashattn/no_engine.txt bench/out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -36,6 +36,7 @@ SLOW = {
     "operators/test_ops.py": ("test_compile_equals_eager",),
     "package/test_command_line.py": (),
     "package/test_install.py": (),
+    "package/test_types.py": (),
     "ptx/test_counts.py": ("test_decoding_moves_the_cache_once",),
     "ptx/test_kernels.py": ("test_matmul",),
     "ptx/test_rings.py": (),
