@@ -149,7 +149,8 @@ def score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, PAR
     v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, PARTIAL)
     dp = tl.dot(own.grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
-        dp *= dropout_multipliers(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)
+        head = at.batch * at.heads + at.head
+        dp *= dropout_multipliers(score, head, queries, start_n, shape.BLOCK_N, shape.BLOCK_N)
     return p * (dp - own.stats.delta[:, None]), dscore
 
 
@@ -229,7 +230,7 @@ def accumulate_dkv(grads, own, q, grad_out, rows, score, at, start_m, shape: tl.
     dropped = p
     if score.dropout is not None:
         head = at.batch * at.heads + at.head
-        kept = tl.trans(dropout_multipliers(score.dropout, head, queries, own.start, shape.BLOCK_N))
+        kept = tl.trans(dropout_multipliers(score, head, queries, own.start, shape.BLOCK_N, shape.BLOCK_M))
         dropped = p * kept
     grad_v = tl.dot(dropped.to(do_tile.dtype), do_tile, grads.v, input_precision=score.precision)
     dp = tl.dot(own.v, tl.trans(do_tile), input_precision=score.precision)

@@ -1,4 +1,4 @@
-"""Compiler options that all kernels share, and workarounds for two compiler bugs.
+"""Compiler options that all kernels share, and workarounds for three compiler bugs.
 
 The first: Triton puts no `fence.proxy.async` between a pipelined loop's `cp.async` and the tensor-core instruction
 (`wgmma`, `tcgen05.mma`) that reads the copy, before 3.7.1 never (pytorch/pytorch#181248, triton-lang/triton#9610,
@@ -14,6 +14,13 @@ memory of k: wrong results, or an illegal access. An H100 showed it and the mach
 that of k's descriptor, since the copy of its register is missing. There `configs.attention_cols` widens v.
 `bench/descriptors.py` finds such a descriptor in machine code; `tests/kernels/test_compiled.py` checks every kernel
 with it, and shows the bug where nothing is widened.
+
+The third: before 3.8 Triton lays an operand of `mma` out for elements of half the width that a tensor load in its
+computation has, if a `tl.join` is there too (triton-lang/triton#10645): a byte's kWidth is then 8. A product along 16
+elements has too few for four threads of 8, so it sums some twice and leaves others out. Dropout joins its random
+numbers, and masks are bytes: with both, all tiles along 16 keys or queries gave wrong results, which is every call on
+GPUs of the small tiles. `dropout.hide_join` keeps the join from that search; the PTX machine shows the bug without it
+(`tests/kernels/every_triton.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from triton.runtime.jit import JITFunction
 # By triton.__version__, which is 3.7.0+git... in a nightly build of 3.7.0.
 LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None  # all of them
 ADDS_FENCES = True
+WIDENS_JOINS = re.match(r"3\.[67]\.", triton.__version__) is not None
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$")
 FENCE = "ttng.fence_async_shared"
 # A fence after a wait must come before the next product, which may read the copy, or the end of the block.
@@ -65,6 +73,12 @@ def faults() -> list[str]:
             f"Triton {triton.__version__} calls ptxas {knobs.nvidia.ptxas.version}, which loses addresses on sm_90 "
             "where head_dim_v is below 64 and below head_dim: flashattn's kernels avoid it. triton>=3.8 brings a newer "
             "one."
+        )
+    if WIDENS_JOINS:
+        found.append(
+            f"Triton {triton.__version__} gives wrong results on NVIDIA GPUs before Hopper and on Blackwell's consumer "
+            "GPUs for a tl.dot along 16 elements whose operand depends on a tl.join and on bytes "
+            "(triton-lang/triton#10645): flashattn's kernels avoid it. triton>=3.8 is right."
         )
     return found
 

@@ -10,6 +10,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from . import compiler
+
+WIDENS_JOINS = tl.constexpr(compiler.WIDENS_JOINS)
+
 
 class DropoutArgs(NamedTuple):
     seed: tl.tensor  # pointer to one int64
@@ -42,8 +46,19 @@ def multiplier_of_bits(args, bits):
 
 
 @triton.jit
-def dropout_multipliers(args, head, queries, start_n, BLOCK_N: tl.constexpr):
-    """The factors of the weights (queries, BLOCK_N keys) of a head."""
+def hide_join(x):
+    """x, by way of an operation that Triton does not look past for a join (`compiler.py`)."""
+    return tl.max(x[:, :, None], 2)
+
+
+@triton.jit
+def dropout_multipliers(score, head, queries, start_n, BLOCK_N: tl.constexpr, K: tl.constexpr):
+    """The factors of the weights (queries, BLOCK_N keys) of a head, which are summed along K of either in products."""
+    args = score.dropout
     quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     a, b, c, d = random_words(args, head, queries[:, None], quarters)
-    return multiplier_of_bits(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+    multipliers = multiplier_of_bits(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+    LOADS_BYTES: tl.constexpr = score.mask is not None or score.score_mod is not None or score.blocks is not None
+    if WIDENS_JOINS and LOADS_BYTES and K < 32:
+        multipliers = hide_join(multipliers)
+    return multipliers

@@ -77,7 +77,8 @@ def attend_tile(state, q, k, v, score, at, start_m, start_n, shape: tl.constexpr
     p, alpha, m_i, l_i = fold_tile(products, state.m_i, state.l_i, score, at, tile, PARTIAL)
     if score.dropout is not None:
         queries = start_m + tl.arange(0, shape.BLOCK_M)
-        p *= dropout_multipliers(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)
+        head = at.batch * at.heads + at.head
+        p *= dropout_multipliers(score, head, queries, start_n, shape.BLOCK_N, shape.BLOCK_N)
     v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, PARTIAL)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=score.precision)
     return Softmax(acc, m_i, l_i)

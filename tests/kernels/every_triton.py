@@ -11,13 +11,14 @@ import flashattn
 from bench import ptx
 from bench.ptx import Fault
 from flashattn.backends import triton_hopper
-from flashattn.kernels import compiler, configs, forward
+from flashattn.kernels import compiler, configs, dropout, forward
 from flashattn.score_mod import read_block_mask, trace
 from tests.attention import cases, decode_cases, packed_cases
 from tests.attention.truth import Case
 from tests.compat import flex_cases
 from tests.kernels import compile_cases
 from tests.norm import cases as norm_cases
+from tests.planting import plant
 from tests.ptx import rings as ptx_rings
 from tests.ptx.text import STRICT
 
@@ -31,6 +32,8 @@ LENGTHS = Case(
     kv_lengths=(165,), q_lengths=(30,),
 )  # fmt: skip
 PACKED = Case("packed", heads=1, kv_heads=1, **SIZES, window=(309, 9), mask="qk", slopes="h", dropout_p=0.2, scale=0.2)
+# On the small tiles: a byte and a join in the computation of an operand, along 16 keys or queries.
+BYTES_AND_JOINS = Case("bytes_and_joins", heads=1, kv_heads=1, seq_q=40, seq_k=50, **SIZES, mask="qk", dropout_p=0.2)
 
 
 ONLY_COMPILED = pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
@@ -62,6 +65,11 @@ def test_packed_sequences(gpu):
 @ON_SM_90
 def test_score_mod_and_block_mask(gpu):
     flex_cases.check_gradients(BF16, "relative_bias", "documents", "triton")
+
+
+@pytest.mark.parametrize("gpu", ["sm_89"], indirect=True)
+def test_dropout_and_masks_on_small_tiles(gpu):
+    cases.check(BYTES_AND_JOINS, BF16, "triton")
 
 
 def test_compile_callables_that_capture_nothing_for_sm_90():
@@ -135,6 +143,16 @@ def test_the_fault_is_there_without_fences(monkeypatch):
         pytest.raises(Fault, match=r"no fence.proxy.async since the write"),
     ):
         flashattn.attention(q, k, v)
+
+
+@pytest.mark.skipif(not compiler.WIDENS_JOINS, reason="this Triton lays operands out right")
+def test_the_fault_is_there_where_the_join_shows(monkeypatch, tmp_path):
+    shown = plant(dropout, tmp_path, ("multipliers = hide_join(multipliers)", "pass"))
+    imported = f"from .{shown.__name__.rpartition('.')[2]} import dropout_multipliers"
+    planted = plant(forward, tmp_path, ("from .dropout import dropout_multipliers", imported))
+    monkeypatch.setattr(forward, "attention_forward", planted.attention_forward)
+    with ptx.device("sm_89"), pytest.raises(AssertionError, match="out: .* error"):
+        cases.check(BYTES_AND_JOINS, BF16, "triton")
 
 
 def test_no_launch_warns(gpu, recwarn):

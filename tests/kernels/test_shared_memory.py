@@ -113,7 +113,8 @@ FEATURES = {
 }
 SAMPLES = [
     ("sm_80", 64, torch.bfloat16, "bias, mask, dropout"), ("sm_80", 256, torch.bfloat16, "plain"),
-    ("sm_89", 128, torch.float32, "bias"), ("sm_90", 64, torch.bfloat16, "bias"),
+    ("sm_89", 128, torch.float32, "bias"), ("sm_89", 64, torch.bfloat16, "bias, mask, dropout"),
+    ("sm_90", 64, torch.bfloat16, "bias"),
     ("sm_90", 64, torch.bfloat16, "score_mod"), ("sm_90", 128, torch.bfloat16, "bias, mask, dropout"),
     ("sm_90", 256, torch.bfloat16, "bias of keys, mask"), ("sm_100", 128, torch.bfloat16, "bias, mask, dropout"),
     ("gfx942", 128, torch.bfloat16, "bias, mask, dropout"),
