@@ -17,7 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = {"sm_80": "passed for sm_80", "sm_89": "passed for sm_89", "sm_90": "passed for sm_90", "gfx942": "compiled for gfx942"}
+COLUMNS = {
+    "sm_80": "passed for sm_80",
+    "sm_89": "passed for sm_89",
+    "sm_90": "passed for sm_90",
+    "gfx942": "compiled for gfx942",
+}
 
 
 class Outcome(NamedTuple):

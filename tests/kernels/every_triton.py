@@ -151,7 +151,7 @@ def test_the_fault_is_there_where_the_join_shows(monkeypatch, tmp_path):
     imported = f"from .{shown.__name__.rpartition('.')[2]} import dropout_multipliers"
     planted = plant(forward, tmp_path, ("from .dropout import dropout_multipliers", imported))
     monkeypatch.setattr(forward, "attention_forward", planted.attention_forward)
-    with ptx.device("sm_89"), pytest.raises(AssertionError, match="out: .* error"):
+    with ptx.device("sm_89"), pytest.raises(AssertionError, match=r"out: .* error"):
         cases.check(BYTES_AND_JOINS, BF16, "triton")
 
 

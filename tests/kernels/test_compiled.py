@@ -32,12 +32,25 @@ from tests.kernels.compile_cases import (  # noqa: E402
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 
+SPILLS_COUNT = ("sm_80", "sm_90")
+
+
 def in_roles(kernels) -> list[str]:
     return [kernel.name.removesuffix("_hopper") for kernel in kernels if kernel.name.endswith("_hopper")]
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Those whose spills count at every head_dim, the others at two of them.
+HEAD_DIMS = {
+    "sm_80": (16, 64, 128, 256), "sm_90": (64, 128, 256), "sm_100": (16, 128), "sm_120": (64, 256),
+    "gfx942": (64, 256), "gfx950": (16, 128),
+}  # fmt: skip
+
+
+def each_with_its(table: dict[str, tuple]) -> list[tuple]:
+    return [(architecture, value) for architecture, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize("architecture, head_dim", each_with_its(HEAD_DIMS))
 def test_attention(architecture, head_dim):
     usual = head_dim in (64, 128) and architecture in ("sm_80", "sm_90")
     check(compile_attention(architecture, head_dim), spills=not usual)
@@ -57,8 +70,10 @@ def test_who_serves_hopper():
     assert serves("sm_90", 44) == serves("sm_90", 64, torch.float32) == serves("sm_100", 64) == {False}
 
 
-@pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 2, 1, 1, 100), (2, 2, 2, 100, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape, lengths", [((1, 1, 1, 1, 1), False), ((1, 1, 1, 1, 1), True), ((2, 2, 1, 1, 100), True),
+    ((2, 2, 2, 100, 1), False)], ids=str,
+)  # fmt: skip
 def test_sizes_of_one(shape, lengths):
     """Triton folds a constant 1 into the kernel, unless told not to; the assembler crashed on what came of it."""
     torch.use_deterministic_algorithms(False)
@@ -73,8 +88,12 @@ def test_sizes_of_one(shape, lengths):
     check(kernels)
 
 
-@pytest.mark.parametrize("features", [{}, dict(dropout_p=0.1, seed=torch.tensor(5))], ids=["plain", "dropout"])
-@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 16), (24, 9), (128, 32)])
+DROPOUT = dict(dropout_p=0.1, seed=torch.tensor(5))
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, features", [(64, 16, {}), (64, 16, DROPOUT), (24, 9, DROPOUT), (128, 32, {})], ids=str
+)
 def test_narrow_values(head_dim, head_dim_v, features):
     check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
 
@@ -106,17 +125,19 @@ def test_a_length_compiles_nothing_new():
 
 
 @pytest.mark.parametrize(
-    "options", [{"causal": False}, {"lengths": True}, {"window": 512}, {"dtype": torch.float16}], ids=str
-)
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_attention_spills_nothing(architecture, head_dim, options):
+    "options, head_dims",
+    [({"causal": False}, (64, 128)), ({"lengths": True}, (128, 64)), ({"window": 512}, (64, 128)),
+     ({"dtype": torch.float16}, (128, 64))], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("architecture", SPILLS_COUNT)
+def test_attention_spills_nothing(architecture, head_dims, options):
+    head_dim = head_dims[SPILLS_COUNT.index(architecture)]
     check(compile_attention(architecture, head_dim, **options), spills=False)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("architecture, feature", list(zip(["sm_80", "gfx942"] * 3, FEATURES, strict=True)))
 def test_features(architecture, feature):
+    """On sm_90 they are in roles."""
     check(compile_attention(architecture, 64, **FEATURES[feature]))
 
 
@@ -127,35 +148,36 @@ def test_features_in_roles(feature):
     check(kernels[:3], spills=False)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_all_features_at_once(architecture):
     every = {name: value for options in FEATURES.values() for name, value in options.items()}
     check(compile_attention(architecture, 128, lengths=True, window=100, **every))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("architecture, head_dim", [("sm_80", 128), ("sm_90", 64), ("gfx942", 64)])
 def test_packed_sequences(architecture, head_dim):
     check_packed_sequences(architecture, head_dim)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("what", ["score_mod", "block_mask", "both"])
+@pytest.mark.parametrize(
+    "architecture, what",
+    [("sm_80", "score_mod"), ("sm_90", "score_mod"), ("sm_80", "block_mask"), ("gfx942", "both")],
+)
 def test_score_mod_and_block_mask(architecture, what):
     check_score_mod_and_block_mask(architecture, what)
 
 
-SPILLS_COUNT = ("sm_80", "sm_90")
-
-
 def decoded() -> list[tuple]:
-    """For GPUs whose spills count, every call in bfloat16. For the others, and in float32, each feature on each GPU, so
-    that every GPU, feature and dtype meets pages and rows."""
-    rows = [(a, x, torch.bfloat16, paged) for a in SPILLS_COUNT for x in DECODING for paged in (False, True)]
+    """For GPUs whose spills count, every feature in bfloat16, with pages or rows in turn. For the others, and in
+    float32, two features on each GPU, so that every feature and dtype meets pages and rows."""
+    rows = []
     for n, (architecture, features) in enumerate(itertools.product(ARCHITECTURES, DECODING)):
         number, place = divmod(n, len(DECODING))
-        dtype = torch.float32 if architecture in SPILLS_COUNT or (number + place) % 2 else torch.bfloat16
-        rows.append((architecture, features, dtype, bool((number // 2 + place) % 2)))
+        if architecture in SPILLS_COUNT:
+            rows.append((architecture, features, torch.bfloat16, bool((number + place) % 2)))
+        if place != number % len(DECODING):
+            dtype = torch.float32 if architecture in SPILLS_COUNT or place % 2 else torch.bfloat16
+            rows.append((architecture, features, dtype, bool((number // 2 + place) % 2)))
     return rows
 
 
@@ -169,13 +191,12 @@ def test_attention_on_smaller_gpus(architecture):
     check(compile_attention(architecture, 128))
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120", "gfx942"])  # each table of 16-bit tiles
+@pytest.mark.parametrize("architecture", ["sm_120", "gfx942"])  # on others the PTX machine runs them
 def test_attention_padded_head_dims(architecture):
     check(compile_attention(architecture, 40, head_dim_v=72))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture, head_dim", [("sm_80", 64), ("sm_90", 128)])
 def test_attention_float32_spills_nothing(architecture, head_dim):
     """Full float32 has no matrix instruction on NVIDIA GPUs (tf32 keeps 10 bits of the fraction)."""
     check(compile_attention(architecture, head_dim, torch.float32), tensor_cores=False, spills=False)
@@ -186,20 +207,21 @@ def test_attention_float32_fits(architecture):
     check(compile_attention(architecture, 256, torch.float32), tensor_cores=False)
 
 
-WIDTHS = {  # every width where spills count, two on each other GPU: all four on NVIDIA's and on AMD's
-    "sm_80": (64, 1000, 4096, 40000), "sm_90": (64, 1000, 4096, 40000), "sm_100": (64, 40000), "sm_120": (1000, 4096),
-    "gfx942": (1000, 40000), "gfx950": (64, 4096),
+WIDTHS = {  # of which sm_80 and sm_90 must spill at none
+    "sm_80": (64, 4096, 40000), "sm_90": (1000, 40000), "sm_120": (4096,), "gfx942": (1000,), "gfx950": (40000,),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture, width", [(a, width) for a in ARCHITECTURES for width in WIDTHS[a]])
+@pytest.mark.parametrize("architecture, width", each_with_its(WIDTHS))
 def test_norms(architecture, width):
     check_norms(architecture, width)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "architecture, center, dtype",
+    [("sm_80", True, torch.float32), ("sm_90", True, torch.bfloat16), ("sm_90", False, torch.float32),
+     ("gfx942", True, torch.float32)], ids=str,
+)  # fmt: skip
 def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
     torch.use_deterministic_algorithms(False)
     norm = Norm(center, 1e-5)
@@ -216,9 +238,10 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
         assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "architecture, center, dtype",
+    [("sm_80", True, torch.bfloat16), ("sm_90", True, torch.float32), ("sm_90", False, torch.bfloat16)], ids=str,
+)  # fmt: skip
 def test_two_programs_with_a_row_of_16384_run_at_a_time(architecture, center, dtype):
     x, weight = torch.empty(2, 16384, dtype=dtype), torch.empty(16384, dtype=dtype)
     with compiled.compile_for(architecture) as kernels:

@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant(
         "dQ forgets dropout",
         "flashattn/kernels/backward.py",
-        "dp *= dropout_multipliers(score.dropout, at.batch * at.heads + at.head, queries, start_n, shape.BLOCK_N)",
+        "dp *= dropout_multipliers(score, head, queries, start_n, shape.BLOCK_N, shape.BLOCK_N)",
         "dp *= 1.0",
         ("tests/attention/test_attention.py::test_against_float64[dropout-torch.float32-triton]",),
         interpreted=True,
