@@ -29,6 +29,13 @@ BLOCKS = "Tensor? partial, Tensor? full, SymInt? block_q, SymInt? block_k"
 MODS = "Tensor[] captured, str? score_mod, Tensor[] mask_captured, str? mask_mod"
 SCORE = f"{operator_schema(Score)}, str backend, {BLOCKS}, {MODS}"
 
+# Positions in these arguments: of two fields from the start, of the callables from the end.
+BIAS, SINKS = Score._fields.index("bias"), Score._fields.index("sinks")
+CAPTURED, MOD, MASK_CAPTURED, MASK = range(-4, 0)
+
+QKV = 3  # the tensors before these arguments in attention_forward
+SAVED_TENSORS = 8  # of both autograd functions, before the captured ones: q, k, v, out, lse, rest, bias, sinks
+
 torch.library.define(
     "flashattn::attention_forward",
     f"(Tensor q, Tensor k, Tensor v, {SCORE}) -> (Tensor out, Tensor lse, Tensor rest)",
@@ -118,6 +125,9 @@ def replace_trained(score: Score, bias: Tensor | None, sinks: Tensor | None) -> 
     return score._replace(bias=bias, sinks=sinks)
 
 
+BIAS_INPUT, INPUTS = 3, 7  # of q, k, v, bias, sinks, score and backend, which precede the captured tensors
+
+
 class FlashAttention(torch.autograd.Function):
     """The operator's shortcut past the dispatcher."""
 
@@ -131,13 +141,13 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: 8 + ctx.captured]
+        q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: SAVED_TENSORS + ctx.captured]
         tracing.refuse_tangents(grad_out, grad_lse)
         if grad_out is None and grad_lse is None:
-            return (None,) * (7 + len(captured))
+            return (None,) * (INPUTS + len(captured))
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         score = replace_trained(ctx.score, bias, sinks)
-        needed = bias is not None and ctx.needs_input_grad[3], ctx.needs_input_grad[7:]
+        needed = bias is not None and ctx.needs_input_grad[BIAS_INPUT], ctx.needs_input_grad[INPUTS:]
         *gradients, grad_bias, grad_sinks, grad_captured = call_backward(
             grad_out, grad_lse, Saved(q, k, v, out, lse, rest), score, ctx.backend, *needed
         )
@@ -202,7 +212,7 @@ def _(q, k, v, *flat):
 
 @torch.library.register_fake("flashattn::attention_forward")
 def _(q, k, v, *flat):
-    fields, backend, mod = flat[:SCORE_FIELDS], flat[SCORE_FIELDS], flat[-3]
+    fields, backend, mod = flat[:SCORE_FIELDS], flat[SCORE_FIELDS], flat[MOD]
     score = Score._make((*fields, mod, None))  # with the text: reading it takes long
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
     rest = lse.new_empty(q.shape[:3] if BACKENDS[backend].has_rest(q, score) else 0)
@@ -220,19 +230,16 @@ def _set_up_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[2])
 
 
-BIAS, SINKS = Score._fields.index("bias"), Score._fields.index("sinks")
-
-
 def _backward(ctx, grad_out, grad_lse, _):
-    q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: 8 + ctx.captured]
+    q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: SAVED_TENSORS + ctx.captured]
     no_mask_captured = [None] * len(ctx.mask_captured)
     grad_settings: list = [None] * len(ctx.settings)
     if grad_out is None and grad_lse is None:
         return None, None, None, *grad_settings, [None] * ctx.captured, None, no_mask_captured, None
     settings = [*ctx.settings]
     settings[BIAS], settings[SINKS] = bias, sinks
-    with_grad_bias = bias is not None and ctx.needs_input_grad[3 + BIAS]
-    with_grad_captured = list(ctx.needs_input_grad[-4])
+    with_grad_bias = bias is not None and ctx.needs_input_grad[QKV + BIAS]
+    with_grad_captured = list(ctx.needs_input_grad[CAPTURED])
     *gradients, grad_bias, grad_sinks, grad_captured = torch.ops.flashattn.attention_backward.default(
         torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias,
         with_grad_captured, *settings, captured, ctx.mod, ctx.mask_captured, ctx.mask,
@@ -262,7 +269,7 @@ def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_cap
 
 @torch.library.register_fake("flashattn::attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
-    score, captured = Score(*flat[:SCORE_FIELDS]), flat[-4]
+    score, captured = Score(*flat[:SCORE_FIELDS]), flat[CAPTURED]
     packed = score.cu_seqlens is not None
     needed = (score.bias if with_grad_bias else None, score.sinks)
     others = (lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in needed)
