@@ -68,7 +68,7 @@ class BuildPackage(build_py):
             )
 
 
-def why_no_engine() -> str | None:
+def find_build_problem() -> str | None:
     """Why this machine cannot build the smallest of extensions with the engine's flags; None where it can. Past that,
     an engine that does not compile is an error."""
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -100,7 +100,7 @@ ENGINE = Extension(
     language="c++",
     depends=sources(),
 )
-NO_ENGINE = why_no_engine()
+NO_ENGINE = find_build_problem()
 
 setup(
     ext_modules=[] if NO_ENGINE else [ENGINE],  # none: a wheel for any platform

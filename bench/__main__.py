@@ -177,8 +177,8 @@ def run_cpu(args) -> int:
     if args.list:
         print("\n".join(f"{case.name}, {case.dtype}" for case in cases))
         return 0
-    if flashattn.backends.cpu.missing:
-        print(f"error: {flashattn.backends.cpu.missing}", file=sys.stderr)
+    if flashattn.backends.cpu.missing_reason:
+        print(f"error: {flashattn.backends.cpu.missing_reason}", file=sys.stderr)
         return 1
     keep_memory_warm()
     ceilings = cpu.measure_ceilings()

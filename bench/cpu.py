@@ -101,10 +101,10 @@ def forward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], c
         q, k, v = make_inputs(d, shape, shape, shape)
         return attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, is_causal=causal), causal=causal)
 
-    return Case(f"forward {name}", dtype, target, attention_flops(shape, causal), "GFLOP/s", prepare)
+    return Case(f"forward {name}", dtype, target, count_attention_flops(shape, causal), "GFLOP/s", prepare)
 
 
-def attention_flops(shape: tuple[int, ...], causal: bool) -> float:
+def count_attention_flops(shape: tuple[int, ...], causal: bool) -> float:
     batch, heads, seq, head_dim = shape
     return 4 * batch * heads * seq**2 * head_dim * (0.5 if causal else 1)
 
@@ -133,7 +133,7 @@ def backward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], 
             grad,
         )
 
-    return Case(f"backward {name}", dtype, target, 2.5 * attention_flops(shape, causal), "GFLOP/s", prepare)
+    return Case(f"backward {name}", dtype, target, 2.5 * count_attention_flops(shape, causal), "GFLOP/s", prepare)
 
 
 def strided_case(dtype: str, shape: tuple[int, ...]) -> Case:
@@ -144,7 +144,7 @@ def strided_case(dtype: str, shape: tuple[int, ...]) -> Case:
         views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
         return attention_calls(*views, lambda: flashattn.attention(q, k, v))
 
-    return Case("strided, to contiguous", dtype, 0.95, attention_flops(shape, False), "GFLOP/s", prepare)
+    return Case("strided, to contiguous", dtype, 0.95, count_attention_flops(shape, False), "GFLOP/s", prepare)
 
 
 def decode_case(dtype: str, target: float, seq: int, folded: bool = False) -> Case:
@@ -248,7 +248,7 @@ def threads_case(dtype: str, target: float, shape: tuple[int, ...]) -> Case:
         return attention_calls(q, k, v, lambda: on(1))._replace(ours=lambda: on(every))
 
     name = f"{torch.get_num_threads()} threads, to one"
-    return Case(name, dtype, target, attention_flops(shape, False), "GFLOP/s", prepare)
+    return Case(name, dtype, target, count_attention_flops(shape, False), "GFLOP/s", prepare)
 
 
 # ------------------------------------------------------------------------------------------------ norms

@@ -42,8 +42,8 @@ def main() -> None:
             runs += f", instruction set {cpu.isa()}"
         note = runs if usable else reasons[device.type]
         print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
-    for fault in triton.compiler_faults():
-        print(f"\n{fault}")
+    for bug in triton.list_compiler_bugs():
+        print(f"\n{bug}")
     forced = os.environ.get("FLASHATTN_BACKEND")
     try:
         chosen = choose(device, torch.float32)

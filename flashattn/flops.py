@@ -11,13 +11,13 @@ from .score import SCORE_FIELDS, Score
 
 
 @register_flop_formula(torch.ops.flashattn.attention_forward, get_raw=True)
-def forward(q, k, v, *flat, out_val=None, **_) -> int:
+def count_forward(q, k, v, *flat, out_val=None, **_) -> int:
     """q k^T and p v."""
     return 2 * count_pairs(q, k, flat) * (q.shape[3] + v.shape[3])
 
 
 @register_flop_formula(torch.ops.flashattn.attention_backward, get_raw=True)
-def backward(
+def count_backward(
     grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat, out_val=None, **_
 ) -> int:  # fmt: skip
     """q k^T again, the gradients of q, k and v, and that of p."""

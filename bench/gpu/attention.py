@@ -15,7 +15,7 @@ from flashattn.backends import triton_hopper
 from .compare import OURS, PLAIN, Comparison, compare_all, compute_reference, copy_inputs, count_bytes, cycle_calls
 from .context import Call, Context
 from .peers import list_attention_peers, prepare_flex
-from .rules import attention_flops
+from .rules import count_attention_flops
 from .tables import COMPARED, describe_pass, make_grid
 
 
@@ -105,7 +105,7 @@ def make_comparison(context: Context, case: Case) -> Comparison:
 
     shape = {name: value for name, value in case._asdict().items() if name not in ("backward", "flex")}
     settings = {"pass": "backward" if case.backward else "forward", **shape, "dtype": "bfloat16"}
-    flops = attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
+    flops = count_attention_flops(case.heads, case.head_dim, case.batch * case.seq**2, case.causal, case.backward)
     return Comparison(
         name_case(case), settings, variants, bytes_touched, compute_truth, select, flops=flops,
         ours=tuple(name for name in (OURS, PLAIN) if name in variants), compiled=("flex",) if case.flex else (),

@@ -19,6 +19,6 @@ error: root mean square against float64 on batch row 0 and its first key/value h
   before."""
 
 
-def attention_flops(heads: int, head_dim: int, pairs: float, causal: bool, backward: bool) -> float:
+def count_attention_flops(heads: int, head_dim: int, pairs: float, causal: bool, backward: bool) -> float:
     """pairs: of a query and a key, of all sequences of the batch, as if nothing were masked."""
     return 4.0 * heads * head_dim * pairs * (0.5 if causal else 1) * (2.5 if backward else 1)

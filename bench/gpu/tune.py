@@ -120,7 +120,7 @@ def name_row(row: Row) -> str:
 
 def find_tiles(row: Row) -> tune.Row:
     if configs.architecture() == "sm_90" and row.direction in configs.HOPPER:
-        roles = configs.hopper_roles(row.direction, row.head_dim, changes_scores=False)
+        roles = configs.hopper_roles(row.direction, row.head_dim, changes_tiles=False)
         if roles is not None:
             return roles
     return configs.attention_tiles(row.direction, (row.head_dim, row.head_dim), 2)

@@ -17,7 +17,7 @@ from .attention import prepare_backward, prepare_forward
 from .compare import OURS, Comparison, compare_all, compute_reference, copy_inputs, count_bytes
 from .context import Context
 from .peers import find_installed
-from .rules import attention_flops
+from .rules import count_attention_flops
 from .tables import COMPARED, describe_pass, make_grid
 
 
@@ -85,7 +85,7 @@ def make_comparison(context: Context, case: Case) -> Comparison:
         f"{settings['pass']} {'causal' if case.causal else 'full'} {len(case.lengths)} sequences", settings, variants,
         bytes_touched, lambda: compute_truth(case, inputs),
         lambda results: [select_first_and_last(case, x) for x in results],
-        flops=attention_flops(case.heads, case.head_dim, pairs, case.causal, case.backward),
+        flops=count_attention_flops(case.heads, case.head_dim, pairs, case.causal, case.backward),
     )  # fmt: skip
 
 

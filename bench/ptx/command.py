@@ -16,7 +16,7 @@ import flashattn
 from .. import launches, named_kernel
 from ..table import make_console
 from ..usage import UsageError
-from . import precision, report
+from . import float32_errors, report
 from .driver import ARCHITECTURES, device
 from .norm_bytes import count_norm_bytes
 
@@ -110,7 +110,7 @@ def run(args) -> int:
     """Returns 0 if the result is right, or not checked, and 1 if it is wrong."""
     console = make_console(200)
     if args.what == "precision":
-        return precision.run(parse_shape(args), args.arch, console)
+        return float32_errors.run(parse_shape(args), args.arch, console)
     work = make_work(args)
     call = work.run if work else make_call(args)
     start = time.perf_counter()

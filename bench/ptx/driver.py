@@ -31,8 +31,8 @@ from .frontend.parse import parse
 from .frontend.program import Program
 from .machine.counts import Counts, Launch
 from .machine.execute import MAX_INSTRUCTIONS, execute
+from .memory.extents import TensorExtent, make_extent, unwrap_tensor
 from .memory.tensor_maps import encode_map
-from .memory.tensors import TensorExtent, make_extent, unwrap_tensor
 from .memory.uninitialised import UninitialisedMemory
 from .rates import bounds, find_gpu
 

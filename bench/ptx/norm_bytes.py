@@ -3,7 +3,8 @@
 needed: x, y, hidden, their gradients and residuals, each once.
 rows: the traffic of the same tensors. They exceed a cache, so every request of the warps counts, in whole sectors.
     rows / needed is 1 if no row is read twice.
-rest: parameters, their gradients, mean, rstd: many programs read them, from the L2. Each sector counts once.
+parameters: weight and bias, their gradients, mean, rstd: many programs read them, from the L2. Each sector counts
+    once.
 sums: partial sums of the parameters' gradients, written and read once: programs * width * 8 bytes for each parameter.
     The number of programs fills the GPU whatever the number of rows, so their share falls with more rows. They are read
     from the L2 if it is large enough.
@@ -20,7 +21,7 @@ from .machine.counts import Launch
 class PassBytes(NamedTuple):
     needed: int
     rows: int
-    rest: int
+    parameters: int
     sums: int
 
     @property
@@ -32,7 +33,7 @@ class PassBytes(NamedTuple):
     def text(self) -> str:
         return (
             f"rows {self.rows:,} bytes moved, {self.needed:,} needed: {self.moved:.3f}; "
-            f"parameters and statistics {self.rest:,}, partial sums {self.sums:,}"
+            f"parameters and statistics {self.parameters:,}, partial sums {self.sums:,}"
         )
 
 
@@ -45,7 +46,7 @@ def count_norm_bytes(launches: Iterable[Launch]) -> dict[str, PassBytes]:
 
 
 def count_pass_bytes(launches: list[Launch]) -> PassBytes:
-    needed, rest, rows, sums = {}, {}, 0, 0
+    needed, parameters, rows, sums = {}, {}, 0, 0
     for tensor in (tensor for launch in launches for tensor in launch.counts.tensors):
         if tensor.name.endswith(".ptr"):  # a RowView
             needed[tensor.name] = tensor.size
@@ -53,5 +54,5 @@ def count_pass_bytes(launches: list[Launch]) -> PassBytes:
         elif tensor.name.endswith("_parts"):
             sums += tensor.unique
         else:
-            rest[tensor.name] = tensor.unique
-    return PassBytes(sum(needed.values()), rows, sum(rest.values()), sums)
+            parameters[tensor.name] = tensor.unique
+    return PassBytes(sum(needed.values()), rows, sum(parameters.values()), sums)

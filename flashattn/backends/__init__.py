@@ -109,8 +109,8 @@ def _choose_once(forced: str | None, device: torch.device, dtypes: tuple[torch.d
     reasons = {name: unavailable_reason(name, device, *dtypes, head_dim=head_dim) for name in BACKENDS}
     if forced is None:
         chosen = next(name for name in BACKENDS if reasons[name] is None)  # the reference takes every call
-        if chosen == "reference" and device.type == "cpu" and cpu.missing is not None:
-            warn_once(f"flashattn: the native CPU engine is missing, the slower reference serves: {cpu.missing}")
+        if chosen == "reference" and device.type == "cpu" and cpu.missing_reason is not None:
+            warn_once(f"flashattn: the native CPU engine is missing, the slower reference serves: {cpu.missing_reason}")
         return chosen
     if reasons[forced] is not None:
         raise RuntimeError(f"backend {forced!r} cannot take this call: {reasons[forced]}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
-def why_missing(error: ImportError) -> str:
+def find_missing_reason(error: ImportError) -> str:
     """Why the engine does not load. The import of a missing file fails with "cannot import name"; any other text is the
     reason why an existing one did not load."""
     if "cannot import name" not in str(error):
@@ -41,32 +41,32 @@ try:
     from .. import _C  # noqa: F401  (registers the operators of csrc/bindings*.cpp)
 
     ops = torch.ops.flashattn_cpu
-    missing = None  # why the engine is unavailable
+    missing_reason = None  # why the engine is unavailable
     if not ops.isa.default():
         raise ValueError(
             f"FLASHATTN_CPU_ISA must be one of {', '.join(ISAS)}, and one this processor has; "
             f"got {os.environ['FLASHATTN_CPU_ISA']!r}"
         )
 except ImportError as error:
-    missing = why_missing(error)
+    missing_reason = find_missing_reason(error)
 
 
 def isa() -> str:
     """The instruction set that the engine uses: one of ISAS, or "not built"."""
-    return "not built" if missing is not None else ops.isa.default()
+    return "not built" if missing_reason is not None else ops.isa.default()
 
 
 def isas() -> list[str]:
     """The instruction sets that this processor supports, the best first; FLASHATTN_CPU_ISA may name one of them."""
-    return [] if missing is not None else [name for name in ISAS if ops.supports.default(name)]
+    return [] if missing_reason is not None else [name for name in ISAS if ops.supports.default(name)]
 
 
 CAPABILITIES = Capabilities(refused_dtypes={torch.float64: "it does not take float64"}, max_head_dim=256)
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    if missing is not None:
-        return missing
+    if missing_reason is not None:
+        return missing_reason
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     return None

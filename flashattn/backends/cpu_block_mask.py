@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import Saved
-from ..reference.scores import Block, Keys, is_set, slice_queries
+from ..reference.scores import Keys, QueryBlock, is_set, slice_queries
 from ..score import Score
 from ..score_mod import BlockMask
 
@@ -48,7 +48,7 @@ def make_part_score(
 ) -> Score:
     seq_q, seq_k = shape[2:]
     positions = torch.arange(keys.start, keys.stop, device=blocks.partial.device)
-    block = Block(shape, queries, Keys(positions, positions))
+    block = QueryBlock(shape, queries, Keys(positions, positions))
     mask = blocks.attend_mask(*block.indices)
     mask = mask.expand(*mask.shape[:2], queries.stop - queries.start, keys.stop - keys.start)
     if score.mask is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class Block:
+class Override:
     """One of those that set something: itself and no other, as `list.remove` compares them."""
 
     def __init__(self, value):
@@ -19,17 +19,17 @@ class Setting:
     that have not ended, the one that began last counts."""
 
     def __init__(self, value):
-        self._blocks = [Block(value)]
+        self._overrides = [Override(value)]
 
     @property
     def value(self):
-        return self._blocks[-1].value
+        return self._overrides[-1].value
 
     @contextlib.contextmanager
     def during(self, value: Any) -> Iterator[None]:
-        block = Block(value)
-        self._blocks.append(block)
+        override = Override(value)
+        self._overrides.append(override)
         try:
             yield
         finally:
-            self._blocks.remove(block)
+            self._overrides.remove(override)

@@ -55,9 +55,9 @@ else:
 accepts_cpu_tensors = Setting(False)
 
 
-def compiler_faults() -> list[str]:
+def list_compiler_bugs() -> list[str]:
     """The bugs of this Triton that are worked around, in a sentence each."""
-    return [] if triton is None else compiler.faults()
+    return [] if triton is None else compiler.list_bugs()
 
 
 @functools.cache

@@ -22,8 +22,8 @@ ENABLED = Setting(os.environ.get("FLASHATTN_HOPPER") != "0")
 
 
 # The layouts of tiles, and of queries' statistics, in shared memory.
-TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-ROWS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+STATS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     cols = columns(x)
     # The stride of a dimension of one is not used, but must be valid.
     strides = [stride if size > 1 else cols for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], TILES)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], TILE_LAYOUT)
 
 
 def columns(x: Tensor) -> int:
@@ -79,7 +79,7 @@ def columns(x: Tensor) -> int:
 
 def statistics_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
     """Statistics (2 or 4, batch * heads, stride) of queries as bulk copies read them: all those of `count` queries."""
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [rows.shape[0], 1, count], ROWS)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [rows.shape[0], 1, count], STATS_LAYOUT)
 
 
 def forward(

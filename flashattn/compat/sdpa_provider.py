@@ -49,16 +49,16 @@ def register_kernels() -> Handle:
 
 def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple[Tensor, Tensor]:
     """(out, lse), with out in the memory layout of PyTorch's own kernels, which compiled graphs assume."""
-    call = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
+    call = build_call(query, key, value, dropout_p, is_causal, mask, scale, seed)
     with torch.no_grad():
         out, lse = ops.attention.attention(*call)
     return layout.follow(out, query), lse
 
 
 def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, scale, seed):
-    q, k, v, score, backend = arguments(query, key, value, dropout_p, is_causal, mask, scale, seed)
+    q, k, v, score, backend = build_call(query, key, value, dropout_p, is_causal, mask, scale, seed)
     verbs, lse, rest = backends.BACKENDS[backend], lse.contiguous(), None
-    if not lse.is_cuda and max_abs_lse(lse) > MAX_ROUNDED_LSE:
+    if not lse.is_cuda and find_max_abs_lse(lse) > MAX_ROUNDED_LSE:
         _, lse, rest = verbs.forward(q, k, v, score)
     gradients = list(verbs.backward(grad_out, None, Saved(q, k, v, out, lse, rest), score, False, [])[:3])
     for i, x in ((1, key), (2, value)):
@@ -69,7 +69,7 @@ def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, 
     return tuple(gradients)
 
 
-def arguments(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple:
+def build_call(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple:
     """The arguments of `ops.attention.attention`. PyTorch has checked them; its causal mask is aligned top-left."""
     seq_q = query.shape[2]
     right = None
@@ -121,7 +121,7 @@ def cuda_backward(
     return tuple(map(layout.follow, gradients, (query, key, value)))
 
 
-def max_abs_lse(lse: Tensor) -> float:
+def find_max_abs_lse(lse: Tensor) -> float:
     """The largest magnitude of lse, fully masked rows left out."""
     return torch.where(lse == -math.inf, 0, lse).abs().max().item() if lse.numel() else 0.0
 

@@ -353,6 +353,6 @@ def attention_backward_bias(
         acc = tl.where(j[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
     i += tile_m * shape.BLOCK_M
     j += tile_n * shape.BLOCK_N
-    plane = tl.cast(bias_batch * size_head + bias_head, tl.int64) * size_q
-    pointers = grad_bias + (plane + i[:, None]) * size_k + j[None, :]
+    bias_rows = tl.cast(bias_batch * size_head + bias_head, tl.int64) * size_q
+    pointers = grad_bias + (bias_rows + i[:, None]) * size_k + j[None, :]
     tl.store(pointers, acc, mask=(i[:, None] < size_q) & (j[None, :] < size_k))

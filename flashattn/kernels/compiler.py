@@ -59,7 +59,7 @@ def loses_descriptors() -> bool:
     return tuple(int(number) for number in version.split(".")) < (12, 9)
 
 
-def faults() -> list[str]:
+def list_bugs() -> list[str]:
     """The bugs of this compiler that are worked around, in a sentence each."""
     found = []
     if LACKS_FENCES:

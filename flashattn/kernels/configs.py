@@ -335,7 +335,7 @@ class PairCosts(NamedTuple):
     loaded: int = 0  # bytes of bias, mask and captured tensors: staged in shared memory with the tiles of the loop
     widest: int = 0  # bytes of the largest of those
     dropout: bool = False  # its random numbers change their layout through shared memory
-    changes_scores: bool = False  # or weights, by more than a scale and positions
+    changes_tiles: bool = False  # or weights, by more than a scale and positions
 
 
 PLAIN = PairCosts()
@@ -376,7 +376,7 @@ def fitting_tiles(
     if direction == "decode":
         tiles = next(tiles for largest, size, tiles in DECODE if widest <= largest and kind == size)
     else:
-        tiles = plain_tiles(direction, widest, kind, FAMILY.get(arch, "small"), pairs.changes_scores)
+        tiles = plain_tiles(direction, widest, kind, FAMILY.get(arch, "small"), pairs.changes_tiles)
     if has_score_mod and direction == "forward":
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2), stages=2)
     elif has_score_mod:
@@ -390,16 +390,16 @@ def fitting_tiles(
     return tiles
 
 
-def hopper_roles(direction: str, head_dim: int, changes_scores: bool) -> Roles:
-    """The row of HOPPER for a call. changes_scores: as in PairCosts."""
+def hopper_roles(direction: str, head_dim: int, changes_tiles: bool) -> Roles:
+    """The row of HOPPER for a call. changes_tiles: as in PairCosts."""
     row = next(row for largest, row in HOPPER[direction].items() if head_dim <= largest)
-    return halve_tile(row) if changes_scores else row
+    return halve_tile(row) if changes_tiles else row
 
 
-def hopper_candidates(direction: str, head_dim: int, changes_scores: bool) -> list[Roles]:
+def hopper_candidates(direction: str, head_dim: int, changes_tiles: bool) -> list[Roles]:
     """The rows to time against that one."""
     rows = next(rows for largest, rows in HOPPER_CANDIDATES[direction].items() if head_dim <= largest)
-    return [halve_tile(row) for row in rows] if changes_scores else rows
+    return [halve_tile(row) for row in rows] if changes_tiles else rows
 
 
 def halve_tile(row: Roles) -> Roles:
@@ -430,7 +430,7 @@ def shared_bytes(
     reads_shared = nvidia and tensor_cores and int(arch.removeprefix("sm_")) in range(90, 120)  # wgmma, tcgen05.mma
     copies = max(staged + reads_shared, 1)  # one is read while the next ones are being copied
     # lse and delta of each visited query, and the rest of lse unless scores are raw.
-    numbers = 12 if direction == "backward_kv" and (itemsize == 4 or pairs.changes_scores) else 8
+    numbers = 12 if direction == "backward_kv" and (itemsize == 4 or pairs.changes_tiles) else 8
     rows = copies * visited * (sum(cols) * itemsize + numbers) + nvidia * owned * owned_cols * itemsize
     if precision == "tf32x3":  # big and small: of owned tiles, and of the wider of k and v in place of a copy of each
         rows += (owned * owned_cols + visited * (max(cols) - min(cols))) * itemsize
@@ -462,12 +462,10 @@ def next_smaller(direction: str, tiles: TileConfig) -> TileConfig | None:
     return None
 
 
-def plain_tiles(
-    direction: str, head_dim: int, kind: int | str, family: str, changes_scores: bool = False
-) -> TileConfig:
+def plain_tiles(direction: str, head_dim: int, kind: int | str, family: str, changes_tiles: bool = False) -> TileConfig:
     """The row for elements of `kind` bytes, or for float32 on tensor cores of "tf32", "tf32x3"."""
     while True:
-        smaller_rows = CHANGED_SCORES[direction].get(family, []) if changes_scores else []
+        smaller_rows = CHANGED_SCORES[direction].get(family, []) if changes_tiles else []
         for largest, size, tiles in smaller_rows + ATTENTION[direction].get(family, []):
             if head_dim <= largest and kind == size:
                 return tiles

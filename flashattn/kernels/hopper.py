@@ -31,7 +31,7 @@ class Ring(NamedTuple):
     barriers: gl.shared_memory_descriptor  # (2 * SLOTS,): `full_barrier` of each slot, then `empty_barrier`
 
 
-class Work(NamedTuple):
+class WorkItem(NamedTuple):
     """A work item: BLOCK_M queries of one head, and the key tiles that they attend to."""
 
     batch: gl.tensor
@@ -48,7 +48,7 @@ def load_work(program, score, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexp
     """Work item number `program`."""
     start_m, kv_head, at = query_tile_of_program(program, score, sizes, BLOCK_M)
     tiles = key_tiles(score, at.seq, start_m, BLOCK_M, BLOCK_N)
-    return Work(at.batch, at.head, kv_head, at.heads, start_m, tiles, at.seq)
+    return WorkItem(at.batch, at.head, kv_head, at.heads, start_m, tiles, at.seq)
 
 
 @gluon.jit

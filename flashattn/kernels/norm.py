@@ -86,7 +86,7 @@ class Moments(NamedTuple):
     squares: tl.tensor
 
 
-class RowStats(NamedTuple):
+class NormStats(NamedTuple):
     mean: tl.tensor
     rstd: tl.tensor
 
@@ -224,7 +224,7 @@ def norm_forward(
         for start in range(0, last, BLOCK_COLS):
             _, moments = read_chunk(moments, source, hidden, rows, start, norm)
     h, moments = read_chunk(moments, source, hidden, rows, last, norm)
-    stats = RowStats(moments.mean, 1.0 / tl.sqrt(moments.squares / width + eps))
+    stats = NormStats(moments.mean, 1.0 / tl.sqrt(moments.squares / width + eps))
     write_chunk(y, h, stats, affine, rows, last, norm)
     if not SINGLE:
         for start in range(0, last, BLOCK_COLS):
@@ -236,13 +236,13 @@ def norm_forward(
 
 
 @triton.jit
-def load_stats(mean, rstd, rows, CENTER: tl.constexpr):
-    """The RowStats of some rows; the mean of an RMSNorm is 0."""
+def load_norm_stats(mean, rstd, rows, CENTER: tl.constexpr):
+    """The NormStats of some rows; the mean of an RMSNorm is 0."""
     row_rstd = tl.load(rstd + rows.index, mask=rows.exist, other=0.0)
     row_mean = tl.zeros_like(row_rstd)
     if CENTER:
         row_mean = tl.load(mean + rows.index, mask=rows.exist, other=0.0)
-    return RowStats(row_mean, row_rstd)
+    return NormStats(row_mean, row_rstd)
 
 
 @kernel(do_not_specialize=NO_SPECIALIZE)
@@ -252,7 +252,7 @@ def norm_backward_means(
 ):  # fmt: skip
     """mean(g) and mean(g * xhat) of rows that are not SINGLE. Grid: as `norm_forward`."""
     rows = rows_of_tile(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
-    stats = load_stats(mean, rstd, rows, CENTER)
+    stats = load_norm_stats(mean, rstd, rows, CENTER)
     sum_g = tl.zeros((BLOCK_ROWS,), tl.float32)
     sum_gx = tl.zeros((BLOCK_ROWS,), tl.float32)
     for start in range(0, width, BLOCK_COLS):
@@ -292,7 +292,7 @@ def norm_backward(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         rows = rows_of_tile(tile, row_count, head, heads, width, BLOCK_ROWS)
         chunk = chunk_of(rows, cols)
-        stats = load_stats(mean, rstd, rows, CENTER)
+        stats = load_norm_stats(mean, rstd, rows, CENTER)
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
         g = load_chunk(grad_y, chunk)
         if weight_parts is not None:

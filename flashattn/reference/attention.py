@@ -16,7 +16,7 @@ from ..protocol import Saved
 from ..score import Score
 from ..tensors import accumulate_dtype, dropout_threshold, new_lse, new_result
 from .philox import philox
-from .scores import Block, compute_scores, query_blocks, slice_queries, zero_past_length
+from .scores import QueryBlock, compute_scores, slice_queries, split_queries, zero_past_length
 
 
 class PackedSequence(NamedTuple):
@@ -53,7 +53,7 @@ def unpack_sequences(cu_seqlens: Tensor) -> Iterator[PackedSequence]:
         yield PackedSequence(batch, slice(*queries), slice(*keys))
 
 
-def dropout_multiplier(score: Score, block: Block, first_batch: int, dtype: torch.dtype) -> Tensor | float:
+def dropout_multiplier(score: Score, block: QueryBlock, first_batch: int, dtype: torch.dtype) -> Tensor | float:
     """What dropout multiplies the weights (batch, heads, queries, keys) by: 0 or 1 / (1 - p). The four words of Philox,
     of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
@@ -115,7 +115,7 @@ def forward_dense(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: in
     k, v = (zero_past_length(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
     lse, rest = (torch.empty(q.shape[:3], dtype=q.dtype, device=q.device) for _ in range(2))
-    for block in query_blocks(score, (*q.shape[:3], k.shape[2]), q.device):
+    for block in split_queries(score, (*q.shape[:3], k.shape[2]), q.device):
         scores, _ = compute_scores(q, block.keys.select(k, 2), score, block)
         p, *logarithms = softmax(scores, score.sinks)
         p = p * dropout_multiplier(score, block, first_batch, q.dtype)
@@ -163,7 +163,7 @@ def backward_dense(
         grad_lse = zero_past_length(grad_lse[..., None], score.q_lengths)
     k, v = (zero_past_length(x, score.kv_lengths).repeat_interleave(group, dim=1) for x in (k, v))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for block in query_blocks(score, (*q.shape[:3], k.shape[2]), q.device):
+    for block in split_queries(score, (*q.shape[:3], k.shape[2]), q.device):
         k_block, v_block = block.keys.select(k, 2), block.keys.select(v, 2)
         scores, vjp = compute_scores(q, k_block, score, block)
         p, *_ = softmax(scores, score.sinks)

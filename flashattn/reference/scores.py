@@ -32,7 +32,7 @@ class Keys(NamedTuple):
         total.add_(x) if self.selected is None or total.shape[dim] == 1 else total.index_add_(dim, self.selected, x)
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Some of the queries of a call, and their keys."""
 
     shape: tuple[int, int, int, int]  # (batch, heads, seq_q, seq_k) of the call
@@ -55,7 +55,7 @@ def slice_queries(x: Tensor, queries: slice) -> Tensor:
     return x if x.shape[2] == 1 else x[:, :, queries]
 
 
-def query_blocks(score: Score, shape: tuple[int, int, int, int], device: torch.device) -> Iterator[Block]:
+def split_queries(score: Score, shape: tuple[int, int, int, int], device: torch.device) -> Iterator[QueryBlock]:
     """The queries of a call in blocks of some MAX_SCORES scores."""
     batch, heads, seq_q, seq_k = shape
     size = max(16, min(256, MAX_SCORES // max(1, batch * heads * seq_k)))
@@ -65,10 +65,10 @@ def query_blocks(score: Score, shape: tuple[int, int, int, int], device: torch.d
         if score.block_mask is not None:
             selected = score.block_mask.select_keys(queries, seq_k)
             keys = Keys(selected, selected)
-        yield Block(shape, queries, keys)
+        yield QueryBlock(shape, queries, keys)
 
 
-def attend_mask(score: Score, block: Block) -> Tensor:
+def attend_mask(score: Score, block: QueryBlock) -> Tensor:
     """(batch, 1 or heads, queries, keys) bool: which keys each query attends to."""
     batch, _, seq_q, seq_k = block.shape
     _, _, i, j = block.indices
@@ -104,7 +104,7 @@ def zero_past_length(x: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(exists[:, None, :, None], x, 0)
 
 
-def compute_scores(q: Tensor, k: Tensor, score: Score, block: Block) -> tuple[Tensor, Vjp]:
+def compute_scores(q: Tensor, k: Tensor, score: Score, block: QueryBlock) -> tuple[Tensor, Vjp]:
     """(scores, vjp): scores with -inf where masked, (batch, heads, queries, keys), from all queries and the block's
     keys. vjp(gradient, totals) takes their gradient back to that of scale * q.k, and adds those of the tensors that a
     score_mod captured to `totals`."""

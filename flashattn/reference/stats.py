@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..score import Score
 from .attention import softmax
-from .scores import compute_scores, query_blocks, zero_past_length
+from .scores import compute_scores, split_queries, zero_past_length
 
 
 def attention_stats(q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -20,7 +20,7 @@ def attention_stats(q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor,
     k = zero_past_length(k, score.kv_lengths).repeat_interleave(heads // k.shape[1], dim=1)
     max_scores, entropy = (torch.empty(batch, heads, seq_q, dtype=q.dtype, device=q.device) for _ in range(2))
     column_sums = torch.zeros(batch, heads, seq_k, dtype=q.dtype, device=q.device)
-    for block in query_blocks(score, shape, q.device):
+    for block in split_queries(score, shape, q.device):
         scores, _ = compute_scores(q, block.keys.select(k, 2), score, block)
         p, *_ = softmax(scores, score.sinks)
         max_scores[:, :, block.queries] = scores.amax(-1) if scores.shape[-1] else -math.inf

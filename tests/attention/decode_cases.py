@@ -86,7 +86,7 @@ def rotate(x, positions, table, interleaved):
     return torch.cat((turned.to(x.dtype), x[..., 2 * n :]), -1)
 
 
-def plane(x, b, counts, length):
+def slice_row(x, b, counts, length):
     x = x if x.shape[0] == 1 else x[b : b + 1]
     return x[:, :, : counts if x.shape[2] > 1 else 1, : length if x.shape[3] > 1 else 1]
 
@@ -102,10 +102,10 @@ def expected(step: Step, options, others, table, q, k, v):
             k_b = rotate(k_b, torch.arange(length, device=q.device), table, step.interleaved)
         own = dict(options)
         if "mask" in own:
-            own["mask"] = plane(own["mask"], b, count, length)
+            own["mask"] = slice_row(own["mask"], b, count, length)
         if case.slopes == "bh":
             own["alibi_slopes"] = own["alibi_slopes"][b : b + 1]
-        mine = [plane(x, b, count, length).to(q) if x.dim() == 4 else x.to(q) for x in others]
+        mine = [slice_row(x, b, count, length).to(q) if x.dim() == 4 else x.to(q) for x in others]
         out, lse = torch_attention(case._replace(batch=1, seq_q=count, seq_k=length), own, q_b, k_b, v_b, *mine)
         outs.append(out[0].transpose(0, 1)), lses.append(lse[0].transpose(0, 1))
     return torch.cat(outs), torch.cat(lses)

@@ -36,19 +36,19 @@ def sequences(case: Case, lengths_q, lengths_k, options, inputs):
     ends_q, ends_k = itertools.accumulate(lengths_q), itertools.accumulate(lengths_k)
     for b, (n, m, end_q, end_k) in enumerate(zip(lengths_q, lengths_k, ends_q, ends_k, strict=True)):
 
-        def plane(x, b=b, n=n, m=m):
+        def slice_row(x, b=b, n=n, m=m):
             x = x[b : b + 1] if x.shape[0] > 1 else x
             return x[:, :, : n if x.shape[2] > 1 else 1, : m if x.shape[3] > 1 else 1]
 
         one = case._replace(batch=1, seq_q=n, seq_k=m, first_batch=b)
         own = dict(options)
         if "mask" in own:
-            own["mask"] = plane(own["mask"])
+            own["mask"] = slice_row(own["mask"])
         if case.slopes == "bh":
             own["alibi_slopes"] = own["alibi_slopes"][b : b + 1]
         q, k, v = (x[end - size : end].transpose(0, 1)[None] for x, end, size in zip(
             inputs, (end_q, end_k, end_k), (n, m, m), strict=False))  # fmt: skip
-        others = [plane(x) if x.dim() == 4 else x for x in inputs[3:]]
+        others = [slice_row(x) if x.dim() == 4 else x for x in inputs[3:]]
         yield one, own, [q, k, v, *others]
 
 

@@ -12,7 +12,7 @@ from tests.attention import cases, packed_cases
 from tests.attention.truth import Case
 from tests.compat import flex_cases
 from tests.kernels.compile_cases import CANDIDATES
-from tests.ptx.text import STRICT
+from tests.ptx.run_text import STRICT
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 # The bias's gradient has a kernel of its own, for every GPU.

@@ -20,7 +20,7 @@ from tests.kernels import compile_cases
 from tests.norm import cases as norm_cases
 from tests.planting import plant
 from tests.ptx import rings as ptx_rings
-from tests.ptx.text import STRICT
+from tests.ptx.run_text import STRICT
 
 BF16 = torch.bfloat16
 SIZES = dict(head_dim=32, head_dim_v=32)

@@ -109,7 +109,7 @@ def test_faults_of_the_compiler_are_told(monkeypatch):
     for fences, descriptors in ((True, True), (True, False), (False, True), (False, False)):
         monkeypatch.setattr(compiler, "LACKS_FENCES", fences)
         monkeypatch.setattr(compiler, "loses_descriptors", lambda lost=descriptors: lost)
-        told = " ".join(compiler.faults())
+        told = " ".join(compiler.list_bugs())
         assert ("memory fences" in told, "loses addresses" in told) == (fences, descriptors)
 
 

@@ -18,7 +18,7 @@ from flashattn.kernels import configs
 from tests.attention import cases, decode_cases, extreme_cases, packed_cases
 from tests.compat import flex_cases
 from tests.norm import cases as norm_cases
-from tests.ptx.text import STRICT
+from tests.ptx.run_text import STRICT
 
 HALF = [torch.bfloat16, torch.float16]
 

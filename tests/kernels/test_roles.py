@@ -18,7 +18,7 @@ from flashattn.kernels import configs, hopper_backward, hopper_forward
 from flashattn.kernels.configs import Roles
 from tests.attention import cases
 from tests.attention.truth import Case
-from tests.ptx.text import STRICT
+from tests.ptx.run_text import STRICT
 
 PASSES = {"attention_forward_hopper", "attention_backward_q_hopper", "attention_backward_kv_hopper"}
 

@@ -141,9 +141,9 @@ sys.path[1:] = sys.path[before:] + sys.path[1:before]  # ahead of another instal
 
 def test_a_clone_that_was_never_built_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "flashattn/backends/cpu.py"))
-    reason = cpu.why_missing(ImportError("cannot import name '_C' from 'flashattn'"))
+    reason = cpu.find_missing_reason(ImportError("cannot import name '_C' from 'flashattn'"))
     assert reason.startswith(f"the extension flashattn._C is not in {tmp_path}/flashattn: it was never built there")
-    assert cpu.why_missing(ImportError("undefined symbol")).endswith("_C does not load: undefined symbol")
+    assert cpu.find_missing_reason(ImportError("undefined symbol")).endswith("_C does not load: undefined symbol")
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])

@@ -15,7 +15,7 @@ if INTERPRETED:
 
 from bench import ptx
 from tests.ptx.helpers import compile_matmul, remove_line, run_matmul
-from tests.ptx.text import expect_fault, run
+from tests.ptx.run_text import expect_fault, run
 
 # ------------------------------------------------------------------------------------------------ choices
 

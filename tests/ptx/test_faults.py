@@ -14,7 +14,7 @@ if INTERPRETED:
 
 from bench import ptx
 from tests.ptx.helpers import TILES, compile_matmul, load_text, remove_line, run_matmul
-from tests.ptx.text import expect_fault, run
+from tests.ptx.run_text import expect_fault, run
 
 COPY = "ld.global.b32 %r10, [%rd5]; st.global.b32 [%rd4], %r10;"
 

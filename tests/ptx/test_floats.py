@@ -14,7 +14,7 @@ from tests.common import INTERPRETED
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tests.ptx.text import EDGES, WIDTH, assert_same, compute, round_to_format, to_bits, to_float
+from tests.ptx.run_text import EDGES, WIDTH, assert_same, compute, round_to_format, to_bits, to_float
 
 
 def exact(base: str, kind: str, mode: str, *x: float) -> float:

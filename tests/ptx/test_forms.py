@@ -13,7 +13,7 @@ if INTERPRETED:
 
 from bench import ptx
 from bench.ptx.driver import run_text
-from tests.ptx.text import expect_fault, run
+from tests.ptx.run_text import expect_fault, run
 
 
 @pytest.mark.parametrize("store", ["", "evict_first", "evict_last"])

@@ -12,7 +12,7 @@ from tests.common import INTERPRETED
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tests.ptx.text import compute, to_float
+from tests.ptx.run_text import compute, to_float
 
 WORDS = [0, 1, 2, 31, 32, 33, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678, 0xDEADBEEF]
 

@@ -12,7 +12,7 @@ if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import ptx
-from tests.ptx.text import expect_fault, run
+from tests.ptx.run_text import expect_fault, run
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])

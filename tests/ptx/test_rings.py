@@ -14,8 +14,8 @@ if INTERPRETED:
 from bench import ptx
 from tests.ptx import rings
 from tests.ptx.helpers import load_text
-from tests.ptx.text import STRICT, expect_fault
-from tests.ptx.text import run as run_body
+from tests.ptx.run_text import STRICT, expect_fault
+from tests.ptx.run_text import run as run_body
 
 
 def read_lines(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..faults import Fault
-from ..memory.tensors import TensorExtent
+from ..memory.extents import TensorExtent
 from .syntax import Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol, vector_items
 from .types import BYTES, UNSIGNED
 

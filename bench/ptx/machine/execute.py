@@ -17,8 +17,8 @@ import numpy as np
 from ..faults import Judge
 from ..frontend.program import Program
 from ..frontend.provenance import infer_provenance
+from ..memory.extents import TensorExtent
 from ..memory.global_memory import GlobalMemory, WarpConflict
-from ..memory.tensors import TensorExtent
 from ..memory.uninitialised import UninitialisedMemory
 from .barriers import make_deadlock_fault, release_blocked
 from .counts import Counts

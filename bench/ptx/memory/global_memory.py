@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..frontend.types import UNSIGNED
+from .extents import TensorExtent, find_live_tensors, view_bytes
 from .segments import MANY_WARPS, SECTOR, Segment, is_other_block, is_other_warp, reduce_to_grains
-from .tensors import TensorExtent, find_live_tensors, view_bytes
 from .uninitialised import UninitialisedMemory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..frontend.types import UNSIGNED
-from .tensors import view_bytes
+from .extents import view_bytes
 
 SECTOR = 32  # bytes: the unit of memory traffic on a GPU
 MANY_BLOCKS = -1  # blocks have read

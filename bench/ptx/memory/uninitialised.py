@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .extents import view_bytes
 from .segments import Segment
-from .tensors import view_bytes
 
 # NaN in every format of 16 bits and more.
 PATTERN = np.array([0x7FF7, 0xFFF9, 0x7FFB, 0xFFF3, 0x7FF5, 0x7FFE, 0xFFF2, 0x7FFD], np.uint16).view(np.uint8)
