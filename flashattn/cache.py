@@ -237,14 +237,14 @@ class PagedKVCache(NumberedCache):
         self._users[page] = 1
         return page
 
-    def _writes_to_shared(self, sequence: int, new: int) -> bool:
+    def _has_shared_last_page(self, sequence: int, new: int) -> bool:
         """Whether its last page is begun, so that new tokens go there, and held by others too."""
         length = self._lengths[sequence]
         return new > 0 and length % self.page_size > 0 and self._users[self._pages[sequence][-1]] > 1
 
     def _copies(self, sequences: Sequence[int], new: list[int]) -> list[int]:
         """The sequences whose last page has to be copied. The last of those that share one may keep it."""
-        wanted = [s for s, n in zip(sequences, new, strict=True) if self._writes_to_shared(s, n)]
+        wanted = [s for s, n in zip(sequences, new, strict=True) if self._has_shared_last_page(s, n)]
         users = {self._pages[s][-1]: self._users[self._pages[s][-1]] for s in wanted}
         copies = []
         for sequence in wanted:

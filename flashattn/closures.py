@@ -46,7 +46,7 @@ class Closure:
     def _key_of_function(self, function) -> tuple:
         if not isinstance(function, types.FunctionType):
             raise UnknownError
-        if _looks_up_more(function.__code__):
+        if _has_other_lookups(function.__code__):
             raise UnknownError
         if function in self._entered:  # it calls itself, or one that it calls does
             return ("function", self._entered.index(function))
@@ -86,13 +86,13 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 @functools.lru_cache
-def _looks_up_more(code: types.CodeType) -> bool:
+def _has_other_lookups(code: types.CodeType) -> bool:
     """Whether code, or a function inside it, reads more than its names say: imports, and globals through a call."""
     if {"globals", "vars", "eval", "exec", "__import__"} & set(code.co_names):
         return True
     if any(instruction.opname.startswith("IMPORT_") for instruction in dis.get_instructions(code)):
         return True
-    return any(_looks_up_more(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return any(_has_other_lookups(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
 
 
 def is_constant(value) -> bool:

@@ -64,7 +64,7 @@ class Score(NamedTuple):
             None if self.right is None else diagonal + self.right,
         )
 
-    def changes_scores(self) -> bool:
+    def has_score_changes(self) -> bool:
         """Whether a field changes the scores scale * q.k, apart from masking some."""
         return any(self[n] is not None for n in CHANGES_SCORES)
 

@@ -47,7 +47,7 @@ class Traced(NamedTuple):
     before: fx.GraphModule | None = None  # computes, from the captured tensors, those that the graph takes instead
 
     @property
-    def indexes(self) -> bool:
+    def has_indexing(self) -> bool:
         """Whether it reads captured tensors by index."""
         return any(node.target is aten.index.Tensor for node in self.graph.graph.nodes)
 

@@ -148,7 +148,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         total_q=None if score.cu_seqlens is None else q.shape[2],
         score_mod=codegen.mod_arg(score.score_mod),
         blocks=codegen.blocks_arg(score.block_mask),
-        raw=tl.constexpr(uses_raw_scores(q, score)),
+        raw=tl.constexpr(has_raw_scores(q, score)),
         precision=tl.constexpr(input_precision(q, v)),
     )
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
@@ -164,18 +164,18 @@ def new_stats(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, StatsPoin
     return rows, StatsPointers(rows[0], rows[1], rows[1 if raw else 2], rows.stride(1))
 
 
-def uses_raw_scores(q: Tensor, score: Score) -> bool:
+def has_raw_scores(q: Tensor, score: Score) -> bool:
     """Whether scores are q.k of 16-bit tensors times a positive factor, with which the maximum of a row commutes.
 
     A raw score s puts the weights of a backward off by 6e-8 s: less than the rounding of its results, up to scores of
     thousands in float16 and tens of thousands in bfloat16; larger ones (`softmax.py`) become NaN. Other features can
     make scores as large as float32 allows, and float32 results show the error: those stay in natural units.
     """
-    return q.element_size() == 2 and score.scale > 0 and not score.changes_scores()
+    return q.element_size() == 2 and score.scale > 0 and not score.has_score_changes()
 
 
 def has_rest(q: Tensor, score: Score) -> bool:
-    return not uses_raw_scores(q, score)
+    return not has_raw_scores(q, score)
 
 
 def pair_costs(score: Score) -> configs.PairCosts:
@@ -185,7 +185,9 @@ def pair_costs(score: Score) -> configs.PairCosts:
         loads += codegen.pair_loads(score.score_mod)
     if score.block_mask is not None:
         loads += codegen.pair_loads(score.block_mask.mask)
-    return configs.PairCosts(sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.changes_tiles(score))
+    return configs.PairCosts(
+        sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.has_tile_changes(score)
+    )
 
 
 def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
@@ -221,7 +223,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = new_result(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
-    rest = None if uses_raw_scores(q, score) else new_lse(q, score, torch.float32)
+    rest = None if has_raw_scores(q, score) else new_lse(q, score, torch.float32)
     roles = triton_hopper.roles("forward", q, k, v, score)
     if roles is not None:
         triton_hopper.forward(q, k, v, heads_arg(out), lse, rest, attention_args(q, k, v, score), roles)
@@ -255,7 +257,7 @@ def launch_backward(
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], packed) for x in (q, k, v))
-    rows, statistics = new_stats(lse, batch if packed else 0, uses_raw_scores(q, score))
+    rows, statistics = new_stats(lse, batch if packed else 0, has_raw_scores(q, score))
     args = attention_args(q, k, v, score)
     roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
     if roles is not None:

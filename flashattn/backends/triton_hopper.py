@@ -37,9 +37,9 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     """How a pass divides its work; None for the plain kernel. `others`: further tensors that it copies in bulk."""
     if not ENABLED.value or q.element_size() != 2 or configs.architecture() != "sm_90":
         return None
-    if not all(copyable(x) for x in (q, k, v, *others)):
+    if not all(can_copy(x) for x in (q, k, v, *others)):
         return None
-    usual = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), changes_tiles(score))
+    usual = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), has_tile_changes(score))
     row = tune.row_for(direction, q, v, score, usual)
     if not isinstance(row, Roles):
         return None
@@ -50,12 +50,12 @@ def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others
     return row
 
 
-def changes_tiles(score: Score) -> bool:
+def has_tile_changes(score: Score) -> bool:
     """Whether a tile's scores or weights change by more than a scale and positions."""
-    return score.changes_scores() or score.mask is not None or score.dropout_p > 0
+    return score.has_score_changes() or score.mask is not None or score.dropout_p > 0
 
 
-def copyable(x: Tensor) -> bool:
+def can_copy(x: Tensor) -> bool:
     """Whether bulk copies can read x (batch, heads, seq, dim): it starts at a multiple of 16 bytes, and rows, heads and
     batch rows follow at multiples of 16 bytes."""
     pieces = 16 // x.element_size()

@@ -50,7 +50,7 @@ _compiling = threading.Lock()  # Triton has one hook for the process
 
 
 @functools.cache
-def loses_descriptors() -> bool:
+def has_descriptor_bug() -> bool:
     """Whether the ptxas that Triton calls has the second bug."""
     try:
         version = knobs.nvidia.ptxas.version
@@ -68,7 +68,7 @@ def list_bugs() -> list[str]:
             "flashattn's kernels add their own, other Triton kernels may give wrong results there. triton>=3.7.1 has "
             "them."
         )
-    if loses_descriptors():
+    if has_descriptor_bug():
         found.append(
             f"Triton {triton.__version__} calls ptxas {knobs.nvidia.ptxas.version}, which loses addresses on sm_90 "
             "where head_dim_v is below 64 and below head_dim: flashattn's kernels avoid it. triton>=3.8 brings a newer "

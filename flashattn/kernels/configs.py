@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .compiler import loses_descriptors
+from .compiler import has_descriptor_bug
 
 
 class TileConfig(NamedTuple):
@@ -347,7 +347,7 @@ def attention_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     cols, cols_v = (max(16, next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
     wider = max(cols_v, min(cols, 64))
     # The width first: asking the driver costs the host time.
-    if wider > cols_v and architecture() == "sm_90" and loses_descriptors():
+    if wider > cols_v and architecture() == "sm_90" and has_descriptor_bug():
         return cols, wider
     return cols, cols_v
 

@@ -145,7 +145,7 @@ def load_out_tile(out, start_m, end, COLS: gl.constexpr, BLOCK_COLS: gl.constexp
 
 
 @gluon.jit
-def row_exists(tile, start, end):
+def is_before_end(tile, start, end):
     LAYOUT: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
     return (start + gl.arange(0, 64, LAYOUT) < end)[:, None]
 
@@ -196,7 +196,7 @@ def consume_keys(
         begin, end = end, count
     grad = acc * score.scale
     if score.q_lengths is not None:  # q and grad_out may be NaN past the length
-        grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)
+        grad = gl.where(is_before_end(grad, start_m, seq.query_end), grad, 0.0)
     store_rows(head_view(outputs.grad_q, at.batch, at.head, seq.q_start), grad, start_m, seq.seq_q, HEAD_DIM)
 
 
@@ -413,10 +413,10 @@ def consume_queries(
     # Keys past the end were read from another sequence, or from uninitialised memory.
     acc_k, acc_v = grads
     if GRAD_K:
-        acc_k = gl.where(row_exists(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
+        acc_k = gl.where(is_before_end(acc_k, start_n, seq.key_end), acc_k * score.scale, 0.0)
         store_rows(head_view(grad_k, keys.batch, keys.kv_head, seq.k_start), acc_k, start_n, seq.seq_k, HEAD_DIM)
     if GRAD_V:
-        acc_v = gl.where(row_exists(acc_v, start_n, seq.key_end), acc_v, 0.0)
+        acc_v = gl.where(is_before_end(acc_v, start_n, seq.key_end), acc_v, 0.0)
         store_rows(head_view(grad_v, keys.batch, keys.kv_head, seq.k_start), acc_v, start_n, seq.seq_k, HEAD_DIM_V)
 
 

@@ -182,10 +182,10 @@ def is_same(results: Iterable[Tensor | None], expected: Iterable[Tensor | None])
     """Whether two results differ only by rounding, in every element: of itself and of the tensor's root mean square,
     since a tile left out or read too early is off by as much. Infinities must be in the same places; NaN is wrong."""
     pairs = zip(results, expected, strict=True)
-    return all(y is None or (x is not None and are_close(x, y)) for x, y in pairs)
+    return all(y is None or (x is not None and is_close(x, y)) for x, y in pairs)
 
 
-def are_close(x: Tensor, y: Tensor) -> bool:
+def is_close(x: Tensor, y: Tensor) -> bool:
     finite = y.nan_to_num(posinf=0.0, neginf=0.0)
     root_mean_square = torch.linalg.vector_norm(finite, dtype=torch.float32) / max(1, y.numel()) ** 0.5
     allowed = SAME * max(torch.finfo(y.dtype).eps, SUMMED) * (finite.abs() + root_mean_square.to(y.dtype))

@@ -141,7 +141,7 @@ def apply_score_mod(
     outside of the tensors that it captured, and its derivative may be infinite there."""
     try:
         # (On a GPU an index outside of a tensor ends the process.)
-        only_attending = scores.is_cuda and mod.indexes
+        only_attending = scores.is_cuda and mod.has_indexing
         apply = apply_where(attends) if only_attending else apply_everywhere
         result, gradients = apply(mod, scores, indices)
     except IndexError:

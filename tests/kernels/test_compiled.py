@@ -100,15 +100,15 @@ def test_narrow_values(head_dim, head_dim_v, features):
 
 def test_the_assemblers_fault_is_there_without_wider_tiles(monkeypatch):
     """Else the way round it could go, or `find_lost_descriptors` finds nothing."""
-    monkeypatch.setattr(configs, "loses_descriptors", lambda: False)
+    monkeypatch.setattr(configs, "has_descriptor_bug", lambda: False)
     forward = compile_attention("sm_90", 64, causal=False, head_dim_v=16)[0]
-    assert bool(find_lost_descriptors(forward.code)) == compiler.loses_descriptors()
+    assert bool(find_lost_descriptors(forward.code)) == compiler.has_descriptor_bug()
 
 
 def test_faults_of_the_compiler_are_told(monkeypatch):
     for fences, descriptors in ((True, True), (True, False), (False, True), (False, False)):
         monkeypatch.setattr(compiler, "LACKS_FENCES", fences)
-        monkeypatch.setattr(compiler, "loses_descriptors", lambda lost=descriptors: lost)
+        monkeypatch.setattr(compiler, "has_descriptor_bug", lambda lost=descriptors: lost)
         told = " ".join(compiler.list_bugs())
         assert ("memory fences" in told, "loses addresses" in told) == (fences, descriptors)
 

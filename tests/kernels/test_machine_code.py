@@ -159,7 +159,7 @@ BACKWARD_PIECES = [
     "own.start, start_n, 64, BLOCK_N)\n"
     "        dp *= gl.convert_layout(keep, LAYOUT)\n",
     "    if score.q_lengths is not None:  # q and grad_out may be NaN past the length\n"
-    "        grad = gl.where(row_exists(grad, start_m, seq.query_end), grad, 0.0)\n",
+    "        grad = gl.where(is_before_end(grad, start_m, seq.query_end), grad, 0.0)\n",
     "    if outputs.grad_lse is not None:\n"
     "        delta -= gl.load(outputs.grad_lse + row + queries, mask=exists, other=0.0)\n",
     "    if score.dropout is not None:\n"
