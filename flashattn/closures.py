@@ -39,11 +39,11 @@ class Closure:
         self._entered: list[Callable] = []
         self.key: tuple | None
         try:
-            self.key = self._key_of_function(function)
+            self.key = self._make_function_key(function)
         except UnknownError:
             self.key = None
 
-    def _key_of_function(self, function) -> tuple:
+    def _make_function_key(self, function) -> tuple:
         if not isinstance(function, types.FunctionType):
             raise UnknownError
         if _has_other_lookups(function.__code__):
@@ -60,22 +60,22 @@ class Closure:
             *cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *vars(function).items(),
             *((name, function.__globals__[name]) for name in names),
         ]  # fmt: skip
-        return (function.__code__, *map(self._key_of, values))
+        return (function.__code__, *map(self._make_key, values))
 
-    def _key_of(self, value) -> tuple:
+    def _make_key(self, value) -> tuple:
         if isinstance(value, Tensor):
             self.tensors.append(value)
             settings = value.shape, value.dtype, value.device, value.requires_grad
-            return "tensor", Identity(value), *settings, *map(self._key_of, vars(value).items())
+            return "tensor", Identity(value), *settings, *map(self._make_key, vars(value).items())
         if value is None or type(value) in (bool, int, str, torch.dtype, torch.device):
             return type(value), value
         if type(value) is float:
             return float, value.hex()  # 0.0 == -0.0
         if type(value) is tuple:
-            return (tuple, *map(self._key_of, value))
+            return (tuple, *map(self._make_key, value))
         if is_constant(value):
             return "object", Identity(value)
-        return self._key_of_function(value)
+        return self._make_function_key(value)
 
 
 @functools.lru_cache  # of each code object once: a call of attention asks, and takes microseconds

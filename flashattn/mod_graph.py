@@ -81,7 +81,7 @@ def check(name: str, graph: fx.Graph, is_mask: bool) -> None:
     for node in graph.nodes:
         if node.op == "call_function":
             refuse(name, node.target)
-    result = result_of(graph)
+    result = get_result(graph)
     if not isinstance(result, fx.Node):
         raise TypeError(f"{name} must return a tensor, got {type(result).__name__}")
     if is_mask and result.meta["val"].dtype != torch.bool:
@@ -96,13 +96,13 @@ def check_numbers(name: str, graph: fx.Graph) -> None:
             raise TypeError(
                 f"{name} must work on one score at a time (arithmetic, torch.where, indexing), got {node.target}"
             )
-    for node in (*operations, result_of(graph)):
+    for node in (*operations, get_result(graph)):
         shape = tuple(node.meta["val"].shape)
         if shape != ():
             raise TypeError(f"{name} must work on one score at a time, got a tensor of shape {shape} from {node}")
 
 
-def result_of(graph: fx.Graph):
+def get_result(graph: fx.Graph):
     return next(node for node in graph.nodes if node.op == "output").args[0]
 
 

@@ -27,7 +27,7 @@ def write(graph: fx.Graph, arguments: int) -> str:
         "arguments": arguments,
         "captured": [[_plain(x.dtype, {}), x.dim()] for x in captured],
         "operations": operations,
-        "result": numbers[mod_graph.result_of(graph)],
+        "result": numbers[mod_graph.get_result(graph)],
     })  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def split(name: str, module: fx.GraphModule, arguments: int, captured: tuple) ->
             depends.add(node)
     graph = fx.Graph()
     made = {node: graph.placeholder(node.name) for node in inputs[:arguments]}
-    result = mod_graph.result_of(module.graph)
+    result = mod_graph.get_result(module.graph)
     taken = [n for n, x in known.items() if isinstance(x, KINDS) and (n is result or not depends.isdisjoint(n.users))]
     made.update((node, graph.placeholder(node.name)) for node in taken)
     for node in module.graph.nodes:

@@ -20,7 +20,7 @@ BACKENDS = [pytest.param("triton", marks=pytest.mark.interpreter), "cpu", "refer
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def device_of(backend: str) -> torch.device:
+def find_device(backend: str) -> torch.device:
     """Triton's tensors lie on the GPU, unless its interpreter or the PTX machine takes those of the CPU."""
     return torch.device("cpu" if backend != "triton" or unavailable_reason("triton", "cpu") is None else "cuda")
 

@@ -78,7 +78,7 @@ def load_lse(lse, rest, score, offsets, exists):
 
 
 @triton.jit
-def stats_location(score, at):
+def locate_stats(score, at):
     """(row, column) at which the statistics of a head's queries start."""
     line = at.batch * at.heads + at.head
     start = 0
@@ -89,9 +89,9 @@ def stats_location(score, at):
 
 
 @triton.jit
-def stats_of_head(score, rows, at):
+def head_stats_pointers(score, rows, at):
     """Pointers to the statistics of one head's queries."""
-    line, start = stats_location(score, at)
+    line, start = locate_stats(score, at)
     offset = tl.cast(line, tl.int64) * rows.stride + start
     return StatsPointers(rows.lse + offset, rows.delta + offset, rows.rest + offset, rows.stride)
 
@@ -196,7 +196,7 @@ def attention_backward_q(
         delta -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
     lse_row, rest_row = load_lse(lse, rest, score, row + queries, exists)
     stats = RowStats(lse_row, delta, rest_row)
-    store_stats(stats_of_head(score, rows, at), stats, queries, seq.seq_q, score.raw)
+    store_stats(head_stats_pointers(score, rows, at), stats, queries, seq.seq_q, score.raw)
 
     q_tile = load_query_tile(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
     own = QueryTile(start_m, q_tile, do_tile, stats)
@@ -270,7 +270,7 @@ def attention_backward_kv(
         at = HeadInfo(batch, head, sizes.heads, seq)
         q_head = head_view(q, batch, head, seq.q_start)
         do_head = head_view(grad_out, batch, head, seq.q_start)
-        rows_head = stats_of_head(score, rows, at)
+        rows_head = head_stats_pointers(score, rows, at)
         for start_m in range(tiles.full_begin, tiles.full_end, shape.BLOCK_M):
             if block_is_active(score, at, start_m, start_n):
                 grads = accumulate_dkv(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, False)
@@ -331,7 +331,7 @@ def attention_backward_bias(
             kv_head = head // (sizes.heads // sizes.kv_heads)
             k_head = head_view(k, batch, kv_head, seq.k_start)
             v_head = head_view(v, batch, kv_head, seq.k_start)
-            rows_head = stats_of_head(score, rows, at)
+            rows_head = head_stats_pointers(score, rows, at)
             for start_m in range(first_m, tl.minimum(last_m, seq.query_end), shape.BLOCK_M):
                 queries = start_m + tl.arange(0, shape.BLOCK_M)
                 q_tile = load_query_tile(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)

@@ -32,7 +32,7 @@ def apply_dropout(value, args, rows, cols):
 
 
 @triton.jit
-def random_words(args, head, queries, quarters):
+def draw_words(args, head, queries, quarters):
     """Four words for the weights of four keys each: the words of Philox, of 7 rounds, at (key // 4, query, head, 0).
     `queries` and `quarters` broadcast; `head` counts batch * heads + head."""
     quarters, rows = tl.broadcast(quarters, queries)
@@ -40,7 +40,7 @@ def random_words(args, head, queries, quarters):
 
 
 @triton.jit
-def multiplier_of_bits(args, bits):
+def bits_to_multipliers(args, bits):
     """The factor of a weight: 0 or the scale."""
     return tl.where((bits >> 1).to(tl.int32, bitcast=True) >= args.threshold, args.scale, 0.0)
 
@@ -56,8 +56,8 @@ def dropout_multipliers(score, head, queries, start_n, BLOCK_N: tl.constexpr, K:
     """The factors of the weights (queries, BLOCK_N keys) of a head, which are summed along K of either in products."""
     args = score.dropout
     quarters = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-    a, b, c, d = random_words(args, head, queries[:, None], quarters)
-    multipliers = multiplier_of_bits(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+    a, b, c, d = draw_words(args, head, queries[:, None], quarters)
+    multipliers = bits_to_multipliers(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
     LOADS_BYTES: tl.constexpr = score.mask is not None or score.score_mod is not None or score.blocks is not None
     if WIDENS_JOINS and LOADS_BYTES and K < 32:
         multipliers = hide_join(multipliers)

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from .dropout import multiplier_of_bits, random_words
+from .dropout import bits_to_multipliers, draw_words
 from .scores import TileRanges, block_is_active, key_tiles, partial_start, query_tile_of_program
 from .state import HeadInfo, SeqInfo
 
@@ -52,7 +52,7 @@ def load_work(program, score, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def head_of(work):
+def make_head_info(work):
     """The HeadInfo of a work item."""
     return HeadInfo(work.batch, work.head, work.heads, work.seq)
 
@@ -196,7 +196,7 @@ def tile_count(tiles, BLOCK: gl.constexpr):
 def first_active_tile(score, work, count, BLOCK_N: gl.constexpr):
     """The number of the first key tile that is active by the block mask; 0 where there is none."""
     first = 0
-    at = head_of(work)
+    at = make_head_info(work)
     if score.blocks is not None:
         while first < count and not block_is_active(score, at, work.start_m, tile_start(work.tiles, first, BLOCK_N)):
             first += 1
@@ -247,5 +247,5 @@ def dropout_multipliers(args, head, start_m, start_n, ROWS: gl.constexpr, COLS: 
     LAYOUT: gl.constexpr = quarters_layout(ROWS, COLS)
     queries = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     quarters = start_n // 4 + gl.arange(0, COLS // 4, gl.SliceLayout(0, LAYOUT))
-    a, b, c, d = random_words(args, head, queries[:, None], quarters[None, :])
-    return multiplier_of_bits(args, gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS, COLS]))
+    a, b, c, d = draw_words(args, head, queries[:, None], quarters[None, :])
+    return bits_to_multipliers(args, gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS, COLS]))

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import StatsPointers, load_lse, recompute_weights, stats_location, stats_of_head, store_stats
+from .backward import StatsPointers, head_stats_pointers, load_lse, locate_stats, recompute_weights, store_stats
 from .compiler import gluon_kernel
 from .hopper import (
     Ring,
@@ -29,8 +29,8 @@ from .hopper import (
     fill,
     fill_rows,
     full_barrier,
-    head_of,
     load_work,
+    make_head_info,
     multiply,
     new_barrier,
     new_ring,
@@ -84,7 +84,7 @@ def produce_keys(q, k, v, do, rings, landing, score, work):
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
-    at = head_of(work)
+    at = make_head_info(work)
     seq = at.seq
     batch = batch_coordinate(score, at.batch)
     for i in gl.static_range(CONSUMERS):
@@ -116,7 +116,7 @@ def accumulate_dq(acc, own, rings, number, index, score, work, PARTIAL: gl.const
     start_n = tile_start(work.tiles, index, BLOCK_N)
     queries = own.start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     keys = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    at = head_of(work)
+    at = make_head_info(work)
     tile = TilePositions(queries[:, None], keys[None, :], block_state(score, at, work.start_m, start_n))
     s = warpgroup_mma_wait(1, deps=(s,))
     p, dscore = recompute_weights(s, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, PARTIAL)
@@ -160,7 +160,7 @@ def consume_keys(
     BLOCK_D: gl.constexpr = rings.k.tiles.shape[4]
     BLOCK_DV: gl.constexpr = rings.v.tiles.shape[4]
     ROW: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
-    at = head_of(work)
+    at = make_head_info(work)
     seq = at.seq
     start_m = work.start_m + ME * 64
     queries = start_m + gl.arange(0, 64, ROW)
@@ -178,7 +178,7 @@ def consume_keys(
     if outputs.grad_lse is not None:
         delta -= gl.load(outputs.grad_lse + row + queries, mask=exists, other=0.0)
     lse_row, rest_row = load_lse(outputs.lse, outputs.rest, score, row + queries, exists)
-    rows = stats_of_head(score, outputs.rows, at)
+    rows = head_stats_pointers(score, outputs.rows, at)
     stored = RowStats(lse_row, gl.where(exists, delta, 0.0), rest_row)
     store_stats(rows, stored, queries, seq.seq_q, score.raw)
     own = QueryTile(start_m, q_tile, do_tile, RowStats(lse_row, delta, rest_row))
@@ -302,7 +302,7 @@ def produce_queries(k, v, q, do, rows, rings, landing, score, keys):
     landed = gl.to_tensor(0)
     for head in range(keys.kv_head * keys.group, keys.kv_head * keys.group + keys.group):
         at = HeadInfo(keys.batch, head, keys.heads, seq)
-        line, column = stats_location(score, at)
+        line, column = locate_stats(score, at)
         for index in range(count):
             start_m = tile_start(keys.tiles, index, BLOCK_M)
             if block_is_active(score, at, start_m, keys.start_n):

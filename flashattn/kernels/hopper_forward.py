@@ -25,8 +25,8 @@ from .hopper import (
     fill,
     fill_rows,
     first_active_tile,
-    head_of,
     load_work,
+    make_head_info,
     multiply,
     new_barrier,
     new_ring,
@@ -92,7 +92,7 @@ def load_tiles(inputs, rings, landing, score, work, done, loaded, landed):
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
     BLOCK_N: gl.constexpr = rings.k.tiles.shape[3]
     RAGGED: gl.constexpr = score.kv_lengths is not None or score.cu_seqlens is not None
-    at = head_of(work)
+    at = make_head_info(work)
     seq = at.seq
     batch = batch_coordinate(score, at.batch)
     for i in gl.static_range(CONSUMERS):
@@ -168,7 +168,7 @@ def attend_tile(
     """Key tile `index`, the ring's tile `number`: S = q k^T, then acc += p v of the tile before, and during that
     product the softmax of S. own: the consumer's Queries."""
     CONSUMERS: gl.constexpr = rings.q.tiles.shape[0]
-    at = head_of(work)
+    at = make_head_info(work)
     wait_full(rings.k, number)
     if PINGPONG:
         # All key tiles of a work item but its first take turns.
@@ -203,7 +203,7 @@ def attend_queries(
     S: gl.constexpr = product_layout(BLOCK_N)
     OUT: gl.constexpr = product_layout(BLOCK_DV)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    at = head_of(work)
+    at = make_head_info(work)
     seq = at.seq
     start_m = work.start_m + ME * 64
     count = tile_count(work.tiles, BLOCK_N)

@@ -99,14 +99,14 @@ class NormShape(NamedTuple):
 
 
 @triton.jit
-def rows_of_tile(tile, row_count, head, heads, width, BLOCK_ROWS: tl.constexpr):
+def select_rows(tile, row_count, head, heads, width, BLOCK_ROWS: tl.constexpr):
     """Tile number `tile` of a head's rows: row r has weight[r % heads]."""
     index = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)) * heads + head
     return Rows(index, index < row_count, head, width)
 
 
 @triton.jit
-def chunk_of(rows, cols):
+def select_chunk(rows, cols):
     return Chunk(rows.index, cols, rows.exist[:, None] & (cols < rows.width)[None, :])
 
 
@@ -184,7 +184,7 @@ def update_moments(moments, h, mask, count, width, CENTER: tl.constexpr):
 @triton.jit
 def read_chunk(moments, source, hidden, rows, start, norm: tl.constexpr):
     """(h, moments): one chunk of h, stored to `hidden` unless that is None, and folded into the moments."""
-    chunk = chunk_of(rows, start + tl.arange(0, norm.BLOCK_COLS))
+    chunk = select_chunk(rows, start + tl.arange(0, norm.BLOCK_COLS))
     h = load_hidden(source, chunk, norm.HIDDEN)
     if hidden is not None:
         store_chunk(hidden, h, chunk)
@@ -194,7 +194,7 @@ def read_chunk(moments, source, hidden, rows, start, norm: tl.constexpr):
 @triton.jit
 def write_chunk(y, h, stats, affine, rows, start, norm: tl.constexpr):
     """One chunk of y = xhat * (weight + weight_offset) + bias."""
-    chunk = chunk_of(rows, start + tl.arange(0, norm.BLOCK_COLS))
+    chunk = select_chunk(rows, start + tl.arange(0, norm.BLOCK_COLS))
     value = normalize(h, stats, norm.CENTER)
     if affine.weight is not None:
         value *= load_parameter(affine.weight, rows.head, rows.width, chunk.cols)[None, :] + affine.weight_offset
@@ -214,7 +214,7 @@ def norm_forward(
     The last chunk of columns stays in registers; the others, of a row that is not SINGLE, are read again.
     """
     norm: tl.constexpr = NormShape(CENTER, HIDDEN, BLOCK_ROWS, BLOCK_COLS)
-    rows = rows_of_tile(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
+    rows = select_rows(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
     source = Source(x, residual, drop)
     affine = Affine(weight, bias, weight_offset)
     moments = Moments(tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32))
@@ -228,7 +228,7 @@ def norm_forward(
     write_chunk(y, h, stats, affine, rows, last, norm)
     if not SINGLE:
         for start in range(0, last, BLOCK_COLS):
-            h = load_hidden(source, chunk_of(rows, start + tl.arange(0, BLOCK_COLS)), HIDDEN)
+            h = load_hidden(source, select_chunk(rows, start + tl.arange(0, BLOCK_COLS)), HIDDEN)
             write_chunk(y, h, stats, affine, rows, start, norm)
     if CENTER:
         tl.store(mean + rows.index, stats.mean, mask=rows.exist)
@@ -251,12 +251,12 @@ def norm_backward_means(
     CENTER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """mean(g) and mean(g * xhat) of rows that are not SINGLE. Grid: as `norm_forward`."""
-    rows = rows_of_tile(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
+    rows = select_rows(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
     stats = load_norm_stats(mean, rstd, rows, CENTER)
     sum_g = tl.zeros((BLOCK_ROWS,), tl.float32)
     sum_gx = tl.zeros((BLOCK_ROWS,), tl.float32)
     for start in range(0, width, BLOCK_COLS):
-        chunk = chunk_of(rows, start + tl.arange(0, BLOCK_COLS))
+        chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
         g = load_chunk(grad_y, chunk)
         if weight is not None:
@@ -290,8 +290,8 @@ def norm_backward(
     sum_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     tiles = tl.cdiv(tl.cdiv(row_count - head, heads), BLOCK_ROWS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        rows = rows_of_tile(tile, row_count, head, heads, width, BLOCK_ROWS)
-        chunk = chunk_of(rows, cols)
+        rows = select_rows(tile, row_count, head, heads, width, BLOCK_ROWS)
+        chunk = select_chunk(rows, cols)
         stats = load_norm_stats(mean, rstd, rows, CENTER)
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
         g = load_chunk(grad_y, chunk)

@@ -3,7 +3,7 @@ the warp-specialised kernels of Hopper the candidates are rows of `configs.py` t
 
 Under FLASHATTN_AUTOTUNE=1 the first call of a kind on a GPU searches, for each of its passes, on its own tensors, and
 the process remembers the choice; nothing is written to disk. A kind is a pass, the dtype, the head dimensions and the
-features (`kind_of`), not the lengths: make that first call at lengths that matter. A search takes a minute or two for
+features (`make_kind`), not the lengths: make that first call at lengths that matter. A search takes a minute or two for
 each pass, most of it compiling. Bits depend on the tiles, so they may differ from those of a process that chose others.
 There is no search while a CUDA graph is captured, in Triton's interpreter or on the PTX machine.
 """
@@ -243,7 +243,7 @@ def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row
         return row if isinstance(found, Roles) and isinstance(row, TileConfig) else found
     if not ENABLED:
         return row
-    kind, unknown = (*kind_of(direction, q, v, score), type(row)), _unknown.get()
+    kind, unknown = (*make_kind(direction, q, v, score), type(row)), _unknown.get()
     if unknown is not None and kind not in _chosen:
         unknown[kind] = Unknown(row, candidates(direction, max(q.shape[-1], v.shape[-1]), row))
     return _chosen.get(kind, row)
@@ -256,7 +256,7 @@ def candidates(direction: str, head_dim: int, row: Row) -> Sequence[Row]:
     return configs.hopper_candidates(direction, head_dim, row != configs.hopper_roles(direction, head_dim, False))
 
 
-def kind_of(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
+def make_kind(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
     """What calls must have in common to share tiles: everything that the kernel is compiled for, so that tiles that fit
     one call fit all."""
     *fields, score_mod, block_mask = score

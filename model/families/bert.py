@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
+from .fields import ACTIVATIONS, find_key, look_up, read, read_dropout, require, write
 
 NAMES = {
     "token_embedding.weight": "embeddings.word_embeddings.weight",
@@ -68,7 +68,7 @@ def prepare(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
 
 def write_task(config: Config, name: str) -> dict:
     """The reverse of `read_task`."""
-    task = key_of(config.task, TASKS) if config.task else "Model"
+    task = find_key(config.task, TASKS) if config.task else "Model"
     labels = dict(enumerate(config.labels))
     numbers = {label: i for i, label in labels.items()}
     problem = dict(problem_type=config.problem_type) if config.task == "classify" else {}
@@ -110,7 +110,7 @@ def config(hf: dict) -> Config:
 
 def to_hf(config: Config, name: str = "Bert") -> dict:
     hf = write(
-        config, FIELDS, "", hidden_act=key_of(config.activation, ACTIVATIONS), hidden_dropout_prob=config.dropout,
+        config, FIELDS, "", hidden_act=find_key(config.activation, ACTIVATIONS), hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.attention_dropout_p, is_decoder=config.causal,
     )  # fmt: skip
     return hf | write_task(config, name)

@@ -41,6 +41,6 @@ def look_up(hf: dict, name: str, default: str, known: dict) -> object:
     return known[value]
 
 
-def key_of(value: object, known: dict) -> str:
+def find_key(value: object, known: dict) -> str:
     """The first key in `known` with this value."""
     return next(name for name, meaning in known.items() if meaning == value)

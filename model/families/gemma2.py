@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..config import Config
 from . import llama
-from .fields import ACTIVATIONS, key_of, look_up, require
+from .fields import ACTIVATIONS, find_key, look_up, require
 from .llama import IGNORED, PREFIXES
 
 NAMES = llama.NAMES | {
@@ -41,7 +41,7 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config) -> dict:
-    activation = key_of(config.activation, ACTIVATIONS)
+    activation = find_key(config.activation, ACTIVATIONS)
     return llama.to_hf(
         config, "Gemma2ForCausalLM", hidden_act=activation, hidden_activation=activation,
         query_pre_attn_scalar=round(config.scale**-2), attn_logit_softcapping=config.softcap,

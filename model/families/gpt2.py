@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
+from .fields import ACTIVATIONS, find_key, look_up, read, read_dropout, require, write
 
 NAMES = {
     "token_embedding.weight": "wte.weight",
@@ -58,7 +58,7 @@ def config(hf: dict) -> Config:
 def to_hf(config: Config) -> dict:
     if config.windows != (None,):
         raise ValueError("windows must be (None,) in a gpt2; with windows it is a gpt_neo")
-    activation, p = key_of(config.activation, ACTIVATIONS), config.dropout
+    activation, p = find_key(config.activation, ACTIVATIONS), config.dropout
     return write(
         config, FIELDS, "GPT2LMHeadModel", activation_function=activation, resid_pdrop=p, embd_pdrop=p,
         attn_pdrop=config.attention_dropout_p,

@@ -6,7 +6,7 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), a
 from __future__ import annotations
 
 from ..config import Config
-from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
+from .fields import ACTIVATIONS, find_key, look_up, read, read_dropout, require, write
 from .rope_fields import read_rope, write_rope
 
 NAMES = {
@@ -53,7 +53,7 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config, architecture: str = "LlamaForCausalLM", **more) -> dict:
-    hf = dict(hidden_act=key_of(config.activation, ACTIVATIONS), attention_dropout=config.attention_dropout_p)
+    hf = dict(hidden_act=find_key(config.activation, ACTIVATIONS), attention_dropout=config.attention_dropout_p)
     if config.dropout:  # transformers has no field for it in a Llama
         hf["resid_pdrop"] = config.dropout
     return write(config, FIELDS, architecture, **(hf | write_rope(config) | more))

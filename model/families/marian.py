@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import ACTIVATIONS, key_of, look_up, read, read_dropout, require, write
+from .fields import ACTIVATIONS, find_key, look_up, read, read_dropout, require, write
 
 LAYER = {
     "attention.q": "self_attn.q_proj",
@@ -66,7 +66,7 @@ def config(hf: dict) -> Config:
 
 def to_hf(config: Config) -> dict:
     return write(
-        config, FIELDS, "MarianMTModel", activation_function=key_of(config.activation, ACTIVATIONS),
+        config, FIELDS, "MarianMTModel", activation_function=find_key(config.activation, ACTIVATIONS),
         decoder_attention_heads=config.heads, decoder_ffn_dim=config.ffn_width, dropout=config.dropout,
         attention_dropout=config.attention_dropout_p, activation_dropout=config.activation_dropout,
         scale_embedding=config.embedding_scale != 1, pad_token_id=config.decoder_start_token, is_encoder_decoder=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Config
-from .fields import key_of, look_up, read, require, write
+from .fields import find_key, look_up, read, require, write
 
 PROJECTIONS = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
@@ -82,7 +82,7 @@ def config(hf: dict) -> Config:
 
 
 def to_hf(config: Config) -> dict:
-    proj = key_of((config.activation, config.gated), FEED_FORWARD)
+    proj = find_key((config.activation, config.gated), FEED_FORWARD)
     scaled = config.logit_scale != 1
     return write(
         config, FIELDS, "T5ForConditionalGeneration", feed_forward_proj=proj, scale_decoder_outputs=scaled,

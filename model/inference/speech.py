@@ -70,7 +70,7 @@ def transcribe(
         raise ValueError(f"model must have an audio encoder, got a {config.family}")
     if samples.dim() != 1 or len(samples) == 0:
         raise ValueError(f"samples must be (n,), at least one, got shape {tuple(samples.shape)}")
-    vocabulary = Vocabulary.of(config.vocab_size, config.decoder_start_token, tokenizer)
+    vocabulary = Vocabulary.from_model(config.vocab_size, config.decoder_start_token, tokenizer)
     vocabulary.check(language, task)
     size, total = FRAMES * config.audio_context, -(-len(samples) // HOP)
     frames = spectrogram(F.pad(samples, (0, size * HOP)), config.mel_bins).to(model.token_embedding.weight.dtype)
@@ -108,7 +108,7 @@ class Vocabulary:
     suppressed: list[int]
 
     @classmethod
-    def of(cls, size: int, start: int, tokenizer: Tokenizer) -> Vocabulary:
+    def from_model(cls, size: int, start: int, tokenizer: Tokenizer) -> Vocabulary:
         def number(*names: str) -> int | None:
             return next((n for n in map(tokenizer.backend.token_to_id, names) if n is not None), None)
 

@@ -10,13 +10,13 @@ from tests.attention.truth import (
     cancelled,
     gradients_for,
     hide_past_lengths,
+    list_inputs,
     make_inputs,
-    names_of,
     ours,
     run,
     torch_attention,
 )
-from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case
+from tests.common import Truth, assert_as_exact_as_torch, find_device, once_per_case
 
 CASES = [
     Case("full"),
@@ -105,16 +105,16 @@ def make_truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
     return Truth(inputs, options, gradients, exact, by_torch, cancelled(case, options, inputs, *gradients))
 
 
-truth_of = once_per_case(make_truth)
+compute_truth = once_per_case(make_truth)
 
 
-def check(case: Case, dtype: torch.dtype, backend: str, truth_of=truth_of) -> None:
-    truth = truth_of(case, dtype, device_of(backend))
+def check(case: Case, dtype: torch.dtype, backend: str, compute_truth=compute_truth) -> None:
+    truth = compute_truth(case, dtype, find_device(backend))
     inputs, options, gradients = truth.fresh()
     hide_past_lengths(case, inputs, gradients)
     with flashattn.use_backend(backend):
         results = run(ours(case, options), inputs, *gradients)
-    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    names = ("out", "lse", *(f"grad_{name}" for name in list_inputs(case)))
     for name, x, y, t, summed in zip(names, results, truth.by_torch, truth.exact, truth.terms, strict=True):
         assert_as_exact_as_torch(x, y, t, name, summed)
 
@@ -149,7 +149,7 @@ VIEWS = {
 
 
 def check_strides(view, backend):
-    device = device_of(backend)
+    device = find_device(backend)
     case = Case("", batch=1, heads=4, kv_heads=2, seq_q=40, seq_k=50, head_dim=24, causal=True)
     inputs, options = make_inputs(case, torch.float32, device)
     views = [VIEWS[view](x) for x in inputs]

@@ -9,8 +9,8 @@ import flashattn
 from flashattn.backends import BACKENDS as BACKENDS_BY_NAME
 from flashattn.cache import CacheView
 from flashattn.score import Score
-from tests.attention.truth import Case, names_of, torch_attention
-from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn, skip_if_wrong_there
+from tests.attention.truth import Case, list_inputs, torch_attention
+from tests.common import Truth, assert_as_exact_as_torch, find_device, once_per_case, randn, skip_if_wrong_there
 
 
 class Step(NamedTuple):
@@ -111,7 +111,7 @@ def expected(step: Step, options, others, table, q, k, v):
     return torch.cat(outs), torch.cat(lses)
 
 
-def inputs_of(step: Step, dtype, device):
+def make_inputs(step: Step, dtype, device):
     case, batch = step.features, len(step.lengths)
     longest, seq_q = max(map(sum, zip(step.lengths, step.counts, strict=True))), max(step.counts)
     q = randn(batch, case.heads, seq_q, case.head_dim, dtype=dtype, device=device)
@@ -134,7 +134,7 @@ def inputs_of(step: Step, dtype, device):
 
 def decoded(step: Step, cache, options, others, table, q, k, v, backend):
     """(out, lse) of the new tokens, after the others were appended."""
-    named = dict(zip(names_of(step.features)[3:], others, strict=True))
+    named = dict(zip(list_inputs(step.features)[3:], others, strict=True))
     rotary = None if table is None else flashattn.Rotary(*table, step.interleaved)
     lengths, counts = torch.tensor(step.lengths), torch.tensor(step.counts)
     before = max(step.lengths)
@@ -156,8 +156,8 @@ def decoded(step: Step, cache, options, others, table, q, k, v, backend):
 
 
 @once_per_case
-def truth_of(step: Step, dtype, device) -> Truth:
-    q, k, v, options, others, table = inputs_of(step, dtype, device)
+def compute_truth(step: Step, dtype, device) -> Truth:
+    q, k, v, options, others, table = make_inputs(step, dtype, device)
     exact_table = None if table is None else [x.double() for x in table]
     exact = expected(step, options, others, exact_table, q.double(), k.double(), v.double())
     by_torch = expected(step, options, others, table, q, k, v)
@@ -165,8 +165,8 @@ def truth_of(step: Step, dtype, device) -> Truth:
 
 
 def check(step: Step, dtype, backend):
-    device = device_of(backend)
-    truth = truth_of(step, dtype, device)
+    device = find_device(backend)
+    truth = compute_truth(step, dtype, device)
     (q, k, v, others, table), options, _ = truth.fresh()
     results = decoded(step, make_cache(step, dtype, device), options, others, table, q, k, v, backend)
     for name, x, y, t in zip(("out", "lse"), results, truth.by_torch, truth.exact, strict=True):
@@ -174,9 +174,9 @@ def check(step: Step, dtype, backend):
 
 
 def check_bits_of_batch_and_pages(counts, backend):
-    device = device_of(backend)
+    device = find_device(backend)
     step = Step("", (40, 63, 9), counts, features(window=(50, None), sinks=True), None, 8)
-    q, k, v, options, others, table = inputs_of(step, torch.float32, device)
+    q, k, v, options, others, table = make_inputs(step, torch.float32, device)
 
     def run(step, *x):
         return list(decoded(step, make_cache(step, torch.float32, device), options, others, table, *x, backend))
@@ -200,7 +200,7 @@ def check_bits_of_batch_and_pages(counts, backend):
 def check_bits_of_longest_row_and_capacity(backend):
     """Rows of 1, 2 and 17 splits on a GPU, alone and beside each other, and in a cache with room for 32."""
     skip_if_wrong_there(backend, torch.float32)
-    device, lengths = device_of(backend), (100, 300, 4200)
+    device, lengths = find_device(backend), (100, 300, 4200)
     q = randn(3, 2, 1, 16, dtype=torch.float32, device=device)
     k, v = (randn(3, 1, max(lengths), 16, dtype=torch.float32, device=device) for _ in range(2))
     score = Score(0.25, left=4150, right=0, sinks=randn(2, dtype=torch.float32, device=device))

@@ -8,7 +8,7 @@ from tests.common import assert_as_exact_as_torch
 LEAST = torch.finfo(torch.float32).min
 
 
-def bias_of(seq: int, *rows_and_keys) -> torch.Tensor:
+def make_bias(seq: int, *rows_and_keys) -> torch.Tensor:
     bias = torch.zeros(seq, seq)
     for rows, keys, value in rows_and_keys:
         bias[rows, keys] = value
@@ -18,19 +18,19 @@ def bias_of(seq: int, *rows_and_keys) -> torch.Tensor:
 ALL = slice(None)
 # Name: (how large q and k are, keys and queries, bias, options)
 CASES = {
-    "least": (1, 40, bias_of(40, (ALL, ALL, LEAST)), {}),  # of one score or more: the mean of v
-    "some_least": (1, 40, bias_of(40, (ALL, slice(0, 20), LEAST), (3, ALL, LEAST)), {}),
-    "least_causal": (1, 40, bias_of(40, (slice(0, 30), ALL, LEAST)), dict(causal=True)),
-    "largest": (1, 40, bias_of(40, (ALL, slice(0, None, 3), 3e38)), {}),
-    "largest_apart": (1, 40, bias_of(40, (ALL, ALL, 2.5e38), (ALL, 7, 3e38)), {}),
+    "least": (1, 40, make_bias(40, (ALL, ALL, LEAST)), {}),  # of one score or more: the mean of v
+    "some_least": (1, 40, make_bias(40, (ALL, slice(0, 20), LEAST), (3, ALL, LEAST)), {}),
+    "least_causal": (1, 40, make_bias(40, (slice(0, 30), ALL, LEAST)), dict(causal=True)),
+    "largest": (1, 40, make_bias(40, (ALL, slice(0, None, 3), 3e38)), {}),
+    "largest_apart": (1, 40, make_bias(40, (ALL, ALL, 2.5e38), (ALL, 7, 3e38)), {}),
     "largest_softcap": (1, 40, None, dict(softcap=3e38)),
-    "minus_1e9": (1, 40, bias_of(40, (ALL, ALL, -1e9)), {}),
-    "minus_1e9_window": (1, 40, bias_of(40, (ALL, ALL, -1e9)), dict(window=(5, 3))),
+    "minus_1e9": (1, 40, make_bias(40, (ALL, ALL, -1e9)), {}),
+    "minus_1e9_window": (1, 40, make_bias(40, (ALL, ALL, -1e9)), dict(window=(5, 3))),
     "thousands": (90, 40, None, {}),
     "thousands_causal": (90, 130, None, dict(causal=True)),
     "thousands_of_few": (90, 3, None, {}),
     "thousands_and_sinks": (90, 40, None, dict(sinks=torch.tensor([8000.0, -8000.0]))),
-    "minus_1e9_and_sinks": (1, 40, bias_of(40, (ALL, ALL, -1e9)), dict(sinks=torch.full((2,), -1e9))),
+    "minus_1e9_and_sinks": (1, 40, make_bias(40, (ALL, ALL, -1e9)), dict(sinks=torch.full((2,), -1e9))),
     "ten_thousand_millions": (1e5, 40, None, {}),
     "slopes": (1, 40, None, dict(alibi_slopes=torch.tensor([1e6, 1e4]))),
 }
@@ -91,7 +91,7 @@ def check_weights(name, backend):
 def check_least_number_as_mask(dtype, backend):
     """What models add to scores to mask them, in 16 bits; a row of it alone is the mean of v."""
     q, k, v, grad = (torch.randn(1, 2, 20, 16).to(dtype) for _ in range(4))
-    bias = bias_of(20, (ALL, slice(0, 7), torch.finfo(dtype).min), (3, ALL, torch.finfo(dtype).min)).to(dtype)
+    bias = make_bias(20, (ALL, slice(0, 7), torch.finfo(dtype).min), (3, ALL, torch.finfo(dtype).min)).to(dtype)
     truth = results(lambda *x: formed(*x, bias, {}, torch.float64), [q, k, v], grad)
     theirs = results(lambda q, k, v: (q @ k.mT / 4 + bias).softmax(-1) @ v, [q, k, v], grad)
     with flashattn.use_backend(backend):

@@ -5,8 +5,8 @@ import itertools
 import torch
 
 import flashattn
-from tests.attention.truth import Case, cancelled, make_inputs, names_of, run, torch_attention
-from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn
+from tests.attention.truth import Case, cancelled, list_inputs, make_inputs, run, torch_attention
+from tests.common import Truth, assert_as_exact_as_torch, find_device, once_per_case, randn
 
 REST = 5  # rows past the last sequence
 
@@ -20,7 +20,7 @@ def starts(lengths, device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def inputs_of(case: Case, lengths_q, lengths_k, dtype, device):
+def make_packed_inputs(case: Case, lengths_q, lengths_k, dtype, device):
     inputs, options = make_inputs(case, dtype, device)
     totals = [sum(lengths_q), sum(lengths_k), sum(lengths_k)]
     packed = [
@@ -83,7 +83,7 @@ def summed(case: Case, lengths_q, lengths_k, options, inputs, grad_out, grad_lse
 
 def ours(case: Case, lengths_q, lengths_k, options):
     def attention(*x):
-        others = dict(zip(names_of(case)[3:], x[3:], strict=True))
+        others = dict(zip(list_inputs(case)[3:], x[3:], strict=True))
         cu_q, cu_k = starts(lengths_q, x[0].device), starts(lengths_k, x[0].device)
         return flashattn.attention_varlen(
             *x[:3], cu_q, cu_k, case.seq_q, case.seq_k, return_lse=True, **options, **others
@@ -98,7 +98,7 @@ def gradients_for(case, out, lse, dtype, device):
 
 
 def make_truth(case: Case, lengths_q, lengths_k, dtype, device) -> Truth:
-    inputs, options = inputs_of(case, lengths_q, lengths_k, dtype, device)
+    inputs, options = make_packed_inputs(case, lengths_q, lengths_k, dtype, device)
     theirs = sequence_by_sequence(case, lengths_q, lengths_k, options)
     gradients = gradients_for(case, *theirs(*inputs), dtype, device)
     exact = run(theirs, [x.double() for x in inputs], *gradients)
@@ -107,18 +107,18 @@ def make_truth(case: Case, lengths_q, lengths_k, dtype, device) -> Truth:
     return Truth(inputs, options, gradients, exact, by_torch, terms)
 
 
-truth_of = once_per_case(make_truth)
+compute_truth = once_per_case(make_truth)
 
 
-def check(case: Case, lengths_q, lengths_k, dtype, backend, truth_of=truth_of):
+def check(case: Case, lengths_q, lengths_k, dtype, backend, compute_truth=compute_truth):
     case = packed(case, lengths_q, lengths_k)
-    truth = truth_of(case, lengths_q, lengths_k, dtype, device_of(backend))
+    truth = compute_truth(case, lengths_q, lengths_k, dtype, find_device(backend))
     inputs, options, gradients = truth.fresh()
     for x, length in zip(inputs, (lengths_q, lengths_k, lengths_k), strict=False):
         x[sum(length) :] = torch.nan  # nothing is read there
     with flashattn.use_backend(backend):
         results = run(ours(case, lengths_q, lengths_k, options), inputs, *gradients)
-    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    names = ("out", "lse", *(f"grad_{name}" for name in list_inputs(case)))
     for name, x, y, t, s in zip(names, results, truth.by_torch, truth.exact, truth.terms, strict=True):
         assert_as_exact_as_torch(x, y, t, name, s)
     for x, length in zip(results[2:5], (lengths_q, lengths_k, lengths_k), strict=True):
@@ -146,7 +146,7 @@ CASES = [
 
 def check_dropout_of_padded_batch(backend):
     """The same seed drops the same weights, packed or padded."""
-    lengths, device = (17, 40), device_of(backend)
+    lengths, device = (17, 40), find_device(backend)
     q, k, v = (randn(57, 2, 16, dtype=torch.float32, device=device) for _ in range(3))
     padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
     both = torch.tensor(lengths, device=device)
@@ -158,7 +158,7 @@ def check_dropout_of_padded_batch(backend):
 
 
 def check_nested_tensors(backend):
-    device = device_of(backend)
+    device = find_device(backend)
     lengths = (5, 33, 0, 20)
     parts = [[randn(n, 2, 16, dtype=torch.float32, device=device) for n in lengths] for _ in range(3)]
     nested = [torch.nested.nested_tensor(x, layout=torch.jagged, requires_grad=True) for x in parts]

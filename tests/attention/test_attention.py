@@ -27,7 +27,7 @@ from tests.common import (
     DTYPES,
     INTERPRETED,
     assert_as_exact_as_torch,
-    device_of,
+    find_device,
     randn,
     skip_if_wrong_there,
 )
@@ -55,7 +55,7 @@ def test_reference_is_the_truth_in_float64(case):
 def test_a_mask_of_any_bytes(dimensions, backend):
     """A view of other bytes as bool: what is not 0 is True."""
     case = Case("", batch=2, seq_q=40, seq_k=70, mask=dimensions)
-    inputs, options = make_inputs(case, torch.float32, device_of(backend))
+    inputs, options = make_inputs(case, torch.float32, find_device(backend))
     mask = options["mask"]
     odd = torch.where(mask, torch.randint_like(mask, 2, 256, dtype=torch.uint8), 0).view(torch.bool)
     blocks = create_block_mask(lambda b, h, i, j: i >= i, None, None, 40, 70, mask.device, BLOCK_SIZE=16)
@@ -119,7 +119,7 @@ def test_random_cases(data):
 def test_same_bits_every_run(backend):
     if INTERPRETED and backend == "triton":
         pytest.skip("the interpreter runs one program after another")
-    device = device_of(backend)
+    device = find_device(backend)
     case = Case(
         "", batch=2, heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True, bias="hk", sinks=True, dropout_p=0.1
     )
@@ -139,7 +139,7 @@ def test_strides_are_honoured(view, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_gradient(backend):
-    q, k, v = make_inputs(Case(""), torch.float32, device_of(backend))[0]
+    q, k, v = make_inputs(Case(""), torch.float32, find_device(backend))[0]
     q.requires_grad_()
     with flashattn.use_backend(backend):
         flashattn.attention(q, k, v).sum().backward()  # its gradient is one number, expanded
@@ -149,7 +149,7 @@ def test_expanded_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_lse_is_used(backend):
-    q, k, v = make_inputs(Case("", causal=True), torch.float32, device_of(backend))[0]
+    q, k, v = make_inputs(Case("", causal=True), torch.float32, find_device(backend))[0]
     q.requires_grad_(), v.requires_grad_()
     with flashattn.use_backend(backend):
         _, lse = flashattn.attention(q, k, v, causal=True, return_lse=True)
@@ -178,7 +178,7 @@ def test_error_does_not_grow_with_length():
 def test_a_bias_of_minus_infinity_is_a_mask(backend):
     """Also where it leaves a query, or the first tile of its keys, without any."""
     case = Case("", batch=2, seq_q=40, seq_k=230, causal=True)
-    inputs, options = make_inputs(case, torch.float32, device_of(backend))
+    inputs, options = make_inputs(case, torch.float32, find_device(backend))
     keep = torch.rand(2, 1, 40, 230, device=inputs[0].device) > 0.5
     keep[0, :, :, :200] = False
     keep[1, :, 7] = False

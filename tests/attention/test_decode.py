@@ -12,7 +12,7 @@ from tests.attention.decode_cases import (
     check_bits_of_batch_and_pages,
     check_bits_of_longest_row_and_capacity,
 )
-from tests.common import BACKENDS, DTYPES, device_of, randn, skip_if_wrong_there
+from tests.common import BACKENDS, DTYPES, find_device, randn, skip_if_wrong_there
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,7 +56,7 @@ def test_pages_are_found_by_multiplication():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_attention(backend):
     """Token by token, or all at once: attention with a causal mask."""
-    q, k, v = (randn(1, heads, 12, 16, dtype=torch.float32, device=device_of(backend)) for heads in (4, 2, 2))
+    q, k, v = (randn(1, heads, 12, 16, dtype=torch.float32, device=find_device(backend)) for heads in (4, 2, 2))
     cache = flashattn.KVCache(1, 2, 12, 16, device=q.device)
     with flashattn.use_backend(backend):
         steps = [flashattn.decode(*(x[:, :, i : i + 1] for x in (q,)), cache, k[:, :, i : i + 1], v[:, :, i : i + 1])

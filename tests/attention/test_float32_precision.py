@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.attention.truth import Case, cancelled, gradients_for, make_inputs, names_of, ours, run, torch_attention
+from tests.attention.truth import Case, cancelled, gradients_for, list_inputs, make_inputs, ours, run, torch_attention
 from tests.common import INTERPRETED, assert_as_exact_as_torch
 
 pytest.importorskip("triton")
@@ -92,7 +92,7 @@ def test_tiles_are_searched_for_each_precision(on):
     q, kinds = torch.empty(1, 1, 8, 16), set()
     for setting in SETTINGS:
         torch.set_float32_matmul_precision(setting)
-        kinds.add(tune.kind_of("forward", q, q, Score(1.0)))
+        kinds.add(tune.make_kind("forward", q, q, Score(1.0)))
     assert len(kinds) == 3
 
 
@@ -194,7 +194,7 @@ def check(case: Case, setting: str) -> None:
     torch.set_float32_matmul_precision(setting)  # only now: PyTorch's products on a CPU may follow it too
     with flashattn.use_backend("triton"):
         results = run(ours(case, options), inputs, *gradients)
-    names = ("out", "lse", *(f"grad_{name}" for name in names_of(case)))
+    names = ("out", "lse", *(f"grad_{name}" for name in list_inputs(case)))
     for name, x, y, t, summed in zip(names, results, represented, truth, terms, strict=True):
         assert_as_exact_as_torch(x, y, t, name, summed)
 
@@ -223,7 +223,7 @@ def test_features(gpu, setting):
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_decoding(gpu, setting):
     (step,) = (step for step in decode_cases.STEPS if step.name == "window_sinks")
-    q, k, v, options, others, table = decode_cases.inputs_of(step, torch.float32, "cpu")
+    q, k, v, options, others, table = decode_cases.make_inputs(step, torch.float32, "cpu")
     exact_table = None if table is None else [x.double() for x in table]
     truth = decode_cases.expected(step, options, others, exact_table, q.double(), k.double(), v.double())
     with Multiplied(setting):

@@ -16,13 +16,13 @@ from tests.attention.packed_cases import (
     check,
     check_dropout_of_padded_batch,
     check_nested_tensors,
-    inputs_of,
+    make_packed_inputs,
     make_truth,
     packed,
     starts,
 )
 from tests.attention.truth import Case
-from tests.common import BACKENDS, DTYPES, device_of, skip_if_wrong_there
+from tests.common import BACKENDS, DTYPES, find_device, skip_if_wrong_there
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,9 +82,9 @@ def test_nested_tensors(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_longest_of_more_than_all(backend, bias):
     """max_seqlen says how long a sequence may be at most: larger than all of them together it changes nothing."""
-    case, lengths, device = Case("", bias=bias, head_dim=8, head_dim_v=8), (5, 20, 7), device_of(backend)
+    case, lengths, device = Case("", bias=bias, head_dim=8, head_dim_v=8), (5, 20, 7), find_device(backend)
     most = 2**31 - 1 if bias == "h" else 100
-    inputs, _ = inputs_of(packed(case, lengths, lengths), lengths, lengths, torch.float32, device)
+    inputs, _ = make_packed_inputs(packed(case, lengths, lengths), lengths, lengths, torch.float32, device)
     whole = torch.zeros(1, 2, *[100 if bias == "hqk" else 1] * 2, device=device)
     whole[:, :, :20, :20] = inputs[3]
     cu = starts(lengths, device)

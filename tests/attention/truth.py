@@ -69,13 +69,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device) -> tuple[list[torch.Tens
     return inputs, options
 
 
-def names_of(case: Case) -> list[str]:
+def list_inputs(case: Case) -> list[str]:
     return ["q", "k", "v", *["bias"] * (case.bias is not None), *["sinks"] * case.sinks]
 
 
 def ours(case: Case, options: dict):
     """flashattn.attention as a function of the inputs alone."""
-    names = names_of(case)
+    names = list_inputs(case)
     return lambda *x: flashattn.attention(
         *x[:3], return_lse=True, **options, **dict(zip(names[3:], x[3:], strict=True))
     )
@@ -105,7 +105,7 @@ def kept(case: Case, device) -> torch.Tensor | float:
 
 def torch_attention(case: Case, options: dict, q, k, v, *others):
     """(out, lse) by PyTorch's own operations in the inputs' dtype; a fully masked row gives 0 and -inf."""
-    others = dict(zip(names_of(case)[3:], others, strict=True))
+    others = dict(zip(list_inputs(case)[3:], others, strict=True))
     options = naive_options(case, options, q.device)
     return naive.attention(q, k, v, **options, **others, dropout=kept(case, q.device))
 

@@ -101,7 +101,7 @@ def modified(mod, q, k):
     return mod(scores, *places()).to(scores.dtype).broadcast_to(scores.shape)
 
 
-def weights_of(scores, block_mask):
+def compute_weights(scores, block_mask):
     if block_mask is None:
         return scores.softmax(-1)
     keep = block_mask.mask_mod(*places())
@@ -111,14 +111,14 @@ def weights_of(scores, block_mask):
 
 def dense(mod, block_mask, q, k, v):
     """Softmax of the whole matrix, in q's dtype."""
-    return weights_of(modified(mod, q, k), block_mask) @ v.repeat_interleave(HEADS // k.shape[1], 1)
+    return compute_weights(modified(mod, q, k), block_mask) @ v.repeat_interleave(HEADS // k.shape[1], 1)
 
 
 def cancelled(mod, block_mask, q, k, v, tables, grad):
     """How large the float32 terms are whose sums the gradients of `tables` are: ds = p (dp - delta), where dp and delta
     may cancel (as in tests/attention/truth.py), times what the score changes by with its entry of the table."""
     scores = modified(mod, q.detach(), k.detach())
-    p = weights_of(scores.detach(), block_mask)
+    p = compute_weights(scores.detach(), block_mask)
     dp = grad.abs() @ v.detach().abs().repeat_interleave(HEADS // v.shape[1], 1).mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True))
     terms = []
@@ -153,7 +153,7 @@ def leaves(mod: str, dtype, kind):
 
 
 @once_per_case
-def truth_of(dtype, mod: str, block_mask: str | None, device: torch.device) -> Truth:
+def compute_truth(dtype, mod: str, block_mask: str | None, device: torch.device) -> Truth:
     block_mask, grad = mask_and_grad(block_mask)
     results = []
     for kind in (dtype, torch.float64):
@@ -167,7 +167,7 @@ def truth_of(dtype, mod: str, block_mask: str | None, device: torch.device) -> T
 def check_gradients(dtype, mod, block_mask, backend):
     """Of q, k, v and of what the score_mod captured, with grouped heads."""
     skip_if_wrong_there(backend, dtype)
-    truth = truth_of(dtype, mod, block_mask, torch.get_default_device())
+    truth = compute_truth(dtype, mod, block_mask, torch.get_default_device())
     block_mask, grad = mask_and_grad(block_mask)
     made, x, tables = leaves(mod, dtype, dtype)
     with flashattn.use_backend(backend):

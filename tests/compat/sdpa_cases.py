@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-def mask_of(pattern: str, q: tuple, k: tuple) -> torch.Tensor:
+def make_mask(pattern: str, q: tuple, k: tuple) -> torch.Tensor:
     sizes = {"b": q[0], "h": q[-3] if len(q) > 2 else 1, "q": q[-2], "k": k[-2], "1": 1, "2": 2, "3": 3}
     return torch.randn([sizes[c] for c in pattern])
 
@@ -40,7 +40,7 @@ def mask_of(pattern: str, q: tuple, k: tuple) -> torch.Tensor:
 def check(name, kind):
     q_shape, k_shape, pattern, options = CASES[name]
     inputs = [torch.randn(q_shape), torch.randn(k_shape), torch.randn(*k_shape[:-1], 24)]
-    mask = None if pattern is None else mask_of(pattern, q_shape, k_shape)
+    mask = None if pattern is None else make_mask(pattern, q_shape, k_shape)
     if mask is not None and kind == "float":
         inputs.append(mask)
     elif mask is not None:

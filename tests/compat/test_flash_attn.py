@@ -8,7 +8,7 @@ import torch
 
 import flashattn
 from flashattn.compat import flash_attn
-from tests.common import BACKENDS, device_of
+from tests.common import BACKENDS, find_device
 from tests.compat.flash_attn_cases import (
     OPTIONS,
     STARTS_K,
@@ -110,7 +110,7 @@ def test_with_kvcache(lies, name):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_kvcache_of_any_strides(backend):
     """Caches whose last dimension is not contiguous, and a part of a page table: written and read as others are."""
-    device = device_of(backend)
+    device = find_device(backend)
     q, k, v = (torch.randn(2, 3, heads, 16).to(device) for heads in (4, 2, 2))
     caches = torch.randn(2, 6, 8, 2, 16).to(device)
     table = torch.arange(6, dtype=torch.int32, device=device).view(2, 3)

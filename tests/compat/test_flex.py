@@ -17,7 +17,7 @@ import flashattn
 from flashattn import score_mod
 from flashattn.compat.flex import flex_attention
 from flashattn.score_mod import trace
-from tests.common import BACKENDS, device_of, randn
+from tests.common import BACKENDS, find_device, randn
 from tests.compat.flex_cases import (
     BATCH,
     BLOCK_MASKS,
@@ -54,7 +54,7 @@ def eager(monkeypatch):
 def default_device(request):
     """All tensors of a test lie where its backend takes them."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    with device_of(parameters.get("backend", "cpu")):
+    with find_device(parameters.get("backend", "cpu")):
         yield
 
 

@@ -7,7 +7,7 @@ from torch.nn.attention import flex_attention as theirs
 
 import flashattn
 from flashattn.compat.flex import flex_attention
-from tests.common import BACKENDS, device_of
+from tests.common import BACKENDS, find_device
 
 BATCH, HEADS, SEQ, DIM = 2, 3, 40, 8
 
@@ -60,7 +60,7 @@ MASK_MODS = {
 
 def run(function, backend, **options):
     torch.manual_seed(1)
-    q, k, v = (torch.randn(BATCH, HEADS, SEQ, DIM).to(device_of(backend)) for _ in range(3))
+    q, k, v = (torch.randn(BATCH, HEADS, SEQ, DIM).to(find_device(backend)) for _ in range(3))
     with flashattn.use_backend(backend), torch.no_grad():
         return function(q, k, v, **options)
 
@@ -77,7 +77,7 @@ def compare(backend, **options):
 
 @pytest.mark.parametrize("name, backend", on_backends(MASK_MODS, ["cpu", "reference"], {"noop", "and_documents"}))
 def test_mask_mods(name, backend):
-    device = device_of(backend)
+    device = find_device(backend)
     compare(
         backend, block_mask=theirs.create_block_mask(MASK_MODS[name](device), BATCH, HEADS, SEQ, SEQ, device, 16)
     )  # fmt: skip
@@ -127,7 +127,7 @@ ON_TRITON = {"zeros", "ones", "new_full", "chain_of_three", "slice_between", "nu
 
 @pytest.mark.parametrize("name, backend", on_backends(SCORE_MODS, ["reference"], ON_TRITON))
 def test_score_mods(name, backend):
-    device = device_of(backend)
+    device = find_device(backend)
     tables = torch.randn(HEADS, SEQ).to(device), torch.randn(HEADS, SEQ, SEQ).to(device)
     compare(backend, score_mod=SCORE_MODS[name](tables))
 
@@ -138,7 +138,7 @@ FIRST = ["chain_of_three", "number_and_position", "transposed", "reduced_first"]
 @pytest.mark.parametrize("name, backend", on_backends(FIRST, ["reference"], {"transposed"}))
 def test_gradients_through_what_comes_first(name, backend):
     """Of a captured tensor that the mod transforms before it takes a number of it, against float64."""
-    device = device_of(backend)
+    device = find_device(backend)
     leaves = [torch.randn(BATCH, HEADS, SEQ, DIM) for _ in range(3)] + [
         torch.randn(HEADS, SEQ), torch.randn(HEADS, SEQ, SEQ)
     ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_gradients_through_what_comes_first(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_comes_first_is_computed_in_every_call(backend):
     """A table that changes in place, of which the mod takes a part."""
-    q = torch.randn(1, HEADS, SEQ, DIM).to(device_of(backend))
+    q = torch.randn(1, HEADS, SEQ, DIM).to(find_device(backend))
     table = torch.zeros(2, SEQ).to(q.device)
 
     def mod(score, b, h, i, j):
@@ -193,7 +193,7 @@ def test_a_method_is_a_callable():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_without_a_mask_mod(backend):
     """`from_kv_blocks` alone: its blocks attend whole, and no other."""
-    device = device_of(backend)
+    device = find_device(backend)
     counts = torch.tensor([[[1, 2, 3, 2]]], dtype=torch.int32, device=device)
     indices = torch.tensor([[0, 1, 2, 3], [1, 3, 0, 2], [3, 1, 0, 2], [0, 2, 1, 3]], dtype=torch.int32, device=device)
     block_mask = theirs.BlockMask.from_kv_blocks(counts, indices[None, None], BLOCK_SIZE=16)
@@ -210,7 +210,7 @@ def test_blocks_without_a_mask_mod(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_larger_than_the_sequence(backend):
     """One of any length, which PyTorch makes where none is given, and one of a mask."""
-    q = torch.randn(1, HEADS, SEQ, DIM).to(device_of(backend))
+    q = torch.randn(1, HEADS, SEQ, DIM).to(find_device(backend))
     empty = theirs._create_empty_block_mask(q, q)
     one = theirs.BlockMask.from_kv_blocks(
         empty.kv_num_blocks, empty.kv_indices, BLOCK_SIZE=1 << 28, mask_mod=causal, seq_lengths=(SEQ, SEQ)

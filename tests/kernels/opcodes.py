@@ -45,7 +45,7 @@ class Case(NamedTuple):
     architectures: tuple[str, ...] = ARCHITECTURES
 
 
-def code_of(kernel: Kernel) -> Code:
+def summarise_code(kernel: Kernel) -> Code:
     if kernel.architecture.startswith("sm_"):
         names = [instruction.name for instruction in sass.parse(kernel.code)[0]]
     else:
@@ -60,7 +60,7 @@ def compile_case(name: str, architecture: str) -> dict[str, Code]:
     torch.use_deterministic_algorithms(False)
     with compile_for(architecture) as kernels, flashattn.use_backend("triton"):
         CASES[name].run()
-    return {kernel.name: code_of(kernel) for kernel in kernels}
+    return {kernel.name: summarise_code(kernel) for kernel in kernels}
 
 
 def read_table() -> dict[str, dict[str, dict[str, Code]]]:

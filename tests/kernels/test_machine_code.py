@@ -46,7 +46,7 @@ def full_tile_code(kernel: Kernel) -> list[list[sass.Instruction]]:
     return [code[starts[loop.start] :][: loop.instructions] for loop in loops]
 
 
-def faults_of(kernel: Kernel) -> set[str]:
+def find_faults(kernel: Kernel) -> set[str]:
     """What is wrong with the loops over whole tiles."""
     found = set()
     for loop in full_tile_code(kernel):
@@ -68,7 +68,7 @@ def test_loops_in_roles(head_dim):
     assert len(kernels) == 3
     for kernel in kernels.values():
         assert len(full_tile_code(kernel)) == 2  # a loop of each consumer
-        assert faults_of(kernel) == set()
+        assert find_faults(kernel) == set()
         assert not find_lost_descriptors(kernel.code)
 
 
@@ -127,7 +127,7 @@ def compiled_backward(head_dim: int) -> list[Kernel]:
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults_are_found(fault, monkeypatch, tmp_path):
     monkeypatch.setattr(triton_hopper, "hopper_forward", plant(hopper_forward, tmp_path, PLANTED[fault]))
-    assert fault in faults_of(compiled_forward(128))
+    assert fault in find_faults(compiled_forward(128))
 
 
 DROPOUT = (
@@ -186,7 +186,7 @@ def test_a_spill_is_found(monkeypatch):
     """Two consumers of 64 queries with 128 registers a thread cannot hold their accumulators."""
     row = configs.HOPPER["forward"][128]._replace(registers=128)
     monkeypatch.setitem(configs.HOPPER["forward"], 128, row)
-    assert "local memory" in faults_of(compiled_forward(128))
+    assert "local memory" in find_faults(compiled_forward(128))
 
 
 def test_backward_waits_are_found(monkeypatch, tmp_path):
@@ -196,4 +196,4 @@ def test_backward_waits_are_found(monkeypatch, tmp_path):
         "",
     )
     monkeypatch.setattr(triton_hopper, "hopper_backward", plant(hopper_backward, tmp_path, change))
-    assert "the wait for the second product comes before exponentials" in faults_of(compiled_backward(128)[0])
+    assert "the wait for the second product comes before exponentials" in find_faults(compiled_backward(128)[0])

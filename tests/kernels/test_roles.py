@@ -72,12 +72,12 @@ def test_a_sequence_sees_no_other(seen, spoilt):
     """Tiles reach into the next sequence: its NaN must not spread."""
     starts = torch.tensor([0, 70, 140], dtype=torch.int32)
     tensors = [torch.randn(140, 2, 64, dtype=torch.bfloat16) for _ in range(4)]  # q, k, v and the gradient of out
-    clean = gradients_of(tensors, starts)
-    beside_nan = gradients_of([x.index_fill(0, torch.arange(140)[spoilt], torch.nan) for x in tensors], starts)
+    clean = compute_gradients(tensors, starts)
+    beside_nan = compute_gradients([x.index_fill(0, torch.arange(140)[spoilt], torch.nan) for x in tensors], starts)
     assert all(torch.equal(x[seen], y[seen]) for x, y in zip(clean, beside_nan, strict=True))
 
 
-def gradients_of(tensors: list[torch.Tensor], starts: torch.Tensor) -> list[torch.Tensor]:
+def compute_gradients(tensors: list[torch.Tensor], starts: torch.Tensor) -> list[torch.Tensor]:
     """out and the gradients of q, k and v."""
     *inputs, grad = tensors
     leaves = [x.detach().requires_grad_() for x in inputs]

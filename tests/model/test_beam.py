@@ -13,7 +13,7 @@ STOP = 1
 TIED = [name for name in ENCODER_DECODERS if name != "t5_1.1"]  # whose head this transformers would tie
 
 
-def theirs_of(theirs, tokens, lengths, stop, **options):
+def run_theirs(theirs, tokens, lengths, stop, **options):
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
     start = getattr(theirs.config, "decoder_start_token_id", 0)
     out = theirs.generate(
@@ -37,7 +37,7 @@ def test_as_in_transformers(name, beams, penalty, tiny):
     tokens = tokens.where(torch.arange(7) < lengths[:, None], 0)
     stop = model.generate(ours, sources, 12)[0][5]
     options = dict(early_stopping="never", length_penalty=penalty) if beams > 1 else {}
-    expected = theirs_of(theirs, tokens, lengths, stop, num_beams=beams, **options)
+    expected = run_theirs(theirs, tokens, lengths, stop, num_beams=beams, **options)
     found = model.beam_search(ours, sources, 12, beams=beams, length_penalty=penalty, stop_tokens=[stop])
     assert found == expected
     if beams == 1:

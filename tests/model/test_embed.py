@@ -56,7 +56,7 @@ def pooled(hidden, mode):
     }[mode]  # fmt: skip
 
 
-def expected_of(theirs, texts, *modes, longest=None):
+def compute_expected(theirs, texts, *modes, longest=None):
     rows = []
     for text in texts:
         tokens = small_tokenizer().encode(text)
@@ -77,20 +77,20 @@ def close(a, b):
 def test_the_pooling_is_that_of_the_checkpoint(mode, new, tmp_path):
     """As older and as newer versions of sentence-transformers write it."""
     theirs = checkpoint(tmp_path, dict(pooling_mode=mode) if new else {n: k == mode for k, n in NAMES.items()})
-    close(embed(*model.load(tmp_path), TEXTS), expected_of(theirs, TEXTS, mode))
+    close(embed(*model.load(tmp_path), TEXTS), compute_expected(theirs, TEXTS, mode))
 
 
 @pytest.mark.parametrize("pooling", [dict(pooling_mode_cls_token=True, pooling_mode_mean_tokens=True),
                                      dict(pooling_mode=["cls", "mean"])])  # fmt: skip
 def test_several_poolings_stand_side_by_side(pooling, tmp_path):
     theirs = checkpoint(tmp_path, pooling)
-    close(embed(*model.load(tmp_path), TEXTS), expected_of(theirs, TEXTS, "cls", "mean"))
+    close(embed(*model.load(tmp_path), TEXTS), compute_expected(theirs, TEXTS, "cls", "mean"))
 
 
 def test_a_checkpoint_that_says_nothing_has_the_mean(tmp_path):
     theirs = written("bert", tmp_path)
     ours, _ = model.load(tmp_path)
-    close(embed(ours, small_tokenizer(), TEXTS), expected_of(theirs, TEXTS, "mean"))
+    close(embed(ours, small_tokenizer(), TEXTS), compute_expected(theirs, TEXTS, "mean"))
 
 
 @pytest.mark.parametrize(("modules", "normalize"), [((), None), ((NORMALIZE,), False)])
@@ -98,21 +98,21 @@ def test_without_norms(modules, normalize, tmp_path):
     theirs = checkpoint(tmp_path, more_modules=modules)
     vectors = embed(*model.load(tmp_path), TEXTS, normalize=normalize)
     assert (vectors.norm(dim=-1) - 1).abs().min() > 0.1
-    close(torch.nn.functional.normalize(vectors), expected_of(theirs, TEXTS, "mean"))
+    close(torch.nn.functional.normalize(vectors), compute_expected(theirs, TEXTS, "mean"))
 
 
 def test_long_texts_are_cut_when_asked(tmp_path):
     """To what the checkpoint was trained on, its special tokens among them; or to its context."""
     theirs = checkpoint(tmp_path)
     ours, tokenizer = model.load(tmp_path)
-    close(embed(ours, tokenizer, TEXTS), expected_of(theirs, TEXTS, "mean"))
-    close(embed(ours, tokenizer, TEXTS, truncate=True), expected_of(theirs, TEXTS, "mean", longest=5))
+    close(embed(ours, tokenizer, TEXTS), compute_expected(theirs, TEXTS, "mean"))
+    close(embed(ours, tokenizer, TEXTS, truncate=True), compute_expected(theirs, TEXTS, "mean", longest=5))
     long = [TEXTS[0], "paris " * 70]
     with pytest.raises(ValueError, match=r"sentences\[1\] must fit the context of 64 tokens, got 72; .*truncate"):
         embed(ours, tokenizer, long)
     (tmp_path / "sentence_bert_config.json").unlink()
     ours, tokenizer = model.load(tmp_path)
-    close(embed(ours, tokenizer, long, truncate=True), expected_of(theirs, long, "mean", longest=64))
+    close(embed(ours, tokenizer, long, truncate=True), compute_expected(theirs, long, "mean", longest=64))
 
 
 def test_classes_of_long_texts():
@@ -143,14 +143,16 @@ def test_prompts(tmp_path):
     write_json(tmp_path / "config_sentence_transformers.json",
                dict(prompts={"query": "paris than ", "other": "x"}, default_prompt_name="query"))  # fmt: skip
     ours, tokenizer = model.load(tmp_path)
-    close(embed(ours, tokenizer, TEXTS), expected_of(theirs, [f"paris than {text}" for text in TEXTS], "mean"))
-    close(embed(ours, tokenizer, TEXTS, prompt=""), expected_of(theirs, TEXTS, "mean"))
-    close(embed(ours, tokenizer, TEXTS, prompt="is "), expected_of(theirs, [f"is {text}" for text in TEXTS], "mean"))
+    close(embed(ours, tokenizer, TEXTS), compute_expected(theirs, [f"paris than {text}" for text in TEXTS], "mean"))
+    close(embed(ours, tokenizer, TEXTS, prompt=""), compute_expected(theirs, TEXTS, "mean"))
+    close(
+        embed(ours, tokenizer, TEXTS, prompt="is "), compute_expected(theirs, [f"is {text}" for text in TEXTS], "mean")
+    )
 
 
 def test_lower_case(tmp_path):
     theirs = checkpoint(tmp_path, do_lower_case=True)
-    close(embed(*model.load(tmp_path), ["New YORK"]), expected_of(theirs, ["new york"], "mean"))
+    close(embed(*model.load(tmp_path), ["New YORK"]), compute_expected(theirs, ["new york"], "mean"))
 
 
 @pytest.mark.parametrize("modes", [["cls", "max"], ["max", "cls"], "lasttoken"])

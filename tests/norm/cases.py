@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import flashattn
 from flashattn.reference.philox import philox
 from flashattn.tensors import dropout_threshold
-from tests.common import Truth, assert_as_exact_as_torch, device_of, once_per_case, randn
+from tests.common import Truth, assert_as_exact_as_torch, find_device, once_per_case, randn
 
 
 class Case(NamedTuple):
@@ -132,7 +132,7 @@ def gradients_for(case: Case, dtype, device):
 
 
 @once_per_case
-def truth_of(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
+def compute_truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
     inputs, gradients = make_inputs(case, dtype, device), gradients_for(case, dtype, device)
     exact = run(by_torch, case, inputs.map(torch.Tensor.double), [g.double() for g in gradients])
     theirs = run(by_torch, case, inputs, gradients)
@@ -140,7 +140,7 @@ def truth_of(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
 
 
 def check(case: Case, dtype: torch.dtype, backend: str) -> None:
-    truth = truth_of(case, dtype, device_of(backend))
+    truth = compute_truth(case, dtype, find_device(backend))
     inputs, _, gradients = truth.fresh()
     with flashattn.use_backend(backend):
         results = run(ours, case, Inputs(*inputs), gradients)
@@ -164,7 +164,7 @@ VIEWS = {
 
 def check_strides(view, backend):
     case = Case("", (3, 5, 4, 40), per_head=True, residual="same", prenorm=True)
-    device = device_of(backend)
+    device = find_device(backend)
     inputs, gradients = make_inputs(case, torch.float32, device), gradients_for(case, torch.float32, device)
 
     def both(change):
@@ -181,7 +181,7 @@ def check_dropout(backend):
     x = torch.ones(5, 100)
     with flashattn.use_backend("reference"):
         _, expected = flashattn.rms_norm(x, dropout_p=0.5, seed=2**40 + 1, prenorm=True)
-    seed = torch.tensor(2**40 + 1, device=device_of(backend))
+    seed = torch.tensor(2**40 + 1, device=find_device(backend))
     with flashattn.use_backend(backend):
         _, hidden = flashattn.rms_norm(x.to(seed.device), dropout_p=0.5, seed=seed, prenorm=True)
     assert torch.equal(hidden.cpu(), expected)

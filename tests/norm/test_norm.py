@@ -6,7 +6,15 @@ from torch.nn import functional as F
 
 import flashattn
 from flashattn.reference.philox import philox
-from tests.common import BACKENDS, DTYPES, INTERPRETED, assert_as_exact_as_torch, device_of, randn, skip_if_wrong_there
+from tests.common import (
+    BACKENDS,
+    DTYPES,
+    INTERPRETED,
+    assert_as_exact_as_torch,
+    find_device,
+    randn,
+    skip_if_wrong_there,
+)
 from tests.norm.cases import (
     CASES,
     VIEWS,
@@ -50,7 +58,7 @@ def test_very_wide(width, center, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_run(backend):
     case = Case("", (200, 63), residual="same", dropout_p=0.2, prenorm=True)
-    device = device_of(backend)
+    device = find_device(backend)
     inputs, gradients = make_inputs(case, torch.float16, device), gradients_for(case, torch.float16, device)
     with flashattn.use_backend(backend):
         for a, b in zip(run(ours, case, inputs, gradients), run(ours, case, inputs, gradients), strict=True):
@@ -80,7 +88,7 @@ def test_strides_are_honoured(view, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_drops_the_share_it_says(backend):
-    x = torch.ones(50, 1000, device=device_of(backend))
+    x = torch.ones(50, 1000, device=find_device(backend))
     with flashattn.use_backend(backend):
         _, hidden = flashattn.rms_norm(x, dropout_p=0.3, seed=7, prenorm=True)
     dropped = (hidden == 0).float().mean().item()
@@ -163,7 +171,7 @@ def test_wrong_arguments_are_named(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_of_equal_numbers(backend, width, dtype):
     """They are their own mean: y is the bias, and the smallest eps does not make something of a rounded sum."""
-    device = device_of(backend)
+    device = find_device(backend)
     numbers = torch.tensor([1234.567, -0.1, 1e-3, 4.0, 1e4, 0.0], device=device).to(dtype)
     x = numbers[:, None].expand(-1, width).contiguous().requires_grad_()
     weight, bias = (randn(width, dtype=dtype, device=device) for _ in range(2))
@@ -186,7 +194,7 @@ def test_rows_of_equal_numbers(backend, width, dtype):
 @pytest.mark.parametrize("width", [63, 768, 5000])
 def test_rows_far_from_zero(backend, width):
     """Their mean is many times their deviation."""
-    x = (1000 + torch.randn(20, width)).to(device_of(backend))
+    x = (1000 + torch.randn(20, width)).to(find_device(backend))
     with flashattn.use_backend(backend):
         y = flashattn.layer_norm(x, eps=1e-12)
     assert_as_exact_as_torch(
@@ -198,7 +206,7 @@ def test_rows_far_from_zero(backend, width):
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (5, 3, 0, 2, 64)])
 def test_no_rows_of_any_strides(backend, shape):
     """An empty tensor may have any strides, those of `expand` as well: its gradient is a sum's."""
-    device = device_of(backend)
+    device = find_device(backend)
     x = torch.zeros(1, 1, device=device).expand(shape[-2] if len(shape) == 2 else 1, 64)
     x = x.expand(shape).requires_grad_()
     weight = torch.ones(64, device=device, requires_grad=True)

@@ -10,7 +10,7 @@ import flashattn
 from flashattn.compat import flash_attn
 from flashattn.compat.flex import flex_attention
 from flashattn.compat.sdpa import scaled_dot_product_attention
-from tests.common import BACKENDS, device_of, skip_if_wrong_there
+from tests.common import BACKENDS, find_device, skip_if_wrong_there
 
 STARTS = torch.tensor([0, 4, 9], dtype=torch.int32)
 STEP = torch.arange(4.0)
@@ -54,7 +54,7 @@ def results(call, x):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_casts(name, backend):
     """Inputs of different dtypes, as one that cast them itself."""
-    device, dtype = device_of(backend), torch.float16
+    device, dtype = find_device(backend), torch.float16
     skip_if_wrong_there(backend, dtype)
     with flashattn.use_backend(backend), torch.autocast(device.type, dtype):
         ours = results(ATTENTIONS[name], inputs(device))

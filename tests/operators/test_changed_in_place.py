@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
-from tests.common import BACKENDS, device_of
+from tests.common import BACKENDS, find_device
 
 SEQ = 20
 ROWS = torch.arange(SEQ)
@@ -47,7 +47,7 @@ CALLS["norm"] = norm, lambda: torch.tensor(1)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_change_before_backward_is_noticed(name, backend):
     call, make = CALLS[name]
-    device = device_of(backend)
+    device = find_device(backend)
     q, x = torch.randn(1, 2, SEQ, 8).to(device).requires_grad_(), make().to(device)
     with flashattn.use_backend(backend):
         call(q, x).sum().backward()  # nothing was changed
@@ -61,7 +61,7 @@ def test_a_change_before_backward_is_noticed(name, backend):
 @pytest.mark.parametrize("name", ["kv_lengths", "cu_seqlens"])
 def test_what_was_copied_may_change(name, backend):
     """int64 lengths and cu_seqlens reach the kernels as a copy: gradients are those of the forward pass."""
-    device = device_of(backend)
+    device = find_device(backend)
     q = torch.randn(SEQ, 2, 8).to(device).requires_grad_()
 
     def call(x):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
-from tests.common import device_of
+from tests.common import find_device
 
 FLOAT = dict(dtype=torch.float32)
 CAUSAL = create_block_mask(lambda b, h, i, j: i >= j, None, None, 24, 24, device="cpu", BLOCK_SIZE=16)
@@ -49,7 +49,7 @@ CALLS |= {"packed": packed, "decode": decode, "norm": norm}
 
 def results(name, backend, dtype):
     q = torch.linspace(-2, 2, 2 * 24 * 16, **FLOAT).view(1, 2, 24, 16)
-    q = q.to(device_of(backend), dtype).requires_grad_(name != "decode")
+    q = q.to(find_device(backend), dtype).requires_grad_(name != "decode")
     with flashattn.use_backend(backend):
         outputs = CALLS[name](q)
     if name == "decode":

@@ -18,7 +18,7 @@ from flashattn.arguments import build_score
 from flashattn.compat.flash_attn import flash_attn_func
 from flashattn.compat.flex import flex_attention
 from flashattn.compat.sdpa import scaled_dot_product_attention
-from tests.common import device_of
+from tests.common import find_device
 from tests.operators.graphs import compiled, no_graphs  # noqa: F401  (a fixture)
 
 OPS = torch.ops.flashattn
@@ -174,7 +174,7 @@ def test_inductor():
 @pytest.mark.interpreter
 def test_triton():
     """Whose kernels are made from the text, in the operator, and which decodes too."""
-    with device_of("triton") as device, flashattn.use_backend("triton"):
+    with find_device("triton") as device, flashattn.use_backend("triton"):
         table = torch.randn(2, 40, requires_grad=True)
         block_mask = torch_block_mask(causal, None, None, 20, 20, device)
         q, k, v = (torch.randn(1, heads, 20, 16, requires_grad=True) for heads in (2, 1, 1))
