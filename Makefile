@@ -93,7 +93,7 @@ bench: $(READY)
 # A build of its own in build/sanitize; PYTHONSAFEPATH keeps Python from taking the package in this folder instead.
 sanitize: $(READY)
 	FLASHATTN_SANITIZE=address,undefined $(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	for isa in $$($(RUN) -c "from flashattn.backends import cpu; print(*cpu.isas())"); do \
+	for isa in $$($(RUN) -c "from flashattn.backends import cpu; print(*cpu.list_isas())"); do \
 		echo "$$isa" && FLASHATTN_CPU_ISA=$$isa PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine or random) and not memory and not compilers" \

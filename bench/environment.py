@@ -13,7 +13,7 @@ import flashattn
 def describe_environment() -> str:
     """Hardware and versions, printed with all figures."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    cpu = f"{find_cpu_name()} ({flashattn.backends.cpu.isa()}), {torch.get_num_threads()} threads"
+    cpu = f"{find_cpu_name()} ({flashattn.backends.cpu.get_isa()}), {torch.get_num_threads()} threads"
     return f"{cpu}{gpu}; torch {torch.__version__}, flashattn {flashattn.__version__}"
 
 

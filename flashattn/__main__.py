@@ -39,7 +39,7 @@ def main() -> None:
         usable = [kind for kind, reason in reasons.items() if reason is None]
         runs = f"runs on {', '.join(sorted(usable))}"
         if name == "cpu":
-            runs += f", instruction set {cpu.isa()}"
+            runs += f", instruction set {cpu.get_isa()}"
         note = runs if usable else reasons[device.type]
         print(f"  {name:<10} {'usable' if usable else 'not usable':<11} {note}")
     for bug in triton.list_compiler_bugs():

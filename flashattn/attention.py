@@ -126,7 +126,7 @@ def attention(
     torch.Size([1, 8, 5, 64])
     """
     arguments.check_names("attention", options)
-    q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
+    q, k, v, bias = autocast.cast_attention_inputs(q, k, v, bias)
     plain = type(q) is type(k) is type(v) is Tensor
     if q.is_nested or k.is_nested or v.is_nested if plain else any(map(nested.is_nested, (q, k, v))):
         refused = dict(score_mod=score_mod, block_mask=block_mask, return_aux=return_aux)
@@ -214,7 +214,7 @@ def attention_varlen(
     torch.Size([7, 8, 64])
     """
     arguments.check_names("attention_varlen", options)
-    q, k, v, bias = autocast.attention_inputs(q, k, v, bias)
+    q, k, v, bias = autocast.cast_attention_inputs(q, k, v, bias)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_floating(name, x)
         if x.dim() != 3:

@@ -29,12 +29,12 @@ def _is_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
-def attention_inputs(q, *others) -> tuple:
+def cast_attention_inputs(q, *others) -> tuple:
     """q and the others, each a tensor or None, as PyTorch's attention takes them under autocast."""
     return cast(torch.get_autocast_dtype(q.device.type), q, *others) if is_on(q) else (q, *others)
 
 
-def norm_inputs(x, *others) -> tuple:
+def cast_norm_inputs(x, *others) -> tuple:
     """x and the others, each a tensor or None, as PyTorch's norms take them under autocast."""
     return cast(torch.float32, x, *others) if is_on(x) and x.device.type != "cpu" else (x, *others)
 
@@ -48,7 +48,7 @@ def cast(dtype: torch.dtype, first: Tensor, *others) -> tuple:
     )  # fmt: skip
 
 
-def off(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
+def disable(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """The function, whose first tensor says which device's, without autocast."""
 
     @functools.wraps(function)

@@ -44,7 +44,7 @@ def read_request(request, return_lse: bool) -> AuxRequest:
 
 
 @torch.no_grad()
-@autocast.off
+@autocast.disable
 def compute(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score) -> AuxOutput:
     """What the request asks for, of a call that gave lse; weights are those before dropout."""
     if not any(request[1:]):

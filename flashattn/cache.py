@@ -179,7 +179,7 @@ class PagedKVCache(NumberedCache):
     def add(self) -> int:
         """Begin an empty sequence; returns its number."""
         refuse_in_graph("given a sequence")
-        return self._new([], 0)
+        return self._add_empty([], 0)
 
     def fork(self, sequence: int) -> int:
         """Begin a sequence with the tokens of another, whose pages they share; returns its number."""
@@ -187,7 +187,7 @@ class PagedKVCache(NumberedCache):
         self._check(sequence)
         for page in self._pages[sequence]:
             self._users[page] += 1
-        return self._new(list(self._pages[sequence]), self._lengths[sequence])
+        return self._add_empty(list(self._pages[sequence]), self._lengths[sequence])
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other holds can be taken again."""
@@ -199,7 +199,7 @@ class PagedKVCache(NumberedCache):
         refuse_in_graph("truncated")
         self._check(sequence)
         _check_length(length, self._lengths[sequence])
-        pages, kept = self._pages[sequence], self._pages_for(length)
+        pages, kept = self._pages[sequence], self._count_pages(length)
         for page in reversed(pages[kept:]):
             self._release_page(page)
         del pages[kept:]
@@ -219,12 +219,12 @@ class PagedKVCache(NumberedCache):
         if sequence not in self._pages:
             raise ValueError(f"sequence must be one of the cache's {self.sequences}, got {sequence!r}")
 
-    def _new(self, pages: list[int], length: int) -> int:
+    def _add_empty(self, pages: list[int], length: int) -> int:
         sequence, self._next = self._next, self._next + 1
         self._pages[sequence], self._lengths[sequence] = pages, length
         return sequence
 
-    def _pages_for(self, length: int) -> int:
+    def _count_pages(self, length: int) -> int:
         return -(-length // self.page_size)
 
     def _release_page(self, page: int) -> None:
@@ -242,7 +242,7 @@ class PagedKVCache(NumberedCache):
         length = self._lengths[sequence]
         return new > 0 and length % self.page_size > 0 and self._users[self._pages[sequence][-1]] > 1
 
-    def _copies(self, sequences: Sequence[int], new: list[int]) -> list[int]:
+    def _find_copies(self, sequences: Sequence[int], new: list[int]) -> list[int]:
         """The sequences whose last page has to be copied. The last of those that share one may keep it."""
         wanted = [s for s, n in zip(sequences, new, strict=True) if self._has_shared_last_page(s, n)]
         users = {self._pages[s][-1]: self._users[self._pages[s][-1]] for s in wanted}
@@ -258,9 +258,9 @@ class PagedKVCache(NumberedCache):
         """Make room for so many new tokens each in this memory, or raise before anything changes."""
         before = [self._lengths[s] for s in sequences]
         after = [a + b for a, b in zip(before, new, strict=True)]
-        copies = self._copies(sequences, new)
+        copies = self._find_copies(sequences, new)
         needed = len(copies) + sum(
-            self._pages_for(n) - len(self._pages[s]) for s, n in zip(sequences, after, strict=True)
+            self._count_pages(n) - len(self._pages[s]) for s, n in zip(sequences, after, strict=True)
         )
         if needed > len(self._free):
             raise ValueError(
@@ -271,7 +271,7 @@ class PagedKVCache(NumberedCache):
             self._copy_last_page(sequence, k, v)
         for sequence, length in zip(sequences, after, strict=True):
             pages = self._pages[sequence]
-            pages.extend(self._alloc_page() for _ in range(self._pages_for(length) - len(pages)))
+            pages.extend(self._alloc_page() for _ in range(self._count_pages(length) - len(pages)))
             self._lengths[sequence] = length
         tables = [self._pages[s] for s in sequences]
         width = max([1, *map(len, tables)])

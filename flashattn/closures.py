@@ -55,7 +55,7 @@ class Closure:
             cells = [cell.cell_contents for cell in function.__closure__ or ()]
         except ValueError:  # one is still empty
             raise UnknownError from None
-        names = sorted(_names(function.__code__) & function.__globals__.keys())
+        names = sorted(_list_names(function.__code__) & function.__globals__.keys())
         values = [
             *cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *vars(function).items(),
             *((name, function.__globals__[name]) for name in names),
@@ -79,9 +79,9 @@ class Closure:
 
 
 @functools.lru_cache  # of each code object once: a call of attention asks, and takes microseconds
-def _names(code: types.CodeType) -> set[str]:
+def _list_names(code: types.CodeType) -> set[str]:
     """The names of globals that code may look up, in functions inside it too."""
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    inner = (_list_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*inner)
 
 

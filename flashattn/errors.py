@@ -21,7 +21,7 @@ class ArgumentTypeError(RuntimeError, TypeError):
     """A TypeError that is PyTorch's RuntimeError too."""
 
 
-def as_torch_raises(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
+def raise_as_torch(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """The function, whose ValueError and TypeError are RuntimeErrors too."""
 
     @functools.wraps(function)

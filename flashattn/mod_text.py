@@ -19,13 +19,13 @@ def write(graph: fx.Graph, arguments: int) -> str:
     captured = [node.meta["val"] for node in nodes if node.op == "placeholder"][arguments:]
     numbers = {node: number for number, node in enumerate(nodes)}
     operations = [
-        [str(node.target), *(_plain(x, numbers) for x in (node.args, node.kwargs, node.meta["val"].dtype))]
+        [str(node.target), *(_encode(x, numbers) for x in (node.args, node.kwargs, node.meta["val"].dtype))]
         for node in nodes
         if node.op == "call_function"
     ]
     return json.dumps({
         "arguments": arguments,
-        "captured": [[_plain(x.dtype, {}), x.dim()] for x in captured],
+        "captured": [[_encode(x.dtype, {}), x.dim()] for x in captured],
         "operations": operations,
         "result": numbers[mod_graph.get_result(graph)],
     })  # fmt: skip
@@ -41,21 +41,21 @@ def read(text: str) -> fx.GraphModule:
     for name, args, kwargs, dtype in written["operations"]:
         space, operation, overload = name.split(".")
         target = getattr(getattr(getattr(torch.ops, space), operation), overload)
-        node = graph.call_function(target, tuple(_value(args, nodes)), _value(kwargs, nodes))
-        node.meta["val"] = torch.empty((), dtype=_value(dtype, nodes), device="meta")
+        node = graph.call_function(target, tuple(_decode(args, nodes)), _decode(kwargs, nodes))
+        node.meta["val"] = torch.empty((), dtype=_decode(dtype, nodes), device="meta")
         nodes.append(node)
     graph.output(nodes[written["result"]])
     return fx.GraphModule({}, graph)
 
 
-def _plain(value, numbers: dict[fx.Node, int]):
+def _encode(value, numbers: dict[fx.Node, int]):
     """An argument of an operation as JSON has it."""
     if isinstance(value, fx.Node):
         return {"node": numbers[value]}
     if isinstance(value, (list, tuple)):
-        return [_plain(x, numbers) for x in value]
+        return [_encode(x, numbers) for x in value]
     if isinstance(value, dict):
-        return {"arguments": [(name, _plain(x, numbers)) for name, x in value.items()]}
+        return {"arguments": [(name, _encode(x, numbers)) for name, x in value.items()]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
@@ -65,14 +65,14 @@ def _plain(value, numbers: dict[fx.Node, int]):
     raise TypeError(f"a score_mod or mask_mod must compute with tensors and numbers, got {value!r}")
 
 
-def _value(plain, nodes: list[fx.Node]):
+def _decode(plain, nodes: list[fx.Node]):
     if isinstance(plain, list):
-        return [_value(x, nodes) for x in plain]
+        return [_decode(x, nodes) for x in plain]
     if not isinstance(plain, dict):
         return plain
     ((kind, what),) = plain.items()
     if kind == "node":
         return nodes[what]
     if kind == "arguments":
-        return {name: _value(x, nodes) for name, x in what}
+        return {name: _decode(x, nodes) for name, x in what}
     return torch.device(what) if kind == "device" else getattr(torch, what)

@@ -114,5 +114,5 @@ def retrace(name: str, graph: fx.GraphModule, scores: int, values: list[Tensor],
     """(text, before): as `score_mod.trace` does it, of tensors that have the dtypes and dimensions of these."""
     shapes = [(x.dtype, [size if isinstance(size, int) else any_size for size in x.shape]) for x in values]
     with score_mod.trace_lock:
-        traced = score_mod.in_clean_thread(score_mod.trace_graph, name, graph, scores, shapes)
+        traced = score_mod.run_in_clean_thread(score_mod.trace_graph, name, graph, scores, shapes)
     return mod_text.write(traced.graph.graph, scores + 4), traced.before

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from . import nested
 from .attention import attention, attention_varlen
-from .errors import ArgumentValueError, as_torch_raises
+from .errors import ArgumentValueError, raise_as_torch
 from .norm import layer_norm, rms_norm
 
 Inputs = ParamSpec("Inputs")
@@ -53,7 +53,7 @@ class _Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _in_one_dimension(
+    def _flatten_dims(
         self, x: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """x, weight, bias and residual as the norm over one dimension takes them."""
@@ -68,7 +68,7 @@ class _Norm(nn.Module):
         weight, bias, residual = (None if p is None else p.flatten(-dims) for p in (self.weight, self.bias, residual))
         return x.flatten(-dims), weight, bias, residual
 
-    def _in_all_dimensions(self, results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    def _unflatten_dims(self, results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         if len(self.normalized_shape) == 1:
             return results
         if isinstance(results, tuple):
@@ -96,13 +96,13 @@ class LayerNorm(_Norm):
     ):  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, bias, heads, weight_offset, device, dtype)
 
-    @as_torch_raises
+    @raise_as_torch
     def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
-        x, weight, bias, residual = self._in_one_dimension(x, residual)
+        x, weight, bias, residual = self._flatten_dims(x, residual)
         y = layer_norm(
             x, weight, bias, self.eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset
         )
-        return self._in_all_dimensions(y)
+        return self._unflatten_dims(y)
 
 
 class RMSNorm(_Norm):
@@ -120,12 +120,12 @@ class RMSNorm(_Norm):
     ):  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, False, heads, weight_offset, device, dtype)
 
-    @as_torch_raises
+    @raise_as_torch
     def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, dropout_p: float = 0.0):
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
-        x, weight, _, residual = self._in_one_dimension(x, residual)
+        x, weight, _, residual = self._flatten_dims(x, residual)
         y = rms_norm(x, weight, eps, residual, dropout_p, prenorm=prenorm, weight_offset=self.weight_offset)
-        return self._in_all_dimensions(y)
+        return self._unflatten_dims(y)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -150,7 +150,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(*args, **kwargs)
         self.register_forward_hook(_wait_for_results)
 
-    @as_torch_raises
+    @raise_as_torch
     def forward(
         self,
         query: Tensor,
@@ -177,16 +177,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             query, key, value = query[:, None], key[:, None], value[:, None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        q, k, v = (self._heads(x, first) for x in self._project(query, key, value))
+        q, k, v = (self._split_heads(x, first) for x in self._project(query, key, value))
         padding = None if key_padding_mask is None else key_padding_mask[:, None, None]  # (batch, 1, 1, seq_k)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
         k, v, (padding, attn_mask) = self._add_keys(k, v, padding, attn_mask)
-        mask, bias = _mask_and_bias(attn_mask, padding, q.dtype)
+        mask, bias = _combine_masks(attn_mask, padding, q.dtype)
         dropout_p = self.dropout if self.training else 0.0
         weights: Tensor | None
         if need_weights or dropout_p == 1:
-            out, weights = _plain(q, k, v, mask, bias, dropout_p)
+            out, weights = _attend_with_weights(q, k, v, mask, bias, dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = None if not need_weights else weights if batched else weights[0]
         else:
@@ -226,7 +226,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(map(functional.linear, (query, key, value), weights, biases))
 
-    def _heads(self, x: Tensor, first: int) -> Tensor:
+    def _split_heads(self, x: Tensor, first: int) -> Tensor:
         """(batch, heads, seq, head_dim), a view."""
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.transpose(1, 2) if first == 0 else x.permute(1, 2, 0, 3)
@@ -236,7 +236,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         added = 0
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
-                torch.cat([x, self._heads(extra, 1).expand(x.shape[0], -1, -1, -1)], 2)
+                torch.cat([x, self._split_heads(extra, 1).expand(x.shape[0], -1, -1, -1)], 2)
                 for x, extra in ((k, self.bias_k), (v, self.bias_v))
             )
             added += 1
@@ -246,7 +246,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return k, v, [None if m is None else functional.pad(m, (0, added)) for m in masks]
 
 
-def _mask_and_bias(
+def _combine_masks(
     attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both masks, boolean (True = masked) or added to the scores, as a mask (True = attend) and a bias. Neither is
@@ -260,7 +260,7 @@ def _mask_and_bias(
     return masks[0] if masks else None, bias
 
 
-def _plain(
+def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """(out, weights), with the weights written out."""

@@ -124,7 +124,7 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     if nested.is_nested(x):
         rest = (center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32)
         return _nested(x, residual, lambda x, residual: _norm(x, weight, bias, residual, *rest))
-    x, weight, bias, residual = autocast.norm_inputs(x, weight, bias, residual)
+    x, weight, bias, residual = autocast.cast_norm_inputs(x, weight, bias, residual)
     _check(x, weight, bias, residual, eps, dropout_p)
     seed = arguments.make_seed(seed, x.device) if dropout_p > 0 else None
     hidden_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype

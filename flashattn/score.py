@@ -128,7 +128,7 @@ SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def operator_fields(settings: type) -> dict[str, str]:
+def list_operator_fields(settings: type) -> dict[str, str]:
     """{name: type in an operator's schema} of the fields of a named tuple that an operator takes one by one: those
     before the first whose type no operator has."""
     fields = {}
@@ -139,13 +139,13 @@ def operator_fields(settings: type) -> dict[str, str]:
     return fields
 
 
-def operator_schema(settings: type) -> str:
+def write_operator_schema(settings: type) -> str:
     """Those fields as arguments of an operator's schema.
 
-    >>> operator_schema(Norm)
+    >>> write_operator_schema(Norm)
     'bool center, float eps, float weight_offset, float dropout_p, Tensor? seed'
     """
-    return ", ".join(f"{kind} {name}" for name, kind in operator_fields(settings).items())
+    return ", ".join(f"{kind} {name}" for name, kind in list_operator_fields(settings).items())
 
 
-SCORE_FIELDS = len(operator_fields(Score))  # all but the callables
+SCORE_FIELDS = len(list_operator_fields(Score))  # all but the callables

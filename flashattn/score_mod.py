@@ -31,7 +31,7 @@ _traces: dict[tuple, Traced] = {}
 trace_lock = threading.RLock()  # PyTorch's tracing is for one thread at a time
 
 
-def no_compilation() -> contextlib.AbstractContextManager:
+def prevent_compilation() -> contextlib.AbstractContextManager:
     """Keeps torch.compile out meanwhile: it and FX's tracing, which patches all modules, break each other. A
     compilation takes `trace_lock` within its own lock, so this comes first."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")  # absent where nobody has compiled yet
@@ -62,7 +62,7 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     key = None if closure.key is None else (closure.key, scores)
     if key is not None and (traced := _traces.get(key)) is not None:
         return traced
-    with no_compilation(), trace_lock:
+    with prevent_compilation(), trace_lock:
         if key in _traces:
             return _traces[key]
         with NumbersRead() as numbers, ListsRead() as lists:
@@ -105,7 +105,7 @@ class ListsRead(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def in_clean_thread(function: Callable, *args):
+def run_in_clean_thread(function: Callable, *args):
     """The function's result, from a thread with no modes and with every dispatch key: the caller may be in PyTorch's
     own tracing, or in an operator, below autograd."""
     with ThreadPoolExecutor(1) as pool:
@@ -114,7 +114,7 @@ def in_clean_thread(function: Callable, *args):
 
 def _trace(name: str, function: Callable, scores: int) -> Traced:
     tracing.refuse_capture(name, "it is traced in its first call, which must come before the capture")
-    module = _make_fx(name, function, example_scalars(scores))
+    module = _make_fx(name, function, make_example_scalars(scores))
     captured = _lift_captured(module)
     return _make_pointwise(name, module.graph, scores, captured)
 
@@ -122,7 +122,7 @@ def _trace(name: str, function: Callable, scores: int) -> Traced:
 def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tuple[torch.dtype, list[int]]]) -> Traced:
     """Trace a graph made elsewhere; after its arguments it takes captured tensors of these dtypes and sizes."""
     captured = [torch.zeros((), dtype=dtype, device="cpu").expand(shape) for dtype, shape in shapes]
-    module = _make_fx(name, graph, [*example_scalars(scores), *captured], "fake")
+    module = _make_fx(name, graph, [*make_example_scalars(scores), *captured], "fake")
     if any(node.op == "get_attr" for node in module.graph.nodes):
         raise TypeError(f"{name} must make no tensor of numbers that depends on its arguments")
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -155,7 +155,7 @@ def _make_pointwise(name: str, graph: fx.Graph, scores: int, captured: tuple[Ten
     return Traced(fx.GraphModule({}, graph), captured, None if before is None else fx.GraphModule({}, before))
 
 
-def example_scalars(scores: int) -> list[Tensor]:
+def make_example_scalars(scores: int) -> list[Tensor]:
     """What a callable is traced with: scores and four positions. On the CPU, where each may meet a tensor of any device
     in an operation, and whatever the default device is."""
     score, position = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.int32))
@@ -247,7 +247,7 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
         raise ValueError(f"block_mask must be made for (batch or 1, heads or 1, seq_q, seq_k) = {wanted}, got {size}")
     if block_mask.kv_num_blocks.device != device:
         raise ValueError(f"block_mask must be on q's device {device}, got {block_mask.kv_num_blocks.device}")
-    block_q, block_k = map(_block_size, block_mask.BLOCK_SIZE, (seq_q, seq_k))
+    block_q, block_k = map(_limit_block_size, block_mask.BLOCK_SIZE, (seq_q, seq_k))
     blocks = -(-seq_k // block_k)
     list_ones = torch.ops.flashattn.list_blocks if torch.compiler.is_dynamo_compiling() else _densify
     partial = list_ones(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
@@ -258,7 +258,7 @@ def read_block_mask(block_mask, batch: int, heads: int, seq_q: int, seq_k: int, 
     return BlockMask(mask, partial, full, block_q, block_k)
 
 
-def _block_size(size: int, seq: int) -> int:
+def _limit_block_size(size: int, seq: int) -> int:
     """A block larger than the sequence is made smaller: memory is allocated for all that the blocks cover."""
     enough = 128
     while enough < seq and enough < size:  # each a guard of a graph, which serves other lengths up to the next power

@@ -11,7 +11,7 @@ from torch import Tensor
 from .score import Score
 
 
-def last_dim_contiguous(x: Tensor) -> Tensor:
+def make_last_dim_contiguous(x: Tensor) -> Tensor:
     """x itself if its last dimension is contiguous, else one copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -21,7 +21,7 @@ def as_rows(x: Tensor) -> Tensor:
     and come last. Copied once if three are not enough or its last dimension is not contiguous."""
     if x.is_contiguous():
         return x.view(-1, 1, 1, x.shape[-1]) if x.numel() else x.reshape(0, 1, 1, x.shape[-1])
-    x = last_dim_contiguous(x)
+    x = make_last_dim_contiguous(x)
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
@@ -54,16 +54,16 @@ def new_lse(q: Tensor, score: Score, dtype: torch.dtype) -> Tensor:
     return lse if score.cu_seqlens is None else lse.fill_(-math.inf)
 
 
-def empty_if_none(x: Tensor | None, like: Tensor) -> Tensor:
+def replace_none(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-def accumulate_dtype(x: Tensor) -> torch.dtype:
+def find_accumulation_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics and accumulators: float32, for float64 tensors float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
+def make_contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 

@@ -127,11 +127,11 @@ def make_inputs(context: Context, case: Case) -> list[Tensor]:
 
 def prepare_plain(make: Callable, attend: Callable, sets: list[list[Tensor]]) -> Call:
     """A call of the plain kernels, prepared with them too."""
-    with triton_hopper.plain_kernels():
+    with triton_hopper.use_plain_kernels():
         call = make(attend, sets)
 
     def run():
-        with triton_hopper.plain_kernels():
+        with triton_hopper.use_plain_kernels():
             return call()
 
     return run

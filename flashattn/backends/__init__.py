@@ -42,7 +42,7 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with flashattn.use_backend("reference"):
     ...     pass
     """
-    with _forced.during(check_name(name)):
+    with _forced.override(check_name(name)):
         yield
 
 
@@ -87,7 +87,7 @@ def _choose(forced: str | None, device: torch.device, dtypes: tuple[torch.dtype,
 def triton_on_cpu() -> Iterator[None]:
     """Within the block the triton backend takes CPU tensors, for callers that give Triton a driver for them."""
     try:
-        with triton.accepts_cpu_tensors.during(True):
+        with triton.accepts_cpu_tensors.override(True):
             _forget_choices()
             yield
     finally:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .. import reference
 from ..protocol import Capabilities, Saved, SavedNorm
 from ..score import SCORE_FIELDS, Norm, Score
-from ..tensors import last_dim_contiguous
+from ..tensors import make_last_dim_contiguous
 from . import cpu_block_mask
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ except ImportError as error:
     missing_reason = find_missing_reason(error)
 
 
-def isa() -> str:
+def get_isa() -> str:
     """The instruction set that the engine uses: one of ISAS, or "not built"."""
     return "not built" if missing_reason is not None else ops.isa.default()
 
 
-def isas() -> list[str]:
+def list_isas() -> list[str]:
     """The instruction sets that this processor supports, the best first; FLASHATTN_CPU_ISA may name one of them."""
     return [] if missing_reason is not None else [name for name in ISAS if ops.supports.default(name)]
 
@@ -133,7 +133,7 @@ def store(x: Tensor, cache: Tensor, cached: CacheView, counts: Tensor | None, ro
 
 
 def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
-    k, v = (last_dim_contiguous(x) for x in (cached.k, cached.v))
+    k, v = (make_last_dim_contiguous(x) for x in (cached.k, cached.v))
     return ops.attention_decode.default(q, k, v, cached.page_table, cached.longest, *score[:SCORE_FIELDS])
 
 

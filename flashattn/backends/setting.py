@@ -26,7 +26,7 @@ class Setting:
         return self._overrides[-1].value
 
     @contextlib.contextmanager
-    def during(self, value: Any) -> Iterator[None]:
+    def override(self, value: Any) -> Iterator[None]:
         override = Override(value)
         self._overrides.append(override)
         try:

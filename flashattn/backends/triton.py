@@ -16,10 +16,10 @@ from ..protocol import Capabilities, Saved, SavedNorm
 from ..score import Norm, Score
 from ..tensors import (
     as_rows,
-    contiguous,
     count_norm_heads,
     dropout_threshold,
-    last_dim_contiguous,
+    make_contiguous,
+    make_last_dim_contiguous,
     new_lse,
     new_result,
 )
@@ -81,7 +81,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 Verb = TypeVar("Verb", bound=Callable)
 
 
-def on_tensor_device(verb: Verb) -> Verb:
+def launch_on_tensor_device(verb: Verb) -> Verb:
     """Launch on the GPU the tensors are on: Triton launches on the current one."""
 
     @functools.wraps(verb)
@@ -110,7 +110,7 @@ MAX_ROW_STRIDE = 2**23  # elements: the 256 rows of a tile are less than 2**31 a
 def make_readable(x: Tensor) -> Tensor:
     """x (batch, heads, seq, dim) itself if the kernels can read it, else a copy: its last dimension must be contiguous,
     and a tile's offsets are 32-bit."""
-    return last_dim_contiguous(x) if x.stride(2) <= MAX_ROW_STRIDE or x.shape[2] == 1 else x.contiguous()
+    return make_last_dim_contiguous(x) if x.stride(2) <= MAX_ROW_STRIDE or x.shape[2] == 1 else x.contiguous()
 
 
 def heads_arg(x: Tensor) -> Heads:
@@ -142,7 +142,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         alibi_stride=None if slopes is None else slopes.stride(0) * (slopes.shape[0] > 1),
         mask=None if mask is None else score_tensor_arg(mask.view(torch.uint8)),
         bias=None if score.bias is None else score_tensor_arg(score.bias),
-        sinks=contiguous(score.sinks),
+        sinks=make_contiguous(score.sinks),
         dropout=dropout_arg(score.dropout_p, score.seed),
         cu_seqlens=score.cu_seqlens,
         total_q=None if score.cu_seqlens is None else q.shape[2],
@@ -154,7 +154,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
 
-def new_stats(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, StatsPointers]:
+def allocate_stats(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, StatsPointers]:
     """Memory for the statistics that a backward's first pass writes of each query, (2 or 4, batch * heads, stride), and
     the same as an argument of kernels. `sequences`: those packed into a row, which start at multiples of 16 bytes, as
     rows do."""
@@ -178,7 +178,7 @@ def has_rest(q: Tensor, score: Score) -> bool:
     return not has_raw_scores(q, score)
 
 
-def pair_costs(score: Score) -> configs.PairCosts:
+def count_pair_costs(score: Score) -> configs.PairCosts:
     """What kernels load and compute for each (query, key) pair."""
     loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]
     if score.score_mod is not None:
@@ -190,12 +190,14 @@ def pair_costs(score: Score) -> configs.PairCosts:
     )
 
 
-def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
+def choose_attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     """Tile sizes and launch options of one pass. A tile lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     cols = configs.attention_cols(head_dim, head_dim_v)
     has_score_mod, precision = score.score_mod is not None, input_precision(q, v)
-    tiles = configs.attention_tiles(direction, cols, q.element_size(), pair_costs(score), has_score_mod, precision)
+    tiles = configs.attention_tiles(
+        direction, cols, q.element_size(), count_pair_costs(score), has_score_mod, precision
+    )
     tiles = tune.row_for(direction, q, v, score, tiles)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
@@ -217,18 +219,18 @@ def attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     )
 
 
-@on_tensor_device
+@launch_on_tensor_device
 def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v = make_readable(q), make_readable(k), make_readable(v)
     batch, seq_q, _ = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     out, lse = new_result(q, v.shape[-1], packed), new_lse(q, score, torch.float32)
     rest = None if has_raw_scores(q, score) else new_lse(q, score, torch.float32)
-    roles = triton_hopper.roles("forward", q, k, v, score)
+    roles = triton_hopper.choose_roles("forward", q, k, v, score)
     if roles is not None:
         triton_hopper.forward(q, k, v, heads_arg(out), lse, rest, attention_args(q, k, v, score), roles)
         return out, lse, rest
-    meta = attention_meta("forward", q, v, score)
+    meta = choose_attention_meta("forward", q, v, score)
     programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
     if programs:
         forward_kernels.attention_forward[(programs,)](
@@ -247,7 +249,7 @@ def backward(
     return launch_backward(grad_out, grad_lse, saved, score, with_grad_bias)
 
 
-@on_tensor_device  # which may run it several times, to search for tiles
+@launch_on_tensor_device  # which may run it several times, to search for tiles
 def launch_backward(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -257,26 +259,26 @@ def launch_backward(
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], packed) for x in (q, k, v))
-    rows, statistics = new_stats(lse, batch if packed else 0, has_raw_scores(q, score))
+    rows, statistics = allocate_stats(lse, batch if packed else 0, has_raw_scores(q, score))
     args = attention_args(q, k, v, score)
-    roles = triton_hopper.roles("backward_q", q, k, v, score, grad_out)
+    roles = triton_hopper.choose_roles("backward_q", q, k, v, score, grad_out)
     if roles is not None:
         triton_hopper.backward_q(
             q, k, v, heads_arg(out), grad_out, lse, rest, grad_lse, heads_arg(grad_q), statistics, args, roles
         )
     else:
-        meta = attention_meta("backward_q", q, v, score)
+        meta = choose_attention_meta("backward_q", q, v, score)
         programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
         if programs:
             backward_kernels.attention_backward_q[(programs,)](
                 heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(grad_out), lse, rest, grad_lse,
                 heads_arg(grad_q), statistics, *args, **meta,
             )  # fmt: skip
-    roles = triton_hopper.roles("backward_kv", q, k, v, score, grad_out)
+    roles = triton_hopper.choose_roles("backward_kv", q, k, v, score, grad_out)
     if roles is not None:
         triton_hopper.backward_kv(q, k, v, grad_out, rows, heads_arg(grad_k), heads_arg(grad_v), args, roles)
     else:
-        meta = attention_meta("backward_kv", q, v, score)
+        meta = choose_attention_meta("backward_kv", q, v, score)
         programs = configs.cdiv(seq_k, meta["BLOCK_N"]) * k.shape[1] * batch
         if programs:
             backward_kernels.attention_backward_kv[(programs,)](
@@ -286,7 +288,7 @@ def launch_backward(
     if not with_grad_bias or score.bias is None:
         return grad_q, grad_k, grad_v, None
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
-    meta = attention_meta("backward_q", q, v, score)
+    meta = choose_attention_meta("backward_q", q, v, score)
     *planes, size_q, size_k = grad_bias.shape
     programs = configs.cdiv(size_k, meta["BLOCK_N"]) * configs.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
     if programs:
@@ -303,17 +305,17 @@ attention_stats = reference.attention_stats
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-@on_tensor_device
+@launch_on_tensor_device
 def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> Tensor:
     turned = rotate_and_store(x, None, None, None, starts, counts, rotary)
     assert turned is not None
     return turned
 
 
-@on_tensor_device
+@launch_on_tensor_device
 def append(q: Tensor, k: Tensor, v: Tensor, cached: CacheView, counts: Tensor | None, rotary: Rotary | None) -> Tensor:
     # A copy only of caches that the caller made himself.
-    whole = cached._replace(k=last_dim_contiguous(cached.k), v=last_dim_contiguous(cached.v))
+    whole = cached._replace(k=make_last_dim_contiguous(cached.k), v=make_last_dim_contiguous(cached.v))
     turned = rotate_and_store(None if rotary is None else q, k, v, whole, cached.starts, counts, rotary)
     for x, to in ((whole.k, cached.k), (whole.v, cached.v)):
         if x is not to:
@@ -326,7 +328,7 @@ def rotate_and_store(
     counts: Tensor | None, rotary: Rotary | None,
 ) -> Tensor | None:  # fmt: skip
     """One launch: returns q rotated, and stores k, rotated, and v in the cache, each if given."""
-    q, k, v = (None if x is None else last_dim_contiguous(x) for x in (q, k, v))
+    q, k, v = (None if x is None else make_last_dim_contiguous(x) for x in (q, k, v))
     given = k if q is None else q
     assert given is not None
     batch, head_dim = starts.shape[0], given.shape[3]
@@ -355,9 +357,9 @@ def rotate_and_store(
     return turned
 
 
-@on_tensor_device
+@launch_on_tensor_device
 def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
-    q, k, v = (last_dim_contiguous(x) for x in (q, cached.k, cached.v))
+    q, k, v = (make_last_dim_contiguous(x) for x in (q, cached.k, cached.v))
     batch, heads, seq_q, _ = q.shape
     kv_heads, head_dim_v = k.shape[1], v.shape[3]
     out = torch.empty(batch, seq_q, heads, head_dim_v, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -370,7 +372,7 @@ def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     statistics = torch.empty(rows, 2, splits, dtype=torch.float32, device=q.device)
     partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
-    meta = attention_meta("decode", q, v, score)
+    meta = choose_attention_meta("decode", q, v, score)
     if cached.page_table is not None:
         meta["num_stages"] = configs.paged_stages(meta["num_stages"])
     programs = splits * configs.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
@@ -396,7 +398,7 @@ def row_arg(x: Tensor | None) -> RowView | None:
     return RowView(x, x.shape[1], x.shape[2], *x.stride()[:3])
 
 
-def norm_parameter_heads(*parameters: Tensor | None) -> int:
+def check_norm_heads(*parameters: Tensor | None) -> int:
     """The heads with parameters of their own: a dimension of the grid, which ends at 65,535."""
     heads = count_norm_heads(*parameters)
     if heads > 65535:
@@ -404,12 +406,12 @@ def norm_parameter_heads(*parameters: Tensor | None) -> int:
     return heads
 
 
-def norm_meta(tile: configs.NormTile, norm: Norm) -> dict:
+def choose_norm_meta(tile: configs.NormTile, norm: Norm) -> dict:
     registers = {} if tile.registers is None else {"maxnreg": tile.registers}
     return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps, **registers)
 
 
-@on_tensor_device
+@launch_on_tensor_device
 def norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden_dtype: torch.dtype,
     keep_hidden: bool, norm: Norm,
@@ -419,18 +421,19 @@ def norm_forward(
     hidden = torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None
     mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
     rstd = torch.empty(row_count, dtype=torch.float32, device=device)
-    heads = norm_parameter_heads(weight, bias)
+    heads = check_norm_heads(weight, bias)
     tile = configs.norm_tile("forward", width, hidden_dtype != x.dtype, norm.dropout_p > 0)
     if row_count:
         norm_kernels.norm_forward[(configs.cdiv(row_count // heads, tile.rows), heads)](
-            row_arg(x), row_arg(residual), contiguous(weight), contiguous(bias), row_arg(y), row_arg(hidden),
+            row_arg(x), row_arg(residual), make_contiguous(weight), make_contiguous(bias), row_arg(y), row_arg(hidden),
             mean, rstd, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
-            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single, **norm_meta(tile, norm),
+            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single,
+            **choose_norm_meta(tile, norm),
         )  # fmt: skip
     return y, hidden, mean, rstd
 
 
-@on_tensor_device
+@launch_on_tensor_device
 def norm_backward(
     grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None, norm: Norm,
@@ -439,8 +442,8 @@ def norm_backward(
     width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
     grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
-    heads = norm_parameter_heads(weight, bias)
-    hidden_arg, grad_arg, weight_arg = row_arg(hidden), row_arg(grad_y), contiguous(weight)
+    heads = check_norm_heads(weight, bias)
+    hidden_arg, grad_arg, weight_arg = row_arg(hidden), row_arg(grad_y), make_contiguous(weight)
     mean, tile = saved.mean if norm.center else None, configs.norm_tile("backward", width)
     means: tuple[Tensor | None, Tensor | None] = None, None
     if row_count and not tile.single:
@@ -448,7 +451,7 @@ def norm_backward(
         one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
         norm_kernels.norm_backward_means[(row_count // heads, heads)](
             grad_arg, hidden_arg, weight_arg, mean, rstd, *means, row_count, width, heads, norm.weight_offset,
-            **norm_meta(one_row, norm),
+            **choose_norm_meta(one_row, norm),
         )  # fmt: skip
     chunks = configs.cdiv(width, tile.cols)
     programs = configs.norm_programs(configs.multiprocessors(device), tile, heads * chunks)
@@ -461,7 +464,7 @@ def norm_backward(
         norm_kernels.norm_backward[(programs, heads, chunks)](
             grad_arg, row_arg(grad_hidden), hidden_arg, weight_arg, mean, rstd, *means, row_arg(grad_x),
             row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
-            norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **norm_meta(tile, norm),
+            norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **choose_norm_meta(tile, norm),
         )  # fmt: skip
     grad_weight, grad_bias = sum_parts(parts, (weight, bias))
     return grad_x, grad_residual, grad_weight, grad_bias

@@ -27,13 +27,13 @@ STATS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, r
 
 
 @contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
+def use_plain_kernels() -> Iterator[None]:
     """Within the block, in every thread, the plain kernels replace these: to compare them."""
-    with ENABLED.during(False):
+    with ENABLED.override(False):
         yield
 
 
-def roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:
+def choose_roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:
     """How a pass divides its work; None for the plain kernel. `others`: further tensors that it copies in bulk."""
     if not ENABLED.value or q.element_size() != 2 or configs.architecture() != "sm_90":
         return None
@@ -63,21 +63,21 @@ def can_copy(x: Tensor) -> bool:
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step and step % pieces == 0 for step in steps)
 
 
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def make_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """x (batch, heads, seq, dim) as bulk copies read it: tiles of `rows` rows of a head, with as many columns as a
     product reads; elements outside are 0."""
-    cols = columns(x)
+    cols = count_columns(x)
     # The stride of a dimension of one is not used, but must be valid.
     strides = [stride if size > 1 else cols for size, stride in zip(x.shape, x.stride(), strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, cols], TILE_LAYOUT)
 
 
-def columns(x: Tensor) -> int:
+def count_columns(x: Tensor) -> int:
     """The columns of a tile: at least those of one swizzled row, 128 bytes."""
     return max(64, configs.next_power_of_2(x.shape[-1]))
 
 
-def statistics_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
+def make_stats_descriptor(rows: Tensor, count: int) -> TensorDescriptor:
     """Statistics (2 or 4, batch * heads, stride) of queries as bulk copies read them: all those of `count` queries."""
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [rows.shape[0], 1, count], STATS_LAYOUT)
 
@@ -92,7 +92,7 @@ def forward(
         programs = min(programs, configs.multiprocessors(q.device))
     launch(
         hopper_forward.attention_forward_hopper, programs, row,
-        descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, lse, rest, *args,
+        make_descriptor(q, 64), make_descriptor(k, row.block), make_descriptor(v, row.block), out, lse, rest, *args,
         HEAD_DIM_V=v.shape[-1], PINGPONG=row.pingpong, PERSISTENT=row.persistent,
     )  # fmt: skip
 
@@ -106,8 +106,9 @@ def backward_q(
     programs = configs.cdiv(seq_q, row.owned) * heads * batches
     launch(
         hopper_backward.attention_backward_q_hopper, programs, row,
-        descriptor(q, 64), descriptor(k, row.block), descriptor(v, row.block), out, descriptor(grad_out, 64), lse,
-        rest, grad_lse, grad_q, rows, *args, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+        make_descriptor(q, 64), make_descriptor(k, row.block), make_descriptor(v, row.block), out,
+        make_descriptor(grad_out, 64), lse, rest, grad_lse, grad_q, rows, *args,
+        HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
     )  # fmt: skip
 
 
@@ -120,8 +121,8 @@ def backward_kv(
     programs = configs.cdiv(seq_k, row.owned) * kv_heads * batches
     launch(
         hopper_backward.attention_backward_kv_hopper, programs, row,
-        descriptor(q, row.block), descriptor(k, 64), descriptor(v, 64), descriptor(grad_out, row.block),
-        statistics_descriptor(rows, row.block), grad_k, grad_v, *args,
+        make_descriptor(q, row.block), make_descriptor(k, 64), make_descriptor(v, 64),
+        make_descriptor(grad_out, row.block), make_stats_descriptor(rows, row.block), grad_k, grad_v, *args,
         HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], SHARED=row.shared,
     )  # fmt: skip
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from .. import arguments, autocast, backends, tracing
 from ..attention import attention, attention_varlen
 from ..cache import CacheView, Rotary
-from ..errors import as_torch_raises
+from ..errors import raise_as_torch
 from ..ops.decode import append_and_attend, refuse_derivatives_and_onnx, rotate
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -48,12 +48,12 @@ def flash_attn_func(
     >>> flash_attn_func(x, x, x, causal=True, window_size=(2, 0)).shape
     torch.Size([2, 5, 4, 8])
     """
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _attend(q, k, v, options, return_attn_probs)
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -68,12 +68,12 @@ def flash_attn_kvpacked_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_func` of kv (batch, seq_k, 2, kv_heads, head_dim)."""
     k, v = _unpack("kv", kv, 2)
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _attend(q, k, v, options, return_attn_probs)
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -87,12 +87,12 @@ def flash_attn_qkvpacked_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_func` of qkv (batch, seq, 3, heads, head_dim)."""
     q, k, v = _unpack("qkv", qkv, 3)
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _attend(q, k, v, options, return_attn_probs)
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -126,14 +126,14 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         k, v = _gather_pages(k, v, cu_seqlens_k, block_table)
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _attend_packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, return_attn_probs
     )  # fmt: skip
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -152,14 +152,14 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_varlen_func` of kv (total_k, 2, kv_heads, head_dim)."""
     k, v = _unpack("kv", kv, 2, ("total",))
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _attend_packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, return_attn_probs
     )  # fmt: skip
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -175,12 +175,12 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_varlen_func` of qkv (total, 3, heads, head_dim)."""
     q, k, v = _unpack("qkv", qkv, 3, ("total",))
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _attend_packed(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, options, return_attn_probs)
 
 
-@as_torch_raises
-@autocast.off
+@raise_as_torch
+@autocast.disable
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -243,10 +243,10 @@ def flash_attn_with_kvcache(
         positions = cached.longest - new + max(seq_q, new)  # there may be more queries than new keys
         arguments.check_rotary(rotary, q, positions)
     mask = None if cache_leftpad is None else _mask_leftpad(cache_leftpad, cached)
-    window = _window(window_size)
+    window = _read_window(window_size)
     score = arguments.build_score(
-        q, (batch, heads, seq_q, cached.longest), scale=_scale(softmax_scale), causal=causal, window=window, mask=mask,
-        alibi_slopes=alibi_slopes, softcap=_softcap(softcap),
+        q, (batch, heads, seq_q, cached.longest), scale=_read_scale(softmax_scale), causal=causal, window=window,
+        mask=mask, alibi_slopes=alibi_slopes, softcap=_read_softcap(softcap),
     )._replace(kv_lengths=cached.lengths)  # fmt: skip
     backend = backends.choose(q.device, q.dtype, head_dim=max(head_dim, v_cache.shape[3]))
     refuse_derivatives_and_onnx(q, k_cache, v_cache, k, v, *(rotary or ()))
@@ -259,11 +259,11 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict:
+def _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict:
     """The package's options as those of `attention` and `attention_varlen`."""
     return dict(
-        causal=causal, window=_window(window_size), alibi_slopes=alibi_slopes, softcap=_softcap(softcap),
-        dropout_p=dropout_p, scale=_scale(softmax_scale), return_lse=True,
+        causal=causal, window=_read_window(window_size), alibi_slopes=alibi_slopes, softcap=_read_softcap(softcap),
+        dropout_p=dropout_p, scale=_read_scale(softmax_scale), return_lse=True,
     )  # fmt: skip
 
 
@@ -278,7 +278,9 @@ def _attend(q, k, v, options: dict, return_attn_probs: bool) -> Tensor | tuple[T
 def _attend_packed(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options: dict, return_attn_probs: bool
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    longest = [x if x is None or not hasattr(x, "__index__") else _integer(x) for x in (max_seqlen_q, max_seqlen_k)]
+    longest = [
+        x if x is None or not hasattr(x, "__index__") else _read_integer(x) for x in (max_seqlen_q, max_seqlen_k)
+    ]
     out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, **options)
     return (out, lse, None) if return_attn_probs else out
 
@@ -416,9 +418,9 @@ def _unpack(name: str, x: Tensor, parts: int, leading: tuple[str, ...] = ("batch
     return torch.unbind(x, n)
 
 
-def _window(window_size) -> tuple[int | None, int | None]:
+def _read_window(window_size) -> tuple[int | None, int | None]:
     try:
-        left, right = (None if side is None else _integer(side) for side in window_size)
+        left, right = (None if side is None else _read_integer(side) for side in window_size)
     except (TypeError, ValueError):
         raise TypeError(f"window_size must be (left, right), each an int or None, got {window_size!r}") from None
     if any(side is not None and side < -1 for side in (left, right)):
@@ -428,7 +430,7 @@ def _window(window_size) -> tuple[int | None, int | None]:
     return None if left == -1 else left, None if right == -1 else right
 
 
-def _softcap(softcap: float | None) -> float | None:
+def _read_softcap(softcap: float | None) -> float | None:
     if softcap is None or softcap == 0:
         return None
     if softcap < 0:
@@ -436,10 +438,10 @@ def _softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
-def _integer(x):
+def _read_integer(x):
     """x as an int; the package takes a tensor or an array of one element too."""
     return x if isinstance(x, (int, torch.SymInt)) else operator.index(x)
 
 
-def _scale(softmax_scale):
+def _read_scale(softmax_scale):
     return float(softmax_scale) if isinstance(softmax_scale, Tensor) else softmax_scale

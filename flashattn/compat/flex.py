@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..attention import attention
 from ..auxiliary import AuxOutput, read_request
-from ..errors import as_torch_raises
-from .layout import follow
+from ..errors import raise_as_torch
+from .layout import lay_out_like
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxRequest as FlexAuxRequest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..auxiliary import AuxRequest
 
 
-@as_torch_raises
+@raise_as_torch
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -66,5 +66,5 @@ def flex_attention(
         return_aux=request,
     )  # fmt: skip
     if isinstance(result, tuple):
-        return follow(result[0], query), result[1]
-    return follow(result, query)
+        return lay_out_like(result[0], query), result[1]
+    return lay_out_like(result, query)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def follow(out: Tensor, query: Tensor) -> Tensor:
+def lay_out_like(out: Tensor, query: Tensor) -> Tensor:
     """out (batch, heads, seq, dim) in the dimension order of query's memory, copied if it has another. A query whose
     last dimension is not contiguous, or whose strides define no order, leaves out as it is."""
     strides = query.stride()
@@ -21,6 +21,6 @@ def follow(out: Tensor, query: Tensor) -> Tensor:
     return out.permute(*order, 3).contiguous().permute(*back, 3)
 
 
-def by_token(x: Tensor) -> Tensor:
+def lay_out_by_token(x: Tensor) -> Tensor:
     """x (batch, heads, seq, ...), copied to memory as (batch, seq, heads, ...)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -13,7 +13,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from .. import arguments
 from ..attention import attention
-from ..errors import as_torch_raises
+from ..errors import raise_as_torch
 from . import layout, sdpa_provider  # noqa: F401  (the provider registers its name with PyTorch)
 
 original = torch.nn.functional.scaled_dot_product_attention
@@ -22,7 +22,7 @@ original = torch.nn.functional.scaled_dot_product_attention
 FOLLOWS_3D = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
 
 
-@as_torch_raises
+@raise_as_torch
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -91,13 +91,13 @@ def scaled_dot_product_attention(
     elif is_causal:
         k, v = k[:, :, :seq_q], v[:, :, :seq_q]  # no query attends to keys past the last query
         window = (None, seq_q - k.shape[2])  # relative to our diagonal, which is aligned bottom-right
-    mask, bias = _mask_and_bias(mask)
+    mask, bias = _split_mask(mask)
     out = attention(q, k, v, window=window, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
     dims = len(leading) + 2
     if query.dim() == dims == 4:
-        return layout.follow(out, query)
+        return layout.lay_out_like(out, query)
     if query.dim() == dims == 3 and FOLLOWS_3D:
-        out = layout.follow(out, query[None])
+        out = layout.lay_out_like(out, query[None])
     return out.reshape(*leading, seq_q, v.shape[-1])
 
 
@@ -119,11 +119,11 @@ def _attend_nested(q, k, v, mask, dropout_p: float, is_causal: bool, lower_right
     """Attention of nested tensors (batch, heads, seq, head_dim)."""
     if is_causal and not lower_right and not _has_same_lengths(q, k):
         raise ValueError("key must have query's lengths where is_causal is True and they are nested")
-    mask, bias = _mask_and_bias(mask)
+    mask, bias = _split_mask(mask)
     return attention(q, k, v, causal=is_causal, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
 
 
-def _mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (attn_mask, None) if attn_mask is None or attn_mask.dtype == torch.bool else (None, attn_mask)
 
 

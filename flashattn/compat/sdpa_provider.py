@@ -52,7 +52,7 @@ def forward(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tuple
     call = build_call(query, key, value, dropout_p, is_causal, mask, scale, seed)
     with torch.no_grad():
         out, lse = ops.attention.attention(*call)
-    return layout.follow(out, query), lse
+    return layout.lay_out_like(out, query), lse
 
 
 def backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, mask, scale, seed):
@@ -92,7 +92,7 @@ def build_call(query, key, value, dropout_p, is_causal, mask, scale, seed) -> tu
 def cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     seed = draw_seed(query, dropout_p)
     out, lse = forward(query, key, value, dropout_p, is_causal, attn_mask, scale, seed)
-    return out, layout.by_token(lse)
+    return out, layout.lay_out_by_token(lse)
 
 
 def cpu_backward(
@@ -101,7 +101,7 @@ def cpu_backward(
     if dropout_p != 0:
         raise RuntimeError("PyTorch's CPU operator keeps no seed, so dropout has no gradient through it")
     gradients = backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, attn_mask, scale, None)
-    return tuple(map(layout.by_token, gradients))
+    return tuple(map(layout.lay_out_by_token, gradients))
 
 
 def cuda_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
@@ -118,7 +118,7 @@ def cuda_backward(
 ):  # fmt: skip
     seed = philox_seed if dropout_p > 0 else None
     gradients = backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, None, scale, seed)
-    return tuple(map(layout.follow, gradients, (query, key, value)))
+    return tuple(map(layout.lay_out_like, gradients, (query, key, value)))
 
 
 def find_max_abs_lse(lse: Tensor) -> float:

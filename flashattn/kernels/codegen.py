@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
-from ..score_mod import example_scalars, in_clean_thread, trace_lock
+from ..score_mod import make_example_scalars, run_in_clean_thread, trace_lock
 from .scores import BlocksArgs, ModArgs, score_tensor_arg, tanh
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
         return None
     with trace_lock:
         if mod.graph not in _mods:
-            graphs = mod.graph.graph, in_clean_thread(derivative, mod.graph, mod.captured)
+            graphs = mod.graph.graph, run_in_clean_thread(derivative, mod.graph, mod.captured)
             value, dscore = (jit("score_mod", graph, mod.captured) for graph in graphs)
             _mods[mod.graph] = value, dscore
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
@@ -302,7 +302,7 @@ def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
         return gradient
 
     names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    examples = example_scalars(1)
+    examples = make_example_scalars(1)
     # Only shape and dtype of captured tensors matter: nothing is copied from a GPU.
     examples += [torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape) for x in captured]
     traced = make_fx(dscore)(*examples)

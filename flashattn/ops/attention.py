@@ -19,15 +19,15 @@ from torch import Tensor
 from .. import mod_text, mods_in_graph, tracing
 from ..backends import BACKENDS
 from ..protocol import Saved
-from ..score import SCORE_FIELDS, Score, operator_schema
+from ..score import SCORE_FIELDS, Score, write_operator_schema
 from ..score_mod import BlockMask, Traced
-from ..tensors import accumulate_dtype, empty_if_none, new_result
+from ..tensors import find_accumulation_dtype, new_result, replace_none
 from .register import implement_with_autograd, raise_double_backward
 
 # A Score as operators take it: its fields, the backend, the blocks of a block mask, and the callables.
 BLOCKS = "Tensor? partial, Tensor? full, SymInt? block_q, SymInt? block_k"
 MODS = "Tensor[] captured, str? score_mod, Tensor[] mask_captured, str? mask_mod"
-SCORE = f"{operator_schema(Score)}, str backend, {BLOCKS}, {MODS}"
+SCORE = f"{write_operator_schema(Score)}, str backend, {BLOCKS}, {MODS}"
 
 # Positions in these arguments: of two fields from the start, of the callables from the end.
 BIAS, SINKS = Score._fields.index("bias"), Score._fields.index("sinks")
@@ -166,7 +166,7 @@ def call_backward(
         return differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)
     tracing.refuse_tangents(grad_out, grad_lse, *saved, score.bias, score.sinks)
     return torch.ops.flashattn.attention_backward.default(
-        grad_out, grad_lse, *saved[:5], empty_if_none(saved.rest, saved.lse), with_grad_bias, list(with_grad_captured),
+        grad_out, grad_lse, *saved[:5], replace_none(saved.rest, saved.lse), with_grad_bias, list(with_grad_captured),
         *flatten(score, backend), *flatten_mods(score),
     )  # fmt: skip
 
@@ -183,12 +183,12 @@ def differentiate(
         for x, needed in zip(captured, with_grad_captured, strict=True)
     ]
     *gradients, grad_bias = BACKENDS[backend].backward(grad_out, grad_lse, saved, score, with_grad_bias, totals)
-    grad_sinks = None if score.sinks is None else sink_gradient(grad_out, grad_lse, saved, score.sinks)
+    grad_sinks = None if score.sinks is None else compute_sink_gradient(grad_out, grad_lse, saved, score.sinks)
     grad_captured = [None if total is None else total.to(x.dtype) for total, x in zip(totals, captured, strict=True)]
     return *gradients, grad_bias, grad_sinks, grad_captured
 
 
-def sink_gradient(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, sinks: Tensor) -> Tensor:
+def compute_sink_gradient(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, sinks: Tensor) -> Tensor:
     """A sink is a key of value 0 that every query attends to: its ds is p (0 - delta), p = exp(sink - lse - rest)."""
     lse = saved.lse
     delta = (grad_out.to(lse.dtype) * saved.out).sum(-1)
@@ -207,14 +207,14 @@ def sink_gradient(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, sinks
 def _(q, k, v, *flat):
     score, backend = unflatten(flat)
     out, lse, rest = BACKENDS[backend].forward(q, k, v, score)
-    return out, lse, empty_if_none(rest, lse)
+    return out, lse, replace_none(rest, lse)
 
 
 @torch.library.register_fake("flashattn::attention_forward")
 def _(q, k, v, *flat):
     fields, backend, mod = flat[:SCORE_FIELDS], flat[SCORE_FIELDS], flat[MOD]
     score = Score._make((*fields, mod, None))  # with the text: reading it takes long
-    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
+    lse = q.new_empty(q.shape[:3], dtype=find_accumulation_dtype(q))
     rest = lse.new_empty(q.shape[:3] if BACKENDS[backend].has_rest(q, score) else 0)
     return new_result(q, v.shape[-1], score.cu_seqlens is not None), lse, rest
 
@@ -263,8 +263,8 @@ def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_cap
     *gradients, grad_bias, grad_sinks, grad_captured = differentiate(
         grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured
     )
-    others = (empty_if_none(x, lse) for x in (grad_bias, grad_sinks))
-    return *gradients, *others, [empty_if_none(x, lse) for x in grad_captured]
+    others = (replace_none(x, lse) for x in (grad_bias, grad_sinks))
+    return *gradients, *others, [replace_none(x, lse) for x in grad_captured]
 
 
 @torch.library.register_fake("flashattn::attention_backward")
@@ -297,4 +297,4 @@ def _(q, k, *flat):
 def _(q, k, *_):
     batch, heads, seq_q, _ = q.shape
     shapes = (batch, heads, seq_q), (heads,), (batch, heads, seq_q), (batch, heads, k.shape[2])
-    return tuple(q.new_empty(shape, dtype=accumulate_dtype(q)) for shape in shapes)
+    return tuple(q.new_empty(shape, dtype=find_accumulation_dtype(q)) for shape in shapes)

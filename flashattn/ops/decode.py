@@ -13,8 +13,8 @@ from .. import arguments, tracing
 from .. import cache as caches
 from ..backends import BACKENDS
 from ..cache import CacheView, KVCache, PagedBatch, PagedKVCache, Rotary
-from ..score import SCORE_FIELDS, Score, operator_schema
-from ..tensors import accumulate_dtype, new_result
+from ..score import SCORE_FIELDS, Score, write_operator_schema
+from ..tensors import find_accumulation_dtype, new_result
 from .register import implement
 
 ROTARY = "Tensor? cos, Tensor? sin, bool interleaved"
@@ -26,12 +26,12 @@ torch.library.define(
 )
 torch.library.define(
     "flashattn::decode",
-    f"(Tensor q, {CACHE}, Tensor? page_table, Tensor starts, SymInt longest, {ROTARY}, {operator_schema(Score)}, "
+    f"(Tensor q, {CACHE}, Tensor? page_table, Tensor starts, SymInt longest, {ROTARY}, {write_operator_schema(Score)}, "
     "str backend) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "flashattn::step",
-    f"(Tensor q, {CACHE}, Tensor number, SymInt[]? sequences, {ROTARY}, {operator_schema(Score)}, "
+    f"(Tensor q, {CACHE}, Tensor number, SymInt[]? sequences, {ROTARY}, {write_operator_schema(Score)}, "
     "str backend) -> (Tensor out, Tensor lse)",
 )
 
@@ -173,7 +173,7 @@ def _(q, k_cache, v_cache, k, v, page_table, starts, longest, cos, sin, interlea
 @torch.library.register_fake("flashattn::decode")
 @torch.library.register_fake("flashattn::step")
 def _(q, k_cache, v_cache, *_):
-    return new_result(q, v_cache.shape[3], True), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
+    return new_result(q, v_cache.shape[3], True), q.new_empty(q.shape[:3], dtype=find_accumulation_dtype(q))
 
 
 @implement("step")

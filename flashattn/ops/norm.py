@@ -10,19 +10,19 @@ from torch import Tensor
 from .. import tracing
 from ..backends import BACKENDS
 from ..protocol import SavedNorm
-from ..score import Norm, operator_schema
-from ..tensors import accumulate_dtype, empty_if_none
+from ..score import Norm, write_operator_schema
+from ..tensors import find_accumulation_dtype, replace_none
 from .register import implement, raise_double_backward
 
 torch.library.define(
     "flashattn::norm_forward",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, ScalarType hidden_dtype, bool keep_hidden, "
-    f"{operator_schema(Norm)}, str backend) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
+    f"{write_operator_schema(Norm)}, str backend) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
     "flashattn::norm_backward",
     "(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    f"ScalarType x_dtype, ScalarType? residual_dtype, {operator_schema(Norm)}, str backend) "
+    f"ScalarType x_dtype, ScalarType? residual_dtype, {write_operator_schema(Norm)}, str backend) "
     "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
 )
 FIELDS = len(Norm._fields)
@@ -61,7 +61,7 @@ class FusedNorm(torch.autograd.Function):
 def run_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm, backend):
     y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm)
     hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
-    return y, hidden, empty_if_none(mean, rstd), rstd
+    return y, hidden, replace_none(mean, rstd), rstd
 
 
 def set_up_context(ctx, inputs, output) -> None:
@@ -119,7 +119,7 @@ def norm_backward(
 
 def run_backward(grad_y, grad_hidden, saved, x_dtype, residual_dtype, norm, backend) -> tuple[Tensor, ...]:
     gradients = BACKENDS[backend].norm_backward(grad_y, grad_hidden, saved, x_dtype, residual_dtype, norm)
-    return tuple(empty_if_none(gradient, saved.rstd) for gradient in gradients)
+    return tuple(replace_none(gradient, saved.rstd) for gradient in gradients)
 
 
 # ------------------------------------------------------------------------------------------------ operators
@@ -135,8 +135,8 @@ def _(x, residual, weight, bias, hidden_dtype, keep_hidden, *flat):
 def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, *_):
     rows = math.prod(x.shape[:-1])  # Size.numel() would specialise a SymInt
     hidden = x.new_empty(x.shape if keep_hidden else 0, dtype=hidden_dtype)
-    mean = x.new_empty(rows if center else 0, dtype=accumulate_dtype(x))
-    return x.new_empty(x.shape), hidden, mean, x.new_empty(rows, dtype=accumulate_dtype(x))
+    mean = x.new_empty(rows if center else 0, dtype=find_accumulation_dtype(x))
+    return x.new_empty(x.shape), hidden, mean, x.new_empty(rows, dtype=find_accumulation_dtype(x))
 
 
 def _set_up_context(ctx, inputs, output):

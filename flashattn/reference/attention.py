@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import autocast, tracing
 from ..protocol import Saved
 from ..score import Score
-from ..tensors import accumulate_dtype, dropout_threshold, new_lse, new_result
+from ..tensors import dropout_threshold, find_accumulation_dtype, new_lse, new_result
 from .philox import philox
 from .scores import QueryBlock, compute_scores, slice_queries, split_queries, zero_past_length
 
@@ -98,7 +98,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     """out = softmax(s) v, lse = log(sum(exp(s)) + exp(sink)), and the rest of lse."""
     if score.cu_seqlens is None:
         return forward_dense(q, k, v, score)
-    out, lse = new_result(q, v.shape[-1], True), new_lse(q, score, accumulate_dtype(q))
+    out, lse = new_result(q, v.shape[-1], True), new_lse(q, score, find_accumulation_dtype(q))
     rest = torch.zeros_like(lse)
     for one in unpack_sequences(score.cu_seqlens):
         own = (q[:, :, one.queries], k[:, :, one.keys], v[:, :, one.keys], one.own_score(score))
@@ -107,7 +107,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tens
     return out, lse, rest
 
 
-@autocast.off
+@autocast.disable
 def forward_dense(q: Tensor, k: Tensor, v: Tensor, score: Score, first_batch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` without packed sequences. `first_batch`: which batch row the first is for dropout."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
@@ -135,7 +135,7 @@ def backward(
     q, k, v = saved[:3]
     bias, grad_bias = score.bias if with_grad_bias else None, None
     if bias is not None:
-        grad_bias = torch.zeros_like(bias, dtype=accumulate_dtype(q))
+        grad_bias = torch.zeros_like(bias, dtype=find_accumulation_dtype(q))
     if score.cu_seqlens is None:
         gradients = backward_dense(grad_out, grad_lse, q, k, v, score, grad_bias, grad_captured)
     else:
@@ -151,7 +151,7 @@ def backward(
     return *gradients, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 
-@autocast.off
+@autocast.disable
 def backward_dense(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, score: Score,
     grad_bias: Tensor | None, grad_captured: list[Tensor | None], first_batch: int = 0,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import tracing
 from ..score import Score
-from ..tensors import accumulate_dtype, new_result
+from ..tensors import find_accumulation_dtype, new_result
 from .attention import PackedSequence, forward_dense
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def rotate(x: Tensor, starts: Tensor, counts: Tensor | None, rotary: Rotary) -> 
     """x (batch, heads, seq, dim), rotated by its angles; token t of batch row b is at position starts[b] + t."""
     positions = starts.view(-1, 1) + torch.arange(x.shape[2], device=x.device)
     positions = positions.clamp(0, rotary.cos.shape[0] - 1)  # tokens past the table do not exist
-    dtype, n = accumulate_dtype(x), rotary.cos.shape[1]
+    dtype, n = find_accumulation_dtype(x), rotary.cos.shape[1]
     cos, sin = (table[positions][:, None].to(dtype) for table in (rotary.cos, rotary.sin))
     part = x[..., : 2 * n].to(dtype)
     a, b = part.unflatten(-1, (n, 2)).unbind(-1) if rotary.interleaved else part.split(n, -1)
@@ -54,7 +54,7 @@ def store(x: Tensor, cache: Tensor, cached: CacheView, counts: Tensor | None, ro
 def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     """Each batch row by itself: its queries and keys, aligned bottom-right."""
     out = new_result(q, cached.v.shape[3], True)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q), device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=find_accumulation_dtype(q), device=q.device)
     tracing.refuse_capture("cache_seqlens", "without the triton backend it is read back")
     lengths = cached.lengths.tolist()
     counts = [q.shape[2]] * len(lengths) if score.q_lengths is None else score.q_lengths.tolist()

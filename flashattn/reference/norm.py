@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..protocol import SavedNorm
 from ..score import Norm
-from ..tensors import accumulate_dtype, dropout_threshold
+from ..tensors import dropout_threshold, find_accumulation_dtype
 from .philox import philox
 
 
@@ -32,7 +32,7 @@ def norm_forward(
     keep_hidden: bool, norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """h = residual + dropout(x); y = (h - mean) * rstd * (weight + offset) + bias."""
-    dtype, width = accumulate_dtype(x), x.shape[-1]
+    dtype, width = find_accumulation_dtype(x), x.shape[-1]
     hidden = dropout(x.reshape(-1, width).to(dtype), norm)
     rows = hidden.shape[0]
     if residual is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..score import Score
 from ..score_mod import Traced
-from ..tensors import accumulate_dtype
+from ..tensors import find_accumulation_dtype
 
 MAX_SCORES = 1 << 24  # at a time
 Vjp = Callable[[Tensor, list], Tensor]
@@ -97,7 +97,7 @@ def is_set(mask: Tensor) -> Tensor:
 def zero_past_length(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (batch, heads, seq, dim) in the accumulation dtype, with 0 at and past each length: memory there may hold NaN,
     and 0 * NaN is NaN."""
-    x = x.to(accumulate_dtype(x))
+    x = x.to(find_accumulation_dtype(x))
     if lengths is None:
         return x
     exists = torch.arange(x.shape[2], device=x.device) < lengths.view(-1, 1)

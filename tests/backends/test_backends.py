@@ -74,7 +74,7 @@ def test_overlapping_blocks_leave_nothing_behind():
     theirs = torch.nn.functional.scaled_dot_product_attention
     overlapping(lambda: flashattn.use_backend("reference"))
     overlapping(backends.triton_on_cpu)
-    overlapping(triton_hopper.plain_kernels)
+    overlapping(triton_hopper.use_plain_kernels)
     overlapping(sdpa.patch)
     assert backends._forced.value is None
     assert not backends.triton.accepts_cpu_tensors.value
@@ -133,15 +133,15 @@ def test_environment_variable():
     assert "backend must be one of triton, cpu, reference, got 'fast'" in wrong.stderr
 
 
-@pytest.mark.parametrize("isa", [isa for isa in backends.cpu.ISAS if isa != backends.cpu.isa()])
+@pytest.mark.parametrize("isa", [isa for isa in backends.cpu.ISAS if isa != backends.cpu.get_isa()])
 def test_instruction_sets(isa):
     """The engine's tests, on each instruction set this processor has but does not choose; one it lacks is an error that
     names the variable."""
-    if isa not in backends.cpu.isas():
+    if isa not in backends.cpu.list_isas():
         done = python("-c", "import flashattn", FLASHATTN_CPU_ISA=isa)
         assert f"FLASHATTN_CPU_ISA must be one of {', '.join(backends.cpu.ISAS)}, and one this" in done.stderr
         pytest.skip(f"this processor has no {isa}")
-    done = python("-c", "import flashattn; print(flashattn.backends.cpu.isa())", FLASHATTN_CPU_ISA=isa)
+    done = python("-c", "import flashattn; print(flashattn.backends.cpu.get_isa())", FLASHATTN_CPU_ISA=isa)
     assert done.stdout == f"{isa}\n"
     tests = [
         f"tests/{name}.py"

@@ -9,7 +9,7 @@ from bench import compiled
 from bench.descriptors import find_lost_descriptors
 from bench.sass import find_full_tile_loops
 from flashattn.backends import triton as backend
-from flashattn.backends.triton_hopper import plain_kernels
+from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView, Rotary
 from flashattn.kernels import configs
 from flashattn.protocol import Saved, SavedNorm
@@ -32,7 +32,7 @@ def compile_attention(
     v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
     some = torch.zeros(2, dtype=torch.int32) if lengths else None
     score = Score(0.125, window, 0 if causal else None, some, some, **features)
-    with compiled.compile_for(architecture) as kernels, plain_kernels() if plain else contextlib.nullcontext():
+    with compiled.compile_for(architecture) as kernels, use_plain_kernels() if plain else contextlib.nullcontext():
         out, lse, rest = backend.forward(q, k, v, score)
         saved = Saved(q, k, v, out, lse, rest)
         backend.backward(out, lse if lengths else None, saved, score, "bias" in features, [])

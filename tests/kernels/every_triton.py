@@ -139,7 +139,7 @@ def test_the_fault_is_there_without_fences(monkeypatch):
     with (
         ptx.device("sm_90", on_fault=STRICT),
         flashattn.use_backend("triton"),
-        triton_hopper.plain_kernels(),
+        triton_hopper.use_plain_kernels(),
         pytest.raises(Fault, match=r"no fence.proxy.async since the write"),
     ):
         flashattn.attention(q, k, v)

@@ -130,7 +130,7 @@ def in_roles(*rows: tuple[str, Roles], **options) -> None:
 
 
 def plain(run: Callable[[], object]) -> None:
-    with triton_hopper.plain_kernels():
+    with triton_hopper.use_plain_kernels():
         run()
 
 

@@ -12,7 +12,7 @@ compiled = pytest.importorskip("bench.compiled")
 
 from bench.descriptors import find_lost_descriptors  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
-from flashattn.backends.triton_hopper import plain_kernels, roles  # noqa: E402
+from flashattn.backends.triton_hopper import choose_roles, use_plain_kernels  # noqa: E402
 from flashattn.kernels import compiler, configs  # noqa: E402
 from flashattn.protocol import Saved, SavedNorm  # noqa: E402
 from flashattn.score import Norm, Score  # noqa: E402
@@ -63,7 +63,7 @@ def test_who_serves_hopper():
         q = torch.empty(1, 2, 100, head_dim, dtype=dtype)
         with compiled.use_driver(compiled.NoDriver(architecture)):
             passes = "forward", "backward_q", "backward_kv"
-            return {roles(direction, q, q, q, Score(1.0)) is not None for direction in passes}
+            return {choose_roles(direction, q, q, q, Score(1.0)) is not None for direction in passes}
 
     for head_dim in (8, 16, 40, 136, 256):
         assert serves("sm_90", head_dim) == {True}
@@ -81,7 +81,7 @@ def test_sizes_of_one(shape, lengths):
     q = torch.empty(batch, heads, seq_q, 64, dtype=torch.float16)
     k = torch.empty(batch, kv_heads, seq_k, 64, dtype=torch.float16)
     some = torch.ones(batch, dtype=torch.int32) if lengths else None
-    with compiled.compile_for("sm_90") as kernels, plain_kernels():
+    with compiled.compile_for("sm_90") as kernels, use_plain_kernels():
         out, lse, rest = backend.forward(q, k, k, Score(0.125, None, None, some, some))
         saved = Saved(q, k, k, out, lse, rest)
         backend.backward(out, None, saved, Score(0.125, None, None, some, some), False, [])

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from bench import compiled
 from flashattn.backends import triton as backend
-from flashattn.backends.triton_hopper import plain_kernels
+from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView
 from flashattn.kernels import codegen, configs
 from flashattn.kernels.configs import PairCosts
@@ -160,12 +160,12 @@ def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
     torch.use_deterministic_algorithms(False)
     q, k = torch.empty(2, 4, 512, head_dim, dtype=dtype), torch.empty(2, 2, 512, head_dim, dtype=dtype)
     score = Score(0.125, None, 0, **FEATURES[feature])
-    with compiled.compile_for(arch) as used, plain_kernels():  # the tiles of warp-specialised ones fit all features
+    with compiled.compile_for(arch) as used, use_plain_kernels():  # the tiles of warp-specialised ones fit all features
         out, lse, rest = backend.forward(q, k, k, score)
         backend.backward(out, None, Saved(q, k, k, out, lse, rest), score, score.bias is not None, [])
     passes = ["forward", "backward_q", "backward_kv"] + ["backward_q"] * (score.bias is not None)
     for direction, bytes_used in zip(passes, used, strict=True):
-        has_score_mod, pairs = score.score_mod is not None, backend.pair_costs(score)
+        has_score_mod, pairs = score.score_mod is not None, backend.count_pair_costs(score)
         cols = (head_dim, head_dim)
         with compiled.compile_only(arch):
             precision = input_precision(q, k)
