@@ -98,7 +98,9 @@ def run(context: Context) -> Iterator[dict]:
         yield from ({"case": name_row(row), "skipped": NO_TIME} for row in searched)
         return
     most = 2 if context.rehearse else None
-    candidates = {row: [tiles, *tune.candidates(*row, tiles)][:most] for row in searched for tiles in [find_tiles(row)]}
+    candidates = {
+        row: [tiles, *tune.list_candidates(*row, tiles)][:most] for row in searched for tiles in [find_tiles(row)]
+    }
     with CompilerPool(1 if context.rehearse else count_cores(), candidates) as compilers:
         for row in searched:
             yield {
@@ -119,11 +121,11 @@ def name_row(row: Row) -> str:
 
 
 def find_tiles(row: Row) -> tune.Row:
-    if configs.architecture() == "sm_90" and row.direction in configs.HOPPER:
-        roles = configs.hopper_roles(row.direction, row.head_dim, changes_tiles=False)
+    if configs.find_architecture() == "sm_90" and row.direction in configs.HOPPER:
+        roles = configs.choose_hopper_roles(row.direction, row.head_dim, changes_tiles=False)
         if roles is not None:
             return roles
-    return configs.attention_tiles(row.direction, (row.head_dim, row.head_dim), 2)
+    return configs.choose_tiles(row.direction, (row.head_dim, row.head_dim), 2)
 
 
 def min_side(tiles: tune.Row) -> int:
@@ -244,7 +246,7 @@ def make_calls(row: Row, size: Size, device: torch.device) -> Callable[..., Call
 
 def force_tiles(row: Row, tiles: tune.Row, run: Callable[[], tuple]) -> Callable[[], tuple]:
     def call():
-        with tune.forced(row.direction, tiles):
+        with tune.force_tiles(row.direction, tiles):
             return run()
 
     return call
@@ -274,7 +276,7 @@ class CompilerPool:
     """Processes that compile the candidates of all rows, in order."""
 
     def __init__(self, processes: int, candidates: dict[Row, list[tune.Row]]):
-        self.processes, self.candidates, self.architecture = processes, candidates, configs.architecture()
+        self.processes, self.candidates, self.architecture = processes, candidates, configs.find_architecture()
 
     def __enter__(self) -> CompilerPool:
         self.start(self.candidates)
@@ -311,7 +313,7 @@ def compile_candidate(architecture: str, row: Row, tiles: tune.Row) -> Candidate
     fix_hashes()
     run = make_calls(row, choose_sizes(row, rehearse=False)[0], torch.device("cpu"))
     try:
-        with compile_for(architecture) as kernels, tune.forced(row.direction, tiles):
+        with compile_for(architecture) as kernels, tune.force_tiles(row.direction, tiles):
             run(backend, torch.bfloat16)()
     except Exception as error:  # Triton raises what its passes raise
         return Candidate(tiles, refused=f"does not compile: {describe_error(error)}")

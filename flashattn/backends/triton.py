@@ -42,7 +42,7 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels.dropout import DropoutArgs
     from ..kernels.norm import RowView
     from ..kernels.pages import PageTable, page_table_arg
-    from ..kernels.precision import input_precision
+    from ..kernels.precision import choose_input_precision
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, score_tensor_arg
     from ..kernels.tiles import Heads
@@ -149,7 +149,7 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         score_mod=codegen.mod_arg(score.score_mod),
         blocks=codegen.blocks_arg(score.block_mask),
         raw=tl.constexpr(has_raw_scores(q, score)),
-        precision=tl.constexpr(input_precision(q, v)),
+        precision=tl.constexpr(choose_input_precision(q, v)),
     )
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
 
@@ -182,9 +182,9 @@ def count_pair_costs(score: Score) -> configs.PairCosts:
     """What kernels load and compute for each (query, key) pair."""
     loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]
     if score.score_mod is not None:
-        loads += codegen.pair_loads(score.score_mod)
+        loads += codegen.list_pair_loads(score.score_mod)
     if score.block_mask is not None:
-        loads += codegen.pair_loads(score.block_mask.mask)
+        loads += codegen.list_pair_loads(score.block_mask.mask)
     return configs.PairCosts(
         sum(loads), max(loads, default=0), score.dropout_p > 0, triton_hopper.has_tile_changes(score)
     )
@@ -193,12 +193,10 @@ def count_pair_costs(score: Score) -> configs.PairCosts:
 def choose_attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
     """Tile sizes and launch options of one pass. A tile lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    cols = configs.attention_cols(head_dim, head_dim_v)
-    has_score_mod, precision = score.score_mod is not None, input_precision(q, v)
-    tiles = configs.attention_tiles(
-        direction, cols, q.element_size(), count_pair_costs(score), has_score_mod, precision
-    )
-    tiles = tune.row_for(direction, q, v, score, tiles)
+    cols = configs.choose_cols(head_dim, head_dim_v)
+    has_score_mod, precision = score.score_mod is not None, choose_input_precision(q, v)
+    tiles = configs.choose_tiles(direction, cols, q.element_size(), count_pair_costs(score), has_score_mod, precision)
+    tiles = tune.choose_row(direction, q, v, score, tiles)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
     if block_mask is not None:
@@ -368,13 +366,13 @@ def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
     if not rows:
         return out, lse
     limit = configs.SPLITS if seq_q <= configs.SPLIT_QUERIES else 1
-    splits = decode_kernels.max_splits(cached.longest, seq_q, limit)
+    splits = decode_kernels.count_max_splits(cached.longest, seq_q, limit)
     statistics = torch.empty(rows, 2, splits, dtype=torch.float32, device=q.device)
     partial = torch.empty(rows, splits, head_dim_v, dtype=torch.float32, device=q.device)
     args, *_ = attention_args(q, k, v, score)
     meta = choose_attention_meta("decode", q, v, score)
     if cached.page_table is not None:
-        meta["num_stages"] = configs.paged_stages(meta["num_stages"])
+        meta["num_stages"] = configs.choose_paged_stages(meta["num_stages"])
     programs = splits * configs.cdiv(heads // kv_heads * seq_q, meta["BLOCK_M"]) * kv_heads * batch
     decode_kernels.attention_decode[(programs,)](
         heads_arg(q), heads_arg(k), heads_arg(v), page_table_arg(cached.page_table, k.shape[2]), statistics, partial,
@@ -422,7 +420,7 @@ def norm_forward(
     mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
     rstd = torch.empty(row_count, dtype=torch.float32, device=device)
     heads = check_norm_heads(weight, bias)
-    tile = configs.norm_tile("forward", width, hidden_dtype != x.dtype, norm.dropout_p > 0)
+    tile = configs.choose_norm_tile("forward", width, hidden_dtype != x.dtype, norm.dropout_p > 0)
     if row_count:
         norm_kernels.norm_forward[(configs.cdiv(row_count // heads, tile.rows), heads)](
             row_arg(x), row_arg(residual), make_contiguous(weight), make_contiguous(bias), row_arg(y), row_arg(hidden),
@@ -444,7 +442,7 @@ def norm_backward(
     grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
     heads = check_norm_heads(weight, bias)
     hidden_arg, grad_arg, weight_arg = row_arg(hidden), row_arg(grad_y), make_contiguous(weight)
-    mean, tile = saved.mean if norm.center else None, configs.norm_tile("backward", width)
+    mean, tile = saved.mean if norm.center else None, configs.choose_norm_tile("backward", width)
     means: tuple[Tensor | None, Tensor | None] = None, None
     if row_count and not tile.single:
         means = None if mean is None else torch.empty_like(mean), torch.empty_like(rstd)
@@ -454,7 +452,7 @@ def norm_backward(
             **choose_norm_meta(one_row, norm),
         )  # fmt: skip
     chunks = configs.cdiv(width, tile.cols)
-    programs = configs.norm_programs(configs.multiprocessors(device), tile, heads * chunks)
+    programs = configs.count_norm_programs(configs.count_multiprocessors(device), tile, heads * chunks)
     programs = min(programs, configs.cdiv(row_count // heads, tile.rows))
     parts = [
         None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)

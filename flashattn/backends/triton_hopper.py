@@ -35,12 +35,12 @@ def use_plain_kernels() -> Iterator[None]:
 
 def choose_roles(direction: str, q: Tensor, k: Tensor, v: Tensor, score: Score, *others: Tensor) -> Roles | None:
     """How a pass divides its work; None for the plain kernel. `others`: further tensors that it copies in bulk."""
-    if not ENABLED.value or q.element_size() != 2 or configs.architecture() != "sm_90":
+    if not ENABLED.value or q.element_size() != 2 or configs.find_architecture() != "sm_90":
         return None
     if not all(can_copy(x) for x in (q, k, v, *others)):
         return None
-    usual = configs.hopper_roles(direction, max(q.shape[-1], v.shape[-1]), has_tile_changes(score))
-    row = tune.row_for(direction, q, v, score, usual)
+    usual = configs.choose_hopper_roles(direction, max(q.shape[-1], v.shape[-1]), has_tile_changes(score))
+    row = tune.choose_row(direction, q, v, score, usual)
     if not isinstance(row, Roles):
         return None
     blocks = score.block_mask
@@ -89,7 +89,7 @@ def forward(
     _, batches, heads, _, seq_q, _ = args
     programs = configs.cdiv(seq_q, row.owned) * heads * batches
     if row.persistent:
-        programs = min(programs, configs.multiprocessors(q.device))
+        programs = min(programs, configs.count_multiprocessors(q.device))
     launch(
         hopper_forward.attention_forward_hopper, programs, row,
         make_descriptor(q, 64), make_descriptor(k, row.block), make_descriptor(v, row.block), out, lse, rest, *args,

@@ -138,7 +138,7 @@ def recompute_weights(products, lse, rest, score, at, tile, PARTIAL: tl.constexp
 
 
 @triton.jit
-def score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
+def compute_score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
     """(ds, dscore) of a tile (queries, keys): the gradient of the scores, and their derivative by scale * q.k. own: the
     QueryTile."""
     products = tl.dot(own.q, tl.trans(k_tile), input_precision=score.precision)
@@ -158,7 +158,7 @@ def score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, PAR
 def accumulate_dq(acc, own, k, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
     """One key tile of pass 1: acc += ds k."""
     k_tile = load_tile(k, start_n, at.seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, PARTIAL)
-    ds, dscore = score_gradients(own, k_tile, v, score, at, start_n, shape, PARTIAL)
+    ds, dscore = compute_score_gradients(own, k_tile, v, score, at, start_n, shape, PARTIAL)
     ds = scores_backward(score, ds, dscore)
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=score.precision)
 
@@ -342,7 +342,7 @@ def attention_backward_bias(
                 begin = tl.maximum(first_n, begin // shape.BLOCK_N * shape.BLOCK_N)
                 for start_n in range(begin, tl.minimum(last_n, end), shape.BLOCK_N):
                     k_tile = load_tile(k_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, True)
-                    ds, _ = score_gradients(own, k_tile, v_head, score, at, start_n, shape, True)
+                    ds, _ = compute_score_gradients(own, k_tile, v_head, score, at, start_n, shape, True)
                     acc += ds
     # Where queries or keys are broadcast, all rows or columns are summed into the first.
     i = tl.arange(0, shape.BLOCK_M)

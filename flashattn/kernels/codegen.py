@@ -123,98 +123,98 @@ class TritonCodegen(NamedTuple):
     name: str
     captured: tuple[Tensor, ...]
 
-    def source(self, graph: fx.Graph, function: str) -> str:
+    def write_source(self, graph: fx.Graph, function: str) -> str:
         """The source of a function of the graph's arguments, with the captured tensors as one tuple."""
-        arguments = [n.name for n in graph.nodes if n.op == "placeholder" and captured_index(n) is None]
+        arguments = [n.name for n in graph.nodes if n.op == "placeholder" and find_captured(n) is None]
         lines = [f"def {function}({', '.join(arguments)}, captured):"]
         for node in graph.nodes:
             if node.op == "call_function":
-                lines.append(f"    v_{node.name} = {self.expression(node)}")
+                lines.append(f"    v_{node.name} = {self.write_expression(node)}")
             elif node.op == "output":
                 value = node.args[0]
-                lines.append(f"    return {self.value(value[0] if isinstance(value, (list, tuple)) else value)}")
+                lines.append(f"    return {self.write_value(value[0] if isinstance(value, (list, tuple)) else value)}")
         return "\n".join(lines) + "\n"
 
-    def expression(self, node: fx.Node) -> str:
+    def write_expression(self, node: fx.Node) -> str:
         """One operation."""
         operation = node.target
         arguments: tuple[Any, ...] = node.args  # the operation's schema says what each is
         options: dict[str, Any] = node.kwargs
         if operation in PASSTHROUGH:
-            return self.value(arguments[0])
+            return self.write_value(arguments[0])
         if operation in CONSTANTS:
-            return self.constant(CONSTANTS[operation], node.meta["val"].dtype)
+            return self.write_constant(CONSTANTS[operation], node.meta["val"].dtype)
         if operation in FILLED:
-            return self.constant(arguments[FILLED[operation]], node.meta["val"].dtype)
+            return self.write_constant(arguments[FILLED[operation]], node.meta["val"].dtype)
         if operation is aten._to_copy.default:
-            dtype = options.get("dtype")
-            return self.value(arguments[0]) if dtype is None else f"({self.value(arguments[0])}).to({TYPES[dtype]})"
+            value, dtype = self.write_value(arguments[0]), options.get("dtype")
+            return value if dtype is None else f"({value}).to({TYPES[dtype]})"
         if operation is aten.index.Tensor:
-            return self.indexed(*arguments)
+            return self.write_lookup(*arguments)
         if operation is aten.clamp.default:
             low, high = (*arguments[1:], None)[:2]
-            value = self.value(arguments[0])
-            value = value if low is None else f"tl.maximum({value}, {self.value(low)})"
-            return value if high is None else f"tl.minimum({value}, {self.value(high)})"
+            value = self.write_value(arguments[0])
+            value = value if low is None else f"tl.maximum({value}, {self.write_value(low)})"
+            return value if high is None else f"tl.minimum({value}, {self.write_value(high)})"
         if operation is aten.pow.Tensor_Scalar:
-            return self.power(*arguments)
+            return self.write_power(*arguments)
         if operation is aten.pow.Scalar:
-            return f"tl.exp2({math.log2(arguments[0])} * {self.value(arguments[1])})"
+            return f"tl.exp2({math.log2(arguments[0])} * {self.write_value(arguments[1])})"
         if operation is aten.div.Tensor_mode and options.get("rounding_mode") == "floor":
-            return f"floor_divide({self.value(arguments[0])}, {self.value(arguments[1])})"
+            return f"floor_divide({self.write_value(arguments[0])}, {self.write_value(arguments[1])})"
         if operation not in EXPRESSIONS or options.get("alpha", 1) != 1:
             raise TypeError(f"{self.name} uses {operation}, which the triton backend cannot generate")
-        return EXPRESSIONS[operation].format(*map(self.value, arguments))
+        return EXPRESSIONS[operation].format(*map(self.write_value, arguments))
 
-    def constant(self, number: float, dtype: torch.dtype) -> str:
+    def write_constant(self, number: float, dtype: torch.dtype) -> str:
         if dtype == torch.bool:  # not Python's own: a mask must be a tensor
             return f"tl.cast({bool(number)}, tl.int1)"
-        return self.value(float(number) if dtype.is_floating_point else int(number))
+        return self.write_value(float(number) if dtype.is_floating_point else int(number))
 
-    def power(self, base: fx.Node, exponent: float) -> str:
+    def write_power(self, base: fx.Node, exponent: float) -> str:
         """x ** n of a number n: by multiplication where n is a small integer."""
-        value = self.value(base)
+        value = self.write_value(base)
         if exponent == int(exponent) and 1 <= abs(exponent) <= 8:
             product = "(" + " * ".join([f"({value} * 1.0)"] * abs(int(exponent))) + ")"
             return product if exponent > 0 else f"(1.0 / {product})"
         return "1.0" if exponent == 0 else f"tl.exp2({float(exponent)} * tl.log2({value} * 1.0))"
 
-    def indexed(self, table: fx.Node, indices: list) -> str:
+    def write_lookup(self, table: fx.Node, indices: list) -> str:
         """One element of a captured tensor. Nothing outside it is read: the indices of a masked pair may be outside."""
-        which = captured_index(table)
+        which = find_captured(table)
         if which is None or None in indices or len(indices) != self.captured[which].dim():
             raise TypeError(f"{self.name} must index captured tensors, one number at a time, for the triton backend")
         arg = f"captured[{which}]"
-        values = [self.value(index) for index in indices]
+        values = [self.write_value(index) for index in indices]
         offsets = [f"wrap_index({x}, {arg}.sizes[{d}]) * {arg}.strides[{d}]" for d, x in enumerate(values)]
         there = " & ".join(f"is_inside({x}, {arg}.sizes[{d}])" for d, x in enumerate(values))
         # The score of a pair that attends, with indices outside, becomes NaN: a kernel cannot raise.
         other = 'float("nan")' if self.captured[which].is_floating_point() else "0"
-        return self.loaded(which, f"{arg}.ptr + {' + '.join(offsets)}, mask={there}, other={other}")
+        return self.write_load(which, f"{arg}.ptr + {' + '.join(offsets)}, mask={there}, other={other}")
 
-    def loaded(self, which: int, arguments: str) -> str:
+    def write_load(self, which: int, arguments: str) -> str:
         dtype = self.captured[which].dtype
         return f"(tl.load({arguments}) != 0)" if dtype == torch.bool else f"tl.load({arguments}).to({TYPES[dtype]})"
 
-    def value(self, value) -> str:
+    def write_value(self, value) -> str:
         """A number, an argument or an earlier value."""
         if isinstance(value, fx.Node):
-            which = captured_index(value)
+            which = find_captured(value)
             if which is not None:
-                return self.loaded(which, f"captured[{which}].ptr")
+                return self.write_load(which, f"captured[{which}].ptr")
             return value.name if value.op == "placeholder" else f"v_{value.name}"
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
         return repr(value)
 
 
-def captured_index(node: fx.Node) -> int | None:
+def find_captured(node: fx.Node) -> int | None:
     """Which captured tensor an argument of a graph is; None if it is none."""
     number = node.name.removeprefix("captured_")
     return int(number) if node.op == "placeholder" and number.isdigit() else None
 
 
-def pair_loads(traced: Traced) -> list[int]:
+def list_pair_loads(traced: Traced) -> list[int]:
     """The bytes of each element that a callable loads for every (query, key) pair, by an index that depends on both."""
     if traced.graph not in _pair_loads:
         _pair_loads[traced.graph] = _find_pair_loads(traced)
@@ -226,7 +226,7 @@ _pair_loads: weakref.WeakKeyDictionary[fx.GraphModule, list[int]] = weakref.Weak
 
 def _find_pair_loads(traced: Traced) -> list[int]:
     nodes = list(traced.graph.graph.nodes)
-    *before, query, key = (n for n in nodes if n.op == "placeholder" and captured_index(n) is None)
+    *before, query, key = (n for n in nodes if n.op == "placeholder" and find_captured(n) is None)
     depends: dict[fx.Node, set[str]] = {query: {"query"}, key: {"key"}}
     if len(before) == 3:  # the score, before batch and head
         depends[before[0]] = {"query", "key"}
@@ -234,7 +234,7 @@ def _find_pair_loads(traced: Traced) -> list[int]:
     for node in nodes:
         depends.setdefault(node, set()).update(*(depends[n] for n in node.all_input_nodes))
         if node.target is aten.index.Tensor and len(depends[node]) == 2:
-            which = captured_index(node.args[0])  # None is refused when the function is generated
+            which = find_captured(node.args[0])  # None is refused when the function is generated
             loads += [] if which is None else [traced.captured[which].element_size()]
     return loads
 
@@ -245,7 +245,7 @@ _functions: dict[str, triton.JITFunction] = {}
 def jit(name: str, graph: fx.Graph, captured: tuple[Tensor, ...]) -> triton.JITFunction:
     """A graph as a Triton function; the same source is compiled once. The name contains the source's hash, since the
     compiler takes two functions with one name and the same types of arguments for one."""
-    code = TritonCodegen(name, captured).source(graph, "FUNCTION")
+    code = TritonCodegen(name, captured).write_source(graph, "FUNCTION")
     function = f"{name.replace('.', '_')}_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     code = code.replace("FUNCTION", function, 1)
     if code not in _functions:
@@ -267,7 +267,7 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
         return None
     with trace_lock:
         if mod.graph not in _mods:
-            graphs = mod.graph.graph, run_in_clean_thread(derivative, mod.graph, mod.captured)
+            graphs = mod.graph.graph, run_in_clean_thread(derive, mod.graph, mod.captured)
             value, dscore = (jit("score_mod", graph, mod.captured) for graph in graphs)
             _mods[mod.graph] = value, dscore
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
@@ -285,7 +285,7 @@ def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
     )
 
 
-def derivative(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
+def derive(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
     """The graph of a score_mod's derivative by the score."""
     from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -11,7 +11,7 @@ absent with them.
 The second is in the assembler: ptxas before 12.9, which Triton bundles before 3.8, loses the address in the descriptor
 by which `wgmma` reads a tile of v, where that is narrower than a tile of k, has fewer than 64 columns and reuses the
 memory of k: wrong results, or an illegal access. An H100 showed it and the machine code explains it: the address is
-that of k's descriptor, since the copy of its register is missing. There `configs.attention_cols` widens v.
+that of k's descriptor, since the copy of its register is missing. There `configs.choose_cols` widens v.
 `bench/descriptors.py` finds such a descriptor in machine code; `tests/kernels/test_compiled.py` checks every kernel
 with it, and shows the bug where nothing is widened.
 
@@ -97,7 +97,7 @@ class Kernel(VersionIndependent):
     def create_binder(self):
         binder = super().create_binder()
         if ADDS_FENCES:
-            self.compile = with_fences(self.compile)
+            self.compile = wrap_compile(self.compile)
         return binder
 
 
@@ -121,7 +121,7 @@ def gluon_kernel(do_not_specialize: list[str]) -> Callable:
     return kernel(do_not_specialize, GluonKernel)
 
 
-def with_fences(compile: Callable) -> Callable:
+def wrap_compile(compile: Callable) -> Callable:
     """Triton's compile with a fence after every wait. The environment is part of the cache key, so that no kernel
     without fences is found in Triton's cache."""
     from triton._C.libtriton import get_cache_invalidating_env_vars

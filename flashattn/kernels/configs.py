@@ -275,7 +275,7 @@ class NormTile(NamedTuple):
     registers: int | None = None  # of a thread, at most
 
 
-def architecture() -> str:
+def find_architecture() -> str:
     """The GPU that Triton compiles for: "sm_90", "gfx942"; "interpreter" under TRITON_INTERPRET=1."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
@@ -284,17 +284,17 @@ def architecture() -> str:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
+def count_multiprocessors(device: torch.device) -> int:
     """Of the GPU; few for CPU tensors in Triton's interpreter, so that each program visits several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def shared_memory(arch: str) -> int:
+def find_shared_memory(arch: str) -> int:
     """Bytes that a block may use; for an unknown architecture, the least of its vendor's."""
     return SHARED_MEMORY.get(arch) or min(size for name, size in SHARED_MEMORY.items() if name[:2] == arch[:2])
 
 
-def norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = False) -> NormTile:
+def choose_norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = False) -> NormTile:
     """The tile of one pass ("forward", "backward") over rows of `width` columns.
 
     mixed: h has another dtype than x. It then changes its layout, which takes registers, as dropout does: at 32,768
@@ -314,15 +314,16 @@ def norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = F
     # Two programs at a time, of which one reads while the other computes, where that costs few spills: 2 to 15
     # instructions in LayerNorm. One at a time, LayerNorm of 16,384 columns read an H200's memory at half its speed.
     pair = direction == "forward" and elements == 16384 and not (mixed or dropout)
-    return NormTile(rows, cols, max_warps(), single, 32 if pair and architecture().startswith("sm_") else None)
+    registers = 32 if pair and find_architecture().startswith("sm_") else None
+    return NormTile(rows, cols, find_max_warps(), single, registers)
 
 
-def max_warps() -> int:
+def find_max_warps() -> int:
     """Of a block, which has at most 1,024 threads: AMD's data center GPUs have 64 in a warp."""
     return 32 if triton.knobs.runtime.interpret else 1024 // triton.runtime.driver.active.get_current_target().warp_size
 
 
-def norm_programs(multiprocessors: int, tile: NormTile, columns: int) -> int:
+def count_norm_programs(multiprocessors: int, tile: NormTile, columns: int) -> int:
     """How many programs share the rows of each of `columns` (heads * chunks of columns): as many as run at a time. Each
     writes a row of partial sums, 4 bytes a column for each parameter, which are read once more."""
     resident = max(1, NORM_RESIDENT // (tile.rows * tile.cols))
@@ -341,32 +342,32 @@ class PairCosts(NamedTuple):
 PLAIN = PairCosts()
 
 
-def attention_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+def choose_cols(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     """The columns of a tile of q or k and of v: the head dimensions as powers of two, 16 at least; more of v where the
     assembler miscompiles narrow ones (`compiler.py`)."""
     cols, cols_v = (max(16, next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
     wider = max(cols_v, min(cols, 64))
     # The width first: asking the driver costs the host time.
-    if wider > cols_v and architecture() == "sm_90" and has_descriptor_bug():
+    if wider > cols_v and find_architecture() == "sm_90" and has_descriptor_bug():
         return cols, wider
     return cols, cols_v
 
 
-def attention_tiles(
+def choose_tiles(
     direction: str, cols: tuple[int, int], itemsize: int, pairs: PairCosts = PLAIN, has_score_mod: bool = False,
     precision: str = "ieee",
 ) -> TileConfig:  # fmt: skip
     """Tiles for one pass ("forward", "backward_q", "backward_kv", "decode") that fit the architecture's shared memory.
 
-    cols: the columns of a tile of q or k and of v, from `attention_cols`.
+    cols: the columns of a tile of q or k and of v, from `choose_cols`.
     has_score_mod: its values need registers: half the keys forward, and fewer stages. So at head_dim 64 nothing spills
     on sm_80 and sm_90 (with the plain tiles 1,127 spills).
     """
-    return fitting_tiles(architecture(), direction, cols, itemsize, pairs, has_score_mod, precision)
+    return fit_tiles(find_architecture(), direction, cols, itemsize, pairs, has_score_mod, precision)
 
 
 @functools.cache
-def fitting_tiles(
+def fit_tiles(
     arch: str, direction: str, cols: tuple[int, int], itemsize: int, pairs: PairCosts, has_score_mod: bool,
     precision: str = "ieee",
 ) -> TileConfig:  # fmt: skip
@@ -376,27 +377,27 @@ def fitting_tiles(
     if direction == "decode":
         tiles = next(tiles for largest, size, tiles in DECODE if widest <= largest and kind == size)
     else:
-        tiles = plain_tiles(direction, widest, kind, FAMILY.get(arch, "small"), pairs.changes_tiles)
+        tiles = look_up_tiles(direction, widest, kind, FAMILY.get(arch, "small"), pairs.changes_tiles)
     if has_score_mod and direction == "forward":
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2), stages=2)
     elif has_score_mod:
         tiles = tiles._replace(stages=1)
-    limit = shared_memory(arch)
-    while shared_bytes(arch, direction, tiles, cols, itemsize, pairs, precision) > limit:
-        less = next_smaller(direction, tiles)
+    limit = find_shared_memory(arch)
+    while count_shared_bytes(arch, direction, tiles, cols, itemsize, pairs, precision) > limit:
+        less = shrink_tiles(direction, tiles)
         if less is None:
             break
         tiles = less
     return tiles
 
 
-def hopper_roles(direction: str, head_dim: int, changes_tiles: bool) -> Roles:
+def choose_hopper_roles(direction: str, head_dim: int, changes_tiles: bool) -> Roles:
     """The row of HOPPER for a call. changes_tiles: as in PairCosts."""
     row = next(row for largest, row in HOPPER[direction].items() if head_dim <= largest)
     return halve_tile(row) if changes_tiles else row
 
 
-def hopper_candidates(direction: str, head_dim: int, changes_tiles: bool) -> list[Roles]:
+def list_hopper_candidates(direction: str, head_dim: int, changes_tiles: bool) -> list[Roles]:
     """The rows to time against that one."""
     rows = next(rows for largest, rows in HOPPER_CANDIDATES[direction].items() if head_dim <= largest)
     return [halve_tile(row) for row in rows] if changes_tiles else rows
@@ -407,7 +408,7 @@ def halve_tile(row: Roles) -> Roles:
     return row._replace(block=max(32, row.block // 2))
 
 
-def shared_bytes(
+def count_shared_bytes(
     arch: str,
     direction: str,
     tiles: TileConfig,
@@ -444,13 +445,13 @@ def shared_bytes(
     return rows + tiles.block_m * tiles.block_n * pair + SCRATCH
 
 
-def paged_stages(stages: int) -> int:
+def choose_paged_stages(stages: int) -> int:
     """The stages of a decode loop that reads a page table, so that as many keys are in flight as without one: its
     entries are loaded first, as many iterations ahead as the keys by NVIDIA's compiler, one by AMD's."""
-    return stages + (1 if architecture().startswith("gfx") else stages - 1)
+    return stages + (1 if find_architecture().startswith("gfx") else stages - 1)
 
 
-def next_smaller(direction: str, tiles: TileConfig) -> TileConfig | None:
+def shrink_tiles(direction: str, tiles: TileConfig) -> TileConfig | None:
     """The next tiles to try where these do not fit: fewer stages, then fewer visited rows, then fewer owned ones; None
     after the smallest."""
     if tiles.stages > 1:
@@ -462,7 +463,9 @@ def next_smaller(direction: str, tiles: TileConfig) -> TileConfig | None:
     return None
 
 
-def plain_tiles(direction: str, head_dim: int, kind: int | str, family: str, changes_tiles: bool = False) -> TileConfig:
+def look_up_tiles(
+    direction: str, head_dim: int, kind: int | str, family: str, changes_tiles: bool = False
+) -> TileConfig:
     """The row for elements of `kind` bytes, or for float32 on tensor cores of "tf32", "tf32x3"."""
     while True:
         smaller_rows = CHANGED_SCORES[direction].get(family, []) if changes_tiles else []

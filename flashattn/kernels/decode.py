@@ -42,14 +42,14 @@ def load_cached_seq_info(score, batch, seq_q):
 @triton.jit
 def split_range(score, seq, SPLITS: tl.constexpr):
     """(begin, end, keys, splits) of a batch row: its queries attend to keys begin .. end, in `splits` splits, at most
-    SPLITS, of `keys` keys each. `max_splits` bounds their number for all rows."""
+    SPLITS, of `keys` keys each. `count_max_splits` bounds their number for all rows."""
     begin, end = key_range(score, seq, 0, seq.query_end)
     least = SPLIT_KEYS * seq.seq_q
     keys = tl.maximum(tl.cdiv(end - begin, SPLITS * least), 1) * least
     return begin, end, keys, tl.cdiv(end - begin, keys)
 
 
-def max_splits(longest: int, seq_q: int, limit: int) -> int:
+def count_max_splits(longest: int, seq_q: int, limit: int) -> int:
     """The most splits of a row, where none has more than `longest` keys and SPLITS is `limit`."""
     return max(1, min(limit, cdiv(longest, SPLIT_KEYS.value * seq_q)))
 

@@ -13,12 +13,12 @@ AMD's GPUs have matrix instructions for float32 itself, which "ieee" uses; Trito
 import torch
 from torch import Tensor
 
-from .configs import architecture
+from .configs import find_architecture
 
 WIDEST_SPLIT = 128  # head_dim: beyond, the parts fit neither in registers nor, on smaller GPUs, in shared memory
 
 
-def input_precision(q: Tensor, v: Tensor) -> str:
+def choose_input_precision(q: Tensor, v: Tensor) -> str:
     """Of the products of a pass, for tl.dot, by the current setting, which may have changed before a backward."""
     if q.dtype != torch.float32:
         return "ieee"  # so that a change of the setting compiles nothing anew
@@ -29,7 +29,7 @@ def input_precision(q: Tensor, v: Tensor) -> str:
     # The older setting ignores later changes of the newer one for CUDA.
     if setting == "highest" or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
-    if not architecture().startswith("sm_"):
+    if not find_architecture().startswith("sm_"):
         return "ieee"
     if setting == "medium":
         return "tf32"

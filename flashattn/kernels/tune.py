@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from ..score import Score
 from . import configs
 from .configs import Roles, TileConfig
-from .precision import input_precision
+from .precision import choose_input_precision
 
 ENABLED = os.environ.get("FLASHATTN_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret
 SMALLEST, LARGEST = 16, 256  # of a side of a tile
@@ -62,11 +62,11 @@ class Found(NamedTuple):
 # --------------------------------------------------------------------------------------------- candidates
 
 
-def neighbours(row: TileConfig) -> list[TileConfig]:
+def list_neighbours(row: TileConfig) -> list[TileConfig]:
     """Tiles that differ from `row` in one or two of: block_m or block_n halved or doubled, other warps, other stages.
     Those that differ least come first.
 
-    >>> [tiles[:2] for tiles in neighbours(TileConfig(16, 256, 4, 1)) if tiles[2:] == (4, 1)]
+    >>> [tiles[:2] for tiles in list_neighbours(TileConfig(16, 256, 4, 1)) if tiles[2:] == (4, 1)]
     [(16, 128), (32, 256), (32, 128)]
     """
     around = [
@@ -100,7 +100,7 @@ def compile_only(note: Callable[[CompiledKernel], object]) -> Iterator[None]:
         JITFunction.run = launch
 
 
-def compiled(call: Callable[[], object]) -> list[CompiledKernel]:
+def compile_call(call: Callable[[], object]) -> list[CompiledKernel]:
     """The kernels that a call launches."""
     kernels: list[CompiledKernel] = []
     with compile_only(kernels.append):
@@ -141,7 +141,7 @@ _forced: ContextVar[dict[str, Row]] = ContextVar("forced", default={})  # noqa: 
 
 
 @contextlib.contextmanager
-def forced(direction: str, tiles: Row) -> Iterator[None]:
+def force_tiles(direction: str, tiles: Row) -> Iterator[None]:
     """Within the block, in this thread, launches of this pass use these tiles."""
     token = _forced.set({**_forced.get(), direction: tiles})
     try:
@@ -157,17 +157,17 @@ def search_call(
 
     def with_tiles(tiles: Row) -> Callable[[], tuple[Tensor | None, ...]]:
         def run():
-            with forced(direction, tiles):
+            with force_tiles(direction, tiles):
                 return call()
 
         return run
 
-    known = {kernel.hash for kernel in compiled(with_tiles(row))}
+    known = {kernel.hash for kernel in compile_call(with_tiles(row))}
 
     def refusal(tiles: Row) -> str | None:
         run = with_tiles(tiles)
         try:
-            kernels = {kernel.hash: kernel for kernel in compiled(run)}
+            kernels = {kernel.hash: kernel for kernel in compile_call(run)}
             new = [kernel for hash, kernel in kernels.items() if hash not in known]
             known.update(kernels)
             reasons = [rejection_reason(kernel) for kernel in new] or ["compiles to a kernel that was there already"]
@@ -206,12 +206,12 @@ def measure(calls: dict[Row, Callable[[], object]]) -> dict[Row, Times]:
             turns[tiles].append((start, end))
     torch.cuda.synchronize()
     return {
-        tiles: quartiles([start.elapsed_time(end) / CALLS / 1e3 for start, end in events])
+        tiles: compute_quartiles([start.elapsed_time(end) / CALLS / 1e3 for start, end in events])
         for tiles, events in turns.items()
     }
 
 
-def quartiles(seconds: list[float]) -> Times:
+def compute_quartiles(seconds: list[float]) -> Times:
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Times(median, low, high)
 
@@ -232,10 +232,10 @@ _searching = threading.Lock()  # one search at a time: others would share the GP
 
 
 @overload
-def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: TileConfig) -> TileConfig: ...
+def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: TileConfig) -> TileConfig: ...
 @overload
-def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Roles) -> Row: ...
-def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row:
+def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: Roles) -> Row: ...
+def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row:
     """The row for a pass: forced by a search, or chosen by one, else that of the table. A forced TileConfig selects the
     plain kernel; where the plain kernel runs anyway, a forced row of HOPPER is ignored."""
     found = _forced.get().get(direction)
@@ -245,15 +245,16 @@ def row_for(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row
         return row
     kind, unknown = (*make_kind(direction, q, v, score), type(row)), _unknown.get()
     if unknown is not None and kind not in _chosen:
-        unknown[kind] = Unknown(row, candidates(direction, max(q.shape[-1], v.shape[-1]), row))
+        unknown[kind] = Unknown(row, list_candidates(direction, max(q.shape[-1], v.shape[-1]), row))
     return _chosen.get(kind, row)
 
 
-def candidates(direction: str, head_dim: int, row: Row) -> Sequence[Row]:
+def list_candidates(direction: str, head_dim: int, row: Row) -> Sequence[Row]:
     """The rows to time against a row."""
     if isinstance(row, TileConfig):
-        return neighbours(row)
-    return configs.hopper_candidates(direction, head_dim, row != configs.hopper_roles(direction, head_dim, False))
+        return list_neighbours(row)
+    has_changes = row != configs.choose_hopper_roles(direction, head_dim, False)
+    return configs.list_hopper_candidates(direction, head_dim, has_changes)
 
 
 def make_kind(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
@@ -261,13 +262,13 @@ def make_kind(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
     one call fit all."""
     *fields, score_mod, block_mask = score
     blocks = block_mask and (block_mask.mask.graph, block_mask.block_q, block_mask.block_k)
-    features = tuple(structure(x) for x in (*fields, *(score_mod.captured if score_mod else ())))
+    features = tuple(describe_operand(x) for x in (*fields, *(score_mod.captured if score_mod else ())))
     mod = score_mod and score_mod.graph
-    dtype = q.dtype, input_precision(q, v)
+    dtype = q.dtype, choose_input_precision(q, v)
     return direction, q.device, dtype, q.shape[-1], v.shape[-1], score.dropout_p > 0, features, mod, blocks
 
 
-def structure(x) -> tuple | bool:
+def describe_operand(x) -> tuple | bool:
     """Of a tensor its dtype and where it broadcasts; of a number whether it is there."""
     return (x.dtype, *(size == 1 for size in x.shape)) if isinstance(x, Tensor) else x is not None
 

@@ -39,12 +39,12 @@ def settings_as_before():
 
 @pytest.fixture
 def on(monkeypatch):
-    return lambda architecture: monkeypatch.setattr(precision, "architecture", lambda: architecture)
+    return lambda architecture: monkeypatch.setattr(precision, "find_architecture", lambda: architecture)
 
 
 def asked(dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int = 64) -> str:
     q, v = (torch.empty(1, 1, 1, n, dtype=dtype) for n in (head_dim, head_dim_v))
-    return precision.input_precision(q, v)
+    return precision.choose_input_precision(q, v)
 
 
 def test_the_setting_is_followed(on):

@@ -35,7 +35,7 @@ LIMITS = {TileConfig(16, 256, 4, 1), TileConfig(256, 16, 8, 4)}
 
 @pytest.mark.parametrize("row", sorted(TABLE | LIMITS | {tiles for *_, tiles in configs.DECODE}), ids=str)
 def test_neighbours(row):
-    found = tune.neighbours(row)
+    found = tune.list_neighbours(row)
     changes = [sum(a != b for a, b in zip(tiles, row, strict=True)) for tiles in found]
     assert set(changes) <= {1, 2}
     assert changes == sorted(changes)
@@ -47,7 +47,7 @@ def test_neighbours(row):
 
 
 def test_neighbours_change_each_field_both_ways():
-    found = tune.neighbours(ROW)
+    found = tune.list_neighbours(ROW)
     alone = [ROW._replace(**change) for change in (
         dict(block_m=32), dict(block_m=128), dict(block_n=32), dict(block_n=128), dict(warps=4), dict(stages=1),
         dict(stages=3), dict(stages=4),
@@ -64,7 +64,7 @@ def search(medians: dict[TileConfig, float], spread=0.0, wrong=()) -> tune.Found
     return tune.search(ROW, candidates, lambda tiles: "wrong" if tiles in wrong else None, measure)
 
 
-A, B = tune.neighbours(ROW)[:2]
+A, B = tune.list_neighbours(ROW)[:2]
 
 
 def test_search_takes_the_fastest():
@@ -120,7 +120,7 @@ def forward(score=CAUSAL):
 
 
 def test_what_does_not_fit_or_spills_is_not_launched(gpu, monkeypatch):
-    (kernel,) = tune.compiled(forward)
+    (kernel,) = tune.compile_call(forward)
     assert not gpu.launches
     fits = kernel.metadata
     monkeypatch.setattr(kernel, "metadata", fits._replace(shared=10**6))
@@ -144,7 +144,7 @@ def autotune(monkeypatch):
     monkeypatch.setattr(tune, "_chosen", {})
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # without CUDA it raises
-    monkeypatch.setattr(tune, "neighbours", lambda row: [row._replace(stages=n) for n in (1, 3)])
+    monkeypatch.setattr(tune, "list_neighbours", lambda row: [row._replace(stages=n) for n in (1, 3)])
     return timed
 
 
@@ -179,7 +179,7 @@ def test_autotune_searches_kernels_in_roles(autotune):
         rows = [configs.HOPPER["forward"][64], *configs.HOPPER_CANDIDATES["forward"][64]]
         assert autotune == [rows]
         assert list(tune._chosen.values()) == [min(rows, key=lambda row: 1 / row.stages)]
-        with tune.forced("forward", ROW):
+        with tune.force_tiles("forward", ROW):
             forward()
         assert device.launches[-1].kernel == "attention_forward"
 
@@ -189,7 +189,7 @@ def test_autotune_refuses_another_result(gpu, autotune, monkeypatch):
     tune.call(backend.forward, Q, K, V, CAUSAL)
     (chosen,) = tune._chosen.values()
     assert autotune == [[chosen]]
-    assert chosen == configs.attention_tiles("forward", (16, 16), 2)
+    assert chosen == configs.choose_tiles("forward", (16, 16), 2)
 
 
 def test_autotune_does_nothing_on_cpu_tensors(gpu, autotune):
@@ -297,7 +297,9 @@ def test_part_tune_leaves_out_what_changes_its_result(tmp_path, monkeypatch):
     monkeypatch.setattr(part, "make_checker", lambda row, make: lambda tiles: None)
     row = part.Row("decode", 128)
     with prepare_device(context := make_rehearsal(part, tmp_path)):
-        static = [part.Candidate(tiles) for tiles in (part.find_tiles(row), *tune.neighbours(part.find_tiles(row))[:1])]
+        static = [
+            part.Candidate(tiles) for tiles in (part.find_tiles(row), *tune.list_neighbours(part.find_tiles(row))[:1])
+        ]
         result = part.search_row(context, row, static)
     assert (result["correct"], result["changes"]) == (False, False)
     assert list(result["seconds"]) == [part.describe_tiles(static[0].tiles)]

@@ -45,7 +45,7 @@ def test_attention_cases(case, dtype, in_roles):
 def test_candidates(direction, head_dim, row, dtype, in_roles, monkeypatch):
     """Full and partial tiles; more work items than the programs of a persistent grid."""
     monkeypatch.setitem(configs.HOPPER[direction], head_dim, row)
-    monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(configs, "count_multiprocessors", lambda device: 2)
     case = Case("", 2, 2, 1, 250, 330, head_dim, head_dim, causal=True, q_lengths=(250, 90), kv_lengths=(330, 200))
     cases.check(case, dtype, "triton")
     check_launches(in_roles, case)

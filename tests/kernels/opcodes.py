@@ -125,7 +125,7 @@ def in_roles(*rows: tuple[str, Roles], **options) -> None:
     """As in a search, whose candidates are compiled too."""
     with contextlib.ExitStack() as stack:
         for direction, row in rows:
-            stack.enter_context(tune.forced(direction, row))
+            stack.enter_context(tune.force_tiles(direction, row))
         attention(**options)
 
 

@@ -78,7 +78,7 @@ def test_a_derivative_is_traced_whatever_the_default_device(default_device):
     traced = flashattn.score_mod.trace(
         "score_mod", lambda score, b, h, i, j: torch.where(i >= j, score * table[h, j], -1.0), 1
     )
-    derivative = str(codegen.derivative(traced.graph, traced.captured))
+    derivative = str(codegen.derive(traced.graph, traced.captured))
     assert "captured_0" in derivative
     assert "meta" not in str(traced.graph.graph) + derivative
 

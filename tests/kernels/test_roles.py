@@ -59,7 +59,7 @@ SHARED_OUT = {
 def test_ways_to_share_the_work_out(gpu, name, monkeypatch):
     direction, row = SHARED_OUT[name]
     monkeypatch.setitem(configs.HOPPER[direction], 64, row)
-    monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)  # fewer programs than there are work items
+    monkeypatch.setattr(configs, "count_multiprocessors", lambda device: 2)  # fewer programs than there are work items
     case = Case("", 1, 2, 1, 250, 250, 64, 64, causal=True, scale=0.2)
     cases.check(case, torch.bfloat16, "triton")
 

@@ -1,5 +1,6 @@
 """Every launch fits its architecture's shared memory, which Triton does not check before the card refuses it: by the
-arithmetic of `configs.shared_bytes` for all that a call can ask for, and that by what the compiler makes of some."""
+arithmetic of `configs.count_shared_bytes` for all that a call can ask for, and that by what the compiler makes of
+some."""
 
 import itertools
 
@@ -16,7 +17,7 @@ from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView
 from flashattn.kernels import codegen, configs
 from flashattn.kernels.configs import PairCosts
-from flashattn.kernels.precision import WIDEST_SPLIT, input_precision
+from flashattn.kernels.precision import WIDEST_SPLIT, choose_input_precision
 from flashattn.protocol import Saved
 from flashattn.score import Score
 from flashattn.score_mod import trace
@@ -30,30 +31,31 @@ LOADS += [sum(chosen) for n in range(3) for chosen in itertools.combinations((4,
 
 
 def can_be(arch: str, precision: str, head_dim: int) -> bool:
-    """What `input_precision` gives."""
+    """What `choose_input_precision` gives."""
     return precision == "ieee" or (arch.startswith("sm_") and (precision == "tf32" or head_dim <= WIDEST_SPLIT))
 
 
 @pytest.mark.parametrize("arch", [*configs.SHARED_MEMORY, "sm_999", "gfx1"])
 def test_every_call_fits(arch):
-    limit = configs.shared_memory(arch)
+    limit = configs.find_shared_memory(arch)
     for direction, d, dv, (itemsize, precision), loaded, dropout, has_score_mod in itertools.product(
         PASSES, COLS, COLS, KINDS, sorted(set(LOADS)), (False, True), (False, True)
     ):
         if not can_be(arch, precision, max(d, dv)):
             continue
         pairs = PairCosts(loaded, min(loaded, 8), dropout)
-        tiles = configs.fitting_tiles(arch, direction, (d, dv), itemsize, pairs, has_score_mod, precision)
-        used = configs.shared_bytes(arch, direction, tiles, (d, dv), itemsize, pairs, precision)
+        tiles = configs.fit_tiles(arch, direction, (d, dv), itemsize, pairs, has_score_mod, precision)
+        used = configs.count_shared_bytes(arch, direction, tiles, (d, dv), itemsize, pairs, precision)
         assert used <= limit, (direction, d, dv, itemsize, precision, pairs, tiles)
 
 
 def test_what_is_loaded_makes_tiles_smaller_only_where_it_must():
     """The case that failed on an H100: a float32 bias at head_dim 64."""
-    plain, biased = (configs.fitting_tiles("sm_90", "forward", (64, 64), 2, PairCosts(n, n), False) for n in (0, 4))
-    assert plain == configs.plain_tiles("forward", 64, 2, "sm_90")
+    plain, biased = (configs.fit_tiles("sm_90", "forward", (64, 64), 2, PairCosts(n, n), False) for n in (0, 4))
+    assert plain == configs.look_up_tiles("forward", 64, 2, "sm_90")
     assert (
-        configs.shared_bytes("sm_90", "forward", plain, (64, 64), 2, PairCosts(4, 4)) > configs.SHARED_MEMORY["sm_90"]
+        configs.count_shared_bytes("sm_90", "forward", plain, (64, 64), 2, PairCosts(4, 4))
+        > configs.SHARED_MEMORY["sm_90"]
     )
     assert biased == plain._replace(stages=plain.stages - 1)
 
@@ -63,8 +65,8 @@ def test_plain_rows_are_taken_as_they_are():
         for direction, cols, (itemsize, precision) in itertools.product(configs.ATTENTION, (64, 128, 256), KINDS):
             if not can_be(arch, precision, cols):
                 continue
-            row = configs.plain_tiles(direction, cols, itemsize if precision == "ieee" else precision, family)
-            assert configs.fitting_tiles(arch, direction, (cols, cols), itemsize, PairCosts(), False, precision) == row
+            row = configs.look_up_tiles(direction, cols, itemsize if precision == "ieee" else precision, family)
+            assert configs.fit_tiles(arch, direction, (cols, cols), itemsize, PairCosts(), False, precision) == row
 
 
 TABLE, ROWS = torch.ones(4, 1024, dtype=torch.float64), torch.ones(512)
@@ -78,7 +80,7 @@ def test_loads_of_a_callable_are_counted_where_they_depend_on_both_positions():
         lambda s, b, h, i, j: s + TABLE[h, i] * ROWS[(i * j) % 512]: [4],
     }
     for mod, expected in counted.items():
-        assert codegen.pair_loads(trace("score_mod", mod, 1)) == expected
+        assert codegen.list_pair_loads(trace("score_mod", mod, 1)) == expected
 
 
 @pytest.fixture
@@ -139,8 +141,8 @@ def test_decoding_uses_no_more(without_assembler, arch, dtype, page_size):
     cached = CacheView(cache, cache, table, lengths, lengths, 512)
     with compiled.compile_for(arch) as used:
         backend.decode(q, cached, Score(0.1, right=0, kv_lengths=lengths))
-    tiles = configs.fitting_tiles(arch, "decode", (128, 128), dtype.itemsize, configs.PLAIN, False)
-    assert used[0] <= configs.shared_bytes(arch, "decode", tiles, (128, 128), dtype.itemsize, configs.PLAIN)
+    tiles = configs.fit_tiles(arch, "decode", (128, 128), dtype.itemsize, configs.PLAIN, False)
+    assert used[0] <= configs.count_shared_bytes(arch, "decode", tiles, (128, 128), dtype.itemsize, configs.PLAIN)
     assert used[0] >= (tiles.stages - 1) * tiles.block_n * 2 * 128 * dtype.itemsize
 
 
@@ -168,7 +170,7 @@ def check(arch: str, head_dim: int, dtype: torch.dtype, feature: str) -> None:
         has_score_mod, pairs = score.score_mod is not None, backend.count_pair_costs(score)
         cols = (head_dim, head_dim)
         with compiled.compile_only(arch):
-            precision = input_precision(q, k)
-        tiles = configs.fitting_tiles(arch, direction, cols, dtype.itemsize, pairs, has_score_mod, precision)
-        allowed = configs.shared_bytes(arch, direction, tiles, cols, dtype.itemsize, pairs, precision)
+            precision = choose_input_precision(q, k)
+        tiles = configs.fit_tiles(arch, direction, cols, dtype.itemsize, pairs, has_score_mod, precision)
+        allowed = configs.count_shared_bytes(arch, direction, tiles, cols, dtype.itemsize, pairs, precision)
         assert bytes_used <= allowed, direction
