@@ -67,7 +67,7 @@ class PagedModelCache:
     def length(self, sequence: int) -> int:
         return self.layers[0].length(sequence)
 
-    def pages_for(self, length: int) -> int:
+    def count_pages(self, length: int) -> int:
         return -(-length // self.page_size)
 
     def add(self) -> int:

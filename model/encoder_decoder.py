@@ -16,7 +16,7 @@ import flashattn
 from .caches import ModelCache
 from .config import Config
 from .layers import Linear, embed_tokens, make_norm
-from .positions import sinusoids
+from .positions import make_sinusoids
 from .step import Packed, Step, make_step
 from .transformer import Stack, Transformer
 
@@ -82,7 +82,7 @@ class EncoderDecoder(nn.Module):
         tokens = tokens if step.packed is None else tokens[None]
         x = embed_tokens(self.token_embedding, tokens, self.config.embedding_scale)
         if self.config.positions == "sinusoidal":
-            x = x + sinusoids(step.positions, self.config.width).to(x.dtype)
+            x = x + make_sinusoids(step.positions, self.config.width).to(x.dtype)
         elif self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
         return x if norm is None else norm(x)
@@ -113,7 +113,7 @@ class EncoderDecoder(nn.Module):
         """An empty cache of the decoder for `batch` sequences of up to `capacity` tokens."""
         return ModelCache(self.config, batch, capacity, self.token_embedding.weight, None)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """From (…, width) to (…, vocab_size)."""
         weight = self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
         return flashattn.linear(hidden * self.config.logit_scale, weight, self.lm_head_bias)
@@ -122,7 +122,7 @@ class EncoderDecoder(nn.Module):
         self, tokens: Tensor, targets: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> Tensor:
         """Logits (batch, seq, vocab_size) of the decoder, which reads `targets`; they begin with the start token."""
-        return self.logits(self.decode(targets, self.encode(tokens, lengths), target_lengths))
+        return self.compute_logits(self.decode(targets, self.encode(tokens, lengths), target_lengths))
 
 
 Model = Transformer | EncoderDecoder

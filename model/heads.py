@@ -69,7 +69,7 @@ class AnswerHead(nn.Module):
 HEADS = {"masked": MaskedLMHead, "classify": ClassificationHead, "tag": TaggingHead, "answer": AnswerHead}
 
 
-def loss(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def compute_loss(config: Config, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The training loss: the mean over the targets. Targets of -100 are ignored, except in regression.
 
     A language model, masked, tag: targets (batch, seq), or (total,) packed. classify: labels (batch,); for several

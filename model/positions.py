@@ -12,7 +12,7 @@ from .config import Config
 from .step import Step
 
 
-def rotary_table(positions: Tensor, config: Config, length: int) -> tuple[Tensor, Tensor]:
+def make_rotary_table(positions: Tensor, config: Config, length: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine (batch, 1, seq, head_dim / 2) of the angles positions * frequencies, for sequences of up to
     `length` tokens."""
     if config.rope_scaling is None:
@@ -31,7 +31,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def sinusoids(positions: Tensor, width: int) -> Tensor:
+def make_sinusoids(positions: Tensor, width: int) -> Tensor:
     """(batch, seq, width): sines of positions * 10000^(-2i / width) in the first half, their cosines in the second.
 
     Vaswani et al., "Attention Is All You Need" (2017), section 3.5, where the two alternate: the order of the

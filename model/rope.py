@@ -144,8 +144,8 @@ class Yarn(Scaling):
     def amplitude(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
-        return yarn_amplitude(self.factor)
+        return compute_yarn_amplitude(self.factor)
 
 
-def yarn_amplitude(factor: float, weight: float = 1.0) -> float:
+def compute_yarn_amplitude(factor: float, weight: float = 1.0) -> float:
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

@@ -11,9 +11,9 @@ import torch
 from .commands import load_with_tokenizer
 from .encoder_decoder import EncoderDecoder
 from .io.tokenizer import Tokenizer
-from .tasks.common import small_llama
+from .tasks.common import make_small_llama
 from .training.batches import Batch, random_windows
-from .training.evaluate import bits
+from .training.evaluate import measure_bits
 from .training.runs import Run
 from .training.train import Training, train
 from .transformer import Transformer
@@ -29,7 +29,7 @@ def run_train(args: argparse.Namespace) -> None:
         model, tokenizer = load_with_tokenizer(args.model, "float32")
     else:
         tokenizer = Tokenizer.train(training, args.vocab)
-        model = small_llama(tokenizer.size, args.layers, args.width, args.context, args.seed)
+        model = make_small_llama(tokenizer.size, args.layers, args.width, args.context, args.seed)
     if isinstance(model, EncoderDecoder) or not (model.config.causal and model.config.lm_head):
         raise ValueError(f"{args.model}: train needs a causal language model, got a {model.config.family}")
     context = min(args.context, model.config.context)
@@ -39,7 +39,7 @@ def run_train(args: argparse.Namespace) -> None:
     size = len(held_out.encode())
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        return {"bits per byte": bits(model, held, context) / size}
+        return {"bits per byte": measure_bits(model, held, context) / size}
 
     settings = Training(
         args.steps, args.learning_rate, args.schedule, warmup=min(100, args.steps // 10), accumulate=args.accumulate,

@@ -17,7 +17,7 @@ from .caches import LayerCaches, ModelCache, PagedModelCache
 from .config import PROBLEM_TYPES, Config
 from .heads import HEADS
 from .layers import Block, Linear, embed_tokens, initialise, make_norm
-from .positions import RelativeBias, rotary_table
+from .positions import RelativeBias, make_rotary_table
 from .step import Step, make_step
 
 
@@ -116,7 +116,7 @@ class Transformer(Stack):
         if self.position_embedding is not None:
             x = x + self.position_embedding(step.positions)
         elif cache is None:
-            step.rotary = rotary_table(step.positions, self.config, longest)
+            step.rotary = make_rotary_table(step.positions, self.config, longest)
         if self.type_embedding is not None:
             x = x + self.type_embedding(torch.zeros_like(tokens) if token_types is None else token_types)
         if self.embedding_norm is not None:
@@ -147,9 +147,9 @@ class Transformer(Stack):
         if self.config.positions != "rope":
             return None
         positions = torch.arange(length, device=self.token_embedding.weight.device)[None]
-        return flashattn.Rotary(*(x[0, 0] for x in rotary_table(positions, self.config, length)))
+        return flashattn.Rotary(*(x[0, 0] for x in make_rotary_table(positions, self.config, length)))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """From (…, width) to (…, vocab_size)."""
         if not self.config.lm_head:
             raise ValueError(f"a {self.config.family} checkpoint without a head has no logits")
@@ -165,4 +165,4 @@ class Transformer(Stack):
             hidden = hidden[lengths.cumsum(0) - lengths][:, None]  # the first token of each
         if self.task_head is not None:
             return self.task_head(hidden, self.token_embedding.weight)
-        return self.logits(hidden) if self.config.lm_head else hidden
+        return self.compute_logits(hidden) if self.config.lm_head else hidden

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import Config
-from ..rope import DynamicScaling, LinearScaling, Llama3, LongRope, Scaling, Yarn, yarn_amplitude
+from ..rope import DynamicScaling, LinearScaling, Llama3, LongRope, Scaling, Yarn, compute_yarn_amplitude
 
 # rope_type -> our class, and our fields -> theirs. Fields with a default may be missing.
 ORIGINAL = "original_max_position_embeddings"
@@ -78,15 +78,15 @@ def read_scaling(kind: str, rope: dict, hf: dict) -> Scaling:
         if name in values:
             values[name] = tuple(values[name])
     if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim") and "attention_factor" not in values:
-        above, below = (yarn_amplitude(values["factor"], rope[name]) for name in ("mscale", "mscale_all_dim"))
+        above, below = (compute_yarn_amplitude(values["factor"], rope[name]) for name in ("mscale", "mscale_all_dim"))
         values["attention_factor"] = above / below
-    missing = [names[ours] for ours in required_fields(cls) if ours not in values]
+    missing = [names[ours] for ours in list_required_fields(cls) if ours not in values]
     if missing:
         raise ValueError(f"rope_parameters of the type {kind} must have {', '.join(missing)}")
     return cls(**values)
 
 
-def required_fields(cls: type[Scaling]) -> list[str]:
+def list_required_fields(cls: type[Scaling]) -> list[str]:
     return [name for name in cls.__dataclass_fields__ if not hasattr(cls, name)]
 
 

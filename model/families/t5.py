@@ -14,7 +14,7 @@ from .fields import find_key, look_up, read, require, write
 PROJECTIONS = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
 
-def layer_names(feed_forward: int) -> dict[str, str]:
+def list_layer_names(feed_forward: int) -> dict[str, str]:
     """The names of one side's layers; feed_forward: its number there."""
     names = {f"attention.{ours}": f"layer.0.SelfAttention.{theirs}" for ours, theirs in PROJECTIONS.items()}
     dense = f"layer.{feed_forward}.DenseReluDense"
@@ -28,7 +28,10 @@ def layer_names(feed_forward: int) -> dict[str, str]:
 
 
 CROSS = {f"cross_attention.{ours}": f"layer.1.EncDecAttention.{theirs}" for ours, theirs in PROJECTIONS.items()}
-LAYERS = {"encoder": layer_names(1), "decoder": layer_names(2) | CROSS | {"cross_attention_norm": "layer.1.layer_norm"}}
+LAYERS = {
+    "encoder": list_layer_names(1),
+    "decoder": list_layer_names(2) | CROSS | {"cross_attention_norm": "layer.1.layer_norm"},
+}
 NAMES = {"token_embedding.weight": "shared.weight", "lm_head.weight": "lm_head.weight"}
 NAMES |= {f"{side}.norm.weight": f"{side}.final_layer_norm.weight" for side in LAYERS}
 NAMES |= {

@@ -18,7 +18,7 @@ class AttentionMaps(NamedTuple):
 
 
 @torch.inference_mode()
-def attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> AttentionMaps:
+def compute_attention_maps(model: Transformer, tokens: Tensor, size: int = 128) -> AttentionMaps:
     """The maps of one sequence (seq,), of at most `size` rows and columns: longer sequences are split into groups.
 
     The weights come from attention itself, with all its options: if the value of key j is the unit vector of its group,

@@ -52,7 +52,7 @@ def beam_search(
     cache = model.new_cache(len(sources) * beams, max_new_tokens + 1)
     last = torch.full((len(sources) * beams, 1), model.config.decoder_start_token, device=tokens.device)
     while True:
-        logits = model.logits(model.decode(last, memory, cache=cache)[:, -1])
+        logits = model.compute_logits(model.decode(last, memory, cache=cache)[:, -1])
         scores = logits.float().log_softmax(-1).view(len(sources), beams, -1)
         parents, chosen = zip(*(s.advance(row) for s, row in zip(searches, scores, strict=True)), strict=True)
         if all(search.done for search in searches):

@@ -63,7 +63,7 @@ def generate(
             row[list(prompt)] = not isinstance(model, EncoderDecoder)  # an encoder's input may be repeated
     running = [True] * len(prompts)
     for step in range(max_new_tokens):
-        chosen = sampling.choose(model.logits(hidden).float(), seen, generator)
+        chosen = sampling.choose(model.compute_logits(hidden).float(), seen, generator)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         for i, token in enumerate(chosen.tolist()):

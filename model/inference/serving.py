@@ -100,7 +100,7 @@ class Server:
                 f"prompt and max_new_tokens must fit the original context of {longest}, got {length} tokens: rotary "
                 "frequencies that depend on the length of a sequence cannot be shared (generate has its own)"
             )
-        needed = self.cache.pages_for(length)
+        needed = self.cache.count_pages(length)
         if needed > self.pages:
             raise ValueError(f"prompt and max_new_tokens must fit the {self.pages} pages, got {needed}")
         device = self.model.token_embedding.weight.device
@@ -169,7 +169,7 @@ class Server:
         rows, lengths = pad_sequences([self.tokens_to_prefill(request) for request in requests], device)
         hidden = self.model.encode(rows, lengths, cache=self.cache.select([r.sequence for r in requests]))
         hidden = hidden[torch.arange(len(requests), device=device), lengths.long() - 1]
-        logits = self.model.logits(hidden).float()
+        logits = self.model.compute_logits(hidden).float()
         choices: list[int | Exception] = logits.argmax(-1).tolist()
         for i, request in enumerate(requests):
             if request.sampling == Sampling():
@@ -208,13 +208,13 @@ class Server:
 
     def pages_reserved(self, request: Request) -> int:
         """The pages that it may still need. No page is ever copied on write, as only full pages are shared."""
-        total = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
-        return total - self.cache.pages_for(self.cache.length(request.sequence))
+        total = self.cache.count_pages(len(request.prompt) + request.max_new_tokens)
+        return total - self.cache.count_pages(self.cache.length(request.sequence))
 
     def make_room(self) -> bool:
         """Whether the next request can join. Frees pages of finished requests for it."""
         request = self.waiting[0]
-        wanted = self.cache.pages_for(len(request.prompt) + request.max_new_tokens)
+        wanted = self.cache.count_pages(len(request.prompt) + request.max_new_tokens)
         wanted += sum(self.pages_reserved(r) for r in self.running)
         while self.cache.free_pages < wanted and self.finished:
             self.cache.free(self.finished.pop(0).sequence)

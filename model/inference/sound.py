@@ -47,7 +47,7 @@ def resample(samples: Tensor, rate: int) -> Tensor:
     return torch.fft.irfft(spectrum, n=seconds * RATE)[: round(len(samples) * RATE / rate)] * (RATE / rate)
 
 
-def mel_filters(count: int) -> Tensor:
+def make_mel_filters(count: int) -> Tensor:
     """(count, WINDOW / 2 + 1): triangles whose corners are evenly spaced on Slaney's mel scale, linear up to 1,000 Hz
     and logarithmic above, each of area 1. Slaney, "Auditory Toolbox" (1998)."""
 
@@ -65,10 +65,10 @@ def mel_filters(count: int) -> Tensor:
     return (triangles * 2 / (high - low)).float()
 
 
-def spectrogram(samples: Tensor, mel_bins: int) -> Tensor:
+def compute_spectrogram(samples: Tensor, mel_bins: int) -> Tensor:
     """(mel_bins, frames) of samples (n,) at 16 kHz, in [-1, 1]: the logarithm of the energy in each band, at most 8
     decades below the loudest, scaled to about [-1, 1]."""
     window = torch.hann_window(WINDOW)
     power = torch.stft(samples, WINDOW, HOP, window=window, return_complex=True)[..., :-1].abs().square()
-    bands = (mel_filters(mel_bins) @ power).clamp(min=1e-10).log10()
+    bands = (make_mel_filters(mel_bins) @ power).clamp(min=1e-10).log10()
     return (torch.maximum(bands, bands.max() - 8) + 4) / 4

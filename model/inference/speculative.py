@@ -63,7 +63,7 @@ def speculate(
         # The prompt is read alone, as by `generate`: drafted tokens would change the last bits of its keys.
         count = min(lookahead, total - len(tokens) - 1) if caches[0].lengths[0] else 0
         guesses = draft_tokens(draft, caches[1], tokens, count)
-        certain = next_tokens(model, caches[0], tokens + guesses, count + 1)
+        certain = predict_tokens(model, caches[0], tokens + guesses, count + 1)
         agreed = next((i for i, (a, b) in enumerate(zip(guesses, certain, strict=False)) if a != b), count)
         steps, guessed, right = steps + 1, guessed + count, right + agreed
         for token in certain[: agreed + 1]:
@@ -77,15 +77,15 @@ def speculate(
     return Speculation(tokens[len(prompt) :], steps, right / max(1, guessed))
 
 
-def next_tokens(model: Transformer, cache: ModelCache, tokens: list[int], count: int) -> list[int]:
+def predict_tokens(model: Transformer, cache: ModelCache, tokens: list[int], count: int) -> list[int]:
     """The most likely token after each of the last `count` tokens. Runs the model on those not in the cache yet."""
     new = torch.tensor([tokens[cache.lengths[0] :]], device=model.token_embedding.weight.device)
     hidden = model.encode(new, cache=cache)[0, -count:]
-    return model.logits(hidden).float().argmax(-1).tolist()
+    return model.compute_logits(hidden).float().argmax(-1).tolist()
 
 
 def draft_tokens(draft: Transformer, cache: ModelCache, tokens: list[int], count: int) -> list[int]:
     guesses: list[int] = []
     for _ in range(count):
-        guesses += next_tokens(draft, cache, tokens + guesses, 1)
+        guesses += predict_tokens(draft, cache, tokens + guesses, 1)
     return guesses

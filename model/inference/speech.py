@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..encoder_decoder import EncoderDecoder, Memory
 from ..io.tokenizer import Tokenizer
-from .sound import HOP, RATE, spectrogram
+from .sound import HOP, RATE, compute_spectrogram
 
 FRAMES = 2  # of a spectrogram, per step of a time token
 MAX_INITIAL_TIME = 50  # steps: the first segment of a window begins within a second
@@ -73,7 +73,9 @@ def transcribe(
     vocabulary = Vocabulary.from_model(config.vocab_size, config.decoder_start_token, tokenizer)
     vocabulary.check(language, task)
     size, total = FRAMES * config.audio_context, -(-len(samples) // HOP)
-    frames = spectrogram(F.pad(samples, (0, size * HOP)), config.mel_bins).to(model.token_embedding.weight.dtype)
+    frames = compute_spectrogram(F.pad(samples, (0, size * HOP)), config.mel_bins).to(
+        model.token_embedding.weight.dtype
+    )
     segments: list[Segment] = []
     first = 0
     while first < total:
@@ -179,7 +181,7 @@ def detect_language(model: EncoderDecoder, memory: Memory, vocabulary: Vocabular
     if not vocabulary.languages:
         return "en"
     device = memory.hidden.device
-    logits = model.logits(model.decode(torch.tensor([[vocabulary.start]], device=device), memory)[0, 0])
+    logits = model.compute_logits(model.decode(torch.tensor([[vocabulary.start]], device=device), memory)[0, 0])
     numbers = list(vocabulary.languages.values())
     return list(vocabulary.languages)[int(logits[numbers].argmax())]
 
@@ -198,7 +200,7 @@ def decode_window(
     tokens: list[int] = []
     new, no_speech, logprob = prompt, 0.0, 0.0
     while len(tokens) < longest:
-        logits = model.logits(model.decode(torch.tensor([new], device=device), memory, cache=cache)[0]).float()
+        logits = model.compute_logits(model.decode(torch.tensor([new], device=device), memory, cache=cache)[0]).float()
         if not tokens and vocabulary.no_speech is not None:
             no_speech = float(logits[0].softmax(-1)[vocabulary.no_speech])
         logs = vocabulary.constrain(logits[-1], tokens)

@@ -160,7 +160,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: refused: {str(error).splitlines()[0]}") from None
 
 
-def checkpoint_name(name: str, names: dict[str, str]) -> str:
+def find_checkpoint_name(name: str, names: dict[str, str]) -> str:
     """The checkpoint's name of our parameter: its entry in `names`, with or without the last part."""
     parts = name.split(".")
     layer = next((p for p in parts if p.isdigit()), None)
@@ -176,7 +176,7 @@ def build_model(config: Config, tensors: dict[str, Tensor], path: Path, dtype: t
     tensors = {strip_prefixes(name, family.PREFIXES): x for name, x in tensors.items()}
     tensors = {name: x for name, x in tensors.items() if not any(fnmatch(name, p) for p in family.IGNORED)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:  # stored twice by some checkpoints
-        embedding = tensors.get(checkpoint_name("token_embedding.weight", family.NAMES))
+        embedding = tensors.get(find_checkpoint_name("token_embedding.weight", family.NAMES))
         if embedding is None or not torch.equal(tensors.pop("lm_head.weight"), embedding):
             raise CheckpointError(f"{path}: the config ties the head to the embedding, but lm_head.weight is another")
     if hasattr(family, "prepare"):
@@ -188,7 +188,7 @@ def build_model(config: Config, tensors: dict[str, Tensor], path: Path, dtype: t
         model = EncoderDecoder(config) if config.decoder_layers else Transformer(config)
     state = {}
     for name, parameter in tqdm(model.state_dict().items(), "loading", disable=None if progress else True, leave=False):
-        source = checkpoint_name(name, family.NAMES)
+        source = find_checkpoint_name(name, family.NAMES)
         if source not in tensors:
             raise CheckpointError(f"{path}: tensor {source} is missing")
         x = tensors.pop(source)

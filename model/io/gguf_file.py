@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..rope import yarn_amplitude
+from ..rope import compute_yarn_amplitude
 from .gguf_tokenizer import read_tokenizer
 from .tokenizer import Tokenizer
 
@@ -139,7 +139,7 @@ def read_rope(said: dict, tensors: dict[str, Tensor | None], head_dim: int) -> d
         found = next((name for name, x in tensors.items() if x is not None), None)
         if found is not None:
             raise ValueError(f"tensor {found} and llama.rope.scaling.type yarn together are not known here")
-        amplitude *= scaling.get("yarn_attn_factor", 1.0) * yarn_amplitude(factor)
+        amplitude *= scaling.get("yarn_attn_factor", 1.0) * compute_yarn_amplitude(factor)
         bounds = {name: scaling[f"yarn_{name}"] for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in scaling}
         rope = dict(rope_type="yarn", factor=factor, attention_factor=amplitude, **bounds)
         return rope | dict(original_max_position_embeddings=original)

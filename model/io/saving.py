@@ -16,7 +16,7 @@ from ..config import Config
 from ..encoder_decoder import Model
 from ..families import FAMILIES
 from . import sentence_files
-from .checkpoints import checkpoint_name
+from .checkpoints import find_checkpoint_name
 from .tokenizer import Tokenizer
 
 # Names that have no prefix.
@@ -88,7 +88,7 @@ def write(config: Config, weights: dict[str, Tensor], directory: Path, tokenizer
 def to_hf_names(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under their names in `transformers`."""
     family = FAMILIES[config.family]
-    tensors = {checkpoint_name(name, family.NAMES): x for name, x in weights.items()}
+    tensors = {find_checkpoint_name(name, family.NAMES): x for name, x in weights.items()}
     if hasattr(family, "restore"):
         tensors = family.restore(tensors, config)
     bare = not (config.lm_head or config.task)  # the inner model, whose names have no prefix

@@ -14,7 +14,7 @@ KINDS = ("Transformer", "Pooling", "Normalize", "Dropout")  # of modules; Dropou
 OLD = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
 
 
-def old_name(mode: str) -> str:
+def find_old_name(mode: str) -> str:
     return f"pooling_mode_{OLD.get(mode, mode)}"
 
 
@@ -57,7 +57,7 @@ def read_prompts(file: Path) -> dict:
 
 
 def read_modes(hf: dict) -> tuple[str, ...]:
-    found = hf.get("pooling_mode") or [mode for mode in POOLINGS if hf.get(old_name(mode))] or ["mean"]
+    found = hf.get("pooling_mode") or [mode for mode in POOLINGS if hf.get(find_old_name(mode))] or ["mean"]
     modes = [found] if isinstance(found, str) else found
     for mode in modes:
         look_up({"pooling_mode": mode}, "pooling_mode", "mean", POOLINGS)
@@ -75,7 +75,7 @@ def write(pooling: Pooling, width: int, directory: Path) -> None:
         dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{kind}")
         for i, (kind, path) in enumerate(kinds.items())
     ]
-    modes: dict = {old_name(mode): mode in pooling.modes for mode in POOLINGS}  # all versions read these
+    modes: dict = {find_old_name(mode): mode in pooling.modes for mode in POOLINGS}  # all versions read these
     if read_modes(modes) != pooling.modes:  # concatenated in another order
         modes = dict(pooling_mode=pooling.modes)
     prompts = dict(prompts=dict(pooling.prompts), default_prompt_name=pooling.default_prompt or None)

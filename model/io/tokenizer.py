@@ -138,10 +138,10 @@ class Tokenizer:
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
-        to_text = byte_alphabet()
+        to_text = make_byte_alphabet()
         vocab = {"".join(to_text[b] for b in token): rank for token, rank in ranks.items()}
         merges = [
-            tuple("".join(to_text[b] for b in part) for part in last_merge(token, ranks))
+            tuple("".join(to_text[b] for b in part) for part in find_last_merge(token, ranks))
             for token in sorted(ranks, key=ranks.__getitem__)
             if len(token) > 1
         ]
@@ -188,14 +188,14 @@ def read_chat_template(config: dict, path: Path) -> str:
     return found.get("default", "") if isinstance(found, dict) else found
 
 
-def byte_alphabet() -> dict[int, str]:
+def make_byte_alphabet() -> dict[int, str]:
     """The printable character of each byte in byte-level BPE (GPT-2's encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+def find_last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two parts that merge to `token`: its bytes merged by rank, up to two parts."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:

@@ -25,7 +25,7 @@ from ..io.checkpoints import load
 from ..io.tokenizer import Tokenizer
 from ..training.batches import Batch
 from ..transformer import Transformer
-from .common import fine_tuning_settings, make_parser, run_command, train_task, training_minutes
+from .common import count_training_minutes, make_fine_tuning_settings, make_parser, run_command, train_task
 from .datasets import fetch
 
 BATCH, STATEMENTS = 16, 6
@@ -98,13 +98,13 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def common_words(passages: list[str], share: float = 0.1) -> set[str]:
+def find_common_words(passages: list[str], share: float = 0.1) -> set[str]:
     """The words in more than this share of the passages."""
     counts = Counter(word for passage in passages for word in set(split_words(passage)))
     return {word for word, count in counts.items() if count > share * len(passages)}
 
 
-def bag_of_words(question: str, passage: str, common: set[str]) -> str:
+def answer_by_bag_of_words(question: str, passage: str, common: set[str]) -> str:
     asked = set(split_words(question))
     best = max(re.split(r"(?<=\.) ", passage), key=lambda statement: len(asked & set(split_words(statement)) - common))
     runs: list[list[re.Match]] = [[]]
@@ -124,10 +124,10 @@ def normalise(text: str) -> str:
 
 def exact_match(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
     found = [answer(model, tokenizer, e.question, e.passage, best=1).best[0].text for e in examples]
-    return matching_share(found, examples)
+    return measure_match(found, examples)
 
 
-def matching_share(found: list[str], examples: list[Example]) -> float:
+def measure_match(found: list[str], examples: list[Example]) -> float:
     same = [normalise(f) == normalise(e.passage[e.start : e.end]) for f, e in zip(found, examples, strict=True)]
     return sum(same) / len(same)
 
@@ -154,18 +154,18 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int = 500) 
     def evaluate(model: Transformer) -> dict[str, float]:
         return {"exact": exact_match(model, tokenizer, some)}
 
-    settings = fine_tuning_settings(steps, 2e-4, every=100, seed=seed)
+    settings = make_fine_tuning_settings(steps, 2e-4, every=100, seed=seed)
     log = train_task(model, batch, settings, out, evaluate, tokenizer)
-    common = common_words([make_example(learned, rng).passage for _ in range(500)])
-    baseline = [bag_of_words(e.question, e.passage, common) for e in examples]
+    common = find_common_words([make_example(learned, rng).passage for _ in range(500)])
+    baseline = [answer_by_bag_of_words(e.question, e.passage, common) for e in examples]
     one = examples[0]
     return {
         "learned": len(learned),
         "held_out": len(held_out),
         "measured": len(examples),
-        "minutes": training_minutes(log),
+        "minutes": count_training_minutes(log),
         "exact": exact_match(model, tokenizer, examples),
-        "bag_of_words": matching_share(baseline, examples),
+        "bag_of_words": measure_match(baseline, examples),
         "sample": {
             "passage": one.passage,
             "question": one.question,

@@ -57,12 +57,12 @@ def train_task(
     return train(model, batch, settings, Run(out) if out else None, evaluate, tokenizer)
 
 
-def training_minutes(log: list[dict]) -> float:
+def count_training_minutes(log: list[dict]) -> float:
     """The duration of a log's steps, without evaluations."""
     return sum(entry.get("seconds", 0) for entry in log) / 60
 
 
-def fine_tuning_settings(steps: int, learning_rate: float, every: int, seed: int) -> Training:
+def make_fine_tuning_settings(steps: int, learning_rate: float, every: int, seed: int) -> Training:
     """The settings of BERT's fine-tuning, with an evaluation and a checkpoint every so many steps. Devlin et al.,
     "BERT" (2018), appendix A.3."""
     return Training(
@@ -71,7 +71,7 @@ def fine_tuning_settings(steps: int, learning_rate: float, every: int, seed: int
     )  # fmt: skip
 
 
-def small_llama(vocab_size: int, layers: int, width: int, context: int, seed: int) -> Transformer:
+def make_small_llama(vocab_size: int, layers: int, width: int, context: int, seed: int) -> Transformer:
     """An untrained Llama with heads of 64."""
     if width % 64:
         raise ValueError(f"width must be a multiple of the heads' 64, got {width}")

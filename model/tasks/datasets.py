@@ -63,7 +63,7 @@ PACKAGES = {
 }
 
 
-def data_directory() -> Path:
+def find_data_directory() -> Path:
     """Where downloads are kept: $FLASHATTN_DATA, or the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("FLASHATTN_DATA") or cache / "flashattn")
@@ -76,16 +76,16 @@ def fetch(name: str) -> Path:
         OSError: if it cannot be downloaded, or has another hash; names the address.
     """
     package = PACKAGES[name]
-    file = data_directory() / package.url.rsplit("/", 1)[1]
-    if file.exists() and sha256(file.read_bytes()) == package.sha256:
+    file = find_data_directory() / package.url.rsplit("/", 1)[1]
+    if file.exists() and hash_file(file.read_bytes()) == package.sha256:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         data = download(package.url)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise OSError(f"{package.url}: download failed: {error}") from None
-    if sha256(data) != package.sha256:
-        raise OSError(f"{package.url}: SHA-256 must be {package.sha256}, got {sha256(data)}")
+    if hash_file(data) != package.sha256:
+        raise OSError(f"{package.url}: SHA-256 must be {package.sha256}, got {hash_file(data)}")
     write_atomically(file, data)
     return file
 
@@ -103,7 +103,7 @@ def download(url: str) -> bytes:
     return data
 
 
-def sha256(data: bytes) -> str:
+def hash_file(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..inference.attention_maps import AttentionMaps, attention_maps
+from ..inference.attention_maps import AttentionMaps, compute_attention_maps
 from ..io.checkpoints import load
 
 TEXT = "The keys to the cabinet that stood in the hall were not on the table, so she looked for them in her coat."
@@ -48,7 +48,7 @@ def draw(maps: AttentionMaps, words: list[str], file: Path) -> None:
 def run(model: str, text: str, out: str | None) -> dict:
     loaded, tokenizer = load(model)
     tokens = tokenizer.encode(text)
-    maps = attention_maps(loaded, torch.tensor(tokens))
+    maps = compute_attention_maps(loaded, torch.tensor(tokens))
     words = [tokenizer.backend.id_to_token(token) for token in tokens]
     result = {"tokens": words, "entropy": maps.entropy.tolist()}
     if out:

@@ -13,7 +13,7 @@ class KneserNey:
 
     >>> tokens = np.array([0, 1, 2, 0, 1, 2, 0, 1, 3])
     >>> model = KneserNey(tokens, vocab_size=4, order=2)
-    >>> float(np.round(sum(model.probabilities(np.array([1, t]))[1] for t in range(4)), 6))
+    >>> float(np.round(sum(model.compute_probabilities(np.array([1, t]))[1] for t in range(4)), 6))
     1.0
     """
 
@@ -21,7 +21,7 @@ class KneserNey:
         if order * np.log2(vocab_size) > 63:
             raise ValueError(f"vocab_size ** order must fit 63 bits, got {vocab_size} ** {order}")
         self.vocab_size, self.order, self.levels = vocab_size, order, []
-        keys = ngram_keys(tokens, order, vocab_size)
+        keys = make_ngram_keys(tokens, order, vocab_size)
         keys, counts = np.unique(keys[order - 1 :], return_counts=True)
         for n in range(order, 0, -1):  # the highest order has counts, lower ones the number of different tokens before
             self.levels.append(Level(keys, counts, vocab_size))
@@ -29,11 +29,11 @@ class KneserNey:
                 keys, counts = np.unique(keys % vocab_size ** (n - 1), return_counts=True)
         self.levels.reverse()
 
-    def probabilities(self, tokens: np.ndarray) -> np.ndarray:
+    def compute_probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """Of each token, given the up to order - 1 tokens before it."""
         p = np.full(len(tokens), 1 / self.vocab_size)
         for n, level in enumerate(self.levels, 1):
-            keys = ngram_keys(tokens, n, self.vocab_size)
+            keys = make_ngram_keys(tokens, n, self.vocab_size)
             p[n - 1 :] = level.interpolate(keys[n - 1 :], p[n - 1 :])
         return p
 
@@ -64,7 +64,7 @@ class Level:
         return np.where(sums > 0, (counts - self.discount(counts) + left * lower) / seen, lower)
 
 
-def ngram_keys(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
+def make_ngram_keys(tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
     """The n tokens that end at each position, as one number; the first n - 1 are incomplete."""
     keys = np.zeros(len(tokens), np.int64)
     for back in range(n - 1, -1, -1):

@@ -22,7 +22,7 @@ from ..io.tokenizer import Tokenizer
 from ..step import pack
 from ..training.batches import Batch, sample_indices
 from ..transformer import Transformer
-from .common import fine_tuning_settings, make_parser, run_command, train_task, training_minutes
+from .common import count_training_minutes, make_fine_tuning_settings, make_parser, run_command, train_task
 from .datasets import fetch
 
 BATCH, LABELS = 32, ("bad", "good")
@@ -43,7 +43,7 @@ def split(examples: Examples) -> tuple[Examples, Examples]:
 
 
 @torch.no_grad()
-def accuracy(model: Transformer, tokenizer: Tokenizer, examples: Examples) -> float:
+def measure_accuracy(model: Transformer, tokenizer: Tokenizer, examples: Examples) -> float:
     right = 0
     for first in range(0, len(examples), 64):
         texts, labels = zip(*examples[first : first + 64], strict=True)
@@ -52,7 +52,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, examples: Examples) -> fl
     return right / len(examples)
 
 
-def frozen_accuracy(model: Transformer, tokenizer: Tokenizer, learned: Examples, held_out: Examples) -> float:
+def measure_frozen_accuracy(model: Transformer, tokenizer: Tokenizer, learned: Examples, held_out: Examples) -> float:
     """Accuracy of logistic regression on sentence embeddings."""
 
     def vectors(examples: Examples) -> Tensor:
@@ -78,7 +78,9 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
     learned, held_out = split(read_snippets())
     held_out = held_out[:measured]
     encoder, tokenizer = load("minilm")
-    baseline = frozen_accuracy(encoder, tokenizer, learned[: None if measured is None else 8 * measured], held_out)
+    baseline = measure_frozen_accuracy(
+        encoder, tokenizer, learned[: None if measured is None else 8 * measured], held_out
+    )
     torch.manual_seed(seed)
     model = encoder.with_head("classify", LABELS, dropout=0.1)
 
@@ -90,15 +92,15 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
     some = held_out[::4]
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        return {"accuracy": accuracy(model, tokenizer, some)}
+        return {"accuracy": measure_accuracy(model, tokenizer, some)}
 
-    settings = fine_tuning_settings(steps, 1e-4, every=200, seed=seed)
+    settings = make_fine_tuning_settings(steps, 1e-4, every=200, seed=seed)
     log = train_task(model, batch, settings, out, evaluate, tokenizer)
     return {
         "learned": len(learned),
         "measured": len(held_out),
-        "minutes": training_minutes(log),
-        "accuracy": accuracy(model, tokenizer, held_out),
+        "minutes": count_training_minutes(log),
+        "accuracy": measure_accuracy(model, tokenizer, held_out),
         "accuracy_frozen": baseline,
         "majority": max(sum(label == i for _, label in held_out) for i in (0, 1)) / len(held_out),
     }

@@ -20,7 +20,7 @@ from ..io.tokenizer import Tokenizer
 from ..step import pack
 from ..training.batches import Batch, sample_indices
 from ..transformer import Transformer
-from .common import fine_tuning_settings, make_parser, run_command, train_task, training_minutes
+from .common import count_training_minutes, make_fine_tuning_settings, make_parser, run_command, train_task
 from .datasets import fetch
 
 BATCH, LONGEST = 16, 120  # sentences; words of one
@@ -59,7 +59,7 @@ def encode_sentence(tokenizer: Tokenizer, sentence: Sentence, numbers: dict[str,
 
 
 @torch.no_grad()
-def accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]) -> float:
+def measure_accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]) -> float:
     numbers = {tag: i for i, tag in enumerate(model.config.labels)}
     right = total = 0
     for first in range(0, len(sentences), 64):
@@ -71,7 +71,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, sentences: list[Sentence]
     return right / total
 
 
-def most_frequent_tag_accuracy(learned: list[Sentence], held_out: list[Sentence]) -> float:
+def measure_most_frequent_tag_accuracy(learned: list[Sentence], held_out: list[Sentence]) -> float:
     """Accuracy of each word's most frequent tag; unknown words are nouns."""
     seen: dict[str, Counter] = defaultdict(Counter)
     for sentence in learned:
@@ -99,17 +99,17 @@ def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None 
     some = held_out[::10]
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        return {"accuracy": accuracy(model, tokenizer, some)}
+        return {"accuracy": measure_accuracy(model, tokenizer, some)}
 
-    settings = fine_tuning_settings(steps, 3e-4, every=250, seed=seed)
+    settings = make_fine_tuning_settings(steps, 3e-4, every=250, seed=seed)
     log = train_task(model, batch, settings, out, evaluate, tokenizer)
     return {
         "labels": len(labels),
         "sentences": min(steps * BATCH, len(learned)),
         "measured": sum(map(len, held_out)),
-        "minutes": training_minutes(log),
-        "accuracy": accuracy(model, tokenizer, held_out),
-        "most_frequent": most_frequent_tag_accuracy(learned, held_out),
+        "minutes": count_training_minutes(log),
+        "accuracy": measure_accuracy(model, tokenizer, held_out),
+        "most_frequent": measure_most_frequent_tag_accuracy(learned, held_out),
     }
 
 

@@ -17,9 +17,9 @@ import torch
 from ..inference.generate import generate
 from ..io.tokenizer import Tokenizer
 from ..training.batches import Batch, random_windows
-from ..training.evaluate import bits
+from ..training.evaluate import measure_bits
 from ..training.train import Training
-from .common import make_parser, run_command, small_llama, train_task, training_minutes
+from .common import count_training_minutes, make_parser, make_small_llama, run_command, train_task
 from .datasets import read_novels
 from .ngram import KneserNey
 
@@ -41,7 +41,7 @@ def run(steps: int, seed: int = 0, out: str | None = None, layers: int = 4, widt
     size = len(held_out.encode())
     some = held[:20_000]  # enough for the plot
     size_of_some = len(tokenizer.decode(some.tolist()).encode())
-    model = small_llama(tokenizer.size, layers, width, CONTEXT, seed)
+    model = make_small_llama(tokenizer.size, layers, width, CONTEXT, seed)
     settings = Training(
         steps, learning_rate=2e-3, warmup=min(100, steps // 10), evaluate_every=500, save_every=500, seed=seed
     )
@@ -54,19 +54,19 @@ def run(steps: int, seed: int = 0, out: str | None = None, layers: int = 4, widt
         batch,
         settings,
         out,
-        lambda model: {"bits per byte": bits(model, some, CONTEXT) / size_of_some},
+        lambda model: {"bits per byte": measure_bits(model, some, CONTEXT) / size_of_some},
         tokenizer,
     )
-    ours = bits(model, held, CONTEXT) / size
+    ours = measure_bits(model, held, CONTEXT) / size
     model_of_bytes = KneserNey(np.frombuffer(learned.encode(), np.uint8).astype(np.int64), 256)
     model_of_tokens = KneserNey(tokens.numpy(), tokenizer.size)
-    of_bytes = model_of_bytes.probabilities(np.frombuffer(held_out.encode(), np.uint8).astype(np.int64))
-    of_tokens = model_of_tokens.probabilities(held.numpy())
+    of_bytes = model_of_bytes.compute_probabilities(np.frombuffer(held_out.encode(), np.uint8).astype(np.int64))
+    of_tokens = model_of_tokens.compute_probabilities(held.numpy())
     written = generate(model, [tokenizer.encode(PROMPT)], 80, temperature=0.8, top_p=0.95, seed=seed)[0]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": sum(entry.get("tokens", 0) for entry in log),
-        "minutes": training_minutes(log),
+        "minutes": count_training_minutes(log),
         "bits_per_byte": ours,
         "five_grams_of_tokens": float(-np.log2(of_tokens).sum()) / size,
         "five_grams_of_bytes": float(-np.log2(of_bytes).sum()) / size,

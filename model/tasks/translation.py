@@ -24,7 +24,7 @@ from ..layers import initialise
 from ..step import pack
 from ..training.batches import Batch, sample_indices
 from ..training.train import Training
-from .common import make_parser, run_command, train_task, training_minutes
+from .common import count_training_minutes, make_parser, run_command, train_task
 from .datasets import read_verses
 
 VOCAB, BATCH, LONGEST = 4000, 64, 120
@@ -144,7 +144,7 @@ def run(
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "pairs": len(learned),
-        "minutes": training_minutes(log),
+        "minutes": count_training_minutes(log),
         "curve": [(entry["step"], entry["BLEU"]) for entry in log if "BLEU" in entry],
         "measured": len(held_out),
         "bleu": bleu(found, expected),

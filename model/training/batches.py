@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """The model's inputs, by name, and the targets of its logits, for `heads.loss`."""
+    """The model's inputs, by name, and the targets of its logits, for `heads.compute_loss`."""
 
     inputs: dict[str, Tensor]
     targets: Tensor

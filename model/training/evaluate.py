@@ -12,7 +12,7 @@ from ..transformer import Transformer
 
 
 @torch.no_grad()
-def bits(model: Transformer, tokens: Tensor, context: int) -> float:
+def measure_bits(model: Transformer, tokens: Tensor, context: int) -> float:
     """The bits that the model needs for tokens (total,), without the first. Windows overlap by half: every token,
     except in the first half window, has at least half a context before it."""
     half, total = context // 2, 0.0

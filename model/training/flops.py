@@ -18,7 +18,7 @@ def count_matrix_parameters(module: nn.Module) -> int:
     return plain + sum((m.gate_up.numel() + m.down.numel()) * m.active // len(m.down) for m in experts)
 
 
-def model_flops(model: Model, inputs: dict[str, Tensor]) -> float:
+def count_model_flops(model: Model, inputs: dict[str, Tensor]) -> float:
     """Of a forward and a backward pass: 6 for each token and matrix parameter, 12 * heads * head_dim for each layer and
     pair of query and key. Chowdhery et al., "PaLM" (2022), arXiv:2204.02311, appendix B: without recomputation, and
     with all pairs even if attention is causal."""

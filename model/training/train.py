@@ -26,7 +26,7 @@ from ..encoder_decoder import Model
 from ..io.tokenizer import Tokenizer
 from ..transformer import Stack
 from .batches import Batch
-from .flops import measure_peak_flops, model_flops
+from .flops import count_model_flops, measure_peak_flops
 from .runs import Run
 
 SCHEDULES = ("cosine", "inverse_sqrt", "constant")
@@ -139,7 +139,7 @@ def train(
             raise FloatingPointError(f"loss is {loss} at step {step}: try a lower learning rate, or clip gradients")
         seconds = time.perf_counter() - start
         tokens = sum(b.tokens for b in batches) * world
-        utilisation = world * sum(model_flops(model, b.inputs) for b in batches) / seconds / peak_flops
+        utilisation = world * sum(count_model_flops(model, b.inputs) for b in batches) / seconds / peak_flops
         new = [dict(step=step + 1, loss=loss, rate=settings.lr_at(step), tokens=tokens, seconds=seconds)]
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s, MFU {utilisation:.0%}", refresh=False)
         bar.update()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model
-from model.inference.attention_maps import attention_maps
+from model.inference.attention_maps import compute_attention_maps
 from tests.model.checkpoints import written
 from tests.packages import needs_minilm
 
@@ -28,7 +28,7 @@ def test_weights_equal_transformers(name, size, tmp_path):
     tokens = torch.randint(1, 101, (23,))
     with torch.no_grad():
         expected = theirs(tokens[None], output_attentions=True).attentions
-    maps = attention_maps(ours, tokens, size)
+    maps = compute_attention_maps(ours, tokens, size)
     for layer, weights in enumerate(expected):
         torch.testing.assert_close(maps.weights[layer], grouped(weights[0], size), rtol=1e-3, atol=1e-4)
         entropy = torch.special.entr(weights[0]).sum(-1).mean(-1)
@@ -38,9 +38,9 @@ def test_weights_equal_transformers(name, size, tmp_path):
 def test_wrong_arguments_are_named(tiny):
     ours = tiny("gpt2").ours
     with pytest.raises(ValueError, match=r"tokens must be \(seq,\), at least one, got shape \(1, 3\)"):
-        attention_maps(ours, torch.ones(1, 3, dtype=torch.long))
+        compute_attention_maps(ours, torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="size must be between 1 and 256"):
-        attention_maps(ours, torch.ones(3, dtype=torch.long), size=300)
+        compute_attention_maps(ours, torch.ones(3, dtype=torch.long), size=300)
 
 
 @needs_minilm

@@ -85,7 +85,8 @@ def test_a_cache_changes_nothing(name, tiny):
     with torch.no_grad():
         whole = ours(tokens)
         parts = [
-            ours.logits(ours.encode(piece, cache=cache)) for piece in (tokens[:, :17], *tokens[:, 17:].split(1, 1))
+            ours.compute_logits(ours.encode(piece, cache=cache))
+            for piece in (tokens[:, :17], *tokens[:, 17:].split(1, 1))
         ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -110,7 +111,7 @@ def test_losses_equal_transformers(name, tmp_path, monkeypatch):
     theirs = written("one", tmp_path)
     ours, _ = model.load(tmp_path)
     tokens, targets = torch.randint(1, 101, (3, 11)), make_targets()
-    expected, got = theirs(tokens, labels=targets).loss, heads.loss(ours.config, ours(tokens), targets)
+    expected, got = theirs(tokens, labels=targets).loss, heads.compute_loss(ours.config, ours(tokens), targets)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     expected.backward(), got.backward()
     torch.testing.assert_close(
@@ -122,7 +123,7 @@ def test_loss_of_answers_equals_transformers(tiny):
     _, theirs, ours = tiny("bert_QuestionAnswering")
     tokens, at = torch.randint(1, 101, (3, 11)), torch.randint(0, 11, (3, 2))
     expected = theirs(tokens, start_positions=at[:, 0], end_positions=at[:, 1]).loss
-    torch.testing.assert_close(heads.loss(ours.config, ours(tokens), at), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(heads.compute_loss(ours.config, ours(tokens), at), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_labels_are_read(tmp_path):

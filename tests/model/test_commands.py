@@ -15,7 +15,7 @@ from model.__main__ import main
 from model.io.tokenizer import Tokenizer
 from model.layers import initialise
 from model.tasks import translation
-from model.tasks.common import small_llama
+from model.tasks.common import make_small_llama
 from tests.model.fakes import BERT, small_tokenizer
 from tests.packages import needs_minilm, needs_rampart, needs_smollm2, needs_whisper
 
@@ -189,7 +189,7 @@ def test_a_chat_begins_once_and_ends_whole(monkeypatch, capsys, tmp_path):
     tokenizer = Tokenizer.train(POEM, 300, special=("<s>",))
     tokenizer.backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.config, tokenizer.chat_template = dict(bos_token="<s>"), "{{ bos_token }}{{ messages[0].content }}"
-    model.save(small_llama(tokenizer.size, layers=1, width=64, context=32, seed=0), tmp_path / "x", tokenizer)
+    model.save(make_small_llama(tokenizer.size, layers=1, width=64, context=32, seed=0), tmp_path / "x", tokenizer)
     prompts, owl = [], tokenizer.encode("🦉", add_special_tokens=False)
 
     def generate(_, prompts_, *args, on_token, **options):

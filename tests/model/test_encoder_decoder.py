@@ -5,7 +5,7 @@ import torch
 
 import model
 from model.io.checkpoints import CheckpointError
-from model.positions import sinusoids
+from model.positions import make_sinusoids
 from tests.model.checkpoints import ENCODER_DECODERS, SMALL_T5, change_config, written
 
 transformers = pytest.importorskip("transformers")
@@ -61,7 +61,7 @@ def test_a_cache_changes_nothing(name, tiny):
         whole = ours(tokens, targets, lengths)
         memory, cache = ours.encode(tokens, lengths), ours.new_cache(2, 30)
         pieces = (targets[:, :17], *targets[:, 17:].split(1, 1))
-        parts = [ours.logits(ours.decode(piece, memory, cache=cache)) for piece in pieces]
+        parts = [ours.compute_logits(ours.decode(piece, memory, cache=cache)) for piece in pieces]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_float16_stays_finite(name, how, tmp_path):
         assert found.dtype == torch.float16
         torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max())
         memory, cache = ours.encode(tokens), ours.new_cache(3, 9)
-        step = ours.logits(ours.decode(targets[:, :1], memory, cache=cache))
+        step = ours.compute_logits(ours.decode(targets[:, :1], memory, cache=cache))
     torch.testing.assert_close(step, found[:, :1], rtol=0.01, atol=0.01 * expected.abs().max())
 
 
@@ -109,7 +109,7 @@ def test_a_head_that_only_the_config_ties(tmp_path):
 
 def test_sinusoids():
     """Vaswani et al., section 3.5, the sines and the cosines each together."""
-    table = sinusoids(torch.arange(50)[None], 16)[0]
+    table = make_sinusoids(torch.arange(50)[None], 16)[0]
     for position in (0, 1, 49):
         for i in range(8):
             angle = torch.tensor(position / 10000 ** (2 * i / 16), dtype=torch.float64)

@@ -9,12 +9,12 @@ import model
 from model.io.checkpoints import CheckpointError
 from model.io.gguf_file import NAMES
 from model.io.splitting import BY_NAME, make_byte_level_bpe
-from model.io.tokenizer import byte_alphabet
+from model.io.tokenizer import make_byte_alphabet
 
 transformers = pytest.importorskip("transformers")
 
 LAYOUT = {theirs: ours for ours, theirs in NAMES.items()}
-TOKENS = [*byte_alphabet().values(), "Ġa", "<s>", "</s>", "<|eot_id|>", "<tool>"]
+TOKENS = [*make_byte_alphabet().values(), "Ġa", "<s>", "</s>", "<|eot_id|>", "<tool>"]
 A, BOS, EOS, EOT, TOOL = range(256, 261)
 TYPES = [1] * 257 + [3, 3, 3, 4]
 TEXT = {"tokens": TOKENS, "token_type": TYPES, "merges": ["Ġ a"], "model": "gpt2", "pre": "gpt-2"}

@@ -7,7 +7,7 @@ import model
 from model import Request, Server, rope
 from model.families import llama
 from model.io.checkpoints import CheckpointError
-from model.positions import rotary_table
+from model.positions import make_rotary_table
 from tests.model.checkpoints import change_config, written
 
 transformers = pytest.importorskip("transformers")
@@ -63,7 +63,7 @@ def test_frequencies(name, length):
     hf = SIZES | dict(rope_scaling=scaling) | more
     config = llama.config(hf)
     frequencies, amplitude = expected(hf, length)
-    cos, sin = rotary_table(torch.tensor([[1]]), config, length)
+    cos, sin = make_rotary_table(torch.tensor([[1]]), config, length)
     torch.testing.assert_close(cos[0, 0, 0], frequencies.cos() * amplitude, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sin[0, 0, 0], frequencies.sin() * amplitude, rtol=1e-5, atol=1e-6)
     again = llama.config(llama.to_hf(config))

@@ -40,7 +40,7 @@ def test_each_gets_what_it_gets_alone(name, tiny):
         server.run()
         assert all(request.done for request in requests)
         assert [request.tokens for request in requests] == expected
-        held = sum(server.cache.pages_for(server.cache.length(r.sequence)) for r in server.finished)
+        held = sum(server.cache.count_pages(server.cache.length(r.sequence)) for r in server.finished)
         assert held >= pages - server.cache.free_pages  # nothing else holds pages
 
 
@@ -141,7 +141,7 @@ def test_a_callback_that_raises_ends_its_request_alone(at, tiny):
         assert other.error is None
         assert other.tokens == alone(server.model, other)
     assert server.cache.free_pages == 100 - sum(
-        server.cache.pages_for(server.cache.length(r.sequence)) for r in server.finished
+        server.cache.count_pages(server.cache.length(r.sequence)) for r in server.finished
     )
 
 
@@ -357,8 +357,8 @@ def test_guesses_change_no_bit(name, size, dtype, lookahead, monkeypatch):
         for p, guessed in zip(ours.parameters(), draft.parameters(), strict=True):
             p.copy_(torch.randn_like(p) * 0.5)
             guessed.copy_(p + 0.03 * torch.randn_like(p))
-    steps, logits = [], ours.logits
-    monkeypatch.setattr(ours, "logits", lambda hidden: steps.append(logits(hidden)) or steps[-1])
+    steps, logits = [], ours.compute_logits
+    monkeypatch.setattr(ours, "compute_logits", lambda hidden: steps.append(logits(hidden)) or steps[-1])
     prompt, rows = torch.randint(0, 50, (size,)).tolist(), []
     tokens = model.generate(ours, [prompt], 10)[0]
     expected = torch.cat(steps)

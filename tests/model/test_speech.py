@@ -61,7 +61,8 @@ def test_a_cache_changes_nothing(tmp_path):
     with torch.no_grad():
         memory, cache = ours.encode(sound), ours.new_cache(2, 20)
         parts = [
-            ours.logits(ours.decode(t, memory, cache=cache)) for t in (targets[:, :7], *targets[:, 7:].split(1, 1))
+            ours.compute_logits(ours.decode(t, memory, cache=cache))
+            for t in (targets[:, :7], *targets[:, 7:].split(1, 1))
         ]
         torch.testing.assert_close(torch.cat(parts, 1), ours(sound, targets), rtol=1e-4, atol=1e-4)
 
@@ -83,7 +84,7 @@ def test_spectrograms_equal_transformers(mels):
     extract = transformers.WhisperFeatureExtractor(feature_size=mels)
     expected = extract(samples.numpy(), sampling_rate=16_000, return_tensors="pt").input_features[0]
     padded = torch.nn.functional.pad(samples, (0, 480_000 - len(samples)))
-    torch.testing.assert_close(sound.spectrogram(padded, mels), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sound.compute_spectrogram(padded, mels), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_arguments_are_named(tmp_path):
@@ -147,7 +148,7 @@ class Writes:
         logits[0, -1, self.left.pop(0)] = 0
         return logits
 
-    def logits(self, hidden):
+    def compute_logits(self, hidden):
         return hidden
 
     def transcribe(self, seconds, **options):
@@ -163,7 +164,7 @@ def test_a_window_begins_where_the_last_segment_ended():
     found = writes.transcribe(42.5, on_segment=seen.append)
     assert found.segments == seen == [(0.0, 12.5, " you"), (13.0, 32.5, " say"), (33.0, 42.5, " it")]
     assert found.text == "you say it"
-    spectrum = sound.spectrogram(torch.nn.functional.pad(writes.samples, (0, 480_000)), 10)
+    spectrum = sound.compute_spectrogram(torch.nn.functional.pad(writes.samples, (0, 480_000)), 10)
     assert torch.equal(torch.stack(writes.read), torch.stack([spectrum[:, :3000], spectrum[:, 1250:4250]]))
 
 
@@ -315,7 +316,7 @@ def test_real_weights_equal_transformers(tmp_path):
     theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "x").eval()
     t = torch.arange(480_000) / 16_000
     samples = 0.3 * torch.sin(2 * torch.pi * (200 + 50 * t) * t) * (torch.sin(5 * t) > 0)
-    frames, targets = sound.spectrogram(samples, 80)[None], torch.tensor([[50257, 50362, 383, 1049]])
+    frames, targets = sound.compute_spectrogram(samples, 80)[None], torch.tensor([[50257, 50362, 383, 1049]])
     with torch.no_grad():
         expected = theirs(input_features=frames, decoder_input_ids=targets).logits
         torch.testing.assert_close(ours(frames, targets), expected, rtol=1e-3, atol=1e-3)

@@ -43,7 +43,7 @@ def test_text():
     learned, held_out = text.split()
     tokenizer = Tokenizer.train(learned, text.VOCAB)
     alone = ngram.KneserNey(np.array(tokenizer.encode(learned)), tokenizer.size, order=1)
-    p = alone.probabilities(np.array(tokenizer.encode(held_out)))
+    p = alone.compute_probabilities(np.array(tokenizer.encode(held_out)))
     frequencies = -np.log2(p).sum() / len(held_out.encode())
     assert result["five_grams_of_tokens"] < result["bits_per_byte"] < 0.95 * frequencies
     assert result["five_grams_of_tokens"] == pytest.approx(1.517, abs=1e-3)
@@ -126,9 +126,9 @@ def test_kneser_ney_is_a_distribution(order):
     tokens = np.minimum(rng.geometric(0.3, 2000) - 1, 9)
     model = ngram.KneserNey(tokens, vocab_size=11, order=order)
     for context in ([0, 1], [9, 9], [10, 3], [10, 10]):
-        total = sum(model.probabilities(np.array([*context, token]))[-1] for token in range(11))
+        total = sum(model.compute_probabilities(np.array([*context, token]))[-1] for token in range(11))
         assert total == pytest.approx(1)
-    assert model.probabilities(np.array([0, 0, 0]))[-1] > model.probabilities(np.array([0, 0, 9]))[-1]
+    assert model.compute_probabilities(np.array([0, 0, 0]))[-1] > model.compute_probabilities(np.array([0, 0, 9]))[-1]
 
 
 def test_kneser_ney_by_hand():
@@ -143,7 +143,7 @@ def test_kneser_ney_by_hand():
     unigram = (1 - lower_one + 3 * lower_one / 3) / 3
     b_after_a = (2 - two + (one + two) * unigram) / 3
     c_after_a = (1 - one + (one + two) * unigram) / 3
-    found = [model.probabilities(np.array([0, token]))[1] for token in (1, 2)]
+    found = [model.compute_probabilities(np.array([0, token]))[1] for token in (1, 2)]
     assert found == pytest.approx([b_after_a, c_after_a])
 
 

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, processors
 
 from model.io import gguf_file, gguf_tokenizer
 from model.io.packages import KNOWN, locate
-from model.io.tokenizer import Tokenizer, byte_alphabet
+from model.io.tokenizer import Tokenizer, make_byte_alphabet
 from tests.packages import needs_gpt2_vocabulary, needs_smollm2
 
 
@@ -250,7 +250,7 @@ def test_files_that_are_cut_off(tmp_path):
 
 
 def test_byte_alphabet():
-    alphabet = byte_alphabet()
+    alphabet = make_byte_alphabet()
     assert len(set(alphabet.values())) == 256
     assert alphabet[ord(" ")] == "Ġ"
 

@@ -133,7 +133,7 @@ def test_label_smoothing():
     logits, targets = torch.randn(5, 31), torch.tensor([3, -100, 7, 30, 0])
     logs = logits.log_softmax(-1)
     expected = torch.stack([-0.9 * logs[i, t] - 0.1 * logs[i].mean() for i, t in enumerate(targets) if t >= 0]).mean()
-    torch.testing.assert_close(heads.loss(CONFIG, logits, targets, 0.1), expected)
+    torch.testing.assert_close(heads.compute_loss(CONFIG, logits, targets, 0.1), expected)
 
 
 def test_label_smoothing_of_answers():
@@ -142,14 +142,14 @@ def test_label_smoothing_of_answers():
     logs = logits.log_softmax(1)
     each = [-0.9 * logs[i, t, side] - 0.1 * logs[i, :, side].mean()
             for i, row in enumerate(targets) for side, t in enumerate(row) if t >= 0]  # fmt: skip
-    torch.testing.assert_close(heads.loss(config, logits, targets, 0.1), torch.stack(each).mean())
+    torch.testing.assert_close(heads.compute_loss(config, logits, targets, 0.1), torch.stack(each).mean())
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
 def test_label_smoothing_of_what_has_no_classes_is_refused(problem_type):
     config = replace(CONFIG, lm_head=False, task="classify", labels=("a",), problem_type=problem_type)
     with pytest.raises(ValueError, match=f"label_smoothing must be 0 for problem_type '{problem_type}', got 0.1"):
-        heads.loss(config, torch.zeros(3, 1), torch.zeros(3, 1), 0.1)
+        heads.compute_loss(config, torch.zeros(3, 1), torch.zeros(3, 1), 0.1)
 
 
 def test_targets_of_several_labels_that_do_not_count():
@@ -158,7 +158,7 @@ def test_targets_of_several_labels_that_do_not_count():
     )
     logits, targets = torch.randn(2, 2), torch.tensor([[1, -100], [0, 1]])
     each = torch.stack([-logits[0, 0].sigmoid().log(), -(-logits[1, 0]).sigmoid().log(), -logits[1, 1].sigmoid().log()])
-    torch.testing.assert_close(heads.loss(config, logits, targets), each.mean())
+    torch.testing.assert_close(heads.compute_loss(config, logits, targets), each.mean())
 
 
 def test_a_number_of_minus_100_counts():
