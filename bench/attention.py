@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import flashattn
 
 from .environment import describe_environment
-from .measure import Pair, max_error, measure_pair
+from .measure import Pair, compute_max_error, measure_pair
 from .table import collect, make_console, make_table
 
 
@@ -85,7 +85,7 @@ def choose_backend(q: torch.Tensor) -> str:
 
 def make_result(case: Case, q, ours, theirs, truth, times: Pair) -> Result:
     """Of several results the largest error counts."""
-    error, their_error = (max(map(max_error, results, truth)) for results in (ours, theirs))
+    error, their_error = (max(map(compute_max_error, results, truth)) for results in (ours, theirs))
     last_place = torch.finfo(q.dtype).eps * max(t.abs().max().item() for t in truth)
     return Result(case, choose_backend(q), error, their_error, last_place, times)
 

@@ -35,12 +35,12 @@ class CompiledKernel(NamedTuple):
 
 def make_calls(names: list[str]) -> list[Call]:
     """Calls that launch the project's kernels, at the sizes of a common model."""
-    heads = {d: launches.attention((1, 4, 1024, d), causal=True, backward=True) for d in (64, 128)}
+    heads = {d: launches.make_attention((1, 4, 1024, d), causal=True, backward=True) for d in (64, 128)}
     found = {
         "attention": [Call(f"head_dim {d}", work.run) for d, work in heads.items()],
-        "norm": [Call(f"{'rms' if rms else 'layer'} 4096", launches.norm((64, 4096), backward=True, rms=rms).run)
+        "norm": [Call(f"{'rms' if rms else 'layer'} 4096", launches.make_norm((64, 4096), backward=True, rms=rms).run)
                  for rms in (False, True)],
-        "decode": [Call("head_dim 128", launches.decode((4, 8, 512, 128)).run)],
+        "decode": [Call("head_dim 128", launches.make_decode((4, 8, 512, 128)).run)],
     }  # fmt: skip
     return [call for name in names for call in found[name]]
 

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product
 
 import flashattn
 
-from .measure import Pair, max_error, measure_pair
+from .measure import Pair, compute_max_error, measure_pair
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def call_in_float64(call: Callable[..., object], *inputs: Tensor) -> object:
         return call(*(x.double() for x in inputs))
 
 
-def attention_calls(q: Tensor, k: Tensor, v: Tensor, theirs: Callable[[], Tensor], **options) -> Calls:
+def make_attention_calls(q: Tensor, k: Tensor, v: Tensor, theirs: Callable[[], Tensor], **options) -> Calls:
     return Calls(
         lambda: flashattn.attention(q, k, v, **options),
         theirs,
@@ -96,10 +96,12 @@ def attention_calls(q: Tensor, k: Tensor, v: Tensor, theirs: Callable[[], Tensor
     )
 
 
-def forward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], causal: bool = False) -> Case:
+def make_forward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], causal: bool = False) -> Case:
     def prepare(d: torch.dtype) -> Calls:
         q, k, v = make_inputs(d, shape, shape, shape)
-        return attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, is_causal=causal), causal=causal)
+        return make_attention_calls(
+            q, k, v, lambda: scaled_dot_product_attention(q, k, v, is_causal=causal), causal=causal
+        )
 
     return Case(f"forward {name}", dtype, target, count_attention_flops(shape, causal), "GFLOP/s", prepare)
 
@@ -115,7 +117,7 @@ def make_backward(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tenso
     return lambda: torch.autograd.grad(out, inputs, grad.to(out), retain_graph=True)
 
 
-def gradient_calls(ours: Callable, theirs: Callable, inputs: list[Tensor], grad: Tensor) -> Calls:
+def make_gradient_calls(ours: Callable, theirs: Callable, inputs: list[Tensor], grad: Tensor) -> Calls:
     def truth():
         with flashattn.use_backend("reference"):
             return list(make_backward(ours, [x.double() for x in inputs], grad)())
@@ -123,10 +125,10 @@ def gradient_calls(ours: Callable, theirs: Callable, inputs: list[Tensor], grad:
     return Calls(make_backward(ours, inputs, grad), make_backward(theirs, inputs, grad), truth, list)
 
 
-def backward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], causal: bool = False) -> Case:
+def make_backward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], causal: bool = False) -> Case:
     def prepare(d: torch.dtype) -> Calls:
         *inputs, grad = make_inputs(d, shape, shape, shape, shape)
-        return gradient_calls(
+        return make_gradient_calls(
             lambda *x: flashattn.attention(*x, causal=causal),
             lambda *x: scaled_dot_product_attention(*x, is_causal=causal),
             inputs,
@@ -136,41 +138,43 @@ def backward_case(name: str, dtype: str, target: float, shape: tuple[int, ...], 
     return Case(f"backward {name}", dtype, target, 2.5 * count_attention_flops(shape, causal), "GFLOP/s", prepare)
 
 
-def strided_case(dtype: str, shape: tuple[int, ...]) -> Case:
+def make_strided_case(dtype: str, shape: tuple[int, ...]) -> Case:
     """Ours on views of (batch, seq, heads, dim) memory against ours on contiguous tensors."""
 
     def prepare(d: torch.dtype) -> Calls:
         q, k, v = make_inputs(d, shape, shape, shape)
         views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-        return attention_calls(*views, lambda: flashattn.attention(q, k, v))
+        return make_attention_calls(*views, lambda: flashattn.attention(q, k, v))
 
     return Case("strided, to contiguous", dtype, 0.95, count_attention_flops(shape, False), "GFLOP/s", prepare)
 
 
-def decode_case(dtype: str, target: float, seq: int, folded: bool = False) -> Case:
+def make_decode_case(dtype: str, target: float, seq: int, folded: bool = False) -> Case:
     """One new token of 32 query heads over 8 cached key/value heads."""
     heads, kv_heads, head_dim = 32, 8, 128
 
     def prepare(d: torch.dtype) -> Calls:
         q, k, v = make_inputs(d, (1, heads, 1, head_dim), *[(1, kv_heads, seq, head_dim)] * 2)
         if not folded:
-            return attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+            return make_attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
         rows = q.view(1, kv_heads, heads // kv_heads, head_dim)
-        return attention_calls(q, k, v, lambda: scaled_dot_product_attention(rows, k, v).view(q.shape))
+        return make_attention_calls(q, k, v, lambda: scaled_dot_product_attention(rows, k, v).view(q.shape))
 
     size = 2 * kv_heads * seq * head_dim * getattr(torch, dtype).itemsize
     name = f"decode, {seq // 1024}k keys" + ", to folded" * folded
     return Case(name, dtype, target, size, "GB/s", prepare)
 
 
-def window_case(dtype: str, target: float, shape: tuple[int, ...], left: int) -> Case:
+def make_window_case(dtype: str, target: float, shape: tuple[int, ...], left: int) -> Case:
     batch, heads, seq, head_dim = shape
 
     def prepare(d: torch.dtype) -> Calls:
         q, k, v = make_inputs(d, shape, shape, shape)
         i, j = torch.arange(seq)[:, None], torch.arange(seq)
         mask = (j <= i) & (j >= i - left)
-        return attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask), window=(left, 0))
+        return make_attention_calls(
+            q, k, v, lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask), window=(left, 0)
+        )
 
     pairs = seq * (left + 1) - left * (left + 1) // 2
     return Case(f"window ({left}, 0) of {seq}", dtype, target, 4 * batch * heads * pairs * head_dim, "GFLOP/s", prepare)
@@ -179,7 +183,7 @@ def window_case(dtype: str, target: float, shape: tuple[int, ...], left: int) ->
 LENGTHS = (64, 1024, 128, 512, 96, 768, 256, 384)
 
 
-def mixed_lengths_case(dtype: str, target: float, packed: bool, heads: int = 8, head_dim: int = 64) -> Case:
+def make_mixed_lengths_case(dtype: str, target: float, packed: bool, heads: int = 8, head_dim: int = 64) -> Case:
     """Ours padded or packed; PyTorch gets the padded batch and a key mask."""
     shape = (len(LENGTHS), heads, max(LENGTHS), head_dim)
 
@@ -192,7 +196,7 @@ def mixed_lengths_case(dtype: str, target: float, packed: bool, heads: int = 8, 
             return scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
 
         if not packed:
-            calls = attention_calls(q, k, v, theirs, q_lengths=lengths, kv_lengths=lengths)
+            calls = make_attention_calls(q, k, v, theirs, q_lengths=lengths, kv_lengths=lengths)
             return calls._replace(extract=lambda out: [out * valid[:, None, :, None]])
         rows = [x.transpose(1, 2)[valid] for x in (q, k, v)]
         starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
@@ -209,7 +213,7 @@ def mixed_lengths_case(dtype: str, target: float, packed: bool, heads: int = 8, 
     return Case(f"lengths 64 to 1024, {'packed' if packed else 'padded'}", dtype, target, work, "GFLOP/s", prepare)
 
 
-def paged_decode_case(dtype: str, target: float, seq: int, page_size: int) -> Case:
+def make_paged_decode_case(dtype: str, target: float, seq: int, page_size: int) -> Case:
     """One new token against a cache in shuffled pages; PyTorch reads a contiguous one."""
     heads, kv_heads, head_dim = 32, 8, 128
 
@@ -224,14 +228,14 @@ def paged_decode_case(dtype: str, target: float, seq: int, page_size: int) -> Ca
         def ours() -> Tensor:
             return flashattn.decode(q, batch)
 
-        calls = attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        calls = make_attention_calls(q, k, v, lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
         return calls._replace(ours=ours)
 
     size = 2 * kv_heads * seq * head_dim * getattr(torch, dtype).itemsize
     return Case(f"decode, {seq // 1024}k keys, pages of {page_size}", dtype, target, size, "GB/s", prepare)
 
 
-def threads_case(dtype: str, target: float, shape: tuple[int, ...]) -> Case:
+def make_threads_case(dtype: str, target: float, shape: tuple[int, ...]) -> Case:
     """All threads against one."""
 
     def prepare(d: torch.dtype) -> Calls:
@@ -245,7 +249,7 @@ def threads_case(dtype: str, target: float, shape: tuple[int, ...]) -> Case:
             finally:
                 torch.set_num_threads(every)
 
-        return attention_calls(q, k, v, lambda: on(1))._replace(ours=lambda: on(every))
+        return make_attention_calls(q, k, v, lambda: on(1))._replace(ours=lambda: on(every))
 
     name = f"{torch.get_num_threads()} threads, to one"
     return Case(name, dtype, target, count_attention_flops(shape, False), "GFLOP/s", prepare)
@@ -254,7 +258,9 @@ def threads_case(dtype: str, target: float, shape: tuple[int, ...]) -> Case:
 # ------------------------------------------------------------------------------------------------ norms
 
 
-def norm_case(name: str, dtype: str, target: float, ours: Callable, theirs: Callable, inputs: int, moved: int) -> Case:
+def make_norm_case(
+    name: str, dtype: str, target: float, ours: Callable, theirs: Callable, inputs: int, moved: int
+) -> Case:
     """`inputs` tensors of (4096, 1024), then weight and bias; `moved`: how many of that size are read or written."""
     rows, width = 4096, 1024
 
@@ -266,12 +272,12 @@ def norm_case(name: str, dtype: str, target: float, ours: Callable, theirs: Call
     return Case(name, dtype, target, moved * rows * width * getattr(torch, dtype).itemsize, "GB/s", prepare)
 
 
-def norm_backward_case(name: str, dtype: str, target: float, ours: Callable, theirs: Callable) -> Case:
+def make_norm_backward_case(name: str, dtype: str, target: float, ours: Callable, theirs: Callable) -> Case:
     rows, width = 4096, 1024
 
     def prepare(d: torch.dtype) -> Calls:
         *inputs, grad = make_inputs(d, (rows, width), (width,), (width,), (rows, width))
-        return gradient_calls(ours, theirs, inputs, grad)
+        return make_gradient_calls(ours, theirs, inputs, grad)
 
     return Case(name, dtype, target, 3 * rows * width * getattr(torch, dtype).itemsize, "GB/s", prepare)
 
@@ -300,7 +306,7 @@ def our_add_rms_norm(x, residual, weight, _):
 # ------------------------------------------------------------------------------------------------ linear layers
 
 
-def linear_case(dtype: str, target: float, rows: int, width: int, outputs: int) -> Case:
+def make_linear_case(dtype: str, target: float, rows: int, width: int, outputs: int) -> Case:
     """The product of a decode step, of one sequence or several."""
 
     def prepare(d: torch.dtype) -> Calls:
@@ -322,43 +328,43 @@ BIG, WIDE, SHORT = (1, 8, 2048, 64), (1, 8, 2048, 128), (1, 8, 512, 64)
 # The targets were set for a processor with 2 AVX-512 FMAs a cycle, on which torch's attention reaches a third of the
 # peak. `Result.roofline` is the most that is possible on this machine.
 CASES = [
-    forward_case("2048, head_dim 64", "float32", 2.4, BIG),
-    forward_case("2048, head_dim 128", "float32", 2.4, WIDE),
-    forward_case("2048, head_dim 64", "bfloat16", 4.2, BIG),
-    forward_case("2048, head_dim 128", "bfloat16", 4.2, WIDE),
-    forward_case("2048, head_dim 64", "float16", 3.5, BIG),
-    forward_case("2048, head_dim 128", "float16", 3.5, WIDE),
-    forward_case("causal 2048", "float32", 2.5, BIG, causal=True),
-    forward_case("causal 2048", "bfloat16", 5, BIG, causal=True),
-    forward_case("causal 512", "float32", 3.5, SHORT, causal=True),
-    forward_case("causal 512", "bfloat16", 6, SHORT, causal=True),
-    forward_case("64 tokens, whole call", "float32", 2, (1, 8, 64, 64)),
-    backward_case("2048", "float32", 2.4, BIG),
-    backward_case("2048", "bfloat16", 2.8, BIG),
-    backward_case("causal 2048", "float32", 2.9, BIG, causal=True),
-    backward_case("causal 2048", "bfloat16", 3.3, BIG, causal=True),
-    strided_case("float32", BIG),
-    strided_case("bfloat16", BIG),
-    decode_case("float32", 2.5, 8192),
-    decode_case("bfloat16", 20, 8192),
-    decode_case("bfloat16", 2.8, 32768, folded=True),
-    paged_decode_case("float32", 2.5, 8192, 16),
-    paged_decode_case("bfloat16", 20, 8192, 16),
-    window_case("float32", 8, (1, 2, 8192, 64), 512),
-    mixed_lengths_case("float32", 3, packed=False),
-    mixed_lengths_case("float32", 3, packed=True),
-    threads_case("float32", 1.85, BIG),
-    norm_case("layer_norm", "float32", 1.6, flashattn.layer_norm, torch_layer_norm, 1, 2),
-    norm_case("layer_norm", "bfloat16", 2.3, flashattn.layer_norm, torch_layer_norm, 1, 2),
-    norm_case("rms_norm", "float32", 4, our_rms_norm, torch_rms_norm, 1, 2),
-    norm_case("rms_norm", "bfloat16", 15, our_rms_norm, torch_rms_norm, 1, 2),
-    norm_case("add + rms_norm", "bfloat16", 5, our_add_rms_norm, torch_add_rms_norm, 2, 4),
-    norm_backward_case("layer_norm backward", "float32", 1.3, flashattn.layer_norm, torch_layer_norm),
-    norm_backward_case("layer_norm backward", "bfloat16", 2.2, flashattn.layer_norm, torch_layer_norm),
-    linear_case("float32", 1, 1, 576, 49152),  # SmolLM2's head
-    linear_case("bfloat16", 1, 1, 576, 49152),
-    linear_case("float32", 1, 16, 576, 49152),
-    linear_case("bfloat16", 1, 16, 576, 49152),
+    make_forward_case("2048, head_dim 64", "float32", 2.4, BIG),
+    make_forward_case("2048, head_dim 128", "float32", 2.4, WIDE),
+    make_forward_case("2048, head_dim 64", "bfloat16", 4.2, BIG),
+    make_forward_case("2048, head_dim 128", "bfloat16", 4.2, WIDE),
+    make_forward_case("2048, head_dim 64", "float16", 3.5, BIG),
+    make_forward_case("2048, head_dim 128", "float16", 3.5, WIDE),
+    make_forward_case("causal 2048", "float32", 2.5, BIG, causal=True),
+    make_forward_case("causal 2048", "bfloat16", 5, BIG, causal=True),
+    make_forward_case("causal 512", "float32", 3.5, SHORT, causal=True),
+    make_forward_case("causal 512", "bfloat16", 6, SHORT, causal=True),
+    make_forward_case("64 tokens, whole call", "float32", 2, (1, 8, 64, 64)),
+    make_backward_case("2048", "float32", 2.4, BIG),
+    make_backward_case("2048", "bfloat16", 2.8, BIG),
+    make_backward_case("causal 2048", "float32", 2.9, BIG, causal=True),
+    make_backward_case("causal 2048", "bfloat16", 3.3, BIG, causal=True),
+    make_strided_case("float32", BIG),
+    make_strided_case("bfloat16", BIG),
+    make_decode_case("float32", 2.5, 8192),
+    make_decode_case("bfloat16", 20, 8192),
+    make_decode_case("bfloat16", 2.8, 32768, folded=True),
+    make_paged_decode_case("float32", 2.5, 8192, 16),
+    make_paged_decode_case("bfloat16", 20, 8192, 16),
+    make_window_case("float32", 8, (1, 2, 8192, 64), 512),
+    make_mixed_lengths_case("float32", 3, packed=False),
+    make_mixed_lengths_case("float32", 3, packed=True),
+    make_threads_case("float32", 1.85, BIG),
+    make_norm_case("layer_norm", "float32", 1.6, flashattn.layer_norm, torch_layer_norm, 1, 2),
+    make_norm_case("layer_norm", "bfloat16", 2.3, flashattn.layer_norm, torch_layer_norm, 1, 2),
+    make_norm_case("rms_norm", "float32", 4, our_rms_norm, torch_rms_norm, 1, 2),
+    make_norm_case("rms_norm", "bfloat16", 15, our_rms_norm, torch_rms_norm, 1, 2),
+    make_norm_case("add + rms_norm", "bfloat16", 5, our_add_rms_norm, torch_add_rms_norm, 2, 4),
+    make_norm_backward_case("layer_norm backward", "float32", 1.3, flashattn.layer_norm, torch_layer_norm),
+    make_norm_backward_case("layer_norm backward", "bfloat16", 2.2, flashattn.layer_norm, torch_layer_norm),
+    make_linear_case("float32", 1, 1, 576, 49152),  # SmolLM2's head
+    make_linear_case("bfloat16", 1, 1, 576, 49152),
+    make_linear_case("float32", 1, 16, 576, 49152),
+    make_linear_case("bfloat16", 1, 16, 576, 49152),
 ]
 
 
@@ -374,7 +380,7 @@ def run(case: Case, ceiling: dict[str, float], seconds: float) -> Result:
         times = measure_pair(calls.ours, calls.theirs, CPU, seconds)
         truth = calls.truth()
         ours, theirs = (calls.extract(call()) for call in (calls.ours, calls.theirs))
-    error, their_error = (max(map(max_error, results, truth)) for results in (ours, theirs))
+    error, their_error = (max(map(compute_max_error, results, truth)) for results in (ours, theirs))
     last_place = torch.finfo(dtype).eps * max(t.abs().max().item() for t in truth)
     return Result(
         case, times, case.work / times.ours / 1e9, ceiling["GB/s" if case.unit == "GB/s" else case.dtype],

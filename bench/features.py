@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import flashattn
 
 from .environment import describe_environment
-from .measure import Pair, max_error, measure_pair
+from .measure import Pair, compute_max_error, measure_pair
 from .table import collect, make_console, make_table
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def measure_error(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, options: dict) 
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
         truth_forward, truth_backward = make_calls(*wide, grad.double(), exact)
         truth = [truth_forward(), *truth_backward()]
-    return max(max_error(x, t) for x, t in zip([forward(), *backward()[:3]], truth, strict=True))
+    return max(compute_max_error(x, t) for x, t in zip([forward(), *backward()[:3]], truth, strict=True))
 
 
 def is_float(x) -> bool:

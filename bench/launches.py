@@ -19,7 +19,7 @@ class Work(NamedTuple):
     truth: Callable[[], dict[str, torch.Tensor]]
 
 
-def attention(shape, dtype=torch.bfloat16, causal=False, backward=False) -> Work:
+def make_attention(shape, dtype=torch.bfloat16, causal=False, backward=False) -> Work:
     batch, heads, seq, head_dim = shape
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(batch, heads, seq, head_dim).to(dtype) for _ in range(4))
@@ -33,11 +33,11 @@ def attention(shape, dtype=torch.bfloat16, causal=False, backward=False) -> Work
             results |= dict(zip(("grad_q", "grad_k", "grad_v"), gradients, strict=True))
         return results
 
-    text = f"attention of ({', '.join(map(str, shape))}), {dtype_name(dtype)}{', causal' if causal else ''}"
+    text = f"attention of ({', '.join(map(str, shape))}), {name_dtype(dtype)}{', causal' if causal else ''}"
     return Work(text, run, lambda: run(torch.float64))
 
 
-def norm(shape, dtype=torch.bfloat16, backward=False, rms=False) -> Work:
+def make_norm(shape, dtype=torch.bfloat16, backward=False, rms=False) -> Work:
     rows, cols = shape
     torch.manual_seed(0)
     x, weight, grad = torch.randn(rows, cols).to(dtype), torch.randn(cols).to(dtype), torch.randn(rows, cols).to(dtype)
@@ -50,11 +50,11 @@ def norm(shape, dtype=torch.bfloat16, backward=False, rms=False) -> Work:
             results |= dict(zip(("grad_x", "grad_weight"), torch.autograd.grad(y, inputs, grad.to(y)), strict=True))
         return results
 
-    text = f"{'rms_norm' if rms else 'layer_norm'} of ({rows}, {cols}), {dtype_name(dtype)}"
+    text = f"{'rms_norm' if rms else 'layer_norm'} of ({rows}, {cols}), {name_dtype(dtype)}"
     return Work(text, run, lambda: run(torch.float64))
 
 
-def decode(shape, dtype=torch.bfloat16) -> Work:
+def make_decode(shape, dtype=torch.bfloat16) -> Work:
     """One new token of each sequence against a cache of `seq`, rotated."""
     batch, heads, seq, head_dim = shape
     torch.manual_seed(0)
@@ -72,8 +72,8 @@ def decode(shape, dtype=torch.bfloat16) -> Work:
         out = flashattn.decode(q.to(kind), cache, k[:, :, -1:].to(kind), v[:, :, -1:].to(kind), rotary)
         return {"out": out}
 
-    return Work(f"decode of ({', '.join(map(str, shape))}), {dtype_name(dtype)}", run, lambda: run(torch.float64))
+    return Work(f"decode of ({', '.join(map(str, shape))}), {name_dtype(dtype)}", run, lambda: run(torch.float64))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

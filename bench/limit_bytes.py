@@ -41,7 +41,7 @@ def measure_norm(width: int, rms: bool) -> dict[str, float]:
     """Ratio by pass, of rows only: they exceed any cache."""
     torch.use_deterministic_algorithms(False)
     with ptx.device("sm_90") as gpu, flashattn.use_backend("triton"):
-        launches.norm((max(1, 2**15 // width), width), backward=True, rms=rms).run()
+        launches.make_norm((max(1, 2**15 // width), width), backward=True, rms=rms).run()
     return {direction: moved.moved for direction, moved in count_norm_bytes(gpu.launches).items()}
 
 

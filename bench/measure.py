@@ -61,6 +61,6 @@ def measure_pair(
     )
 
 
-def max_error(x: torch.Tensor, truth: torch.Tensor) -> float:
+def compute_max_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest absolute difference; 0 for an empty tensor."""
     return (x.double() - truth.double()).abs().max().item() if x.numel() else 0.0

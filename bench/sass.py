@@ -51,7 +51,7 @@ class Loop(NamedTuple):
         return (self.instructions - self.tensor_instructions) / self.flops * 1024
 
 
-def tensor_flops(name: str) -> int | None:
+def count_tensor_flops(name: str) -> int | None:
     """FLOPs of an instruction per warp: HMMA.16816 is m16n8k16 of one warp, HGMMA.64x128x16 of four."""
     if match := re.search(r"\.(\d+)x(\d+)x(\d+)", name):
         m, n, k = (int(x) for x in match.groups())
@@ -80,7 +80,7 @@ def find_tensor_loops(sass: str) -> list[Loop]:
         has_inner = any(TENSOR.match(x.name) for s in inner for x in code[s[0] : s[1] + 1])
         if not tensor or has_inner:
             continue
-        flops = [tensor_flops(name) for name in tensor]
+        flops = [count_tensor_flops(name) for name in tensor]
         total = None if None in flops else sum(flops)
         mix = dict(Counter(classify(name) for name in names).most_common())
         loops.append(Loop(code[start].address, len(names), mix, len(tensor), total))
@@ -105,7 +105,7 @@ def split_roles(sass: str) -> list[list[Instruction]]:
     return parts
 
 
-def max_register(code: list[Instruction]) -> int:
+def find_max_register(code: list[Instruction]) -> int:
     return max((int(number) for x in code for number in REGISTER.findall(x.rest)), default=-1)
 
 

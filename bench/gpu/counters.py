@@ -46,12 +46,12 @@ class Quantity(NamedTuple):
 QUANTITIES = [
     Quantity(
         "warp instructions", ("smsp__inst_executed.sum",),
-        lambda c: c.total("issued") - c.by_pipe()["move"],
+        lambda c: c.total("issued") - c.sum_by_pipe()["move"],
         "not comparable: SASS against PTX without its moves",
     ),
     Quantity(
         "tensor instructions", ("sm__inst_executed_pipe_tensor_op_hmma.sum",),
-        lambda c: c.by_pipe()["tensor"],
+        lambda c: c.sum_by_pipe()["tensor"],
         "comparable: an mma is one HMMA, a wgmma of a warp one HGMMA, which ncu counts there too",
     ),
     Quantity(

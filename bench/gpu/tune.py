@@ -81,7 +81,7 @@ KERNELS = {
 def choose_sizes(row: Row, rehearse: bool) -> tuple[Size, Size]:
     """(checked, timed). Timed: 16,384 tokens of hidden size 2,048; a token of each of 64 sequences of 4,096."""
     if rehearse:
-        tokens = min_side(find_tiles(row)) + 2  # more than a tile
+        tokens = find_min_side(find_tiles(row)) + 2  # more than a tile
         size = Size(1, 2, 1, 1 if row.direction == "decode" else tokens, tokens)
         return size, size
     if row.direction == "decode":
@@ -128,7 +128,7 @@ def find_tiles(row: Row) -> tune.Row:
     return configs.choose_tiles(row.direction, (row.head_dim, row.head_dim), 2)
 
 
-def min_side(tiles: tune.Row) -> int:
+def find_min_side(tiles: tune.Row) -> int:
     return min(tiles.owned, tiles.block) if isinstance(tiles, Roles) else min(tiles.block_m, tiles.block_n)
 
 

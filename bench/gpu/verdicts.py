@@ -30,15 +30,15 @@ def judge(results: list[Tensor], truth: Truth) -> Verdict:
 def judge_one(x: Tensor, theirs: Tensor, exact: Tensor) -> Verdict:
     eps = torch.finfo(x.dtype).eps
     ours, theirs = x.double() - exact, theirs.double() - exact
-    error, allowed = rms(ours), 2 * rms(theirs) + eps * rms(exact)
-    largest = 10 * max_abs(theirs) + eps * max_abs(exact)
+    error, allowed = compute_rms(ours), 2 * compute_rms(theirs) + eps * compute_rms(exact)
+    largest = 10 * find_max_abs(theirs) + eps * find_max_abs(exact)
     # A comparison with NaN is false, so NaN is wrong.
-    return Verdict(error, allowed, bool(error <= allowed and max_abs(ours) <= largest))
+    return Verdict(error, allowed, bool(error <= allowed and find_max_abs(ours) <= largest))
 
 
-def rms(x: Tensor) -> float:
+def compute_rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def max_abs(x: Tensor) -> float:
+def find_max_abs(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0

@@ -93,10 +93,10 @@ def make_work(args) -> launches.Work | None:
     shape = parse_shape(args)
     dtype = getattr(torch, args.dtype)
     if args.what == "attention":
-        return launches.attention(shape, dtype, args.causal, args.backward)
+        return launches.make_attention(shape, dtype, args.causal, args.backward)
     if args.what == "norm":
-        return launches.norm(shape, dtype, args.backward, args.rms)
-    return launches.decode(shape, dtype)
+        return launches.make_norm(shape, dtype, args.backward, args.rms)
+    return launches.make_decode(shape, dtype)
 
 
 def make_call(args):

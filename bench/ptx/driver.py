@@ -34,7 +34,7 @@ from .machine.execute import MAX_INSTRUCTIONS, execute
 from .memory.extents import TensorExtent, make_extent, unwrap_tensor
 from .memory.tensor_maps import encode_map
 from .memory.uninitialised import UninitialisedMemory
-from .rates import bounds, find_gpu
+from .rates import compute_bounds, find_gpu
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 # Since Triton 3.8 it takes a third argument, which it does not use.
@@ -107,7 +107,7 @@ class Device(NoDriver, GPUDriver):
         def once(call, *, quantiles, **_):
             before = len(self.launches)
             call()
-            least = [bounds(x.counts, x.architecture, x.blocks)[0].microseconds for x in self.launches[before:]]
+            least = [compute_bounds(x.counts, x.architecture, x.blocks)[0].microseconds for x in self.launches[before:]]
             return [sum(least) / 1e3] * len(quantiles)
 
         return once

@@ -18,8 +18,8 @@ SETTINGS = ("highest", "high", "medium")  # of torch.set_float32_matmul_precisio
 def measure_errors(shape: tuple[int, ...], architecture: str, setting: str) -> dict[str, float]:
     """The largest error of each result: attention, its gradients, and one decode step on a cache of that length."""
     found = {}
-    calls = {"": launches.attention(shape, torch.float32, backward=True)}
-    calls["decode"] = launches.decode(shape, torch.float32)
+    calls = {"": launches.make_attention(shape, torch.float32, backward=True)}
+    calls["decode"] = launches.make_decode(shape, torch.float32)
     for call, work in calls.items():
         with flashattn.use_backend("reference"):
             truth = work.truth()

@@ -53,7 +53,7 @@ class Bound(NamedTuple):
     microseconds: float
 
 
-def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
+def compute_bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     """The lower bounds on the time of a launch by each resource, the longest first.
 
     Work inside an SM is that of the fullest one if the blocks are distributed evenly: a launch of one block cannot use
@@ -64,7 +64,7 @@ def bounds(counts: Counts, architecture: str, blocks: int) -> list[Bound]:
     gpu = find_gpu(architecture)
     share = -(-blocks // gpu.sms) / max(blocks, 1)  # of all work, on the fullest SM
     clock = gpu.clock * 1e3  # clocks in a microsecond
-    pipes = counts.by_pipe()
+    pipes = counts.sum_by_pipe()
     issued = counts.total("issued") - pipes["move"]
     found = [Bound("issue", f"{issued:,} warp instructions", issued * share / gpu.issue / clock)]
     for name in ("fma", "alu", "special", "memory"):

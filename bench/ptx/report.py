@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .frontend.syntax import Location
 from .machine.counts import PIPES, Counts, Launch, find_pipe
-from .rates import bounds, find_gpu
+from .rates import compute_bounds, find_gpu
 
 TRITON = "/triton/language/"  # Triton's own functions, in any environment
 CONTEXT_LINES = 2  # lines shown around a counted one
@@ -41,14 +41,14 @@ def sum_by_line(counts: Counts) -> dict[tuple[str, int], dict[str, int]]:
 def make_record(launch: Launch) -> dict[str, object]:
     """A launch as a JSON object."""
     counts, blocks = launch.counts, launch.blocks
-    limits = bounds(counts, launch.architecture, blocks)
+    limits = compute_bounds(counts, launch.architecture, blocks)
     return {
         "kernel": launch.kernel, "architecture": launch.architecture, "grid": list(launch.grid),
         "threads": launch.threads, "shared_bytes": launch.shared_bytes,
         **{field: counts.total(field) for field in Counts.FIELDS}, "barriers": count_barriers(counts),
         "read_bytes": counts.read_bytes, "written_bytes": counts.written_bytes,
         "tensors": [tensor._asdict() for tensor in counts.tensors],
-        "pipes": counts.by_pipe(), "opcodes": counts.by_opcode(),
+        "pipes": counts.sum_by_pipe(), "opcodes": counts.sum_by_opcode(),
         "bounds_us": {b.name: b.microseconds for b in limits}, "bound": limits[0].name,
         "lines": {f"{Path(file).name}:{line}": sums for (file, line), sums in sum_by_line(counts).items()},
     }  # fmt: skip
@@ -56,7 +56,7 @@ def make_record(launch: Launch) -> dict[str, object]:
 
 def count_barriers(counts: Counts) -> int:
     """Arrivals of warps at barriers of the block."""
-    issued = counts.by_opcode()
+    issued = counts.sum_by_opcode()
     return sum(n for op, n in issued.items() if op.startswith(("bar.sync", "barrier.sync", "barrier.cta.sync")))
 
 
@@ -81,7 +81,7 @@ def print_launch(console: Console, launch: Launch) -> None:
         table.add_row(name, value, note)
     console.print(table)
     print_tensors(console, counts)
-    limits = bounds(counts, launch.architecture, blocks)
+    limits = compute_bounds(counts, launch.architecture, blocks)
     gpu = find_gpu(launch.architecture)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.title = f"lower bounds on {gpu.name} (no latency, no caches)"
@@ -109,7 +109,7 @@ def summarise(counts: Counts) -> list[tuple[str, str, str]]:
     sectors, moved = counts.total("global_sectors"), counts.total("global_bytes")
     wavefronts, ideal = counts.total("shared_wavefronts"), counts.total("shared_ideal")
     rows = [("warp instructions", f"{issued:,}", "")]
-    for name, n in counts.by_pipe().items():
+    for name, n in counts.sum_by_pipe().items():
         rows.append((f"  {name}", f"{n:,}", f"{n / max(issued, 1):.1%}"))
     rows += [
         ("tensor FLOP", f"{counts.total('flops'):,}", ""),
@@ -208,7 +208,7 @@ def render_page(launches: list[Launch], command: str) -> str:
 
 def render_launch(launch: Launch) -> list[str]:
     counts, blocks = launch.counts, launch.blocks
-    limits = bounds(counts, launch.architecture, blocks)
+    limits = compute_bounds(counts, launch.architecture, blocks)
     gpu = find_gpu(launch.architecture)
     rows = "".join(
         f"<tr><td class='name'>{html.escape(a).replace('  ', '&emsp;')}<td>{b}<td class='name'>{html.escape(c)}"

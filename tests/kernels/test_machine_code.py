@@ -80,8 +80,8 @@ def test_registers_by_role(head_dim):
         producers = [x for x in parts if any(i.name.startswith("UTMALDG") for i in x)]
         assert len(consumers) == 2
         assert len(producers) == 1
-        assert max(map(sass.max_register, consumers)) < CONSUMER
-        assert sass.max_register(producers[0]) < PRODUCER
+        assert max(map(sass.find_max_register, consumers)) < CONSUMER
+        assert sass.find_max_register(producers[0]) < PRODUCER
 
 
 @pytest.mark.parametrize("direction, head_dim, row", CANDIDATES, ids=str)

@@ -21,7 +21,7 @@ TWICE = 5 / 3  # grad_y and hidden read twice, grad_x written
 
 def run(rows: int, width: int, dtype: torch.dtype, rms: bool):
     with ptx.device("sm_90") as gpu, flashattn.use_backend("triton"):
-        launches.norm((rows, width), dtype, backward=True, rms=rms).run()
+        launches.make_norm((rows, width), dtype, backward=True, rms=rms).run()
     return count_norm_bytes(gpu.launches)
 
 

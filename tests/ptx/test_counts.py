@@ -14,7 +14,7 @@ if INTERPRETED:
 
 from bench import limit_bytes, ptx
 from bench.ptx.driver import run_text
-from bench.ptx.rates import GPUS, bounds
+from bench.ptx.rates import GPUS, compute_bounds
 from bench.ptx.report import make_record, sum_by_line
 
 HEAD = """.target sm_80
@@ -66,7 +66,7 @@ def test_vector_copy(stride, offset, sectors):
     assert counts.total("global_bytes") == 2 * 512 * 4
     touched = {1: 512 // 8 + (offset > 0), 2: 128, 8: 512, 9: 512, 0: 1}[stride]
     assert (counts.read_bytes, counts.written_bytes) == (touched * 32, 512 * 4)
-    assert counts.by_pipe()["memory"] == 32
+    assert counts.sum_by_pipe()["memory"] == 32
     assert counts.total("issued") == 16 * (7 + 5 + 3 + 1)  # head, load, store, ret
 
 
@@ -113,7 +113,7 @@ def test_transpose_through_shared_memory(width, wavefronts):
     assert counts.total("shared_requests") == 64
     assert counts.total("shared_wavefronts") == 32 + 32 * wavefronts
     assert counts.total("shared_ideal") == 64
-    assert counts.by_opcode()["bar.sync"] == 32
+    assert counts.sum_by_opcode()["bar.sync"] == 32
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,14 @@ def test_reduction():
     x, out = make_aligned(128), make_aligned(1)
     counts = run(REDUCTION.replace("STEPS", steps), out, x)
     torch.testing.assert_close(out[0], x.sum())
-    opcodes = counts.by_opcode()
+    opcodes = counts.sum_by_opcode()
     assert opcodes["shfl.sync.bfly.b32"] == 4 * 5
     assert opcodes["add.f32"] == 4 * 5 + 3
     assert counts.total("divergent") == 1
     assert counts.total("shared_requests") == 4 + 1
     assert counts.total("shared_wavefronts") == 4 + 1
     assert counts.total("global_sectors") == 4 * 4 + 1
-    assert counts.by_pipe()["fma"] == 4 * (5 + 2) + 3  # with the multiply-add and the wide product of the addresses
+    assert counts.sum_by_pipe()["fma"] == 4 * (5 + 2) + 3  # with the multiply-add and the wide product of the addresses
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -187,9 +187,9 @@ def test_tensor_product(architecture):
     flops = 2 * 64 * 64 * 128
     assert counts.total("flops") == flops
     products = flops // 4096 if architecture == "sm_80" else 4 * flops // 131072  # of four warps
-    assert counts.by_pipe()["tensor"] == products
+    assert counts.sum_by_pipe()["tensor"] == products
     assert (counts.read_bytes, counts.written_bytes) == (2 * 64 * 128 * 2, 64 * 64 * 2)
-    tensor = next(b for b in bounds(counts, architecture, 1) if b.name == "tensor cores")
+    tensor = next(b for b in compute_bounds(counts, architecture, 1) if b.name == "tensor cores")
     gpu_rates = GPUS[architecture]
     assert tensor.microseconds == pytest.approx(flops / (gpu_rates.tensor["f16"] * 1e6 / gpu_rates.sms))
 

@@ -77,7 +77,7 @@ def test_matmul_of_8_bits_on_sm_89(dtypes):
     """mma.sync of fp8: sm_90 has wgmma for it, sm_80 neither."""
     with ptx.device("sm_89") as device:
         test_matmul(device, dtypes, (64, 64, 4))
-    assert any("m16n8k32" in op for op in device.launches[0].counts.by_opcode())
+    assert any("m16n8k32" in op for op in device.launches[0].counts.sum_by_opcode())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -104,7 +104,7 @@ def test_specialised_warps():
         kernels.matmul_specialised[(2, 2)](*maps, 128, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4)
     torch.testing.assert_close(c, (a.double() @ b.double()).half(), rtol=2e-3, atol=0.02)
     assert gpu.launches[0].threads == 384
-    assert any(op.startswith("setmaxnreg") for op in gpu.launches[0].counts.by_opcode())
+    assert any(op.startswith("setmaxnreg") for op in gpu.launches[0].counts.sum_by_opcode())
 
 
 def test_box_of_three_dimensions(gpu):

@@ -28,21 +28,21 @@ def inline_calls(kernel: Function, functions: dict[str, Function]) -> None:
     Calls of external functions such as `__assertfail` stay (`instructions/external_calls.py`)."""
     calls = 0
     while True:
-        at = next((i for i, x in enumerate(kernel.instructions) if callee(x) in functions), None)
+        at = next((i for i, x in enumerate(kernel.instructions) if find_callee(x) in functions), None)
         if at is None:
             return
         calls += 1
-        inline_call(kernel, at, functions[callee(kernel.instructions[at])], f"#{calls}")
+        inline_call(kernel, at, functions[find_callee(kernel.instructions[at])], f"#{calls}")
 
 
-def callee(instruction: Instruction) -> str | None:
+def find_callee(instruction: Instruction) -> str | None:
     """The name of a called function: `call (results), name, (arguments)` or `call name, (arguments)`."""
     if instruction.parts[0] != "call":
         return None
     return next(x.name for x in instruction.operands if not isinstance(x, Group))
 
 
-def call_arguments(call: Instruction, returns: bool) -> tuple[list[str], list[str]]:
+def find_call_arguments(call: Instruction, returns: bool) -> tuple[list[str], list[str]]:
     """(results, arguments) of a call: names of the caller's variables."""
     lists = [[x.name for x in operand.items] for operand in call.operands if isinstance(operand, Group)]
     results = lists.pop(0) if returns else []
@@ -51,7 +51,7 @@ def call_arguments(call: Instruction, returns: bool) -> tuple[list[str], list[st
 
 def inline_call(kernel: Function, at: int, function: Function, suffix: str) -> None:
     call = kernel.instructions[at]
-    results, given = call_arguments(call, bool(function.returns))
+    results, given = find_call_arguments(call, bool(function.returns))
     names = {name: name + suffix for name in function.registers}
     kernel.registers.update({names[name]: kind for name, kind in function.registers.items()})
     names |= {x.name: actual for x, actual in zip(function.returns + function.params, results + given, strict=True)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..faults import Fault
 from ..memory.extents import TensorExtent
-from .syntax import Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol, vector_items
+from .syntax import Address, Function, Group, Immediate, Instruction, Module, Operand, Register, Symbol, split_vector
 from .types import BYTES, UNSIGNED
 
 # Generic addresses of the other state spaces begin here: no tensor has such addresses.
@@ -136,24 +136,24 @@ class Program:
 
     # -------------------------------------------------------------------------------------------- operands
 
-    def constant_slot(self, value) -> int:
+    def make_constant_slot(self, value) -> int:
         self.constants[self.size] = value
         self.size += 1
         return self.size - 1
 
-    def register_slot(self, register: Register, dtype: type) -> int:
+    def make_register_slot(self, register: Register, dtype: type) -> int:
         key = Slot(register.name, dtype)
         if key not in self.slots:
             self.slots[key] = self.size
             self.size += 1
         return self.slots[key]
 
-    def source_slot(self, operand: Operand, dtype: type) -> int:
+    def make_source_slot(self, operand: Operand, dtype: type) -> int:
         """The slot of a source operand that is read as `dtype`."""
         if isinstance(operand, Immediate):
-            return self.constant_slot(convert_immediate(operand, dtype))
+            return self.make_constant_slot(convert_immediate(operand, dtype))
         if isinstance(operand, Symbol):
-            return self.constant_slot(dtype(self.symbol_address(operand)))
+            return self.make_constant_slot(dtype(self.find_symbol_address(operand)))
         if (
             isinstance(operand, Register)
             and operand.name.startswith("%")
@@ -164,18 +164,18 @@ class Program:
             return self.size - 1
         if not isinstance(operand, Register) or operand.name.startswith("!") or not operand.type:
             raise Fault("unknown instruction", f"operand {operand}")
-        return self.register_slot(operand, dtype)
+        return self.make_register_slot(operand, dtype)
 
-    def dest_slot(self, operand: Operand, dtype: type) -> int | None:
+    def make_dest_slot(self, operand: Operand, dtype: type) -> int | None:
         """The slot of a destination; None for `_`. A narrower result is sign- or zero-extended to the register."""
         if isinstance(operand, Symbol) and operand.name == "_":
             return None
         width = BYTES[operand.type]
         if np.dtype(dtype).itemsize < width:
             dtype = np.dtype(f"{'i' if np.issubdtype(dtype, np.signedinteger) else 'u'}{width}").type
-        return self.register_slot(operand, dtype)
+        return self.make_register_slot(operand, dtype)
 
-    def symbol_address(self, symbol: Symbol) -> int:
+    def find_symbol_address(self, symbol: Symbol) -> int:
         if symbol.name in self.addresses:
             return self.addresses[symbol.name]
         for param in self.function.params:
@@ -183,17 +183,17 @@ class Program:
                 return param.offset
         raise Fault("unknown instruction", f"no variable {symbol.name}")
 
-    def address_getter(self, operand: Address) -> Callable:
+    def make_address_getter(self, operand: Address) -> Callable:
         """A function of the unit: the address of each lane, int64 for 32-bit and uint64 for 64-bit registers."""
         offset = operand.offset
         if isinstance(operand.base, Register):
             wide = BYTES[operand.base.type] == 8
-            slot = self.source_slot(operand.base, np.uint64 if wide else np.uint32)
+            slot = self.make_source_slot(operand.base, np.uint64 if wide else np.uint32)
             if wide:
                 add = np.uint64(offset % (1 << 64))
                 return lambda unit: unit.slots[slot] + add
             return lambda unit: unit.slots[slot].astype(np.int64) + offset
-        base = operand.base.bits if isinstance(operand.base, Immediate) else self.symbol_address(operand.base)
+        base = operand.base.bits if isinstance(operand.base, Immediate) else self.find_symbol_address(operand.base)
         return lambda unit: np.full(unit.count, base + offset, np.int64)
 
     # -------------------------------------------------------------------------------------------- steps
@@ -214,7 +214,7 @@ class Program:
         return (
             run
             if instruction.guard is None
-            else apply_guard(run, self.register_slot(instruction.guard, np.bool_), instruction)
+            else apply_guard(run, self.make_register_slot(instruction.guard, np.bool_), instruction)
         )
 
 
@@ -296,7 +296,7 @@ def find_results(instruction: Instruction) -> frozenset[str]:
     """The registers that an instruction writes."""
     if not instruction.operands or instruction.parts[0] in ("st", "bar", "bra", "red", "stmatrix", "call"):
         return frozenset()
-    return frozenset(x.name for x in vector_items(instruction.operands[0]) if isinstance(x, Register))
+    return frozenset(x.name for x in split_vector(instruction.operands[0]) if isinstance(x, Register))
 
 
 def count_converged_lanes(instruction: Instruction) -> int:
@@ -315,11 +315,11 @@ def guard_mask(program: Program, instruction: Instruction):
     """A function of (unit, mask): the lanes of the mask whose guard predicate is true."""
     if instruction.guard is None:
         return lambda unit, mask: mask
-    slot, negated = program.register_slot(instruction.guard, np.bool_), instruction.negated
+    slot, negated = program.make_register_slot(instruction.guard, np.bool_), instruction.negated
     return lambda unit, mask: mask & (~unit.slots[slot] if negated else unit.slots[slot])
 
 
-def immediate_bits(operand) -> int:
+def encode_immediate(operand) -> int:
     if not isinstance(operand, Immediate):
         raise Fault("unknown instruction", f"{operand} where a constant is expected")
     return operand.bits

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from .program import Program
-from .syntax import Address, Group, Immediate, Instruction, Operand, Register, Symbol, vector_items
+from .syntax import Address, Group, Immediate, Instruction, Operand, Register, Symbol, split_vector
 
 Provenance = frozenset  # of names
 INTEGER, UNKNOWN = "integer", "unknown"
@@ -39,18 +39,18 @@ def infer_provenance(program: Program, parameters: Iterable[str]) -> None:
         pass
     for instruction in program.instructions:
         if instruction.parts[0] in ACCESSES:
-            instruction.provenance = access_provenance(instruction, pointers, values)
+            instruction.provenance = find_access_provenance(instruction, pointers, values)
 
 
-def access_provenance(
+def find_access_provenance(
     instruction: Instruction, pointers: dict[str, str], values: dict[str, Provenance]
 ) -> Provenance | None:
     """The tensors that an instruction may access; None: any."""
     addresses = [x.base for x in instruction.operands if isinstance(x, Address)]
     maps = [x.items[0] for x in instruction.operands if isinstance(x, Group) and isinstance(x.items[0], Address)]
-    known = [operand_provenance(x, pointers, values) or ONLY_UNKNOWN for x in addresses]
+    known = [find_operand_provenance(x, pointers, values) or ONLY_UNKNOWN for x in addresses]
     if maps:  # of a bulk copy
-        known = [dereference([operand_provenance(x.base, pointers, values) or ONLY_UNKNOWN]) for x in maps]
+        known = [dereference([find_operand_provenance(x.base, pointers, values) or ONLY_UNKNOWN]) for x in maps]
     found = Provenance().union(*known) - ONLY_INTEGER
     return found if found and UNKNOWN not in found else None
 
@@ -60,11 +60,11 @@ def make_rule(instruction: Instruction, pointers: dict[str, str], values: dict[s
     operands = instruction.operands
     if not operands or instruction.parts[0] in ("st", "red", "bra", "brx", "bar", "barrier", "call"):
         return None
-    results = [x.name for x in vector_items(operands[0]) if isinstance(x, Register)]
+    results = [x.name for x in split_vector(operands[0]) if isinstance(x, Register)]
     combine, sources = choose_rule(instruction)
 
     def propagate() -> bool:
-        known = [operand_provenance(x, pointers, values) for x in sources]
+        known = [find_operand_provenance(x, pointers, values) for x in sources]
         if None in known:
             return False  # defined later in the text
         found, news = combine(known), False
@@ -80,7 +80,7 @@ def make_rule(instruction: Instruction, pointers: dict[str, str], values: dict[s
 def choose_rule(instruction: Instruction) -> tuple[Callable, list[Operand]]:
     """(function of the operands' provenance, those operands)."""
     base, operands = instruction.parts[0], instruction.operands
-    sources = [y for x in operands[1:] for y in vector_items(x)]
+    sources = [y for x in operands[1:] for y in split_vector(x)]
     if base == "ld" and "param" in instruction.parts:
         return dereference, [sources[0].base if sources[0].offset == 0 else Immediate(0)]
     if base in COPIES:
@@ -94,7 +94,9 @@ def choose_rule(instruction: Instruction) -> tuple[Callable, list[Operand]]:
     return (lambda _: ONLY_INTEGER if base in PRODUCTS else ONLY_UNKNOWN), []
 
 
-def operand_provenance(operand: Operand, pointers: dict[str, str], values: dict[str, Provenance]) -> Provenance | None:
+def find_operand_provenance(
+    operand: Operand, pointers: dict[str, str], values: dict[str, Provenance]
+) -> Provenance | None:
     """None: not yet known."""
     if isinstance(operand, Symbol):
         return Provenance([pointers[operand.name]]) if operand.name in pointers else ONLY_INTEGER

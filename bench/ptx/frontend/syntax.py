@@ -108,5 +108,5 @@ class Module:
     variables: dict[str, Variable]
 
 
-def vector_items(operand) -> tuple:
+def split_vector(operand) -> tuple:
     return operand.items if isinstance(operand, Group) else (operand,)

@@ -21,7 +21,7 @@ def find_space(instruction: Instruction) -> str:
     return next((s for s in SPACES if s in parts), "generic")
 
 
-def vector_length(instruction: Instruction) -> int:
+def count_elements(instruction: Instruction) -> int:
     return next((int(p[1:]) for p in instruction.parts if p in ("v2", "v4", "v8")), 1)
 
 
@@ -58,7 +58,7 @@ def check_global_access(
 def make_global_fault(unit, kind, message, instruction, lanes, address, at, nbytes) -> Fault:
     """Of the access of lanes[at]. message: {} is replaced by the place in a tensor."""
     memory, where = unit.wave.memory, int(address[at])
-    tensor = memory.find_nearest_tensor(where, memory.tensors_for(instruction.provenance))
+    tensor = memory.find_nearest_tensor(where, memory.find_tensors(instruction.provenance))
     if tensor is None:
         return unit.make_fault(
             kind, message.format(f"at address {where:#x}, with no tensor in the launch"), instruction, lanes[at]
@@ -67,7 +67,7 @@ def make_global_fault(unit, kind, message, instruction, lanes, address, at, nbyt
     if kind == "out of view" and not tensor.start <= where < tensor.end:
         place += f", {memory.find_nearest_tensor(where).describe(where, nbytes)}"
     return unit.make_fault(
-        kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.element_index(where)
+        kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.find_element_index(where)
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def store_global(unit, pc: int, instruction: Instruction, lanes, address, values
 
 def report_race(unit, instruction, lanes, address, nbytes, race, does, did) -> None:
     at, other = race
-    message = f"{does} {nbytes} bytes {{}}, which block {unit.wave.block_coordinates(other)} {did}"
+    message = f"{does} {nbytes} bytes {{}}, which block {unit.wave.find_block_coordinates(other)} {did}"
     unit.wave.judge(make_global_fault(unit, "global race", message, instruction, lanes, address, at, nbytes))
 
 
@@ -232,7 +232,7 @@ def split_by_space(space: str, address: np.ndarray) -> list[tuple[str, np.ndarra
     return [(name, mask) for name, n in kinds.items() if (mask := where == n).any()]
 
 
-def as_address(operand) -> Address:
+def to_address(operand) -> Address:
     return operand if isinstance(operand, Address) else Address(operand, 0)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..frontend.program import Program, Step, assign, implements, write_masked
-from ..frontend.syntax import Instruction, vector_items
+from ..frontend.syntax import Instruction, split_vector
 from ..frontend.types import DTYPES
 from . import floats, integers
 from .convert import build_conversion
@@ -235,8 +235,8 @@ def build_arithmetic(program: Program, instruction: Instruction) -> Step | None:
     if known is None:
         return None
     first, *rest = instruction.operands
-    operands = [program.source_slot(x, t) for x, t in zip(rest, known.operands, strict=True)]
-    out = [program.dest_slot(x, t) for x, t in zip(vector_items(first), known.results, strict=False)]
+    operands = [program.make_source_slot(x, t) for x, t in zip(rest, known.operands, strict=True)]
+    out = [program.make_dest_slot(x, t) for x, t in zip(split_vector(first), known.results, strict=False)]
     return assign(known.compute, operands, out, len(known.results) > 1)
 
 
@@ -250,8 +250,8 @@ def add_with_carry(program: Program, instruction: Instruction) -> Step | None:
     dtype = DTYPES[parts[-1]]
     wide = integers.to_unsigned(dtype)
     size = np.dtype(dtype).itemsize * 8
-    operands = [program.source_slot(x, wide) for x in instruction.operands[1:]]
-    out = program.dest_slot(instruction.operands[0], wide)
+    operands = [program.make_source_slot(x, wide) for x in instruction.operands[1:]]
+    out = program.make_dest_slot(instruction.operands[0], wide)
     times = integers.multiply_high if "hi" in parts else np.multiply
     if size != 32:
         return None

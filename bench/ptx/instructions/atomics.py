@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ..frontend.program import Program, Step, implements
-from ..frontend.syntax import Instruction, vector_items
+from ..frontend.syntax import Instruction, split_vector
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
 from .accesses import (
     check_global_access,
     check_shared_bounds,
+    count_elements,
     find_space,
     order_blocks,
     report_race,
@@ -19,7 +20,6 @@ from .accesses import (
     scatter,
     split_by_space,
     to_space,
-    vector_length,
 )
 from .arithmetic import find_operation
 
@@ -43,21 +43,21 @@ ATOMICS = {
 def build_atomic(program: Program, instruction: Instruction) -> Step:
     """In the order of lanes and blocks."""
     parts = instruction.parts
-    if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or vector_length(instruction) > 1:
+    if instruction.type in ("f16", "bf16", "f16x2", "bf16x2") or count_elements(instruction) > 1:
         return build_half_atomic(program, instruction)
     function, space = find_function(parts), find_space(instruction)
     dtype = DTYPES[instruction.type]
     width = BYTES[instruction.type]
     operands = list(instruction.operands)
-    out = program.dest_slot(operands.pop(0), dtype) if parts[0] == "atom" else None
-    get_address = program.address_getter(operands.pop(0))
-    value_slots = [program.source_slot(x, dtype) for x in operands]
+    out = program.make_dest_slot(operands.pop(0), dtype) if parts[0] == "atom" else None
+    get_address = program.make_address_getter(operands.pop(0))
+    value_slots = [program.make_source_slot(x, dtype) for x in operands]
     acquires = "acquire" in parts or "acq_rel" in parts
     releases = "release" in parts or "acq_rel" in parts
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         address = get_address(unit)[lanes]
         values = tuple(np.broadcast_to(unit.slots[s], unit.count)[lanes] for s in value_slots)
         for name, there in split_by_space(space, address):
@@ -103,16 +103,16 @@ def record_change(unit, space: str, view: np.ndarray, index: np.ndarray, old: np
 
 def build_half_atomic(program: Program, instruction: Instruction) -> Step:
     """add.noftz of float16 and bfloat16, scalar or packed, and vectors of floats."""
-    kind, count = instruction.type, vector_length(instruction)
+    kind, count = instruction.type, count_elements(instruction)
     operation = next(p for p in instruction.parts[1:] if p in ATOMICS)
     add = find_operation((operation, kind)).compute
     width = BYTES[kind]
     dtype = UNSIGNED[width] if kind != "f32" else np.float32
     operands = list(instruction.operands)
     first = operands.pop(0) if instruction.parts[0] == "atom" else None
-    outs = [program.dest_slot(x, dtype) for x in vector_items(first)] if first is not None else []
-    get_address = program.address_getter(operands.pop(0))
-    value_slots = [program.source_slot(x, dtype) for x in vector_items(operands[0])]
+    outs = [program.make_dest_slot(x, dtype) for x in split_vector(first)] if first is not None else []
+    get_address = program.make_address_getter(operands.pop(0))
+    value_slots = [program.make_source_slot(x, dtype) for x in split_vector(operands[0])]
     space = find_space(instruction)
     pc = len(program.steps)
 
@@ -120,7 +120,7 @@ def build_half_atomic(program: Program, instruction: Instruction) -> Step:
         return add(np.atleast_1d(old), np.atleast_1d(x))[0]
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         for name, there in split_by_space(space, get_address(unit)[lanes]):
             chosen = lanes[there]
             where = to_space(name, get_address(unit)[chosen])

@@ -11,7 +11,7 @@ from ..frontend.syntax import Instruction
 from ..memory.segments import SECTOR
 from ..memory.shared_memory import Mbarrier
 from ..memory.tensor_maps import TensorMap
-from .accesses import as_address, check_global_access, check_shared_bounds, report_race, report_unwritten, to_space
+from .accesses import check_global_access, check_shared_bounds, report_race, report_unwritten, to_address, to_space
 from .mbarriers import find_mbarrier
 from .tensormap import load_tensor_map
 
@@ -51,16 +51,16 @@ def copy_bulk(program: Program, instruction: Instruction) -> Step | None:
     loads = parts.index("shared::cta") < parts.index("global") if "shared::cta" in parts else True
     first, second, *rest = instruction.operands
     (group, other) = (second, first) if loads else (first, second)
-    get_map = program.address_getter(as_address(group.items[0]))
-    coordinates = [program.source_slot(x, np.int32) for x in group.items[1].items]
-    get_shared = program.address_getter(as_address(other))
-    get_barrier = program.address_getter(as_address(rest[0])) if loads else None
+    get_map = program.make_address_getter(to_address(group.items[0]))
+    coordinates = [program.make_source_slot(x, np.int32) for x in group.items[1].items]
+    get_shared = program.make_address_getter(to_address(other))
+    get_barrier = program.make_address_getter(to_address(rest[0])) if loads else None
     pc = len(program.steps)
     if not loads and "bulk_group" not in parts:
         return None
 
     def run(unit, mask):
-        for lane in unit.active_lanes(mask).tolist():
+        for lane in unit.find_active_lanes(mask).tolist():
             tensor = load_tensor_map(unit, instruction, lane, int(get_map(unit)[lane]))
             where = [int(np.broadcast_to(unit.slots[c], unit.count)[lane]) for c in coordinates]
             start = int(to_space("shared", get_shared(unit))[lane])

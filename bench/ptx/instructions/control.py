@@ -30,7 +30,7 @@ def branch(program: Program, instruction: Instruction) -> Control:
 def branch_by_index(program: Program, instruction: Instruction) -> Control:
     """brx.idx index, table: each lane branches to the target at its index."""
     guard, targets = guard_mask(program, instruction), instruction.targets
-    index = program.source_slot(instruction.operands[0], np.uint32)
+    index = program.make_source_slot(instruction.operands[0], np.uint32)
 
     def run(unit, pc, mask):
         taken = guard(unit, mask)
@@ -86,8 +86,8 @@ def barrier(program: Program, instruction: Instruction) -> Control:
         return sync_warp(program, instruction)
     if "red" in parts:
         raise Fault("unknown instruction", instruction.op, instruction)
-    operands = [program.source_slot(x, np.uint32) for x in instruction.operands] or [
-        program.constant_slot(np.uint32(0))
+    operands = [program.make_source_slot(x, np.uint32) for x in instruction.operands] or [
+        program.make_constant_slot(np.uint32(0))
     ]
     arrive_only, aligned = "arrive" in parts, parts[0] == "bar" or "aligned" in parts
     guard = guard_mask(program, instruction)
@@ -131,7 +131,7 @@ def fence(program: Program, instruction: Instruction) -> Step:
         return lambda unit, mask: None
 
     def run(unit, mask):
-        rows = np.unique(unit.active_lanes(mask) >> 5) * 32
+        rows = np.unique(unit.find_active_lanes(mask) >> 5) * 32
         unit.wave.shared.proxy_fence(unit.block[rows], unit.warp[rows])
 
     return run

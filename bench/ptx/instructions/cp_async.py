@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..frontend.program import Program, Step, immediate_bits, implements, write_masked
+from ..frontend.program import Program, Step, encode_immediate, implements, write_masked
 from ..frontend.syntax import Instruction
 from .accesses import check_shared_bounds, read_global, to_space
 
@@ -31,18 +31,20 @@ def copy_async(program: Program, instruction: Instruction) -> Step | None:
     if "commit_group" in parts:
         return commit_group
     if "wait_group" in parts or "wait_all" in parts:
-        allowed = immediate_bits(instruction.operands[0]) if "wait_group" in parts else None
+        allowed = encode_immediate(instruction.operands[0]) if "wait_group" in parts else None
         return lambda unit, mask: wait_group(unit, mask, allowed)
     if parts[2] not in ("ca", "cg"):
         return None
     to, source, size, *rest = instruction.operands
-    nbytes = immediate_bits(size)
-    get_destination, get_source = program.address_getter(to), program.address_getter(source)
-    source_bytes = program.source_slot(rest[0], np.uint32) if rest else program.constant_slot(np.uint32(nbytes))
+    nbytes = encode_immediate(size)
+    get_destination, get_source = program.make_address_getter(to), program.make_address_getter(source)
+    source_bytes = (
+        program.make_source_slot(rest[0], np.uint32) if rest else program.make_constant_slot(np.uint32(nbytes))
+    )
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         where = to_space("shared", get_destination(unit)[lanes])
         taken = np.broadcast_to(unit.slots[source_bytes], unit.count)[lanes].astype(np.int64)
         data = np.zeros((len(lanes), nbytes), np.uint8)

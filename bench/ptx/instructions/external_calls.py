@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from ..faults import Fault
-from ..frontend.calls import call_arguments, callee
+from ..frontend.calls import find_call_arguments, find_callee
 from ..frontend.program import Control, Program, guard_mask, implements
 from ..frontend.syntax import Instruction
 from .accesses import LOADS, check_global_access, split_by_space, to_space
@@ -19,7 +19,7 @@ CONVERSION = re.compile(r"%([-+ #0]*\d*(?:\.\d+)?)(hh|h|ll|l|z|j|t)?([a-zA-Z%])"
 
 @implements("call", control=True)
 def call(program: Program, instruction: Instruction) -> Control:
-    name = callee(instruction)
+    name = find_callee(instruction)
     if name == "__assertfail":
         return build_assert(program, instruction, "tl.device_assert failed")
     if name == "vprintf":
@@ -29,7 +29,7 @@ def call(program: Program, instruction: Instruction) -> Control:
 
 def build_printf(program: Program, instruction: Instruction) -> Control:
     """vprintf(format, arguments), both addresses: prints for each lane in turn."""
-    results, given = call_arguments(instruction, returns=True)
+    results, given = find_call_arguments(instruction, returns=True)
     result, form, values = (program.addresses[name] for name in (*results, *given))
     guard, call_pc = guard_mask(program, instruction), len(program.steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..frontend.program import Program, Step, implements, write_masked
-from ..frontend.syntax import Instruction, vector_items
+from ..frontend.syntax import Instruction, split_vector
 from .accesses import check_shared_bounds
 
 
@@ -34,8 +34,8 @@ def load_matrix(program: Program, instruction: Instruction) -> Step:
     count, trans = parse_count(instruction), "trans" in instruction.parts
     if instruction.type != "b16":
         return None
-    outs = [program.dest_slot(x, np.uint32) for x in vector_items(instruction.operands[0])]
-    get_address = program.address_getter(instruction.operands[1])
+    outs = [program.make_dest_slot(x, np.uint32) for x in split_vector(instruction.operands[0])]
+    get_address = program.make_address_getter(instruction.operands[1])
     pc = len(program.steps)
 
     def run(unit, mask):
@@ -59,8 +59,8 @@ def store_matrix(program: Program, instruction: Instruction) -> Step:
     count, trans = parse_count(instruction), "trans" in instruction.parts
     if instruction.type != "b16":
         return None
-    get_address = program.address_getter(instruction.operands[0])
-    value_slots = [program.source_slot(x, np.uint32) for x in vector_items(instruction.operands[1])]
+    get_address = program.make_address_getter(instruction.operands[0])
+    value_slots = [program.make_source_slot(x, np.uint32) for x in split_vector(instruction.operands[1])]
     pc = len(program.steps)
 
     def run(unit, mask):
@@ -82,7 +82,7 @@ def store_matrix(program: Program, instruction: Instruction) -> Step:
 @implements("movmatrix")
 def movmatrix(program: Program, instruction: Instruction) -> Step:
     """Transposes an 8 by 8 matrix of 16-bit elements across a warp, four lanes to a row."""
-    out, value = (program.source_slot(x, np.uint32) for x in instruction.operands)
+    out, value = (program.make_source_slot(x, np.uint32) for x in instruction.operands)
 
     def run(unit, mask):
         tile = np.ascontiguousarray(unit.slots[value]).view(np.uint16).reshape(-1, 8, 8)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 from ..frontend.program import Program, Step, implements
-from ..frontend.syntax import Instruction, vector_items
+from ..frontend.syntax import Instruction, split_vector
 from ..frontend.types import BYTES, DTYPES, UNSIGNED
-from .accesses import LOADS, STORES, find_space, scatter, split_by_space, to_space, vector_length
+from .accesses import LOADS, STORES, count_elements, find_space, scatter, split_by_space, to_space
 
 
 @implements("ld", "ldu")
 def load(program: Program, instruction: Instruction) -> Step:
-    space, count = find_space(instruction), vector_length(instruction)
+    space, count = find_space(instruction), count_elements(instruction)
     dtype = DTYPES[instruction.type]
     width = BYTES[instruction.type]
     to, source = instruction.operands
-    outs = [program.dest_slot(x, dtype) for x in vector_items(to)]
-    get_address = program.address_getter(source)
+    outs = [program.make_dest_slot(x, dtype) for x in split_vector(to)]
+    get_address = program.make_address_getter(source)
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         address = get_address(unit)[lanes]
         for name, there in split_by_space(space, address):
             chosen = lanes[there]
@@ -37,16 +37,16 @@ def load(program: Program, instruction: Instruction) -> Step:
 
 @implements("st")
 def store(program: Program, instruction: Instruction) -> Step:
-    space, count = find_space(instruction), vector_length(instruction)
+    space, count = find_space(instruction), count_elements(instruction)
     width = BYTES[instruction.type]
     dtype = UNSIGNED[width]
     to, source = instruction.operands
-    value_slots = [program.source_slot(x, dtype) for x in vector_items(source)]
-    get_address = program.address_getter(to)
+    value_slots = [program.make_source_slot(x, dtype) for x in split_vector(source)]
+    get_address = program.make_address_getter(to)
     pc = len(program.steps)
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         address = get_address(unit)[lanes]
         values = np.empty((len(lanes), count), dtype)
         for i, slot in enumerate(value_slots):

@@ -9,7 +9,7 @@ from ..frontend.program import Control, Program, Step, guard_mask, implements, w
 from ..frontend.syntax import Instruction, Register
 from ..machine.unit import Blocked
 from ..memory.shared_memory import Mbarrier
-from .accesses import as_address, check_shared_bounds, to_space
+from .accesses import check_shared_bounds, to_address, to_space
 
 
 def find_mbarrier(unit, instruction: Instruction, lane: int, address: int) -> Mbarrier:
@@ -29,9 +29,9 @@ def wait_mbarrier(program: Program, instruction: Instruction) -> Control:
     """Waits until the phase of the given parity completes. Lanes block until then: a loop around it never spins."""
     if "parity" not in instruction.parts:
         raise Fault("unknown instruction", instruction.op, instruction)
-    out = program.dest_slot(instruction.operands[0], np.bool_)
-    get_address = program.address_getter(instruction.operands[1])
-    parity = program.source_slot(instruction.operands[2], np.uint32)
+    out = program.make_dest_slot(instruction.operands[0], np.bool_)
+    get_address = program.make_address_getter(instruction.operands[1])
+    parity = program.make_source_slot(instruction.operands[2], np.uint32)
     guard = guard_mask(program, instruction)
 
     def poll(unit, mask):
@@ -86,8 +86,8 @@ def mbarrier(program: Program, instruction: Instruction) -> Step | None:
         return None  # returns a state token: not supported
     if verb == "arrive" and len(operands) > 1:
         operands.pop(0)
-    get_address = program.address_getter(as_address(operands[0]))
-    amount = program.source_slot(operands[1], np.uint32) if len(operands) > 1 else None
+    get_address = program.make_address_getter(to_address(operands[0]))
+    amount = program.make_source_slot(operands[1], np.uint32) if len(operands) > 1 else None
     change = {
         "init": initialise,
         "inval": invalidate,
@@ -101,7 +101,7 @@ def mbarrier(program: Program, instruction: Instruction) -> Step | None:
     def run(unit, mask):
         address = to_space("shared", get_address(unit))
         unit.wave.shared.changes += 1
-        for lane in unit.active_lanes(mask).tolist():
+        for lane in unit.find_active_lanes(mask).tolist():
             value = None if amount is None else int(np.broadcast_to(unit.slots[amount], unit.count)[lane])
             change[verb](unit, instruction, lane, int(address[lane]), value)
 

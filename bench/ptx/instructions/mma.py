@@ -90,7 +90,7 @@ class Fragment:
     def __init__(self, program: Program, group: Group, kind: str, index: tuple[np.ndarray, np.ndarray], shape: tuple):
         self.kind, self.index, self.shape = kind, index, shape
         self.word = np.uint64 if kind == "f64" else np.uint32
-        self.slots = [program.source_slot(x, self.word) for x in group.items]
+        self.slots = [program.make_source_slot(x, self.word) for x in group.items]
         if index[0].shape[0] != len(self.slots):
             raise ValueError(f"{len(self.slots)} registers, expected {index[0].shape[0]}")
 

@@ -26,8 +26,8 @@ def move(program: Program, instruction: Instruction) -> Step:
     to, source = instruction.operands
     if isinstance(to, Group):
         part = UNSIGNED[BYTES[kind] // len(to.items)]
-        value = program.source_slot(source, dtype)
-        outs = [program.dest_slot(x, part) for x in to.items]
+        value = program.make_source_slot(source, dtype)
+        outs = [program.make_dest_slot(x, part) for x in to.items]
 
         def unpack(unit, mask):
             whole = np.ascontiguousarray(np.broadcast_to(unit.slots[value], unit.count))
@@ -39,8 +39,8 @@ def move(program: Program, instruction: Instruction) -> Step:
         return unpack
     if isinstance(source, Group):
         part = UNSIGNED[BYTES[kind] // len(source.items)]
-        values = [program.source_slot(x, part) for x in source.items]
-        out = program.dest_slot(to, UNSIGNED[BYTES[kind]])
+        values = [program.make_source_slot(x, part) for x in source.items]
+        out = program.make_dest_slot(to, UNSIGNED[BYTES[kind]])
 
         def pack(unit, mask):
             pieces = np.empty((unit.count, len(values)), part)
@@ -51,7 +51,7 @@ def move(program: Program, instruction: Instruction) -> Step:
         return pack
     if dtype is not np.bool_:
         dtype = UNSIGNED[BYTES[kind]]
-    return assign(lambda x: x, [program.source_slot(source, dtype)], [program.dest_slot(to, dtype)], False)
+    return assign(lambda x: x, [program.make_source_slot(source, dtype)], [program.make_dest_slot(to, dtype)], False)
 
 
 @implements("cvta")
@@ -62,6 +62,5 @@ def convert_address(program: Program, instruction: Instruction) -> Step:
     distance = window.get(space, 0) * (-1 if "to" in instruction.parts else 1)
     step = np.uint64(distance % (1 << 64))
     to, source = instruction.operands
-    return assign(
-        lambda x: x + step, [program.source_slot(source, np.uint64)], [program.dest_slot(to, np.uint64)], False
-    )  # fmt: skip
+    slots = [program.make_source_slot(source, np.uint64)], [program.make_dest_slot(to, np.uint64)]
+    return assign(lambda x: x + step, *slots, False)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..frontend.program import Program
-from ..frontend.syntax import Group, Instruction, Operand, Register, vector_items
+from ..frontend.syntax import Group, Instruction, Operand, Register, split_vector
 from . import floats
 
 MANTISSA_BITS = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}
@@ -21,7 +21,7 @@ def is_rounding_difference(
     program: Program, operand: Operand, wanted: np.ndarray, stored_bits: np.ndarray, values: np.ndarray
 ) -> bool:
     """wanted: (n, count) bits that some lanes store; stored_bits: those that others store; values: all of them."""
-    for i, register in enumerate(vector_items(operand)):
+    for i, register in enumerate(split_vector(operand)):
         different = wanted[:, i] != stored_bits[:, i]
         if not different.any():
             continue

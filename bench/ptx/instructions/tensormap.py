@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..frontend.program import PARAM_WINDOW, Program, Step, immediate_bits, implements
+from ..frontend.program import PARAM_WINDOW, Program, Step, encode_immediate, implements
 from ..frontend.syntax import Instruction
 from ..memory.tensor_maps import FIELDS, MAP_BYTES, TensorMap, decode_map
 from .accesses import check_global_access, check_shared_bounds, to_space
@@ -30,14 +30,14 @@ def modify_tensor_map(program: Program, instruction: Instruction) -> Step | None
     name = instruction.parts[3]
     start, size = FIELDS[name]
     operands = list(instruction.operands)
-    get_address = program.address_getter(operands.pop(0))
+    get_address = program.make_address_getter(operands.pop(0))
     indexed = name in ("global_dim", "global_stride", "box_dim", "element_stride")
-    at = immediate_bits(operands.pop(0)) if indexed else 0
+    at = encode_immediate(operands.pop(0)) if indexed else 0
     dtype = np.uint64 if size == 8 else np.uint32
-    value = program.source_slot(operands[0], dtype)
+    value = program.make_source_slot(operands[0], dtype)
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         where = to_space("shared", get_address(unit)[lanes]) + start + at * size
         values = np.broadcast_to(unit.slots[value], unit.count)[lanes][:, None]
         check_shared_bounds(unit, instruction, lanes, where, size, 4)
@@ -51,10 +51,10 @@ def modify_tensor_map(program: Program, instruction: Instruction) -> Step | None
 
 
 def publish_map(program: Program, instruction: Instruction) -> Step:
-    get_destination, get_source = (program.address_getter(x) for x in instruction.operands[:2])
+    get_destination, get_source = (program.make_address_getter(x) for x in instruction.operands[:2])
 
     def run(unit, mask):
-        lanes = unit.active_lanes(mask)
+        lanes = unit.find_active_lanes(mask)
         lanes = lanes[unit.lane[lanes] == 0]  # one copy for the whole warp
         where, source = get_destination(unit)[lanes], to_space("shared", get_source(unit)[lanes])
         check_global_access(unit, instruction, lanes, where, MAP_BYTES, 128, "writes a tensor map to")

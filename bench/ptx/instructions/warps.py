@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..frontend.program import Program, Step, implements, write_masked
-from ..frontend.syntax import Instruction, vector_items
+from ..frontend.syntax import Instruction, split_vector
 from ..frontend.types import DTYPES
 
 
@@ -14,9 +14,9 @@ def shuffle(program: Program, instruction: Instruction) -> Step:
     """PTX ISA 9.7.9.6: lane i receives the value of lane j, or keeps its own if j is outside the segment."""
     mode = instruction.parts[2]
     first, source, *rest = instruction.operands
-    results = vector_items(first)
-    outs = [program.dest_slot(results[0], np.uint32)] + [program.dest_slot(x, np.bool_) for x in results[1:]]
-    value, lane, clamp = (program.source_slot(x, np.uint32) for x in (source, *rest[:2]))
+    results = split_vector(first)
+    outs = [program.make_dest_slot(results[0], np.uint32)] + [program.make_dest_slot(x, np.bool_) for x in results[1:]]
+    value, lane, clamp = (program.make_source_slot(x, np.uint32) for x in (source, *rest[:2]))
 
     def run(unit, mask):
         slots = unit.slots
@@ -41,9 +41,9 @@ def shuffle(program: Program, instruction: Instruction) -> Step:
 def vote(program: Program, instruction: Instruction) -> Step:
     """Over the active lanes of each warp."""
     mode = instruction.parts[2]
-    out = program.dest_slot(instruction.operands[0], np.uint32 if mode == "ballot" else np.bool_)
+    out = program.make_dest_slot(instruction.operands[0], np.uint32 if mode == "ballot" else np.bool_)
     source = instruction.operands[1]
-    value = program.source_slot(source, np.bool_)
+    value = program.make_source_slot(source, np.bool_)
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
@@ -72,7 +72,10 @@ def reduce_warp(program: Program, instruction: Instruction) -> Step:
     function = {"min": np.fmin, "max": np.fmax}[operation] if floating else functions[operation]
     if floating and "NaN" in instruction.parts:
         function = functions[operation]
-    out, value = program.dest_slot(instruction.operands[0], dtype), program.source_slot(instruction.operands[1], dtype)
+    out, value = (
+        program.make_dest_slot(instruction.operands[0], dtype),
+        program.make_source_slot(instruction.operands[1], dtype),
+    )
 
     def run(unit, mask):
         x = np.broadcast_to(unit.slots[value], unit.count).reshape(-1, 32)
@@ -87,7 +90,7 @@ def reduce_warp(program: Program, instruction: Instruction) -> Step:
 def elect(program: Program, instruction: Instruction) -> Step:
     """elect.sync d|p: p is true in one lane of the warp, the first active one."""
     lane, chosen = instruction.operands[0].items
-    outs = program.dest_slot(lane, np.uint32), program.dest_slot(chosen, np.bool_)
+    outs = program.make_dest_slot(lane, np.uint32), program.make_dest_slot(chosen, np.bool_)
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
@@ -106,8 +109,8 @@ def match_any(program: Program, instruction: Instruction) -> Step | None:
         return None
     kind = DTYPES[instruction.type]
     out, value = (
-        program.dest_slot(instruction.operands[0], np.uint32),
-        program.source_slot(instruction.operands[1], kind),
+        program.make_dest_slot(instruction.operands[0], np.uint32),
+        program.make_source_slot(instruction.operands[1], kind),
     )
 
     def run(unit, mask):
@@ -122,7 +125,7 @@ def match_any(program: Program, instruction: Instruction) -> Step | None:
 
 @implements("activemask")
 def active_mask(program: Program, instruction: Instruction) -> Step:
-    out = program.dest_slot(instruction.operands[0], np.uint32)
+    out = program.make_dest_slot(instruction.operands[0], np.uint32)
 
     def run(unit, mask):
         active = np.ones((unit.count // 32, 32), bool) if mask is None else mask.reshape(-1, 32)

@@ -93,8 +93,11 @@ def build_mma_async(program: Program, instruction: Instruction) -> Step:
         if in_registers
         else None
     )
-    descriptors = [None if in_registers else program.source_slot(a, np.uint64), program.source_slot(b, np.uint64)]
-    use_d = program.source_slot(scale_d, np.bool_) if isinstance(scale_d, Register) else None
+    descriptors = [
+        None if in_registers else program.make_source_slot(a, np.uint64),
+        program.make_source_slot(b, np.uint64),
+    ]
+    use_d = program.make_source_slot(scale_d, np.bool_) if isinstance(scale_d, Register) else None
     always_use_d = isinstance(scale_d, Immediate) and scale_d.bits != 0
     registers = frozenset(x.name for x in d.items)
     inputs = frozenset(x.name for x in a.items) if in_registers else frozenset()

@@ -100,14 +100,14 @@ class Counts:
     def total(self, field: str) -> int:
         return int(getattr(self, field).sum())
 
-    def by_pipe(self) -> dict[str, int]:
+    def sum_by_pipe(self) -> dict[str, int]:
         """Warp instructions of each pipe."""
         found = dict.fromkeys(PIPES, 0)
         for instruction, issued in zip(self.instructions, self.issued, strict=True):
             found[find_pipe(instruction)] += int(issued)
         return found
 
-    def by_opcode(self) -> dict[str, int]:
+    def sum_by_opcode(self) -> dict[str, int]:
         found: dict[str, int] = {}
         for instruction, issued in zip(self.instructions, self.issued, strict=True):
             found[instruction.op] = found.get(instruction.op, 0) + int(issued)

@@ -168,7 +168,7 @@ class Unit:
         whole = np.repeat((rows == alive).all(1), lanes)
         return mask & whole, mask & ~whole
 
-    def active_lanes(self, mask: np.ndarray | None) -> np.ndarray:
+    def find_active_lanes(self, mask: np.ndarray | None) -> np.ndarray:
         return np.arange(self.count) if mask is None else np.flatnonzero(mask)
 
     def report(self, problem: Problem, instruction: Instruction, lanes) -> None:

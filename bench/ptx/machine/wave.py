@@ -40,7 +40,7 @@ class Wave:
         self.bulk_stores: list = []  # bulk stores that may still read their source
         self.arrived: dict[tuple[int, int], int] = {}  # bar.arrive: (block, barrier) -> threads
 
-    def block_coordinates(self, number: int) -> tuple[int, int, int]:
+    def find_block_coordinates(self, number: int) -> tuple[int, int, int]:
         """The coordinates in the grid of a block."""
         x, y = self.grid[0], self.grid[1]
         return number % x, number // x % y, number // (x * y)

@@ -37,7 +37,7 @@ class TensorExtent(NamedTuple):
         good[good] = self.view_elements[(offset[:, None] + np.array(steps, np.int64)) // self.itemsize].all(1)
         return good
 
-    def element_index(self, address: int) -> tuple[int, ...] | None:
+    def find_element_index(self, address: int) -> tuple[int, ...] | None:
         """The index of the element at an address; None if there is none or if there are several."""
         left = (address - self.start) // self.itemsize
         index = dict.fromkeys(range(len(self.shape)), 0)
@@ -61,7 +61,7 @@ class TensorExtent(NamedTuple):
         over = f", {address + nbytes - self.end} bytes of it past its end," if address + nbytes > self.end else ""
         if not self.shape:
             return f"at byte {address - self.start}{over} of"
-        index = self.element_index(address)
+        index = self.find_element_index(address)
         if index is None:
             return f"at byte {address - self.start}{over} between the elements of"
         into = (address - self.start) % self.itemsize

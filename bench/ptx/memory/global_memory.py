@@ -27,7 +27,7 @@ class Traffic(NamedTuple):
     unique: int  # each sector read or written counts once
 
 
-def lane_index(lanes: np.ndarray | slice, at: int) -> int:
+def find_lane_index(lanes: np.ndarray | slice, at: int) -> int:
     """The index among all lanes of number `at` of these: a mask, or all."""
     return at if isinstance(lanes, slice) else int(np.flatnonzero(lanes)[at])
 
@@ -72,7 +72,7 @@ class GlobalMemory:
         self.segments = sorted([*self.segments, *segments], key=lambda segment: segment.start)
         self.starts = np.array([s.start for s in self.segments], np.uint64)
 
-    def tensors_for(self, provenance: frozenset[str] | None) -> list[TensorExtent]:
+    def find_tensors(self, provenance: frozenset[str] | None) -> list[TensorExtent]:
         """The tensors that an address of this provenance may be in; all if it is unknown."""
         if provenance is None:
             return self.tensors
@@ -86,7 +86,7 @@ class GlobalMemory:
     ) -> tuple[str, np.ndarray] | None:
         """(kind of fault, mask of lanes) of accesses outside of all memory of the launch, or outside of the views that
         their addresses derive from; None: all are inside. used_bytes: mask of the bytes that matter."""
-        tensors = self.tensors_for(provenance)
+        tensors = self.find_tensors(provenance)
         if tensors is not self.tensors or self.has_gaps:
             good = tensors[0].contains(address, nbytes, used_bytes)
             for tensor in tensors[1:]:
@@ -186,7 +186,7 @@ class GlobalMemory:
                 whole = (1 << self.grain) - 1
                 bad = bad[:, [used_bytes >> i * self.grain & whole != 0 for i in range(bad.shape[1])]]
             if bad.any():
-                return lane_index(lanes, int(np.argmax(bad.any(1))))
+                return find_lane_index(lanes, int(np.argmax(bad.any(1))))
         return None
 
     # -------------------------------------------------------------------------------------------- warps
@@ -223,7 +223,7 @@ class GlobalMemory:
         for other in marks:
             bad = is_other_block(other, mine[:, None])
             if bad.any() and (at := self.order.find_first_unordered(bad, other, mine)):
-                return lane_index(lanes, at[0]), at[1]
+                return find_lane_index(lanes, at[0]), at[1]
         return None
 
     def check_read(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
@@ -259,7 +259,7 @@ class GlobalMemory:
             other = np.where(clash, segment.writer[grains], np.where(writer != 0, writer, reader))
             bad |= clash & disagrees
             if bad.any() and (at := self.order.find_first_unordered(bad, other, mine[:, 0])):
-                return lane_index(lanes, at[0]), at[1]
+                return find_lane_index(lanes, at[0]), at[1]
         return None
 
     def check_atomic(self, address: np.ndarray, nbytes: int, block: np.ndarray) -> tuple[int, int] | None:
