@@ -7,13 +7,13 @@ import torch
 import flashattn
 from tests.attention.truth import (
     Case,
-    cancelled,
-    gradients_for,
     hide_past_lengths,
     list_inputs,
+    make_gradients,
     make_inputs,
     ours,
     run,
+    sum_magnitudes,
     torch_attention,
 )
 from tests.common import Truth, assert_as_exact_as_torch, find_device, once_per_case
@@ -95,14 +95,14 @@ CASES = [
 
 def make_truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
     inputs, options = make_inputs(case, dtype, device)
-    gradients = gradients_for(case, options, dtype, device)
+    gradients = make_gradients(case, options, dtype, device)
 
     def theirs(*x):
         return torch_attention(case, options, *x)
 
     exact = run(theirs, [x.double() for x in inputs], *gradients)
     by_torch = run(theirs, inputs, *gradients)
-    return Truth(inputs, options, gradients, exact, by_torch, cancelled(case, options, inputs, *gradients))
+    return Truth(inputs, options, gradients, exact, by_torch, sum_magnitudes(case, options, inputs, *gradients))
 
 
 compute_truth = once_per_case(make_truth)
@@ -153,7 +153,7 @@ def check_strides(view, backend):
     case = Case("", batch=1, heads=4, kv_heads=2, seq_q=40, seq_k=50, head_dim=24, causal=True)
     inputs, options = make_inputs(case, torch.float32, device)
     views = [VIEWS[view](x) for x in inputs]
-    grad_out, grad_lse = gradients_for(case, options, torch.float32, device)
+    grad_out, grad_lse = make_gradients(case, options, torch.float32, device)
 
     def both(tensors):
         tensors = [x.detach().requires_grad_() for x in tensors]

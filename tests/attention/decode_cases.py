@@ -25,37 +25,37 @@ class Step(NamedTuple):
     interleaved: bool = False
 
 
-def features(**options) -> Case:
+def make_case(**options) -> Case:
     return Case("", **(dict(heads=4, kv_heads=2, head_dim=24, head_dim_v=16, causal=True) | options))
 
 
 STEPS = [
-    Step("one_token", (40, 7, 63), (1, 1, 1), features(head_dim=64, head_dim_v=64)),
-    Step("pages", (40, 7, 63), (1, 1, 1), features(), 16),
-    Step("pages_of_one", (5, 17), (1, 1), features(kv_heads=4), 1),
-    Step("pages_of_seven", (33, 0, 70), (2, 5, 1), features(), 7),
-    Step("several_tokens", (40, 0, 63), (3, 5, 0), features(window=(20, None))),
-    Step("prompts", (0, 0, 0), (33, 40, 1), features(), 16),
-    Step("a_chunk", (10, 40), (20, 33), features(sinks=True), 16),
-    Step("rotary", (40, 7, 63), (1, 2, 1), features(), None, 12),
-    Step("rotary_partial", (40, 7, 63), (3, 3, 3), features(), 7, 5),
-    Step("rotary_interleaved", (40, 7), (1, 1), features(), 16, 12, True),
-    Step("rotary_partial_interleaved", (40, 7), (9, 20), features(), None, 8, True),
-    Step("window_sinks", (63, 40), (1, 2), features(window=(17, None), sinks=True), 16),
-    Step("window_of_everything", (63, 40), (1, 2), features(window=(2**31 - 1, None)), 16),
-    Step("softcap", (63, 40), (1, 2), features(softcap=2.0), 16),
-    Step("slopes", (63, 40), (1, 2), features(slopes="bh")),
-    Step("mask", (63, 40), (2, 2), features(mask="bqk"), 7),
-    Step("bias", (63, 40), (1, 2), features(bias="hqk")),
-    Step("not_causal", (63, 40), (4, 4), features(causal=False), 16),
+    Step("one_token", (40, 7, 63), (1, 1, 1), make_case(head_dim=64, head_dim_v=64)),
+    Step("pages", (40, 7, 63), (1, 1, 1), make_case(), 16),
+    Step("pages_of_one", (5, 17), (1, 1), make_case(kv_heads=4), 1),
+    Step("pages_of_seven", (33, 0, 70), (2, 5, 1), make_case(), 7),
+    Step("several_tokens", (40, 0, 63), (3, 5, 0), make_case(window=(20, None))),
+    Step("prompts", (0, 0, 0), (33, 40, 1), make_case(), 16),
+    Step("a_chunk", (10, 40), (20, 33), make_case(sinks=True), 16),
+    Step("rotary", (40, 7, 63), (1, 2, 1), make_case(), None, 12),
+    Step("rotary_partial", (40, 7, 63), (3, 3, 3), make_case(), 7, 5),
+    Step("rotary_interleaved", (40, 7), (1, 1), make_case(), 16, 12, True),
+    Step("rotary_partial_interleaved", (40, 7), (9, 20), make_case(), None, 8, True),
+    Step("window_sinks", (63, 40), (1, 2), make_case(window=(17, None), sinks=True), 16),
+    Step("window_of_everything", (63, 40), (1, 2), make_case(window=(2**31 - 1, None)), 16),
+    Step("softcap", (63, 40), (1, 2), make_case(softcap=2.0), 16),
+    Step("slopes", (63, 40), (1, 2), make_case(slopes="bh")),
+    Step("mask", (63, 40), (2, 2), make_case(mask="bqk"), 7),
+    Step("bias", (63, 40), (1, 2), make_case(bias="hqk")),
+    Step("not_causal", (63, 40), (4, 4), make_case(causal=False), 16),
     Step(
         "everything", (63, 40, 9), (3, 2, 1),
-        features(window=(50, None), softcap=4.0, slopes="h", mask="bk", bias="bhqk", sinks=True), 16, 8,
+        make_case(window=(50, None), softcap=4.0, slopes="h", mask="bk", bias="bhqk", sinks=True), 16, 8,
     ),
 ]  # fmt: skip
 LONG = [
-    Step("long", (1200, 700, 3), (1, 1, 1), features(heads=8, head_dim=64, head_dim_v=64), 64),
-    Step("long_window", (1200, 700, 3), (2, 1, 2), features(heads=8, window=(600, None), sinks=True)),
+    Step("long", (1200, 700, 3), (1, 1, 1), make_case(heads=8, head_dim=64, head_dim_v=64), 64),
+    Step("long_window", (1200, 700, 3), (2, 1, 2), make_case(heads=8, window=(600, None), sinks=True)),
 ]
 
 
@@ -91,7 +91,7 @@ def slice_row(x, b, counts, length):
     return x[:, :, : counts if x.shape[2] > 1 else 1, : length if x.shape[3] > 1 else 1]
 
 
-def expected(step: Step, options, others, table, q, k, v):
+def compute_expected(step: Step, options, others, table, q, k, v):
     """(out, lse) of the new tokens of each row, from all keys of the row."""
     case, outs, lses = step.features, [], []
     for b, (before, count) in enumerate(zip(step.lengths, step.counts, strict=True)):
@@ -132,7 +132,7 @@ def make_inputs(step: Step, dtype, device):
     return q, k, v, options, others, table
 
 
-def decoded(step: Step, cache, options, others, table, q, k, v, backend):
+def run_decode(step: Step, cache, options, others, table, q, k, v, backend):
     """(out, lse) of the new tokens, after the others were appended."""
     named = dict(zip(list_inputs(step.features)[3:], others, strict=True))
     rotary = None if table is None else flashattn.Rotary(*table, step.interleaved)
@@ -159,8 +159,8 @@ def decoded(step: Step, cache, options, others, table, q, k, v, backend):
 def compute_truth(step: Step, dtype, device) -> Truth:
     q, k, v, options, others, table = make_inputs(step, dtype, device)
     exact_table = None if table is None else [x.double() for x in table]
-    exact = expected(step, options, others, exact_table, q.double(), k.double(), v.double())
-    by_torch = expected(step, options, others, table, q, k, v)
+    exact = compute_expected(step, options, others, exact_table, q.double(), k.double(), v.double())
+    by_torch = compute_expected(step, options, others, table, q, k, v)
     return Truth((q, k, v, others, table), options, (), exact, by_torch, [0.0, 0.0])
 
 
@@ -168,18 +168,18 @@ def check(step: Step, dtype, backend):
     device = find_device(backend)
     truth = compute_truth(step, dtype, device)
     (q, k, v, others, table), options, _ = truth.fresh()
-    results = decoded(step, make_cache(step, dtype, device), options, others, table, q, k, v, backend)
+    results = run_decode(step, make_cache(step, dtype, device), options, others, table, q, k, v, backend)
     for name, x, y, t in zip(("out", "lse"), results, truth.by_torch, truth.exact, strict=True):
         assert_as_exact_as_torch(x, y, t, name)
 
 
 def check_bits_of_batch_and_pages(counts, backend):
     device = find_device(backend)
-    step = Step("", (40, 63, 9), counts, features(window=(50, None), sinks=True), None, 8)
+    step = Step("", (40, 63, 9), counts, make_case(window=(50, None), sinks=True), None, 8)
     q, k, v, options, others, table = make_inputs(step, torch.float32, device)
 
     def run(step, *x):
-        return list(decoded(step, make_cache(step, torch.float32, device), options, others, table, *x, backend))
+        return list(run_decode(step, make_cache(step, torch.float32, device), options, others, table, *x, backend))
 
     together = run(step, q, k, v)
     for page_size in (1, 7, 64):

@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-def formed(q, k, v, bias, options, dtype):
+def attend_by_torch(q, k, v, bias, options, dtype):
     """By PyTorch's operations, softmax in `dtype` of the scores that float32 has room for."""
     scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
     i, j = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
@@ -56,15 +56,15 @@ def formed(q, k, v, bias, options, dtype):
     return weights @ v.to(dtype)
 
 
-def cancelled(q, k, v, bias, options, grad) -> list:
-    """How large the terms are whose sums `results` gives: in ds = p (dp - delta), dp and delta may cancel."""
-    p = formed(q, k, torch.eye(k.shape[2]).expand(1, 2, -1, -1), bias, options, torch.float64)
+def sum_magnitudes(q, k, v, bias, options, grad) -> list:
+    """How large the terms are whose sums `compute_results` gives: in ds = p (dp - delta), dp and delta may cancel."""
+    p = attend_by_torch(q, k, torch.eye(k.shape[2]).expand(1, 2, -1, -1), bias, options, torch.float64)
     dp = grad.double().abs() @ v.double().abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     return [0.0, ds @ k.double().abs(), ds.mT @ q.double().abs(), 0.0]
 
 
-def results(function, inputs, grad):
+def compute_results(function, inputs, grad):
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*inputs)
     return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
@@ -74,11 +74,11 @@ def check_weights(name, backend):
     size, seq, bias, options = CASES[name]
     q, k, v, grad = (torch.randn(1, 2, seq, 16) for _ in range(4))
     inputs = [q * size, k * size, v]
-    truth = results(lambda *x: formed(*x, bias, options, torch.float64), inputs, grad)
-    theirs = results(lambda *x: formed(*x, bias, options, torch.float32), inputs, grad)
+    truth = compute_results(lambda *x: attend_by_torch(*x, bias, options, torch.float64), inputs, grad)
+    theirs = compute_results(lambda *x: attend_by_torch(*x, bias, options, torch.float32), inputs, grad)
     with flashattn.use_backend(backend):
-        ours = results(lambda *x: flashattn.attention(*x, bias=bias, **options), inputs, grad)
-    names, terms = ("out", "grad_q", "grad_k", "grad_v"), cancelled(*inputs, bias, options, grad)
+        ours = compute_results(lambda *x: flashattn.attention(*x, bias=bias, **options), inputs, grad)
+    names, terms = ("out", "grad_q", "grad_k", "grad_v"), sum_magnitudes(*inputs, bias, options, grad)
     for which, x, y, t, summed in zip(names, ours, theirs, truth, terms, strict=True):
         assert_as_exact_as_torch(x, y, t, which, summed)
     # Whatever rounding did to single scores, the weights of each query sum to one.
@@ -92,10 +92,10 @@ def check_least_number_as_mask(dtype, backend):
     """What models add to scores to mask them, in 16 bits; a row of it alone is the mean of v."""
     q, k, v, grad = (torch.randn(1, 2, 20, 16).to(dtype) for _ in range(4))
     bias = make_bias(20, (ALL, slice(0, 7), torch.finfo(dtype).min), (3, ALL, torch.finfo(dtype).min)).to(dtype)
-    truth = results(lambda *x: formed(*x, bias, {}, torch.float64), [q, k, v], grad)
-    theirs = results(lambda q, k, v: (q @ k.mT / 4 + bias).softmax(-1) @ v, [q, k, v], grad)
+    truth = compute_results(lambda *x: attend_by_torch(*x, bias, {}, torch.float64), [q, k, v], grad)
+    theirs = compute_results(lambda q, k, v: (q @ k.mT / 4 + bias).softmax(-1) @ v, [q, k, v], grad)
     with flashattn.use_backend(backend):
-        ours = results(lambda *x: flashattn.attention(*x, bias=bias), [q, k, v], grad)
+        ours = compute_results(lambda *x: flashattn.attention(*x, bias=bias), [q, k, v], grad)
     for which, x, y, t in zip(("out", "grad_q", "grad_k", "grad_v"), ours, theirs, truth, strict=True):
         assert_as_exact_as_torch(x, y, t, which)
 
@@ -109,5 +109,5 @@ def check_decoding(backend, size):
         flashattn.decode(torch.zeros(1, 2, 1099, 16), cache, k[:, :, :-1], v[:, :, :-1])
     with torch.no_grad(), flashattn.use_backend(backend):
         out = flashattn.decode(q, cache, k[:, :, -1:], v[:, :, -1:], bias=bias)
-    truth = formed(q, k, v, bias, {}, torch.float64)
+    truth = attend_by_torch(q, k, v, bias, {}, torch.float64)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)

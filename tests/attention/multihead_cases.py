@@ -30,7 +30,7 @@ MASKS = {
 BATCH, HEADS, SEQ_Q, SEQ_K, WIDTH = 3, 4, 19, 23, 32
 
 
-def make(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+def make_modules(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     theirs = torch.nn.MultiheadAttention(WIDTH, HEADS, **CONSTRUCTORS[kind])
     ours = flashattn.MultiheadAttention(WIDTH, HEADS, **CONSTRUCTORS[kind])
     for p in theirs.parameters():
@@ -39,7 +39,7 @@ def make(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return ours, theirs
 
 
-def inputs(kind: str, batched: bool = True) -> list[torch.Tensor]:
+def make_inputs(kind: str, batched: bool = True) -> list[torch.Tensor]:
     options = CONSTRUCTORS[kind]
     widths = (WIDTH, options.get("kdim", WIDTH), options.get("vdim", WIDTH))
     shapes = [(seq, BATCH, width) for seq, width in zip((SEQ_Q, SEQ_K, SEQ_K), widths, strict=True)]
@@ -48,7 +48,7 @@ def inputs(kind: str, batched: bool = True) -> list[torch.Tensor]:
     return [torch.randn(s).transpose(0, 1) if options.get("batch_first") else torch.randn(s) for s in shapes]
 
 
-def masks(name: str) -> dict[str, torch.Tensor]:
+def make_masks(name: str) -> dict[str, torch.Tensor]:
     attn, padding = MASKS[name]
     shape = (BATCH * HEADS, SEQ_Q, SEQ_K) if attn == "heads" else (SEQ_Q, SEQ_K)
     made = {}
@@ -61,7 +61,7 @@ def masks(name: str) -> dict[str, torch.Tensor]:
 
 
 def check(kind: str, name: str, need_weights: bool) -> None:
-    compare(*make(kind), inputs(kind), need_weights=need_weights, **masks(name))
+    compare(*make_modules(kind), make_inputs(kind), need_weights=need_weights, **make_masks(name))
 
 
 def compare(ours, theirs, x, **options) -> None:

@@ -5,18 +5,18 @@ import itertools
 import torch
 
 import flashattn
-from tests.attention.truth import Case, cancelled, list_inputs, make_inputs, run, torch_attention
+from tests.attention.truth import Case, list_inputs, make_inputs, run, sum_magnitudes, torch_attention
 from tests.common import Truth, assert_as_exact_as_torch, find_device, once_per_case, randn
 
 REST = 5  # rows past the last sequence
 
 
-def packed(case: Case, lengths_q, lengths_k) -> Case:
+def make_packed_case(case: Case, lengths_q, lengths_k) -> Case:
     """The case of a batch of these lengths."""
     return case._replace(batch=len(lengths_q), seq_q=max(lengths_q), seq_k=max(lengths_k))
 
 
-def starts(lengths, device) -> torch.Tensor:
+def make_cu_seqlens(lengths, device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
@@ -31,7 +31,7 @@ def make_packed_inputs(case: Case, lengths_q, lengths_k, dtype, device):
     return packed + inputs[3:], options
 
 
-def sequences(case: Case, lengths_q, lengths_k, options, inputs):
+def split_sequences(case: Case, lengths_q, lengths_k, options, inputs):
     """Each sequence as a case, options and inputs of its own."""
     ends_q, ends_k = itertools.accumulate(lengths_q), itertools.accumulate(lengths_k)
     for b, (n, m, end_q, end_k) in enumerate(zip(lengths_q, lengths_k, ends_q, ends_k, strict=True)):
@@ -52,12 +52,12 @@ def sequences(case: Case, lengths_q, lengths_k, options, inputs):
         yield one, own, [q, k, v, *others]
 
 
-def sequence_by_sequence(case: Case, lengths_q, lengths_k, options):
+def attend_by_sequence(case: Case, lengths_q, lengths_k, options):
     """PyTorch's (out, lse) as a function of packed inputs."""
 
     def attention(*inputs):
         outs, lses = [], []
-        for one, own, x in sequences(case, lengths_q, lengths_k, options, inputs):
+        for one, own, x in split_sequences(case, lengths_q, lengths_k, options, inputs):
             out, lse = torch_attention(one, own, *x)
             outs.append(out[0].transpose(0, 1)), lses.append(lse[0])
         q, v = inputs[0], inputs[2]
@@ -68,14 +68,14 @@ def sequence_by_sequence(case: Case, lengths_q, lengths_k, options):
     return attention
 
 
-def summed(case: Case, lengths_q, lengths_k, options, inputs, grad_out, grad_lse):
-    """How large the terms of the sums are, as `cancelled` has it."""
+def sum_packed_magnitudes(case: Case, lengths_q, lengths_k, options, inputs, grad_out, grad_lse):
+    """How large the terms of the sums are, as `sum_magnitudes` has it."""
     parts = []
     at = 0
-    for one, own, x in sequences(case, lengths_q, lengths_k, options, inputs):
+    for one, own, x in split_sequences(case, lengths_q, lengths_k, options, inputs):
         rows = slice(at, at + one.seq_q)
         at += one.seq_q
-        parts.append(cancelled(one, own, x, grad_out[rows].transpose(0, 1)[None], grad_lse[None, :, rows]))
+        parts.append(sum_magnitudes(one, own, x, grad_out[rows].transpose(0, 1)[None], grad_lse[None, :, rows]))
     q, k = (torch.cat([p[i] for p in parts], 2) for i in (2, 3))
     largest = [max(p[i].abs().max().item() if p[i].numel() else 0 for p in parts) for i in range(5, len(parts[0]))]
     return [0.0, 0.0, q, k, 0.0, *largest]
@@ -84,7 +84,7 @@ def summed(case: Case, lengths_q, lengths_k, options, inputs, grad_out, grad_lse
 def ours(case: Case, lengths_q, lengths_k, options):
     def attention(*x):
         others = dict(zip(list_inputs(case)[3:], x[3:], strict=True))
-        cu_q, cu_k = starts(lengths_q, x[0].device), starts(lengths_k, x[0].device)
+        cu_q, cu_k = make_cu_seqlens(lengths_q, x[0].device), make_cu_seqlens(lengths_k, x[0].device)
         return flashattn.attention_varlen(
             *x[:3], cu_q, cu_k, case.seq_q, case.seq_k, return_lse=True, **options, **others
         )
@@ -92,18 +92,18 @@ def ours(case: Case, lengths_q, lengths_k, options):
     return attention
 
 
-def gradients_for(case, out, lse, dtype, device):
+def make_packed_gradients(case, out, lse, dtype, device):
     grad_out = randn(*out.shape, dtype=dtype, device=device)
     return grad_out, torch.where(lse.isfinite(), randn(*lse.shape, dtype=torch.float32, device=device), 0)
 
 
 def make_truth(case: Case, lengths_q, lengths_k, dtype, device) -> Truth:
     inputs, options = make_packed_inputs(case, lengths_q, lengths_k, dtype, device)
-    theirs = sequence_by_sequence(case, lengths_q, lengths_k, options)
-    gradients = gradients_for(case, *theirs(*inputs), dtype, device)
+    theirs = attend_by_sequence(case, lengths_q, lengths_k, options)
+    gradients = make_packed_gradients(case, *theirs(*inputs), dtype, device)
     exact = run(theirs, [x.double() for x in inputs], *gradients)
     by_torch = run(theirs, inputs, *gradients)
-    terms = summed(case, lengths_q, lengths_k, options, inputs, *gradients)
+    terms = sum_packed_magnitudes(case, lengths_q, lengths_k, options, inputs, *gradients)
     return Truth(inputs, options, gradients, exact, by_torch, terms)
 
 
@@ -111,7 +111,7 @@ compute_truth = once_per_case(make_truth)
 
 
 def check(case: Case, lengths_q, lengths_k, dtype, backend, compute_truth=compute_truth):
-    case = packed(case, lengths_q, lengths_k)
+    case = make_packed_case(case, lengths_q, lengths_k)
     truth = compute_truth(case, lengths_q, lengths_k, dtype, find_device(backend))
     inputs, options, gradients = truth.fresh()
     for x, length in zip(inputs, (lengths_q, lengths_k, lengths_k), strict=False):
@@ -151,7 +151,7 @@ def check_dropout_of_padded_batch(backend):
     padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
     both = torch.tensor(lengths, device=device)
     with flashattn.use_backend(backend):
-        out = flashattn.attention_varlen(q, k, v, *[starts(lengths, device)] * 2, dropout_p=0.5, seed=3)
+        out = flashattn.attention_varlen(q, k, v, *[make_cu_seqlens(lengths, device)] * 2, dropout_p=0.5, seed=3)
         expected = flashattn.attention(*padded, q_lengths=both, kv_lengths=both, dropout_p=0.5, seed=3)
     for x, y, n in zip(out.split(lengths), expected, lengths, strict=True):
         torch.testing.assert_close(x.transpose(0, 1), y[:, :n], rtol=1e-6, atol=1e-6)
@@ -166,7 +166,7 @@ def check_nested_tensors(backend):
     with flashattn.use_backend(backend):
         out, lse = flashattn.attention(*(x.transpose(1, 2) for x in nested), causal=True, return_lse=True)
         expected, expected_lse = flashattn.attention_varlen(
-            *flat, *[starts(lengths, device)] * 2, causal=True, return_lse=True
+            *flat, *[make_cu_seqlens(lengths, device)] * 2, causal=True, return_lse=True
         )
         assert torch.equal(out.transpose(1, 2).values(), expected)
         assert torch.equal(lse.transpose(1, 2).values(), expected_lse.transpose(0, 1))

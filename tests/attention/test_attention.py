@@ -16,7 +16,7 @@ import flashattn
 from tests.attention.cases import CASES, FEATURES, VIEWS, check, check_strides, make_truth, pairwise
 from tests.attention.truth import (
     Case,
-    gradients_for,
+    make_gradients,
     make_inputs,
     ours,
     run,
@@ -44,7 +44,7 @@ def test_against_float64(case, dtype, backend):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reference_is_the_truth_in_float64(case):
     inputs, options = make_inputs(case, torch.float64, "cpu")
-    gradients = gradients_for(case, options, torch.float64, "cpu")
+    gradients = make_gradients(case, options, torch.float64, "cpu")
     truth = run(lambda *x: torch_attention(case, options, *x), inputs, *gradients)
     for x, t in zip(run(ours(case, options), inputs, *gradients), truth, strict=True):
         torch.testing.assert_close(x, t, rtol=1e-12, atol=1e-12)
@@ -124,7 +124,7 @@ def test_same_bits_every_run(backend):
         "", batch=2, heads=4, kv_heads=2, seq_q=70, seq_k=111, causal=True, bias="hk", sinks=True, dropout_p=0.1
     )
     inputs, options = make_inputs(case, torch.float16, device)
-    gradients = gradients_for(case, options, torch.float16, device)
+    gradients = make_gradients(case, options, torch.float16, device)
     with flashattn.use_backend(backend):
         first, second = (run(ours(case, options), inputs, *gradients) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -183,7 +183,7 @@ def test_a_bias_of_minus_infinity_is_a_mask(backend):
     keep[0, :, :, :200] = False
     keep[1, :, 7] = False
     bias = torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
-    grad_out, grad_lse = gradients_for(case, {"mask": keep}, torch.float32, keep.device)
+    grad_out, grad_lse = make_gradients(case, {"mask": keep}, torch.float32, keep.device)
     with flashattn.use_backend(backend):
         by_mask, by_bias = (
             run(lambda *x, o=o: flashattn.attention(*x, return_lse=True, **options, **o), inputs, grad_out, grad_lse)
@@ -238,7 +238,7 @@ def test_threads(threads):
         "", batch=2, heads=4, kv_heads=2, seq_q=200, seq_k=230, causal=True, bias="hk", sinks=True, dropout_p=0.1
     )
     inputs, options = make_inputs(case, torch.float32, "cpu")
-    gradients = gradients_for(case, options, torch.float32, "cpu")
+    gradients = make_gradients(case, options, torch.float32, "cpu")
     before = torch.get_num_threads()
 
     def go(n):

@@ -65,22 +65,22 @@ def test_is_attention(backend):
         assert torch.equal(flashattn.decode(q[:, :, 11:], cache), steps[-1])  # nothing new: the same question again
 
 
-def tokens(n, batch=1):
+def make_tokens(n, batch=1):
     return [torch.randn(batch, heads, n, 8) for heads in (2, 1, 1)]
 
 
-def step(cache, n, batch=1):
-    q, k, v = tokens(n, batch)
+def run_step(cache, n, batch=1):
+    q, k, v = make_tokens(n, batch)
     return flashattn.decode(q, cache, k, v)
 
 
 def test_forked_sequences_share_pages():
     cache = flashattn.PagedKVCache(pages=6, page_size=4, kv_heads=1, head_dim=8)
     first = cache.add()
-    step(cache.select([first]), 6)
+    run_step(cache.select([first]), 6)
     second, third = cache.fork(first), cache.fork(first)
     assert cache.free_pages == 4
-    q, k, v = tokens(1, 3)
+    q, k, v = make_tokens(1, 3)
     before = [flashattn.decode(q[:1], cache.select([s])) for s in (first, second, third)]
     assert torch.equal(before[0], before[1])
     assert torch.equal(before[0], before[2])
@@ -104,23 +104,23 @@ def test_the_last_of_those_that_share_a_page_keeps_it():
     """So one free page is enough for two sequences."""
     cache = flashattn.PagedKVCache(pages=3, page_size=4, kv_heads=1, head_dim=8)
     first = cache.add()
-    step(cache.select([first]), 6)
+    run_step(cache.select([first]), 6)
     both = [first, cache.fork(first)]
-    step(cache.select(both), 1, batch=2)
+    run_step(cache.select(both), 1, batch=2)
     assert cache.free_pages == 0
     assert [cache.length(sequence) for sequence in both] == [7, 7]
 
 
 def test_truncate():
     cache = flashattn.KVCache(1, 1, 8, 8)
-    q, k, v = tokens(6)
+    q, k, v = make_tokens(6)
     flashattn.decode(q, cache, k, v)
     cache.truncate([3])
     again = flashattn.decode(q[:, :, 3:], cache, k[:, :, 3:], v[:, :, 3:])
     torch.testing.assert_close(again, flashattn.attention(q, k, v, causal=True)[:, :, 3:])
     paged = flashattn.PagedKVCache(4, 2, 1, 8)
     a = paged.add()
-    step(paged, 7)
+    run_step(paged, 7)
     paged.truncate(a, 3)
     assert (paged.length(a), paged.free_pages) == (3, 2)
 
@@ -130,21 +130,21 @@ def test_a_full_cache_is_left_as_it_is(paged):
     cache = flashattn.PagedKVCache(2, 4, 1, 8) if paged else flashattn.KVCache(1, 1, 8, 8)
     if paged:
         cache.add()
-    step(cache, 6)
-    q, k, v = tokens(3)
+    run_step(cache, 6)
+    q, k, v = make_tokens(3)
     before = cache.k.clone(), cache.v.clone()
     with pytest.raises(ValueError, match="cache must have room for the new tokens"):
         flashattn.decode(q, cache, k, v)
     for now, then in zip((cache.k, cache.v), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)  # nothing was ever written to the rest
-    assert step(cache, 2).shape == (1, 2, 2, 8)
+    assert run_step(cache, 2).shape == (1, 2, 2, 8)
 
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_step_that_breaks_off_leaves_lengths_and_pages(paged, monkeypatch):
     cache = flashattn.PagedKVCache(3, 4, 1, 8) if paged else flashattn.KVCache(1, 1, 12, 8)
     rows = cache.select([cache.add()]) if paged else cache
-    q, k, v = tokens(5)
+    q, k, v = make_tokens(5)
     flashattn.decode(q[:, :, :3], rows, k[:, :, :3], v[:, :, :3])
 
     def break_off(*_):
@@ -153,7 +153,7 @@ def test_a_step_that_breaks_off_leaves_lengths_and_pages(paged, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BACKENDS_BY_NAME["cpu"], "decode", break_off)
         with pytest.raises(MemoryError):
-            step(rows, 6)
+            run_step(rows, 6)
     assert rows.lengths == [3]
     assert not paged or cache.free_pages == 2
     again = flashattn.decode(q[:, :, 3:], rows, k[:, :, 3:], v[:, :, 3:])
@@ -164,7 +164,7 @@ def test_a_batch_without_room_takes_no_page():
     cache = flashattn.PagedKVCache(3, 4, 1, 8)
     a, b = cache.add(), cache.add()
     with pytest.raises(ValueError, match="they need 4 pages of 4, 3 are free"):
-        step(cache.select([a, b]), 5, batch=2)
+        run_step(cache.select([a, b]), 5, batch=2)
     assert cache.free_pages == 3
     assert cache.length(a) == 0
 

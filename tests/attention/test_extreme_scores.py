@@ -10,11 +10,11 @@ import flashattn
 from tests.attention.extreme_cases import (
     CASES,
     LEAST,
+    attend_by_torch,
     check_decoding,
     check_least_number_as_mask,
     check_weights,
-    formed,
-    results,
+    compute_results,
 )
 
 BACKENDS = ["cpu", "reference"]
@@ -38,9 +38,9 @@ def test_behind_a_block_mask(backend):
     block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 300, 300, device="cpu", BLOCK_SIZE=16)
     q, k, v, grad = (torch.randn(1, 1, 300, 16) for _ in range(4))
     bias, inputs = torch.full((300, 300), LEAST), [q, k, v]
-    truth = results(lambda *x: formed(*x, bias, dict(causal=True), torch.float64), inputs, grad)
+    truth = compute_results(lambda *x: attend_by_torch(*x, bias, dict(causal=True), torch.float64), inputs, grad)
     with flashattn.use_backend(backend):
-        ours = results(lambda *x: flashattn.attention(*x, bias=bias, block_mask=block_mask), inputs, grad)
+        ours = compute_results(lambda *x: flashattn.attention(*x, bias=bias, block_mask=block_mask), inputs, grad)
     for x, t in zip(ours, truth, strict=True):
         torch.testing.assert_close(x.double(), t.double(), rtol=1e-5, atol=1e-5)
 

@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.attention.truth import Case, cancelled, gradients_for, list_inputs, make_inputs, ours, run, torch_attention
+from tests.attention.truth import (
+    Case,
+    list_inputs,
+    make_gradients,
+    make_inputs,
+    ours,
+    run,
+    sum_magnitudes,
+    torch_attention,
+)
 from tests.common import INTERPRETED, assert_as_exact_as_torch
 
 pytest.importorskip("triton")
@@ -182,7 +191,7 @@ def test_tensor_cores_read_the_upper_19_bits(gpu):
 def check(case: Case, setting: str) -> None:
     """The error rule, where PyTorch's operations multiply as the setting has it."""
     inputs, options = make_inputs(case, torch.float32, "cpu")
-    gradients = gradients_for(case, options, torch.float32, "cpu")
+    gradients = make_gradients(case, options, torch.float32, "cpu")
 
     def theirs(*x):
         with Multiplied(setting):
@@ -190,7 +199,7 @@ def check(case: Case, setting: str) -> None:
 
     truth = run(theirs, [x.double() for x in inputs], *gradients)
     represented = run(theirs, inputs, *gradients)
-    terms = cancelled(case, options, inputs, *gradients)
+    terms = sum_magnitudes(case, options, inputs, *gradients)
     torch.set_float32_matmul_precision(setting)  # only now: PyTorch's products on a CPU may follow it too
     with flashattn.use_backend("triton"):
         results = run(ours(case, options), inputs, *gradients)
@@ -225,12 +234,12 @@ def test_decoding(gpu, setting):
     (step,) = (step for step in decode_cases.STEPS if step.name == "window_sinks")
     q, k, v, options, others, table = decode_cases.make_inputs(step, torch.float32, "cpu")
     exact_table = None if table is None else [x.double() for x in table]
-    truth = decode_cases.expected(step, options, others, exact_table, q.double(), k.double(), v.double())
+    truth = decode_cases.compute_expected(step, options, others, exact_table, q.double(), k.double(), v.double())
     with Multiplied(setting):
-        theirs = decode_cases.expected(step, options, others, table, q, k, v)
+        theirs = decode_cases.compute_expected(step, options, others, table, q, k, v)
     torch.set_float32_matmul_precision(setting)
     cache = decode_cases.make_cache(step, torch.float32, "cpu")
-    results = decode_cases.decoded(step, cache, options, others, table, q, k, v, "triton")
+    results = decode_cases.run_decode(step, cache, options, others, table, q, k, v, "triton")
     for name, x, y, t in zip(("out", "lse"), results, theirs, truth, strict=True):
         assert_as_exact_as_torch(x, y, t, name)
 

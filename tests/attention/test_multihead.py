@@ -16,8 +16,8 @@ from tests.attention.multihead_cases import (
     WIDTH,
     check,
     compare,
-    inputs,
-    make,
+    make_inputs,
+    make_modules,
 )
 
 
@@ -29,19 +29,21 @@ def test_as_torch(kind, name, need_weights):
 
 
 def test_weights_of_each_head():
-    compare(*make("plain"), inputs("plain"), average_attn_weights=False)
+    compare(*make_modules("plain"), make_inputs("plain"), average_attn_weights=False)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "batch_first"])
 def test_without_a_batch(kind, need_weights):
     padding = torch.rand(SEQ_K) > 0.8
-    x = inputs(kind, batched=False)
-    compare(*make(kind), x, need_weights=need_weights, key_padding_mask=padding, attn_mask=torch.randn(SEQ_Q, SEQ_K))
+    x = make_inputs(kind, batched=False)
+    compare(
+        *make_modules(kind), x, need_weights=need_weights, key_padding_mask=padding, attn_mask=torch.randn(SEQ_Q, SEQ_K)
+    )
 
 
 def test_self_attention_with_a_causal_hint():
-    ours, theirs = make("batch_first")
+    ours, theirs = make_modules("batch_first")
     x, mask = torch.randn(2, 20, WIDTH), torch.ones(20, 20).triu(1).bool()
     expected = theirs(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
     torch.testing.assert_close(ours(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0], expected)
@@ -58,7 +60,7 @@ def test_same_interface():
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_a_padded_row_gives_zeros(need_weights):
-    ours, _ = make("batch_first")
+    ours, _ = make_modules("batch_first")
     x = torch.randn(2, 7, WIDTH, requires_grad=True)
     padding = torch.tensor([[False] * 7, [True] * 7])
     for options in ({}, {"attn_mask": torch.zeros(7, 7, dtype=torch.bool)}):
@@ -127,7 +129,7 @@ def test_masks_of_whole_numbers_are_refused(name):
 @pytest.mark.parametrize("kind", ["batch_first", "no_bias", "other_widths"])
 def test_nested(kind, layout):
     """Each sequence as alone, with gradients of parameters."""
-    ours, theirs = make(kind)
+    ours, theirs = make_modules(kind)
     theirs.batch_first = True
     lengths, widths = (5, 1, 9), (WIDTH, theirs.kdim, theirs.vdim)
     parts = [[torch.randn(n, width) for n in lengths] for width in widths]
@@ -148,7 +150,7 @@ def test_nested(kind, layout):
 
 
 def test_what_nested_inputs_do_not_take():
-    ours, _ = make("batch_first")
+    ours, _ = make_modules("batch_first")
     x, y = (
         torch.nested.nested_tensor([torch.randn(n, WIDTH) for n in ns], layout=torch.jagged) for ns in ((2, 3), (3, 2))
     )

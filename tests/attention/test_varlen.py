@@ -16,10 +16,10 @@ from tests.attention.packed_cases import (
     check,
     check_dropout_of_padded_batch,
     check_nested_tensors,
+    make_cu_seqlens,
+    make_packed_case,
     make_packed_inputs,
     make_truth,
-    packed,
-    starts,
 )
 from tests.attention.truth import Case
 from tests.common import BACKENDS, DTYPES, find_device, skip_if_wrong_there
@@ -84,10 +84,10 @@ def test_a_longest_of_more_than_all(backend, bias):
     """max_seqlen says how long a sequence may be at most: larger than all of them together it changes nothing."""
     case, lengths, device = Case("", bias=bias, head_dim=8, head_dim_v=8), (5, 20, 7), find_device(backend)
     most = 2**31 - 1 if bias == "h" else 100
-    inputs, _ = make_packed_inputs(packed(case, lengths, lengths), lengths, lengths, torch.float32, device)
+    inputs, _ = make_packed_inputs(make_packed_case(case, lengths, lengths), lengths, lengths, torch.float32, device)
     whole = torch.zeros(1, 2, *[100 if bias == "hqk" else 1] * 2, device=device)
     whole[:, :, :20, :20] = inputs[3]
-    cu = starts(lengths, device)
+    cu = make_cu_seqlens(lengths, device)
 
     def call(longest, bias):
         x = [x.clone().requires_grad_() for x in (*inputs[:3], bias)]

@@ -81,7 +81,7 @@ def ours(case: Case, options: dict):
     )
 
 
-def naive_options(case: Case, options: dict, device) -> dict:
+def make_naive_options(case: Case, options: dict, device) -> dict:
     """The options of `naive.attention`, without dropout."""
     lengths = {
         name: None if value is None else torch.tensor(value, device=device)
@@ -91,7 +91,7 @@ def naive_options(case: Case, options: dict, device) -> dict:
     return own | {name: options[name] for name in ("alibi_slopes", "mask") if name in options}
 
 
-def kept(case: Case, device) -> torch.Tensor | float:
+def dropout_multiplier(case: Case, device) -> torch.Tensor | float:
     """What dropout multiplies the weights by, from its definition: word key % 4 of Philox at (key // 4, query,
     batch * heads + head)."""
     if not case.dropout_p:
@@ -106,8 +106,8 @@ def kept(case: Case, device) -> torch.Tensor | float:
 def torch_attention(case: Case, options: dict, q, k, v, *others):
     """(out, lse) by PyTorch's own operations in the inputs' dtype; a fully masked row gives 0 and -inf."""
     others = dict(zip(list_inputs(case)[3:], others, strict=True))
-    options = naive_options(case, options, q.device)
-    return naive.attention(q, k, v, **options, **others, dropout=kept(case, q.device))
+    options = make_naive_options(case, options, q.device)
+    return naive.attention(q, k, v, **options, **others, dropout=dropout_multiplier(case, q.device))
 
 
 def run(function, inputs, grad_out, grad_lse):
@@ -118,10 +118,10 @@ def run(function, inputs, grad_out, grad_lse):
     return [out, lse, *gradients]
 
 
-def gradients_for(case: Case, options: dict, dtype: torch.dtype, device):
+def make_gradients(case: Case, options: dict, dtype: torch.dtype, device):
     grad_out = randn(case.batch, case.heads, case.seq_q, case.head_dim_v, dtype=dtype, device=device)
     grad_lse = randn(case.batch, case.heads, case.seq_q, dtype=torch.float32, device=device)
-    options = naive_options(case, options, device)
+    options = make_naive_options(case, options, device)
     masks = (options.get(name) for name in ("causal", "window", "mask", "q_lengths", "kv_lengths"))
     some = naive.attend_mask(naive.diagonal_distance(case.seq_q, case.seq_k, device), *masks).any(-1)
     return grad_out, torch.where(some.expand_as(grad_lse), grad_lse, 0)  # lse is constant -inf elsewhere
@@ -139,7 +139,7 @@ def hide_past_lengths(case: Case, inputs, gradients) -> None:
             v[b, :, case.kv_lengths[b] :] = torch.nan
 
 
-def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
+def sum_magnitudes(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
     """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
     q, k, v, *others = (x.double() for x in inputs)
     grad_out, grad_lse = grad_out.double(), grad_lse.double()
@@ -152,7 +152,7 @@ def cancelled(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[tor
         (p,) = torch.autograd.grad(lse[lse.isfinite()].sum(), every)
     group, scale = case.heads // case.kv_heads, abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    keep = kept(case, q.device)
+    keep = dropout_multiplier(case, q.device)
     dp = grad_out.abs() @ v.abs().mT * keep
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse.abs()[..., None])
     grad_k = (ds.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)

@@ -16,7 +16,7 @@ from flashattn.compat import sdpa
 ROOT = Path(__file__).parents[2]
 
 
-def python(*arguments, **environment):
+def run_python(*arguments, **environment):
     """Run Python on its own; returns the finished process."""
     environment = {**os.environ, **environment}
     environment.pop("TRITON_INTERPRET", None)
@@ -62,7 +62,7 @@ def test_use_backend_restores():
         flashattn.use_backend("cuda").__enter__()
 
 
-def overlapping(begin):
+def enter_overlapping(begin):
     """Two blocks of which the first to begin is the first to end."""
     first, second = begin(), begin()
     first.__enter__(), second.__enter__()
@@ -72,10 +72,10 @@ def overlapping(begin):
 def test_overlapping_blocks_leave_nothing_behind():
     """As two threads make them."""
     theirs = torch.nn.functional.scaled_dot_product_attention
-    overlapping(lambda: flashattn.use_backend("reference"))
-    overlapping(backends.triton_on_cpu)
-    overlapping(triton_hopper.use_plain_kernels)
-    overlapping(sdpa.patch)
+    enter_overlapping(lambda: flashattn.use_backend("reference"))
+    enter_overlapping(backends.triton_on_cpu)
+    enter_overlapping(triton_hopper.use_plain_kernels)
+    enter_overlapping(sdpa.patch)
     assert backends._forced.value is None
     assert not backends.triton.accepts_cpu_tensors.value
     assert triton_hopper.ENABLED.value
@@ -128,8 +128,8 @@ def test_backward_uses_the_backend_of_forward(monkeypatch):
 
 def test_environment_variable():
     code = "import torch, flashattn; print(flashattn.backends.choose(torch.device('cpu'), torch.float32))"
-    assert python("-c", code, FLASHATTN_BACKEND="reference").stdout == "reference\n"
-    wrong = python("-c", code, FLASHATTN_BACKEND="fast")
+    assert run_python("-c", code, FLASHATTN_BACKEND="reference").stdout == "reference\n"
+    wrong = run_python("-c", code, FLASHATTN_BACKEND="fast")
     assert "backend must be one of triton, cpu, reference, got 'fast'" in wrong.stderr
 
 
@@ -138,22 +138,22 @@ def test_instruction_sets(isa):
     """The engine's tests, on each instruction set this processor has but does not choose; one it lacks is an error that
     names the variable."""
     if isa not in backends.cpu.list_isas():
-        done = python("-c", "import flashattn", FLASHATTN_CPU_ISA=isa)
+        done = run_python("-c", "import flashattn", FLASHATTN_CPU_ISA=isa)
         assert f"FLASHATTN_CPU_ISA must be one of {', '.join(backends.cpu.ISAS)}, and one this" in done.stderr
         pytest.skip(f"this processor has no {isa}")
-    done = python("-c", "import flashattn; print(flashattn.backends.cpu.get_isa())", FLASHATTN_CPU_ISA=isa)
+    done = run_python("-c", "import flashattn; print(flashattn.backends.cpu.get_isa())", FLASHATTN_CPU_ISA=isa)
     assert done.stdout == f"{isa}\n"
     tests = [
         f"tests/{name}.py"
         for name in ("attention/test_attention", "norm/test_norm", "backends/test_linear", "backends/test_engine")
     ]
     chosen = "(cpu or engine or random) and not memory"
-    done = python("-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *tests, FLASHATTN_CPU_ISA=isa)
+    done = run_python("-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *tests, FLASHATTN_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_status():
-    done = python("-m", "flashattn")
+    done = run_python("-m", "flashattn")
     assert done.returncode == 0
     for word in ("flashattn 0.", "CPU features", "triton", "cpu        usable", "reference  usable", "goes to: cpu"):
         assert word in done.stdout

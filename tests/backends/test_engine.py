@@ -42,7 +42,7 @@ def test_fields(operator, fields):
 # ------------------------------------------------------------------------------------------------ the exponential
 
 
-def exp2(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def run_exp2(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     y = torch.empty_like(x)
     backends.cpu.ops.exp2.default(x, y, dtype)
     return y
@@ -56,14 +56,14 @@ def test_exp2(dtype, allowed):
     x = torch.cat([bits, -bits])
     x = x[(x >= -126) & (x < 128)]
     truth = torch.exp2(x.double())
-    assert ((exp2(x, dtype).double() - truth) / truth).abs().max() < allowed
+    assert ((run_exp2(x, dtype).double() - truth) / truth).abs().max() < allowed
 
     integers = torch.arange(-126, 128, dtype=torch.float32)
-    assert torch.equal(exp2(integers, dtype), torch.ldexp(torch.ones(254), integers.int()))  # 2^0 = 1 among them
+    assert torch.equal(run_exp2(integers, dtype), torch.ldexp(torch.ones(254), integers.int()))  # 2^0 = 1 among them
     tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30])
-    assert torch.equal(exp2(tiny, dtype), torch.ones(6))
-    assert torch.equal(exp2(torch.tensor([-126.001, -1e30, -torch.inf]), dtype), torch.zeros(3))
-    assert exp2(torch.tensor([torch.nan]), dtype).isnan().all()
+    assert torch.equal(run_exp2(tiny, dtype), torch.ones(6))
+    assert torch.equal(run_exp2(torch.tensor([-126.001, -1e30, -torch.inf]), dtype), torch.zeros(3))
+    assert run_exp2(torch.tensor([torch.nan]), dtype).isnan().all()
 
 
 def test_every_float16():
@@ -89,7 +89,7 @@ def test_the_error_does_not_grow_with_length(dtype, queries):
 # ------------------------------------------------------------------------------------------------ threads, processes
 
 
-def step(seed: int) -> list[torch.Tensor]:
+def run_step(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 4, 150, 32, generator=generator).requires_grad_() for _ in range(3))
     out = flashattn.attention(q, k, v, causal=True)
@@ -98,10 +98,10 @@ def step(seed: int) -> list[torch.Tensor]:
 
 
 def test_several_python_threads_at_once():
-    expected = [step(seed) for seed in range(4)]
+    expected = [run_step(seed) for seed in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for ours, alone in zip(pool.map(step, range(4)), expected, strict=True):
+            for ours, alone in zip(pool.map(run_step, range(4)), expected, strict=True):
                 assert all(map(torch.equal, ours, alone))
 
 
@@ -110,12 +110,12 @@ class Steps(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, i):
-        return step(i)[0]
+        return run_step(i)[0]
 
 
 def test_after_fork_in_a_worker():
     """The parent has used its threads; the workers, forked from it, compute the same."""
-    expected = [step(seed)[0] for seed in range(4)]
+    expected = [run_step(seed)[0] for seed in range(4)]
     loader = torch.utils.data.DataLoader(
         Steps(), num_workers=2, batch_size=None, timeout=60, multiprocessing_context="fork"
     )

@@ -56,7 +56,7 @@ def test_neighbours_change_each_field_both_ways():
     assert TileConfig(128, 32, 8, 2) in found
 
 
-def search(medians: dict[TileConfig, float], spread=0.0, wrong=()) -> tune.Found:
+def run_search(medians: dict[TileConfig, float], spread=0.0, wrong=()) -> tune.Found:
     def measure(found):
         return {tiles: Times(medians[tiles], medians[tiles] - spread, medians[tiles] + spread) for tiles in found}
 
@@ -68,21 +68,21 @@ A, B = tune.list_neighbours(ROW)[:2]
 
 
 def test_search_takes_the_fastest():
-    found = search({ROW: 3.0, A: 2.0, B: 1.0})
+    found = run_search({ROW: 3.0, A: 2.0, B: 1.0})
     assert found.best == B
     assert list(found.times) == [ROW, A, B]
 
 
 def test_search_times_nothing_that_is_refused():
-    found = search({ROW: 3.0, A: 2.0, B: 1.0}, wrong=(B,))
+    found = run_search({ROW: 3.0, A: 2.0, B: 1.0}, wrong=(B,))
     assert found.best == A
     assert found.refused == {B: "wrong"}
     assert B not in found.times
 
 
 def test_search_keeps_the_row_where_the_gain_is_within_the_spread():
-    assert search({ROW: 3.0, A: 2.8}, spread=0.2).best == ROW
-    assert search({ROW: 3.0, A: 2.5}, spread=0.2).best == A
+    assert run_search({ROW: 3.0, A: 2.8}, spread=0.2).best == ROW
+    assert run_search({ROW: 3.0, A: 2.5}, spread=0.2).best == A
 
 
 def test_results_are_the_same_but_for_rounding():
@@ -115,12 +115,12 @@ Q, K, V = torch.randn(3, 1, 1, 20, 16).bfloat16()
 CAUSAL = Score(0.25, right=0)
 
 
-def forward(score=CAUSAL):
+def run_forward(score=CAUSAL):
     return backend.forward(Q, K, V, score)
 
 
 def test_what_does_not_fit_or_spills_is_not_launched(gpu, monkeypatch):
-    (kernel,) = tune.compile_call(forward)
+    (kernel,) = tune.compile_call(run_forward)
     assert not gpu.launches
     fits = kernel.metadata
     monkeypatch.setattr(kernel, "metadata", fits._replace(shared=10**6))
@@ -149,7 +149,7 @@ def autotune(monkeypatch):
 
 
 def test_autotune_searches_once_for_each_kind_of_call(gpu, autotune):
-    expected = forward()
+    expected = run_forward()
     out, *_ = tune.call(backend.forward, Q, K, V, CAUSAL)
     assert tune.is_same((out,), expected[:1])
     (chosen,) = tune._chosen.values()
@@ -162,7 +162,7 @@ def test_autotune_searches_once_for_each_kind_of_call(gpu, autotune):
 
 
 def test_autotune_searches_each_pass_of_backward(gpu, autotune):
-    out, lse, rest = forward()
+    out, lse, rest = run_forward()
     arguments = (torch.randn(1, 1, 20, 16).bfloat16(), None, Saved(Q, K, V, out, lse, rest), CAUSAL, False)
     expected = backend.launch_backward(*arguments)
     assert tune.is_same(tune.call(backend.launch_backward, *arguments), expected)
@@ -172,7 +172,7 @@ def test_autotune_searches_each_pass_of_backward(gpu, autotune):
 def test_autotune_searches_kernels_in_roles(autotune):
     torch.use_deterministic_algorithms(False)
     with ptx.device("sm_90") as device:
-        expected = forward()
+        expected = run_forward()
         out, *_ = tune.call(backend.forward, Q, K, V, CAUSAL)
         assert tune.is_same((out,), expected[:1])
         assert {launch.kernel for launch in device.launches} == {"attention_forward_hopper"}
@@ -180,7 +180,7 @@ def test_autotune_searches_kernels_in_roles(autotune):
         assert autotune == [rows]
         assert list(tune._chosen.values()) == [min(rows, key=lambda row: 1 / row.stages)]
         with tune.force_tiles("forward", ROW):
-            forward()
+            run_forward()
         assert device.launches[-1].kernel == "attention_forward"
 
 
@@ -193,7 +193,7 @@ def test_autotune_refuses_another_result(gpu, autotune, monkeypatch):
 
 
 def test_autotune_does_nothing_on_cpu_tensors(gpu, autotune):
-    forward()
+    run_forward()
     assert not autotune
     assert not tune._chosen
 
@@ -222,16 +222,19 @@ LOOP = """
 """
 
 
-def kernel(code: str, shared=1000) -> Kernel:
+def make_kernel(code: str, shared=1000) -> Kernel:
     return Kernel("attention_forward", "sm_90", 255, 64, 2, shared, 1, 8, code)
 
 
 def test_candidates_are_refused_by_their_loops():
-    spilling, outside = kernel(LOOP.format("LDL")), kernel("        /*0000*/ STL [R1], R2 ;" + LOOP.format("FADD"))
+    spilling, outside = (
+        make_kernel(LOOP.format("LDL")),
+        make_kernel("        /*0000*/ STL [R1], R2 ;" + LOOP.format("FADD")),
+    )
     assert part.inspect(ROW, spilling).refused == "1 accesses to local memory in its loops"
     static = part.inspect(ROW, outside)
     assert (static.refused, static.slots) == (None, 2 / 4096 * 1024)
-    large = part.inspect(ROW, kernel(LOOP.format("FADD"), shared=232449))
+    large = part.inspect(ROW, make_kernel(LOOP.format("FADD"), shared=232449))
     assert large.refused == "232,449 bytes of shared memory, over the limit of 232,448"
 
 

@@ -40,7 +40,7 @@ def check_as_attention(name):
 STARTS_Q, STARTS_K = torch.tensor([0, 7, 7, 20]).int(), torch.tensor([0, 10, 14, 40]).int()
 
 
-def in_pages(x, starts, page_size):
+def split_into_pages(x, starts, page_size):
     """(pages, page table) of packed rows, the pages in no order."""
     lengths = starts.diff().tolist()
     width = max(-(-n // page_size) for n in lengths)
@@ -54,7 +54,7 @@ def in_pages(x, starts, page_size):
 
 def check_varlen_of_pages():
     q, k = torch.randn(20, 4, 16), torch.randn(40, 2, 16)
-    pages, table = in_pages(k, STARTS_K, 8)
+    pages, table = split_into_pages(k, STARTS_K, 8)
     out = flash_attn.flash_attn_varlen_func(q, pages, pages, STARTS_Q, STARTS_K, 13, 26, causal=True, block_table=table)
     assert torch.equal(out, flashattn.attention_varlen(q, k, k, STARTS_Q, STARTS_K, 13, 26, causal=True))
 
@@ -74,8 +74,8 @@ def check_kvcache(lies, name):
         caches[:, [5, 0, 3]] = old
     else:
         starts = torch.tensor([0, 32, 64, 96])
-        caches, tables = zip(*(in_pages(x.flatten(0, 1), starts, 8) for x in old), strict=True)
-        caches = torch.stack([caches[0], in_table(caches[1], tables[1], tables[0])])
+        caches, tables = zip(*(split_into_pages(x.flatten(0, 1), starts, 8) for x in old), strict=True)
+        caches = torch.stack([caches[0], move_pages(caches[1], tables[1], tables[0])])
         options["block_table"] = tables[0]
     out, lse = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, **options, **theirs, return_softmax_lse=True)
     for b, n in enumerate(lengths):
@@ -91,7 +91,7 @@ def check_kvcache(lies, name):
     assert torch.equal(again, out)  # what was written is there
 
 
-def in_table(pages, table, wanted):
+def move_pages(pages, table, wanted):
     """Pages moved so that another table reads the same."""
     moved = torch.full_like(pages, torch.nan)
     moved[wanted.flatten().long()] = pages[table.flatten().long()]
@@ -107,13 +107,13 @@ def check_kvcache_rotates(causal, interleaved):
         rotary_interleaved=interleaved,
     )  # fmt: skip
     position = torch.arange(3) if causal else torch.zeros(3).long()
-    turned = turn(q[:1], angles[position], interleaved), turn(k[:1], angles[:3], interleaved), v[:1]
+    turned = rotate_pairs(q[:1], angles[position], interleaved), rotate_pairs(k[:1], angles[:3], interleaved), v[:1]
     expected = flashattn.attention(*(x.transpose(1, 2) for x in turned), causal=causal)
     torch.testing.assert_close(out[:1].transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(caches[0, 1, 4:7], turn(k[1:], angles[4:7], interleaved)[0])
+    torch.testing.assert_close(caches[0, 1, 4:7], rotate_pairs(k[1:], angles[4:7], interleaved)[0])
 
 
-def turn(x, angles, interleaved):
+def rotate_pairs(x, angles, interleaved):
     """Pairs of the first 10 numbers of (1, seq, heads, 16) as complex numbers."""
     part = x[..., :10].unflatten(-1, (5, 2)) if interleaved else torch.stack(x[..., :10].split(5, -1), -1)
     turned = torch.view_as_real(

@@ -17,17 +17,17 @@ def create_block_mask(mask_mod, batch, heads, seq_q, seq_k, block_size=128):
     return theirs.create_block_mask(mask_mod, batch, heads, seq_q, seq_k, torch.get_default_device(), block_size)
 
 
-def captured(*shape, dtype=torch.float32):
+def make_captured(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
 def relative_bias(dtype):
-    table = captured(HEADS, SEQ_Q + SEQ_K, dtype=dtype)
+    table = make_captured(HEADS, SEQ_Q + SEQ_K, dtype=dtype)
     return (lambda score, b, h, i, j: score + table[h, i - j + SEQ_K]), [table]
 
 
 def softcap_and_scale(dtype):
-    factor, shift = captured(HEADS, dtype=dtype), torch.nn.Parameter(torch.randn(BATCH, SEQ_K, dtype=dtype))
+    factor, shift = make_captured(HEADS, dtype=dtype), torch.nn.Parameter(torch.randn(BATCH, SEQ_K, dtype=dtype))
 
     def mod(score, b, h, i, j):
         return 3 * torch.tanh(score * factor[h].exp() / 3) + shift[b, j]
@@ -90,34 +90,34 @@ def check_as_flex_attention(mod, block_mask, backend):
     torch.testing.assert_close(lse, aux.lse, rtol=1e-5, atol=1e-5)
 
 
-def places():
+def make_indices():
     """b, h, i and j of every score, as a mod takes them."""
     return [torch.arange(n).view(-1, *[1] * (3 - d)) for d, n in enumerate((BATCH, HEADS, SEQ_Q, SEQ_K))]
 
 
-def modified(mod, q, k):
+def apply_mod(mod, q, k):
     """Every score, in q's dtype."""
     scores = q @ k.repeat_interleave(HEADS // k.shape[1], 1).mT * DIM**-0.5
-    return mod(scores, *places()).to(scores.dtype).broadcast_to(scores.shape)
+    return mod(scores, *make_indices()).to(scores.dtype).broadcast_to(scores.shape)
 
 
 def compute_weights(scores, block_mask):
     if block_mask is None:
         return scores.softmax(-1)
-    keep = block_mask.mask_mod(*places())
+    keep = block_mask.mask_mod(*make_indices())
     some = keep.any(-1, keepdim=True)
     return torch.where(some, scores.masked_fill(~keep, -torch.inf).masked_fill(~some, 0).softmax(-1), 0)
 
 
-def dense(mod, block_mask, q, k, v):
+def attend_densely(mod, block_mask, q, k, v):
     """Softmax of the whole matrix, in q's dtype."""
-    return compute_weights(modified(mod, q, k), block_mask) @ v.repeat_interleave(HEADS // k.shape[1], 1)
+    return compute_weights(apply_mod(mod, q, k), block_mask) @ v.repeat_interleave(HEADS // k.shape[1], 1)
 
 
-def cancelled(mod, block_mask, q, k, v, tables, grad):
+def sum_magnitudes(mod, block_mask, q, k, v, tables, grad):
     """How large the float32 terms are whose sums the gradients of `tables` are: ds = p (dp - delta), where dp and delta
     may cancel (as in tests/attention/truth.py), times what the score changes by with its entry of the table."""
-    scores = modified(mod, q.detach(), k.detach())
+    scores = apply_mod(mod, q.detach(), k.detach())
     p = compute_weights(scores.detach(), block_mask)
     dp = grad.abs() @ v.detach().abs().repeat_interleave(HEADS // v.shape[1], 1).mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True))
@@ -130,14 +130,14 @@ def cancelled(mod, block_mask, q, k, v, tables, grad):
     return terms
 
 
-def mask_and_grad(block_mask: str | None):
+def make_mask_and_grad(block_mask: str | None):
     """The block mask of this name, and the gradient of the output."""
     torch.manual_seed(0)
     made = None if block_mask is None else BLOCK_MASKS[block_mask]()
     return made, torch.randn(BATCH, HEADS, SEQ_Q, DIM)
 
 
-def leaves(mod: str, dtype, kind):
+def make_leaves(mod: str, dtype, kind):
     """The callable, q, k and v as `dtype` rounds them, and the tensors that the callable captured, all in `kind`."""
     torch.manual_seed(1)
     x = [t.detach().to(dtype).to(kind).requires_grad_() for t in inputs(kv_heads=2)]
@@ -154,13 +154,13 @@ def leaves(mod: str, dtype, kind):
 
 @once_per_case
 def compute_truth(dtype, mod: str, block_mask: str | None, device: torch.device) -> Truth:
-    block_mask, grad = mask_and_grad(block_mask)
+    block_mask, grad = make_mask_and_grad(block_mask)
     results = []
     for kind in (dtype, torch.float64):
-        made, x, tables = leaves(mod, dtype, kind)
-        out = dense(made, block_mask, *x)
+        made, x, tables = make_leaves(mod, dtype, kind)
+        out = attend_densely(made, block_mask, *x)
         results.append([out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))])
-    terms = [0.0] * 4 + cancelled(made, block_mask, *x, tables, grad.double())
+    terms = [0.0] * 4 + sum_magnitudes(made, block_mask, *x, tables, grad.double())
     return Truth((), {}, (), results[1], results[0], terms)
 
 
@@ -168,8 +168,8 @@ def check_gradients(dtype, mod, block_mask, backend):
     """Of q, k, v and of what the score_mod captured, with grouped heads."""
     skip_if_wrong_there(backend, dtype)
     truth = compute_truth(dtype, mod, block_mask, torch.get_default_device())
-    block_mask, grad = mask_and_grad(block_mask)
-    made, x, tables = leaves(mod, dtype, dtype)
+    block_mask, grad = make_mask_and_grad(block_mask)
+    made, x, tables = make_leaves(mod, dtype, dtype)
     with flashattn.use_backend(backend):
         out = flex_attention(*x, score_mod=made, block_mask=block_mask, enable_gqa=True)
         results = [out, *torch.autograd.grad(out, [*x, *tables], grad.to(out))]
@@ -184,7 +184,8 @@ def check_with_every_other_feature(backend, by_position):
     from positions the CPU engine takes the block mask."""
     q, k, v = inputs()
     options = dict(
-        bias=captured(HEADS, 1, SEQ_K), softcap=3.0, sinks=captured(HEADS), mask=torch.rand(BATCH, 1, 1, SEQ_K) > 0.2,
+        bias=make_captured(HEADS, 1, SEQ_K), softcap=3.0, sinks=make_captured(HEADS),
+        mask=torch.rand(BATCH, 1, 1, SEQ_K) > 0.2,
         kv_lengths=torch.tensor([SEQ_K, SEQ_K - 20]), q_lengths=torch.tensor([SEQ_Q - 3, SEQ_Q]),
     )  # fmt: skip
     if by_position:
@@ -213,13 +214,13 @@ def check_with_every_other_feature(backend, by_position):
 
 def short_table():
     """As long as the window: other pairs would read outside of it."""
-    table = captured(9)
+    table = make_captured(9)
     return (lambda score, b, h, i, j: score * 2 + table[i - j]), [table]
 
 
 def long_rows():
     """Of two dimensions, past the end by far, and a table of whole numbers that points into another."""
-    table, steps = captured(2, 9), torch.arange(9)
+    table, steps = make_captured(2, 9), torch.arange(9)
     return (lambda score, b, h, i, j: score + table[h, steps[i - j]] + table[h, (i - j) * 1]), [table]
 
 
@@ -231,7 +232,7 @@ def roots():
 
 def logarithms():
     """Derivatives by the score and by a number of a table that are NaN where they are not seen."""
-    factor = captured(2)
+    factor = make_captured(2)
     return (lambda score, b, h, i, j: score * torch.log(i - j + 2.0) + factor[h] * torch.log(i - j + 1.5)), [factor]
 
 
@@ -277,7 +278,7 @@ def check_every_operation(backend):
     with flashattn.use_backend(backend):
         ours = flex_attention(*x, score_mod=every_operation)
         gradients = torch.autograd.grad(ours.square().sum(), x)
-    truth = dense(every_operation, None, *exact)
+    truth = attend_densely(every_operation, None, *exact)
     expected = torch.autograd.grad(truth.square().sum(), exact)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
     for a, b in zip(gradients, expected, strict=True):

@@ -26,7 +26,7 @@ from tests.compat.flex_cases import (
     SCORE_MODS,
     SEQ_K,
     SEQ_Q,
-    captured,
+    attend_densely,
     causal,
     check_as_flex_attention,
     check_every_operation,
@@ -34,10 +34,10 @@ from tests.compat.flex_cases import (
     check_hidden_pairs,
     check_with_every_other_feature,
     create_block_mask,
-    dense,
     inputs,
     logarithms,
     long_rows,
+    make_captured,
     roots,
     short_table,
 )
@@ -126,7 +126,7 @@ def test_flex_attentions_own_request():
 def test_auxiliary_outputs(backend):
     """Of the whole matrix of weights, which is there in the test only."""
     q, k, v = inputs(kv_heads=2)
-    sinks = captured(HEADS)
+    sinks = make_captured(HEADS)
     asked = flashattn.AuxRequest(True, True, True, True, True)
     with flashattn.use_backend(backend):
         out, aux = flashattn.attention(q, k, v, causal=True, softcap=4.0, sinks=sinks, return_aux=asked)
@@ -506,7 +506,7 @@ def test_an_index_from_the_end(backend):
 
     with flashattn.use_backend(backend):
         ours = flex_attention(q, k, v, score_mod=mod)
-    torch.testing.assert_close(ours, dense(mod, None, q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, attend_densely(mod, None, q, k, v), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

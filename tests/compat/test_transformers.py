@@ -50,7 +50,7 @@ MODELS = {
 CAUSAL = [name for name in MODELS if name not in ("bert", "t5")]
 
 
-def make(name: str):
+def make_model(name: str):
     torch.use_deterministic_algorithms(False)  # poisoned memory would be read by the models' own empty parameters
     torch.manual_seed(0)
     kind, config = MODELS[name]()
@@ -66,7 +66,7 @@ def make(name: str):
 PADDINGS = {"none": None, "right": ((0, 20), (0, 13), (0, 1)), "left": ((0, 20), (7, 20), (19, 20))}
 
 
-def batch(padding: str):
+def make_batch(padding: str):
     torch.manual_seed(1)
     tokens = torch.randint(3, 99, (3, 20))
     if PADDINGS[padding] is None:
@@ -103,20 +103,20 @@ def assert_same(ours, eager):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_as_eager(name, padding):
-    model, (tokens, mask) = make(name), batch(padding)
+    model, (tokens, mask) = make_model(name), make_batch(padding)
     assert_same(run(model, "flashattn", tokens, mask), run(model, "eager", tokens, mask))
 
 
-def packed_batch():
+def make_packed_batch():
     """Three sequences in one row, and each alone."""
-    lengths, (tokens, _) = (9, 1, 10), batch("none")
+    lengths, (tokens, _) = (9, 1, 10), make_batch("none")
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     return tokens[:1], positions, tokens[:1].split(lengths, 1)
 
 
 @pytest.mark.parametrize("name", [n for n in CAUSAL if n != "gpt_oss"])  # it does not look at positions for its mask
 def test_packed_by_position_ids(name):
-    model, (tokens, positions, _) = make(name), packed_batch()
+    model, (tokens, positions, _) = make_model(name), make_packed_batch()
     options = dict(position_ids=positions, use_cache=False)
     assert_same(run(model, "flashattn", tokens, None, **options), run(model, "eager", tokens, None, **options))
 
@@ -124,7 +124,7 @@ def test_packed_by_position_ids(name):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_packed_by_cu_seq_lens(name):
     """As each sequence alone under eager."""
-    model, (tokens, positions, alone) = make(name), packed_batch()
+    model, (tokens, positions, alone) = make_model(name), make_packed_batch()
     starts = torch.tensor([0, 9, 10, 20], dtype=torch.int32)
     packed = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=10, max_length_k=10)
     ours = run(model, "flashattn", tokens, None, position_ids=positions, use_cache=False, **packed)
@@ -142,7 +142,7 @@ def test_cu_seq_lens_are_given_together():
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "bert"])
 def test_generation_as_eager(name, cache):
-    model, (tokens, mask) = make(name), batch("left")
+    model, (tokens, mask) = make_model(name), make_batch("left")
     options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
     if cache == "static":
         options |= dict(cache_implementation="static", disable_compile=True)
@@ -154,7 +154,7 @@ def test_generation_as_eager(name, cache):
 
 
 def test_a_custom_mask_is_added():
-    model, (tokens, _) = make("llama"), batch("none")
+    model, (tokens, _) = make_model("llama"), make_batch("none")
     keep = torch.rand(3, 1, 20, 20) > 0.3
     keep |= torch.eye(20, dtype=torch.bool)
     custom = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
@@ -169,7 +169,7 @@ def test_a_custom_mask_is_added():
 
 
 def test_dropout_is_used_in_training():
-    model, (tokens, _) = make("llama"), batch("none")
+    model, (tokens, _) = make_model("llama"), make_batch("none")
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -206,7 +206,7 @@ def test_no_mask_is_made_where_none_is_needed():
 def test_weights_are_not_there():
     """As under "sdpa", which warns and answers."""
     backends.warn_once.cache_clear()
-    model, (tokens, _) = make("llama"), batch("none")
+    model, (tokens, _) = make_model("llama"), make_batch("none")
     model.set_attn_implementation("flashattn")
     with pytest.warns(UserWarning, match="has no output_attentions"):
         result = model(input_ids=tokens, output_attentions=True)

@@ -38,7 +38,7 @@ def gpu(request, monkeypatch):
         yield Rehearsal(monkeypatch)
 
 
-def in_turn(cases, everywhere=()) -> list:
+def alternate_dtypes(cases, everywhere=()) -> list:
     """Each case in one dtype, the dtypes in turn, and those whose names are in `everywhere` in each: a kernel takes
     seconds to compile."""
     chosen = [
@@ -56,17 +56,21 @@ PAIRS = cases.pairwise()
 HEAD_DIMS = ["one_query_one_key", "wider_v", "head_dim_64", "head_dim_128", "head_dim_256", "everything", "long"]
 
 
-@pytest.mark.parametrize("case, dtype", in_turn([*cases.CASES, *PAIRS], [*HEAD_DIMS, *(case.name for case in PAIRS)]))
+@pytest.mark.parametrize(
+    "case, dtype", alternate_dtypes([*cases.CASES, *PAIRS], [*HEAD_DIMS, *(case.name for case in PAIRS)])
+)
 def test_attention_cases(case, dtype):
     cases.check(case, dtype, "triton")
 
 
-@pytest.mark.parametrize("case, dtype", in_turn(packed_cases.CASES, ["everything", "causal"]))
+@pytest.mark.parametrize("case, dtype", alternate_dtypes(packed_cases.CASES, ["everything", "causal"]))
 def test_packed_cases(case, dtype):
     packed_cases.check(case, *packed_cases.LENGTHS, dtype, "triton")
 
 
-@pytest.mark.parametrize("step, dtype", in_turn([*decode_cases.STEPS, *decode_cases.LONG], ["everything", "pages"]))
+@pytest.mark.parametrize(
+    "step, dtype", alternate_dtypes([*decode_cases.STEPS, *decode_cases.LONG], ["everything", "pages"])
+)
 def test_decode_steps(step, dtype):
     decode_cases.check(step, dtype, "triton")
 

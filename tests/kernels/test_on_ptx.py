@@ -122,7 +122,7 @@ def test_decoding(gpu, case, dtype):
 @pytest.mark.parametrize("gpu", ["sm_80"], indirect=True)
 def test_decoding_long_caches(gpu):
     """Five splits of the keys, merged."""
-    features = decode_cases.features(heads=2, kv_heads=1, window=(540, None), sinks=True)
+    features = decode_cases.make_case(heads=2, kv_heads=1, window=(540, None), sinks=True)
     decode_cases.check(decode_cases.Step("", (550, 3), (1, 1), features), torch.bfloat16, "triton")
     assert "attention_merge" in ran(gpu)
 

@@ -168,7 +168,7 @@ ENCODER_DECODERS = {
 }
 
 
-def written(name, path, **options):
+def write_checkpoint_of(name, path, **options):
     """A tiny checkpoint with random weights, large enough that every bias and norm shows: the model of
     `transformers`."""
     theirs = (TINY | ENCODER_DECODERS)[name]().eval()
@@ -195,4 +195,4 @@ class Checkpoint(NamedTuple):
 
 
 def write_checkpoint(name, path) -> Checkpoint:
-    return Checkpoint(path, written(name, path), model.load(path)[0])
+    return Checkpoint(path, write_checkpoint_of(name, path), model.load(path)[0])

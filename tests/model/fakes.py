@@ -18,7 +18,7 @@ BERT = model.Config(
 )  # fmt: skip
 
 
-def small_tokenizer():
+def make_small_tokenizer():
     backend = tokenizers.Tokenizer(models.WordPiece(NUMBER, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = [("[CLS]", 0), ("[SEP]", 1)]

@@ -16,12 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from model.training import parallel, train
 from model.training.runs import Run
 from model.training.train import Training
-from tests.model.training import batch, make
+from tests.model.training import make_batch, make_model
 
 if __name__ == "__main__":  # doctest's collector imports every file
     how, directory, steps, changes = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     torch.set_num_threads(1)
-    ours = make(**changes)
+    ours = make_model(**changes)
     accumulate = 2
     if how != "one":
         distributed.init_process_group("gloo")
@@ -35,7 +35,7 @@ if __name__ == "__main__":  # doctest's collector imports every file
         parallel.shard(ours, mesh)
         accumulate = 1
     settings = Training(steps=steps, accumulate=accumulate, learning_rate=1e-2, warmup=2, schedule="constant")
-    log = train.train(ours, batch, settings, Run(directory), mesh=mesh, progress=False)
+    log = train.train(ours, make_batch, settings, Run(directory), mesh=mesh, progress=False)
     if how == "one" or distributed.get_rank() == 0:
         print(json.dumps([entry["loss"] for entry in log]))
     if how != "one":

@@ -5,13 +5,13 @@ import torch
 
 import model
 from model.inference.attention_maps import compute_attention_maps
-from tests.model.checkpoints import written
+from tests.model.checkpoints import write_checkpoint_of
 from tests.packages import needs_minilm
 
 transformers = pytest.importorskip("transformers")
 
 
-def grouped(weights, size):
+def sum_groups(weights, size):
     """Means over groups of queries of the sums over groups of keys."""
     seq = weights.shape[-1]
     group = -(-seq // size)
@@ -22,7 +22,7 @@ def grouped(weights, size):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert"])
 @pytest.mark.parametrize("size", [64, 10])
 def test_weights_equal_transformers(name, size, tmp_path):
-    theirs = written(name, tmp_path)
+    theirs = write_checkpoint_of(name, tmp_path)
     theirs.set_attn_implementation("eager")
     ours, _ = model.load(tmp_path)
     tokens = torch.randint(1, 101, (23,))
@@ -30,7 +30,7 @@ def test_weights_equal_transformers(name, size, tmp_path):
         expected = theirs(tokens[None], output_attentions=True).attentions
     maps = compute_attention_maps(ours, tokens, size)
     for layer, weights in enumerate(expected):
-        torch.testing.assert_close(maps.weights[layer], grouped(weights[0], size), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(maps.weights[layer], sum_groups(weights[0], size), rtol=1e-3, atol=1e-4)
         entropy = torch.special.entr(weights[0]).sum(-1).mean(-1)
         torch.testing.assert_close(maps.entropy[layer], entropy, rtol=1e-3, atol=1e-4)
 

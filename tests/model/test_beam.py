@@ -45,7 +45,7 @@ def test_as_in_transformers(name, beams, penalty, tiny):
         assert len(expected[0]) < 12
 
 
-def log_probability(ours, source, tokens):
+def compute_log_probability(ours, source, tokens):
     targets = torch.tensor([[ours.config.decoder_start_token, *tokens]])
     logs = ours(torch.tensor([source]), targets)[0].log_softmax(-1)
     return sum(logs[i, t].item() for i, t in enumerate(tokens))
@@ -65,7 +65,7 @@ def test_many_beams_find_the_best_of_all(tiny):
     ]
     for source in ([2, 5, 3], [4], [3, 3]):
         with torch.no_grad():
-            best = max(outputs, key=lambda tokens: log_probability(small.eval(), source, tokens) / len(tokens))
+            best = max(outputs, key=lambda tokens: compute_log_probability(small.eval(), source, tokens) / len(tokens))
         found = model.beam_search(small, [source], 3, beams=200, stop_tokens=[STOP])
         assert found == [[t for t in best if t != STOP]]
 

@@ -15,13 +15,13 @@ from model import heads
 from model.families import gpt2
 from model.io.checkpoints import CheckpointError
 from model.io.packages import locate
-from tests.model.checkpoints import CACHED, SMALL_ENCODER, SMALL_T5, TINY, change_config, written
+from tests.model.checkpoints import CACHED, SMALL_ENCODER, SMALL_T5, TINY, change_config, write_checkpoint_of
 from tests.packages import needs_minilm, needs_rxnfp, needs_rxnmapper, needs_smollm2
 
 transformers = pytest.importorskip("transformers")
 
 
-def their_output(theirs, tokens, mask=None):
+def compute_their_output(theirs, tokens, mask=None):
     out = theirs(tokens, attention_mask=mask)
     if "start_logits" in out:
         return torch.stack([out.start_logits, out.end_logits], -1)
@@ -33,7 +33,7 @@ def test_parity_with_transformers(name, tiny):
     _, theirs, ours = tiny(name)
     tokens = torch.randint(0, 101, (3, 37))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), their_output(theirs, tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(tokens), compute_their_output(theirs, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -42,7 +42,7 @@ def test_parity_when_padded(name, tiny):
     tokens, lengths = torch.randint(0, 101, (3, 37)), torch.tensor([37, 5, 20])
     exists = torch.arange(37) < lengths[:, None]
     with torch.no_grad():
-        a, b = ours(tokens, lengths), their_output(theirs, tokens, exists.long())
+        a, b = ours(tokens, lengths), compute_their_output(theirs, tokens, exists.long())
     if a.dim() == 3:  # a class of the whole text has no padding
         a, b = a[exists], b[exists]
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -53,7 +53,7 @@ def test_gradients_equal_transformers(name, tiny):
     _, theirs, ours = tiny(name)
     tokens = torch.randint(1, 101, (2, 17))  # 0 may be padding, which transformers gives no gradient
     ours(tokens).square().mean().backward()
-    their_output(theirs, tokens).square().mean().backward()
+    compute_their_output(theirs, tokens).square().mean().backward()
     embedding = theirs.get_input_embeddings().weight.grad
     torch.testing.assert_close(
         ours.token_embedding.weight.grad, embedding, rtol=1e-3, atol=1e-4 * embedding.abs().max()
@@ -71,7 +71,7 @@ def test_gpt3_has_its_sizes():
         gpt2.gpt3("huge")
 
 
-def some(labels: int, share: float):
+def draw_targets(labels: int, share: float):
     """Targets of which a share counts."""
     return torch.randint(0, labels, (3, 11)).where(torch.rand(3, 11) < share, -100)
 
@@ -98,8 +98,8 @@ LOSSES = {
         lambda: torch.randint(0, 2, (3, 5)).float(),
     ),
     "regression": ("SequenceClassification", dict(num_labels=1), lambda: torch.randn(3)),
-    "tag": ("TokenClassification", dict(num_labels=7), lambda: some(7, 0.7)),
-    "masked": ("MaskedLM", {}, lambda: some(101, 0.3)),
+    "tag": ("TokenClassification", dict(num_labels=7), lambda: draw_targets(7, 0.7)),
+    "masked": ("MaskedLM", {}, lambda: draw_targets(101, 0.3)),
 }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_losses_equal_transformers(name, tmp_path, monkeypatch):
     task, options, make_targets = LOSSES[name]
     monkeypatch.setitem(TINY, "one", lambda: getattr(transformers, f"BertFor{task}")(
         transformers.BertConfig(**SMALL_ENCODER, **options)))  # fmt: skip
-    theirs = written("one", tmp_path)
+    theirs = write_checkpoint_of("one", tmp_path)
     ours, _ = model.load(tmp_path)
     tokens, targets = torch.randint(1, 101, (3, 11)), make_targets()
     expected, got = theirs(tokens, labels=targets).loss, heads.compute_loss(ours.config, ours(tokens), targets)
@@ -127,7 +127,7 @@ def test_loss_of_answers_equals_transformers(tiny):
 
 
 def test_labels_are_read(tmp_path):
-    written("bert_TokenClassification", tmp_path)
+    write_checkpoint_of("bert_TokenClassification", tmp_path)
     change_config(tmp_path, id2label={str(i): f"tag {i}" for i in range(7)})
     assert model.load(tmp_path)[0].config.labels == tuple(f"tag {i}" for i in range(7))
     change_config(tmp_path, id2label={"1": "a", "2": "b"})
@@ -187,7 +187,7 @@ def test_real_berts_of_reactions(name):
     tokens = torch.tensor([[vocabulary[word] for word in words]])
     tokens[0, 5] = vocabulary["[MASK]"]
     with torch.no_grad():
-        found, expected = ours(tokens), their_output(theirs.eval(), tokens)
+        found, expected = ours(tokens), compute_their_output(theirs.eval(), tokens)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     if name == "rxnfp-classes":
         assert len(ours.config.labels) == 50
@@ -196,11 +196,11 @@ def test_real_berts_of_reactions(name):
 
 
 def test_shards_and_bin(tmp_path):
-    theirs = written("llama", tmp_path / "shards", max_shard_size="50KB")
+    theirs = write_checkpoint_of("llama", tmp_path / "shards", max_shard_size="50KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
     ours, _ = model.load(tmp_path / "shards")
     tokens = torch.randint(0, 101, (1, 9))
-    expected = their_output(theirs, tokens)
+    expected = compute_their_output(theirs, tokens)
     torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4)
 
     (tmp_path / "bin").mkdir()
@@ -222,10 +222,12 @@ def shard_bin(path, theirs):
 
 
 def test_shards_of_bin(tmp_path):
-    theirs = written("llama", tmp_path)
+    theirs = write_checkpoint_of("llama", tmp_path)
     shard_bin(tmp_path, theirs)
     tokens = torch.randint(0, 101, (1, 9))
-    torch.testing.assert_close(model.load(tmp_path)[0](tokens), their_output(theirs, tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.load(tmp_path)[0](tokens), compute_their_output(theirs, tokens), rtol=1e-4, atol=1e-4
+    )
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match=r"00002-of-00002\.bin: no such file, but the index names it"):
         model.load(tmp_path)
@@ -379,7 +381,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_bad_checkpoints(name, tmp_path, capfd):
-    written("llama", tmp_path)
+    write_checkpoint_of("llama", tmp_path)
     damage, message = DAMAGE[name]
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
@@ -416,7 +418,7 @@ def test_truncated_gguf(tmp_path):
 
 def test_a_tokeniser_that_does_not_fit(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    written("llama", tmp_path)
+    write_checkpoint_of("llama", tmp_path)
     vocab = {f"w{i}": i for i in range(102)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "w0")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="the tokeniser has 102 tokens, the model an embedding of 101"):
@@ -424,7 +426,7 @@ def test_a_tokeniser_that_does_not_fit(tmp_path):
 
 
 def test_a_truncated_tokeniser(tmp_path):
-    written("llama", tmp_path)
+    write_checkpoint_of("llama", tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     with pytest.raises(ValueError, match=r"tokenizer.json: truncated or not a tokeniser"):
         model.load(tmp_path)

@@ -16,7 +16,7 @@ from model.io.tokenizer import Tokenizer
 from model.layers import initialise
 from model.tasks import translation
 from model.tasks.common import make_small_llama
-from tests.model.fakes import BERT, small_tokenizer
+from tests.model.fakes import BERT, make_small_tokenizer
 from tests.packages import needs_minilm, needs_rampart, needs_smollm2, needs_whisper
 
 POEM = (
@@ -24,7 +24,7 @@ POEM = (
 )
 
 
-def call(monkeypatch, capsys, *arguments):
+def run_command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["model", *map(str, arguments)])
     code = main()
     out, errors = capsys.readouterr()
@@ -32,27 +32,27 @@ def call(monkeypatch, capsys, *arguments):
     return json.loads(out) if "--json" in arguments else out
 
 
-def saved(directory, task, **options):
+def save_encoder(directory, task, **options):
     torch.manual_seed(0)
     ours = model.Transformer(replace(BERT, vocab_size=11)).with_head(task, **options)
-    model.save(ours, directory, small_tokenizer())
+    model.save(ours, directory, make_small_tokenizer())
     return directory
 
 
 def test_classify(monkeypatch, capsys, tmp_path):
-    path = saved(tmp_path / "x", "classify", labels=("bad", "good"))
-    result = call(monkeypatch, capsys, "classify", "--model", path, "paris is large", "new york", "--json")
+    path = save_encoder(tmp_path / "x", "classify", labels=("bad", "good"))
+    result = run_command(monkeypatch, capsys, "classify", "--model", path, "paris is large", "new york", "--json")
     assert result["texts"] == ["paris is large", "new york"]
     assert all(sum(labels.values()) == pytest.approx(1) for labels in result["labels"])
-    assert "good" in call(monkeypatch, capsys, "classify", "--model", path, "paris")
+    assert "good" in run_command(monkeypatch, capsys, "classify", "--model", path, "paris")
 
 
 @needs_rampart
 def test_tag(monkeypatch, capsys):
     text = "Ask Anna Kowalski."
-    out = call(monkeypatch, capsys, "tag", "--model", "rampart", text)
+    out = run_command(monkeypatch, capsys, "tag", "--model", "rampart", text)
     assert [line.split()[0] for line in out.splitlines()] == ["GIVEN_NAME", "SURNAME"]
-    found = call(monkeypatch, capsys, "tag", "--model", "rampart", text, "--json")["entities"]
+    found = run_command(monkeypatch, capsys, "tag", "--model", "rampart", text, "--json")["entities"]
     assert [(e["label"], text[e["start"] : e["end"]]) for e in found] == [
         ("GIVEN_NAME", "Anna"),
         ("SURNAME", "Kowalski"),
@@ -60,11 +60,11 @@ def test_tag(monkeypatch, capsys):
 
 
 def test_answer(monkeypatch, capsys, tmp_path):
-    path = saved(tmp_path / "x", "answer")
+    path = save_encoder(tmp_path / "x", "answer")
     arguments = ["answer", "--model", path, "--question", "paris is", "--passage", "new york is large", "--best", "2"]
-    result = call(monkeypatch, capsys, *arguments, "--json")
+    result = run_command(monkeypatch, capsys, *arguments, "--json")
     assert len(result["best"]) == 2
-    assert "(no answer)" in call(monkeypatch, capsys, *arguments)
+    assert "(no answer)" in run_command(monkeypatch, capsys, *arguments)
 
 
 def test_translate(monkeypatch, capsys, tmp_path):
@@ -73,11 +73,11 @@ def test_translate(monkeypatch, capsys, tmp_path):
     initialise(ours, 1)
     model.save(ours.eval(), tmp_path / "x", tokenizer)
     arguments = ["translate", "--model", tmp_path / "x", "The owl", "the sea", "--max-new-tokens", "5"]
-    result = call(monkeypatch, capsys, *arguments, "--json")
+    result = run_command(monkeypatch, capsys, *arguments, "--json")
     sources = [[*tokenizer.encode(text), *tokenizer.stop] for text in ("The owl", "the sea")]
     found = model.beam_search(ours, sources, 5, stop_tokens=tokenizer.stop)
     assert result["translations"] == [tokenizer.decode(tokens).strip() for tokens in found]
-    assert len(call(monkeypatch, capsys, *arguments, "--beams", "1").splitlines()) == 2
+    assert len(run_command(monkeypatch, capsys, *arguments, "--beams", "1").splitlines()) == 2
 
 
 def test_train_then_use(monkeypatch, capsys, tmp_path):
@@ -85,12 +85,12 @@ def test_train_then_use(monkeypatch, capsys, tmp_path):
     (tmp_path / "poem.txt").write_text(POEM * 40, encoding="utf-8")
     arguments = ["train", tmp_path / "poem.txt", "--out", tmp_path / "run", "--vocab", "300", "--layers", "1"]
     arguments += ["--width", "64", "--context", "32", "--learning-rate", "0.01", "--save-every", "30", "--batch", "4"]
-    call(monkeypatch, capsys, *arguments, "--steps", "30", "--schedule", "constant")
-    result = call(monkeypatch, capsys, *arguments, "--steps", "60", "--schedule", "constant", "--json")
+    run_command(monkeypatch, capsys, *arguments, "--steps", "30", "--schedule", "constant")
+    result = run_command(monkeypatch, capsys, *arguments, "--steps", "60", "--schedule", "constant", "--json")
     assert result["steps"] == 60
     assert result["bits_per_byte"] < 0.5
     path = result["directory"]
-    written = call(
+    written = run_command(
         monkeypatch,
         capsys,
         "generate",
@@ -104,18 +104,18 @@ def test_train_then_use(monkeypatch, capsys, tmp_path):
     )
     assert written["equals_reference"]
     assert POEM.startswith("The owl and the pussycat" + written["text"][:20])
-    guessed = call(
+    guessed = run_command(
         monkeypatch, capsys, "generate", "--model", path, "--draft", path, "--prompt", "The owl and the pussycat",
         "--max-new-tokens", "16", "--json",
     )  # fmt: skip
     assert guessed["tokens"] == written["tokens"]
     assert guessed["steps"] < 16
-    looked = call(monkeypatch, capsys, "inspect", "--model", path, "--json")
+    looked = run_command(monkeypatch, capsys, "inspect", "--model", path, "--json")
     assert looked["config"]["family"] == "llama"
     assert looked["parameters"] == sum(looked["of"].values())
     assert looked["cache_bytes_per_token"] == 2 * 1 * 64 * 4
-    assert "parameters" in call(monkeypatch, capsys, "inspect", "--model", path)
-    call(monkeypatch, capsys, "convert", "--model", path, tmp_path / "half", "--dtype", "bfloat16")
+    assert "parameters" in run_command(monkeypatch, capsys, "inspect", "--model", path)
+    run_command(monkeypatch, capsys, "convert", "--model", path, tmp_path / "half", "--dtype", "bfloat16")
     half, _ = model.load(tmp_path / "half", torch.bfloat16)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.equal(half.token_embedding.weight, model.load(path)[0].token_embedding.weight.bfloat16())
@@ -127,7 +127,7 @@ def test_transcribe_hears_no_words_in_silence(monkeypatch, capsys, tmp_path):
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes(bytes(2 * 48_000))
     arguments = ["transcribe", "--model", "whisper", tmp_path / "x.wav", "--dtype", "bfloat16", "--json"]
-    found = call(monkeypatch, capsys, *arguments)
+    found = run_command(monkeypatch, capsys, *arguments)
     assert (found["text"], found["language"], found["segments"]) == ("", "en", [])
     assert found["seconds_of_sound"] == 3
 
@@ -200,7 +200,9 @@ def test_a_chat_begins_once_and_ends_whole(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(commands, "generate", generate)
     for more in ([], ["--chat"]):
-        out = call(monkeypatch, capsys, "generate", "--model", tmp_path / "x", "--prompt", "the", "--no-check", *more)
+        out = run_command(
+            monkeypatch, capsys, "generate", "--model", tmp_path / "x", "--prompt", "the", "--no-check", *more
+        )
         assert out.startswith("the\N{REPLACEMENT CHARACTER}\n\n")
     assert prompts == [tokenizer.encode("the")] * 2
     assert prompts[0][0] == 0 != prompts[0][1]

@@ -9,12 +9,12 @@ import torch
 import model
 from model.families import FAMILIES
 from model.io.checkpoints import CheckpointError
-from tests.model.checkpoints import ENCODER_DECODERS, TINY, change_config, written
+from tests.model.checkpoints import ENCODER_DECODERS, TINY, change_config, write_checkpoint_of
 
 transformers = pytest.importorskip("transformers")
 
 
-def changed(name, changes):
+def make_changed(name, changes):
     """The tiny model of `transformers`, made with another config."""
     kind, config = type((TINY | ENCODER_DECODERS)[name]()), (TINY | ENCODER_DECODERS)[name]().config
     config = type(config)(**json.loads(config.to_json_string(use_diff=False)) | changes)
@@ -22,10 +22,10 @@ def changed(name, changes):
     return kind(config)
 
 
-def pair(name, changes, path, monkeypatch):
+def load_pair(name, changes, path, monkeypatch):
     """Theirs and ours of a checkpoint with other fields; ours raises where it refuses them."""
-    monkeypatch.setitem(TINY, "one", lambda: changed(name, changes))
-    return written("one", path), model.load(path)[0]
+    monkeypatch.setitem(TINY, "one", lambda: make_changed(name, changes))
+    return write_checkpoint_of("one", path), model.load(path)[0]
 
 
 OBEYED = [
@@ -53,7 +53,7 @@ OBEYED = [
 
 @pytest.mark.parametrize(("name", "changes"), OBEYED)
 def test_what_is_obeyed(name, changes, tmp_path, monkeypatch):
-    theirs, ours = pair(name, changes, tmp_path / "theirs", monkeypatch)
+    theirs, ours = load_pair(name, changes, tmp_path / "theirs", monkeypatch)
     tokens = torch.randint(1, 101, (2, 21))
     more = dict(decoder_input_ids=tokens[:, :9]) if name in ENCODER_DECODERS else {}
     with torch.no_grad():
@@ -81,7 +81,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
 def test_what_is_refused(name, changes, message, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=message):
-        pair(name, changes, tmp_path, monkeypatch)
+        load_pair(name, changes, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_what_is_refused(name, changes, message, tmp_path, monkeypatch):
     ],
 )
 def test_what_transformers_does_not_make_either(name, changes, message, tmp_path):
-    written(name, tmp_path)
+    write_checkpoint_of(name, tmp_path)
     change_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
         model.load(tmp_path)
 
 
-def without(path, *names):
+def remove_fields(path, *names):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({name: x for name, x in config.items() if name not in names}))
 
@@ -111,8 +111,8 @@ def test_qwen3_has_windows_from_a_layer_on(whole, tmp_path, monkeypatch):
         vocab_size=101, hidden_size=48, intermediate_size=72, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
         num_hidden_layers=3, use_sliding_window=True, sliding_window=5, max_window_layers=whole,
     )))  # fmt: skip
-    theirs = written("one", tmp_path)
-    without(tmp_path, "layer_types")
+    theirs = write_checkpoint_of("one", tmp_path)
+    remove_fields(tmp_path, "layer_types")
     ours, tokens = model.load(tmp_path)[0], torch.randint(0, 101, (1, 20))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
@@ -169,7 +169,7 @@ DROPOUTS = {
 
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_dropouts(name, tmp_path, monkeypatch):
-    _, ours = pair(name, DROPOUTS[name], tmp_path / "theirs", monkeypatch)
+    _, ours = load_pair(name, DROPOUTS[name], tmp_path / "theirs", monkeypatch)
     config = ours.config
     assert config.dropout == (0.2 if len(DROPOUTS[name]) > 1 else 0.0)
     assert config.attention_dropout_p == 0.3
@@ -182,14 +182,14 @@ def test_dropouts(name, tmp_path, monkeypatch):
 
 
 def test_a_classifier_without_its_own_has_the_streams_dropout(tmp_path):
-    written("bert_TokenClassification", tmp_path)
+    write_checkpoint_of("bert_TokenClassification", tmp_path)
     change_config(tmp_path, hidden_dropout_prob=0.25)
     assert model.load(tmp_path)[0].config.classifier_dropout == 0.25
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_dropout_of_ours_comes_back(name, tmp_path):
-    written(name, tmp_path / "a")
+    write_checkpoint_of(name, tmp_path / "a")
     ours = model.Transformer(replace(model.load(tmp_path / "a")[0].config, dropout=0.2))
     model.save(ours, tmp_path / "b")
     assert model.load(tmp_path / "b")[0].config == ours.config
@@ -198,7 +198,7 @@ def test_a_dropout_of_ours_comes_back(name, tmp_path):
 @pytest.mark.parametrize("field", ["attention_dropout", "classifier_dropout", "activation_dropout"])
 def test_each_dropout_drops(field, tmp_path):
     """Where it alone is over zero, what training computes is another each time; and never otherwise."""
-    written("bert_TokenClassification", tmp_path)
+    write_checkpoint_of("bert_TokenClassification", tmp_path)
     plain, _ = model.load(tmp_path)
     none = dict(dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
     tokens = torch.randint(1, 101, (2, 9))

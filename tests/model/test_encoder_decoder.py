@@ -6,7 +6,7 @@ import torch
 import model
 from model.io.checkpoints import CheckpointError
 from model.positions import make_sinusoids
-from tests.model.checkpoints import ENCODER_DECODERS, SMALL_T5, change_config, written
+from tests.model.checkpoints import ENCODER_DECODERS, SMALL_T5, change_config, write_checkpoint_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -70,7 +70,7 @@ def test_a_cache_changes_nothing(name, tiny):
 def test_float16_stays_finite(name, how, tmp_path):
     """Where feed-forwards put out more than float16 holds: as in transformers, which keeps their last product in
     float32, and close to what float32 gives."""
-    theirs = written(name, tmp_path)
+    theirs = write_checkpoint_of(name, tmp_path)
     with torch.no_grad():
         for parameter_name, p in theirs.named_parameters():
             if ".wo." in parameter_name:
@@ -101,7 +101,7 @@ def test_an_unknown_feed_forward_is_named(tmp_path):
 
 
 def test_a_head_that_only_the_config_ties(tmp_path):
-    written("t5_1.1", tmp_path)
+    write_checkpoint_of("t5_1.1", tmp_path)
     change_config(tmp_path, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"but lm_head\.weight is another"):
         model.load(tmp_path)

@@ -21,7 +21,7 @@ def tiny(request):
     return model
 
 
-def without_cache(model, prompt, new):
+def generate_without_cache(model, prompt, new):
     tokens = list(prompt)
     for _ in range(new):
         tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
@@ -33,7 +33,7 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(tiny, backend):
     with flashattn.use_backend(backend), torch.no_grad():
         together = generate(tiny, PROMPTS, 12)
         for prompt, tokens in zip(PROMPTS, together, strict=True):
-            assert tokens == without_cache(tiny, prompt, 12)
+            assert tokens == generate_without_cache(tiny, prompt, 12)
             assert generate(tiny, [prompt], 12) == [tokens]
 
 
@@ -68,37 +68,39 @@ def test_nothing_to_do(tiny):
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).expand(20000, 4)
 
 
-def shares(**options):
+def sample_shares(**options):
     sampling = Sampling(**{"temperature": 1.0, **options})
     tokens = sampling.choose(LOGITS, generator=torch.Generator().manual_seed(0))
     return torch.bincount(tokens, minlength=4) / len(tokens)
 
 
 def test_sampling_follows_the_distribution():
-    torch.testing.assert_close(shares(), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
-    torch.testing.assert_close(shares(temperature=2.0), (LOGITS[0] / 2).softmax(-1), rtol=0, atol=0.02)
+    torch.testing.assert_close(sample_shares(), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
+    torch.testing.assert_close(sample_shares(temperature=2.0), (LOGITS[0] / 2).softmax(-1), rtol=0, atol=0.02)
 
 
 def test_top_k():
     expected = torch.tensor([-torch.inf, 2.0, 1.0, -torch.inf]).softmax(-1)
-    torch.testing.assert_close(shares(top_k=2), expected, rtol=0, atol=0.02)
-    assert shares(top_k=1)[1] == 1
-    torch.testing.assert_close(shares(top_k=100), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
+    torch.testing.assert_close(sample_shares(top_k=2), expected, rtol=0, atol=0.02)
+    assert sample_shares(top_k=1)[1] == 1
+    torch.testing.assert_close(sample_shares(top_k=100), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
 
 
 def test_top_p():
     # The probabilities are 0.64, 0.24, 0.09, 0.03: two tokens reach 0.8, one reaches 0.5.
     expected = torch.tensor([-torch.inf, 2.0, 1.0, -torch.inf]).softmax(-1)
-    torch.testing.assert_close(shares(top_p=0.8), expected, rtol=0, atol=0.02)
-    assert shares(top_p=0.5)[1] == 1
-    torch.testing.assert_close(shares(top_p=1.0), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
+    torch.testing.assert_close(sample_shares(top_p=0.8), expected, rtol=0, atol=0.02)
+    assert sample_shares(top_p=0.5)[1] == 1
+    torch.testing.assert_close(sample_shares(top_p=1.0), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
 
 
 def test_min_p():
     expected = torch.tensor([-torch.inf, 2.0, 1.0, -torch.inf]).softmax(-1)
-    torch.testing.assert_close(shares(min_p=0.3), expected, rtol=0, atol=0.02)  # 0.24 is 0.37 of 0.64, 0.09 is 0.14
-    assert shares(min_p=1.0)[1] == 1
-    torch.testing.assert_close(shares(min_p=0.0), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        sample_shares(min_p=0.3), expected, rtol=0, atol=0.02
+    )  # 0.24 is 0.37 of 0.64, 0.09 is 0.14
+    assert sample_shares(min_p=1.0)[1] == 1
+    torch.testing.assert_close(sample_shares(min_p=0.0), LOGITS[0].softmax(-1), rtol=0, atol=0.02)
 
 
 def test_repetition_penalty(tiny):
@@ -115,7 +117,7 @@ def test_repetition_penalty(tiny):
 
 
 def test_greedy_is_temperature_0():
-    assert shares(temperature=0.0)[1] == 1
+    assert sample_shares(temperature=0.0)[1] == 1
 
 
 WRONG = {

@@ -21,12 +21,12 @@ TEXT = {"tokens": TOKENS, "token_type": TYPES, "merges": ["Ġ a"], "model": "gpt
 TEXT |= {"bos_token_id": BOS, "eos_token_id": EOS}
 
 
-def permuted(x, heads):
+def permute(x, heads):
     """As the converter stores queries and keys."""
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def written_gguf(path, said=(), text=(), tensors=(), drop=(), **of_llama):
+def write_gguf(path, said=(), text=(), tensors=(), drop=(), **of_llama):
     """A file, and the Llama of `transformers` whose weights it has."""
     sizes = dict(
         vocab_size=len(TOKENS), hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -52,7 +52,7 @@ def written_gguf(path, said=(), text=(), tensors=(), drop=(), **of_llama):
         block = "blk.0." if "layers.0." in name else ""
         x = x.numpy()
         if stem.endswith(("q_proj", "k_proj")):
-            x = permuted(x, 4 if stem.endswith("q_proj") else 2)
+            x = permute(x, 4 if stem.endswith("q_proj") else 2)
         writer.add_tensor(f"{block}{LAYOUT[stem]}.weight", np.ascontiguousarray(x))
     for name, x in dict(tensors).items():
         writer.add_tensor(name, np.array(x, dtype=np.float32))
@@ -63,8 +63,8 @@ def written_gguf(path, said=(), text=(), tensors=(), drop=(), **of_llama):
     return theirs
 
 
-def loaded(tmp_path, **options):
-    theirs = written_gguf(tmp_path / "x.gguf", **options)
+def load_pair(tmp_path, **options):
+    theirs = write_gguf(tmp_path / "x.gguf", **options)
     return theirs, *model.load(tmp_path / "x.gguf")
 
 
@@ -115,7 +115,7 @@ def test_rotary_positions(name, tmp_path):
     """In a sequence longer than the original context; saved, it is the same."""
     said, tensors, rope = ROPES[name]
     rope = None if rope is None else dict(rope_theta=500.0) | rope
-    theirs, ours, _ = loaded(tmp_path, said=said, tensors=tensors, rope_parameters=rope)
+    theirs, ours, _ = load_pair(tmp_path, said=said, tensors=tensors, rope_parameters=rope)
     tokens = torch.randint(0, 257, (2, 40))
     with torch.no_grad():
         for length in (40, 12):
@@ -135,7 +135,7 @@ def test_llama31_frequencies(tmp_path):
         turns = 32 * 500.0 ** (-i / 6) / (2 * np.pi)
         smooth = (turns - 1) / (4 - 1)
         divisors.append(1.0 if turns > 4 else 8.0 if turns < 1 else 1 / ((1 - smooth) / 8 + smooth))
-    theirs, ours, _ = loaded(tmp_path, tensors={"rope_freqs.weight": divisors}, rope_parameters=rope)
+    theirs, ours, _ = load_pair(tmp_path, tensors={"rope_freqs.weight": divisors}, rope_parameters=rope)
     tokens = torch.randint(0, 257, (1, 50))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
@@ -186,13 +186,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name, tmp_path):
     options, message = REFUSED[name]
-    written_gguf(tmp_path / "x.gguf", **options)
+    write_gguf(tmp_path / "x.gguf", **options)
     with pytest.raises(CheckpointError, match=f"x.gguf: .*{message}"):
         model.load(tmp_path / "x.gguf")
 
 
 def test_weights_that_cannot_be_read(tmp_path, monkeypatch):
-    written_gguf(tmp_path / "x.gguf")
+    write_gguf(tmp_path / "x.gguf")
 
     def dequantize(data, kind):
         raise NotImplementedError("not yet")
@@ -206,7 +206,7 @@ def test_what_changes_nothing_is_read_past(tmp_path):
     text = {"scores": [0.0] * len(TOKENS), "fim_pre_token_id": 5, "add_space_prefix": False, "padding_token_id": EOS}
     text |= {"tokenizer.chat_template": "{{ bos_token }}", "tokenizer.chat_template.tool_use": "x"}
     said = {"tensor_data_layout": "Meta AI original pth", "rope.scaling.finetuned": True, "expert_count": 0}
-    _, _, tokenizer = loaded(tmp_path, said=said, text=text, drop=["tokenizer.ggml.token_type"])
+    _, _, tokenizer = load_pair(tmp_path, said=said, text=text, drop=["tokenizer.ggml.token_type"])
     assert tokenizer.chat("Hi") == "<s>"
     assert tokenizer.config == dict(bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
@@ -223,7 +223,7 @@ def test_what_changes_nothing_is_read_past(tmp_path):
     ],
 )
 def test_begin_and_end(text, expected, tmp_path):
-    _, ours, tokenizer = loaded(tmp_path, text=text)
+    _, ours, tokenizer = load_pair(tmp_path, text=text)
     assert tokenizer.encode(" a") == expected
     assert tokenizer.encode(" a", add_special_tokens=False) == [A]
     model.save(ours, tmp_path / "saved", tokenizer)
@@ -234,12 +234,12 @@ def test_begin_and_end(text, expected, tmp_path):
 
 def test_tokens_of_their_own(tmp_path):
     """Those of a user are matched whole and shown; control tokens are matched and not shown. Where a text ends."""
-    _, _, tokenizer = loaded(tmp_path)
+    _, _, tokenizer = load_pair(tmp_path)
     tokens = tokenizer.encode("x<tool>y<|eot_id|>")
     assert tokens == [TOKENS.index("x"), TOOL, TOKENS.index("y"), EOT]
     assert tokenizer.decode(tokens) == "x<tool>y"
     assert tokenizer.stop == [EOS, EOT]
-    _, _, tokenizer = loaded(tmp_path, text={"eot_token_id": TOOL, "eos_token_id": EOT})
+    _, _, tokenizer = load_pair(tmp_path, text={"eot_token_id": TOOL, "eos_token_id": EOT})
     assert tokenizer.stop == [EOT, TOOL, EOS]
 
 
@@ -286,7 +286,7 @@ PIECES = {
 
 @pytest.mark.parametrize("name", PIECES)
 def test_splitters(name, tmp_path):
-    _, _, tokenizer = loaded(tmp_path, text={"pre": name})
+    _, _, tokenizer = load_pair(tmp_path, text={"pre": name})
     pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str(SAMPLE)
     assert [SAMPLE[a:b] for _, (a, b) in pieces] == PIECES[name]
     assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
@@ -297,7 +297,7 @@ def test_a_word_that_is_a_token_is_not_merged(tmp_path):
     text = {"tokens": [*TOKENS[:A], "xyz", *TOKENS[BOS:]], "merges": ["x q"]}
     text["tokens"][TOKENS.index("Ċ")] = "xq"  # which the merge needs
     for pre, count in (("gpt-2", 3), ("dbrx", 3), ("llama-bpe", 1)):
-        _, _, tokenizer = loaded(tmp_path, text=text | {"pre": pre})
+        _, _, tokenizer = load_pair(tmp_path, text=text | {"pre": pre})
         assert len(tokenizer.encode("xyz", add_special_tokens=False)) == count
 
 

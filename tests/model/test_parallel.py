@@ -12,13 +12,13 @@ import torch
 
 import model
 from model.training import parallel
-from tests.model.training import CONFIG, make
+from tests.model.training import CONFIG, make_model
 
 SCRIPT = Path(__file__).parent / "several_processes.py"
 LLAMA = dict(family="llama", norm="rms", activation="silu", gated=True, positions="rope", bias=False, kv_heads=2)
 
 
-def losses(how, directory, steps, changes):
+def train_processes(how, directory, steps, changes):
     count = "4" if how == "both" else "2"
     start = [] if how == "one" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
     command = [sys.executable, *start, str(SCRIPT), how, str(directory), str(steps), json.dumps(changes)]
@@ -34,7 +34,7 @@ def train_alone(tmp_path_factory):
     @functools.cache
     def run(changes: str):
         directory = tmp_path_factory.mktemp("one")
-        return losses("one", directory, 6, json.loads(changes)), directory
+        return train_processes("one", directory, 6, json.loads(changes)), directory
 
     return lambda changes: run(json.dumps(changes))
 
@@ -44,8 +44,8 @@ def test_several_processes_train_as_one(how, changes, train_alone, tmp_path):
     """A sharded run stops half-way and is resumed; its checkpoints are those of one process."""
     one, directory = train_alone(changes)
     if how == "shard":
-        losses(how, tmp_path, 3, changes)
-    several = losses(how, tmp_path, 6, changes)
+        train_processes(how, tmp_path, 3, changes)
+    several = train_processes(how, tmp_path, 6, changes)
     assert one == pytest.approx(several, abs=1e-5)
     a, b = (model.load(path / "step-000006")[0] for path in (directory, tmp_path))
     for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
@@ -61,4 +61,4 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(
         ValueError, match=f"kv_heads must be divisible by the mesh's 3 processes, got {CONFIG.kv_heads}"
     ):
-        parallel.split(make(), Three())
+        parallel.split(make_model(), Three())

@@ -8,21 +8,21 @@ import model
 from model.inference.predict import answer, classify, tag
 from model.io import onnx_file
 from model.io.packages import locate
-from tests.model.fakes import BERT, Says, small_tokenizer
+from tests.model.fakes import BERT, Says, make_small_tokenizer
 from tests.packages import needs_rampart
 
 LABELS = ("O", "B-CITY", "I-CITY", "B-SIZE", "SAME")
 
 
-def said(labels, width=5):
+def make_logits(labels, width=5):
     return torch.nn.functional.one_hot(torch.tensor([LABELS.index(label) for label in labels]), width) * 9.0
 
 
 def test_spans_of_words():
     """new york is larger than paris: pieces [CLS] new york is large ##r than paris [SEP]."""
-    tokenizer = small_tokenizer()
+    tokenizer = make_small_tokenizer()
     assert len(tokenizer.encode("new york is larger than paris")) == 9
-    logits = said(["O", "B-CITY", "I-CITY", "O", "B-SIZE", "I-CITY", "SAME", "I-CITY", "O"])
+    logits = make_logits(["O", "B-CITY", "I-CITY", "O", "B-SIZE", "I-CITY", "SAME", "I-CITY", "O"])
     found = tag(Says(logits.tolist(), task="tag", labels=LABELS), tokenizer, "new york is larger than paris")
     assert [(e.label, e.text) for e in found] == [
         ("CITY", "new york"), ("SIZE", "larger"), ("SAME", "than"), ("CITY", "paris"),
@@ -32,15 +32,15 @@ def test_spans_of_words():
 
 
 def test_a_span_ends_where_another_begins():
-    logits = said(["O", "B-CITY", "B-CITY", "SAME", "SAME", "O"])
-    found = tag(Says(logits.tolist(), task="tag", labels=LABELS), small_tokenizer(), "new paris new paris")
+    logits = make_logits(["O", "B-CITY", "B-CITY", "SAME", "SAME", "O"])
+    found = tag(Says(logits.tolist(), task="tag", labels=LABELS), make_small_tokenizer(), "new paris new paris")
     assert [(e.label, e.text) for e in found] == [
         ("CITY", "new"),
         ("CITY", "paris"),
         ("SAME", "new"),
         ("SAME", "paris"),
     ]
-    assert tag(Says(said(["O", "O"]).tolist(), task="tag", labels=LABELS), small_tokenizer(), "") == []
+    assert tag(Says(make_logits(["O", "O"]).tolist(), task="tag", labels=LABELS), make_small_tokenizer(), "") == []
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_span_ends_where_another_begins():
 )
 def test_classes(problem_type, expected):
     says = Says([[-1.0, 2.0]], task="classify", labels=("bad", "good"), problem_type=problem_type)
-    found = classify(says, small_tokenizer(), ["paris is large"])[0]
+    found = classify(says, make_small_tokenizer(), ["paris is large"])[0]
     assert list(found) == ["good", "bad"]
     assert [found["bad"], found["good"]] == pytest.approx(expected, abs=1e-4)
 
@@ -64,19 +64,19 @@ def test_answers():
     start = [0.0, 9, 9, 0, 5, 1, 0, 4, 0, 0]
     end = [0.5, 9, 9, 0, 0, 3, 0, 0, 4, 0]
     says = Says([list(zip(start, end, strict=True))], task="answer")
-    found = answer(says, small_tokenizer(), "paris is", "new york is larger", best=3)
+    found = answer(says, make_small_tokenizer(), "paris is", "new york is larger", best=3)
     assert [(s.text, s.score) for s in found.best] == [("new york is larger", 9.0), ("new york", 8.0), ("larger", 8.0)]
     assert found.null_score == 0.5
     assert sum(s.probability for s in found.best) + found.null_probability < 1
-    short = answer(says, small_tokenizer(), "paris is", "new york is larger", best=2, longest=2)
+    short = answer(says, make_small_tokenizer(), "paris is", "new york is larger", best=2, longest=2)
     assert [s.text for s in short.best] == ["new york", "larger"]
-    every = answer(says, small_tokenizer(), "paris is", "new york is larger", best=100)
+    every = answer(says, make_small_tokenizer(), "paris is", "new york is larger", best=100)
     assert len(every.best) == 5 * 6 / 2
     assert sum(s.probability for s in every.best) + every.null_probability == pytest.approx(1)
 
 
 def test_wrong_calls_are_named():
-    says, tokenizer = Says([[0.0]], task="tag", labels=LABELS), small_tokenizer()
+    says, tokenizer = Says([[0.0]], task="tag", labels=LABELS), make_small_tokenizer()
     with pytest.raises(
         ValueError, match="model must have a head for the task 'classify', got a bert with one for 'tag'"
     ):

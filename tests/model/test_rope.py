@@ -8,7 +8,7 @@ from model import Request, Server, rope
 from model.families import llama
 from model.io.checkpoints import CheckpointError
 from model.positions import make_rotary_table
-from tests.model.checkpoints import change_config, written
+from tests.model.checkpoints import change_config, write_checkpoint_of
 
 transformers = pytest.importorskip("transformers")
 utils = pytest.importorskip("transformers.modeling_rope_utils")
@@ -47,7 +47,7 @@ CONFIGS = {
 }
 
 
-def expected(hf: dict, length: int) -> tuple[torch.Tensor, float]:
+def compute_expected(hf: dict, length: int) -> tuple[torch.Tensor, float]:
     """From transformers: (frequencies, amplitude) for a sequence of this length."""
     config = transformers.LlamaConfig(**{name: dict(x) if isinstance(x, dict) else x for name, x in hf.items()})
     kind = config.rope_parameters["rope_type"]
@@ -62,13 +62,13 @@ def test_frequencies(name, length):
     scaling, more = CONFIGS[name]
     hf = SIZES | dict(rope_scaling=scaling) | more
     config = llama.config(hf)
-    frequencies, amplitude = expected(hf, length)
+    frequencies, amplitude = compute_expected(hf, length)
     cos, sin = make_rotary_table(torch.tensor([[1]]), config, length)
     torch.testing.assert_close(cos[0, 0, 0], frequencies.cos() * amplitude, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sin[0, 0, 0], frequencies.sin() * amplitude, rtol=1e-5, atol=1e-6)
     again = llama.config(llama.to_hf(config))
     assert again == config
-    torch.testing.assert_close(expected(llama.to_hf(config), length)[0], frequencies, rtol=1e-6, atol=0)
+    torch.testing.assert_close(compute_expected(llama.to_hf(config), length)[0], frequencies, rtol=1e-6, atol=0)
 
 
 def test_context():
@@ -119,7 +119,7 @@ def test_what_is_refused(name):
 
 
 def test_the_error_names_the_file(tmp_path):
-    written("llama", tmp_path)
+    write_checkpoint_of("llama", tmp_path)
     change_config(tmp_path, rope_parameters=dict(rope_type="linear"))
     with pytest.raises(CheckpointError, match=f"{tmp_path}: rope_parameters of the type linear must have factor"):
         model.load(tmp_path)

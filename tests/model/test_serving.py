@@ -15,11 +15,11 @@ from tests.model.configs import CONFIGS
 from tests.packages import needs_smollm2
 
 
-def alone(ours, request):
+def generate_alone(ours, request):
     return model.generate(ours, [request.prompt], request.max_new_tokens, stop_tokens=request.stop_tokens)[0]
 
 
-def some_requests(count, seed=0):
+def make_requests(count, seed=0):
     rng = random.Random(seed)
     prompts = [[rng.randrange(101) for _ in range(rng.randint(1, 30))] for _ in range(count)]
     return [Request(prompt, rng.randint(1, 20), stop_tokens=(7, 8)) for prompt in prompts]
@@ -29,10 +29,10 @@ def some_requests(count, seed=0):
 def test_each_gets_what_it_gets_alone(name, tiny):
     """With room for all, room for few, and pages of one token; requests come while others run."""
     ours = tiny(name).ours
-    expected = [alone(ours, request) for request in some_requests(12)]
+    expected = [generate_alone(ours, request) for request in make_requests(12)]
     for pages, page_size, largest in ((100, 4, 32), (13, 4, 3), (50, 1, 5)):
         server = Server(ours, pages, page_size, largest)
-        requests = some_requests(12)
+        requests = make_requests(12)
         for i, request in enumerate(requests):
             server.submit(request)
             if i % 3 == 2:
@@ -59,11 +59,11 @@ def test_a_beginning_is_computed_once(tiny):
     server.run()
     assert fourth.reused == 16
     for request in (first, second, third, other, fourth):
-        assert request.tokens == alone(ours, request)
+        assert request.tokens == generate_alone(ours, request)
 
 
 def test_prompts_are_read_with_those_about_as_long():
-    requests = some_requests(50)
+    requests = make_requests(50)
     requests[0].reused = len(requests[0].prompt) - 1  # one token is left to read
     groups = serving.group_by_length(requests, lambda request: len(request.prompt) - request.reused)
     assert sorted(id(r) for group in groups for r in group) == sorted(map(id, requests))
@@ -80,7 +80,7 @@ def test_while_one_runs_another_shares(tiny):
     second = server.submit(Request([*range(12), 50], 20))
     server.run()
     assert second.reused == 12
-    assert [r.tokens for r in (first, second)] == [alone(ours, r) for r in (first, second)]
+    assert [r.tokens for r in (first, second)] == [generate_alone(ours, r) for r in (first, second)]
 
 
 def test_sampling_depends_on_the_seed_alone(tiny):
@@ -89,7 +89,7 @@ def test_sampling_depends_on_the_seed_alone(tiny):
     for neighbours in (0, 5):
         server = Server(ours, pages=100, page_size=4)
         request = server.submit(Request([1, 2, 3], 12, Sampling(temperature=1.0, top_k=20), seed=3))
-        for other in some_requests(neighbours):
+        for other in make_requests(neighbours):
             server.submit(other)
         server.run()
         results.append(request.tokens)
@@ -106,7 +106,7 @@ def test_what_can_never_run_is_refused(tiny):
     server.run()
 
 
-def served(tiny, requests, pages=100, **options):
+def submit_all(tiny, requests, pages=100, **options):
     server = Server(tiny("gpt2").ours, pages=pages, page_size=4, **options)
     return server, [server.submit(request) for request in requests]
 
@@ -115,7 +115,7 @@ class WrongError(Exception):
     pass
 
 
-def failing(at: int):
+def make_failing(at: int):
     """A callback that raises with the token of this number."""
     seen = []
 
@@ -129,17 +129,17 @@ def failing(at: int):
 
 @pytest.mark.parametrize("at", [1, 2, 9])
 def test_a_callback_that_raises_ends_its_request_alone(at, tiny):
-    before, after = some_requests(2), some_requests(2, seed=1)
-    request = Request([1, 2, 3], 9, on_token=failing(at))
-    server, _ = served(tiny, [*before, request, *after])
+    before, after = make_requests(2), make_requests(2, seed=1)
+    request = Request([1, 2, 3], 9, on_token=make_failing(at))
+    server, _ = submit_all(tiny, [*before, request, *after])
     server.run()
     assert request.done
     assert isinstance(request.error, WrongError)
-    assert request.tokens == alone(server.model, request)[:at]
+    assert request.tokens == generate_alone(server.model, request)[:at]
     for other in before + after:
         assert other.done
         assert other.error is None
-        assert other.tokens == alone(server.model, other)
+        assert other.tokens == generate_alone(server.model, other)
     assert server.cache.free_pages == 100 - sum(
         server.cache.count_pages(server.cache.length(r.sequence)) for r in server.finished
     )
@@ -158,7 +158,7 @@ def test_a_request_that_cannot_choose_ends_alone(tiny):
     assert request.done
     assert isinstance(request.error, RuntimeError)
     assert request.tokens == []
-    assert [r.tokens for r in others] == [alone(ours, r) for r in others]
+    assert [r.tokens for r in others] == [generate_alone(ours, r) for r in others]
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_a_request_that_cannot_choose_ends_alone(tiny):
 )
 def test_what_would_stop_a_step_is_refused(options, message, tiny):
     with pytest.raises(TypeError, match=message):
-        served(tiny, [Request([1, 2, 3], 9, **options)])
+        submit_all(tiny, [Request([1, 2, 3], 9, **options)])
 
 
 @pytest.mark.parametrize(("kind", "call"), [(RuntimeError, 1), (KeyboardInterrupt, 2), (RuntimeError, 8)])
 def test_a_step_that_fails_can_be_taken_again(kind, call, tiny, monkeypatch):
     """What stops a pass through the model, in any layer, leaves every request as it was."""
     requests = [Request(list(range(3 * i + 1)), 9) for i in range(4)]
-    server, _ = served(tiny, requests)
+    server, _ = submit_all(tiny, requests)
     block, calls = server.model.blocks[1], []
     inner = block.forward
 
@@ -193,7 +193,7 @@ def test_a_step_that_fails_can_be_taken_again(kind, call, tiny, monkeypatch):
     with pytest.raises(kind, match="stopped"):
         server.run()
     server.run()
-    assert [r.tokens for r in requests] == [alone(server.model, r) for r in requests]
+    assert [r.tokens for r in requests] == [generate_alone(server.model, r) for r in requests]
 
 
 def test_an_interrupt_in_a_callback_stops_the_server_and_nothing_is_lost(tiny):
@@ -201,31 +201,31 @@ def test_an_interrupt_in_a_callback_stops_the_server_and_nothing_is_lost(tiny):
         if len(request.tokens) == 2:
             raise KeyboardInterrupt
 
-    others = some_requests(4)
+    others = make_requests(4)
     request = Request([1, 2, 3], 9, on_token=interrupt)
-    server, _ = served(tiny, [*others[:2], request, *others[2:]])
+    server, _ = submit_all(tiny, [*others[:2], request, *others[2:]])
     with pytest.raises(KeyboardInterrupt):
         server.run()
     server.run()
-    assert [r.tokens for r in [request, *others]] == [alone(server.model, r) for r in [request, *others]]
+    assert [r.tokens for r in [request, *others]] == [generate_alone(server.model, r) for r in [request, *others]]
 
 
 def test_a_request_serves_once(tiny):
-    server, (request,) = served(tiny, [Request([1, 2], 3)])
+    server, (request,) = submit_all(tiny, [Request([1, 2], 3)])
     with pytest.raises(ValueError, match="request must be a new one, got one that was submitted"):
         server.submit(request)
     server.run()
     with pytest.raises(ValueError, match="request must be a new one"):
         server.submit(request)
-    assert request.tokens == alone(server.model, request)
+    assert request.tokens == generate_alone(server.model, request)
     with pytest.raises(TypeError):
         Request([1, 2], 3, tokens=[5])  # what becomes of it is not said in front
 
 
 def test_a_prompt_is_what_it_was_when_it_was_submitted(tiny):
     prompt = [1, 2, 3]
-    server, (first, second) = served(tiny, [Request(prompt, 6), Request((4, 5), 6, Sampling(temperature=1.0))])
-    expected = alone(server.model, first)
+    server, (first, second) = submit_all(tiny, [Request(prompt, 6), Request((4, 5), 6, Sampling(temperature=1.0))])
+    expected = generate_alone(server.model, first)
     server.step()
     prompt.clear()
     server.run()
@@ -255,11 +255,11 @@ def test_a_server_needs_a_language_model(tiny):
 )
 def test_what_is_not_a_number_of_tokens_is_refused(request_of, message, tiny):
     with pytest.raises(ValueError, match=message):
-        served(tiny, [request_of()])
+        submit_all(tiny, [request_of()])
 
 
 def test_cancel_while_it_waits(tiny):
-    server, (first, second) = served(tiny, [Request([1, 2], 5), Request([3, 4], 5)], largest_batch=1)
+    server, (first, second) = submit_all(tiny, [Request([1, 2], 5), Request([3, 4], 5)], largest_batch=1)
     server.step()
     server.cancel(second)
     assert second.done
@@ -267,23 +267,23 @@ def test_cancel_while_it_waits(tiny):
     assert second not in server.waiting
     server.run()
     assert second.tokens == []
-    assert first.tokens == alone(server.model, first)
+    assert first.tokens == generate_alone(server.model, first)
     assert not first.cancelled
 
 
 def test_cancel_while_it_runs(tiny):
     """Its pages serve others."""
-    server, (first, second) = served(tiny, [Request([1, 2], 20), Request([3, 4], 30)], pages=14)
+    server, (first, second) = submit_all(tiny, [Request([1, 2], 20), Request([3, 4], 30)], pages=14)
     third = server.submit(Request([5, 6], 30))
     for _ in range(4):
         server.step()
     assert third.sequence == -1  # no room yet
     server.cancel(second)
     assert second.done
-    assert second.tokens == alone(server.model, second)[:4]
+    assert second.tokens == generate_alone(server.model, second)[:4]
     server.run()
-    assert second.tokens == alone(server.model, second)[:4]
-    assert [r.tokens for r in (first, third)] == [alone(server.model, r) for r in (first, third)]
+    assert second.tokens == generate_alone(server.model, second)[:4]
+    assert [r.tokens for r in (first, third)] == [generate_alone(server.model, r) for r in (first, third)]
 
 
 @pytest.mark.parametrize("which", ["itself", "next", "last"])
@@ -293,30 +293,30 @@ def test_cancel_out_of_a_callback(which, tiny):
     requests[0].on_token = lambda token: server.cancel(target) if len(requests[0].tokens) == 3 else None
     after = []
     target.on_token = target.on_token or (lambda token: after.append(target.cancelled))
-    server, _ = served(tiny, requests)
+    server, _ = submit_all(tiny, requests)
     server.run()
     assert target.cancelled
     assert len(target.tokens) < 9
     assert not any(after)
     for request in requests:
-        expected = alone(server.model, request)
+        expected = generate_alone(server.model, request)
         assert request.tokens == (expected[: len(request.tokens)] if request is target else expected)
 
 
 def test_a_callback_may_submit(tiny):
     later = Request([9, 8], 4)
     first = Request([1, 2], 6, on_token=lambda token: server.submit(later) if later.generator is None else None)
-    server, _ = served(tiny, [first])
+    server, _ = submit_all(tiny, [first])
     server.run()
-    assert [r.tokens for r in (first, later)] == [alone(server.model, r) for r in (first, later)]
+    assert [r.tokens for r in (first, later)] == [generate_alone(server.model, r) for r in (first, later)]
 
 
 def test_cancel_of_what_is_done_changes_nothing(tiny):
-    server, (request,) = served(tiny, [Request([1, 2], 3)])
+    server, (request,) = submit_all(tiny, [Request([1, 2], 3)])
     server.run()
     server.cancel(request)
     assert not request.cancelled
-    assert request.tokens == alone(server.model, request)
+    assert request.tokens == generate_alone(server.model, request)
     with pytest.raises(ValueError, match="request must be one that was submitted to this server"):
         server.cancel(Request([1, 2], 3))
 
@@ -384,7 +384,7 @@ def test_real_weights():
     server = Server(ours, pages=64, page_size=4)
     requests = [server.submit(Request(tokenizer.encode(text), 12)) for text in prompts]
     server.run()
-    assert [r.tokens for r in requests] == [alone(ours, r) for r in requests]
+    assert [r.tokens for r in requests] == [generate_alone(ours, r) for r in requests]
     draft = model.Transformer(replace(ours.config, layers=15)).eval()
     kept = {k: v for k, v in ours.state_dict().items() if not k.startswith("blocks.") or int(k.split(".")[1]) < 15}
     draft.load_state_dict(kept)

@@ -24,7 +24,7 @@ from tests.packages import needs_whisper
 transformers = pytest.importorskip("transformers")
 
 
-def written(path):
+def write_checkpoint(path):
     theirs = transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
             vocab_size=101, num_mel_bins=10, d_model=48, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
@@ -41,7 +41,7 @@ def written(path):
 
 
 def test_logits_and_gradients_equal_transformers(tmp_path):
-    theirs, ours = written(tmp_path)
+    theirs, ours = write_checkpoint(tmp_path)
     sound, targets = torch.randn(2, 10, 40), torch.randint(1, 101, (2, 9))
     found, expected = ours(sound, targets), theirs(input_features=sound, decoder_input_ids=targets).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -56,7 +56,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path):
 
 
 def test_a_cache_changes_nothing(tmp_path):
-    _, ours = written(tmp_path)
+    _, ours = write_checkpoint(tmp_path)
     sound, targets = torch.randn(2, 10, 40), torch.randint(1, 101, (2, 20))
     with torch.no_grad():
         memory, cache = ours.encode(sound), ours.new_cache(2, 20)
@@ -68,7 +68,7 @@ def test_a_cache_changes_nothing(tmp_path):
 
 
 def test_what_was_saved_is_what_was_there(tmp_path):
-    theirs, ours = written(tmp_path / "a")
+    theirs, ours = write_checkpoint(tmp_path / "a")
     model.save(ours, tmp_path / "b")
     assert model.load(tmp_path / "b")[0].config == ours.config
     again = type(theirs).from_pretrained(tmp_path / "b").eval()
@@ -88,7 +88,7 @@ def test_spectrograms_equal_transformers(mels):
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    _, ours = written(tmp_path)
+    _, ours = write_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r"samples must be \(n,\), at least one, got shape \(1, 5\)"):
         speech.transcribe(ours, None, torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"spectrogram must be \(batch, mel_bins, at most 40 frames\)"):

@@ -44,7 +44,7 @@ def test_streamed_text_is_the_text(gpt2, text):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def word_pieces():
+def make_word_pieces():
     """As BERT's: words apart, the rest of a word behind ##."""
     backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "c": 3, ".": 4, "[SEP]": 5}))
     backend.decoder = decoders.WordPiece(cleanup=True)
@@ -52,7 +52,7 @@ def word_pieces():
     return Tokenizer(backend, [])
 
 
-def sentence_pieces():
+def make_sentence_pieces():
     """As Llama 2's: spaces that show, and bytes for what has no token."""
     pieces = ["▁", "▁a", "b", "▁the", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -62,12 +62,12 @@ def sentence_pieces():
     return Tokenizer(backend, [])
 
 
-def byte_pieces():
+def make_byte_pieces():
     return Tokenizer.train("two  words, naïve 北京 🙂", 300, special=("<|end|>",))
 
 
 def test_a_stream_of_bytes_without_tokens():
-    tokenizer = sentence_pieces()
+    tokenizer = make_sentence_pieces()
     for text in (" a b", "the naïve 北京 🙂🙂 b", "  the", "x" * 50 + "é"):
         tokens, stream = tokenizer.encode(text.replace(" ", "▁")), tokenizer.stream()
         pieces = [stream.add(token) for token in tokens]
@@ -75,7 +75,7 @@ def test_a_stream_of_bytes_without_tokens():
         assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
 
 
-@pytest.mark.parametrize("make", [word_pieces, byte_pieces])
+@pytest.mark.parametrize("make", [make_word_pieces, make_byte_pieces])
 def test_a_stream_gives_the_text_of_any_tokens(make):
     """Of pieces that make no whole character too; the end gives what was held back."""
     tokenizer, rng = make(), random.Random(0)
@@ -88,7 +88,7 @@ def test_a_stream_gives_the_text_of_any_tokens(make):
 
 
 def test_the_tail_of_a_stream_is_shown():
-    tokenizer = byte_pieces()
+    tokenizer = make_byte_pieces()
     tokens = tokenizer.encode("🦉")
     stream = tokenizer.stream()
     assert [stream.add(token) for token in tokens[:-1]] == [""] * (len(tokens) - 1)
@@ -96,7 +96,7 @@ def test_the_tail_of_a_stream_is_shown():
 
 
 def test_a_stream_decodes_each_token_a_few_times(monkeypatch):
-    tokenizer, decoded = byte_pieces(), []
+    tokenizer, decoded = make_byte_pieces(), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda tokens: decoded.append(len(tokens)) or decode(tokens))
     stream, tokens = tokenizer.stream(), tokenizer.encode("two words, naïve 🙂 " * 40)
@@ -105,9 +105,9 @@ def test_a_stream_decodes_each_token_a_few_times(monkeypatch):
     assert sum(decoded) < 12 * len(tokens)
 
 
-def written_tokenizer(path, files, backend=None):
+def write_tokenizer(path, files, backend=None):
     """A directory with a tokeniser of bytes, and JSON files beside it."""
-    backend = backend or byte_pieces().backend
+    backend = backend or make_byte_pieces().backend
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
     backend.save(str(path / "tokenizer.json"))
     for name, contents in files.items():
@@ -132,7 +132,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates_equal_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer = written_tokenizer(tmp_path, {"tokenizer_config.json": NAMES | dict(chat_template=TEMPLATES[name])})
+    tokenizer = write_tokenizer(tmp_path, {"tokenizer_config.json": NAMES | dict(chat_template=TEMPLATES[name])})
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [dict(role="user", content="A <b> & naïve?")]
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -148,7 +148,7 @@ def test_chat_templates_equal_transformers(name, tmp_path):
     ],
 )
 def test_a_chat_template_that_refuses(template, message, tmp_path):
-    tokenizer = written_tokenizer(tmp_path, {"tokenizer_config.json": NAMES | dict(chat_template=template)})
+    tokenizer = write_tokenizer(tmp_path, {"tokenizer_config.json": NAMES | dict(chat_template=template)})
     with pytest.raises(ValueError, match=message):
         tokenizer.chat("Hi")
 
@@ -164,7 +164,7 @@ def test_a_chat_template_that_refuses(template, message, tmp_path):
     ],
 )  # fmt: skip
 def test_where_a_chat_template_stands(files, tmp_path):
-    assert written_tokenizer(tmp_path, files).chat("Hi") == "one Hi"
+    assert write_tokenizer(tmp_path, files).chat("Hi") == "one Hi"
 
 
 @pytest.mark.parametrize(
@@ -182,13 +182,13 @@ def test_where_a_chat_template_stands(files, tmp_path):
     ],
 )
 def test_where_a_text_ends(files, stop, tmp_path):
-    tokenizer = written_tokenizer(tmp_path, files)
+    tokenizer = write_tokenizer(tmp_path, files)
     assert tokenizer.stop == [tokenizer.backend.token_to_id(x) if isinstance(x, str) else x for x in stop]
 
 
 def test_an_end_that_is_no_number(tmp_path):
     with pytest.raises(ValueError, match=r"config.json: eos_token_id must be numbers, got \['</s>'\]"):
-        written_tokenizer(tmp_path, {"config.json": dict(eos_token_id="</s>")})
+        write_tokenizer(tmp_path, {"config.json": dict(eos_token_id="</s>")})
 
 
 @pytest.mark.parametrize("bos", [True, False, None])
@@ -196,13 +196,13 @@ def test_an_end_that_is_no_number(tmp_path):
 def test_tokens_around_a_text_equal_transformers(bos, eos, tmp_path):
     """What tokenizer.json says holds, whatever tokenizer_config.json says of it."""
     transformers = pytest.importorskip("transformers")
-    backend = byte_pieces().backend
+    backend = make_byte_pieces().backend
     backend.add_special_tokens(["<s>"])
     backend.post_processor = processors.TemplateProcessing(
         "<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
     said = {name: x for name, x in dict(add_bos_token=bos, add_eos_token=eos).items() if x is not None}
-    tokenizer = written_tokenizer(tmp_path, {"tokenizer_config.json": NAMES | said}, backend)
+    tokenizer = write_tokenizer(tmp_path, {"tokenizer_config.json": NAMES | said}, backend)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("two") == theirs("two")["input_ids"]
     plain = tokenizer.encode("two", add_special_tokens=False)
@@ -219,11 +219,11 @@ def test_what_is_written_is_what_was_read(tmp_path):
         model_max_length=77, padding_side="left", model_input_names=["input_ids", "attention_mask"],
         additional_special_tokens=["<|end|>"], chat_template="{{ bos_token }}",
     )  # fmt: skip
-    backend = byte_pieces().backend
+    backend = make_byte_pieces().backend
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
     backend.enable_truncation(max_length=9)
     backend.enable_padding(pad_id=backend.token_to_id("<pad>"), pad_token="<pad>", direction="left")
-    tokenizer = written_tokenizer(tmp_path, {"tokenizer_config.json": config}, backend)
+    tokenizer = write_tokenizer(tmp_path, {"tokenizer_config.json": config}, backend)
     assert len(tokenizer.encode("two words " * 9)) > 9  # we do not cut
     (tmp_path / "again").mkdir()
     tokenizer.write(tmp_path / "again")
@@ -246,7 +246,7 @@ def test_what_is_written_is_what_was_read(tmp_path):
 
 def test_files_that_are_cut_off(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_config.json: not valid JSON"):
-        written_tokenizer(tmp_path, {"tokenizer_config.json": '{"bos'})
+        write_tokenizer(tmp_path, {"tokenizer_config.json": '{"bos'})
 
 
 def test_byte_alphabet():

@@ -14,14 +14,14 @@ CONFIG = model.Config(
 )  # fmt: skip
 
 
-def make(**changes):
+def make_model(**changes):
     torch.manual_seed(0)
     ours = model.Transformer(replace(CONFIG, **changes))
     initialise(ours, CONFIG.layers)
     return ours
 
 
-def batch(number, lengths=(9, 5, 17)):
+def make_batch(number, lengths=(9, 5, 17)):
     """Counting upwards from anywhere: what follows a token can be learned. Packed."""
     random = torch.Generator().manual_seed(number)
     firsts = torch.randint(0, 31, (len(lengths),), generator=random)
@@ -30,5 +30,5 @@ def batch(number, lengths=(9, 5, 17)):
     return Batch(dict(tokens=tokens, lengths=torch.tensor(lengths)), targets)
 
 
-def equal(a, b):
+def is_equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

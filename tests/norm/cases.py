@@ -90,7 +90,7 @@ def ours(case: Case, inputs: Inputs):
     return flashattn.rms_norm(x, weight, **options)
 
 
-def by_torch(case: Case, inputs: Inputs):
+def run_torch(case: Case, inputs: Inputs):
     """The same by PyTorch's own operations, in the inputs' dtypes."""
     x, residual, weight, bias = inputs
     hidden = x
@@ -127,15 +127,15 @@ def run(function, case: Case, inputs: Inputs, gradients):
     return [*results, *torch.autograd.grad(results, there, gradients)]
 
 
-def gradients_for(case: Case, dtype, device):
+def make_gradients(case: Case, dtype, device):
     return [randn(*case.shape, dtype=dtype, device=device) for _ in range(2)]
 
 
 @once_per_case
 def compute_truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
-    inputs, gradients = make_inputs(case, dtype, device), gradients_for(case, dtype, device)
-    exact = run(by_torch, case, inputs.map(torch.Tensor.double), [g.double() for g in gradients])
-    theirs = run(by_torch, case, inputs, gradients)
+    inputs, gradients = make_inputs(case, dtype, device), make_gradients(case, dtype, device)
+    exact = run(run_torch, case, inputs.map(torch.Tensor.double), [g.double() for g in gradients])
+    theirs = run(run_torch, case, inputs, gradients)
     return Truth(inputs, {}, gradients, exact, theirs, [0.0] * len(theirs))
 
 
@@ -165,7 +165,7 @@ VIEWS = {
 def check_strides(view, backend):
     case = Case("", (3, 5, 4, 40), per_head=True, residual="same", prenorm=True)
     device = find_device(backend)
-    inputs, gradients = make_inputs(case, torch.float32, device), gradients_for(case, torch.float32, device)
+    inputs, gradients = make_inputs(case, torch.float32, device), make_gradients(case, torch.float32, device)
 
     def both(change):
         x, residual = (change(t).detach().requires_grad_() for t in inputs[:2])

@@ -22,7 +22,7 @@ from tests.norm.cases import (
     check,
     check_dropout,
     check_strides,
-    gradients_for,
+    make_gradients,
     make_inputs,
     ours,
     run,
@@ -59,7 +59,7 @@ def test_very_wide(width, center, backend):
 def test_same_bits_every_run(backend):
     case = Case("", (200, 63), residual="same", dropout_p=0.2, prenorm=True)
     device = find_device(backend)
-    inputs, gradients = make_inputs(case, torch.float16, device), gradients_for(case, torch.float16, device)
+    inputs, gradients = make_inputs(case, torch.float16, device), make_gradients(case, torch.float16, device)
     with flashattn.use_backend(backend):
         for a, b in zip(run(ours, case, inputs, gradients), run(ours, case, inputs, gradients), strict=True):
             assert torch.equal(a, b)
@@ -68,7 +68,7 @@ def test_same_bits_every_run(backend):
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads(threads):
     case = Case("", (500, 63), residual="same", prenorm=True)
-    inputs, gradients = make_inputs(case, torch.float32, "cpu"), gradients_for(case, torch.float32, "cpu")
+    inputs, gradients = make_inputs(case, torch.float32, "cpu"), make_gradients(case, torch.float32, "cpu")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -89,7 +89,9 @@ def by_kernel(q, k, v, enable_gqa=False, **options):
     return theirs("scaled_dot_product_attention")(q, k, v, **options).reshape(*leading, q.shape[-2], v.shape[-1])
 
 
-def cancelled(q, k, v, grad, attn_mask=None, is_causal=False, dropout_p=0.0, enable_gqa=False) -> list[torch.Tensor]:
+def sum_magnitudes(
+    q, k, v, grad, attn_mask=None, is_causal=False, dropout_p=0.0, enable_gqa=False
+) -> list[torch.Tensor]:
     """How large the float32 terms are whose sums SDPA's gradients are: these samples have scores of up to 200, so that
     weights are 0 or 1, and dp and delta in ds = p (dp - delta) nearly the same."""
     q, k, v, grad = (x.detach().double() for x in (q, k, v, grad))
@@ -138,7 +140,7 @@ def test_values_and_gradients(name, dtype, noncontiguous):
                 assert_as_exact_as_torch(x, y, t, f"sample {n}, result {i}")
         elif sample[1]["dropout_p"] == 0:  # which weights are dropped is each library's own
             by_torch = run(by_kernel, sample, dtype)
-            terms = cancelled(*sample[0], gradient_like(ours[0]), **sample[1])
+            terms = sum_magnitudes(*sample[0], gradient_like(ours[0]), **sample[1])
             pooled.append(
                 [torch.stack([z.detach().double() for z in x]) for x in zip(ours, by_torch, truth, terms, strict=True)]
             )

@@ -17,7 +17,7 @@ if INTERPRETED:
 from tests.ptx.run_text import EDGES, WIDTH, assert_same, compute, round_to_format, to_bits, to_float
 
 
-def exact(base: str, kind: str, mode: str, *x: float) -> float:
+def round_exactly(base: str, kind: str, mode: str, *x: float) -> float:
     """The correctly rounded result, or what IEEE 754 gives where there is none."""
     sign = -1 if base == "sub" else 1
     if base in ("add", "sub"):
@@ -59,12 +59,12 @@ def test_edges_of_arithmetic(op):
         inputs = list(itertools.product(edges, edges))
     got = compute(op, WIDTH[kind], *((WIDTH[kind], list(column)) for column in zip(*inputs, strict=True)))
     if kind == "f64" and base in ("mul", "fma"):  # the machine's doc: products under 2^-969 are rounded twice
-        keep = [i for i, x in enumerate(inputs) if not tiny_product(*x[:2])]
+        keep = [i for i, x in enumerate(inputs) if not is_tiny_product(*x[:2])]
         inputs, got = [inputs[i] for i in keep], [got[i] for i in keep]
-    assert_same(got, [exact(base, kind, mode, *(to_float(b, kind) for b in x)) for x in inputs], kind, inputs)
+    assert_same(got, [round_exactly(base, kind, mode, *(to_float(b, kind) for b in x)) for x in inputs], kind, inputs)
 
 
-def tiny_product(a: int, b: int) -> bool:
+def is_tiny_product(a: int, b: int) -> bool:
     x, y = to_float(a, "f64"), to_float(b, "f64")
     return (
         math.isfinite(x) and math.isfinite(y) and x != 0 != y and abs(Fraction(x) * Fraction(y)) < Fraction(1, 2**969)
@@ -82,7 +82,9 @@ def test_random_fused_multiply_add(data):
         z = float(np.float32(math.ldexp(x * y, shift) + nudge)) * (-1 if negative else 1)
         inputs.append(tuple(to_bits(float(np.float32(v)), "f32") for v in (x, y, z)))
     got = compute("fma.rn.f32", "32", *(("32", list(column)) for column in zip(*inputs, strict=True)))
-    assert_same(got, [exact("fma", "f32", "rn", *(to_float(b, "f32") for b in x)) for x in inputs], "f32", inputs)
+    assert_same(
+        got, [round_exactly("fma", "f32", "rn", *(to_float(b, "f32") for b in x)) for x in inputs], "f32", inputs
+    )
 
 
 def test_fma_rounds_once():

@@ -17,7 +17,7 @@ from tests.ptx.run_text import compute, to_float
 WORDS = [0, 1, 2, 31, 32, 33, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678, 0xDEADBEEF]
 
 
-def signed(x: int, bits: int = 32) -> int:
+def to_signed(x: int, bits: int = 32) -> int:
     return x - (1 << bits) if x >> bits - 1 else x
 
 
@@ -27,21 +27,21 @@ BINARY = {
     "sub.u32": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,
     "mul.hi.u32": lambda a, b: a * b >> 32,
-    "mul.hi.s32": lambda a, b: signed(a) * signed(b) >> 32,
-    "min.s32": lambda a, b: min(signed(a), signed(b)),
+    "mul.hi.s32": lambda a, b: to_signed(a) * to_signed(b) >> 32,
+    "min.s32": lambda a, b: min(to_signed(a), to_signed(b)),
     "max.u32": max,
-    "min.relu.s32": lambda a, b: max(min(signed(a), signed(b)), 0),
+    "min.relu.s32": lambda a, b: max(min(to_signed(a), to_signed(b)), 0),
     "shl.b32": lambda a, b: a << min(b, 32),
     "shr.u32": lambda a, b: a >> min(b, 32),
-    "shr.s32": lambda a, b: signed(a) >> min(b, 31),
+    "shr.s32": lambda a, b: to_signed(a) >> min(b, 31),
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
     "div.u32": lambda a, b: a // b if b else M,
     "rem.u32": lambda a, b: a % b if b else a,
-    "div.s32": lambda a, b: math.trunc(Fraction(signed(a), signed(b))) if b else M,
-    "rem.s32": lambda a, b: signed(a) - math.trunc(Fraction(signed(a), signed(b))) * signed(b) if b else a,
-    "add.sat.s32": lambda a, b: min(max(signed(a) + signed(b), -(1 << 31)), (1 << 31) - 1),
+    "div.s32": lambda a, b: math.trunc(Fraction(to_signed(a), to_signed(b))) if b else M,
+    "rem.s32": lambda a, b: to_signed(a) - math.trunc(Fraction(to_signed(a), to_signed(b))) * to_signed(b) if b else a,
+    "add.sat.s32": lambda a, b: min(max(to_signed(a) + to_signed(b), -(1 << 31)), (1 << 31) - 1),
 }
 
 
@@ -62,7 +62,7 @@ def test_wide(op):
         op, "64", (str(bits), [a for a, _ in pairs]), (second, [b & ((1 << int(second)) - 1) for _, b in pairs])
     )
     for (a, b), result in zip(pairs, got, strict=True):
-        x, y = (signed(a, bits), signed(b, bits)) if op.endswith(("s32", "s64")) else (a, b)
+        x, y = (to_signed(a, bits), to_signed(b, bits)) if op.endswith(("s32", "s64")) else (a, b)
         if op.startswith("shr"):
             expected = x >> min(b & M, 63)
         elif op.startswith("div"):
@@ -73,10 +73,10 @@ def test_wide(op):
 
 
 UNARY = {
-    "not.b32": lambda a: ~a, "neg.s32": lambda a: -a, "abs.s32": lambda a: abs(signed(a)), "popc.b32": int.bit_count,
+    "not.b32": lambda a: ~a, "neg.s32": lambda a: -a, "abs.s32": lambda a: abs(to_signed(a)), "popc.b32": int.bit_count,
     "clz.b32": lambda a: 32 - a.bit_length(), "brev.b32": lambda a: int(f"{a:032b}"[::-1], 2),
     "bfind.u32": lambda a: a.bit_length() - 1, "cnot.b32": lambda a: int(a == 0),
-    "bfind.s32": lambda a: (a if signed(a) >= 0 else ~a & M).bit_length() - 1,
+    "bfind.s32": lambda a: (a if to_signed(a) >= 0 else ~a & M).bit_length() - 1,
 }  # fmt: skip
 
 
