@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The hardware and the versions, which are printed with all figures."""
 
 from __future__ import annotations
 

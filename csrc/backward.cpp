@@ -265,7 +265,7 @@ struct Section {
   Weights w;
 };
 
-// Add what the scores of the queries x and of some keys of the section contribute to dK, dV and dQ.
+// Add the contribution of the queries x and some keys of the section to dK, dV and dQ.
 template <class Dot>
 static void accumulate_tile(const Attention& a, const Section& section, const Queries& x, Range keys, float* grad_q) {
   const Weights& w = section.w;

@@ -16,7 +16,7 @@
 
 #include "engine.h"
 
-// What one field of a list becomes: FLASHATTN_SCORE_FIELDS(FLASHATTN_MEMBER), and so on. A parameter and a schema entry
+// Expansions of a field of a list: FLASHATTN_SCORE_FIELDS(FLASHATTN_MEMBER) and so on. A parameter and a schema entry
 // begin with a comma, so they follow at least one other.
 #define FLASHATTN_MEMBER(type, schema, name) type name;
 #define FLASHATTN_PARAMETER(type, schema, name) , type name

@@ -71,7 +71,7 @@ struct Attention {
   Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   ScoreTensor grad_bias;  // float32, contiguous
   float* lse;             // (batch, heads, seq_q); packed (heads, total_q)
-  float* rest;            // likewise, or null: the rounding residue of lse, whose exact value is lse + rest
+  float* rest;            // likewise, or null: the rounding error of lse, whose exact value is lse + rest
   const float* grad_lse;  // likewise, or null
   float* workspace;
 };

@@ -119,7 +119,7 @@ static inline void apply_score_mods(const Attention& a, const TileCoord& at, Ran
   }
 }
 
-// What dropout multiplies the weights of W queries by, for keys in ascending order: the four words of 7-round Philox at
+// The dropout multipliers of the weights of W queries, for keys in ascending order: the four words of 7-round Philox at
 // (key / 4, query, batch * heads + head) are those of four keys.
 struct DropoutMultipliers {
   const Dropout& dropout;

@@ -58,7 +58,7 @@ static inline float add_sink(float sink, float& m, float& l) {
   return factor;
 }
 
-// lse = log(exp(m) l), and rest, its rounding residue: with scores of thousands a weight exp(s - lse) would be off by
+// lse = log(exp(m) l), and rest, its rounding error: with scores of thousands a weight exp(s - lse) would be off by
 // 1e-3, with scores of -1e9 by any factor, and the weights would not sum to one.
 static inline void store_lse(const Attention& a, int64_t at, float m, float l) {
   double log = __builtin_log((double)l);

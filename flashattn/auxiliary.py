@@ -1,5 +1,5 @@
-"""What attention can tell besides its result, without its matrix ever being formed: for monitors of training and for
-cache eviction. It is computed by blocks of queries, in PyTorch's own operations, and has no gradient."""
+"""Statistics of the attention weights, for training monitors and cache eviction. They are computed by blocks of
+queries, never from the whole matrix, in PyTorch's own operations, and have no gradient."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_request(request, return_lse: bool) -> AuxRequest:
 @torch.no_grad()
 @autocast.disable
 def compute(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score) -> AuxOutput:
-    """What the request asks for, of a call that gave lse; weights are those before dropout."""
+    """The requested statistics of a call with this lse. Weights are those before dropout."""
     if not any(request[1:]):
         return AuxOutput(lse if request.lse else None)
     if score.score_mod is not None or score.block_mask is not None:

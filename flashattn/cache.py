@@ -15,7 +15,7 @@ from . import tracing
 
 
 class CacheView(NamedTuple):
-    """What a backend reads of a cache: for each batch row, keys and values 0 .. lengths[b]."""
+    """A cache as backends read it: keys and values 0 .. lengths[b] of each batch row."""
 
     k: Tensor  # (batch, kv_heads, capacity, head_dim); with a page table (pages, kv_heads, page_size, head_dim)
     v: Tensor

@@ -1,4 +1,4 @@
-"""What the value of a function depends on besides its arguments, so that what was traced can be used again."""
+"""The values that a function's result depends on besides its arguments: the key under which its trace is reused."""
 
 from __future__ import annotations
 

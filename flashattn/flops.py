@@ -1,5 +1,5 @@
-"""What PyTorch's FlopCounterMode counts of attention's operators: as for its own, every pair of a query and a key,
-masked or not, of packed sequences those of each."""
+"""FLOPs of attention's operators for PyTorch's FlopCounterMode: as for its own operators, all pairs of a query and a
+key, masked or not; in packed sequences, the pairs within each sequence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a traced callable's graph becomes before backends read it: a graph of single numbers.
+"""Rewrites the graph of a traced callable, before backends read it, into a graph of operations on scalars.
 
-What depends on captured tensors alone is not for one score: `hoist` takes it out, and it is computed once a call, in
-any of PyTorch's operations. What is left must work number by number; `join_indices` makes one indexing of a chain such
-as table[h][i], whose links are not numbers.
+`hoist` moves the operations on captured tensors alone, which may be any of PyTorch's, out of the graph, to run once a
+call. The others must work number by number; `join_indices` turns a chain of indexing such as table[h][i], whose links
+are not numbers, into one.
 """
 
 from __future__ import annotations

@@ -47,15 +47,15 @@ def identity_mod(score, batch, head, q_idx, kv_idx):
 
 
 def call(operator: str, operands: tuple, mod: Callable | Traced | None, mask: Callable | Traced | None):
-    """In what Dynamo traces: flashattn's operator of this name, whose last arguments are what the score_mod captured,
-    its text, and likewise of the mask_mod. The first of the operands is q."""
+    """Called while Dynamo traces: flashattn's operator of this name. Its last arguments are the score_mod's captured
+    tensors and text, then the mask_mod's. The first of the operands is q."""
     number = torch.zeros((), dtype=torch.float32, device="cpu")  # Dynamo makes its example of a score like it
     has_mod, has_mask = mod is not None, mask is not None
     return mods_in_graph(number, operator, has_mod, mod if has_mod else identity_mod, (*operands, mask), has_mask, {})
 
 
 def lower(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: Tensor) -> tuple[str, list[Tensor]]:
-    """What Dynamo traced, as text and the tensors that it takes."""
+    """Dynamo's graph module as text, and the tensors that it takes."""
     with torch._C._DisableAutocast():
         graph, values = split(name, module, scores + 4, captured)
         values = [score_mod.move_captured(name, as_tensor(x, q), q.device) for x in values]
@@ -67,8 +67,9 @@ def lower(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: Te
 
 
 def split(name: str, module: fx.GraphModule, arguments: int, captured: tuple) -> tuple[fx.GraphModule, list]:
-    """(graph, values): a graph that takes the arguments and values, where the module takes the arguments and what was
-    captured. What does not depend on the arguments is computed here; so are sizes."""
+    """(graph, values): the module, which takes the arguments and the captured tensors, as a graph that takes the
+    arguments and values. The values are computed here: whatever does not depend on the arguments, and
+    sizes."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     interpreter = fx.Interpreter(module)
     known = interpreter.env

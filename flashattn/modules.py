@@ -106,8 +106,9 @@ class LayerNorm(_Norm):
 
 
 class RMSNorm(_Norm):
-    """`torch.nn.RMSNorm`, over the last dimensions, with residual, `prenorm` and `dropout_p` in the call. As there, eps
-    None is the machine epsilon of the dtype it computes in, float32's in 16 bits; `heads` as in `LayerNorm`.
+    """`torch.nn.RMSNorm`, over the last dimensions, with residual, `prenorm` and `dropout_p` in the call. As in
+    `torch.nn`, eps None is the machine epsilon of the dtype it computes in, float32's in 16 bits; `heads` as in
+    `LayerNorm`.
 
     >>> import torch, flashattn
     >>> flashattn.RMSNorm(64, eps=1e-6)(torch.randn(2, 5, 64)).shape
@@ -132,10 +133,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: its constructor, arguments, state dict and masks (True = masked, in both).
 
     Without `need_weights` nothing of size (seq_q, seq_k) is made, and masks are not expanded. With it the weights are,
-    by PyTorch's own operations, and after dropout, as there. A fully masked row gives zeros, not NaN,
-    before the output projection. In a `torch.nn.TransformerEncoderLayer` it computes in evaluation too, where PyTorch's
-    own module would not be called. Nested inputs (batch, seq, embed_dim) are taken without masks and
-    need_weights.
+    by PyTorch's own operations, and after dropout, as in `torch.nn`. A fully masked row gives zeros, not NaN, before
+    the output projection. In a `torch.nn.TransformerEncoderLayer` it computes in evaluation too, where PyTorch's own
+    module would not be called. Nested inputs (batch, seq, embed_dim) are taken without masks and need_weights.
 
     >>> import torch, flashattn
     >>> layer = flashattn.MultiheadAttention(64, 4, batch_first=True)

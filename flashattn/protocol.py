@@ -1,5 +1,5 @@
-"""What a backend is: a module with these verbs. Tensors are checked and on one device; those that a call does not
-need are None."""
+"""The interface of a backend: a module with these functions. Tensors are checked and on one device; those that a call
+does not need are None."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Capabilities(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What attention's forward leaves to its backward."""
+    """The tensors that attention's forward saves for its backward."""
 
     q: Tensor  # (batch, heads, seq_q, head_dim)
     k: Tensor  # (batch, kv_heads, seq_k, head_dim)
     v: Tensor  # (batch, kv_heads, seq_k, head_dim_v)
     out: Tensor  # (batch, heads, seq_q, head_dim_v)
     lse: Tensor  # (batch, heads, seq_q), natural logarithm
-    rest: Tensor | None  # likewise, or None: what rounding took from lse; weights exp(s - lse - rest) sum to one
+    rest: Tensor | None  # likewise, or None: the rounding error of lse; weights exp(s - lse - rest) sum to one
 
 
 class SavedNorm(NamedTuple):
-    """What a norm's forward leaves to its backward."""
+    """The tensors that a norm's forward saves for its backward."""
 
     hidden: Tensor  # what was normalised
     weight: Tensor | None

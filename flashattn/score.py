@@ -1,5 +1,5 @@
-"""`Score` and `Norm`: what happens between the inputs and the outputs of attention and of a norm, checked once and read
-by every backend; and how operators carry them, field by field."""
+"""`Score` and `Norm`: the checked options of attention and of a norm, which every backend reads, and their fields in
+the schemas of operators."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def list_options(call: Call) -> Call:
 
 
 class Norm(NamedTuple):
-    """What a norm does to a row: y = (h - mean) / sqrt(var + eps) * (weight + weight_offset) + bias, of
+    """The options of a norm: y = (h - mean) / sqrt(var + eps) * (weight + weight_offset) + bias, of
     h = residual + dropout(x)."""
 
     center: bool  # subtract the mean: LayerNorm does, RMSNorm does not

@@ -156,8 +156,8 @@ def _make_pointwise(name: str, graph: fx.Graph, scores: int, captured: tuple[Ten
 
 
 def make_example_scalars(scores: int) -> list[Tensor]:
-    """What a callable is traced with: scores and four positions. On the CPU, where each may meet a tensor of any device
-    in an operation, and whatever the default device is."""
+    """The example inputs of a trace: scores and four positions. On the CPU, whatever the default device is, since
+    scalars there combine with tensors of any device."""
     score, position = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.int32))
     return [score] * scores + [position.clone() for _ in range(4)]
 
@@ -210,7 +210,7 @@ def move_captured(name: str, x: Tensor, device: torch.device) -> Tensor:
 
 
 class BlockMask(NamedTuple):
-    """What attends, by blocks: `partial` ones as mask_mod says, `full` ones whole, the others not."""
+    """A block mask: in `partial` blocks mask_mod decides, in `full` blocks all pairs attend, in the others none."""
 
     mask: Traced  # in what Dynamo traces the callable itself
     partial: Tensor  # (batch or 1, heads or 1, blocks of queries, blocks of keys) bool

@@ -1,5 +1,4 @@
-"""Views of tensors of any strides, and memory for results: what the Python of operators and backends shares. The CPU
-engine does the same in `csrc/`."""
+"""Strided views and result allocation, shared by operators and backends. The CPU engine does the same in `csrc/`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What PyTorch does with a call besides running it: graphs, transforms, dispatch modes, captures. Calls ask here what
-they may read, what they must pass on to the dispatcher, and what they have to refuse."""
+"""Graphs, transforms, dispatch modes and captures: whether a call may read its tensors, must pass through the
+dispatcher, or must be refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def has_data(x: Tensor) -> bool:
 
 def keep_from_dynamo(function: Callable) -> Callable:
     """`torch.compiler.disable`, which imports torch._dynamo (seconds) where it decorates. This imports it in the first
-    call; only watched calls come here."""
+    call; only calls that must dispatch come here."""
     return _disable_dynamo(function)
 
 

@@ -92,7 +92,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
     add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="sample among the most likely tokens that reach probability P")
-    add("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
+    add("--min-p", type=float, metavar="P", help="sample tokens at least P times as likely as the most likely one")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="on tokens already in the text, default 1")
     add("--seed", type=int, default=0, metavar="S", help="of the sampling, default 0")
     add("--draft", metavar="NAME", help="a smaller model for speculative decoding: the same greedy tokens, sooner")

@@ -1,4 +1,4 @@
-"""What the tests share: the backends and dtypes to run over, PyTorch's own mathematics, and the error rule.
+"""Shared by all tests: the backends and dtypes to run over, PyTorch's own mathematics, and the error rule.
 
 The error rule, from the design: the error against the float64 reference is at most twice the error PyTorch's own
 mathematics makes in the same dtype, plus one unit in the last place.

@@ -1,4 +1,4 @@
-"""What a part works with: the device, the time left, random data and timers."""
+"""The environment of a part: the device, the time left, random data and timers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the parent process passes to that of a part."""
+    """The settings that the parent process passes to a part's process."""
 
     part: str
     chosen: tuple[str, ...]  # names of all parts of this run

@@ -1,4 +1,4 @@
-"""The backends, and the one table that chooses among them. `flashattn/protocol.py` says what a backend is."""
+"""The backends, and the one table that chooses among them. `flashattn/protocol.py` defines their interface."""
 
 from __future__ import annotations
 

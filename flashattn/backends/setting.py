@@ -15,8 +15,8 @@ class Override:
 
 
 class Setting:
-    """What a block of code sets for the whole process while it lasts. Blocks of several threads may overlap: of those
-    that have not ended, the one that began last counts."""
+    """A process-wide value that `with` blocks override. Blocks of several threads may overlap: of those that have not
+    ended, the one that began last counts."""
 
     def __init__(self, value):
         self._overrides = [Override(value)]

@@ -179,7 +179,7 @@ def has_rest(q: Tensor, score: Score) -> bool:
 
 
 def count_pair_costs(score: Score) -> configs.PairCosts:
-    """What kernels load and compute for each (query, key) pair."""
+    """The `PairCosts` of a call."""
     loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]
     if score.score_mod is not None:
         loads += codegen.list_pair_loads(score.score_mod)

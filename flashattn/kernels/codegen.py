@@ -56,7 +56,7 @@ def is_inside(index, size):
 
 @triton.jit
 def power(x, exponent):
-    """x ** exponent of two tensors, of any x where the exponent is a whole number."""
+    """x ** exponent of two tensors, of any x where the exponent is an integer."""
     odd = tl.abs(exponent * 1.0) % 2 == 1
     magnitude = tl.exp2(exponent * tl.log2(tl.abs(x * 1.0)))
     return tl.where(exponent == 0, 1.0, tl.where((x < 0) & odd, -magnitude, magnitude))

@@ -331,7 +331,7 @@ def count_norm_programs(multiprocessors: int, tile: NormTile, columns: int) -> i
 
 
 class PairCosts(NamedTuple):
-    """What a pass loads and computes for each (query, key) pair beside the products."""
+    """The costs of a pass for each (query, key) pair, besides the products."""
 
     loaded: int = 0  # bytes of bias, mask and captured tensors: staged in shared memory with the tiles of the loop
     widest: int = 0  # bytes of the largest of those

@@ -243,7 +243,7 @@ def quarters_layout(rows, cols):
 
 @gluon.jit
 def dropout_multipliers(args, head, start_m, start_n, ROWS: gl.constexpr, COLS: gl.constexpr):
-    """`dropout.kept_weights` of ROWS queries and COLS keys."""
+    """`dropout.dropout_multipliers` of ROWS queries and COLS keys."""
     LAYOUT: gl.constexpr = quarters_layout(ROWS, COLS)
     queries = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     quarters = start_n // 4 + gl.arange(0, COLS // 4, gl.SliceLayout(0, LAYOUT))

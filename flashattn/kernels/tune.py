@@ -258,8 +258,8 @@ def list_candidates(direction: str, head_dim: int, row: Row) -> Sequence[Row]:
 
 
 def make_kind(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
-    """What calls must have in common to share tiles: everything that the kernel is compiled for, so that tiles that fit
-    one call fit all."""
+    """The key by which calls share tiles: everything that the kernel is compiled for, so that tiles that fit one call
+    fit all."""
     *fields, score_mod, block_mask = score
     blocks = block_mask and (block_mask.mask.graph, block_mask.block_q, block_mask.block_k)
     features = tuple(describe_operand(x) for x in (*fields, *(score_mod.captured if score_mod else ())))

@@ -160,7 +160,7 @@ def call_backward(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, backend: str, with_grad_bias: bool,
     with_grad_captured: Sequence[bool],
 ) -> tuple:  # fmt: skip
-    """`differentiate`, through the dispatcher where something watches."""
+    """`differentiate`, through the dispatcher where `must_dispatch` says so."""
     # Gradients are computed with gradients enabled only to be differentiated again, which the operator refuses.
     if not (torch.is_grad_enabled() or tracing.choose_path(grad_out)[0]):
         return differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)

@@ -1,4 +1,4 @@
-"""The operators of decoding, which write to a cache. Calls that nothing watches take the shorter way to what these do.
+"""The operators of decoding, which write to a cache. Calls that need no dispatcher skip them.
 
 `rotate` and `decode` take tensors alone. `step` is all of `flashattn.decode`: how many tokens a KVCache has, and in
 which pages, are Python's numbers, and it advances them each time that a graph runs.

@@ -54,7 +54,7 @@ def unpack_sequences(cu_seqlens: Tensor) -> Iterator[PackedSequence]:
 
 
 def dropout_multiplier(score: Score, block: QueryBlock, first_batch: int, dtype: torch.dtype) -> Tensor | float:
-    """What dropout multiplies the weights (batch, heads, queries, keys) by: 0 or 1 / (1 - p). The four words of Philox,
+    """The dropout multipliers of the weights (batch, heads, queries, keys): 0 or 1 / (1 - p). The four words of Philox,
     of 7 rounds, at (j // 4, i, batch * heads + head, 0) serve four keys."""
     if score.dropout_p == 0:
         return 1.0
@@ -69,9 +69,9 @@ def dropout_multiplier(score: Score, block: QueryBlock, first_batch: int, dtype:
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, lse, rest): p = exp(s) / (sum(exp(s)) + exp(sink)), lse the logarithm of that sum, rest what rounding took
-    from it; 0, -inf and 0 for a fully masked row. Not p = exp(s - lse): beside scores of -1e9 the logarithm of a sum of
-    a thousand is rounded away, and such weights would sum to a thousand."""
+    """(p, lse, rest): p = exp(s) / (sum(exp(s)) + exp(sink)), lse the logarithm of that sum, rest its rounding error;
+    0, -inf and 0 for a fully masked row. Not p = exp(s - lse): beside scores of -1e9 the logarithm of a sum of a
+    thousand is rounded away, and such weights would sum to a thousand."""
     if scores.shape[-1] == 0:
         lse = scores.new_full((*scores.shape[:-1], 1), -math.inf)
         return scores, lse, torch.zeros_like(lse)

@@ -18,7 +18,7 @@ def attention(
     alibi_slopes: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
     q_lengths: Tensor | None = None, kv_lengths: Tensor | None = None, dropout: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse). Arguments as in `flashattn.attention`; `dropout` is what the weights are multiplied by."""
+    """(out, lse). Arguments as in `flashattn.attention`; `dropout` multiplies the weights."""
     batch, heads, seq_q, head_dim = q.shape
     seq_k, group = k.shape[2], heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

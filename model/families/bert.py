@@ -48,7 +48,7 @@ def read_task(hf: dict) -> dict:
         return dict(task=task)
     count = hf.get("num_labels", 2)
     labels = hf.get("id2label") or {}
-    if not labels or len(labels) != hf.get("num_labels", len(labels)):  # num_labels wins, as in transformers
+    if not labels or len(labels) != hf.get("num_labels", len(labels)):  # num_labels has precedence, as in transformers
         labels = {i: f"LABEL_{i}" for i in range(count)}
     if sorted(int(i) for i in labels) != list(range(len(labels))):
         raise ValueError(f"id2label must number the labels from 0 on, got {', '.join(map(str, labels))}")

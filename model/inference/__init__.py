@@ -1,1 +1,1 @@
-"""What a trained model is used for: generation, serving, prediction, embeddings, speech."""
+"""Uses of a trained model: generation, serving, prediction, embeddings, speech."""

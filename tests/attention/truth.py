@@ -1,4 +1,4 @@
-"""What the attention tests share: a case, its inputs, and its truth by PyTorch's own operations."""
+"""Shared by the attention tests: a case, its inputs, and its truth by PyTorch's own operations."""
 
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def make_naive_options(case: Case, options: dict, device) -> dict:
 
 
 def dropout_multiplier(case: Case, device) -> torch.Tensor | float:
-    """What dropout multiplies the weights by, from its definition: word key % 4 of Philox at (key // 4, query,
+    """The dropout multipliers of the weights, from their definition: word key % 4 of Philox at (key // 4, query,
     batch * heads + head)."""
     if not case.dropout_p:
         return 1.0

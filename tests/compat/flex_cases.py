@@ -219,7 +219,7 @@ def short_table():
 
 
 def long_rows():
-    """Of two dimensions, past the end by far, and a table of whole numbers that points into another."""
+    """Of two dimensions, past the end by far, and a table of integer indices into another."""
     table, steps = make_captured(2, 9), torch.arange(9)
     return (lambda score, b, h, i, j: score + table[h, steps[i - j]] + table[h, (i - j) * 1]), [table]
 
