@@ -1,4 +1,4 @@
-// What the bindings share: the choice of an instruction set, how work is run on PyTorch's threads, and helpers for
+// Shared by the bindings: the choice of an instruction set, how work is run on PyTorch's threads, and helpers for
 // tensors. On LibTorch's stable ABI: one binary serves every PyTorch from 2.10 on.
 #pragma once
 

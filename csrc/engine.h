@@ -1,5 +1,5 @@
-// What the bindings (compiled once) and the kernels (compiled once per instruction set) share: plain structs and a
-// table of functions. The kernels include no torch header: they get pointers, sizes and strides.
+// Shared by the bindings (compiled once) and the kernels (compiled once per instruction set): plain structs and a table
+// of functions. The kernels include no torch header: they get pointers, sizes and strides.
 #pragma once
 
 #include <stddef.h>

@@ -61,7 +61,7 @@ def check_score(score: Score, q: Tensor, shape: tuple[int, int, int, int]) -> Sc
 
 
 def check_names(call: str, options: Mapping) -> None:
-    """That a call's further options are some of `ScoreOptions`."""
+    """Refuse options that are not in `ScoreOptions`."""
     for name in options:
         if name not in ScoreOptions.__annotations__:
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
@@ -100,8 +100,8 @@ def overrides_functions(x: Tensor) -> bool:
 
 
 def has_own_operations(x: Tensor) -> bool:
-    """Whether x's class, such as PyTorch's CausalBias, answers differently than Tensor: its memory may not be its
-    value."""
+    """Whether x's class overrides Tensor's operations, as PyTorch's CausalBias does: its memory may not hold its
+    values."""
     if not overrides_functions(x):
         return False
     own, usual = (getattr(kind.__torch_function__, "__func__", None) for kind in (type(x), Tensor))
@@ -141,8 +141,8 @@ def make_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def check_shapes(q, k, v) -> tuple[int, int, int, int]:
-    """(batch, heads, seq_q, seq_k) of q, k and v that fit each other."""
-    # One test where nothing is wrong, for its microseconds; the loop says which argument is.
+    """Check that q, k and v fit each other; returns (batch, heads, seq_q, seq_k)."""
+    # One comparison where nothing is wrong, to save microseconds; the loop finds the argument to name.
     plain = type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4
     if not (plain and k.dtype == v.dtype == q.dtype in DTYPES and k.device == v.device == q.device):
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -170,7 +170,7 @@ def check_shapes(q, k, v) -> tuple[int, int, int, int]:
 
 
 def check_cu_seqlens(side: str, cu_seqlens, max_seqlen: int | None, x: Tensor) -> int:
-    """An upper bound of the lengths of the sequences in x whose boundaries these are, (batch + 1,)."""
+    """Check the boundaries (batch + 1,) of the sequences in x; returns an upper bound of their lengths."""
     name = f"cu_seqlens_{side}"
     check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
@@ -245,7 +245,7 @@ def check_lengths(name: str, lengths, batch: int, seq: int, device: torch.device
             raise ValueError(f"{name} must be between 0 and the sequence length {seq}, got {low if low < 0 else high}")
     if lengths.dtype == torch.int64 and lengths.device.type != "cpu":
         lengths = lengths.clamp(0, seq)  # not read back, so not checked; the low half of one may be a length again
-    # To a GPU, and only to it, without a wait: the copy out of pageable memory is done with it when it returns.
+    # Asynchronous to a GPU only: a copy from pageable memory has read its source when it returns.
     return lengths.to(device=device, dtype=torch.int32, non_blocking=device.type == "cuda").contiguous()
 
 
@@ -323,7 +323,8 @@ def check_page_table(name: str, table, batch: int, device: torch.device) -> int:
 
 
 def check_pages(name: str, table: Tensor, pages: int, page_size: int, lengths: Tensor) -> None:
-    """That each row's first pages, which its length needs, lie in the cache. On a GPU they are not read back."""
+    """Check that the pages which each row's length needs exist in the cache. Not on a GPU, where that would
+    synchronise."""
     if table.is_cuda or not tracing.has_data(table):
         return
     for row, length in zip(table.tolist(), lengths.tolist(), strict=True):

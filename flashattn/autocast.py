@@ -49,7 +49,7 @@ def cast(dtype: torch.dtype, first: Tensor, *others) -> tuple:
 
 
 def disable(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """The function, whose first tensor says which device's, without autocast."""
+    """Decorator: disable autocast on the device of the first tensor argument."""
 
     @functools.wraps(function)
     def without(*args: Inputs.args, **options: Inputs.kwargs) -> Result:

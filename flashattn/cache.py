@@ -54,7 +54,7 @@ class NumberedCache:
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_number"}
 
-    def __setstate__(self, state: dict) -> None:  # of a copy, which is another cache
+    def __setstate__(self, state: dict) -> None:  # a copy is another cache, with a number of its own
         NumberedCache.__init__(self)
         vars(self).update(state)
 
@@ -66,7 +66,7 @@ def find_cache(number: int) -> NumberedCache:
 
 
 def refuse_in_graph(what: str) -> None:
-    """Its numbers are not known where a graph is traced, but when it runs."""
+    """Refuse while a graph is traced: lengths and pages are known only when it runs."""
     if tracing.is_traced():
         raise RuntimeError(f"a cache must be {what} outside of what torch.compile traces; decode moves it on inside")
 
@@ -238,7 +238,7 @@ class PagedKVCache(NumberedCache):
         return page
 
     def _has_shared_last_page(self, sequence: int, new: int) -> bool:
-        """Whether its last page is begun, so that new tokens go there, and held by others too."""
+        """Whether new tokens go to a partly filled last page that other sequences share."""
         length = self._lengths[sequence]
         return new > 0 and length % self.page_size > 0 and self._users[self._pages[sequence][-1]] > 1
 
@@ -333,6 +333,6 @@ def _make_view(k: Tensor, v: Tensor, page_table: Tensor | None, before: list[int
 
 
 def to_int32(device: torch.device, numbers: Sequence) -> Tensor:
-    """Python's numbers as a tensor on the device. A GPU gets them from pinned memory, so that nobody waits for it."""
+    """Python's numbers as a tensor on the device. A GPU gets them from pinned memory, without a synchronisation."""
     on_cpu = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     return on_cpu.to(device, non_blocking=True)

@@ -14,7 +14,7 @@ CONSTANT_MODULES = frozenset({"torch", "math", "operator"})  # whose contents no
 
 
 class Identity:
-    """An object in a key: itself and no other, and alive as long as the key, so that no other takes its id."""
+    """An object in a key, compared by identity and kept alive, so that its id is not reused."""
 
     def __init__(self, value):
         self.value = value
@@ -48,12 +48,12 @@ class Closure:
             raise UnknownError
         if _has_other_lookups(function.__code__):
             raise UnknownError
-        if function in self._entered:  # it calls itself, or one that it calls does
+        if function in self._entered:  # recursion, direct or through others
             return ("function", self._entered.index(function))
         self._entered.append(function)
         try:
             cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        except ValueError:  # one is still empty
+        except ValueError:  # a cell is still empty
             raise UnknownError from None
         names = sorted(_list_names(function.__code__) & function.__globals__.keys())
         values = [
@@ -96,7 +96,7 @@ def _has_other_lookups(code: types.CodeType) -> bool:
 
 
 def is_constant(value) -> bool:
-    """Whether it is a module, or a function without a closure of one, that nobody changes."""
+    """Whether nobody changes it: one of CONSTANT_MODULES, a function of one without a closure, or a builtin."""
     if isinstance(value, types.ModuleType):
         return value.__name__.split(".")[0] in CONSTANT_MODULES
     if isinstance(value, types.BuiltinFunctionType):  # as `torch.where`, not a method as `table.get`

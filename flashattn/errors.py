@@ -22,11 +22,11 @@ class ArgumentTypeError(RuntimeError, TypeError):
 
 
 def raise_as_torch(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """The function, whose ValueError and TypeError are RuntimeErrors too."""
+    """Decorator: ValueErrors and TypeErrors are RuntimeErrors too."""
 
     @functools.wraps(function)
     def call(*args: Inputs.args, **options: Inputs.kwargs) -> Result:
-        if torch.compiler.is_dynamo_compiling():  # which raises an error of its own that says what this one does
+        if torch.compiler.is_dynamo_compiling():  # Dynamo wraps the message in an error of its own
             return function(*args, **options)
         try:
             return function(*args, **options)

@@ -56,7 +56,7 @@ def _take(x: Tensor, key: tuple) -> Tensor:
 
 
 def refuse(name: str, operation) -> None:
-    """That it changes nothing and draws nothing."""
+    """Refuse an operation that changes a tensor or draws random numbers."""
     schema = getattr(operation, "_schema", None)
     if schema is not None and schema.is_mutable:
         raise TypeError(f"{name} must not change a tensor, got {operation}")
@@ -77,7 +77,7 @@ class Refused(TorchDispatchMode):
 
 
 def check(name: str, graph: fx.Graph, is_mask: bool) -> None:
-    """That a graph changes nothing, draws nothing and returns a tensor, of a mask a bool one."""
+    """Check that a graph changes no tensor, draws no random numbers and returns a tensor, bool for a mask."""
     for node in graph.nodes:
         if node.op == "call_function":
             refuse(name, node.target)
@@ -89,7 +89,7 @@ def check(name: str, graph: fx.Graph, is_mask: bool) -> None:
 
 
 def check_numbers(name: str, graph: fx.Graph) -> None:
-    """That every operation is one of single numbers."""
+    """Check that every operation is pointwise on scalars."""
     operations = [node for node in graph.nodes if node.op == "call_function"]
     for node in operations:
         if node.target not in ALLOWED and torch.Tag.pointwise not in getattr(node.target, "tags", ()):

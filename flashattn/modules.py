@@ -25,7 +25,7 @@ def _with_signature(of: Callable[Inputs, None]) -> Callable[[Callable], Callable
 
 def _wait_for_results(module: nn.Module, inputs: tuple, results) -> None:
     """A hook that does nothing. In evaluation `torch.nn.TransformerEncoderLayer` computes all of itself from the
-    parameters of its parts, without calling them, unless somebody waits for the results of one."""
+    parameters of its parts, without calling them, unless one of them has a forward hook."""
 
 
 class _Norm(nn.Module):

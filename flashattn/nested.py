@@ -11,7 +11,7 @@ from . import arguments, tracing
 
 
 class Jagged(Protocol):
-    """What a tensor of PyTorch's jagged layout has."""
+    """The members of a tensor in PyTorch's jagged layout."""
 
     _ragged_idx: int
 
@@ -29,7 +29,7 @@ def is_jagged(x: Tensor) -> TypeGuard[Jagged]:
 
 
 def check_nested(name: str, x, dims: int, shape: str) -> None:
-    """That x is nested (batch, seq, ...) of so many dimensions, and its sequences differ in seq alone."""
+    """Check that x is nested (batch, seq, ...) with `dims` dimensions, ragged along seq only."""
     arguments.check_floating(name, x)
     if not x.is_nested or x.dim() != dims or not _is_ragged_by_token(x):
         raise ValueError(f"{name} must be nested, {shape}")
@@ -55,7 +55,7 @@ def bound_longest(rows: Tensor) -> int | None:
 
 
 def check_same_lengths(name: str, starts: Tensor, other_name: str, other: Tensor) -> None:
-    """That two nested tensors have sequences of the same lengths."""
+    """Check that the sequences of two nested tensors have equal lengths."""
     if starts is not other and not torch.equal(starts, other):
         raise ValueError(
             f"{name} must have {other_name}'s lengths, {other.diff().tolist()}, got {starts.diff().tolist()}"

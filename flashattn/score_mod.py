@@ -91,8 +91,8 @@ class NumbersRead(TorchDispatchMode):
 
 
 class ListsRead(TorchFunctionMode):
-    """Likewise where all of them do, for which no operation is called. Keeps what may have a tangent: a trace drops
-    it."""
+    """Notices tolist and numpy, which call no operation. In forward mode it keeps the tensors that it meets: a trace
+    drops their tangents."""
 
     def __init__(self):
         super().__init__()
@@ -266,7 +266,7 @@ def _limit_block_size(size: int, seq: int) -> int:
     return size if size <= enough else enough
 
 
-# In a graph this is one operation, whose sizes are nobody's concern.
+# One operator in a graph, so that its intermediate sizes create no guards.
 torch.library.define("flashattn::list_blocks", "(Tensor counts, Tensor indices, SymInt blocks) -> Tensor")
 
 
@@ -276,7 +276,7 @@ def _(counts, indices, blocks):
 
 
 def _densify(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
-    """(..., blocks of queries, blocks of keys) bool from how many blocks each row has, and which come first in it."""
+    """(..., blocks of queries, blocks of keys) bool from the number of blocks in each row and their indices."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     dense = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
     dense.scatter_(-1, torch.where(listed, indices, blocks).long(), True)

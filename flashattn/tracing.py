@@ -39,8 +39,8 @@ def has_no_subclass(*tensors: Tensor | None) -> bool:
 
 
 def choose_path(*inputs: Tensor | None) -> tuple[bool, bool]:
-    """(whether a call on these must pass through the dispatcher, whether it needs a gradient otherwise). The first is
-    no None."""
+    """(whether a call on these must pass through the dispatcher, whether it needs a gradient otherwise). The first
+    input must not be None."""
     first = inputs[0]
     assert first is not None
     dispatched, requires_grad = must_dispatch() or first.is_meta, False

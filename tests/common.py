@@ -69,7 +69,7 @@ def once_per_case(make: Callable[..., Truth]) -> Callable[..., Truth]:
 
 
 def difference(x: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """x - truth where truth is finite. Infinities must stand in the same places, and there must be no NaN."""
+    """x - truth where truth is finite. Infinities must be in the same places, and there must be no NaN."""
     x, truth = x.detach().double().cpu(), truth.detach().double().cpu()
     assert x.shape == truth.shape
     assert not x.isnan().any()

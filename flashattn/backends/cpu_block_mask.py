@@ -27,8 +27,7 @@ class Part(NamedTuple):
 
 
 def supports(score: Score) -> bool:
-    """Whether a part's Score can say what the whole one says: ALiBi and dropout count from positions that it does not
-    know."""
+    """Whether the call can be split: ALiBi and dropout depend on positions that a part's Score lacks."""
     return score.score_mod is None and score.alibi_slopes is None and score.dropout_p == 0
 
 
@@ -53,7 +52,7 @@ def make_part_score(
     mask = mask.expand(*mask.shape[:2], queries.stop - queries.start, keys.stop - keys.start)
     if score.mask is not None:
         mask = mask & is_set(slice_keys(slice_queries(score.mask, queries), keys))
-    # How far the diagonal of the whole is from the part's own, both counted in the part.
+    # The call's diagonal minus the part's, in the part's positions.
     moved = (queries.start + seq_k - seq_q - keys.start) - (mask.shape[3] - mask.shape[2])
     return score._replace(
         left=None if score.left is None else score.left - moved,

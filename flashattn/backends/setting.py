@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Override:
-    """One of those that set something: itself and no other, as `list.remove` compares them."""
+    """One override, compared by identity, as `list.remove` needs."""
 
     def __init__(self, value):
         self.value = value

@@ -102,7 +102,7 @@ class Kernel(VersionIndependent):
 
 
 class GluonKernel(VersionIndependent, GluonJITFunction):
-    """One in Gluon, whose author sets the fences."""
+    """A Gluon kernel, which contains its own fences."""
 
 
 def kernel(do_not_specialize: list[str], launched: type[JITFunction] = Kernel) -> Callable:

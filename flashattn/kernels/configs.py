@@ -258,7 +258,7 @@ NORM_STAGES = 2  # of the backward pass: while it works on a tile, it copies the
 
 
 def next_power_of_2(n: int) -> int:
-    """As Triton's, which serves kernels too and takes ten times as long on the host."""
+    """As triton.next_power_of_2, which takes ten times as long on the host."""
     return 1 << (n - 1).bit_length()
 
 
@@ -271,7 +271,7 @@ class NormTile(NamedTuple):
     rows: int
     cols: int
     warps: int
-    single: bool  # whether the columns are all of a row
+    single: bool  # whether a tile holds whole rows
     registers: int | None = None  # of a thread, at most
 
 

@@ -1,8 +1,8 @@
 """Counter-based dropout: whether an element is dropped depends on the seed and its position alone, so every backend,
 tile size and pass drops the same ones.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox-4x32, for norms of 10 rounds, whose first
-word is used, for attention of 7 rounds, whose four words serve four keys.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox-4x32. Norms use the first word of 10
+rounds; attention uses the four words of 7 rounds for four keys.
 """
 
 from typing import NamedTuple

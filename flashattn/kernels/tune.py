@@ -127,8 +127,8 @@ def search(
     refusal: Callable[[Row], str | None],
     measure: Callable[[list[Row]], dict[Row, Times]],
 ) -> Found:
-    """Time the row and the candidates without a refusal. The best has the least median, if even its upper quartile is
-    below the row's lower one; else it is the row."""
+    """Time the row and the candidates that are not refused. The candidate with the least median wins if its upper
+    quartile is below the row's lower one, else the row."""
     reasons = {tiles: refusal(tiles) for tiles in candidates}
     times = measure([row, *(tiles for tiles, reason in reasons.items() if reason is None)])
     best = min(times, key=lambda tiles: times[tiles].median)
@@ -269,7 +269,7 @@ def make_kind(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
 
 
 def describe_operand(x) -> tuple | bool:
-    """Of a tensor its dtype and where it broadcasts; of a number whether it is there."""
+    """A tensor's dtype and broadcast dimensions; for a number, whether it is given."""
     return (x.dtype, *(size == 1 for size in x.shape)) if isinstance(x, Tensor) else x is not None
 
 

@@ -93,7 +93,7 @@ def _count_tokens(q_lengths: Tensor | None, batch: int, seq_q: int) -> list[int]
 
 
 def refuse_derivatives_and_onnx(*tensors: Tensor | None) -> None:
-    """Before a cache has changed."""
+    """Refuse forward mode and ONNX, before the cache is changed."""
     tracing.refuse_tangents(*tensors)
     tracing.refuse_onnx("decode")
 
@@ -138,7 +138,7 @@ def unflatten_rotary(cos: Tensor | None, sin: Tensor | None, interleaved: bool) 
 
 
 def _check_starts(starts: Tensor, most: int) -> None:
-    """Of values that a graph could not read. On a GPU they were clamped."""
+    """Check values that a graph could not read when it was traced. On a GPU they were clamped."""
     if starts.is_cuda or starts.numel() == 0:
         return
     low, high = int(starts.min()), int(starts.max())

@@ -37,8 +37,8 @@ def speculate(
 
     On the CPU engine the logits are bit-exactly those of `generate`, with a lookahead of up to 7, for models without
     experts whose ffn_width is a multiple of 64: PyTorch has another exp for elements that do not fill a vector.
-    Elsewhere products of several rows may round differently from those of one row, and of two tokens that are equally
-    likely up to rounding the other may be chosen: rarely, in 16 bits.
+    Elsewhere products of several rows may round differently from those of one row, so a tie within rounding may be
+    decided otherwise: rarely, in 16 bits.
 
     Args:
         draft: a smaller model with the same vocabulary.

@@ -26,7 +26,7 @@ HEADS = ("lm_head.", "cls.", "classifier.", "qa_outputs.", "predictions.", "fina
 @contextlib.contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
     """A directory to write to, renamed to `directory` when all of it is on the disk. On an error nothing is left; a
-    process that is killed leaves a name that ends in .partial.
+    killed process leaves a directory that ends in .partial.
 
     Raises:
         FileExistsError: if `directory` exists.

@@ -67,7 +67,7 @@ def test_a_mask_of_any_bytes(dimensions, backend):
 
 @pytest.mark.parametrize("name", ["mask", "bias"])
 def test_a_subclass_with_operations_of_its_own_is_refused(name):
-    """The memory of PyTorch's CausalBias is not what it stands for."""
+    """The memory of PyTorch's CausalBias does not hold its values."""
     x = torch.randn(1, 2, 6, 8)
     other = causal_lower_right(6, 6)
     other = other.bool().as_subclass(type(other)) if name == "mask" else other

@@ -45,7 +45,7 @@ SEED = 2**40 + 17
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device) -> tuple[list[torch.Tensor], dict]:
-    """What gets gradients (q, k, v and, where the case has them, bias and sinks) and the other options."""
+    """The inputs that get gradients (q, k, v and, where the case has them, bias and sinks) and the other options."""
     inputs = [
         randn(case.batch, case.heads, case.seq_q, case.head_dim, dtype=dtype, device=device),
         randn(case.batch, case.kv_heads, case.seq_k, case.head_dim, dtype=dtype, device=device),

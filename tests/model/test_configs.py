@@ -120,7 +120,7 @@ def test_qwen3_has_windows_from_a_layer_on(whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in TINY | ENCODER_DECODERS])
 def test_a_field_that_is_not_there_is_what_transformers_takes(name):
-    """Or it is one that must be there."""
+    """Or the field is required."""
     family, theirs = FAMILIES[name], type((TINY | ENCODER_DECODERS)[name]().config)
     said = json.loads(theirs().to_json_string(use_diff=False))
     said |= dict(id2label=None, architectures=None)

@@ -46,7 +46,7 @@ def write_checkpoint(path, pooling=None, more_modules=(NORMALIZE,), **transforme
 
 
 def pool_hidden(hidden, mode):
-    """What Pooling makes of the hidden states (seq, width) of one text."""
+    """Pooling of the hidden states (seq, width) of one text."""
     if mode == "weightedmean":
         weights = torch.arange(1.0, len(hidden) + 1)[:, None]
         return (hidden * weights).sum(0) / weights.sum()

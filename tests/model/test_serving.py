@@ -219,7 +219,7 @@ def test_a_request_serves_once(tiny):
         server.submit(request)
     assert request.tokens == generate_alone(server.model, request)
     with pytest.raises(TypeError):
-        Request([1, 2], 3, tokens=[5])  # what becomes of it is not said in front
+        Request([1, 2], 3, tokens=[5])  # results are not constructor arguments
 
 
 def test_a_prompt_is_what_it_was_when_it_was_submitted(tiny):

@@ -45,7 +45,7 @@ def test_streamed_text_is_the_text(gpt2, text):
 
 
 def make_word_pieces():
-    """As BERT's: words apart, the rest of a word behind ##."""
+    """As BERT's: words apart, the rest of a word after ##."""
     backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "c": 3, ".": 4, "[SEP]": 5}))
     backend.decoder = decoders.WordPiece(cleanup=True)
     backend.add_special_tokens(["[UNK]", "[SEP]"])

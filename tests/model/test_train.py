@@ -264,7 +264,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_stopped_while_it_deletes(tmp_path, monkeypatch):
-    """What is left of an old checkpoint is none, and goes with the next."""
+    """A half-deleted checkpoint does not count, and the next save removes it."""
 
     def stopped(path):
         (path / "config.json").unlink()

@@ -1,4 +1,4 @@
-"""What compares the norm modules with torch.nn's."""
+"""Compares the norm modules with torch.nn's."""
 
 import torch
 from torch import nn
