@@ -232,7 +232,7 @@ def attention_varlen(
         q, shape, causal=causal, bias=bias, dropout_p=dropout_p, seed=seed, **options
     )._replace(
         cu_seqlens=torch.stack((cu_seqlens_q, cu_seqlens_k)), max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
-    )  # fmt: skip
+    )
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
     out, lse = out[0].transpose(0, 1), lse[0]

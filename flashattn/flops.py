@@ -19,7 +19,7 @@ def count_forward(q, k, v, *flat, out_val=None, **_) -> int:
 @register_flop_formula(torch.ops.flashattn.attention_backward, get_raw=True)
 def count_backward(
     grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat, out_val=None, **_
-) -> int:  # fmt: skip
+) -> int:
     """q k^T again, the gradients of q, k and v, and that of p."""
     return 2 * count_pairs(q, k, flat) * (3 * q.shape[3] + 2 * v.shape[3])
 

@@ -25,9 +25,7 @@ class ModsInGraph(HigherOrderOperator):
         super().__init__("flashattn_mods")
         self.__name__, self.__module__ = "flex_attention", __name__  # a printed graph finds it in this module
 
-    def __call__(
-        self, number, operator, has_mod, mod, operands_and_mask, has_mask, _, captured=(), mask_captured=()
-    ):  # fmt: skip
+    def __call__(self, number, operator, has_mod, mod, operands_and_mask, has_mask, _, captured=(), mask_captured=()):
         """FlexAttention's query, key, value, score_mod, block_mask, scale, kernel_options, and what the callables
         captured. Dynamo passes other arguments through."""
         *operands, mask = operands_and_mask

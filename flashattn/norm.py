@@ -73,9 +73,7 @@ def layer_norm(
     >>> flashattn.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    return _norm(
-        x, weight, bias, residual, True, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32
-    )  # fmt: skip
+    return _norm(x, weight, bias, residual, True, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32)
 
 
 @overload
@@ -115,9 +113,7 @@ def rms_norm(
     >>> flashattn.rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
     tensor([[0.8485, 1.1314]])
     """
-    return _norm(
-        x, weight, None, residual, False, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32
-    )  # fmt: skip
+    return _norm(x, weight, None, residual, False, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32)
 
 
 def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed, prenorm, residual_in_fp32):

@@ -99,9 +99,7 @@ def sum_losses(config: Config, logits: Tensor, targets: Tensor, label_smoothing:
         return each.masked_fill(targets == -100, 0).sum()
     if config.task == "answer":
         logits = logits.transpose(1, 2)  # (batch, 2, seq): classes are the tokens
-    return F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
-    )  # fmt: skip
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=label_smoothing)
 
 
 def is_regression(config: Config) -> bool:

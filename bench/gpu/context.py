@@ -177,9 +177,7 @@ class Context:
 def summarise_samples(samples: list[float], by: str) -> Times:
     ordered = sorted(samples)
     quarter = len(ordered) // 4
-    return Times(
-        statistics.median(ordered), ordered[quarter], ordered[-1 - quarter], len(ordered), by, tuple(samples)
-    )  # fmt: skip
+    return Times(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter], len(ordered), by, tuple(samples))
 
 
 def describe_error(error: BaseException) -> str:

@@ -40,9 +40,7 @@ def list_cases(rehearse: bool) -> list[Case]:
         Case(kind, ELEMENTS // cols, cols, backward, "torch")
         for cols in (4096, 8192, 1024, 16384, 65536) for kind in kinds for backward in passes
     ]  # fmt: skip
-    compiled = [
-        Case(kind, ELEMENTS // 4096, 4096, backward, "compiled") for kind in kinds for backward in passes
-    ]  # fmt: skip
+    compiled = [Case(kind, ELEMENTS // 4096, 4096, backward, "compiled") for kind in kinds for backward in passes]
     return eager + compiled
 
 

@@ -36,9 +36,7 @@ def list_cases(rehearse: bool) -> list[Case]:
     lengths: list[int] = []
     while sum(lengths) < 16384:
         lengths.append(numbers.randint(64, 2048))
-    return [
-        Case(tuple(lengths), 16, 128, causal, backward) for backward in (False, True) for causal in (True, False)
-    ]  # fmt: skip
+    return [Case(tuple(lengths), 16, 128, causal, backward) for backward in (False, True) for causal in (True, False)]
 
 
 def run(context: Context) -> Iterator[dict]:

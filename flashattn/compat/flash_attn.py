@@ -127,9 +127,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         k, v = _gather_pages(k, v, cu_seqlens_k, block_table)
     options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _attend_packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, return_attn_probs
-    )  # fmt: skip
+    return _attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, return_attn_probs)
 
 
 @raise_as_torch
@@ -153,9 +151,7 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` of kv (total_k, 2, kv_heads, head_dim)."""
     k, v = _unpack("kv", kv, 2, ("total",))
     options = _build_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _attend_packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, return_attn_probs
-    )  # fmt: skip
+    return _attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, return_attn_probs)
 
 
 @raise_as_torch

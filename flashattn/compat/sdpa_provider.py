@@ -95,9 +95,7 @@ def cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=
     return out, layout.lay_out_by_token(lse)
 
 
-def cpu_backward(
-    grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None
-):  # fmt: skip
+def cpu_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
     if dropout_p != 0:
         raise RuntimeError("PyTorch's CPU operator keeps no seed, so dropout has no gradient through it")
     gradients = backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, attn_mask, scale, None)

@@ -134,9 +134,7 @@ def compute_scores(q: Tensor, k: Tensor, score: Score, block: QueryBlock) -> tup
 # ------------------------------------------------------------------------------------------------ score_mod
 
 
-def apply_score_mod(
-    mod: Traced, scores: Tensor, indices: tuple[Tensor, ...], attends: Tensor
-) -> tuple[Tensor, Vjp]:  # fmt: skip
+def apply_score_mod(mod: Traced, scores: Tensor, indices: tuple[Tensor, ...], attends: Tensor) -> tuple[Tensor, Vjp]:
     """Scores through a score_mod, and `vjp` as above. Only pairs that attend count: the indices of others may be
     outside of the tensors that it captured, and its derivative may be infinite there."""
     try:

@@ -48,7 +48,7 @@ class Run:
             saving.write(model.config, weights, partial, tokenizer)
             kept = dict(
                 step=step, config=asdict(model.config), weights=weights, optimizer=state, random=states, log=log
-            )  # fmt: skip
+            )
             torch.save(kept, partial / "training.pt")
         for old in self.checkpoints[: -self.keep]:  # renamed first: half-deleted, it would look like a checkpoint
             os.rename(old, old.with_name(f"{old.name}.partial"))

@@ -288,7 +288,7 @@ WRONG = {
     "length_dtype": ((Q, K, V), {"kv_lengths": torch.ones(2)}, TypeError, "kv_lengths must be int32 or int64, got"),
     "length_list": ((Q, K, V), {"kv_lengths": [1, 2]}, TypeError, "kv_lengths must be a torch.Tensor, got list"),
     "unknown": ((Q, K, V), {"left": 3}, TypeError, r"attention\(\) got an unexpected keyword argument 'left'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

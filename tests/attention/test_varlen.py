@@ -143,7 +143,7 @@ WRONG = {
     "max_type": (dict(max_seqlen_k=7.0), TypeError, "max_seqlen_k must be an int or None, got float"),
     "mask": (dict(mask=torch.ones(10, 12).bool()), ValueError, r"mask must be.*\(2, 4, 6, 7\), got shape \(10, 12\)"),
     "slopes": (dict(alibi_slopes=torch.ones(3)), ValueError, r"alibi_slopes must be \(heads,\) = \(4,\) or"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -78,9 +78,7 @@ def compare(backend, **options):
 @pytest.mark.parametrize("name, backend", on_backends(MASK_MODS, ["cpu", "reference"], {"noop", "and_documents"}))
 def test_mask_mods(name, backend):
     device = find_device(backend)
-    compare(
-        backend, block_mask=theirs.create_block_mask(MASK_MODS[name](device), BATCH, HEADS, SEQ, SEQ, device, 16)
-    )  # fmt: skip
+    compare(backend, block_mask=theirs.create_block_mask(MASK_MODS[name](device), BATCH, HEADS, SEQ, SEQ, device, 16))
 
 
 def made(function):

@@ -298,7 +298,7 @@ def test_a_decoder_without_its_head(tmp_path):
         ("BertForMultipleChoice", lambda: transformers.BertConfig(**SMALL_ENCODER), "BertModel"),
         ("T5ForSequenceClassification", lambda: transformers.T5Config(**SMALL_T5), "T5ForConditionalGeneration"),
     ],
-)  # fmt: skip
+)
 def test_a_head_that_is_not_known_is_named(architecture, config, own, tmp_path):
     getattr(transformers, architecture)(config()).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=rf"\(the checkpoint is a {architecture}, read as a {own}\)$"):

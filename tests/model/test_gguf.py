@@ -153,9 +153,7 @@ REFUSED = {
     ),
     "a factor of others": (dict(said={"rope.scaling.alpha": 2.0}), "llama.rope.scaling.alpha is not known here"),
     "both": (
-        dict(
-            said={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, tensors={"rope_freqs.weight": FREQS}
-        ),
+        dict(said={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, tensors={"rope_freqs.weight": FREQS}),
         "tensor rope_freqs and llama.rope.scaling.type yarn together",
     ),
     "half": (
@@ -180,7 +178,7 @@ REFUSED = {
         "tokenizer.ggml.bos_token_id is missing, which add_bos_token needs",
     ),
     "twice": (dict(text={"tokens": [*TOKENS[:-1], "Ġa"]}), "tokenizer.ggml.tokens must differ"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

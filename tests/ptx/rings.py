@@ -71,9 +71,7 @@ def release(ring, index, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(
-    q, k, v, q_ring, k_ring, v_ring, tiles, SLOTS: gl.constexpr, AHEAD: gl.constexpr, FAULT: gl.constexpr
-):  # fmt: skip
+def load_tiles(q, k, v, q_ring, k_ring, v_ring, tiles, SLOTS: gl.constexpr, AHEAD: gl.constexpr, FAULT: gl.constexpr):
     """The producer. AHEAD: K is loaded a tile ahead of V, as the consumers read them; else V follows K."""
     for i in gl.static_range(CONSUMERS):
         fill(q_ring, i, q, (gl.program_id(0) * CONSUMERS + i) * M, CONSUMERS, FAULT)

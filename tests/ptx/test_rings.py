@@ -64,7 +64,7 @@ FAULTS = [
     ("K released early", "race", "which a wgmma of warps 0 to 3 may still read", "fill(k_ring"),
     ("a column between pieces of 16 bytes", "misaligned", "starts 8 bytes into a row", "async_load("),
     ("V released early", "race", "which a wgmma of warps 0 to 3 may still read", "fill(v_ring"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case[0])

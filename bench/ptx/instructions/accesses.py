@@ -68,7 +68,7 @@ def make_global_fault(unit, kind, message, instruction, lanes, address, at, nbyt
         place += f", {memory.find_nearest_tensor(where).describe(where, nbytes)}"
     return unit.make_fault(
         kind, message.format(place), instruction, lanes[at], tensor.name, element=tensor.find_element_index(where)
-    )  # fmt: skip
+    )
 
 
 def is_strong(instruction: Instruction) -> bool:
