@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import flashattn
 
 from .. import launches
+from ..table import make_table
 from .driver import device
 
 SETTINGS = ("highest", "high", "medium")  # of torch.set_float32_matmul_precision
@@ -39,15 +38,11 @@ def run_with_precision(setting: str, call):
 
 
 def run(shape: tuple[int, ...], architecture: str, console: Console) -> int:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("precision", no_wrap=True)
+    errors = {}
     for setting in SETTINGS:
         with console.status(f"running {setting} on {architecture}"):
-            found = measure_errors(shape, architecture, setting)
-        if len(table.columns) == 1:
-            for name in found:
-                table.add_column(name, justify="right", no_wrap=True)
-        table.add_row(setting, *(f"{error:.1e}" for error in found.values()))
+            errors[setting] = measure_errors(shape, architecture, setting)
+    rows = ([setting, *(f"{error:.1e}" for error in found.values())] for setting, found in errors.items())
     console.print(f"float32, ({', '.join(map(str, shape))}), {architecture}: largest errors against float64")
-    console.print(table)
+    console.print(make_table(["precision"], list(errors[SETTINGS[0]]), rows))
     return 0

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..table import make_table
 from .frontend.syntax import Location
 from .machine.counts import PIPES, Counts, Launch, find_pipe
 from .rates import compute_bounds, find_gpu
@@ -95,12 +96,11 @@ def print_launch(console: Console, launch: Launch) -> None:
 
 def print_tensors(console: Console, counts: Counts) -> None:
     """The traffic of each tensor: more than its size if it is read again or by several programs."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("tensor", "bytes", "requested", "unique", "requested / bytes"):
-        table.add_column(name, justify="left" if name == "tensor" else "right", no_wrap=True)
-    for t in counts.tensors:
-        table.add_row(t.name, f"{t.size:,}", f"{t.requested:,}", f"{t.unique:,}", f"{t.requested / t.size:.2f}")
-    console.print(table)
+    rows = (
+        (t.name, f"{t.size:,}", f"{t.requested:,}", f"{t.unique:,}", f"{t.requested / t.size:.2f}")
+        for t in counts.tensors
+    )
+    console.print(make_table(["tensor"], ["bytes", "requested", "unique", "requested / bytes"], rows))
 
 
 def summarise(counts: Counts) -> list[tuple[str, str, str]]:

@@ -29,7 +29,7 @@ def raises_fault(kind: str, match: str):
 # ------------------------------------------------------------------------------------------------ tables of pointers
 
 
-def make_table(tensors) -> torch.Tensor:
+def make_pointer_table(tensors) -> torch.Tensor:
     return torch.tensor([x.data_ptr() for x in tensors])
 
 
@@ -37,16 +37,16 @@ def test_pointers_kept_in_a_tensor(gpu):
     """As in a grouped GEMM: the tensors of a table are no arguments."""
     groups = [torch.randn(n) for n in (64, 40, 7)]
     out = torch.full((3, 64), float("nan"))
-    kernels.copy_by_table[(3,)](make_table(groups), torch.tensor([64, 40, 7]), out, BLOCK=64, OVER=0)
+    kernels.copy_by_table[(3,)](make_pointer_table(groups), torch.tensor([64, 40, 7]), out, BLOCK=64, OVER=0)
     for row, x in zip(out, groups, strict=True):
         assert torch.equal(row, torch.nn.functional.pad(x, (0, 64 - len(x))))
-    kernels.fill_by_table[(2,)](make_table(list(out)[:2]), BLOCK=64)
+    kernels.fill_by_table[(2,)](make_pointer_table(list(out)[:2]), BLOCK=64)
     assert torch.equal(out[:2], torch.arange(2.0)[:, None] + torch.arange(64.0))
 
 
 def test_a_table_made_before_the_device():
     groups = [torch.randn(64), torch.nn.Parameter(torch.randn(64))]
-    pointers, sizes, out = make_table(groups), torch.tensor([64, 64]), torch.zeros(2, 64)
+    pointers, sizes, out = make_pointer_table(groups), torch.tensor([64, 64]), torch.zeros(2, 64)
     with ptx.device("sm_80"):
         kernels.copy_by_table[(2,)](pointers, sizes, out, BLOCK=64, OVER=0)
     assert torch.equal(out, torch.stack([x.detach() for x in groups]))
@@ -56,9 +56,9 @@ def test_a_table_into_an_argument_and_its_rest(gpu):
     """One pointer is to a tensor that contains an argument."""
     whole = torch.randn(4, 64)
     out = torch.zeros(2, 64)
-    kernels.copy_by_table[(2,)](make_table([whole[0], whole[3]]), torch.tensor([64, 64]), out, BLOCK=64, OVER=0)
+    kernels.copy_by_table[(2,)](make_pointer_table([whole[0], whole[3]]), torch.tensor([64, 64]), out, BLOCK=64, OVER=0)
     assert torch.equal(out, whole[[0, 3]])
-    kernels.copy_by_table[(1,)](make_table([whole]), torch.tensor([64]), whole[1:2], BLOCK=64, OVER=0)
+    kernels.copy_by_table[(1,)](make_pointer_table([whole]), torch.tensor([64]), whole[1:2], BLOCK=64, OVER=0)
     assert torch.equal(whole[1], whole[0])
 
 
@@ -66,9 +66,9 @@ def test_a_table_of_uninitialised_memory(gpu):
     out, sizes = torch.zeros(2, 64), torch.tensor([64, 64])
     groups = [torch.zeros(64), torch.empty(64)]
     with raises_fault("uninitialised", r"at element \[0\] of a tensor of this process, float32\[64\]"):
-        kernels.copy_by_table[(2,)](make_table(groups), sizes, out, BLOCK=64, OVER=0)
-    kernels.fill_by_table[(2,)](make_table(groups), BLOCK=64)
-    kernels.copy_by_table[(2,)](make_table(groups), sizes, out, BLOCK=64, OVER=0)
+        kernels.copy_by_table[(2,)](make_pointer_table(groups), sizes, out, BLOCK=64, OVER=0)
+    kernels.fill_by_table[(2,)](make_pointer_table(groups), BLOCK=64)
+    kernels.copy_by_table[(2,)](make_pointer_table(groups), sizes, out, BLOCK=64, OVER=0)
     assert torch.equal(out[1], 1 + torch.arange(64.0))
 
 
@@ -76,7 +76,7 @@ def test_invalid_pointers(gpu):
     x, out, sizes = torch.randn(1 << 16), torch.zeros(1, 64), torch.tensor([64])
     with raises_fault("out of bounds", "before the start of"):
         kernels.copy_by_table[(1,)](torch.tensor([64]), sizes, out, BLOCK=64, OVER=0)
-    address = make_table([x])
+    address = make_pointer_table([x])
     del x
     with raises_fault("out of bounds", ""):
         kernels.copy_by_table[(1,)](address, sizes, out, BLOCK=64, OVER=0)
