@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from .card import ROOT, count_cores
 from .context import Context
 
-TESTS = "tests/gpu/test_gpu.py"
+TESTS = "tests/gpu"
 REHEARSAL_STEP = 150  # a rehearsal runs every 150th test
 
 

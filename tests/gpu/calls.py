@@ -1,4 +1,4 @@
-"""Calls for the tests in test_gpu.py: forward and backward, on tensors of a device."""
+"""Calls for the tests of this folder: forward and backward, on tensors of a device."""
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -12,6 +12,11 @@ def make_tensors(device, *sizes: int, dtype=torch.bfloat16, requires_grad=False)
     batch, heads, seq, dim = sizes
     shapes = [(batch, n, seq, dim) for n in (heads, max(1, heads // 2), max(1, heads // 2))]
     return [torch.randn(*s, device=device).to(dtype).requires_grad_(requires_grad) for s in shapes]
+
+
+def assert_same(results, expected) -> None:
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def run_attention(q, k, v, **options) -> list[torch.Tensor]:

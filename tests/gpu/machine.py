@@ -1,4 +1,4 @@
-"""The device of the tests in test_gpu.py: a GPU, or a rehearsal, in which the PTX machine executes Triton's launches on
+"""The device of the tests of this folder: a GPU, or a rehearsal, in which the PTX machine executes Triton's launches on
 CPU tensors. `Rehearsal` lacks the methods that only tests on a GPU call."""
 
 import contextlib

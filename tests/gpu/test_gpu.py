@@ -1,7 +1,7 @@
 """Every kernel on a GPU: the case tables of the other backends on CUDA tensors, forward and backward, under the same
-error rule; and what only a GPU has: streams, graphs, several devices, memory, and the same bits in every run.
+error rule; and what only a GPU has: streams, several devices, memory, and the same bits in every run.
 
-`pytest tests/gpu/test_gpu.py -n 16 --dist worksteal` on a GPU: nearly all of the time is compilation. With
+`pytest tests/gpu -n 16 --dist worksteal` on a GPU: nearly all of the time is compilation. With
 `--rehearse-gpu sm_90` the PTX machine executes the launches.
 """
 
@@ -16,26 +16,11 @@ from flashattn.compat import flash_attn
 from tests.attention import cases, decode_cases, multihead_cases, packed_cases
 from tests.common import DTYPES, assert_as_exact_as_torch
 from tests.compat import flash_attn_cases, flex_cases, sdpa_cases
-from tests.gpu.calls import GRAPH_CASES, make_tensors, run_attention, run_norm, run_packed
-from tests.gpu.machine import Gpu, Rehearsal
+from tests.gpu.calls import assert_same, make_tensors, run_attention, run_norm, run_packed
 from tests.norm import cases as norm_cases
 from tests.norm import module_cases
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def gpu(request, monkeypatch):
-    architecture = request.config.getoption("--rehearse-gpu")
-    if architecture is None:
-        with flashattn.use_backend("triton"):
-            yield (real := Gpu())
-        real.release_memory()
-        return
-    from bench import ptx
-
-    with ptx.device(architecture), flashattn.use_backend("triton"):
-        yield Rehearsal(monkeypatch)
 
 
 def alternate_dtypes(cases, everywhere=()) -> list:
@@ -213,11 +198,6 @@ def test_modules_as_in_torch(gpu):
 # ------------------------------------------------------------------------------------------------ what only a GPU has
 
 
-def assert_same(results, expected) -> None:
-    for x, y in zip(results, expected, strict=True):
-        assert torch.equal(x, y)
-
-
 def test_a_call_waits_for_what_its_stream_does(gpu):
     """A launch on another stream would read memory before this stream has written it."""
     sizes = (1, 2, 70, 64) if gpu.rehearsed else (2, 8, 512, 64)
@@ -328,79 +308,6 @@ def test_same_bits_in_every_run(gpu):
     first = call()
     for _ in range(gpu.runs - 1):
         assert_same(call(), first)
-
-
-# ------------------------------------------------------------------------------------------------ CUDA graphs
-
-
-def refill(x: torch.Tensor, most: int) -> None:
-    """Write new random numbers into the same memory."""
-    x.copy_(torch.randint(1, most, x.shape)) if x.dtype == torch.int32 else x.copy_(torch.randn(x.shape))
-
-
-@pytest.mark.parametrize("name", GRAPH_CASES)
-def test_graphs(gpu, name):
-    """Forward and backward, captured once, replayed on new data, lengths too."""
-    torch.use_deterministic_algorithms(name != "callables")
-    inputs, function = GRAPH_CASES[name](gpu.device)
-    results, replay = gpu.capture(function)
-    for most in (100, 30)[: gpu.replays]:
-        for x in inputs:
-            refill(x, most)
-        expected = [x.clone() for x in function()]
-        replay()
-        assert_same(results, expected)
-
-
-def test_a_captured_step_follows_lengths_that_grow(gpu):
-    """From one split of the keys to more splits than the capture needed."""
-    q, k, v = (torch.randn(2, 1, heads, 64, device=gpu.device).bfloat16() for heads in (4, 2, 2))
-    caches = torch.randn(2, 2, 1000, 2, 64, device=gpu.device).bfloat16()
-    lengths = torch.tensor([20, 7], dtype=torch.int32, device=gpu.device)
-
-    def step():
-        here = caches.clone()
-        return [flash_attn.flash_attn_with_kvcache(q, *here, k, v, cache_seqlens=lengths, causal=True), here]
-
-    results, replay = gpu.capture(step)
-    for grown in ([300, 8], [999, 640]):
-        lengths.copy_(torch.tensor(grown))
-        expected = step()
-        replay()
-        assert_same(results, expected)
-
-
-def test_a_graph_draws_new_seeds(gpu):
-    x = torch.ones(64, 128, device=gpu.device)
-    (y,), replay = gpu.capture(lambda: [flashattn.rms_norm(x, dropout_p=0.5, prenorm=True)[1]])
-    drawn = []
-    for _ in range(2):
-        replay()
-        drawn.append(y.clone())
-    assert not torch.equal(*drawn)
-
-
-def test_what_cannot_be_captured_is_said(gpu):
-    q, k, v = make_tensors(gpu.device, 2, 4, 20, 32)
-    cache = flashattn.KVCache(2, 2, 64, 32, dtype=q.dtype, device=gpu.device)
-    flat, starts = [x[0].transpose(0, 1) for x in (q, k, v)], torch.tensor([0, 20], dtype=torch.int32).to(gpu.device)
-    refused = {
-        "cache": lambda: flashattn.decode(q, cache, k, v),
-        "score_mod": lambda: flashattn.attention(q, k, v, score_mod=lambda score, b, h, i, j: score * 0.123),
-        "block_table": lambda: flash_attn.flash_attn_varlen_func(
-            flat[0], q, q, starts, starts, 20, 20, block_table=torch.zeros(1, 3, dtype=torch.int32)
-        ),
-    }
-    if not gpu.rehearsed:  # tensors on the CPU, or read back from the GPU
-        refused |= {
-            "kv_lengths": lambda: flashattn.attention(q, k, v, kv_lengths=torch.tensor([3, 4])),
-            "max_seqlen_q": lambda: flashattn.attention_varlen(*flat, starts, starts),
-        }
-    for x in refused:
-        with gpu.capturing(), pytest.raises(ValueError, match=f"{x} (cannot be captured|must be given)"):
-            refused[x]()
-    with gpu.capturing(), flashattn.use_backend("reference"), pytest.raises(ValueError, match="cu_seqlens cannot be"):
-        flashattn.attention_varlen(*flat, starts, starts, 20, 20)
 
 
 # ------------------------------------------------------------------------------------------------ memory
