@@ -246,7 +246,7 @@ ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
 
 # Where a family has no row of its own, it uses the next one's.
 FALLBACK = {"sm_100": "sm_90", "sm_90": "sm_80", "small": "sm_80", "amd": "small"}
-INTERPRETED = TileConfig(32, 16, 4, 1)  # small, so that short sequences cross tile boundaries too
+INTERPRETED = TileConfig(64, 32, 4, 1)  # small, so that short sequences cross tile boundaries too
 
 # Norms, by pass: the widest row that is kept in registers, and the elements in a tile of narrower rows. The backward
 # pass takes wider rows by chunks of NORM_CHUNK columns: the fewer columns a program has, the fewer its partial sums.

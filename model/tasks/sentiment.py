@@ -76,11 +76,11 @@ def measure_frozen_accuracy(model: Transformer, tokenizer: Tokenizer, learned: E
 
 def run(steps: int, seed: int = 0, out: str | None = None, measured: int | None = None) -> dict:
     learned, held_out = split(read_snippets())
-    held_out = held_out[:measured]
+    examples = learned
+    if measured is not None:  # of the whole length: those of one rating follow each other
+        held_out, examples = held_out[:: len(held_out) // measured], learned[:: len(learned) // (8 * measured)]
     encoder, tokenizer = load("minilm")
-    baseline = measure_frozen_accuracy(
-        encoder, tokenizer, learned[: None if measured is None else 8 * measured], held_out
-    )
+    baseline = measure_frozen_accuracy(encoder, tokenizer, examples, held_out)
     torch.manual_seed(seed)
     model = encoder.with_head("classify", LABELS, dropout=0.1)
 

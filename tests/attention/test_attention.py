@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -94,7 +95,11 @@ def test_pairs_are_all_there():
 dimensions = st.sampled_from(["".join(d) for n in range(5) for d in itertools.combinations("bhqk", n)])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# test_instruction_sets runs them on each of the other builds.
+EXAMPLES = 15 if "FLASHATTN_CPU_ISA" in os.environ else 60
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_cases(data):
     """At least 16 keys: on fewer numbers an error is a matter of luck, PyTorch's as well as ours (CASES has those)."""

@@ -214,8 +214,11 @@ FEATURES = Case(
 )
 
 
+IN_TURN = pytest.mark.parametrize("gpu, setting", [("sm_80", "medium"), ("sm_90", "high")], indirect=["gpu"])
+
+
 @compiles
-@pytest.mark.parametrize("setting", ["high", "medium"])
+@IN_TURN
 def test_attention(gpu, setting):
     check(SEVERAL_TILES, setting)
     assert all(launch.counts.total("flops") for launch in gpu.launches)
@@ -229,7 +232,7 @@ def test_features(gpu, setting):
 
 
 @compiles
-@pytest.mark.parametrize("setting", ["high", "medium"])
+@IN_TURN
 def test_decoding(gpu, setting):
     (step,) = (step for step in decode_cases.STEPS if step.name == "window_sinks")
     q, k, v, options, others, table = decode_cases.make_inputs(step, torch.float32, "cpu")

@@ -19,9 +19,7 @@ LLAMA = dict(family="llama", norm="rms", activation="silu", gated=True, position
 
 
 def train_processes(how, directory, steps, changes):
-    count = "4" if how == "both" else "2"
-    start = [] if how == "one" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-    command = [sys.executable, *start, str(SCRIPT), how, str(directory), str(steps), json.dumps(changes)]
+    command = [sys.executable, str(SCRIPT), how, str(directory), str(steps), json.dumps(changes)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

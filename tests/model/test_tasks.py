@@ -31,15 +31,16 @@ def needs_data(*names):
 
 
 def test_sequences():
-    """Copying, reversing and sorting up to eight numbers."""
-    result = sequences.run(steps=350, longest=8)
-    assert all(share > 0.8 for share in result["exact"].values()), result
+    """Copying, reversing and sorting up to five numbers."""
+    result = sequences.run(steps=200, longest=5)
+    assert all(share > 0.75 for share in result["exact"].values()), result
 
 
-def test_text():
+def test_text(monkeypatch):
     """Below what the frequencies of tokens alone give, and on its way to 5-grams."""
     needs_data("austen")()
-    result = text.run(steps=120, layers=2, width=128)
+    monkeypatch.setattr(text, "BATCH", 4)
+    result = text.run(steps=60, layers=1, width=128)
     learned, held_out = text.split()
     tokenizer = Tokenizer.train(learned, text.VOCAB)
     alone = ngram.KneserNey(np.array(tokenizer.encode(learned)), tokenizer.size, order=1)
@@ -50,28 +51,34 @@ def test_text():
 
 
 @needs_minilm
-def test_sentiment():
-    """Ten of the words' worth: better than chance by five standard deviations, after a fiftieth of the examples."""
+def test_sentiment(monkeypatch):
+    """Better than chance by four standard deviations, after a thirtieth of the examples."""
     needs_data("vader")()
-    result = sentiment.run(steps=50, measured=250)
-    assert result["accuracy"] > 0.5 + 5 * math.sqrt(0.25 / 250), result
+    monkeypatch.setattr(sentiment, "BATCH", 8)
+    result = sentiment.run(steps=40, measured=100)
+    assert result["majority"] < 0.6  # of two classes that are about as large
+    assert result["accuracy"] > 0.5 + 4 * math.sqrt(0.25 / 100), result
     assert result["accuracy_frozen"] > 0.65
 
 
 @needs_minilm
-def test_tags():
+def test_tags(monkeypatch):
     needs_data("brown")()
-    result = tags.run(steps=50, measured=100)
-    assert result["accuracy"] > 0.75, result
+    monkeypatch.setattr(tags, "BATCH", 6)
+    result = tags.run(steps=30, measured=40)
+    assert result["accuracy"] > 0.6, result
     assert 0.85 < result["most_frequent"] < 0.95
 
 
 @needs_minilm
-def test_answers():
+def test_answers(monkeypatch):
+    """In passages of two statements."""
     needs_data("trivia")()
-    result = answers.run(steps=30, measured=50)
+    monkeypatch.setattr(answers, "BATCH", 8)
+    monkeypatch.setattr(answers, "STATEMENTS", 2)
+    result = answers.run(steps=25, measured=30)
     assert result["exact"] > 0.4, result
-    assert 0.7 < result["bag_of_words"] < 0.95
+    assert 0.7 < result["bag_of_words"] < 1
     found = result["sample"]["found"][0]
     assert result["sample"]["passage"][found["start"] : found["end"]] == found["text"]
 

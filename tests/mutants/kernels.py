@@ -84,6 +84,13 @@ MUTANTS = [
         interpreted=True,
     ),
     Mutant(
+        "dropout's join shows where a product is short",
+        "flashattn/kernels/dropout.py",
+        "LOADS_BYTES and K < 32:",
+        "LOADS_BYTES and K < 16:",
+        ("tests/kernels/test_on_ptx.py::test_attention_features[sm_89-1]",),
+    ),
+    Mutant(
         "dQ forgets dropout",
         "flashattn/kernels/backward.py",
         "dp *= dropout_multipliers(score, head, queries, start_n, shape.BLOCK_N, shape.BLOCK_N)",

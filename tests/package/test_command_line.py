@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import bench.__main__
 from tests.packages import needs_minilm, needs_smollm2
 
 ROOT = Path(__file__).parents[2]
@@ -186,10 +187,14 @@ def test_bench_ptx_of_any_kernel():
         (["tests/ptx/kernels.py:softmax", "x"], "arguments are given as name=value"),
     ],
 )
-def test_bench_ptx_errors(arguments, message):
-    done = run("bench", "ptx", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bench_ptx_errors(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "ptx", *arguments])
+    try:
+        code = bench.__main__.main()
+    except SystemExit as usage:
+        code = usage.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_bench_compiled(tmp_path):
