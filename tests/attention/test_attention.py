@@ -99,7 +99,9 @@ dimensions = st.sampled_from(["".join(d) for n in range(5) for d in itertools.co
 EXAMPLES = 15 if "FLASHATTN_CPU_ISA" in os.environ else 60
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_random_cases(data):
     """At least 16 keys: on fewer numbers an error is a matter of luck, PyTorch's as well as ours (CASES has those)."""
