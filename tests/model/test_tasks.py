@@ -40,7 +40,7 @@ def test_text(monkeypatch):
     """Below what the frequencies of tokens alone give, and on its way to 5-grams."""
     needs_data("austen")()
     monkeypatch.setattr(text, "BATCH", 4)
-    result = text.run(steps=60, layers=1, width=128)
+    result = text.run(steps=100, layers=1, width=128)
     learned, held_out = text.split()
     tokenizer = Tokenizer.train(learned, text.VOCAB)
     alone = ngram.KneserNey(np.array(tokenizer.encode(learned)), tokenizer.size, order=1)
