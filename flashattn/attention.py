@@ -141,7 +141,7 @@ def attention(
     backend = backends.choose(q.device, q.dtype, head_dim=max(q.shape[3], v.shape[3]))
     out, lse = ops.attention.attention(q, k, v, score, backend)
     if request is not None:
-        return out, auxiliary.compute(request, q, k, lse, score)
+        return out, auxiliary.compute(request, q, k, lse, score, backend)
     return (out, lse) if return_lse else out
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, ops, reference, tracing
+from . import autocast, ops, tracing
+from .backends import BACKENDS
 from .score import Score
 
 
@@ -45,14 +46,14 @@ def read_request(request, return_lse: bool) -> AuxRequest:
 
 @torch.no_grad()
 @autocast.disable
-def compute(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score) -> AuxOutput:
+def compute(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score, backend: str) -> AuxOutput:
     """The requested statistics of a call with this lse. Weights are those before dropout."""
     if not any(request[1:]):
         return AuxOutput(lse if request.lse else None)
     if score.score_mod is not None or score.block_mask is not None:
         tracing.refuse_capture("return_aux", "with a score_mod or a block_mask it copies from the CPU")
     if tracing.must_dispatch() or q.is_meta:
-        stats = ops.attention.dispatch("attention_stats", (q, k), score, "reference")
+        stats = ops.attention.dispatch("attention_stats", (q, k), score, backend)
     else:
-        stats = reference.attention_stats(q, k, score)
+        stats = BACKENDS[backend].attention_stats(q, k, score)
     return AuxOutput(*(x if asked else None for x, asked in zip((lse, *stats), request, strict=True)))

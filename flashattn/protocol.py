@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Capabilities(NamedTuple):
     refused_dtypes: dict[torch.dtype, str]  # and why
     max_head_dim: int | None  # of head_dim and head_dim_v; None is no limit
+    captures_mods: bool = False  # whether a CUDA graph can capture calls with callables
 
 
 class Saved(NamedTuple):

@@ -97,7 +97,7 @@ def launch_on_tensor_device(verb: Verb) -> Verb:
 REFUSED_DTYPES = {torch.float64: "it does not take float64"}
 if triton is not None and triton.knobs.runtime.interpret:
     REFUSED_DTYPES[torch.bfloat16] = "Triton's interpreter computes bfloat16 wrongly"
-CAPABILITIES = Capabilities(REFUSED_DTYPES, max_head_dim=256)
+CAPABILITIES = Capabilities(REFUSED_DTYPES, max_head_dim=256, captures_mods=True)
 
 
 # ------------------------------------------------------------------------------------------------ attention

@@ -113,7 +113,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tu
 
 
 def _refuse_capture_of_mods(score: Score, captured: tuple[Tensor, ...], backend: str) -> None:
-    if backend != "triton" or (torch.is_grad_enabled() and any(x.requires_grad for x in captured)):
+    if not BACKENDS[backend].CAPABILITIES.captures_mods or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in captured)
+    ):
         name = "block_mask" if score.score_mod is None else "score_mod"
         tracing.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
 

@@ -137,7 +137,7 @@ REFUSED = {
     ),
     "block_mask": nothing_masked,
     "return_aux": lambda: auxiliary.compute(
-        flashattn.AuxRequest(entropy=True), Q, K, Q[..., 0], Score(1.0, block_mask=())
+        flashattn.AuxRequest(entropy=True), Q, K, Q[..., 0], Score(1.0, block_mask=()), "reference"
     ),
 }
 
