@@ -113,9 +113,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tu
 
 
 def _refuse_capture_of_mods(score: Score, captured: tuple[Tensor, ...], backend: str) -> None:
-    if not BACKENDS[backend].CAPABILITIES.captures_mods or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in captured)
-    ):
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in captured)
+    if needs_gradients or not BACKENDS[backend].CAPABILITIES.captures_mods:
         name = "block_mask" if score.score_mod is None else "score_mod"
         tracing.refuse_capture(name, "only the triton kernels can be, which sum no gradients of captured tensors")
 

@@ -12,9 +12,9 @@ MUTANTS = [
     ),
     Mutant(
         "queries past a length attend",
-        "csrc/score.h",
-        "int64_t end = queries.begin < query_end(a, batch) ? key_end(a, batch) : 0;",
-        "int64_t end = key_end(a, batch);",
+        "csrc/forward.cpp",
+        "float l = tile.rows.begin + i < valid.end ? softmax.l[i] : 0;",
+        "float l = softmax.l[i];",
         ("tests/attention/test_attention.py::test_against_float64[q_lengths-torch.float32-cpu]",),
     ),
     Mutant(
@@ -29,7 +29,7 @@ MUTANTS = [
         "csrc/simd.h",
         "if constexpr (DEGREE < 6) return large;",
         "return large;",
-        ("tests/attention/test_attention.py::test_against_float64[softcap-torch.float32-cpu]",),
+        ("tests/backends/test_engine.py::test_softcap_keeps_small_scores",),
     ),
     Mutant(
         "a mask's bytes are read as bits",
