@@ -231,9 +231,9 @@ def test_the_log_grows_with_each_step(tmp_path):
 SCRIPT = """
 import sys; sys.path[:0] = {paths}
 from model.training import train
-from tests.model.training import batch, make
+from tests.model.training import make_batch, make_model
 settings = train.Training(steps=100_000, save_every=1, schedule="constant")
-train.train(make(dropout=0.1), batch, settings, train.Run({run!r}), progress=False)
+train.train(make_model(dropout=0.1), make_batch, settings, train.Run({run!r}), progress=False)
 """
 
 

@@ -124,7 +124,8 @@ def run(folder: Path, mutants: list[Mutant]) -> list[tuple[Mutant, Outcome]]:
         group = list(group)
         if is_engine and (complaint := build(folder)):
             raise SystemExit(complaint)
-        code, _, output = run_tests(folder, sorted({test for m in group for test in m.tests}), interpreted)
+        tests = sorted({test for m in group for test in m.tests})
+        code, _, output = run_tests(folder, tests, interpreted, "-n", "2", "--dist", "worksteal")
         if code:
             raise SystemExit(f"{output}\nwithout a fault their tests have to pass")
         for mutant in group:
