@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__
+from flashattn.backends import BACKENDS
 from tests.packages import needs_minilm, needs_smollm2
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,8 @@ def test_help(command):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: python -m {command[0]}")
+    if command in (["model", "generate"], ["bench", "attention"]):  # which write them out, to import no torch
+        assert f"--backend {{{','.join(BACKENDS)}}}" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--model", "smollm2"]])
