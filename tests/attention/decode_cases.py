@@ -197,6 +197,21 @@ def check_bits_of_batch_and_pages(counts, backend):
             assert torch.equal(x[: counts[b]], y[ends[b] - counts[b] : ends[b]])
 
 
+def check_bits_of_a_window(backend):
+    """Of two splits on a GPU, at the end of a cache that alone would be 32 longer ones: those of its keys alone."""
+    skip_if_wrong_there(backend, torch.float32)
+    device = find_device(backend)
+    q = randn(1, 2, 1, 16, dtype=torch.float32, device=device)
+    k, v = (randn(1, 1, 9000, 16, dtype=torch.float32, device=device) for _ in range(2))
+
+    def run(keys: int):
+        ends = torch.tensor([keys], dtype=torch.int32, device=device)
+        view = CacheView(k[:, :, -keys:], v[:, :, -keys:], None, ends - 1, ends, keys)
+        return BACKENDS_BY_NAME[backend].decode(q, view, Score(0.25, left=511, right=0, kv_lengths=ends))
+
+    assert all(map(torch.equal, run(9000), run(512)))
+
+
 def check_bits_of_longest_row_and_capacity(backend):
     """Rows of 1, 2 and 17 splits on a GPU, alone and beside each other, and in a cache with room for 32."""
     skip_if_wrong_there(backend, torch.float32)

@@ -132,6 +132,11 @@ def test_the_grid_of_decoding_changes_no_bit(gpu):
     decode_cases.check_bits_of_longest_row_and_capacity("triton")
 
 
+@pytest.mark.parametrize("gpu", ["sm_89"], indirect=True)
+def test_a_window_is_split_as_its_keys_alone(gpu):
+    decode_cases.check_bits_of_a_window("triton")
+
+
 @pytest.mark.parametrize("gpu", ["sm_80"], indirect=True)
 def test_a_step_of_decoding_is_three_launches(gpu):
     """With new keys and values and a rotary embedding of q and k."""

@@ -8,7 +8,7 @@ MUTANTS = [
         "flashattn/kernels/scores.py",
         "full_end = tl.minimum(full_end, aligned + 1 + score.last)",
         "full_end = tl.minimum(full_end, aligned + 2 + score.last)",
-        ("tests/attention/test_attention.py::test_against_float64[window_causal-torch.float32-triton]",),
+        ("tests/attention/test_attention.py::test_against_float64[kv_lengths_causal-torch.float32-triton]",),
         interpreted=True,
     ),
     Mutant(
@@ -149,7 +149,7 @@ MUTANTS = [
         "flashattn/kernels/decode.py",
         "keys = tl.maximum(tl.cdiv(end - begin, SPLITS * least), 1) * least",
         "keys = tl.maximum(tl.cdiv(end, SPLITS * least), 1) * least",
-        ("tests/kernels/test_on_ptx.py::test_decoding_long_caches",),
+        ("tests/kernels/test_on_ptx.py::test_a_window_is_split_as_its_keys_alone",),
     ),
     Mutant(
         "a product may be contracted",

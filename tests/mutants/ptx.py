@@ -22,7 +22,7 @@ MUTANTS = [
         "bench/ptx/memory/shared_memory.py",
         "np.maximum(self.proxy_clocks[block, warp], self.clocks[block, warp])",
         "np.maximum(self.proxy_clocks[block, warp], 1 << 20)",
-        ("tests/ptx/test_rings.py",),
+        ("tests/ptx/test_faults.py::test_faults_in_a_pipelined_product",),
     ),
     Mutant(
         "reads of other warps are not checked",
