@@ -17,12 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = {
-    "sm_80": "passed for sm_80",
-    "sm_89": "passed for sm_89",
-    "sm_90": "passed for sm_90",
-    "gfx942": "compiled for gfx942",
-}
+COLUMNS = {"sm_80": "sm_80", "sm_89": "sm_89", "sm_90": "sm_90", "gfx942": "gfx942, compiled"}
 
 
 class Outcome(NamedTuple):
@@ -68,7 +63,7 @@ def outcome(version: str, cases: list[ElementTree.Element], seconds: float) -> O
 
 
 def print_table(outcomes: list[Outcome]) -> None:
-    table = Table(title="Triton", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(title="Triton: tests passed", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("version")
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")

