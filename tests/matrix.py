@@ -88,7 +88,10 @@ def main(arguments: list[str]) -> int:
         return 2
     outcomes = []
     for version, folder in versions:
-        print(f"Triton {version}: every kernel compiled for three architectures, run for two …", flush=True)
+        print(
+            f"Triton {version}: every kernel on the PTX machine for three architectures, compiled for a fourth …",
+            flush=True,
+        )
         outcomes.append(run(version, folder))
     print_table(outcomes)
     return 1 if any(o.failures or not o.total for o in outcomes) else 0
