@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from . import compiler
 
@@ -59,6 +60,6 @@ def dropout_multipliers(score, head, queries, start_n, BLOCK_N: tl.constexpr, K:
     a, b, c, d = draw_words(args, head, queries[:, None], quarters)
     multipliers = bits_to_multipliers(args, tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
     LOADS_BYTES: tl.constexpr = score.mask is not None or score.score_mod is not None or score.blocks is not None
-    if WIDENS_JOINS and LOADS_BYTES and K < 32:
+    if WIDENS_JOINS and is_cuda() and LOADS_BYTES and K < 32:
         multipliers = hide_join(multipliers)
     return multipliers
