@@ -66,8 +66,7 @@ def lower(name: str, module: fx.GraphModule, scores: int, captured: tuple, q: Te
 
 def split(name: str, module: fx.GraphModule, arguments: int, captured: tuple) -> tuple[fx.GraphModule, list]:
     """(graph, values): the module, which takes the arguments and the captured tensors, as a graph that takes the
-    arguments and values. The values are computed here: whatever does not depend on the arguments, and
-    sizes."""
+    arguments and values. The values, sizes and whatever does not depend on the arguments, are computed here."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     interpreter = fx.Interpreter(module)
     known = interpreter.env

@@ -57,6 +57,11 @@ def replace_none(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
+def cast_like(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """x in the dtype of `like`, a gradient in that of its tensor; None without either."""
+    return None if x is None or like is None else x.to(like.dtype)
+
+
 def find_accumulation_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics and accumulators: float32, for float64 tensors float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .. import reference
 from ..protocol import Capabilities, Saved, SavedNorm
 from ..score import SCORE_FIELDS, Norm, Score
-from ..tensors import make_last_dim_contiguous
+from ..tensors import cast_like, make_last_dim_contiguous
 from . import cpu_block_mask
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def engine_backward(
     *gradients, grad_bias = ops.attention_backward.default(
         grad_out, grad_lse, *saved, *score[:SCORE_FIELDS], with_grad_bias
     )
-    return *gradients, None if grad_bias is None or score.bias is None else grad_bias.to(score.bias.dtype)
+    return *gradients, cast_like(grad_bias, score.bias)
 
 
 attention_stats, has_rest = reference.attention_stats, reference.has_rest

@@ -14,6 +14,7 @@ from ..protocol import Saved
 from ..reference.scores import Keys, QueryBlock, is_set, slice_queries
 from ..score import Score
 from ..score_mod import BlockMask
+from ..tensors import cast_like
 
 QUERIES = 256  # at a time
 
@@ -110,4 +111,4 @@ def backward(
         if grad_bias is not None:
             slice_keys(slice_queries(grad_bias, i), j).add_(part_bias)
     grad_q, grad_k, grad_v = (x.to(dtype) for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
-    return grad_q, grad_k, grad_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+    return grad_q, grad_k, grad_v, cast_like(grad_bias, bias)

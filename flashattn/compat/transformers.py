@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backends, tracing
 from ..attention import attention, attention_varlen
+from ..score import ScoreOptions
 
 NAME = "flashattn"
 CHECK = "_check_and_adjust_attn_implementation"  # a method of transformers' models
@@ -118,6 +119,7 @@ def attention_forward(
         backends.warn_once(
             f'attn_implementation="{NAME}" has no output_attentions: weights are never formed ("eager" has)'
         )
+    options = ScoreOptions(softcap=softcap, sinks=s_aux, scale=scaling)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None:
         if position_bias is not None:
@@ -125,10 +127,10 @@ def attention_forward(
         if cu_seq_lens_k is None:
             raise ValueError("cu_seq_lens_k must be given with cu_seq_lens_q, got None")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        window = None if sliding_window is None else (sliding_window - 1, None)
+        options["window"] = None if sliding_window is None else (sliding_window - 1, None)
         out = attention_varlen(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal=causal, window=window,
-            dropout_p=dropout, softcap=softcap, sinks=s_aux, scale=scaling,
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal=causal, dropout_p=dropout,
+            **options,
         )  # fmt: skip
         return out[None], None
     mask, bias = attention_mask, position_bias
@@ -139,8 +141,6 @@ def attention_forward(
         bias = bias.to(query.dtype)
     # A mask includes causality and the window. Without one, the window is not shorter than the keys.
     causal = causal and attention_mask is None
-    out = attention(
-        query, key, value, causal=causal, mask=mask, bias=bias, dropout_p=dropout, softcap=softcap, sinks=s_aux,
-        scale=scaling,
-    )  # fmt: skip
+    options["mask"] = mask
+    out = attention(query, key, value, causal=causal, bias=bias, dropout_p=dropout, **options)
     return out.transpose(1, 2).contiguous(), None

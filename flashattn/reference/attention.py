@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import autocast, tracing
 from ..protocol import Saved
 from ..score import Score
-from ..tensors import dropout_threshold, find_accumulation_dtype, new_lse, new_result
+from ..tensors import cast_like, dropout_threshold, find_accumulation_dtype, new_lse, new_result
 from .philox import philox
 from .scores import QueryBlock, compute_scores, slice_queries, split_queries, zero_past_length
 
@@ -148,7 +148,7 @@ def backward(
             results = backward_dense(*own, one.slice_scores(grad_bias), grad_captured, one.batch)
             for total, part, result in zip(gradients, (i, j, j), results, strict=True):
                 total[:, :, part] = result
-    return *gradients, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+    return *gradients, cast_like(grad_bias, bias)
 
 
 @autocast.disable

@@ -198,7 +198,8 @@ def check_bits_of_batch_and_pages(counts, backend):
 
 
 def check_bits_of_a_window(backend):
-    """Of two splits on a GPU, at the end of a cache that alone would be 32 longer ones: those of its keys alone."""
+    """A window of 512 keys, two splits on a GPU, has the same bits at the end of 9,000 keys as without the others,
+    though those 9,000 would be split into longer parts."""
     skip_if_wrong_there(backend, torch.float32)
     device = find_device(backend)
     q = randn(1, 2, 1, 16, dtype=torch.float32, device=device)
