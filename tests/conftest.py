@@ -8,6 +8,7 @@ import torch
 
 import flashattn
 from tests.common import INTERPRETED
+from tests.other_kernels import ARCHITECTURES, use_kernels_of
 from tests.quick import is_quick
 
 # Plain modules of checks, whose assertions should show their values as test modules' do.
@@ -20,12 +21,23 @@ def pytest_addoption(parser):
         "--rehearse-gpu", metavar="ARCH", choices=["sm_80", "sm_90"],
         help="run the tests marked gpu without one: sm_80 or sm_90, whose launches the PTX machine takes",
     )  # fmt: skip
+    parser.addoption(
+        "--kernels-of", metavar="ARCH", choices=ARCHITECTURES,
+        help="on a later GPU, run the kernels compiled for this one: " + ", ".join(ARCHITECTURES),
+    )  # fmt: skip
     parser.addoption("--quick", action="store_true", help="leave the slow tests out, but for samples (tests/quick.py)")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs a GPU, or TRITON_INTERPRET=1 in a process of its own")
     config.addinivalue_line("markers", "gpu: needs a GPU, or --rehearse-gpu sm_90")
+    if architecture := config.getoption("--kernels-of"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"--kernels-of {architecture}: needs a GPU that runs them")
+        major, minor = torch.cuda.get_device_capability()
+        changed = use_kernels_of(architecture, own=f"sm_{major}{minor}")
+        changed.__enter__()
+        config.add_cleanup(lambda: changed.__exit__(None, None, None))
 
 
 def pytest_collection_modifyitems(config, items):

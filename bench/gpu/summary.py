@@ -11,7 +11,7 @@ from .context import describe_error
 from .parts import PARTS, Part
 from .supervisor import describe
 
-MAX_LINES, WIDTH = 95, 210
+MAX_LINES, WIDTH = 95, 280  # six lengths, each with two peers
 NAME = "summary.txt"
 
 

@@ -19,8 +19,8 @@ The third: before 3.8 Triton lays an operand of `mma` out for elements of half t
 computation has, if a `tl.join` is there too (triton-lang/triton#10645): a byte's kWidth is then 8. A product along 16
 elements has too few for four threads of 8, so it sums some twice and leaves others out. Dropout joins its random
 numbers, and masks are bytes: with both, all tiles along 16 keys or queries gave wrong results, which is every call on
-GPUs of the small tiles. `dropout.hide_join` keeps the join from that search; the PTX machine shows the bug without it
-(`tests/kernels/every_triton.py`).
+GPUs of the small tiles. `dropout.hide_join` keeps the join from that search. Without it the PTX machine shows the bug
+(`tests/kernels/every_triton.py`), as an H200 did with the kernels of sm_89.
 """
 
 from __future__ import annotations

@@ -435,6 +435,7 @@ KEPT = {  # files in bench/results: the exit code, and a line of the summary
     "h200-2026-11-26-2.jsonl": (0, "check: 266 passed, 2 skipped"),
     "h200-2026-11-26-3.jsonl": (1, "  product 8192^3 bfloat16      789 TFLOP/s"),
     "h200-2026-11-27-1.jsonl": (1, "check: 61 passed, 210 failed"),
+    "h200-2026-11-28.jsonl": (0, "check: 271 passed, 2 skipped"),
 }
 
 
