@@ -104,7 +104,8 @@ def attention(
     Lengths on the CPU are checked against the sequence; on a GPU they are clamped, to save a synchronisation.
 
     On NVIDIA GPUs float32 is multiplied as `torch.set_float32_matmul_precision` says: "highest" without tensor cores,
-    "high" (up to head_dim 128) by three products of TF32, "medium" by one; a backward by the setting of its own time.
+    "high" (up to head_dim 128; on sm_100 from Triton 3.8 on) by three products of TF32, "medium" by one; a backward by
+    the setting of its own time.
 
     Weights sum to one however large the scores are, with -1e9 or the least float as a mask too. On a GPU, where nothing
     but scale and masks changes the scores of 16-bit tensors, results are NaN beyond 4e7, and gradients beyond 4e4.

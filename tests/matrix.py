@@ -1,5 +1,6 @@
-"""python tests/matrix.py 3.6.0=FOLDER 3.9.0=FOLDER …: `every_triton.py` on each version of Triton, and a table of what
-passed. A folder is what `pip install --target FOLDER --no-deps triton==VERSION` filled. Exit code 1 if a test fails."""
+"""python tests/matrix.py [--executed] 3.6.0=FOLDER 3.9.0=FOLDER …: `every_triton.py` on each version of Triton, and a
+table of what passed; --executed leaves out what is only compiled. A folder is what `pip install --target FOLDER
+--no-deps triton==VERSION` filled. Exit code 1 if a test fails."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def run(version: str, folder: str) -> Outcome:
+def run(version: str, folder: str, executed: bool) -> Outcome:
     """Runs the tests in processes that find this version's folder before what is installed."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -37,6 +38,7 @@ def run(version: str, folder: str) -> Outcome:
         search = os.pathsep.join(filter(None, [str(Path(folder).resolve()), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", "tests/kernels/every_triton.py"]
+        command += ["-k", "not compile"] if executed else []
         done = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": search}, cwd=ROOT, capture_output=True, text=True
         )
@@ -70,7 +72,7 @@ def print_table(outcomes: list[Outcome]) -> None:
     table.add_column("fences on sm_90")
     table.add_column("seconds", justify="right")
     for o in outcomes:
-        counts = [f"{o.passed[c]} of {o.total[c]}" for c in COLUMNS]
+        counts = [f"{o.passed[c]} of {o.total[c]}" if o.total[c] else "" for c in COLUMNS]
         table.add_row(
             o.version, *counts, "added by flashattn" if o.fenced else "Triton's, few added", f"{o.seconds:.0f}"
         )
@@ -82,17 +84,16 @@ def print_table(outcomes: list[Outcome]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    versions = [argument.partition("=")[::2] for argument in arguments]
+    executed = "--executed" in arguments
+    versions = [argument.partition("=")[::2] for argument in arguments if argument != "--executed"]
     if not versions or not all(folder for _, folder in versions):
-        print("usage: python tests/matrix.py VERSION=FOLDER …", file=sys.stderr)
+        print("usage: python tests/matrix.py [--executed] VERSION=FOLDER …", file=sys.stderr)
         return 2
     outcomes = []
     for version, folder in versions:
-        print(
-            f"Triton {version}: every kernel on the PTX machine for three architectures, compiled for a fourth …",
-            flush=True,
-        )
-        outcomes.append(run(version, folder))
+        compiled = "" if executed else ", compiled for a fourth"
+        print(f"Triton {version}: every kernel on the PTX machine for three architectures{compiled} …", flush=True)
+        outcomes.append(run(version, folder, executed))
     print_table(outcomes)
     return 1 if any(o.failures or not o.total for o in outcomes) else 0
 

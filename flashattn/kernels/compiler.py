@@ -42,6 +42,8 @@ from triton.runtime.jit import JITFunction
 LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None  # all of them
 ADDS_FENCES = True
 WIDENS_JOINS = re.match(r"3\.[67]\.", triton.__version__) is not None
+# Each product of "tf32x3" has tensor memory of its own: 640 columns at head_dim 64, where sm_100 has 512.
+WASTES_TENSOR_MEMORY = re.match(r"3\.[67]\.", triton.__version__) is not None
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$")
 FENCE = "ttng.fence_async_shared"
 # A fence after a wait must come before the next product, which may read the copy, or the end of the block.

@@ -417,11 +417,12 @@ def count_shared_bytes(
     pairs: PairCosts,
     precision: str = "ieee",
 ) -> int:
-    """An upper bound of the shared memory that a compiled pass uses. `tests/kernels/test_shared_memory.py` compares it
-    with the compiled kernels.
+    """An upper bound of the shared memory that a compiled pass uses. `tests/kernels/test_compiled.py` compares it with
+    the compiled kernels.
 
     A loop keeps several copies of the tiles that it visits and loads; the tiles that a program owns lie there once,
-    where tensor cores or ldmatrix read them. AMD's compiler keeps those, and the loads of each pair, in registers.
+    where tensor cores or ldmatrix read them. AMD's compiler keeps those, and the loads of each pair, in registers; it
+    changes the layout of results through shared memory, after the loop.
     """
     owned, visited = (tiles.block_n, tiles.block_m) if direction == "backward_kv" else (tiles.block_m, tiles.block_n)
     owned_cols = cols[0] if direction in ("forward", "decode") else sum(cols)
@@ -442,7 +443,8 @@ def count_shared_bytes(
     operands = 0 if arch == "sm_90" and tensor_cores else 2 * itemsize
     scratch = operands + max(4 * pairs.dropout, pairs.widest * (staged == 0))
     pair = nvidia * staged * pairs.loaded + scratch
-    return rows + tiles.block_m * tiles.block_n * pair + SCRATCH
+    loop = rows + tiles.block_m * tiles.block_n * pair + SCRATCH
+    return loop if nvidia else max(loop, owned * max(cols) * itemsize)
 
 
 def choose_paged_stages(stages: int) -> int:

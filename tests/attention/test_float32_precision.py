@@ -72,6 +72,15 @@ def test_wide_heads_are_not_split(on):
         assert asked(head_dim=200) == asked(head_dim_v=129) == expected
 
 
+@pytest.mark.parametrize("architecture", ["sm_100", "sm_103", "sm_110"])
+def test_tensor_memory_has_room_for_what_is_multiplied(on, architecture, monkeypatch):
+    on(architecture)
+    for setting, wasted, expected in (("high", True, "ieee"), ("high", False, "tf32x3"), ("medium", True, "tf32")):
+        torch.set_float32_matmul_precision(setting)
+        monkeypatch.setattr(precision, "WASTES_TENSOR_MEMORY", wasted)
+        assert asked() == expected
+
+
 def test_the_newer_setting_is_followed(on):
     """And either wins that was made last, as for PyTorch's own products."""
     on("sm_80")

@@ -33,9 +33,9 @@ def test_against_float64(case, dtype, backend):
     check(case, *LENGTHS, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_few_queries_each(backend):
-    """What the CPU engine takes as decoding."""
+    """What the CPU engine takes as decoding; to the kernels of GPUs they are as any others."""
     check(
         Case("decode", heads=4, causal=True, sinks=True),
         (1, 8, 0, 3, 5),

@@ -68,11 +68,23 @@ def test_signature():
 
 
 def pairs_of_callables():
-    """Every score_mod with every block mask; in the interpreter, which is slow, each with two of the others. There the
-    gradients below are those of all pairs of four."""
-    for n, mod in enumerate(SCORE_MODS):
-        for m, block_mask in enumerate([None, *BLOCK_MASKS]):
-            if (n + m) % 3 == 0:
+    """Every score_mod with every block mask."""
+    return pair(SCORE_MODS, [None, *BLOCK_MASKS], 3)
+
+
+def pairs_with_gradients():
+    return pair(
+        ["identity", "alibi", "relative_bias", "softcap_and_scale"],
+        [None, "documents", "by_head", "nothing_in_some_rows"],
+        2,
+    )
+
+
+def pair(mods, block_masks, interpreted):
+    """On each backend; in Triton's interpreter, which is slow, one of `interpreted`."""
+    for n, mod in enumerate(mods):
+        for m, block_mask in enumerate(block_masks):
+            if (n + m) % interpreted == 0:
                 yield pytest.param(mod, block_mask, "triton", marks=pytest.mark.interpreter)
             yield from ((mod, block_mask, backend) for backend in ("cpu", "reference"))
 
@@ -82,9 +94,7 @@ def test_as_flex_attention(mod, block_mask, backend):
     check_as_flex_attention(mod, block_mask, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block_mask", [None, "documents", "by_head", "nothing_in_some_rows"])
-@pytest.mark.parametrize("mod", ["identity", "alibi", "relative_bias", "softcap_and_scale"])
+@pytest.mark.parametrize("mod, block_mask, backend", [*pairs_with_gradients()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_against_float64(dtype, mod, block_mask, backend):
     check_gradients(dtype, mod, block_mask, backend)

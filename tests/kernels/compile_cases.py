@@ -12,6 +12,7 @@ from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView, Rotary
 from flashattn.kernels import configs
+from flashattn.kernels.precision import choose_input_precision
 from flashattn.protocol import Saved, SavedNorm
 from flashattn.score import Norm, Score
 from flashattn.score_mod import read_block_mask, trace
@@ -38,7 +39,21 @@ def compile_attention(
         backend.backward(out, lse if lengths else None, saved, score, "bias" in features, [])
     names = [kernel.name.removesuffix("_hopper") for kernel in kernels]
     assert names == ATTENTION_KERNELS + ["attention_backward_bias"] * ("bias" in features)
+    if plain:
+        check_shared_bytes(kernels, q, k, v, score)
     return kernels
+
+
+def check_shared_bytes(kernels, q, k, v, score):
+    """Each kernel was compiled to use at most as much as the arithmetic allows, by which tiles are chosen."""
+    architecture, has_score_mod = kernels[0].architecture, score.score_mod is not None
+    pairs, itemsize = backend.count_pair_costs(score), q.element_size()
+    with compiled.compile_only(architecture):
+        precision, cols = choose_input_precision(q, k), configs.choose_cols(q.shape[-1], v.shape[-1])
+    for kernel, direction in zip(kernels, [*configs.ATTENTION, "backward_q"], strict=False):  # the last: of a bias
+        tiles = configs.fit_tiles(architecture, direction, cols, itemsize, pairs, has_score_mod, precision)
+        allowed = configs.count_shared_bytes(architecture, direction, tiles, cols, itemsize, pairs, precision)
+        assert kernel.shared_bytes <= allowed, kernel
 
 
 def check(kernels, tensor_cores=True, spills=True):
@@ -127,6 +142,11 @@ def check_decoding(architecture, features, dtype, paged):
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
     if dtype == torch.bfloat16:
         assert kernels[1].tensor_instructions > 0
+    if features == "plain":  # with pages too as many keys are under way
+        tiles = configs.fit_tiles(architecture, "decode", (128, 128), dtype.itemsize, configs.PLAIN, False)
+        most = configs.count_shared_bytes(architecture, "decode", tiles, (128, 128), dtype.itemsize, configs.PLAIN)
+        least = (tiles.stages - 1) * tiles.block_n * 2 * 128 * dtype.itemsize
+        assert least <= kernels[1].shared_bytes <= most
 
 
 def check_norms(architecture, width):

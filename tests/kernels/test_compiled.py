@@ -70,10 +70,7 @@ def test_who_serves_hopper():
     assert serves("sm_90", 44) == serves("sm_90", 64, torch.float32) == serves("sm_100", 64) == {False}
 
 
-@pytest.mark.parametrize(
-    "shape, lengths", [((1, 1, 1, 1, 1), False), ((1, 1, 1, 1, 1), True), ((2, 2, 1, 1, 100), True),
-    ((2, 2, 2, 100, 1), False)], ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("shape, lengths", [((1, 1, 1, 1, 1), True), ((2, 2, 2, 100, 1), False)], ids=str)
 def test_sizes_of_one(shape, lengths):
     """Triton folds a constant 1 into the kernel, unless told not to; the assembler crashed on what came of it."""
     torch.use_deterministic_algorithms(False)
@@ -91,9 +88,7 @@ def test_sizes_of_one(shape, lengths):
 DROPOUT = dict(dropout_p=0.1, seed=torch.tensor(5))
 
 
-@pytest.mark.parametrize(
-    "head_dim, head_dim_v, features", [(64, 16, {}), (64, 16, DROPOUT), (24, 9, DROPOUT), (128, 32, {})], ids=str
-)
+@pytest.mark.parametrize("head_dim, head_dim_v, features", [(64, 16, {}), (24, 9, DROPOUT), (128, 32, {})], ids=str)
 def test_narrow_values(head_dim, head_dim_v, features):
     check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
 
@@ -126,9 +121,9 @@ def test_a_length_compiles_nothing_new():
 
 @pytest.mark.parametrize(
     "options, head_dims",
-    [({"causal": False}, (64, 128)), ({"lengths": True}, (128, 64)), ({"window": 512}, (64, 128)),
-     ({"dtype": torch.float16}, (128, 64))], ids=str,
-)  # fmt: skip
+    [({"lengths": True}, (128, 64)), ({"window": 512}, (64, 128)), ({"dtype": torch.float16}, (128, 64))],
+    ids=str,
+)
 @pytest.mark.parametrize("architecture", SPILLS_COUNT)
 def test_attention_spills_nothing(architecture, head_dims, options):
     head_dim = head_dims[SPILLS_COUNT.index(architecture)]
@@ -150,8 +145,15 @@ def test_features_in_roles(feature):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_all_features_at_once(architecture):
+    """With a bias of float64, which takes most shared memory."""
     every = {name: value for options in FEATURES.values() for name, value in options.items()}
+    every["bias"] = every["bias"].double()
     check(compile_attention(architecture, 128, lengths=True, window=100, **every))
+
+
+def test_rows_of_a_bias_and_a_mask():
+    features = dict(bias=torch.ones(512).view(1, 1, 1, 512), mask=torch.ones(1, 1, 512, 512) > 0)
+    check(compile_attention("sm_90", 256, **features))
 
 
 @pytest.mark.parametrize("architecture, head_dim", [("sm_80", 128), ("sm_90", 64), ("gfx942", 64)])
@@ -169,15 +171,15 @@ def test_score_mod_and_block_mask(architecture, what):
 
 def decoded() -> list[tuple]:
     """For GPUs whose spills count, every feature in bfloat16, with pages or rows in turn. For the others, and in
-    float32, two features on each GPU, so that every feature and dtype meets pages and rows."""
+    float32, a feature on each GPU."""
     rows = []
     for n, (architecture, features) in enumerate(itertools.product(ARCHITECTURES, DECODING)):
         number, place = divmod(n, len(DECODING))
         if architecture in SPILLS_COUNT:
             rows.append((architecture, features, torch.bfloat16, bool((number + place) % 2)))
-        if place != number % len(DECODING):
-            dtype = torch.float32 if architecture in SPILLS_COUNT or place % 2 else torch.bfloat16
-            rows.append((architecture, features, dtype, bool((number // 2 + place) % 2)))
+        if place == number % len(DECODING):
+            dtype = torch.float32 if architecture in SPILLS_COUNT or number % 2 else torch.bfloat16
+            rows.append((architecture, features, dtype, bool(number // 2 % 2)))
     return rows
 
 
@@ -202,9 +204,30 @@ def test_attention_float32_spills_nothing(architecture, head_dim):
     check(compile_attention(architecture, head_dim, torch.float32), tensor_cores=False, spills=False)
 
 
-@pytest.mark.parametrize("architecture", ["sm_120", "gfx942"])
-def test_attention_float32_fits(architecture):
-    check(compile_attention(architecture, 256, torch.float32), tensor_cores=False)
+@pytest.mark.parametrize(
+    "architecture, head_dim, features",
+    [("sm_89", 128, FEATURES["bias"]), ("gfx942", 256, {})],
+    ids=["sm_89 with a bias", "gfx942"],
+)
+def test_attention_float32_fits(architecture, head_dim, features):
+    check(compile_attention(architecture, head_dim, torch.float32, **features), tensor_cores=False)
+
+
+@pytest.mark.parametrize(
+    "setting, architecture, head_dim, features",
+    [("medium", "sm_90", 256, {}), ("high", "sm_90", 64, FEATURES["bias"]), ("high", "sm_100", 64, {})],
+    ids=["medium", "high with a bias", "high on sm_100"],
+)
+def test_attention_float32_on_tensor_cores_fits(setting, architecture, head_dim, features):
+    """Shared memory, and sm_100's tensor memory: a kernel for which that is too small has no product."""
+    in_tensor_cores = not (architecture == "sm_100" and compiler.WASTES_TENSOR_MEMORY)
+    torch.set_float32_matmul_precision(setting)
+    try:
+        kernels = compile_attention(architecture, head_dim, torch.float32, **features)
+        check(kernels, tensor_cores=in_tensor_cores)
+        assert all(kernel.registers > 32 for kernel in kernels)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 WIDTHS = {  # of which sm_80 and sm_90 must spill at none

@@ -433,11 +433,8 @@ def test_a_truncated_tokeniser(tmp_path):
 
 
 PROMPTS = [
-    "The capital of France is",
     "Once upon a time, in a village by the sea,",
     "def fibonacci(n):\n",
-    "Water boils at 100 degrees because",
-    "The three laws of motion are:",
     "<|im_start|>user\nName 3 colours.<|im_end|>\n<|im_start|>assistant\n",
 ]
 
