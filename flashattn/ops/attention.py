@@ -149,12 +149,10 @@ class FlashAttention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         score = replace_trained(ctx.score, bias, sinks)
         needed = bias is not None and ctx.needs_input_grad[BIAS_INPUT], ctx.needs_input_grad[INPUTS:]
-        *gradients, grad_bias, grad_sinks, grad_captured = call_backward(
+        *gradients, grad_captured = call_backward(
             grad_out, grad_lse, Saved(q, k, v, out, lse, rest), score, ctx.backend, *needed
         )
-        grad_captured = [x if wanted else None for x, wanted in zip(grad_captured, needed[1], strict=True)]
-        others = (grad_bias if needed[0] else None, None if sinks is None else grad_sinks)
-        return *gradients, *others, None, None, *grad_captured
+        return *gradients, None, None, *grad_captured
 
 
 def call_backward(
@@ -166,10 +164,18 @@ def call_backward(
     if not (torch.is_grad_enabled() or tracing.choose_path(grad_out)[0]):
         return differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)
     tracing.refuse_tangents(grad_out, grad_lse, *saved, score.bias, score.sinks)
-    return torch.ops.flashattn.attention_backward.default(
+    gradients = torch.ops.flashattn.attention_backward.default(
         grad_out, grad_lse, *saved[:5], replace_none(saved.rest, saved.lse), with_grad_bias, list(with_grad_captured),
         *flatten(score, backend), *flatten_mods(score),
     )  # fmt: skip
+    return drop_unneeded(gradients, with_grad_bias, score.sinks is not None, with_grad_captured)
+
+
+def drop_unneeded(gradients: tuple, with_grad_bias: bool, has_sinks: bool, with_grad_captured: Sequence[bool]) -> tuple:
+    """`differentiate`'s result from the operator's, which has an empty tensor where that has None."""
+    *of_qkv, of_bias, of_sinks, of_captured = gradients
+    kept = [x if needed else None for x, needed in zip(of_captured, with_grad_captured, strict=True)]
+    return *of_qkv, of_bias if with_grad_bias else None, of_sinks if has_sinks else None, kept
 
 
 def differentiate(
@@ -241,13 +247,13 @@ def _backward(ctx, grad_out, grad_lse, _):
     settings[BIAS], settings[SINKS] = bias, sinks
     with_grad_bias = bias is not None and ctx.needs_input_grad[QKV + BIAS]
     with_grad_captured = list(ctx.needs_input_grad[CAPTURED])
-    *gradients, grad_bias, grad_sinks, grad_captured = torch.ops.flashattn.attention_backward.default(
+    gradients = torch.ops.flashattn.attention_backward.default(
         torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias,
         with_grad_captured, *settings, captured, ctx.mod, ctx.mask_captured, ctx.mask,
     )  # fmt: skip
-    grad_settings[BIAS] = grad_bias if with_grad_bias else None
-    grad_settings[SINKS] = None if sinks is None else grad_sinks
-    grad_captured = [x if needed else None for x, needed in zip(grad_captured, with_grad_captured, strict=True)]
+    *gradients, grad_settings[BIAS], grad_settings[SINKS], grad_captured = drop_unneeded(
+        gradients, with_grad_bias, sinks is not None, with_grad_captured
+    )
     return *gradients, *grad_settings, grad_captured, None, no_mask_captured, None
 
 
