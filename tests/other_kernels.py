@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89")  # whose PTX is portable: sm_90 is compiled for sm_90a
 ASSEMBLER = """#!/usr/bin/env bash
@@ -20,6 +17,10 @@ exec "{ptxas}" "${{@/--gpu-name={architecture}/--gpu-name={own}}}"
 @contextlib.contextmanager
 def use_kernels_of(architecture: str, own: str) -> Iterator[None]:
     """Within the block Triton compiles for `architecture`, and the machine code runs on `own`, as "sm_90"."""
+    from triton import knobs  # here, since tests run without Triton too
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         assembler = Path(folder) / "ptxas"
         assembler.write_text(ASSEMBLER.format(ptxas=knobs.nvidia.ptxas.path, architecture=architecture, own=own))

@@ -1,5 +1,14 @@
 """The assembler's part in running the kernels of another GPU; their results need a GPU (`--kernels-of`)."""
 
+import pytest
+
+from tests.common import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+pytest.importorskip("triton")
+
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget

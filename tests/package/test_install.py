@@ -193,6 +193,7 @@ for module in pkgutil.walk_packages(flashattn.__path__, "flashattn."):
         importlib.import_module(module.name)
 print(flashattn.attention(*[torch.randn(1, 1, 3, 4)] * 3).shape)
 import flashattn.__main__; flashattn.__main__.main()
+import tests.conftest  # most tests run without it, too
 """
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
