@@ -96,7 +96,7 @@ bench: $(READY)
 sanitize: $(READY)
 	FLASHATTN_SANITIZE=address,undefined $(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	for isa in $$($(RUN) -c "from flashattn.backends import cpu; print(*cpu.list_isas())"); do \
-		echo "$$isa" && FLASHATTN_CPU_ISA=$$isa PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 \
+		echo "$$isa" && FLASHATTN_CPU_ISA=$$isa PYTHONSAFEPATH=1 PYTHONPATH="build/sanitize/lib:$(CURDIR)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine or random) and not memory and not compilers" \
 		tests/attention/test_attention.py tests/attention/test_extreme_scores.py tests/attention/test_varlen.py tests/attention/test_decode.py tests/norm/test_norm.py tests/backends/test_linear.py \

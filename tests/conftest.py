@@ -35,6 +35,8 @@ def pytest_configure(config):
         if not torch.cuda.is_available():
             raise pytest.UsageError(f"--kernels-of {architecture}: needs a GPU that runs them")
         major, minor = torch.cuda.get_device_capability()
+        if f"sm_{major}{minor}" < architecture:
+            raise pytest.UsageError(f"--kernels-of {architecture}: this GPU, sm_{major}{minor}, is older")
         changed = use_kernels_of(architecture, own=f"sm_{major}{minor}")
         changed.__enter__()
         config.add_cleanup(lambda: changed.__exit__(None, None, None))

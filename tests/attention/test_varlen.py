@@ -35,7 +35,7 @@ def test_against_float64(case, dtype, backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_few_queries_each(backend):
-    """What the CPU engine takes as decoding; to the kernels of GPUs they are as any others."""
+    """What the CPU engine takes as decoding; to GPU kernels they are like any others."""
     check(
         Case("decode", heads=4, causal=True, sinks=True),
         (1, 8, 0, 3, 5),

@@ -49,7 +49,7 @@ def check_shared_bytes(kernels, q, k, v, score):
     architecture, has_score_mod = kernels[0].architecture, score.score_mod is not None
     pairs, itemsize = backend.count_pair_costs(score), q.element_size()
     with compiled.compile_only(architecture):
-        precision, cols = choose_input_precision(q, k), configs.choose_cols(q.shape[-1], v.shape[-1])
+        precision, cols = choose_input_precision(q, v), configs.choose_cols(q.shape[-1], v.shape[-1])
     for kernel, direction in zip(kernels, [*configs.ATTENTION, "backward_q"], strict=False):  # the last: of a bias
         tiles = configs.fit_tiles(architecture, direction, cols, itemsize, pairs, has_score_mod, precision)
         allowed = configs.count_shared_bytes(architecture, direction, tiles, cols, itemsize, pairs, precision)
@@ -132,9 +132,10 @@ def check_decoding(architecture, features, dtype, paged):
     lengths = torch.full((2,), 512, dtype=torch.int32)
     cached = CacheView(cache, cache, table, lengths, lengths, 512)
     rotary = Rotary(torch.empty(512, 32), torch.empty(512, 32), interleaved=paged)
+    score = Score(0.1, right=0, kv_lengths=lengths, **DECODING[features])
     with compiled.compile_for(architecture) as kernels:
         q = backend.append(q, new, new, cached, None, rotary)
-        backend.decode(q, cached, Score(0.1, right=0, kv_lengths=lengths, **DECODING[features]))
+        backend.decode(q, cached, score)
     assert [kernel.name for kernel in kernels] == ["rotate_and_store", "attention_decode", "attention_merge"]
     for kernel in kernels:
         assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
@@ -142,11 +143,11 @@ def check_decoding(architecture, features, dtype, paged):
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
     if dtype == torch.bfloat16:
         assert kernels[1].tensor_instructions > 0
-    if features == "plain":  # with pages too as many keys are under way
-        tiles = configs.fit_tiles(architecture, "decode", (128, 128), dtype.itemsize, configs.PLAIN, False)
-        most = configs.count_shared_bytes(architecture, "decode", tiles, (128, 128), dtype.itemsize, configs.PLAIN)
-        least = (tiles.stages - 1) * tiles.block_n * 2 * 128 * dtype.itemsize
-        assert least <= kernels[1].shared_bytes <= most
+    pairs = backend.count_pair_costs(score)
+    tiles = configs.fit_tiles(architecture, "decode", (128, 128), dtype.itemsize, pairs, False)
+    most = configs.count_shared_bytes(architecture, "decode", tiles, (128, 128), dtype.itemsize, pairs)
+    least = (tiles.stages - 1) * tiles.block_n * 2 * 128 * dtype.itemsize  # with pages too as many keys are under way
+    assert least <= kernels[1].shared_bytes <= most
 
 
 def check_norms(architecture, width):

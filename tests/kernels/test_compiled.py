@@ -88,7 +88,9 @@ def test_sizes_of_one(shape, lengths):
 DROPOUT = dict(dropout_p=0.1, seed=torch.tensor(5))
 
 
-@pytest.mark.parametrize("head_dim, head_dim_v, features", [(64, 16, {}), (24, 9, DROPOUT), (128, 32, {})], ids=str)
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, features", [(64, 16, DROPOUT), (24, 9, DROPOUT), (128, 32, {})], ids=str
+)
 def test_narrow_values(head_dim, head_dim_v, features):
     check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
 
@@ -219,7 +221,7 @@ def test_attention_float32_fits(architecture, head_dim, features):
     ids=["medium", "high with a bias", "high on sm_100"],
 )
 def test_attention_float32_on_tensor_cores_fits(setting, architecture, head_dim, features):
-    """Shared memory, and sm_100's tensor memory: a kernel for which that is too small has no product."""
+    """Shared memory, and sm_100's tensor memory: a kernel that does not fit there compiles to one without products."""
     in_tensor_cores = not (architecture == "sm_100" and compiler.WASTES_TENSOR_MEMORY)
     torch.set_float32_matmul_precision(setting)
     try:

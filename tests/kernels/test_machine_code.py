@@ -28,7 +28,7 @@ def test_limits(limit):
     assert limits.is_met(limit, limits.measure(limit))
 
 
-@pytest.mark.parametrize("limit", limits.LIMITS[::4], ids=lambda x: f"{x.direction}-{x.architecture}-{x.head_dim}")
+@pytest.mark.parametrize("limit", limits.LIMITS[::3], ids=lambda x: f"{x.direction}-{x.architecture}-{x.head_dim}")
 def test_a_causal_mask_costs_whole_tiles_nothing(limit):
     assert limits.is_met(limit, limits.measure(limit, causal=True))
 
@@ -84,7 +84,7 @@ def test_registers_by_role(head_dim):
         assert sass.find_max_register(producers[0]) < PRODUCER
 
 
-@pytest.mark.parametrize("direction, head_dim, row", CANDIDATES[2::5], ids=str)  # `make roles` runs them all
+@pytest.mark.parametrize("direction, head_dim, row", CANDIDATES[2::5], ids=str)  # `make roles` checks all results
 def test_candidates(direction, head_dim, row, monkeypatch):
     monkeypatch.setitem(configs.HOPPER[direction], head_dim, row)
     q = torch.empty(1, 4, 1024, head_dim, dtype=torch.bfloat16)

@@ -1,6 +1,8 @@
 """What `make quick` leaves out, and its samples of that, are there under these names."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from tests import quick
@@ -18,6 +20,14 @@ def test_names_are_those_of_tests():
     samples = [node.partition("[")[0].split("::") for node in quick.SAMPLES]
     assert [pair for pair in (*slow, *samples) if not has(*pair)] == []
     assert all(node.partition("::")[0] in quick.SLOW for node in quick.SAMPLES)
+
+
+def test_samples_are_collected():
+    """Each exists with its parameters."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider"]
+    samples = [f"tests/{node}" for node in quick.SAMPLES]
+    done = subprocess.run([*command, *samples], cwd=TESTS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_is_quick():
