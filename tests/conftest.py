@@ -8,7 +8,7 @@ import torch
 
 import flashattn
 from tests.common import INTERPRETED
-from tests.other_kernels import ARCHITECTURES, use_kernels_of
+from tests.other_kernels import ARCHITECTURES, can_run_kernels_of, use_kernels_of
 from tests.quick import is_quick
 
 # Plain modules of checks, whose assertions should show their values as test modules' do.
@@ -35,9 +35,10 @@ def pytest_configure(config):
         if not torch.cuda.is_available():
             raise pytest.UsageError(f"--kernels-of {architecture}: needs a GPU that runs them")
         major, minor = torch.cuda.get_device_capability()
-        if f"sm_{major}{minor}" < architecture:
-            raise pytest.UsageError(f"--kernels-of {architecture}: this GPU, sm_{major}{minor}, is older")
-        changed = use_kernels_of(architecture, own=f"sm_{major}{minor}")
+        own = f"sm_{major}{minor}"
+        if not can_run_kernels_of(architecture, own):
+            raise pytest.UsageError(f"--kernels-of {architecture}: this GPU, {own}, is older or has less shared memory")
+        changed = use_kernels_of(architecture, own)
         changed.__enter__()
         config.add_cleanup(lambda: changed.__exit__(None, None, None))
 

@@ -14,10 +14,17 @@ exec "{ptxas}" "${{@/--gpu-name={architecture}/--gpu-name={own}}}"
 """
 
 
+def can_run_kernels_of(architecture: str, own: str) -> bool:
+    from flashattn.kernels.configs import find_shared_memory  # here, since tests run without Triton too
+
+    older, later = (int(name.removeprefix("sm_")) for name in (architecture, own))
+    return older <= later and find_shared_memory(architecture) <= find_shared_memory(own)
+
+
 @contextlib.contextmanager
 def use_kernels_of(architecture: str, own: str) -> Iterator[None]:
     """Within the block Triton compiles for `architecture`, and the machine code runs on `own`, as "sm_90"."""
-    from triton import knobs  # here, since tests run without Triton too
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
 

@@ -14,12 +14,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.other_kernels import use_kernels_of
+from tests.other_kernels import can_run_kernels_of, use_kernels_of
 
 
 @triton.jit
 def copy(x, y):
     tl.store(y, tl.load(x))
+
+
+def test_later_gpus_with_room_run_them():
+    assert can_run_kernels_of("sm_80", "sm_90")
+    assert can_run_kernels_of("sm_89", "sm_100")
+    assert not can_run_kernels_of("sm_89", "sm_80")
+    assert not can_run_kernels_of("sm_80", "sm_89")  # too little shared memory
 
 
 def test_the_machine_code_is_for_the_gpu_at_hand():
