@@ -1,5 +1,6 @@
 """Fixtures and settings every test runs under."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -38,9 +39,9 @@ def pytest_configure(config):
         own = f"sm_{major}{minor}"
         if not can_run_kernels_of(architecture, own):
             raise pytest.UsageError(f"--kernels-of {architecture}: this GPU, {own}, is older or has less shared memory")
-        changed = use_kernels_of(architecture, own)
-        changed.__enter__()
-        config.add_cleanup(lambda: changed.__exit__(None, None, None))
+        until_the_end = contextlib.ExitStack()
+        until_the_end.enter_context(use_kernels_of(architecture, own))
+        config.add_cleanup(until_the_end.close)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -41,9 +41,10 @@ from triton.runtime.jit import JITFunction
 # By triton.__version__, which is 3.7.0+git... in a nightly build of 3.7.0.
 LACKS_FENCES = re.match(r"3\.6\.|3\.7\.0", triton.__version__) is not None  # all of them
 ADDS_FENCES = True
-WIDENS_JOINS = re.match(r"3\.[67]\.", triton.__version__) is not None
+IS_BEFORE_3_8 = re.match(r"3\.[67]\.", triton.__version__) is not None
+WIDENS_JOINS = IS_BEFORE_3_8
 # Each product of "tf32x3" has tensor memory of its own: 640 columns at head_dim 64, where sm_100 has 512.
-WASTES_TENSOR_MEMORY = re.match(r"3\.[67]\.", triton.__version__) is not None
+WASTES_TENSOR_MEMORY = IS_BEFORE_3_8
 ASYNC_WAIT = re.compile(r"^( *)(?:%\S+ = )?ttg\.async_wait\b.*$")
 FENCE = "ttng.fence_async_shared"
 # A fence after a wait must come before the next product, which may read the copy, or the end of the block.

@@ -38,7 +38,6 @@ def choose_input_precision(q: Tensor, v: Tensor) -> str:
         return "ieee"
     if setting == "medium":
         return "tf32"
-    fits = max(q.shape[-1], v.shape[-1]) <= WIDEST_SPLIT
     if WASTES_TENSOR_MEMORY and FAMILY.get(architecture) == "sm_100":
-        fits = False
-    return "tf32x3" if fits else "ieee"
+        return "ieee"
+    return "tf32x3" if max(q.shape[-1], v.shape[-1]) <= WIDEST_SPLIT else "ieee"

@@ -11,7 +11,7 @@ from bench.sass import find_full_tile_loops
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView, Rotary
-from flashattn.kernels import configs
+from flashattn.kernels import compiler, configs
 from flashattn.kernels.precision import choose_input_precision
 from flashattn.protocol import Saved, SavedNorm
 from flashattn.score import Norm, Score
@@ -68,6 +68,18 @@ def check(kernels, tensor_cores=True, spills=True):
             assert not any(loop.mix.get("local") for loop in find_full_tile_loops(kernel.code)), kernel
         elif not spills:
             assert (kernel.spills, kernel.stack_bytes) == (0, 0), kernel
+
+
+def check_float32_on_tensor_cores(setting, architecture, head_dim, **features):
+    """At a setting of PyTorch's precision: shared memory is enough, and sm_100's tensor memory, without which a kernel
+    compiles to a trap; where three products do not fit in that, float32 is multiplied without tensor cores."""
+    torch.set_float32_matmul_precision(setting)
+    try:
+        kernels = compile_attention(architecture, head_dim, torch.float32, **features)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    check(kernels, tensor_cores=not (architecture == "sm_100" and compiler.WASTES_TENSOR_MEMORY))
+    assert all(kernel.registers > 32 for kernel in kernels)
 
 
 CANDIDATES = [

@@ -22,7 +22,7 @@ from tests.planting import plant
 from tests.ptx import rings as ptx_rings
 from tests.ptx.run_text import STRICT
 
-BF16, FLOAT32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
 SIZES = dict(head_dim=32, head_dim_v=32)
 KEYS = {"sm_80": 170, "sm_90": 300}  # enough for a tile of each loop that is pipelined: of 64, of 128 keys
 # All fields of Score are in these.
@@ -85,14 +85,7 @@ def test_compile_narrow_values_for_sm_90():
 
 
 def test_compile_float32_in_tensor_memory_for_sm_100():
-    """Where three products at a time do not fit, float32 is multiplied without tensor cores."""
-    torch.set_float32_matmul_precision("high")
-    try:
-        kernels = compile_cases.compile_attention("sm_100", 64, FLOAT32)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert all(kernel.registers > 32 for kernel in kernels)  # else there is but a trap
-    compile_cases.check(kernels, tensor_cores=not compiler.WASTES_TENSOR_MEMORY)
+    compile_cases.check_float32_on_tensor_cores("high", "sm_100", 64)
 
 
 def test_descriptors_made_in_a_kernel():

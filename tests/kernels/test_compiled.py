@@ -23,6 +23,7 @@ from tests.kernels.compile_cases import (  # noqa: E402
     FEATURES,
     check,
     check_decoding,
+    check_float32_on_tensor_cores,
     check_norms,
     check_packed_sequences,
     check_score_mod_and_block_mask,
@@ -85,11 +86,10 @@ def test_sizes_of_one(shape, lengths):
     check(kernels)
 
 
-DROPOUT = dict(dropout_p=0.1, seed=torch.tensor(5))
-
-
 @pytest.mark.parametrize(
-    "head_dim, head_dim_v, features", [(64, 16, DROPOUT), (24, 9, DROPOUT), (128, 32, {})], ids=str
+    "head_dim, head_dim_v, features",
+    [(64, 16, FEATURES["dropout"]), (24, 9, FEATURES["dropout"]), (128, 32, {})],
+    ids=str,
 )
 def test_narrow_values(head_dim, head_dim_v, features):
     check(compile_attention("sm_90", head_dim, head_dim_v=head_dim_v, **features))
@@ -221,15 +221,7 @@ def test_attention_float32_fits(architecture, head_dim, features):
     ids=["medium", "high with a bias", "high on sm_100"],
 )
 def test_attention_float32_on_tensor_cores_fits(setting, architecture, head_dim, features):
-    """Shared memory, and sm_100's tensor memory: a kernel that does not fit there compiles to one without products."""
-    in_tensor_cores = not (architecture == "sm_100" and compiler.WASTES_TENSOR_MEMORY)
-    torch.set_float32_matmul_precision(setting)
-    try:
-        kernels = compile_attention(architecture, head_dim, torch.float32, **features)
-        check(kernels, tensor_cores=in_tensor_cores)
-        assert all(kernel.registers > 32 for kernel in kernels)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    check_float32_on_tensor_cores(setting, architecture, head_dim, **features)
 
 
 WIDTHS = {  # of which sm_80 and sm_90 must spill at none
