@@ -206,7 +206,7 @@ static void compute_weights(const Attention& a, const Weights& w, const Queries&
   if (has_score_mods(a)) {
     for (int64_t i = 0; i < (keys.end - keys.begin) * x.lanes; i += W) store(w.p + i, load<vf>(w.p + i) * scale);
     TileCoord at = {x.batch, x.head, x.rows.begin, x.lanes};
-    apply_score_mods<Dot>(a, at, keys, partial, w.bias_mask, w.p, x.lanes, w.dscore, nullptr);
+    apply_score_mods<Dot>(a, at, keys, partial, w.bias_mask, w.p, x.lanes, {w.dscore}, nullptr);
     partial = false, scale = 1;  // both are applied
   }
   if (w.dropout)

@@ -10,10 +10,16 @@ namespace flashattn {
 namespace {
 
 Heads heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+Heads heads(const OptionalTensor& x) { return x ? heads(*x) : Heads{}; }
 
 // x itself if its last dimension is contiguous, else one copy.
 Tensor last_dim_contiguous(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+OptionalTensor last_dim_contiguous(const OptionalTensor& x) {
+  if (!x) return {};
+  return last_dim_contiguous(*x);
 }
 
 ScoreTensor score_tensor(const OptionalTensor& x) {
@@ -126,6 +132,35 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 
+// Tangents of the inputs; they keep alive what the kernels read.
+struct TangentArgs {
+  OptionalTensor q, k, v, bias, sinks;
+
+  Tangents to_tangents(const Tensor& out, const Tensor& lse, const ScoreArgs& score) {
+    for (OptionalTensor* x : {&q, &k, &v, &bias}) *x = last_dim_contiguous(*x);
+    Tangents t = {heads(q), heads(k), heads(v), heads(out), score_tensor(bias), as_float32(sinks), data_ptr<float>(lse)};
+    if (bias) t.bias.dtype = dtype_of(*bias);
+    if (score.cu_seqlens)
+      for (Heads* x : {&t.q, &t.k, &t.v, &t.out}) x->stride_batch = 0;
+    return t;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_jvp(
+    Tensor q, Tensor k, Tensor v, OptionalTensor tangent_q, OptionalTensor tangent_k, OptionalTensor tangent_v,
+    OptionalTensor tangent_bias, OptionalTensor tangent_sinks FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER)) {
+  q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
+  ScoreArgs score = {FLASHATTN_SCORE_FIELDS(FLASHATTN_ARGUMENT)};
+  Tensor out = new_result(q, v.size(3), score, true), tangent_out = new_result(q, v.size(3), score, true);
+  Tensor lse = new_lse(q, score), rest = new_like(lse), tangent_lse = new_like(lse);
+  if (score.cu_seqlens) torch::stable::zero_(rest), torch::stable::zero_(tangent_lse);
+  TangentArgs tangents = {tangent_q, tangent_k, tangent_v, tangent_bias, tangent_sinks};
+  Attention a = attention(q, k, v, out, lse, rest, score);
+  a.tangent = tangents.to_tangents(tangent_out, tangent_lse, score);
+  run(engine().attention_jvp, a);
+  return {out, lse, rest, tangent_out, tangent_lse};
+}
+
 // Attention to a cache: keys 0 .. kv_lengths[b] of each batch row, in pages if there is a table.
 std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k, Tensor v, OptionalTensor page_table,
                                             int64_t max_kv_length FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER)) {
@@ -171,6 +206,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_cpu, m) {
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? rest" SCORE_SCHEMA
       ", bool with_grad_bias) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
+  m.def(
+      "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, "
+      "Tensor? tangent_bias, Tensor? tangent_sinks" SCORE_SCHEMA
+      ") -> (Tensor out, Tensor lse, Tensor rest, Tensor tangent_out, Tensor tangent_lse)");
   m.def("attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int max_kv_length" SCORE_SCHEMA
         ") -> (Tensor out, Tensor lse)");
   m.def(
@@ -181,6 +220,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
+  m.impl("attention_jvp", TORCH_BOX(&flashattn::attention_jvp));
   m.impl("attention_decode", TORCH_BOX(&flashattn::attention_decode));
   m.impl("rotate_and_store", TORCH_BOX(&flashattn::rotate_and_store));
 }

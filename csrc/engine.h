@@ -61,6 +61,14 @@ struct Pages {
   int64_t stride, size;
 };
 
+// A direction for derivatives: tangents of the inputs, each absent where it is 0, and those of the results.
+struct Tangents {
+  Heads q, k, v, out;
+  ScoreTensor bias;    // of the shape of the bias
+  const float* sinks;  // (heads,) or null
+  float* lse;
+};
+
 struct Attention {
   Dtype dtype;
   int64_t batch, heads, kv_heads, seq_q, seq_k, head_dim, head_dim_v;  // seq: of the longest batch row
@@ -73,6 +81,7 @@ struct Attention {
   float* lse;             // (batch, heads, seq_q); packed (heads, total_q)
   float* rest;            // likewise, or null: the rounding error of lse, whose exact value is lse + rest
   const float* grad_lse;  // likewise, or null
+  Tangents tangent;
   float* workspace;
 };
 
@@ -141,7 +150,7 @@ struct Operation {
 };
 
 struct Engine {
-  Operation<Attention> attention_forward, attention_backward;
+  Operation<Attention> attention_forward, attention_backward, attention_jvp;
   Operation<Norm> norm_forward, norm_backward;
   Operation<Linear> linear;
   Operation<Rotary> rotary;

@@ -89,11 +89,10 @@ constexpr int MR = 6;
 constexpr int NR_VECS = W == 16 ? 4 : 2;
 constexpr int NR = NR_VECS * W;
 
-// Per lane of K: a load of each vector of B, a broadcast of A for each row, ROWS * VECS multiply-adds.
-template <class Dot, int ROWS, int VECS, class Epilogue>
-FLASHATTN_INLINE void microkernel(PackedA a, const float* b, int64_t ldb, int64_t depth, int64_t row, int64_t col,
-                                  Epilogue epilogue) {
-  Accumulators<ROWS, VECS> c = {};
+// C += A B for `depth` lanes of K. Per lane: a load of each vector of B, a broadcast of A for each row, ROWS * VECS
+// multiply-adds.
+template <class Dot, int ROWS, int VECS>
+FLASHATTN_INLINE void add_product(Accumulators<ROWS, VECS>& c, PackedA a, const float* b, int64_t ldb, int64_t depth) {
   for (; depth > 0; depth--, a.data += a.col, b += ldb) {
     vf x[VECS];
     FLASHATTN_UNROLL for (int v = 0; v < VECS; v++) x[v] = load<vf>(b + v * W);
@@ -102,32 +101,52 @@ FLASHATTN_INLINE void microkernel(PackedA a, const float* b, int64_t ldb, int64_
       FLASHATTN_UNROLL for (int v = 0; v < VECS; v++) c.at[r][v] = Dot::multiply_add(y, x[v], c.at[r][v]);
     }
   }
+}
+
+// A product A B over `depth` lanes of K; without lanes it is 0, and its operands are not read.
+struct Product {
+  PackedA a;
+  PackedB b;
+  int64_t depth;
+};
+
+template <class Dot, int ROWS, int VECS, class Epilogue, class... Products>
+FLASHATTN_INLINE void microkernel(int64_t row, int64_t col, Epilogue epilogue, const Products&... products) {
+  Accumulators<ROWS, VECS> c = {};
+  (add_product<Dot>(c, {products.a.data + row * products.a.row, products.a.row, products.a.col},
+                    products.b.data + col, products.b.ld, products.depth),
+   ...);
   epilogue(c, row, col);
 }
 
 // Columns of C beginning at col, VECS vectors of them, for all rows.
-template <class Dot, int VECS, class Epilogue>
-static void panel(PackedA a, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t col, Epilogue epilogue) {
-  auto rows_from = [&](int64_t row) { return PackedA{a.data + row * a.row, a.row, a.col}; };
+template <class Dot, int VECS, class Epilogue, class... Products>
+static void panel(int64_t rows, int64_t col, Epilogue epilogue, Products... products) {
   int64_t row = 0;
   for (; rows - row >= MR && rows - row != 8; row += MR)  // 8 rows are faster as 4 + 4 than as 6 + 2
-    microkernel<Dot, MR, VECS>(rows_from(row), b, ldb, depth, row, col, epilogue);
-  for (; rows - row >= 4; row += 4) microkernel<Dot, 4, VECS>(rows_from(row), b, ldb, depth, row, col, epilogue);
-  for (; rows - row >= 2; row += 2) microkernel<Dot, 2, VECS>(rows_from(row), b, ldb, depth, row, col, epilogue);
-  if (row < rows) microkernel<Dot, 1, VECS>(rows_from(row), b, ldb, depth, row, col, epilogue);
+    microkernel<Dot, MR, VECS>(row, col, epilogue, products...);
+  for (; rows - row >= 4; row += 4) microkernel<Dot, 4, VECS>(row, col, epilogue, products...);
+  for (; rows - row >= 2; row += 2) microkernel<Dot, 2, VECS>(row, col, epilogue, products...);
+  if (row < rows) microkernel<Dot, 1, VECS>(row, col, epilogue, products...);
 }
 
-// C = A B, for `cols` columns, a multiple of W, and `depth` lanes along K. The epilogue gets C tile by tile, in
-// registers: epilogue(accumulators, row, col).
+// C = the sum of products, for `cols` columns, a multiple of W. The epilogue gets C tile by tile, in registers:
+// epilogue(accumulators, row, col).
+template <class Dot, class Epilogue, class... Products>
+static void matmul_sum(int64_t rows, int64_t cols, Epilogue epilogue, Products... products) {
+  int64_t col = 0;
+  for (; cols - col >= NR; col += NR)  // outermost: one panel of B stays in the first-level cache
+    panel<Dot, NR_VECS>(rows, col, epilogue, products...);
+  if constexpr (NR_VECS > 2)
+    for (; cols - col >= 2 * W; col += 2 * W) panel<Dot, 2>(rows, col, epilogue, products...);
+  if (col < cols) panel<Dot, 1>(rows, col, epilogue, products...);
+}
+
+// C = A B, for `depth` lanes along K.
 template <class Dot, class Epilogue>
 static void matmul(PackedA a, const float* b, int64_t ldb, int64_t rows, int64_t cols, int64_t depth,
                    Epilogue epilogue) {
-  int64_t col = 0;
-  for (; cols - col >= NR; col += NR)  // outermost: one panel of B stays in the first-level cache
-    panel<Dot, NR_VECS>(a, b + col, ldb, rows, depth, col, epilogue);
-  if constexpr (NR_VECS > 2)
-    for (; cols - col >= 2 * W; col += 2 * W) panel<Dot, 2>(a, b + col, ldb, rows, depth, col, epilogue);
-  if (col < cols) panel<Dot, 1>(a, b + col, ldb, rows, depth, col, epilogue);
+  matmul_sum<Dot>(rows, cols, epilogue, Product{a, {b, ldb}, depth});
 }
 
 // Common epilogues. add_to adds after the sum over K: a sum of tile sums is more exact than one long sum.

@@ -24,6 +24,8 @@ static inline Attention batch_row_view(Attention a, int64_t batch) {
     };
     move_to(a.q, q[0]), move_to(a.out, q[0]), move_to(a.grad_out, q[0]), move_to(a.grad_q, q[0]);
     move_to(a.k, k[0]), move_to(a.v, k[0]), move_to(a.grad_k, k[0]), move_to(a.grad_v, k[0]);
+    move_to(a.tangent.q, q[0]), move_to(a.tangent.out, q[0]);
+    move_to(a.tangent.k, k[0]), move_to(a.tangent.v, k[0]);
   } else {
     a.seq_k = key_end(a, batch);
   }

@@ -21,8 +21,7 @@ static inline char* score_tensor_row(const ScoreTensor& x, int64_t size, const T
 }
 
 // The bias of a tile: [key][lanes], one key if it is broadcast along keys; [key] if it is broadcast along queries.
-static inline void load_bias(const Attention& a, const TileCoord& at, Range keys, float* out) {
-  const ScoreTensor& x = a.score.bias;
+static inline void load_bias(const Attention& a, const ScoreTensor& x, const TileCoord& at, Range keys, float* out) {
   int64_t size = element_size(x.dtype), n = x.stride_k ? keys.end - keys.begin : 1;
   Matrix rows = {score_tensor_row(x, size, at, 0, keys.begin), x.dtype, x.stride_q * size, n};
   if (x.stride_q)
@@ -75,8 +74,11 @@ struct BiasMask {
   float* bias;
   uint32_t* mask;
 };
+static inline float* take_bias(const ScoreTensor& bias, Scratch& scratch, int64_t block_n) {
+  return bias.data ? scratch.take((block_n + W) * BLOCK_M) : nullptr;
+}
 static inline BiasMask take_bias_mask(const Attention& a, Scratch& scratch, int64_t block_n) {
-  return {a.score.bias.data ? scratch.take((block_n + W) * BLOCK_M) : nullptr,
+  return {take_bias(a.score.bias, scratch, block_n),
           a.score.mask.data ? (uint32_t*)scratch.take((block_n / 32 + 1) * BLOCK_M) : nullptr};
 }
 static inline size_t bias_mask_floats(const Attention& a, int64_t block_n) {
@@ -84,13 +86,19 @@ static inline size_t bias_mask_floats(const Attention& a, int64_t block_n) {
          (a.score.mask.data ? (block_n / 32 + 1) * BLOCK_M + 16 : 0);
 }
 
-// Apply softcap, ALiBi, bias and masks to scores s[key][stride] = scale * q.k, in place. `dscore`, if given, gets the
-// derivative of the softcap; `m`, if given, is raised to the maximum of the scores.
+// Where the derivatives of the softcap go, or null: with t = tanh(x / cap), 1 - t^2 and -2 t (1 - t^2) / cap.
+struct SoftcapDerivatives {
+  float *first = nullptr, *second = nullptr;
+};
+
+// Apply softcap, ALiBi, bias and masks to scores s[key][stride] = scale * q.k, in place. `m`, if given, is raised to
+// the maximum of the scores.
 template <class Dot>
 static inline void apply_score_mods(const Attention& a, const TileCoord& at, Range keys, bool partial,
-                                    BiasMask bias_mask, float* s, int64_t stride, float* dscore, float* m) {
+                                    BiasMask bias_mask, float* s, int64_t stride, SoftcapDerivatives softcap,
+                                    float* m) {
   const Score& score = a.score;
-  if (bias_mask.bias) load_bias(a, at, keys, bias_mask.bias);
+  if (bias_mask.bias) load_bias(a, score.bias, at, keys, bias_mask.bias);
   if (bias_mask.mask) load_mask(a, at, keys, bias_mask.mask);
   const float cap = score.softcap, inverse = score.softcap ? 1 / cap : 0;
   const float slope = score.alibi_slopes ? score.alibi_slopes[at.batch * score.alibi_slopes_stride + at.head] : 0;
@@ -102,7 +110,8 @@ static inline void apply_score_mods(const Attention& a, const TileCoord& at, Ran
       vf x = load<vf>(s + row * stride + i);
       if (score.softcap) {
         vf t = tanh<Dot::EXP_DEGREE>(x * inverse);
-        if (dscore) store(dscore + row * stride + i, 1 - t * t);
+        if (softcap.first) store(softcap.first + row * stride + i, 1 - t * t);
+        if (softcap.second) store(softcap.second + row * stride + i, t * (1 - t * t) * (-2 * inverse));
         x = t * cap;
       }
       if (score.alibi_slopes) {
@@ -140,6 +149,18 @@ struct DropoutMultipliers {
     }
     return dropout_multiplier(dropout, words.word[key % 4]);
   }
+};
+
+// What online_softmax (softmax.h) does to the weights of W queries without dropout and with it.
+struct KeepWeights {
+  vf operator()(vf p, int64_t, int) const { return p; }
+  void finish(vf) const {}
+};
+struct DropWeights {
+  DropoutMultipliers multipliers;
+  int64_t first_key;
+  vf operator()(vf p, int64_t j, int) { return p * multipliers.at(first_key + j); }
+  void finish(vf) const {}
 };
 
 }  // namespace FLASHATTN_ISA

@@ -9,43 +9,46 @@ namespace FLASHATTN_ISA {
 // The running softmax of a tile of queries, one query a lane: maximum, sum, and the factor that rescales earlier sums.
 struct Softmax {
   float *m, *l, *alpha;
+  Softmax from(int64_t lane) const { return {m + lane, l + lane, alpha + lane}; }
 };
 
 // Turn scores S[n][lanes], the first `width` lanes of them, into weights in place, packed along keys as B. On entry
-// softmax.m is the new maximum and softmax.alpha the old one; alpha becomes the rescale factor. drop(i)(weight, key),
-// i the lane, applies dropout after a weight has been added to the sum.
-template <class Dot, class Drop>
-FLASHATTN_INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax, Drop drop) {
+// softmax.m is the new maximum and softmax.alpha the old one; alpha becomes the rescale factor. use(i), i the lane, is
+// called with each weight, its key and which of four sums it has been added to, and returns what to store; at the end
+// finish(alpha).
+template <class Dot, class Use>
+FLASHATTN_INLINE void online_softmax(float* s, int64_t n, int64_t lanes, int64_t width, Softmax softmax, Use use) {
   for (int64_t i = 0; i < width; i += W) {
     vf m = load<vf>(softmax.m + i);
     vf row_max = m == NEG_INF ? vf{} : m;  // no key yet: weights 0, not NaN
     vf alpha = exp2((load<vf>(softmax.alpha + i) - row_max) * LOG2E);
     vf l[4] = {};  // four short sums are more exact than one long one
     float* at = s + i;
-    auto drop_weight = drop(i);
-    auto weight = [&](float* score, int64_t j, vf& sum) {
+    auto use_weight = use(i);
+    auto weight = [&](float* score, int64_t j, int r) {
       vf p = exp2<Dot::EXP_DEGREE>((load<vf>(score) - row_max) * LOG2E);
-      sum += p;
-      return drop_weight(p, j);
+      l[r] += p;
+      return use_weight(p, j, r);
     };
     int64_t j = 0;
     if constexpr (Dot::K_PER_LANE == 1) {
       for (; j + 4 <= n; j += 4)
-        FLASHATTN_UNROLL for (int r = 0; r < 4; r++, at += lanes) store(at, weight(at, j + r, l[r]));
-      for (; j < n; j++, at += lanes) store(at, weight(at, j, l[0]));
+        FLASHATTN_UNROLL for (int r = 0; r < 4; r++, at += lanes) store(at, weight(at, j + r, r));
+      for (; j < n; j++, at += lanes) store(at, weight(at, j, 0));
     } else {
       float* to = at;
       for (; j + 4 <= n; j += 4) FLASHATTN_UNROLL for (int r = 0; r < 4; r += 2, at += 2 * lanes, to += lanes) {
-          vf even = weight(at, j + r, l[r]);
-          store(to, Dot::pack_pairs(even, weight(at + lanes, j + r + 1, l[r + 1])));
+          vf even = weight(at, j + r, r);
+          store(to, Dot::pack_pairs(even, weight(at + lanes, j + r + 1, r + 1)));
         }
       for (; j < n; j += 2, at += 2 * lanes, to += lanes) {
-        vf even = weight(at, j, l[0]);
-        store(to, Dot::pack_pairs(even, j + 1 < n ? weight(at + lanes, j + 1, l[1]) : vf{}));
+        vf even = weight(at, j, 0);
+        store(to, Dot::pack_pairs(even, j + 1 < n ? weight(at + lanes, j + 1, 1) : vf{}));
       }
     }
     store(softmax.l + i, load<vf>(softmax.l + i) * alpha + ((l[0] + l[1]) + (l[2] + l[3])));
     store(softmax.alpha + i, alpha);
+    use_weight.finish(alpha);
   }
 }
 

@@ -263,7 +263,7 @@ def check_alibi_slopes(slopes, shape: tuple[int, ...], device: torch.device) -> 
     if slopes.dtype != torch.float32:
         raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
     check_device("alibi_slopes", slopes, "q", device)
-    tracing.refuse_tangents(slopes)
+    tracing.refuse_tangents("alibi_slopes", slopes)
     batch, heads = shape[:2]
     if slopes.shape != (heads,) and slopes.shape != (batch, heads):  # `in` does not compare symbols
         raise ValueError(

@@ -50,6 +50,7 @@ def compute(request: AuxRequest, q: Tensor, k: Tensor, lse: Tensor, score: Score
     """The requested statistics of a call with this lse. Weights are those before dropout."""
     if not any(request[1:]):
         return AuxOutput(lse if request.lse else None)
+    tracing.refuse_tangents("return_aux", q, k, score.bias)
     if score.score_mod is not None or score.block_mask is not None:
         tracing.refuse_capture("return_aux", "with a score_mod or a block_mask it copies from the CPU")
     if tracing.must_dispatch() or q.is_meta:

@@ -129,6 +129,7 @@ def _norm(x, weight, bias, residual, center, eps, weight_offset, dropout_p, seed
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     )
+    differentiated = differentiated or torch._C._are_functorch_transforms_active()  # which hide what needs a gradient
     dtypes = [t.dtype for t in (x, residual, weight, bias) if t is not None]
     keep = fused and (prenorm or differentiated)  # backward reads h, so it is written for it too
     settings = Norm(center, float(eps), float(weight_offset), float(dropout_p), seed)

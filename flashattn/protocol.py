@@ -30,6 +30,17 @@ class Saved(NamedTuple):
     rest: Tensor | None  # likewise, or None: the rounding error of lse; weights exp(s - lse - rest) sum to one
 
 
+class Tangents(NamedTuple):
+    """The tangents of attention's inputs, each of its input's shape and dtype; None is 0."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    captured: tuple[Tensor | None, ...] = ()  # of the tensors that a score_mod captured, in their order
+
+
 class SavedNorm(NamedTuple):
     """The tensors that a norm's forward saves for its backward."""
 
@@ -58,6 +69,19 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """The gradients of q, k, v and, with_grad_bias, of the bias. Those of what a score_mod captured are added to
         grad_captured, where that has a tensor."""
+
+    def jvp(
+        self, q: Tensor, k: Tensor, v: Tensor, score: Score, tangents: Tangents
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """(out, lse, rest) of forward, and the tangents of out and lse: the derivative of forward, times the
+        tangents."""
+
+    def hvp(
+        self, grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, tangents: Tangents,
+        tangent_out: Tensor, tangent_lse: Tensor, with_grad_bias: bool, grad_captured: list[Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """The tangents of backward's results, of constant grad_out and grad_lse: the Hessian of
+        sum(grad_out * out) + sum(grad_lse * lse), times the tangents. tangent_out and tangent_lse are those of jvp."""
 
     def attention_stats(self, q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(max_scores, max_logit, entropy, column_sums), as in `AuxOutput`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import mod_graph, tracing
 from .closures import Closure
@@ -58,6 +58,8 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     Raises:
         TypeError: if it is not a function of one score: control flow on it, reductions, mutation.
     """
+    if tracing.is_transformed() and (moved := find_transformed(function, scores)):
+        return trace_transformed(name, function, scores, moved)
     closure = Closure(function)
     key = None if closure.key is None else (closure.key, scores)
     if key is not None and (traced := _traces.get(key)) is not None:
@@ -67,7 +69,6 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
             return _traces[key]
         with NumbersRead() as numbers, ListsRead() as lists:
             traced = _trace(name, function, scores)
-        tracing.refuse_tangents(*lists.seen)
         # A number read off a tensor, and a tensor computed from others, are as they were in this call.
         read, seen = numbers.found or lists.found, {id(x) for x in closure.tensors}
         if key is not None and not read and all(id(x) in seen for x in traced.captured):
@@ -91,18 +92,82 @@ class NumbersRead(TorchDispatchMode):
 
 
 class ListsRead(TorchFunctionMode):
-    """Notices tolist and numpy, which call no operation. In forward mode it keeps the tensors that it meets: a trace
-    drops their tangents."""
+    """Notices tolist and numpy, which call no operation."""
+
+    found = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.found = self.found or function in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        return function(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------ transforms
+
+
+class TensorsMet(TorchFunctionMode):
+    """Keeps the tensors that it meets."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.seen = False, []
+        self.met: list = []
+        self.made: list = []  # by the operations themselves
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if tracing.is_forward_mode():
-            self.seen += tree_leaves((args, kwargs))
-        self.found = self.found or function in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
-        return function(*args, **(kwargs or {}))
+        self.met += tree_leaves((args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        self.made += tree_leaves(result)
+        return result
+
+
+class Replaced(TorchFunctionMode):
+    """Puts other tensors in the place of these."""
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.by_id = {id(x): other for x, other in pairs}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: self.by_id.get(id(x), x), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def find_transformed(function: Callable, scores: int) -> list[Tensor]:
+    """The tensors that a callable reads which a transform has wrapped, or which carry a tangent: a trace would keep
+    their values alone."""
+    with TensorsMet() as tensors, torch._C._DisableAutocast():
+        result = function(*make_example_scalars(scores))
+    known, found = {id(x) for x in tensors.made}, []
+    for x in (*tensors.met, result):
+        if isinstance(x, Tensor) and id(x) not in known and tracing.is_wrapped(x):
+            known.add(id(x))
+            found.append(x)
+    return found
+
+
+def trace_transformed(name: str, function: Callable, scores: int, transformed: list[Tensor]) -> Traced:
+    """The trace of a callable that reads these tensors, which become inputs of the graph, and with them all that is
+    computed of them. It is not kept: other calls have others."""
+    tracing.refuse_capture(name, "it is traced in its first call, which must come before the capture")
+    stand_ins = [(x.shape, x.dtype, x.device) for x in transformed]
+    with prevent_compilation(), trace_lock:
+        return run_in_clean_thread(_trace_with_inputs, name, function, scores, transformed, stand_ins)
+
+
+def _trace_with_inputs(
+    name: str, function: Callable, scores: int, inputs: list[Tensor], stand_ins: list[tuple]
+) -> Traced:
+    def run(*args):
+        with Replaced(zip(inputs, args[scores + 4 :], strict=True)):
+            return function(*args[: scores + 4])
+
+    examples = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in stand_ins)
+    with ListsRead() as lists:
+        module = _make_fx(name, run, [*make_example_scalars(scores), *examples])
+    if lists.found:
+        raise TypeError(f"{name} must not make a list or an array of a tensor that is mapped or differentiated")
+    name_captured(module, scores)
+    captured = *inputs, *_lift_captured(module, len(inputs))
+    return _make_pointwise(name, module.graph, scores, captured)
 
 
 def run_in_clean_thread(function: Callable, *args):
@@ -125,10 +190,15 @@ def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tupl
     module = _make_fx(name, graph, [*make_example_scalars(scores), *captured], "fake")
     if any(node.op == "get_attr" for node in module.graph.nodes):
         raise TypeError(f"{name} must make no tensor of numbers that depends on its arguments")
+    name_captured(module, scores)
+    return _make_pointwise(name, module.graph, scores, tuple(captured))
+
+
+def name_captured(module: fx.GraphModule, scores: int) -> None:
+    """Name the inputs after the arguments as captured tensors are."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for number, node in enumerate(inputs[scores + 4 :]):
         node.name = node.target = f"captured_{number}"
-    return _make_pointwise(name, module.graph, scores, tuple(captured))
 
 
 def _make_fx(
@@ -162,8 +232,8 @@ def make_example_scalars(scores: int) -> list[Tensor]:
     return [score] * scores + [position.clone() for _ in range(4)]
 
 
-def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
-    """Make arguments of the constants of a graph; returns them, each once."""
+def _lift_captured(module: fx.GraphModule, first: int = 0) -> tuple[Tensor, ...]:
+    """Make arguments of the constants of a graph, after the `first` captured tensors; returns them, each once."""
     places: dict[int, fx.Node] = {}
     captured: list[Tensor] = []
     last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
@@ -173,7 +243,7 @@ def _lift_captured(module: fx.GraphModule) -> tuple[Tensor, ...]:
         value = getattr(module, node.target)
         if id(value) not in places:
             with module.graph.inserting_after(last):
-                last = places[id(value)] = module.graph.placeholder(f"captured_{len(captured)}")
+                last = places[id(value)] = module.graph.placeholder(f"captured_{first + len(captured)}")
             last.meta["val"] = node.meta["val"]
             captured.append(value)
         node.replace_all_uses_with(places[id(value)])

@@ -55,6 +55,11 @@ def choose_path(*inputs: Tensor | None) -> tuple[bool, bool]:
     return dispatched, requires_grad and torch.is_grad_enabled()
 
 
+def is_legacy_batched(x) -> bool:
+    """Whether x is a batch of `torch.autograd.grad(is_grads_batched=True)`, whose vmap is older than functorch."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def has_data(x: Tensor) -> bool:
     """Whether x's values can be read: not while a graph is compiled, nor of a meta or fake tensor."""
     return not (is_traced() or x.is_meta or type(x).__name__ == "FakeTensor")
@@ -80,21 +85,43 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def refuse_tangents(*tensors) -> None:
-    """Raise for a tensor with a tangent: forward mode is not implemented, and PyTorch would drop the tangent."""
+def has_tangents_here() -> bool:
+    """Whether tensors may have tangents at the level of transforms that the dispatcher is at, where it is at one."""
+    if not torch._C._is_fwd_grad_enabled():
+        return False
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    # A compiled graph enters forward mode without Python's count of its levels.
+    in_jvp = innermost is not None and innermost.key() == torch._C._functorch.TransformType.Jvp
+    return in_jvp or is_forward_mode()
+
+
+def get_tangent(x) -> Tensor | None:
+    """x's tangent at that level; None of what has none."""
+    return forward_ad.unpack_dual(x, level=0).tangent if isinstance(x, Tensor) else None
+
+
+def is_transformed() -> bool:
+    """Whether functorch's transforms or forward mode are on."""
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform has wrapped x, or it carries a tangent."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or (is_forward_mode() and _has_tangent(x))
+
+
+def refuse_tangents(what: str, *tensors) -> None:
+    """Raise for a tensor with a tangent, which PyTorch would drop: `what` has no derivative."""
     if is_forward_mode():
-        _refuse_tangents(tensors)
+        _refuse_tangents(what, tensors)
 
 
 @keep_from_dynamo  # a graph would hide the tangents
-def _refuse_tangents(tensors: Sequence) -> None:
+def _refuse_tangents(what: str, tensors: Sequence) -> None:
     # In a compiled graph no tangents are left.
     compiled = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView)
     if not compiled and any(isinstance(x, Tensor) and _has_tangent(x) for x in tensors):
-        raise NotImplementedError(
-            "flashattn has no forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors): an argument carries a "
-            "tangent; use reverse mode (backward, torch.autograd.grad)"
-        )
+        raise NotImplementedError(f"{what} has no derivative, in forward mode either (torch.func.jvp, dual tensors)")
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from . import cpu_block_mask
 
 if TYPE_CHECKING:
     from ..cache import CacheView, Rotary
+    from ..protocol import Tangents
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -107,7 +108,22 @@ def engine_backward(
     return *gradients, cast_like(grad_bias, score.bias)
 
 
+def jvp(
+    q: Tensor, k: Tensor, v: Tensor, score: Score, tangents: Tangents
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if score.score_mod is None and score.block_mask is None:
+        return engine_jvp(q, k, v, score, tangents)
+    return reference.jvp(q, k, v, score, tangents)
+
+
+def engine_jvp(
+    q: Tensor, k: Tensor, v: Tensor, score: Score, tangents: Tangents
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return ops.attention_jvp.default(q, k, v, *tangents[:5], *score[:SCORE_FIELDS])
+
+
 attention_stats, has_rest = reference.attention_stats, reference.has_rest
+hvp = reference.hvp
 
 
 # ------------------------------------------------------------------------------------------------ decoding

@@ -21,8 +21,8 @@ from ..backends import BACKENDS
 from ..protocol import Saved
 from ..score import SCORE_FIELDS, Score, write_operator_schema
 from ..score_mod import BlockMask, Traced
-from ..tensors import find_accumulation_dtype, new_result, replace_none
-from .register import implement_with_autograd, raise_double_backward
+from ..tensors import cast_like, find_accumulation_dtype, new_result, replace_none
+from .register import implement_with_autograd
 
 # A Score as operators take it: its fields, the backend, the blocks of a block mask, and the callables.
 BLOCKS = "Tensor? partial, Tensor? full, SymInt? block_q, SymInt? block_k"
@@ -33,8 +33,7 @@ SCORE = f"{write_operator_schema(Score)}, str backend, {BLOCKS}, {MODS}"
 BIAS, SINKS = Score._fields.index("bias"), Score._fields.index("sinks")
 CAPTURED, MOD, MASK_CAPTURED, MASK = range(-4, 0)
 
-QKV = 3  # the tensors before these arguments in attention_forward
-SAVED_TENSORS = 8  # of both autograd functions, before the captured ones: q, k, v, out, lse, rest, bias, sinks
+SAVED_TENSORS = 8  # of the autograd function, before the captured ones: q, k, v, out, lse, rest, bias, sinks
 
 torch.library.define(
     "flashattn::attention_forward",
@@ -102,7 +101,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tu
     inputs = (q, k, v, score.bias, score.sinks, *captured)
     must_dispatch, requires_grad = tracing.choose_path(*inputs)
     if must_dispatch:
-        tracing.refuse_tangents(*inputs)
         tracing.refuse_onnx("attention_forward")
         out, lse, _ = dispatch("attention_forward", (q, k, v), score, backend)
         return out, lse
@@ -143,7 +141,6 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: SAVED_TENSORS + ctx.captured]
-        tracing.refuse_tangents(grad_out, grad_lse)
         if grad_out is None and grad_lse is None:
             return (None,) * (INPUTS + len(captured))
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -160,10 +157,10 @@ def call_backward(
     with_grad_captured: Sequence[bool],
 ) -> tuple:  # fmt: skip
     """`differentiate`, through the dispatcher where `must_dispatch` says so."""
-    # Gradients are computed with gradients enabled only to be differentiated again, which the operator refuses.
-    if not (torch.is_grad_enabled() or tracing.choose_path(grad_out)[0]):
+    # Gradients are computed with gradients enabled only to be differentiated again, by the operator's rules.
+    dispatched = tracing.choose_path(grad_out)[0] or any(map(tracing.is_legacy_batched, (grad_out, grad_lse)))
+    if not (dispatched or torch.is_grad_enabled()):
         return differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)
-    tracing.refuse_tangents(grad_out, grad_lse, *saved, score.bias, score.sinks)
     gradients = torch.ops.flashattn.attention_backward.default(
         grad_out, grad_lse, *saved[:5], replace_none(saved.rest, saved.lse), with_grad_bias, list(with_grad_captured),
         *flatten(score, backend), *flatten_mods(score),
@@ -185,26 +182,39 @@ def differentiate(
     """The gradients of q, k, v, bias and sinks, and a list of those of the tensors that a score_mod captured; None for
     one that is not needed."""
     captured = () if score.score_mod is None else score.score_mod.captured
-    totals = [
-        torch.zeros_like(x, dtype=saved.lse.dtype) if needed else None
-        for x, needed in zip(captured, with_grad_captured, strict=True)
-    ]
+    totals = new_totals(captured, with_grad_captured, saved.lse.dtype)
     *gradients, grad_bias = BACKENDS[backend].backward(grad_out, grad_lse, saved, score, with_grad_bias, totals)
     grad_sinks = None if score.sinks is None else compute_sink_gradient(grad_out, grad_lse, saved, score.sinks)
-    grad_captured = [None if total is None else total.to(x.dtype) for total, x in zip(totals, captured, strict=True)]
-    return *gradients, grad_bias, grad_sinks, grad_captured
+    return *gradients, grad_bias, grad_sinks, cast_totals(totals, captured)
+
+
+def new_totals(captured: Sequence[Tensor], needed: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
+    """Memory for the gradients of captured tensors that are needed."""
+    return [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(captured, needed, strict=True)]
+
+
+def cast_totals(totals: Sequence[Tensor | None], captured: Sequence[Tensor]) -> list[Tensor | None]:
+    return [cast_like(total, x) for total, x in zip(totals, captured, strict=True)]
 
 
 def compute_sink_gradient(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, sinks: Tensor) -> Tensor:
-    """A sink is a key of value 0 that every query attends to: its ds is p (0 - delta), p = exp(sink - lse - rest)."""
+    """A sink is a key of value 0 that every query attends to: its ds is p (0 - delta)."""
+    p, delta = compute_sink_weights(grad_out, grad_lse, saved, sinks)
+    return (-p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def compute_sink_weights(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, sinks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(p, delta), (batch, heads, seq_q): the weights of sinks, exp(sink - lse - rest), 0 in fully masked rows, and
+    delta = rowsum(grad_out * out) - grad_lse."""
     lse = saved.lse
     delta = (grad_out.to(lse.dtype) * saved.out).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
     exponent = sinks.to(lse.dtype)[:, None] - lse
     p = torch.exp(exponent if saved.rest is None else exponent - saved.rest)
-    ds = torch.where(lse == -math.inf, 0, -p * delta)  # a fully masked row has no gradient
-    return ds.sum((0, 2)).to(sinks.dtype)
+    return torch.where(lse == -math.inf, 0, p), torch.where(lse == -math.inf, 0, delta)
 
 
 # ------------------------------------------------------------------------------------------------ attention_forward
@@ -218,7 +228,7 @@ def _(q, k, v, *flat):
 
 
 @torch.library.register_fake("flashattn::attention_forward")
-def _(q, k, v, *flat):
+def fake_forward(q, k, v, *flat):
     fields, backend, mod = flat[:SCORE_FIELDS], flat[SCORE_FIELDS], flat[MOD]
     score = Score._make((*fields, mod, None))  # with the text: reading it takes long
     lse = q.new_empty(q.shape[:3], dtype=find_accumulation_dtype(q))
@@ -226,56 +236,29 @@ def _(q, k, v, *flat):
     return new_result(q, v.shape[-1], score.cu_seqlens is not None), lse, rest
 
 
-def _set_up_context(ctx, inputs, output):
-    q, k, v, *settings, captured, ctx.mod, ctx.mask_captured, ctx.mask = inputs
-    bias, sinks, settings[BIAS], settings[SINKS] = settings[BIAS], settings[SINKS], None, None
-    ctx.settings, ctx.captured = settings, len(captured)
-    # The last ones as in `Score.saved_tensors`, so that autograd notices a change.
-    watched = [x for x in (*settings, *ctx.mask_captured) if isinstance(x, Tensor) and not x.is_inference()]
-    ctx.save_for_backward(q, k, v, *output, bias, sinks, *captured, *watched)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-
-
-def _backward(ctx, grad_out, grad_lse, _):
-    q, k, v, out, lse, rest, bias, sinks, *captured = ctx.saved_tensors[: SAVED_TENSORS + ctx.captured]
-    no_mask_captured = [None] * len(ctx.mask_captured)
-    grad_settings: list = [None] * len(ctx.settings)
-    if grad_out is None and grad_lse is None:
-        return None, None, None, *grad_settings, [None] * ctx.captured, None, no_mask_captured, None
-    settings = [*ctx.settings]
-    settings[BIAS], settings[SINKS] = bias, sinks
-    with_grad_bias = bias is not None and ctx.needs_input_grad[QKV + BIAS]
-    with_grad_captured = list(ctx.needs_input_grad[CAPTURED])
-    gradients = torch.ops.flashattn.attention_backward.default(
-        torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias,
-        with_grad_captured, *settings, captured, ctx.mod, ctx.mask_captured, ctx.mask,
-    )  # fmt: skip
-    *gradients, grad_settings[BIAS], grad_settings[SINKS], grad_captured = drop_unneeded(
-        gradients, with_grad_bias, sinks is not None, with_grad_captured
-    )
-    return *gradients, *grad_settings, grad_captured, None, no_mask_captured, None
-
-
-torch.library.register_autograd("flashattn::attention_forward", _backward, setup_context=_set_up_context)
-
-
 # ------------------------------------------------------------------------------------------------ attention_backward
+
+
+def make_saved(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: Tensor) -> Saved:
+    return Saved(q, k, v, out, lse, rest if rest.shape == lse.shape else None)
 
 
 @implement_with_autograd("attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
     score, backend = unflatten(flat)
-    saved = Saved(q, k, v, out, lse, rest if rest.shape == lse.shape else None)
-    *gradients, grad_bias, grad_sinks, grad_captured = differentiate(
-        grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured
-    )
-    others = (replace_none(x, lse) for x in (grad_bias, grad_sinks))
-    return *gradients, *others, [replace_none(x, lse) for x in grad_captured]
+    saved = make_saved(q, k, v, out, lse, rest)
+    gradients = differentiate(grad_out, grad_lse, saved, score, backend, with_grad_bias, with_grad_captured)
+    return fill_unneeded(*gradients, like=lse)
+
+
+def fill_unneeded(grad_q, grad_k, grad_v, grad_bias, grad_sinks, grad_captured, *, like: Tensor) -> tuple:
+    """The operator's result from `differentiate`'s: the reverse of `drop_unneeded`."""
+    others = (replace_none(x, like) for x in (grad_bias, grad_sinks))
+    return grad_q, grad_k, grad_v, *others, [replace_none(x, like) for x in grad_captured]
 
 
 @torch.library.register_fake("flashattn::attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
+def fake_gradients(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
     score, captured = Score(*flat[:SCORE_FIELDS]), flat[CAPTURED]
     packed = score.cu_seqlens is not None
     needed = (score.bias if with_grad_bias else None, score.sinks)
@@ -285,9 +268,6 @@ def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_cap
         for x, needed in zip(captured, with_grad_captured, strict=True)
     ]
     return *(new_result(x, x.shape[-1], packed) for x in (q, k, v)), *others, grad_captured
-
-
-torch.library.register_autograd("flashattn::attention_backward", raise_double_backward)
 
 
 # ------------------------------------------------------------------------------------------------ attention_stats

@@ -94,7 +94,7 @@ def _count_tokens(q_lengths: Tensor | None, batch: int, seq_q: int) -> list[int]
 
 def refuse_derivatives_and_onnx(*tensors: Tensor | None) -> None:
     """Refuse forward mode and ONNX, before the cache is changed."""
-    tracing.refuse_tangents(*tensors)
+    tracing.refuse_tangents("decode", *tensors)
     tracing.refuse_onnx("decode")
 
 

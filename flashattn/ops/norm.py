@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .. import tracing
+from .. import autocast, reference, tracing
 from ..backends import BACKENDS
 from ..protocol import SavedNorm
 from ..score import Norm, write_operator_schema
 from ..tensors import find_accumulation_dtype, replace_none
-from .register import implement, raise_double_backward
+from .register import Rules, implement, register_derivatives
 
 torch.library.define(
     "flashattn::norm_forward",
@@ -36,7 +36,6 @@ def norm(
     must_dispatch, requires_grad = tracing.choose_path(x, residual, weight, bias)
     args = (x, residual, weight, bias, hidden_dtype, keep_hidden)
     if must_dispatch:
-        tracing.refuse_tangents(x, residual, weight, bias)
         tracing.refuse_onnx("norm_forward")
         return torch.ops.flashattn.norm_forward.default(*args, *settings, backend)[:2]
     if requires_grad:
@@ -108,9 +107,9 @@ def norm_backward(
     grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None, norm: Norm, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    # Gradients are computed with gradients enabled only to be differentiated again, which the operator refuses.
-    if torch.is_grad_enabled() or tracing.choose_path(grad_y)[0]:
-        tracing.refuse_tangents(grad_y, grad_hidden, *saved)
+    # Gradients are computed with gradients enabled only to be differentiated again, by the operator's rule.
+    dispatched = tracing.choose_path(grad_y)[0] or any(map(tracing.is_legacy_batched, (grad_y, grad_hidden)))
+    if dispatched or torch.is_grad_enabled():
         return torch.ops.flashattn.norm_backward.default(
             grad_y, grad_hidden, *saved, x_dtype, residual_dtype, *norm, backend
         )
@@ -127,7 +126,6 @@ def run_backward(grad_y, grad_hidden, saved, x_dtype, residual_dtype, norm, back
 
 @implement("norm_forward")
 def _(x, residual, weight, bias, hidden_dtype, keep_hidden, *flat):
-    tracing.refuse_tangents(x, residual, weight, bias)
     return run_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, Norm(*flat[:FIELDS]), flat[FIELDS])
 
 
@@ -140,17 +138,7 @@ def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, *_):
 
 
 def _set_up_context(ctx, inputs, output):
-    *tensors, hidden_dtype, keep_hidden = inputs[:6]
-    flat = inputs[6:]
-    tracing.refuse_tangents(*tensors)
-    set_up_context(ctx, (*tensors, hidden_dtype, keep_hidden, Norm(*flat[:FIELDS]), flat[FIELDS]), output)
-
-
-torch.library.register_autograd(
-    "flashattn::norm_forward",
-    lambda ctx, *grads: (*differentiate(ctx, *grads), None, None, *[None] * (FIELDS + 1)),
-    setup_context=_set_up_context,
-)
+    set_up_context(ctx, (*inputs[:6], Norm(*inputs[6 : 6 + FIELDS]), inputs[6 + FIELDS]), output)
 
 
 @implement("norm_backward")
@@ -168,4 +156,34 @@ def _(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_d
     )
 
 
-torch.library.register_autograd("flashattn::norm_backward", raise_double_backward)
+# ------------------------------------------------------------------------------------------------ further derivatives
+
+# Forward mode and second derivatives are those of the reference's formulas, in PyTorch's operations: these save some
+# float32 tensors of x's size, and are differentiated any number of times.
+
+
+@autocast.disable
+def forward_in_operations(x, residual, weight, bias, hidden_dtype, keep_hidden, *flat):
+    y, hidden, mean, rstd = reference.norm_forward(
+        x, residual, weight, bias, hidden_dtype, keep_hidden, Norm(*flat[:FIELDS])
+    )
+    hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
+    return y, hidden, replace_none(mean, rstd).detach(), rstd.detach()
+
+
+@autocast.disable
+def backward_in_operations(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *flat):
+    """Of mean and rstd as the functions of h that they are."""
+    norm = Norm(*flat[:FIELDS])
+    mean, rstd = reference.compute_norm_stats(hidden.reshape(-1, hidden.shape[-1]).to(rstd.dtype), norm)
+    saved = SavedNorm(hidden, weight, bias, mean, rstd)
+    gradients = reference.norm_backward(grad_y, grad_hidden, saved, x_dtype, residual_dtype, norm)
+    return tuple(replace_none(gradient, rstd) for gradient in gradients)
+
+
+def _backward(ctx, *grads):
+    return *differentiate(ctx, *grads), None, None, *[None] * (FIELDS + 1)
+
+
+register_derivatives("norm_forward", Rules(_set_up_context, _backward, in_operations=forward_in_operations))
+register_derivatives("norm_backward", Rules(in_operations=backward_in_operations))

@@ -14,7 +14,8 @@ from ..protocol import Capabilities
 from ..score import Score
 from .attention import backward, forward
 from .caches import append, decode, rotate, store
-from .norm import norm_backward, norm_forward
+from .derivatives import hvp, jvp
+from .norm import compute_norm_stats, norm_backward, norm_forward
 from .stats import attention_stats
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "append",
     "attention_stats",
     "backward",
+    "compute_norm_stats",
     "decode",
     "forward",
     "has_rest",
+    "hvp",
+    "jvp",
     "linear",
     "norm_backward",
     "norm_forward",

@@ -151,6 +151,13 @@ def backward(
     return *gradients, cast_like(grad_bias, bias)
 
 
+def add_bias_gradient(grad_bias: Tensor, of_scores: Tensor, block: QueryBlock) -> None:
+    """Add that of a block's scores, summed where the bias is broadcast."""
+    total = slice_queries(grad_bias, block.queries)
+    sizes = [*total.shape[:3], min(total.shape[3], of_scores.shape[3])]
+    block.keys.add_to(total, of_scores.sum_to_size(sizes), 3)
+
+
 @autocast.disable
 def backward_dense(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, score: Score,
@@ -173,11 +180,10 @@ def backward_dense(
         delta = (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[:, :, block.queries]
-        ds = p * (dp - delta)
+        of_bias, ds = vjp(p * (dp - delta), grad_captured)
         if grad_bias is not None:
-            total = slice_queries(grad_bias, block.queries)
-            block.keys.add_to(total, ds.sum_to_size([*total.shape[:3], min(total.shape[3], ds.shape[3])]), 3)
-        ds = vjp(ds, grad_captured) * score.scale
+            add_bias_gradient(grad_bias, of_bias, block)
+        ds = ds * score.scale
         grad_q[:, :, block.queries] = ds @ k_block
         block.keys.add_to(grad_k, ds.mT @ q[:, :, block.queries], 2)
         block.keys.add_to(grad_v, (p * kept).mT @ do, 2)

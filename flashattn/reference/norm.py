@@ -27,6 +27,16 @@ def broadcast_parameter(p: Tensor, rows: int) -> Tensor:
     return p.repeat(rows // p.shape[0], 1) if p.dim() == 2 else p[None, :]
 
 
+def compute_norm_stats(hidden: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
+    """(mean, rstd) of the rows of h (rows, width); mean of LayerNorm."""
+    mean = None
+    if norm.center:
+        mean = hidden.mean(-1)
+        mean = mean + (hidden - mean[:, None]).mean(-1)  # corrects a rounded sum: the mean of equal numbers is theirs
+        hidden = hidden - mean[:, None]
+    return mean, torch.rsqrt(hidden.square().mean(-1) + norm.eps)
+
+
 def norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden_dtype: torch.dtype,
     keep_hidden: bool, norm: Norm,
@@ -38,13 +48,8 @@ def norm_forward(
     if residual is not None:
         hidden = hidden + residual.reshape(-1, width).to(dtype)
     hidden = hidden.to(hidden_dtype).to(dtype)  # the rounded h is normalised
-    mean, centered = None, hidden
-    if norm.center:
-        mean = hidden.mean(-1)
-        mean = mean + (hidden - mean[:, None]).mean(-1)  # corrects a rounded sum: the mean of equal numbers is theirs
-        centered = hidden - mean[:, None]
-    rstd = torch.rsqrt(centered.square().mean(-1) + norm.eps)
-    y = centered * rstd[:, None]
+    mean, rstd = compute_norm_stats(hidden, norm)
+    y = (hidden if mean is None else hidden - mean[:, None]) * rstd[:, None]
     if weight is not None:
         y = y * (broadcast_parameter(weight, rows).to(dtype) + norm.weight_offset)
     if bias is not None:

@@ -15,6 +15,7 @@ from ..tensors import find_accumulation_dtype
 
 MAX_SCORES = 1 << 24  # at a time
 Vjp = Callable[[Tensor, list], Tensor]
+ScoreGradients = Callable[[Tensor, list], tuple[Tensor, Tensor]]
 
 
 class Keys(NamedTuple):
@@ -55,10 +56,12 @@ def slice_queries(x: Tensor, queries: slice) -> Tensor:
     return x if x.shape[2] == 1 else x[:, :, queries]
 
 
-def split_queries(score: Score, shape: tuple[int, int, int, int], device: torch.device) -> Iterator[QueryBlock]:
-    """The queries of a call in blocks of some MAX_SCORES scores."""
+def split_queries(
+    score: Score, shape: tuple[int, int, int, int], device: torch.device, max_scores: int = MAX_SCORES
+) -> Iterator[QueryBlock]:
+    """The queries of a call in blocks of some `max_scores` scores."""
     batch, heads, seq_q, seq_k = shape
-    size = max(16, min(256, MAX_SCORES // max(1, batch * heads * seq_k)))
+    size = max(16 * max_scores // MAX_SCORES, 1, min(256, max_scores // max(1, batch * heads * seq_k)))
     keys = Keys(torch.arange(seq_k, device=device))
     for start in range(0, seq_q, size):
         queries = slice(start, min(start + size, seq_q))
@@ -104,29 +107,53 @@ def zero_past_length(x: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(exists[:, None, :, None], x, 0)
 
 
-def compute_scores(q: Tensor, k: Tensor, score: Score, block: QueryBlock) -> tuple[Tensor, Vjp]:
-    """(scores, vjp): scores with -inf where masked, (batch, heads, queries, keys), from all queries and the block's
-    keys. vjp(gradient, totals) takes their gradient back to that of scale * q.k, and adds those of the tensors that a
-    score_mod captured to `totals`."""
+class Pieces(NamedTuple):
+    """What is added to the scores of a block of queries; they broadcast."""
+
+    alibi: Tensor | None
+    bias: Tensor | None
+
+
+def select_pieces(score: Score, block: QueryBlock, dtype: torch.dtype) -> Pieces:
     _, _, seq_q, seq_k = block.shape
     _, _, i, j = block.indices
-    scores = q[:, :, block.queries] @ k.mT * score.scale
-    dscore: Tensor | float = 1.0
-    vjp_of_mod: Vjp | None = None
-    if score.softcap is not None:
-        tanh = torch.tanh(scores / score.softcap)
-        scores, dscore = score.softcap * tanh, 1 - tanh * tanh
+    alibi = None
     if score.alibi_slopes is not None:
-        distances = (i + seq_k - seq_q - j).abs()
-        scores = scores - score.alibi_slopes[:, :, None, None].to(scores.dtype) * distances
-    if score.bias is not None:
-        scores = scores + block.keys.select(slice_queries(score.bias, block.queries)).to(scores.dtype)
+        alibi = -score.alibi_slopes[:, :, None, None].to(dtype) * (i + seq_k - seq_q - j).abs()
+    return Pieces(alibi, select_bias(score.bias, block, dtype))
+
+
+def select_bias(bias: Tensor | None, block: QueryBlock, dtype: torch.dtype) -> Tensor | None:
+    """The part of a bias, or of its tangent, for a block."""
+    return None if bias is None else block.keys.select(slice_queries(bias, block.queries)).to(dtype)
+
+
+def add_pieces(x: Tensor, softcap: float | None, pieces: Pieces) -> Tensor:
+    """Scores from x = scale * q.k, without score_mod and masks: softcap * tanh(x / softcap) + alibi + bias. In
+    differentiable operations, of which `derivatives.py` takes all derivatives."""
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    for piece in pieces:
+        x = x if piece is None else x + piece
+    return x
+
+
+def compute_scores(q: Tensor, k: Tensor, score: Score, block: QueryBlock) -> tuple[Tensor, ScoreGradients]:
+    """(scores, vjp): scores with -inf where masked, (batch, heads, queries, keys), from all queries and the block's
+    keys. vjp(gradient, totals) takes their gradient back to those of the bias, not summed, and of scale * q.k, and adds
+    those of the tensors that a score_mod captured to `totals`."""
+    x = q[:, :, block.queries] @ k.mT * score.scale
+    scores = add_pieces(x, score.softcap, select_pieces(score, block, x.dtype))
     attends = attend_mask(score, block)
+    vjp_of_mod: Vjp | None = None
     if score.score_mod is not None:
         scores, vjp_of_mod = apply_score_mod(score.score_mod, scores, block.indices, attends)
 
-    def vjp(gradient: Tensor, totals: list[Tensor | None]) -> Tensor:
-        return (gradient if vjp_of_mod is None else vjp_of_mod(gradient, totals)) * dscore
+    def vjp(gradient: Tensor, totals: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        of_bias = gradient if vjp_of_mod is None else vjp_of_mod(gradient, totals)
+        if score.softcap is None:
+            return of_bias, of_bias
+        return of_bias, of_bias * (1 - torch.tanh(x / score.softcap).square())
 
     return scores.masked_fill(~attends, -math.inf), vjp
 

@@ -303,10 +303,3 @@ def test_wrong_arguments_are_named(name):
     arguments, options, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         flashattn.attention(*arguments, **options)
-
-
-def test_double_backward_is_refused():
-    q, k, v = (x.requires_grad_() for x in make_inputs(Case(""), torch.float32, "cpu")[0])
-    (grad,) = torch.autograd.grad(flashattn.attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        grad.sum().backward()

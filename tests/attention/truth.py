@@ -139,17 +139,24 @@ def hide_past_lengths(case: Case, inputs, gradients) -> None:
             v[b, :, case.kv_lengths[b] :] = torch.nan
 
 
-def sum_magnitudes(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
-    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
+def compute_weights(case: Case, options: dict, inputs) -> torch.Tensor:
+    """The weights before dropout, in float64: the gradient of lse by a bias of every score."""
     q, k, v, *others = (x.double() for x in inputs)
-    grad_out, grad_lse = grad_out.double(), grad_lse.double()
-    with torch.enable_grad():  # the weights before dropout are the gradient of lse by a bias of every score
+    with torch.enable_grad():
         every = torch.zeros(*case.rows, case.seq_k, dtype=torch.float64, device=q.device).requires_grad_()
         plain = case._replace(bias="bhqk", dropout_p=0.0)
         bias = every + (others[0] if case.bias is not None else 0)
         sinks = [others[-1]] if case.sinks else []
         _, lse = torch_attention(plain, options, q, k, v, bias, *sinks)
         (p,) = torch.autograd.grad(lse[lse.isfinite()].sum(), every)
+    return p
+
+
+def sum_magnitudes(case: Case, options: dict, inputs, grad_out, grad_lse) -> list[torch.Tensor | float]:
+    """How large the float32 terms are whose sums `run` returns: in ds = p (dp - delta), dp and delta may cancel."""
+    q, k, v, *others = (x.double() for x in inputs)
+    grad_out, grad_lse = grad_out.double(), grad_lse.double()
+    p = compute_weights(case, options, [q, k, v, *others])
     group, scale = case.heads // case.kv_heads, abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     keep = dropout_multiplier(case, q.device)

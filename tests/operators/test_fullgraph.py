@@ -307,14 +307,6 @@ def test_opcheck(backend, dtype):
     torch.library.opcheck(OPS.attention_stats.default, (*tensors[:2], *settings))
 
 
-def test_a_second_derivative_is_refused():
-    tensors, settings = flex_arguments("cpu", torch.float32)
-    out, *_ = OPS.attention_forward(*tensors, *settings)
-    (gradient,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="a second derivative is not implemented"):
-        gradient.sum().backward()
-
-
 def test_flops_are_counted():
     """Those of blocks that a mask leaves out too."""
     q, k, v = inputs(requires_grad=False)
