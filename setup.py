@@ -16,7 +16,8 @@ from build_backend import find_torch
 
 # The kernels are compiled once per instruction set, each into a namespace of its own, and chosen at load time.
 KERNELS = [
-    f"csrc/{name}.cpp" for name in ("forward", "decode", "backward", "jvp", "norm", "linear", "rotary", "peaks", "engine")
+    f"csrc/{name}.cpp"
+    for name in ("forward", "decode", "backward", "jvp", "hvp", "norm", "linear", "rotary", "peaks", "engine")
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"portable": []}

@@ -22,6 +22,11 @@ OptionalTensor last_dim_contiguous(const OptionalTensor& x) {
   return last_dim_contiguous(*x);
 }
 
+OptionalTensor contiguous(const OptionalTensor& x) {
+  if (!x) return {};
+  return torch::stable::contiguous(*x);
+}
+
 ScoreTensor score_tensor(const OptionalTensor& x) {
   if (!x) return {};
   ScoreTensor t = {x->data_ptr()};
@@ -111,25 +116,42 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(Tensor q, Tensor k,
   return {out, lse, rest};
 }
 
+// Gradients by q, k, v and, with_grad_bias, the bias, and what they are computed from.
+struct GradientArgs {
+  Tensor grad_out;
+  OptionalTensor grad_lse;
+  Tensor grad_q, grad_k, grad_v;
+  OptionalTensor grad_bias;
+
+  GradientArgs(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
+               const Tensor& v, const ScoreArgs& score, bool with_grad_bias)
+      : grad_out(last_dim_contiguous(grad_out)),
+        grad_lse(contiguous(grad_lse)),
+        grad_q(new_result(q, q.size(3), score, true)),
+        grad_k(new_result(k, k.size(3), score, false)),
+        grad_v(new_result(v, v.size(3), score, false)) {
+    if (with_grad_bias) grad_bias = torch::stable::new_empty(q, score.bias->sizes(), ScalarType::Float);
+  }
+
+  void add_to(Attention& a) const {
+    a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
+    if (a.packing.q_starts)
+      for (Heads* x : {&a.grad_out, &a.grad_q, &a.grad_k, &a.grad_v}) x->stride_batch = 0;
+    a.grad_bias = score_tensor(grad_bias);
+    a.grad_lse = data_ptr<float>(grad_lse);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor rest FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER), bool with_grad_bias) {
   q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
-  grad_out = last_dim_contiguous(grad_out);
-  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
   ScoreArgs score = {FLASHATTN_SCORE_FIELDS(FLASHATTN_ARGUMENT)};
-  Tensor grad_q = new_result(q, q.size(3), score, true), grad_k = new_result(k, k.size(3), score, false);
-  Tensor grad_v = new_result(v, v.size(3), score, false);
-  OptionalTensor grad_bias;
-  if (with_grad_bias) grad_bias = torch::stable::new_empty(q, bias->sizes(), ScalarType::Float);
+  const GradientArgs grad(grad_out, grad_lse, q, k, v, score, with_grad_bias);
   Attention a = attention(q, k, v, out, lse, rest, score);
-  a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
-  if (a.packing.q_starts)
-    for (Heads* x : {&a.grad_out, &a.grad_q, &a.grad_k, &a.grad_v}) x->stride_batch = 0;
-  a.grad_bias = score_tensor(grad_bias);
-  a.grad_lse = data_ptr<float>(grad_lse);
+  grad.add_to(a);
   run(engine().attention_backward, a);
-  return {grad_q, grad_k, grad_v, grad_bias};
+  return {grad.grad_q, grad.grad_k, grad.grad_v, grad.grad_bias};
 }
 
 // Tangents of the inputs; they keep alive what the kernels read.
@@ -138,7 +160,8 @@ struct TangentArgs {
 
   Tangents to_tangents(const Tensor& out, const Tensor& lse, const ScoreArgs& score) {
     for (OptionalTensor* x : {&q, &k, &v, &bias}) *x = last_dim_contiguous(*x);
-    Tangents t = {heads(q), heads(k), heads(v), heads(out), score_tensor(bias), as_float32(sinks), data_ptr<float>(lse)};
+    Tangents t = {
+        heads(q), heads(k), heads(v), heads(out), score_tensor(bias), as_float32(sinks), data_ptr<float>(lse)};
     if (bias) t.bias.dtype = dtype_of(*bias);
     if (score.cu_seqlens)
       for (Heads* x : {&t.q, &t.k, &t.v, &t.out}) x->stride_batch = 0;
@@ -159,6 +182,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_jvp(
   a.tangent = tangents.to_tangents(tangent_out, tangent_lse, score);
   run(engine().attention_jvp, a);
   return {out, lse, rest, tangent_out, tangent_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor> attention_hvp(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor rest,
+    OptionalTensor tangent_q, OptionalTensor tangent_k, OptionalTensor tangent_v, OptionalTensor tangent_bias,
+    Tensor tangent_out, Tensor tangent_lse FLASHATTN_SCORE_FIELDS(FLASHATTN_PARAMETER), bool with_grad_bias) {
+  q = last_dim_contiguous(q), k = last_dim_contiguous(k), v = last_dim_contiguous(v);
+  tangent_out = last_dim_contiguous(tangent_out), tangent_lse = torch::stable::contiguous(tangent_lse);
+  ScoreArgs score = {FLASHATTN_SCORE_FIELDS(FLASHATTN_ARGUMENT)};
+  const GradientArgs grad(grad_out, grad_lse, q, k, v, score, with_grad_bias);
+  TangentArgs tangents = {tangent_q, tangent_k, tangent_v, tangent_bias};
+  Attention a = attention(q, k, v, out, lse, rest, score);
+  a.tangent = tangents.to_tangents(tangent_out, tangent_lse, score);
+  grad.add_to(a);
+  run(engine().attention_hvp, a);
+  return {grad.grad_q, grad.grad_k, grad.grad_v, grad.grad_bias};
 }
 
 // Attention to a cache: keys 0 .. kv_lengths[b] of each batch row, in pages if there is a table.
@@ -210,6 +249,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_cpu, m) {
       "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, "
       "Tensor? tangent_bias, Tensor? tangent_sinks" SCORE_SCHEMA
       ") -> (Tensor out, Tensor lse, Tensor rest, Tensor tangent_out, Tensor tangent_lse)");
+  m.def(
+      "attention_hvp(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? rest, Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor? tangent_bias, "
+      "Tensor tangent_out, Tensor tangent_lse" SCORE_SCHEMA
+      ", bool with_grad_bias) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? grad_bias)");
   m.def("attention_decode(Tensor q, Tensor k, Tensor v, Tensor? page_table, int max_kv_length" SCORE_SCHEMA
         ") -> (Tensor out, Tensor lse)");
   m.def(
@@ -221,6 +265,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flashattn::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&flashattn::attention_backward));
   m.impl("attention_jvp", TORCH_BOX(&flashattn::attention_jvp));
+  m.impl("attention_hvp", TORCH_BOX(&flashattn::attention_hvp));
   m.impl("attention_decode", TORCH_BOX(&flashattn::attention_decode));
   m.impl("rotate_and_store", TORCH_BOX(&flashattn::rotate_and_store));
 }

@@ -56,20 +56,80 @@ Norm norm(const Tensor& x, const NormArgs& args) {
   return n;
 }
 
+// The inputs of a norm and memory for its results, or the tangents of these.
+struct ForwardTensors {
+  OptionalTensor x, residual, weight, bias, y, hidden;
+};
+
+NormTensors as_rows(ForwardTensors& t) {
+  return {as_rows(t.x), as_rows(t.residual), as_rows(t.y), as_rows(t.hidden), as_float32(t.weight), as_float32(t.bias)};
+}
+
+OptionalTensor new_hidden(const Tensor& x, ScalarType dtype, bool keep) {
+  return keep ? OptionalTensor(torch::stable::new_empty(x, x.sizes(), dtype)) : std::nullopt;
+}
+
+// Fills the results, and returns mean and rstd. tangents: null without forward mode.
+std::tuple<OptionalTensor, Tensor> forward(Norm n, ScalarType hidden_dtype, ForwardTensors& t,
+                                           ForwardTensors* tangents) {
+  Tensor rstd = torch::stable::new_empty(*t.x, {n.rows}, ScalarType::Float);
+  OptionalTensor mean;
+  if (n.center) mean = torch::stable::new_empty(*t.x, {n.rows}, ScalarType::Float);
+  n.heads = norm_heads(t.weight, t.bias), n.hidden_dtype = dtype_of(hidden_dtype);
+  static_cast<NormTensors&>(n) = as_rows(t);
+  if (tangents) n.tangent = as_rows(*tangents);
+  n.mean = data_ptr<float>(mean), n.rstd = data_ptr<float>(rstd);
+  run(engine().norm_forward, n);
+  return {mean, rstd};
+}
+
 std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm_forward(
     Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, ScalarType hidden_dtype,
     bool keep_hidden FLASHATTN_NORM_FIELDS(FLASHATTN_PARAMETER)) {
   Norm n = norm(x, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
-  Tensor y = new_like(x), rstd = torch::stable::new_empty(x, {n.rows}, ScalarType::Float);
-  OptionalTensor hidden, mean;
-  if (keep_hidden) hidden = torch::stable::new_empty(x, x.sizes(), hidden_dtype);
-  if (center) mean = torch::stable::new_empty(x, {n.rows}, ScalarType::Float);
-  n.heads = norm_heads(weight, bias), n.hidden_dtype = dtype_of(hidden_dtype);
-  n.x = as_rows(x), n.residual = as_rows(residual), n.y = as_rows(y), n.hidden = as_rows(hidden);
-  n.weight = as_float32(weight), n.bias = as_float32(bias);
-  n.mean = data_ptr<float>(mean), n.rstd = data_ptr<float>(rstd);
-  run(engine().norm_forward, n);
-  return {y, hidden, mean, rstd};
+  ForwardTensors t = {x, residual, weight, bias, new_like(x), new_hidden(x, hidden_dtype, keep_hidden)};
+  auto [mean, rstd] = forward(n, hidden_dtype, t, nullptr);
+  return {*t.y, t.hidden, mean, rstd};
+}
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, OptionalTensor> norm_jvp(
+    Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor tangent_x,
+    OptionalTensor tangent_residual, OptionalTensor tangent_weight, OptionalTensor tangent_bias,
+    ScalarType hidden_dtype, bool keep_hidden FLASHATTN_NORM_FIELDS(FLASHATTN_PARAMETER)) {
+  Norm n = norm(x, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
+  ForwardTensors t = {x, residual, weight, bias, new_like(x), new_hidden(x, hidden_dtype, keep_hidden)};
+  ForwardTensors tangents = {tangent_x,    tangent_residual, tangent_weight,
+                             tangent_bias, new_like(x),      new_hidden(x, hidden_dtype, keep_hidden)};
+  auto [mean, rstd] = forward(n, hidden_dtype, t, &tangents);
+  return {*t.y, t.hidden, mean, rstd, *tangents.y, tangents.hidden};
+}
+
+// The gradients, or their tangents, of what has a dtype. Those of parameters that are there are summed.
+struct Gradients {
+  Tensor x;
+  OptionalTensor residual, weight, bias;
+};
+
+Gradients new_gradients(const Tensor& hidden, ScalarType x_dtype, std::optional<ScalarType> residual_dtype,
+                        const OptionalTensor& weight, const OptionalTensor& bias) {
+  Gradients g = {torch::stable::new_empty(hidden, hidden.sizes(), x_dtype)};
+  if (residual_dtype) g.residual = torch::stable::new_empty(hidden, hidden.sizes(), *residual_dtype);
+  if (weight) g.weight = new_like(*weight);
+  if (bias) g.bias = new_like(*bias);
+  return g;
+}
+
+ParameterGrad parameter_grad(OptionalTensor& p) {
+  return p ? ParameterGrad{p->data_ptr(), dtype_of(*p)} : ParameterGrad{};
+}
+
+// n has what is read, but for the parameters.
+void backward(Norm n, OptionalTensor weight, Gradients& g) {
+  n.heads = norm_heads(g.weight, g.bias), n.parts = num_parts(n);
+  n.grad_x = as_rows(g.x), n.grad_residual = as_rows(g.residual);
+  n.grad_weight = parameter_grad(g.weight), n.grad_bias = parameter_grad(g.bias);
+  n.weight = as_float32(weight);
+  run(engine().norm_backward, n);
 }
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward(
@@ -77,18 +137,24 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward
     Tensor rstd, ScalarType x_dtype,
     std::optional<ScalarType> residual_dtype FLASHATTN_NORM_FIELDS(FLASHATTN_PARAMETER)) {
   Norm n = norm(hidden, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
-  Tensor grad_x = torch::stable::new_empty(hidden, hidden.sizes(), x_dtype);
-  OptionalTensor grad_residual, grad_weight, grad_bias;
-  if (residual_dtype) grad_residual = torch::stable::new_empty(hidden, hidden.sizes(), *residual_dtype);
-  if (weight) grad_weight = new_like(*weight), n.grad_weight = {grad_weight->data_ptr(), dtype_of(*weight)};
-  if (bias) grad_bias = new_like(*bias), n.grad_bias = {grad_bias->data_ptr(), dtype_of(*bias)};
-  n.heads = norm_heads(weight, bias), n.parts = num_parts(n);
+  Gradients g = new_gradients(hidden, x_dtype, residual_dtype, weight, bias);
   n.grad_y = as_rows(grad_y), n.grad_hidden = as_rows(grad_hidden), n.hidden = as_rows(hidden);
-  n.grad_x = as_rows(grad_x), n.grad_residual = as_rows(grad_residual);
-  n.weight = as_float32(weight);
   n.mean = center ? data_ptr<float>(mean) : nullptr, n.rstd = data_ptr<float>(rstd);
-  run(engine().norm_backward, n);
-  return {grad_x, grad_residual, grad_weight, grad_bias};
+  backward(n, weight, g);
+  return {g.x, g.residual, g.weight, g.bias};
+}
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor> norm_hvp(
+    Tensor grad_y, Tensor hidden, OptionalTensor weight, Tensor mean, Tensor rstd, Tensor tangent_hidden,
+    OptionalTensor tangent_weight, ScalarType x_dtype,
+    std::optional<ScalarType> residual_dtype FLASHATTN_NORM_FIELDS(FLASHATTN_PARAMETER)) {
+  Norm n = norm(hidden, {FLASHATTN_NORM_FIELDS(FLASHATTN_ARGUMENT)});
+  Gradients g = new_gradients(hidden, x_dtype, residual_dtype, weight, std::nullopt);
+  n.grad_y = as_rows(grad_y), n.hidden = as_rows(hidden);
+  n.tangent.hidden = as_rows(tangent_hidden), n.tangent.weight = as_float32(tangent_weight);
+  n.mean = center ? data_ptr<float>(mean) : nullptr, n.rstd = data_ptr<float>(rstd);
+  backward(n, weight, g);
+  return {g.x, g.residual, g.weight};
 }
 
 // ------------------------------------------------------------------------------------------------ linear layers
@@ -117,11 +183,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_cpu, m) {
       "Tensor rstd, ScalarType x_dtype, ScalarType? residual_dtype" NORM_SCHEMA
       ") "
       "-> (Tensor grad_x, Tensor? grad_residual, Tensor? grad_weight, Tensor? grad_bias)");
+  m.def(
+      "norm_jvp(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? tangent_x, Tensor? tangent_residual, "
+      "Tensor? tangent_weight, Tensor? tangent_bias, ScalarType hidden_dtype, bool keep_hidden" NORM_SCHEMA
+      ") "
+      "-> (Tensor y, Tensor? hidden, Tensor? mean, Tensor rstd, Tensor tangent_y, Tensor? tangent_hidden)");
+  m.def(
+      "norm_hvp(Tensor grad_y, Tensor hidden, Tensor? weight, Tensor mean, Tensor rstd, Tensor tangent_hidden, "
+      "Tensor? tangent_weight, ScalarType x_dtype, ScalarType? residual_dtype" NORM_SCHEMA
+      ") "
+      "-> (Tensor grad_x, Tensor? grad_residual, Tensor? grad_weight)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_cpu, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&flashattn::norm_forward));
   m.impl("norm_backward", TORCH_BOX(&flashattn::norm_backward));
+  m.impl("norm_jvp", TORCH_BOX(&flashattn::norm_jvp));
+  m.impl("norm_hvp", TORCH_BOX(&flashattn::norm_hvp));
   m.impl("linear", TORCH_BOX(&flashattn::linear));
 }

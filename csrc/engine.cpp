@@ -10,6 +10,7 @@ const Engine engine = {
     {forward_workspace, {KERNEL(forward), KERNEL(decode), KERNEL(merge)}},
     {backward_workspace, {KERNEL(backward_delta), KERNEL(backward), KERNEL(backward_q), KERNEL(backward_bias)}},
     {nullptr, {KERNEL(jvp)}},
+    {backward_workspace, {KERNEL(backward_delta), KERNEL(hvp), KERNEL(backward_q), KERNEL(hvp_bias)}},
     {nullptr, {KERNEL(norm_forward)}},
     {norm_backward_workspace, {KERNEL(norm_backward), KERNEL(norm_parameters)}},
     {nullptr, {KERNEL(linear)}},

@@ -98,17 +98,25 @@ struct ParameterGrad {
   Dtype dtype = Dtype::float32;
 };
 
-struct Norm {
+// What forward passes of norms read and write; each null where it is absent.
+struct NormTensors {
+  Rows x, residual, y, hidden;
+  const float *weight, *bias;  // (heads, width)
+};
+
+struct Norm : NormTensors {
   int64_t rows, width, heads, parts;  // parts: row blocks of the backward, each with its own partial sums
   bool center;
   float eps, weight_offset;
-  Rows x, residual, y, hidden, grad_y, grad_hidden, grad_x, grad_residual;
+  Rows grad_y, grad_hidden, grad_x, grad_residual;
   Dtype hidden_dtype;
-  const float *weight, *bias;  // (heads, width) or null
-  float *mean, *rstd;          // (rows,)
+  float *mean, *rstd;  // (rows,)
   ParameterGrad grad_weight, grad_bias;
   float* workspace;
   Dropout dropout;
+  // A direction for derivatives: tangents of the inputs, each absent where it is 0, and those of the results. With a y
+  // the forward pass computes tangents too, with a hidden the backward pass the tangents of gradients instead of these.
+  NormTensors tangent;
 };
 
 // y (rows, out) = x (rows, in) weight^T + bias; x and y contiguous, the weight's rows `stride` apart.
@@ -150,7 +158,7 @@ struct Operation {
 };
 
 struct Engine {
-  Operation<Attention> attention_forward, attention_backward, attention_jvp;
+  Operation<Attention> attention_forward, attention_backward, attention_jvp, attention_hvp;
   Operation<Norm> norm_forward, norm_backward;
   Operation<Linear> linear;
   Operation<Rotary> rotary;

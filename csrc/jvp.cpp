@@ -41,21 +41,6 @@ static TangentTile load_tangents(const Attention& a, const ForwardTile& t, Scrat
   return x;
 }
 
-// ts from products tangent_x, in place.
-static void apply_tangent_mods(const Attention& a, const ForwardTile& t, const Part& part, const TangentTile& x) {
-  const ScoreTensor& bias = a.tangent.bias;
-  TileCoord at = {t.tile.batch, t.tile.head, t.tile.rows.begin + part.from, part.width};
-  if (bias.data) load_bias(a, bias, at, part.keys, x.bias);
-  for (int64_t j = 0; j < part.keys.end - part.keys.begin; j++)
-    for (int64_t i = 0; i < part.width; i += W) {
-      int64_t element = j * t.lanes + part.from + i;
-      vf ts = load<vf>(x.ts + element);
-      if (x.softcap) ts *= load<vf>(x.softcap + element);
-      if (bias.data) ts += load_bias_lanes(bias, x.bias, j, part.width, i);
-      store(x.ts + element, load<vf>(t.s + element) == NEG_INF ? vf{} : ts);
-    }
-}
-
 // c of the queries for which this part has the first keys: the mean of its ts under its weights.
 static void choose_c(const ForwardTile& t, const Part& part, const TangentTile& x) {
   for (int64_t i = part.from; i < part.from + part.width; i += W) {
@@ -73,8 +58,8 @@ static void choose_c(const ForwardTile& t, const Part& part, const TangentTile& 
   }
 }
 
-// What online_softmax does to the weights of W queries: besides `drop`, turn ts into d P (ts - c) in place, packed along
-// keys as B, and sum P (ts - c).
+// What online_softmax does to the weights of W queries: besides `drop`, turn ts into d P (ts - c) in place, packed
+// along keys as B, and sum P (ts - c).
 template <class Dot, class Drop>
 struct TangentWeights {
   Drop drop;
@@ -113,21 +98,20 @@ static void attend(const Attention& a, const ForwardTile& t, const TangentTile& 
 
   PackedA k = pack_a_rows<Dot>(rows(a.k, a.head_dim), part.keys, t.k_packed), k_tangent = k;
   if (tangent.k.data) k_tangent = pack_a_rows<Dot>(rows(tangent.k, a.head_dim), part.keys, x.k_packed);
-  compute_scores<Dot>(a, t, part, k, {x.softcap ? x.softcap + from : nullptr});
-  const float scale = a.score.scale;
+  SoftcapDerivatives softcap = {x.softcap ? x.softcap + from : nullptr};
+  compute_scores<Dot>(a, t, part, k, softcap);
   float* ts = x.ts + from;
-  matmul_sum<Dot>(n, part.width,
-                  [=](auto& c, int64_t row, int64_t col) {
-                    c.for_each([=](int r, int i, vf y) { store(ts + (row + r) * lanes + col + i * W, y * scale); });
-                  },
+  matmul_sum<Dot>(n, part.width, store_scaled_to(ts, lanes, a.score.scale),
                   Product{k, {x.q_t + from, lanes}, tangent.q.data ? depth : 0},
                   Product{k_tangent, {t.q_t + from, lanes}, tangent.k.data ? depth : 0});
-  if (part.partial || has_score_mods(a)) apply_tangent_mods(a, t, part, x);
+  TileCoord at = {t.tile.batch, t.tile.head, t.tile.rows.begin + from, part.width};
+  if (part.partial || has_score_mods(a)) apply_tangent_mods(a, at, part.keys, x.bias, t.s + from, ts, lanes, softcap);
 
   choose_c(t, part, x);
   with_dropout(a, t, part, [&](auto drop) {
     online_softmax<Dot>(t.s + from, n, lanes, part.width, softmax, [&](int64_t i) {
-      return TangentWeights<Dot, decltype(drop(i))>{drop(i), ts + i, lanes, n, load<vf>(x.c + from + i), x.mu + from + i};
+      vf c = load<vf>(x.c + from + i);
+      return TangentWeights<Dot, decltype(drop(i))>{drop(i), ts + i, lanes, n, c, x.mu + from + i};
     });
   });
   PackedA v = pack_a_transposed<Dot>(rows(a.v, a.head_dim_v), part.keys, t.v_packed), v_tangent = v;

@@ -113,8 +113,8 @@ struct Product {
 template <class Dot, int ROWS, int VECS, class Epilogue, class... Products>
 FLASHATTN_INLINE void microkernel(int64_t row, int64_t col, Epilogue epilogue, const Products&... products) {
   Accumulators<ROWS, VECS> c = {};
-  (add_product<Dot>(c, {products.a.data + row * products.a.row, products.a.row, products.a.col},
-                    products.b.data + col, products.b.ld, products.depth),
+  (add_product<Dot>(c, {products.a.data + row * products.a.row, products.a.row, products.a.col}, products.b.data + col,
+                    products.b.ld, products.depth),
    ...);
   epilogue(c, row, col);
 }
@@ -153,6 +153,11 @@ static void matmul(PackedA a, const float* b, int64_t ldb, int64_t rows, int64_t
 static inline auto store_to(float* c, int64_t ldc) {
   return [=](auto& tile, int64_t row, int64_t col) {
     tile.for_each([=](int r, int v, vf x) { store(c + (row + r) * ldc + col + v * W, x); });
+  };
+}
+static inline auto store_scaled_to(float* c, int64_t ldc, float scale) {
+  return [=](auto& tile, int64_t row, int64_t col) {
+    tile.for_each([=](int r, int v, vf x) { store(c + (row + r) * ldc + col + v * W, x * scale); });
   };
 }
 static inline auto add_to(float* c, int64_t ldc) {

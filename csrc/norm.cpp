@@ -1,6 +1,6 @@
-// LayerNorm and RMSNorm, forward and backward. See kernels/norm.py for the math. The fast path reads and writes in
-// place rows of one dtype and whole vectors; the generic path converts rows to float32 in scratch memory, padded with
-// zeros, so that the loops have no tails.
+// LayerNorm and RMSNorm, forward and backward, and the tangents of both. See kernels/norm.py for the math. The fast
+// path reads and writes in place rows of one dtype and whole vectors; the generic path converts rows to float32 in
+// scratch memory, padded with zeros, so that the loops have no tails.
 #include "kernels.h"
 #include "philox.h"
 
@@ -17,6 +17,11 @@ static char* row_pointer(const Rows& x, int64_t r) {
 
 static void store_row(const Rows& x, int64_t r, const float* src, int64_t width) {
   store_floats(row_pointer(x, r), src, x.dtype, width);
+}
+
+// What row r has of parameters (heads, width), or null.
+static const float* head_parameters(const Norm& n, const float* parameters, int64_t r) {
+  return parameters ? parameters + r % n.heads * n.width : nullptr;
 }
 
 // x is readable and writable up to whole vectors.
@@ -70,7 +75,7 @@ static int64_t rows_per_tile(const Norm& n) { return max(1, TILE_ELEMENTS / n.wi
 
 int64_t norm_forward_tiles(const Norm& n) { return (n.rows + rows_per_tile(n) - 1) / rows_per_tile(n); }
 
-size_t norm_forward_scratch(const Norm& n) { return 2 * round_up(n.width, W); }
+size_t norm_forward_scratch(const Norm& n) { return (n.tangent.y.data ? 4 : 2) * round_up(n.width, W); }
 
 // Sums over a row of h - mean and of its squares.
 struct Deviations {
@@ -91,11 +96,14 @@ static Deviations deviations(const char* h, int64_t width, float mean) {
   return d;
 }
 
-// y = (h - mean) rstd weight + bias, of a row of whole vectors.
+struct NormStats {
+  float mean, rstd;
+};
+
+// Of a row of whole vectors; stored for backward.
 template <Dtype DTYPE>
-static void normalise(const Norm& n, int64_t r, const char* h, char* y) {
+FLASHATTN_INLINE NormStats compute_stats(const Norm& n, int64_t r, const char* h) {
   const int64_t width = n.width, padded = round_up(width, W);
-  const float offset = n.weight_offset;
   float mean = 0;
   if (n.center)
     mean = sum_over<1>(padded, [=](int64_t c, vf* total) { total[0] += load_as_f32<DTYPE>(h, c); }).of(0) / width;
@@ -112,14 +120,84 @@ static void normalise(const Norm& n, int64_t r, const char* h, char* y) {
   }
   const float rstd = 1 / __builtin_sqrtf(d.squares / width + n.eps);
   n.rstd[r] = rstd;
+  return {mean, rstd};
+}
 
-  const float* weight = n.weight ? n.weight + r % n.heads * width : nullptr;
-  const float* bias = n.bias ? n.bias + r % n.heads * width : nullptr;
+// y = (h - mean) rstd weight + bias, of a row of whole vectors.
+template <Dtype DTYPE>
+static void normalise(const Norm& n, int64_t r, const char* h, char* y) {
+  const int64_t width = n.width, padded = round_up(width, W);
+  const float offset = n.weight_offset;
+  const auto [mean, rstd] = compute_stats<DTYPE>(n, r, h);
+  const float *weight = head_parameters(n, n.weight, r), *bias = head_parameters(n, n.bias, r);
   for (int64_t c = 0; c < padded; c += W) {
     vf x = (load_as_f32<DTYPE>(h, c) - mean) * rstd;
     if (weight) x = x * (load_parameters(weight, c, width) + offset);
     if (bias) x = x + load_parameters(bias, c, width);
     store_from_f32<DTYPE>(y, c, x);
+  }
+}
+
+// A value and its tangent.
+struct Dual {
+  vf value, tangent;
+};
+
+// Rows of whole vectors of h and of its tangent t, and what makes xhat and its tangent of them.
+struct DualRow {
+  const char *h, *t;  // t is null where it is 0
+  NormStats stats;
+  float mean_t = 0, mean_tx = 0;  // mean(t) of LayerNorm, mean(t xhat)
+};
+
+// xhat and its tangent rstd (t - mean(t) - xhat mean(t xhat)).
+template <Dtype DTYPE>
+FLASHATTN_INLINE Dual load_xhat(const DualRow& row, int64_t c) {
+  vf xhat = (load_as_f32<DTYPE>(row.h, c) - row.stats.mean) * row.stats.rstd;
+  vf t = row.t ? load_as_f32<DTYPE>(row.t, c) : vf{};
+  return {xhat, (t - row.mean_t - xhat * row.mean_tx) * row.stats.rstd};
+}
+
+template <Dtype DTYPE>
+static DualRow make_dual_row(const Norm& n, const char* h, const char* t, NormStats stats) {
+  DualRow row = {h, t, stats};
+  if (!t) return row;
+  auto total = sum_over<2>(round_up(n.width, W), [=](int64_t c, vf* total) {
+    vf moved = load_as_f32<DTYPE>(t, c);
+    total[0] += moved;
+    total[1] += moved * (load_as_f32<DTYPE>(h, c) - stats.mean);
+  });
+  row.mean_t = n.center ? total.of(0) / n.width : 0, row.mean_tx = total.of(1) * stats.rstd / n.width;
+  return row;
+}
+
+// Where a row of h and y is, or of their tangents.
+struct HiddenAndY {
+  const char* h;
+  char* y;
+};
+
+// y and its tangent, xhat' weight + xhat tangent_weight + tangent_bias.
+template <Dtype DTYPE>
+static void normalise_dual(const Norm& n, int64_t r, HiddenAndY value, HiddenAndY tangent) {
+  const int64_t width = n.width, padded = round_up(width, W);
+  const float offset = n.weight_offset;
+  const DualRow row = make_dual_row<DTYPE>(n, value.h, tangent.h, compute_stats<DTYPE>(n, r, value.h));
+  const float *weight = head_parameters(n, n.weight, r), *bias = head_parameters(n, n.bias, r);
+  const float *tangent_weight = head_parameters(n, n.tangent.weight, r),
+              *tangent_bias = head_parameters(n, n.tangent.bias, r);
+  for (int64_t c = 0; c < padded; c += W) {
+    auto [xhat, moved] = load_xhat<DTYPE>(row, c);
+    vf y = xhat;
+    if (weight) {
+      vf factor = load_parameters(weight, c, width) + offset;
+      y = y * factor, moved = moved * factor;
+    }
+    if (bias) y = y + load_parameters(bias, c, width);
+    if (tangent_weight) moved = moved + xhat * load_parameters(tangent_weight, c, width);
+    if (tangent_bias) moved = moved + load_parameters(tangent_bias, c, width);
+    store_from_f32<DTYPE>(value.y, c, y);
+    store_from_f32<DTYPE>(tangent.y, c, moved);
   }
 }
 
@@ -130,37 +208,59 @@ static void add_residual(const char* x, const char* residual, char* h, int64_t w
     store_from_f32<DTYPE>(h, c, load_as_f32<DTYPE>(x, c) + load_as_f32<DTYPE>(residual, c));
 }
 
+// The row of h: that of x, or their sum, in memory of the caller where h is not kept.
+template <Dtype DTYPE>
+static const char* find_hidden(const NormTensors& t, int64_t r, int64_t width, char* scratch) {
+  const char* x = row_pointer(t.x, r);
+  if (!t.residual.data) return x;
+  char* h = t.hidden.data ? row_pointer(t.hidden, r) : scratch;
+  add_residual<DTYPE>(x, row_pointer(t.residual, r), h, width);
+  return h;
+}
+
 // One dtype throughout, whole vectors, no dropout: nothing is copied.
 template <Dtype DTYPE>
 static void forward_row_fast(const Norm& n, int64_t r, char* scratch) {
-  const char* h = row_pointer(n.x, r);
-  if (n.residual.data) {
-    char* sum = n.hidden.data ? row_pointer(n.hidden, r) : scratch;
-    add_residual<DTYPE>(h, row_pointer(n.residual, r), sum, n.width);
-    h = sum;
-  }
-  normalise<DTYPE>(n, r, h, row_pointer(n.y, r));
+  const char* h = find_hidden<DTYPE>(n, r, n.width, scratch);
+  if (!n.tangent.y.data) return normalise<DTYPE>(n, r, h, row_pointer(n.y, r));
+  const char* t = find_hidden<DTYPE>(n.tangent, r, n.width, scratch + n.width * element_size(DTYPE));
+  normalise_dual<DTYPE>(n, r, {h, row_pointer(n.y, r)}, {t, row_pointer(n.tangent.y, r)});
 }
 
 static bool is_fast_path(const Norm& n) {
   bool same = n.hidden_dtype == n.x.dtype && (!n.residual.data || n.residual.dtype == n.x.dtype);
+  if (n.tangent.y.data) same = same && n.tangent.x.data && !n.tangent.residual.data == !n.residual.data;
   return same && n.dropout.scale == 0 && n.width % W == 0 && !(n.hidden.data && !n.residual.data);
 }
 
-// Any row, in float32: h = residual + dropout(x), rounded to the dtype in which it is saved, and normalised.
-static void forward_row_generic(const Norm& n, int64_t r, float* h) {
+// h = residual + dropout(x), rounded to the dtype in which it is saved, or its tangent, in float32 with room for whole
+// vectors; what is absent is 0.
+static void make_hidden(const Norm& n, const NormTensors& t, int64_t r, float* h, float* other) {
   int64_t padded = round_up(n.width, W);
-  float* other = h + padded;
-  load_floats(h, row_pointer(n.x, r), n.x.dtype, n.width);
+  for (int64_t c = 0; !t.x.data && c < padded; c++) h[c] = 0;
+  if (t.x.data) load_floats(h, row_pointer(t.x, r), t.x.dtype, n.width);
   if (n.dropout.scale != 0) apply_dropout(n, h, r);
-  if (n.residual.data) {
-    load_floats(other, row_pointer(n.residual, r), n.residual.dtype, n.width);
+  if (t.residual.data) {
+    load_floats(other, row_pointer(t.residual, r), t.residual.dtype, n.width);
     for (int64_t c = 0; c < padded; c += W) store(h + c, load<vf>(h + c) + load<vf>(other + c));
   }
   round_to(n.hidden_dtype, h, n.width);
-  if (n.hidden.data) store_row(n.hidden, r, h, n.width);
-  normalise<Dtype::float32>(n, r, (const char*)h, (char*)other);
-  store_row(n.y, r, other, n.width);
+  if (t.hidden.data) store_row(t.hidden, r, h, n.width);
+}
+
+// Any row, in float32.
+static void forward_row_generic(const Norm& n, int64_t r, float* h) {
+  int64_t padded = round_up(n.width, W);
+  float *y = h + padded, *t = y + padded, *tangent_y = t + padded;
+  make_hidden(n, n, r, h, y);
+  if (n.tangent.y.data) {
+    make_hidden(n, n.tangent, r, t, tangent_y);
+    normalise_dual<Dtype::float32>(n, r, {(char*)h, (char*)y}, {(char*)t, (char*)tangent_y});
+    store_row(n.tangent.y, r, tangent_y, n.width);
+  } else {
+    normalise<Dtype::float32>(n, r, (char*)h, (char*)y);
+  }
+  store_row(n.y, r, y, n.width);
 }
 
 static void forward_row(const Norm& n, int64_t r, float* scratch) {
@@ -179,8 +279,8 @@ constexpr int ROWS_AT_ONCE = 4;  // rows whose parts of the parameter gradients 
 
 // A row of whole vectors and one dtype.
 struct NormRow {
-  const char *grad_y, *h, *grad_hidden;  // grad_hidden may be null
-  char* grad_h;
+  const char *grad_y, *h, *grad_hidden, *t;  // grad_hidden may be null; t: the tangent of h, if there is one
+  char* grad_h;                              // or its tangent
 };
 
 // The gradients of the parameters summed over a part of the rows, (heads, width) each, or null.
@@ -202,7 +302,7 @@ FLASHATTN_INLINE vf apply_weight(const float* weight, int64_t c, int64_t width, 
 template <Dtype DTYPE, int ROWS>
 static void backward_rows(const Norm& n, int64_t r, const NormRow* rows, ParameterSums sums) {
   const int64_t width = n.width, padded = round_up(width, W);
-  const float* weight = n.weight ? n.weight + r % n.heads * width : nullptr;
+  const float* weight = head_parameters(n, n.weight, r);
   const float offset = n.weight_offset;
   float mean[ROWS], rstd[ROWS], mean_gx[ROWS], mean_g[ROWS];
   for (int i = 0; i < ROWS; i++) {
@@ -231,32 +331,103 @@ static void backward_rows(const Norm& n, int64_t r, const NormRow* rows, Paramet
   }
 }
 
+// What the tangent of grad_h is made of: g = weight grad_y, its tangent u = tangent_weight grad_y, and means over a
+// row.
+struct DualGradient {
+  const char* grad_y;
+  const float *weight, *tangent_weight;    // or null
+  float mean_g = 0, mean_u = 0;            // of LayerNorm
+  float mean_gx = 0, tangent_mean_gx = 0;  // mean(g xhat) and its tangent mean(u xhat + g xhat')
+};
+
+// g and its tangent u.
+template <Dtype DTYPE>
+FLASHATTN_INLINE Dual load_g(const Norm& n, const DualGradient& d, int64_t c) {
+  vf y = load_as_f32<DTYPE>(d.grad_y, c);
+  return {apply_weight(d.weight, c, n.width, n.weight_offset, y),
+          d.tangent_weight ? y * load_parameters(d.tangent_weight, c, n.width) : vf{}};
+}
+
+template <Dtype DTYPE>
+static DualGradient make_dual_gradient(const Norm& n, int64_t r, const char* grad_y, const DualRow& row) {
+  DualGradient gradient = {grad_y, head_parameters(n, n.weight, r), head_parameters(n, n.tangent.weight, r)};
+  auto total = sum_over<4>(round_up(n.width, W), [&](int64_t c, vf* total) {
+    auto [g, u] = load_g<DTYPE>(n, gradient, c);
+    auto [xhat, moved] = load_xhat<DTYPE>(row, c);
+    total[0] += g;
+    total[1] += u;
+    total[2] += g * xhat;
+    total[3] += u * xhat + g * moved;
+  });
+  if (n.center) gradient.mean_g = total.of(0) / n.width, gradient.mean_u = total.of(1) / n.width;
+  gradient.mean_gx = total.of(2) / n.width, gradient.tangent_mean_gx = total.of(3) / n.width;
+  return gradient;
+}
+
+// The tangent of grad_h for constant grad_y and grad_hidden, of ROWS rows:
+// rstd (u - mean(u) - xhat' mean(g xhat) - xhat mean(u xhat + g xhat') - mean(t xhat) (grad_h - grad_hidden))
+template <Dtype DTYPE, int ROWS>
+static void hvp_rows(const Norm& n, int64_t r, const NormRow* rows, ParameterSums sums) {
+  DualRow row[ROWS];
+  DualGradient gradient[ROWS];
+  for (int i = 0; i < ROWS; i++) {
+    row[i] = make_dual_row<DTYPE>(n, rows[i].h, rows[i].t, {n.center ? n.mean[r + i] : 0, n.rstd[r + i]});
+    gradient[i] = make_dual_gradient<DTYPE>(n, r + i, rows[i].grad_y, row[i]);
+  }
+  for (int64_t c = 0; c < round_up(n.width, W); c += W) {
+    vf sum_weight = {};
+    FLASHATTN_UNROLL for (int i = 0; i < ROWS; i++) {
+      const DualGradient& d = gradient[i];
+      const float rstd = row[i].stats.rstd;
+      auto [xhat, moved] = load_xhat<DTYPE>(row[i], c);
+      auto [g, u] = load_g<DTYPE>(n, d, c);
+      sum_weight += load_as_f32<DTYPE>(d.grad_y, c) * moved;
+      vf grad_h = (g - d.mean_g - xhat * d.mean_gx) * rstd;
+      vf tangent = u - d.mean_u - moved * d.mean_gx - xhat * d.tangent_mean_gx - grad_h * row[i].mean_tx;
+      store_from_f32<DTYPE>(rows[i].grad_h, c, tangent * rstd);
+    }
+    if (sums.weight) add_to(sums.weight, c, n.width, sum_weight);
+  }
+}
+
+// grad_h, or its tangent in the direction that there is.
+template <Dtype DTYPE, int ROWS>
+static void differentiate_rows(const Norm& n, int64_t r, const NormRow* rows, ParameterSums sums) {
+  if (rows[0].t) return hvp_rows<DTYPE, ROWS>(n, r, rows, sums);
+  backward_rows<DTYPE, ROWS>(n, r, rows, sums);
+}
+
 // One dtype throughout, whole vectors, no dropout: nothing is copied.
 template <Dtype DTYPE, int ROWS>
 static void backward_rows_fast(const Norm& n, int64_t r, ParameterSums sums) {
+  auto find = [&](const Rows& x, int i) { return x.data ? row_pointer(x, r + i) : nullptr; };
   NormRow rows[ROWS];
   for (int i = 0; i < ROWS; i++)
-    rows[i] = {row_pointer(n.grad_y, r + i), row_pointer(n.hidden, r + i),
-               n.grad_hidden.data ? row_pointer(n.grad_hidden, r + i) : nullptr, row_pointer(n.grad_x, r + i)};
-  backward_rows<DTYPE, ROWS>(n, r, rows, sums);
+    rows[i] = {find(n.grad_y, i), find(n.hidden, i), find(n.grad_hidden, i), find(n.tangent.hidden, i),
+               find(n.grad_x, i)};
+  differentiate_rows<DTYPE, ROWS>(n, r, rows, sums);
 }
 
 static bool is_fast_path_backward(const Norm& n) {
   Dtype dtype = n.grad_x.dtype;
   bool same = n.hidden.dtype == dtype && n.grad_y.dtype == dtype;
   if (n.grad_hidden.data) same = same && n.grad_hidden.dtype == dtype;
+  if (n.tangent.hidden.data) same = same && n.tangent.hidden.dtype == dtype;
   return same && n.dropout.scale == 0 && !n.grad_residual.data && n.width % W == 0;
 }
 
 // Any row, in float32.
 static void backward_row_generic(const Norm& n, int64_t r, ParameterSums sums, float* scratch) {
   int64_t padded = round_up(n.width, W);
-  float *grad = scratch, *h = grad + padded, *grad_hidden = h + padded;
-  load_floats(grad, row_pointer(n.grad_y, r), n.grad_y.dtype, n.width);
-  load_floats(h, row_pointer(n.hidden, r), n.hidden.dtype, n.width);
-  if (n.grad_hidden.data) load_floats(grad_hidden, row_pointer(n.grad_hidden, r), n.grad_hidden.dtype, n.width);
-  NormRow row = {(char*)grad, (char*)h, n.grad_hidden.data ? (char*)grad_hidden : nullptr, (char*)h};
-  backward_rows<Dtype::float32, 1>(n, r, &row, sums);
+  auto load = [&](const Rows& x, int place) {
+    float* row = scratch + place * padded;
+    if (!x.data) return (char*)nullptr;
+    load_floats(row, row_pointer(x, r), x.dtype, n.width);
+    return (char*)row;
+  };
+  float* h = scratch;  // and grad_h
+  NormRow row = {load(n.grad_y, 1), load(n.hidden, 0), load(n.grad_hidden, 2), load(n.tangent.hidden, 2), (char*)h};
+  differentiate_rows<Dtype::float32, 1>(n, r, &row, sums);
   if (n.grad_residual.data) store_row(n.grad_residual, r, h, n.width);
   if (n.dropout.scale != 0) apply_dropout(n, h, r);
   store_row(n.grad_x, r, h, n.width);

@@ -81,9 +81,11 @@ static inline BiasMask take_bias_mask(const Attention& a, Scratch& scratch, int6
   return {take_bias(a.score.bias, scratch, block_n),
           a.score.mask.data ? (uint32_t*)scratch.take((block_n / 32 + 1) * BLOCK_M) : nullptr};
 }
+static inline size_t bias_floats(const ScoreTensor& bias, int64_t block_n) {
+  return bias.data ? (block_n + W) * BLOCK_M + 16 : 0;
+}
 static inline size_t bias_mask_floats(const Attention& a, int64_t block_n) {
-  return (a.score.bias.data ? (block_n + W) * BLOCK_M + 16 : 0) +
-         (a.score.mask.data ? (block_n / 32 + 1) * BLOCK_M + 16 : 0);
+  return bias_floats(a.score.bias, block_n) + (a.score.mask.data ? (block_n / 32 + 1) * BLOCK_M + 16 : 0);
 }
 
 // Where the derivatives of the softcap go, or null: with t = tanh(x / cap), 1 - t^2 and -2 t (1 - t^2) / cap.
@@ -126,6 +128,24 @@ static inline void apply_score_mods(const Attention& a, const TileCoord& at, Ran
     }
     if (m) store(m + i, top);
   }
+}
+
+// Turn the tangents tangent_x of scale * q.k into those of the scores, f' tangent_x + tangent_bias, in place, and f''
+// into f'' tangent_x. `s`, if given, are the scores: where one is masked, its tangent is 0.
+static inline void apply_tangent_mods(const Attention& a, const TileCoord& at, Range keys, float* bias, const float* s,
+                                      float* ts, int64_t stride, SoftcapDerivatives softcap) {
+  const ScoreTensor& tangent_bias = a.tangent.bias;
+  if (bias) load_bias(a, tangent_bias, at, keys, bias);
+  for (int64_t j = 0; j < keys.end - keys.begin; j++)
+    for (int64_t i = 0; i < at.lanes; i += W) {
+      int64_t element = j * stride + i;
+      vf x = load<vf>(ts + element);
+      if (softcap.second) store(softcap.second + element, load<vf>(softcap.second + element) * x);
+      if (softcap.first) x *= load<vf>(softcap.first + element);
+      if (bias) x += load_bias_lanes(tangent_bias, bias, j, at.lanes, i);
+      if (s) x = load<vf>(s + element) == NEG_INF ? vf{} : x;
+      store(ts + element, x);
+    }
 }
 
 // The dropout multipliers of the weights of W queries, for keys in ascending order: the four words of 7-round Philox at

@@ -98,6 +98,9 @@ def attention(
         float32, natural logarithm; with `return_aux` (out, aux). Gradients flow through out and lse. A fully
         masked row gives out 0, lse -inf and gradient 0.
 
+    Differentiable twice by q, k, v, bias, sinks and what a score_mod captured, forward (`torch.func.jvp`, one pass) and
+    in reverse, under functorch's transforms too.
+
     Under autocast q, k, v and bias are cast to its dtype, as PyTorch's own attention does.
 
     Strides are honoured: a transposed or sliced view is not copied (a last dimension that is not contiguous is, once).
@@ -119,7 +122,7 @@ def attention(
         TypeError, ValueError: naming the argument, before anything runs.
         IndexError: if a pair that attends indexes a captured tensor outside of its bounds (a GPU cannot raise: there a
             floating tensor reads as NaN and others as 0).
-        NotImplementedError: in forward mode (`torch.func.jvp`, dual tensors), which is not implemented.
+        NotImplementedError: for a third derivative, or a derivative by alibi_slopes or of `return_aux`'s statistics.
 
     >>> import torch, flashattn
     >>> q = k = v = torch.ones(1, 8, 5, 64)

@@ -51,6 +51,15 @@ class SavedNorm(NamedTuple):
     rstd: Tensor  # (rows,)
 
 
+class NormTangents(NamedTuple):
+    """The tangents of a norm's inputs, each of its input's shape and dtype; None is 0."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 class Backend(Protocol):
     CAPABILITIES: Capabilities
 
@@ -110,6 +119,19 @@ class Backend(Protocol):
         residual_dtype: torch.dtype | None, norm: Norm,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """The gradients of x, of the residual where it has a dtype, of weight and bias."""
+
+    def norm_jvp(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, tangents: NormTangents,
+        hidden_dtype: torch.dtype, keep_hidden: bool, norm: Norm,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """(y, hidden, mean, rstd) of norm_forward, and the tangents of y and hidden."""
+
+    def norm_hvp(
+        self, grad_y: Tensor, saved: SavedNorm, tangent_hidden: Tensor, tangent_weight: Tensor | None,
+        x_dtype: torch.dtype, residual_dtype: torch.dtype | None, norm: Norm,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """The tangents of norm_backward's gradients of x, residual and weight, of constant grad_y and grad_hidden; that
+        of the gradient of the bias is 0."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x weight^T + bias, without a gradient."""

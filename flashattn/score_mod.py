@@ -58,7 +58,8 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     Raises:
         TypeError: if it is not a function of one score: control flow on it, reductions, mutation.
     """
-    if tracing.is_transformed() and (moved := find_transformed(function, scores)):
+    transformed = tracing.is_transformed()
+    if transformed and (moved := find_transformed(function, scores)):
         return trace_transformed(name, function, scores, moved)
     closure = Closure(function)
     key = None if closure.key is None else (closure.key, scores)
@@ -67,10 +68,11 @@ def trace(name: str, function: Callable, scores: int) -> Traced:
     with prevent_compilation(), trace_lock:
         if key in _traces:
             return _traces[key]
-        with NumbersRead() as numbers, ListsRead() as lists:
-            traced = _trace(name, function, scores)
+        # Transforms wrap the numbers that a callable is traced on, too.
+        run = run_in_clean_thread if transformed else lambda function, *args: function(*args)
+        traced, read = run(_trace, name, function, scores)
         # A number read off a tensor, and a tensor computed from others, are as they were in this call.
-        read, seen = numbers.found or lists.found, {id(x) for x in closure.tensors}
+        seen = {id(x) for x in closure.tensors}
         if key is not None and not read and all(id(x) in seen for x in traced.captured):
             while len(_traces) >= MAX_TRACES:
                 _traces.pop(next(iter(_traces)))
@@ -177,11 +179,14 @@ def run_in_clean_thread(function: Callable, *args):
         return pool.submit(function, *args).result()
 
 
-def _trace(name: str, function: Callable, scores: int) -> Traced:
+def _trace(name: str, function: Callable, scores: int) -> tuple[Traced, bool]:
+    """The trace, and whether it read numbers off tensors."""
     tracing.refuse_capture(name, "it is traced in its first call, which must come before the capture")
-    module = _make_fx(name, function, make_example_scalars(scores))
-    captured = _lift_captured(module)
-    return _make_pointwise(name, module.graph, scores, captured)
+    with NumbersRead() as numbers, ListsRead() as lists:
+        module = _make_fx(name, function, make_example_scalars(scores))
+        captured = _lift_captured(module)
+        traced = _make_pointwise(name, module.graph, scores, captured)
+    return traced, numbers.found or lists.found
 
 
 def trace_graph(name: str, graph: fx.GraphModule, scores: int, shapes: list[tuple[torch.dtype, list[int]]]) -> Traced:

@@ -61,8 +61,10 @@ def is_legacy_batched(x) -> bool:
 
 
 def has_data(x: Tensor) -> bool:
-    """Whether x's values can be read: not while a graph is compiled, nor of a meta or fake tensor."""
-    return not (is_traced() or x.is_meta or type(x).__name__ == "FakeTensor")
+    """Whether x's values can be read: not while a graph is compiled, nor of a meta or fake tensor, nor of one that a
+    transform has wrapped."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not (is_traced() or x.is_meta or wrapped or type(x).__name__ == "FakeTensor")
 
 
 def keep_from_dynamo(function: Callable) -> Callable:
@@ -103,6 +105,14 @@ def get_tangent(x) -> Tensor | None:
 def is_transformed() -> bool:
     """Whether functorch's transforms or forward mode are on."""
     return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_in_vmap() -> bool:
+    """Whether functorch's vmap is the innermost transform, and nothing else needs the dispatcher before it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Vmap
 
 
 def is_wrapped(x: Tensor) -> bool:

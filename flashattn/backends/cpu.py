@@ -18,7 +18,7 @@ from . import cpu_block_mask
 
 if TYPE_CHECKING:
     from ..cache import CacheView, Rotary
-    from ..protocol import Tangents
+    from ..protocol import NormTangents, Tangents
 
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
@@ -122,8 +122,27 @@ def engine_jvp(
     return ops.attention_jvp.default(q, k, v, *tangents[:5], *score[:SCORE_FIELDS])
 
 
+def hvp(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, tangents: Tangents, tangent_out: Tensor,
+    tangent_lse: Tensor, with_grad_bias: bool, grad_captured: list[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    arguments = grad_out, grad_lse, saved, score, tangents, tangent_out, tangent_lse, with_grad_bias
+    if score.score_mod is None and score.block_mask is None:
+        return engine_hvp(*arguments)
+    return reference.hvp(*arguments, grad_captured)
+
+
+def engine_hvp(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, tangents: Tangents, tangent_out: Tensor,
+    tangent_lse: Tensor, with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    *gradients, grad_bias = ops.attention_hvp.default(
+        grad_out, grad_lse, *saved, *tangents[:4], tangent_out, tangent_lse, *score[:SCORE_FIELDS], with_grad_bias
+    )
+    return *gradients, cast_like(grad_bias, score.bias)
+
+
 attention_stats, has_rest = reference.attention_stats, reference.has_rest
-hvp = reference.hvp
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -168,6 +187,22 @@ def norm_backward(
     residual_dtype: torch.dtype | None, norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     return ops.norm_backward.default(grad_y, grad_hidden, *saved, x_dtype, residual_dtype, *norm)
+
+
+def norm_jvp(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, tangents: NormTangents,
+    hidden_dtype: torch.dtype, keep_hidden: bool, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    return ops.norm_jvp.default(x, residual, weight, bias, *tangents, hidden_dtype, keep_hidden, *norm)
+
+
+def norm_hvp(
+    grad_y: Tensor, saved: SavedNorm, tangent_hidden: Tensor, tangent_weight: Tensor | None, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    hidden, weight, _, mean, rstd = saved
+    given = grad_y, hidden, weight, mean, rstd, tangent_hidden, tangent_weight
+    return ops.norm_hvp.default(*given, x_dtype, residual_dtype, *norm)
 
 
 # ------------------------------------------------------------------------------------------------ linear layers

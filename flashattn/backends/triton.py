@@ -27,6 +27,7 @@ from .setting import Setting
 
 if TYPE_CHECKING:
     from ..cache import CacheView, Rotary
+    from ..protocol import NormTangents, Tangents
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -36,15 +37,18 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels import codegen, compiler, configs, tune
     from ..kernels import decode as decode_kernels
     from ..kernels import forward as forward_kernels
+    from ..kernels import hvp as hvp_kernels
+    from ..kernels import jvp as jvp_kernels
     from ..kernels import norm as norm_kernels
     from ..kernels import rotary as rotary_kernels
     from ..kernels.backward import StatsPointers
     from ..kernels.dropout import DropoutArgs
-    from ..kernels.norm import RowView
+    from ..kernels.hvp import DualPointers
+    from ..kernels.norm import Direction, RowView
     from ..kernels.pages import PageTable, page_table_arg
     from ..kernels.precision import choose_input_precision
     from ..kernels.rotary import RotaryArgs
-    from ..kernels.scores import ScoreArgs, score_tensor_arg
+    from ..kernels.scores import ScoreArgs, TangentArgs, score_tensor_arg
     from ..kernels.tiles import Heads
     from . import triton_hopper
 else:
@@ -124,7 +128,7 @@ def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
     return DropoutArgs(seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
 
 
-def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
+def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score, with_tangents: bool = False) -> tuple:
     """The arguments all attention kernels share: the score, then the fields of `Sizes`. The score's limits count from
     each batch row's own diagonal, which kernels add."""
     batches, seq_q, seq_k = score.sizes(q, k)
@@ -149,9 +153,18 @@ def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple:
         score_mod=codegen.mod_arg(score.score_mod),
         blocks=codegen.blocks_arg(score.block_mask),
         raw=tl.constexpr(has_raw_scores(q, score)),
-        precision=tl.constexpr(choose_input_precision(q, v)),
+        precision=tl.constexpr(choose_input_precision(q, v, with_tangents)),
     )
     return args, batches, q.shape[1], k.shape[1], seq_q, seq_k
+
+
+def tangent_args(tangents: Tangents, score: Score, with_dscore: bool = False) -> TangentArgs:
+    """The tangents of a call as an argument of a kernel. with_dscore: also of the score's derivative."""
+    q, k, v = (None if x is None else heads_arg(make_readable(x)) for x in (tangents.q, tangents.k, tangents.v))
+    bias = None if tangents.bias is None else score_tensor_arg(tangents.bias)
+    of_mod = codegen.mod_tangent_args(score.score_mod, tangents.captured, with_dscore)
+    of_scores = any(x is not None for x in (q, k, bias, *tangents.captured))
+    return TangentArgs(q, k, v, bias, make_contiguous(tangents.sinks), of_scores=tl.constexpr(of_scores), **of_mod)
 
 
 def allocate_stats(lse: Tensor, sequences: int, raw: bool) -> tuple[Tensor, StatsPointers]:
@@ -178,11 +191,12 @@ def has_rest(q: Tensor, score: Score) -> bool:
     return not has_raw_scores(q, score)
 
 
-def count_pair_costs(score: Score) -> configs.PairCosts:
-    """The `PairCosts` of a call."""
-    loads = [x.element_size() for x in (score.bias, score.mask) if x is not None]
+def count_pair_costs(score: Score, tangents: Tangents | None = None) -> configs.PairCosts:
+    """The `PairCosts` of a call. Of a pass with tangents, as if all captured tensors had one."""
+    biases = (score.bias, None if tangents is None else tangents.bias)
+    loads = [x.element_size() for x in (*biases, score.mask) if x is not None]
     if score.score_mod is not None:
-        loads += codegen.list_pair_loads(score.score_mod)
+        loads += codegen.list_pair_loads(score.score_mod) * (1 if tangents is None else 2)
     if score.block_mask is not None:
         loads += codegen.list_pair_loads(score.block_mask.mask)
     return configs.PairCosts(
@@ -190,13 +204,19 @@ def count_pair_costs(score: Score) -> configs.PairCosts:
     )
 
 
-def choose_attention_meta(direction: str, q: Tensor, v: Tensor, score: Score) -> dict:
+def count_bias_programs(grad_bias: Tensor, meta: dict) -> int:
+    *planes, size_q, size_k = grad_bias.shape
+    return configs.cdiv(size_k, meta["BLOCK_N"]) * configs.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
+
+
+def choose_attention_meta(direction: str, q: Tensor, v: Tensor, score: Score, tangents: Tangents | None = None) -> dict:
     """Tile sizes and launch options of one pass. A tile lies in one block of a block mask."""
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     cols = configs.choose_cols(head_dim, head_dim_v)
-    has_score_mod, precision = score.score_mod is not None, choose_input_precision(q, v)
-    tiles = configs.choose_tiles(direction, cols, q.element_size(), count_pair_costs(score), has_score_mod, precision)
-    tiles = tune.choose_row(direction, q, v, score, tiles)
+    has_score_mod, precision = score.score_mod is not None, choose_input_precision(q, v, tangents is not None)
+    pairs = count_pair_costs(score, tangents)
+    tiles = configs.choose_tiles(direction, cols, q.element_size(), pairs, has_score_mod, precision)
+    tiles = tune.choose_row(direction, q, v, score, tiles, tangents)
     block_mask = score.block_mask
     block_m, block_n = tiles.block_m, tiles.block_n
     if block_mask is not None:
@@ -287,12 +307,83 @@ def launch_backward(
         return grad_q, grad_k, grad_v, None
     grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
     meta = choose_attention_meta("backward_q", q, v, score)
-    *planes, size_q, size_k = grad_bias.shape
-    programs = configs.cdiv(size_k, meta["BLOCK_N"]) * configs.cdiv(size_q, meta["BLOCK_M"]) * math.prod(planes)
+    programs = count_bias_programs(grad_bias, meta)
     if programs:
         backward_kernels.attention_backward_bias[(programs,)](
             heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), statistics, grad_bias, *args,
             *grad_bias.shape, **meta,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)
+
+
+@launch_on_tensor_device
+def jvp(
+    q: Tensor, k: Tensor, v: Tensor, score: Score, tangents: Tangents
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    q, k, v = make_readable(q), make_readable(k), make_readable(v)
+    batch, seq_q, _ = score.sizes(q, k)
+    packed, heads = score.cu_seqlens is not None, q.shape[1]
+    out, tangent_out = (new_result(q, v.shape[-1], packed) for _ in range(2))
+    lse = new_lse(q, score, torch.float32)
+    rest = None if has_raw_scores(q, score) else new_lse(q, score, torch.float32)
+    tangent_lse = torch.zeros_like(lse) if packed else torch.empty_like(lse)
+    meta = choose_attention_meta("jvp", q, v, score, tangents)
+    programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+    if programs:
+        jvp_kernels.attention_jvp[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), lse, rest, heads_arg(tangent_out), tangent_lse,
+            tangent_args(tangents, score), *attention_args(q, k, v, score, True), **meta,
+        )  # fmt: skip
+    return out, lse, rest, tangent_out, tangent_lse
+
+
+def hvp(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, tangents: Tangents, tangent_out: Tensor,
+    tangent_lse: Tensor, with_grad_bias: bool, grad_captured: list[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    given = grad_out, grad_lse, saved, score, tangents, tangent_out, tangent_lse
+    if any(x is not None for x in grad_captured):  # as in `backward`
+        reference.hvp(*given, False, grad_captured)
+    return launch_hvp(*given, with_grad_bias)
+
+
+@launch_on_tensor_device
+def launch_hvp(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, tangents: Tangents, tangent_out: Tensor,
+    tangent_lse: Tensor, with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    q, k, v, grad_out, out, tangent_out = (make_readable(x) for x in (*saved[:3], grad_out, saved.out, tangent_out))
+    grad_lse, lse, tangent_lse = (make_contiguous(x) for x in (grad_lse, saved.lse, tangent_lse))
+    batch, seq_q, seq_k = score.sizes(q, k)
+    packed, heads = score.cu_seqlens is not None, q.shape[1]
+    grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], packed) for x in (q, k, v))
+    sequences = batch if packed else 0
+    _, statistics = allocate_stats(lse, sequences, has_raw_scores(q, score))
+    _, of_tangents = allocate_stats(lse, sequences, True)
+    rows = DualPointers(statistics, of_tangents)
+    args = tangent_args(tangents, score, True), *attention_args(q, k, v, score, True)
+    meta = choose_attention_meta("hvp_q", q, v, score, tangents)
+    programs = configs.cdiv(seq_q, meta["BLOCK_M"]) * heads * batch
+    if programs:
+        hvp_kernels.attention_hvp_q[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(out), heads_arg(tangent_out), heads_arg(grad_out), lse,
+            saved.rest, grad_lse, tangent_lse, heads_arg(grad_q), rows, *args, **meta,
+        )  # fmt: skip
+    meta_kv = choose_attention_meta("hvp_kv", q, v, score, tangents)
+    programs = configs.cdiv(seq_k, meta_kv["BLOCK_N"]) * k.shape[1] * batch
+    if programs:
+        hvp_kernels.attention_hvp_kv[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), rows, heads_arg(grad_k), heads_arg(grad_v),
+            *args, **meta_kv,
+        )  # fmt: skip
+    if not with_grad_bias or score.bias is None:
+        return grad_q, grad_k, grad_v, None
+    grad_bias = torch.empty(score.bias.shape, dtype=torch.float32, device=q.device)
+    programs = count_bias_programs(grad_bias, meta)
+    if programs:
+        hvp_kernels.attention_hvp_bias[(programs,)](
+            heads_arg(q), heads_arg(k), heads_arg(v), heads_arg(grad_out), rows, grad_bias, *args, *grad_bias.shape,
+            **meta,
         )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias.to(score.bias.dtype)
 
@@ -451,21 +542,35 @@ def norm_backward(
             grad_arg, hidden_arg, weight_arg, mean, rstd, *means, row_count, width, heads, norm.weight_offset,
             **choose_norm_meta(one_row, norm),
         )  # fmt: skip
-    chunks = configs.cdiv(width, tile.cols)
-    programs = configs.count_norm_programs(configs.count_multiprocessors(device), tile, heads * chunks)
-    programs = min(programs, configs.cdiv(row_count // heads, tile.rows))
-    parts = [
-        None if p is None else torch.empty(programs, heads, width, dtype=torch.float32, device=device)
-        for p in (weight, bias)
-    ]
+    grid = choose_norm_grid(tile, row_count, heads, width, device)
+    parts = new_parts(grid[0], weight, bias)
     if row_count:
-        norm_kernels.norm_backward[(programs, heads, chunks)](
+        norm_kernels.norm_backward[grid](
             grad_arg, row_arg(grad_hidden), hidden_arg, weight_arg, mean, rstd, *means, row_arg(grad_x),
             row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
             norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **choose_norm_meta(tile, norm),
         )  # fmt: skip
     grad_weight, grad_bias = sum_parts(parts, (weight, bias))
     return grad_x, grad_residual, grad_weight, grad_bias
+
+
+def choose_norm_grid(
+    tile: configs.NormTile, row_count: int, heads: int, width: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Of a pass backward: (programs that share the rows of a head, heads, chunks of columns)."""
+    chunks = configs.cdiv(width, tile.cols)
+    programs = configs.count_norm_programs(configs.count_multiprocessors(device), tile, heads * chunks)
+    return min(programs, configs.cdiv(row_count // heads, tile.rows)), heads, chunks
+
+
+def new_parts(programs: int, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Memory for the partial sums of the programs, (programs, heads, width)."""
+    return [
+        None
+        if p is None
+        else torch.empty(programs, count_norm_heads(p), p.shape[-1], dtype=torch.float32, device=p.device)
+        for p in parameters
+    ]
 
 
 def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
@@ -478,6 +583,61 @@ def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tenso
             *parts, *gradients, programs, heads * width, BLOCK_PARTS=64, BLOCK_COLS=32, num_warps=4
         )
     return gradients
+
+
+@launch_on_tensor_device
+def norm_jvp(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, tangents: NormTangents,
+    hidden_dtype: torch.dtype, keep_hidden: bool, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    width, row_count, device = x.shape[-1], x.shape[:-1].numel(), x.device
+    y, tangent_y = (torch.empty(x.shape, dtype=x.dtype, device=device) for _ in range(2))
+    hidden, tangent_hidden = (
+        torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None for _ in range(2)
+    )
+    mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
+    rstd = torch.empty(row_count, dtype=torch.float32, device=device)
+    heads, tile = check_norm_heads(weight, bias), configs.choose_norm_tile("jvp", width)
+    direction = Direction(*map(row_arg, tangents[:2]), *map(make_contiguous, tangents[2:]))
+    if row_count:
+        norm_kernels.norm_jvp[(configs.cdiv(row_count // heads, tile.rows), heads)](
+            row_arg(x), row_arg(residual), make_contiguous(weight), make_contiguous(bias), direction, row_arg(y),
+            row_arg(hidden), mean, rstd, row_arg(tangent_y), row_arg(tangent_hidden),
+            dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
+            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single,
+            **choose_norm_meta(tile, norm),
+        )  # fmt: skip
+    return y, hidden, mean, rstd, tangent_y, tangent_hidden
+
+
+@launch_on_tensor_device
+def norm_hvp(
+    grad_y: Tensor, saved: SavedNorm, tangent_hidden: Tensor, tangent_weight: Tensor | None, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None, norm: Norm,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    hidden, weight, _, _, rstd = saved
+    width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
+    grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
+    grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
+    heads, tile = check_norm_heads(weight), configs.choose_norm_tile("hvp", width)
+    rows = row_arg(grad_y), row_arg(hidden), row_arg(tangent_hidden)
+    given = *rows, *map(make_contiguous, (weight, tangent_weight)), saved.mean if norm.center else None, rstd
+    means = None
+    if row_count and not tile.single:
+        means = torch.empty(row_count, norm_kernels.MEANS.value, dtype=torch.float32, device=device)
+        one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
+        norm_kernels.norm_hvp_means[(row_count // heads, heads)](
+            *given, means, row_count, width, heads, norm.weight_offset, **choose_norm_meta(one_row, norm)
+        )
+    grid = choose_norm_grid(tile, row_count, heads, width, device)
+    parts = new_parts(grid[0], weight, None)
+    if row_count:
+        norm_kernels.norm_hvp[grid](
+            *given, means, row_arg(grad_x), row_arg(grad_residual), parts[0], dropout_arg(norm.dropout_p, norm.seed),
+            row_count, width, heads, norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES,
+            **choose_norm_meta(tile, norm),
+        )  # fmt: skip
+    return grad_x, grad_residual, sum_parts(parts, (weight, None))[0]
 
 
 linear = reference.linear

@@ -16,7 +16,8 @@ Dao, "FlashAttention-2" (2023), arXiv:2307.08691, Algorithm 2. The gradient of l
 adds p * grad_lse to ds, which delta includes. Dropout multiplies p in p^T do, and do v^T, by the same factors; a
 softcap multiplies ds by its derivative before grad_q and grad_k.
 
-A third pass, `attention_backward_bias`, sums ds over the positions that share an element of the bias.
+A third pass, `attention_backward_bias`, sums ds over the positions that share an element of the bias, times the
+derivative of a score_mod, which comes after the bias.
 """
 
 from typing import NamedTuple
@@ -58,6 +59,33 @@ class StatsPointers(NamedTuple):
     delta: tl.tensor
     rest: tl.tensor  # raw scores have none: neither written nor read
     stride: tl.tensor
+
+
+class BiasSizes(NamedTuple):
+    """The sizes of a bias, each that of the scores or 1."""
+
+    size_batch: tl.tensor
+    size_head: tl.tensor
+    size_q: tl.tensor
+    size_k: tl.tensor
+
+
+class BiasTile(NamedTuple):
+    """The elements of the bias that a program owns: its batch row and head, the first query and key; and the batch
+    rows, heads, queries and keys to sum over."""
+
+    batch: tl.tensor
+    head: tl.tensor
+    start_m: tl.tensor
+    start_n: tl.tensor
+    first_batch: tl.tensor
+    last_batch: tl.tensor
+    first_head: tl.tensor
+    last_head: tl.tensor
+    first_m: tl.tensor
+    last_m: tl.tensor
+    first_n: tl.tensor
+    last_n: tl.tensor
 
 
 @triton.jit
@@ -123,44 +151,58 @@ def load_stats(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.const
 
 
 @triton.jit
-def recompute_weights(products, lse, rest, score, at, tile, PARTIAL: tl.constexpr):
-    """(p, dscore) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k. `lse` and `rest`
-    broadcast to its shape."""
-    scores, dscore = apply_softcap(score, scale_products(score, products))
-    scores, dscore = apply_score_mods(score, at, scores, dscore, tile)
+def weigh_scores(scores, lse, rest, score, at, tile, PARTIAL: tl.constexpr):
+    """The weights of a tile of scores. `lse` and `rest` broadcast to its shape."""
     if score.raw:
         p = tl.exp2(scores * (score.scale * LOG2E) - lse)
     else:
         p = tl.exp2((scores - lse) * LOG2E - rest)
     if PARTIAL:
         p = tl.where(in_window_and_bounds(score, at.seq, tile), p, 0.0)
-    return p, dscore
+    return p
 
 
 @triton.jit
-def compute_score_gradients(own, k_tile, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
-    """(ds, dscore) of a tile (queries, keys): the gradient of the scores, and their derivative by scale * q.k. own: the
-    QueryTile."""
+def recompute_weights(products, lse, rest, score, at, tile, PARTIAL: tl.constexpr, OF_BIAS: tl.constexpr = False):
+    """(p, dscore) of a tile of q k^T: the weights, and the derivative of the scores by scale * q.k, or by the bias."""
+    scores, dscore = apply_softcap(score, scale_products(score, products))
+    if OF_BIAS:
+        dscore = 1.0
+    scores, dscore = apply_score_mods(score, at, scores, dscore, tile)
+    return weigh_scores(scores, lse, rest, score, at, tile, PARTIAL), dscore
+
+
+@triton.jit
+def compute_score_gradients(
+    own, k_tile, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr, OF_BIAS: tl.constexpr
+):
+    """The gradient of scale * q.k, or of the bias, in a tile (queries, keys). own: the QueryTile."""
     products = tl.dot(own.q, tl.trans(k_tile), input_precision=score.precision)
     queries = own.start + tl.arange(0, shape.BLOCK_M)
     keys = start_n + tl.arange(0, shape.BLOCK_N)[None, :]
     tile = TilePositions(queries[:, None], keys, block_state(score, at, own.start, start_n))
-    p, dscore = recompute_weights(products, own.stats.lse[:, None], own.stats.rest[:, None], score, at, tile, PARTIAL)
+    lse = own.stats.lse[:, None]
+    p, dscore = recompute_weights(products, lse, own.stats.rest[:, None], score, at, tile, PARTIAL, OF_BIAS)
     v_tile = load_tile(v, start_n, at.seq.key_end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, PARTIAL)
     dp = tl.dot(own.grad_out, tl.trans(v_tile), input_precision=score.precision)
     if score.dropout is not None:
         head = at.batch * at.heads + at.head
         dp *= dropout_multipliers(score, head, queries, start_n, shape.BLOCK_N, shape.BLOCK_N)
-    return p * (dp - own.stats.delta[:, None]), dscore
+    return scores_backward(score, p * (dp - own.stats.delta[:, None]), dscore)
 
 
 @triton.jit
 def accumulate_dq(acc, own, k, v, score, at, start_n, shape: tl.constexpr, PARTIAL: tl.constexpr):
     """One key tile of pass 1: acc += ds k."""
     k_tile = load_tile(k, start_n, at.seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, PARTIAL)
-    ds, dscore = compute_score_gradients(own, k_tile, v, score, at, start_n, shape, PARTIAL)
-    ds = scores_backward(score, ds, dscore)
+    ds = compute_score_gradients(own, k_tile, v, score, at, start_n, shape, PARTIAL, False)
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=score.precision)
+
+
+@triton.jit
+def row_dot(a, b):
+    """The products of the rows of two tiles, in float32."""
+    return tl.sum(rounded_product(a.to(tl.float32), b.to(tl.float32)), 1)
 
 
 @triton.jit
@@ -191,7 +233,7 @@ def attention_backward_q(
     do_tile = load_query_tile(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
     out_tile = load_query_tile(out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
     exists = queries < seq.query_end
-    delta = tl.sum(rounded_product(do_tile.to(tl.float32), out_tile.to(tl.float32)), 1)
+    delta = row_dot(do_tile, out_tile)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + row + queries, mask=exists, other=0.0)
     lse_row, rest_row = load_lse(lse, rest, score, row + queries, exists)
@@ -242,6 +284,19 @@ def accumulate_dkv(grads, own, q, grad_out, rows, score, at, start_m, shape: tl.
     return KeyGradients(grad_k, grad_v)
 
 
+@triton.jit
+def store_key_gradients(grads, grad_k, grad_v, score, seq, batch, kv_head, start_n, shape: tl.constexpr):
+    """Store the sums of a program's keys. Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are
+    cleared here, once, and not in the loop over full tiles."""
+    exists = (start_n + tl.arange(0, shape.BLOCK_N) < seq.key_end)[:, None]
+    acc_k = tl.where(exists, grads.k * score.scale, 0.0)
+    acc_v = tl.where(exists, grads.v, 0.0)
+    k_head = head_view(grad_k, batch, kv_head, seq.k_start)
+    store_tile(k_head, acc_k, start_n, seq.seq_k, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D)
+    v_head = head_view(grad_v, batch, kv_head, seq.k_start)
+    store_tile(v_head, acc_v, start_n, seq.seq_k, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV)
+
+
 @kernel(do_not_specialize=NO_SPECIALIZE)
 def attention_backward_kv(
     q, k, v, grad_out, rows, grad_k, grad_v, score, batches, heads, kv_heads, seq_q, seq_k,
@@ -279,15 +334,7 @@ def attention_backward_kv(
             if block_is_active(score, at, start_m, start_n):
                 grads = accumulate_dkv(grads, own, q_head, do_head, rows_head, score, at, start_m, shape, True)
 
-    # Keys past the end were read as 0, but exp2(0 - lse) is not 0: their rows are cleared here, once, and not in the
-    # loop over full tiles.
-    exists = (start_n + tl.arange(0, shape.BLOCK_N) < seq.key_end)[:, None]
-    acc_k = tl.where(exists, grads.k * score.scale, 0.0)
-    acc_v = tl.where(exists, grads.v, 0.0)
-    k_head = head_view(grad_k, batch, kv_head, seq.k_start)
-    store_tile(k_head, acc_k, start_n, seq.seq_k, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D)
-    v_head = head_view(grad_v, batch, kv_head, seq.k_start)
-    store_tile(v_head, acc_v, start_n, seq.seq_k, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV)
+    store_key_gradients(grads, grad_k, grad_v, score, seq, batch, kv_head, start_n, shape)
 
 
 @triton.jit
@@ -295,6 +342,43 @@ def reduction_range(size, index, count, BLOCK: tl.constexpr):
     """(begin, end) of the positions to sum for tile `index` of a dimension of the bias: all where it is broadcast."""
     begin = tl.where(size == 1, 0, index * BLOCK)
     return begin, tl.where(size == 1, count, tl.minimum(begin + BLOCK, count))
+
+
+@triton.jit
+def bias_tile_of_program(bias, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The BiasTile of this program. bias: the BiasSizes."""
+    program = tl.program_id(0)
+    tiles_n = tl.cdiv(bias.size_k, BLOCK_N)
+    tiles_m = tl.cdiv(bias.size_q, BLOCK_M)
+    tile_n = program % tiles_n
+    tile_m = program // tiles_n % tiles_m
+    head = program // tiles_n // tiles_m % bias.size_head
+    batch = program // tiles_n // tiles_m // bias.size_head
+    first_batch, last_batch = reduction_range(bias.size_batch, batch, sizes.batches, 1)
+    first_head, last_head = reduction_range(bias.size_head, head, sizes.heads, 1)
+    first_m, last_m = reduction_range(bias.size_q, tile_m, sizes.seq_q, BLOCK_M)
+    first_n, last_n = reduction_range(bias.size_k, tile_n, sizes.seq_k, BLOCK_N)
+    return BiasTile(
+        batch, head, tile_m * BLOCK_M, tile_n * BLOCK_N,
+        first_batch, last_batch, first_head, last_head, first_m, last_m, first_n, last_n,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_bias_tile(grad_bias, acc, bias, own, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store the sums of a BiasTile. Where queries or keys are broadcast, all rows or columns are summed into the
+    first."""
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    if bias.size_q == 1:
+        acc = tl.where(i[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
+    if bias.size_k == 1:
+        acc = tl.where(j[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
+    i += own.start_m
+    j += own.start_n
+    rows = tl.cast(own.batch * bias.size_head + own.head, tl.int64) * bias.size_q
+    pointers = grad_bias + (rows + i[:, None]) * bias.size_k + j[None, :]
+    tl.store(pointers, acc, mask=(i[:, None] < bias.size_q) & (j[None, :] < bias.size_k))
 
 
 @kernel(do_not_specialize=[*NO_SPECIALIZE, "size_batch", "size_head", "size_q", "size_k"])
@@ -312,47 +396,26 @@ def attention_backward_bias(
     """
     shape: tl.constexpr = Shape(HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N)
     sizes = Sizes(batches, heads, kv_heads, seq_q, seq_k)
-    program = tl.program_id(0)
-    tiles_n = tl.cdiv(size_k, shape.BLOCK_N)
-    tiles_m = tl.cdiv(size_q, shape.BLOCK_M)
-    tile_n = program % tiles_n
-    tile_m = program // tiles_n % tiles_m
-    bias_head = program // tiles_n // tiles_m % size_head
-    bias_batch = program // tiles_n // tiles_m // size_head
-    first_batch, last_batch = reduction_range(size_batch, bias_batch, sizes.batches, 1)
-    first_head, last_head = reduction_range(size_head, bias_head, sizes.heads, 1)
-    first_m, last_m = reduction_range(size_q, tile_m, sizes.seq_q, shape.BLOCK_M)
-    first_n, last_n = reduction_range(size_k, tile_n, sizes.seq_k, shape.BLOCK_N)
+    bias = BiasSizes(size_batch, size_head, size_q, size_k)
+    sums = bias_tile_of_program(bias, sizes, shape.BLOCK_M, shape.BLOCK_N)
     acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
-    for batch in range(first_batch, last_batch):
+    for batch in range(sums.first_batch, sums.last_batch):
         seq = load_seq_info(score, batch, sizes)
-        for head in range(first_head, last_head):
+        for head in range(sums.first_head, sums.last_head):
             at = HeadInfo(batch, head, sizes.heads, seq)
             kv_head = head // (sizes.heads // sizes.kv_heads)
             k_head = head_view(k, batch, kv_head, seq.k_start)
             v_head = head_view(v, batch, kv_head, seq.k_start)
             rows_head = head_stats_pointers(score, rows, at)
-            for start_m in range(first_m, tl.minimum(last_m, seq.query_end), shape.BLOCK_M):
+            for start_m in range(sums.first_m, tl.minimum(sums.last_m, seq.query_end), shape.BLOCK_M):
                 queries = start_m + tl.arange(0, shape.BLOCK_M)
                 q_tile = load_query_tile(q, start_m, at, shape.HEAD_DIM, shape.BLOCK_M, shape.BLOCK_D)
                 do_tile = load_query_tile(grad_out, start_m, at, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV)
                 stats = load_stats(rows_head, queries, seq.query_end, score.raw, True)
                 own = QueryTile(start_m, q_tile, do_tile, stats)
                 begin, end = key_range(score, seq, start_m, shape.BLOCK_M)
-                begin = tl.maximum(first_n, begin // shape.BLOCK_N * shape.BLOCK_N)
-                for start_n in range(begin, tl.minimum(last_n, end), shape.BLOCK_N):
+                begin = tl.maximum(sums.first_n, begin // shape.BLOCK_N * shape.BLOCK_N)
+                for start_n in range(begin, tl.minimum(sums.last_n, end), shape.BLOCK_N):
                     k_tile = load_tile(k_head, start_n, seq.key_end, shape.HEAD_DIM, shape.BLOCK_N, shape.BLOCK_D, True)
-                    ds, _ = compute_score_gradients(own, k_tile, v_head, score, at, start_n, shape, True)
-                    acc += ds
-    # Where queries or keys are broadcast, all rows or columns are summed into the first.
-    i = tl.arange(0, shape.BLOCK_M)
-    j = tl.arange(0, shape.BLOCK_N)
-    if size_q == 1:
-        acc = tl.where(i[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
-    if size_k == 1:
-        acc = tl.where(j[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
-    i += tile_m * shape.BLOCK_M
-    j += tile_n * shape.BLOCK_N
-    bias_rows = tl.cast(bias_batch * size_head + bias_head, tl.int64) * size_q
-    pointers = grad_bias + (bias_rows + i[:, None]) * size_k + j[None, :]
-    tl.store(pointers, acc, mask=(i[:, None] < size_q) & (j[None, :] < size_k))
+                    acc += compute_score_gradients(own, k_tile, v_head, score, at, start_n, shape, True, True)
+    store_bias_tile(grad_bias, acc, bias, sums, shape.BLOCK_M, shape.BLOCK_N)

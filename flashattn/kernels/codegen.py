@@ -10,6 +10,8 @@ import hashlib
 import linecache
 import math
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -273,6 +275,29 @@ def mod_arg(mod: Traced | None) -> ModArgs | None:
     return ModArgs(*_mods[mod.graph], captured_args(mod.captured))
 
 
+_mod_tangents: weakref.WeakKeyDictionary[fx.GraphModule, dict[tuple, triton.JITFunction]]
+_mod_tangents = weakref.WeakKeyDictionary()  # the tangents of a score_mod and of its derivative
+
+
+def mod_tangent_args(mod: Traced | None, tangents: tuple[Tensor | None, ...], with_dscore: bool) -> dict:
+    """The fields of TangentArgs for a score_mod, whose captured tensors have these tangents."""
+    if mod is None:
+        return dict(captured=None, mod_value=None, mod_dscore=None)
+    given = tuple(n for n, x in enumerate(tangents) if x is not None)
+    captured = mod.captured + tuple(x for x in tangents if x is not None)
+
+    def generate(of_dscore: bool) -> triton.JITFunction:
+        functions, key = _mod_tangents.setdefault(mod.graph, {}), (given, of_dscore)
+        if key not in functions:
+            graph = run_in_clean_thread(derive_tangent, mod.graph, mod.captured, given, of_dscore)
+            functions[key] = jit("score_mod", graph, captured)
+        return functions[key]
+
+    with trace_lock:
+        value, dscore = generate(False), generate(True) if with_dscore else None
+    return dict(captured=captured_args(captured), mod_value=value, mod_dscore=dscore)
+
+
 def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
     """A block mask as an argument of a kernel. Its states are 0, 1 and 2: `scores.BLOCK_SKIP` and so on."""
     if block_mask is None:
@@ -287,29 +312,75 @@ def blocks_arg(block_mask: BlockMask | None) -> BlocksArgs | None:
 
 def derive(graph: fx.GraphModule, captured: tuple[Tensor, ...]) -> fx.Graph:
     """The graph of a score_mod's derivative by the score."""
-    from torch._decomp import core_aten_decompositions
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     def dscore(score, *others):
         with torch.enable_grad():
-            score = score.detach().requires_grad_()
-            result = graph(score, *others)
+            return differentiate(graph, score.detach().requires_grad_(), *others)
+
+    return trace_numbers(dscore, list_arguments(graph), captured)
+
+
+def derive_tangent(
+    graph: fx.GraphModule, captured: tuple[Tensor, ...], given: tuple[int, ...], of_dscore: bool
+) -> fx.Graph:
+    """The graph of the tangent of a score_mod, or of its derivative by the score. Its arguments are those of the
+    score_mod with the score's tangent after the positions and, at the end, the tangents of the captured tensors
+    `given`. The gradients are linear in that of the result, and their derivative by it is the tangent: reverse mode
+    twice, since forward mode has one level for all threads, which the caller may be in."""
+
+    def tangent(score, *others):
+        positions, tangent, values = others[:4], others[4], list(others[5 : 5 + len(captured)])
+        tangents = [tangent, *others[5 + len(captured) :]]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (score, *(values[n] for n in given))]
+            for n, leaf in zip(given, leaves[1:], strict=True):
+                values[n] = leaf
+            result = (partial(differentiate, graph) if of_dscore else graph)(leaves[0], *positions, *values)
             if not result.requires_grad:
                 return torch.zeros_like(score)
-            (gradient,) = torch.autograd.grad(
-                result, score, torch.ones_like(result), allow_unused=True, materialize_grads=True
-            )
-        return gradient
+            weight = torch.ones_like(result).requires_grad_()
+            gradients = torch.autograd.grad(result, leaves, weight, create_graph=True, allow_unused=True)
+            pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None]
+            (total,) = torch.autograd.grad([g for g, _ in pairs], weight, [t for _, t in pairs])
+        return total
 
-    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    before, after = (names := list_arguments(graph))[:5], names[5:]
+    after += [f"captured_{len(captured) + n}" for n in range(len(given))]
+    return trace_numbers(tangent, [*before, "tangent", *after], captured + tuple(captured[n] for n in given))
+
+
+def differentiate(graph: fx.GraphModule, score: Tensor, *others: Tensor) -> Tensor:
+    """The derivative of a score_mod by the score, which can be differentiated again."""
+    result = graph(score, *others)
+    if not result.requires_grad:
+        return torch.zeros_like(score)
+    (gradient,) = torch.autograd.grad(
+        result, score, torch.ones_like(result), create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return gradient
+
+
+def list_arguments(graph: fx.GraphModule) -> list[str]:
+    return [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def trace_numbers(function: Callable, names: list[str], captured: tuple[Tensor, ...]) -> fx.Graph:
+    """The graph of a function of numbers with these names, the last of which are captured tensors."""
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     examples = make_example_scalars(1)
+    examples += [examples[0].clone() for _ in names[len(examples) : len(names) - len(captured)]]
     # Only shape and dtype of captured tensors matter: nothing is copied from a GPU.
     examples += [torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape) for x in captured]
-    traced = make_fx(dscore)(*examples)
+    traced = make_fx(function)(*examples)
     functional = torch.func.functionalize(traced)
     table = core_aten_decompositions()
     traced = make_fx(functional, decomposition_table=table)(*examples)  # type: ignore[arg-type]  # of wider keys
     for node, wanted in zip([n for n in traced.graph.nodes if n.op == "placeholder"], names, strict=True):
         node.name = wanted
+    for node in traced.graph.nodes:
+        if node.target in PASSTHROUGH:  # a captured tensor is to be indexed as it is
+            node.replace_all_uses_with(node.args[0])
     traced.graph.eliminate_dead_code()
     return traced.graph

@@ -12,6 +12,7 @@ tune` times their neighbours.
 from __future__ import annotations
 
 import functools
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -158,6 +159,97 @@ ATTENTION: dict[str, dict[str, list[TileRow]]] = {
             (128, 4, TileConfig(16, 16, 4, 1)),
         ],
     },
+    "jvp": {
+        "sm_80": [
+            (64, 2, TileConfig(128, 64, 8, 2)),
+            (128, 2, TileConfig(128, 16, 8, 2)),
+            (256, 2, TileConfig(32, 32, 8, 2)),
+            (64, 4, TileConfig(32, 32, 8, 2)),
+            (128, 4, TileConfig(16, 16, 8, 2)),
+            (256, 4, TileConfig(16, 16, 8, 1)),
+            (64, "tf32", TileConfig(64, 32, 8, 2)),
+            (128, "tf32", TileConfig(64, 32, 8, 2)),
+            (256, "tf32", TileConfig(32, 16, 8, 1)),
+            (64, "tf32x3", TileConfig(32, 32, 8, 2)),
+        ],
+        "sm_90": [
+            (64, 2, TileConfig(128, 64, 8, 2)),
+            (128, 2, TileConfig(128, 32, 8, 2)),
+            (64, "tf32", TileConfig(128, 32, 8, 2)),
+            (128, "tf32", TileConfig(128, 16, 8, 2)),
+            (64, "tf32x3", TileConfig(64, 32, 8, 2)),
+        ],
+        "small": [
+            (256, 2, TileConfig(32, 16, 8, 2)),
+            (128, "tf32", TileConfig(32, 16, 8, 2)),
+        ],
+        "amd": [
+            (64, 2, TileConfig(64, 32, 4, 2)),
+            (256, 2, TileConfig(32, 16, 8, 1)),
+            (128, 4, TileConfig(16, 16, 4, 1)),
+        ],
+    },
+    "hvp_q": {
+        "sm_80": [
+            (64, 2, TileConfig(64, 64, 8, 2)),
+            (128, 2, TileConfig(128, 32, 8, 2)),
+            (256, 2, TileConfig(32, 16, 8, 2)),
+            (64, 4, TileConfig(32, 32, 8, 2)),
+            (128, 4, TileConfig(16, 16, 8, 2)),
+            (256, 4, TileConfig(16, 16, 8, 1)),
+            (64, "tf32", TileConfig(64, 32, 8, 2)),
+            (128, "tf32", TileConfig(32, 16, 8, 2)),
+            (256, "tf32", TileConfig(16, 16, 8, 1)),
+            (64, "tf32x3", TileConfig(16, 32, 8, 2)),
+        ],
+        "sm_90": [
+            (64, 2, TileConfig(128, 64, 8, 2)),
+            (128, 2, TileConfig(128, 32, 8, 2)),
+            (256, 2, TileConfig(32, 32, 8, 2)),
+            (64, "tf32", TileConfig(128, 32, 8, 2)),
+            (128, "tf32", TileConfig(32, 32, 8, 2)),
+        ],
+        "small": [
+            (64, 2, TileConfig(128, 32, 8, 2)),
+            (128, 2, TileConfig(32, 32, 8, 2)),
+            (256, 2, TileConfig(32, 16, 8, 1)),
+            (128, "tf32", TileConfig(16, 16, 8, 2)),
+        ],
+        "amd": [
+            (64, 2, TileConfig(64, 32, 4, 2)),
+            (256, 2, TileConfig(32, 16, 4, 1)),
+            (128, 4, TileConfig(16, 16, 4, 1)),
+        ],
+    },
+    "hvp_kv": {
+        "sm_80": [
+            (64, 2, TileConfig(32, 64, 8, 2)),
+            (128, 2, TileConfig(16, 128, 8, 2)),
+            (256, 2, TileConfig(16, 32, 8, 2)),
+            (64, 4, TileConfig(16, 32, 8, 2)),
+            (256, 4, TileConfig(16, 16, 8, 1)),
+            (64, "tf32", TileConfig(16, 64, 8, 2)),
+            (128, "tf32", TileConfig(16, 32, 8, 1)),
+            (256, "tf32", TileConfig(16, 16, 8, 1)),
+            (64, "tf32x3", TileConfig(16, 16, 8, 2)),
+        ],
+        "sm_90": [
+            (64, 2, TileConfig(32, 128, 8, 2)),
+            (128, 2, TileConfig(16, 128, 8, 1)),
+            (256, 2, TileConfig(16, 32, 8, 1)),
+            (64, "tf32", TileConfig(16, 32, 8, 1)),
+        ],
+        "small": [
+            (128, 2, TileConfig(16, 64, 8, 2)),
+            (256, 2, TileConfig(16, 16, 8, 1)),
+            (128, "tf32", TileConfig(16, 16, 8, 1)),
+        ],
+        "amd": [
+            (64, 2, TileConfig(32, 32, 4, 2)),
+            (256, 2, TileConfig(16, 16, 4, 1)),
+            (128, 4, TileConfig(16, 16, 4, 1)),
+        ],
+    },
 }
 
 # For calls that change scores or weights by more than a scale and positions, which needs registers: smaller tiles,
@@ -244,14 +336,21 @@ SPLITS = 32  # of a row's keys, at most: one tile of the merge
 SPLIT_QUERIES = 16  # queries at most; beyond, one program reads all keys, so that the workspace stays linear
 ROTARY_ELEMENTS = 2048  # of a program that rotates and stores
 
+# What a pass owns and what it visits: how many tensors of head_dim columns, how many of head_dim_v.
+TENSORS = {
+    "forward": ((1, 0), (1, 1)), "decode": ((1, 0), (1, 1)),
+    "backward_q": ((1, 1), (1, 1)), "backward_kv": ((1, 1), (1, 1)),
+    "jvp": ((2, 0), (2, 2)), "hvp_q": ((2, 1), (2, 2)), "hvp_kv": ((2, 2), (2, 1)),
+}  # fmt: skip
+WITH_TANGENTS = ("jvp", "hvp_q", "hvp_kv")
 # Where a family has no row of its own, it uses the next one's.
 FALLBACK = {"sm_100": "sm_90", "sm_90": "sm_80", "small": "sm_80", "amd": "small"}
 INTERPRETED = TileConfig(64, 32, 4, 1)  # small, so that short sequences cross tile boundaries too
 
 # Norms, by pass: the widest row that is kept in registers, and the elements in a tile of narrower rows. The backward
 # pass takes wider rows by chunks of NORM_CHUNK columns: the fewer columns a program has, the fewer its partial sums.
-NORM_COLS = {"forward": 32768, "backward": 8192}
-NORM_ELEMENTS = {"forward": 2048, "backward": 4096}
+NORM_COLS = {"forward": 32768, "backward": 8192, "jvp": 8192, "hvp": 4096}
+NORM_ELEMENTS = {"forward": 2048, "backward": 4096, "jvp": 2048, "hvp": 2048}
 NORM_CHUNK = 1024
 NORM_RESIDENT = 8192  # elements of backward tiles whose registers a multiprocessor has: at most 128 for 16 elements
 NORM_STAGES = 2  # of the backward pass: while it works on a tile, it copies the next one to shared memory
@@ -295,7 +394,7 @@ def find_shared_memory(arch: str) -> int:
 
 
 def choose_norm_tile(direction: str, width: int, mixed: bool = False, dropout: bool = False) -> NormTile:
-    """The tile of one pass ("forward", "backward") over rows of `width` columns.
+    """The tile of one pass ("forward", "backward", "jvp", "hvp") over rows of `width` columns.
 
     mixed: h has another dtype than x. It then changes its layout, which takes registers, as dropout does: at 32,768
     columns the former makes 23 instructions spill on sm_90, the latter 765.
@@ -304,7 +403,7 @@ def choose_norm_tile(direction: str, width: int, mixed: bool = False, dropout: b
     if direction == "forward":
         limit //= 4 if dropout else 2 if mixed else 1
     single = width <= limit
-    if not single and direction == "backward":
+    if not single and direction in ("backward", "hvp"):
         limit = NORM_CHUNK
     cols = min(next_power_of_2(width), limit)
     rows = max(1, NORM_ELEMENTS[direction] // cols)
@@ -424,27 +523,39 @@ def count_shared_bytes(
     where tensor cores or ldmatrix read them. AMD's compiler keeps those, and the loads of each pair, in registers; it
     changes the layout of results through shared memory, after the loop.
     """
-    owned, visited = (tiles.block_n, tiles.block_m) if direction == "backward_kv" else (tiles.block_m, tiles.block_n)
-    owned_cols = cols[0] if direction in ("forward", "decode") else sum(cols)
+    owned, visited = (tiles.block_n, tiles.block_m) if owns_keys(direction) else (tiles.block_m, tiles.block_n)
+    owned_cols, visited_cols = (sum(map(mul, count, cols)) for count in TENSORS[direction])
     staged = tiles.stages - 1
+    if staged == 0:  # no more are there at a time
+        visited_cols = min(visited_cols, 3 * max(cols))
     nvidia = arch.startswith("sm_")
     tensor_cores = itemsize == 2 or precision != "ieee"
     reads_shared = nvidia and tensor_cores and int(arch.removeprefix("sm_")) in range(90, 120)  # wgmma, tcgen05.mma
     copies = max(staged + reads_shared, 1)  # one is read while the next ones are being copied
-    # lse and delta of each visited query, and the rest of lse unless scores are raw.
-    numbers = 12 if direction == "backward_kv" and (itemsize == 4 or pairs.changes_tiles) else 8
-    rows = copies * visited * (sum(cols) * itemsize + numbers) + nvidia * owned * owned_cols * itemsize
+    # lse and delta of each visited query, the rest of lse unless scores are raw, and the tangents of lse and delta.
+    numbers = 12 if owns_keys(direction) and (itemsize == 4 or pairs.changes_tiles) else 8
+    numbers += 8 * (direction == "hvp_kv")
+    rows = copies * visited * (visited_cols * itemsize + numbers) + nvidia * owned * owned_cols * itemsize
     if precision == "tf32x3":  # big and small: of owned tiles, and of the wider of k and v in place of a copy of each
         rows += (owned * owned_cols + visited * (max(cols) - min(cols))) * itemsize
-    if nvidia and (staged == 0 or precision == "tf32"):  # ldmatrix transposes 16-bit elements alone
+    twice = staged == 0 or precision == "tf32"  # ldmatrix transposes 16-bit elements alone
+    if direction in WITH_TANGENTS:
+        twice = tensor_cores and (twice or direction == "hvp_kv")
+    if nvidia and twice:
         rows += visited * max(cols) * itemsize  # a tile that two products read lies there twice, once transposed
     # These change their layout through shared memory: random numbers, loads that are not staged, and weights and their
-    # gradients as operands, which wgmma reads from registers.
-    operands = 0 if arch == "sm_90" and tensor_cores else 2 * itemsize
+    # gradients as operands, which wgmma reads from registers, but not those of two groups of warps on the same rows;
+    # hvp_kv has two at a time.
+    operands = 0 if arch == "sm_90" and tensor_cores and direction not in WITH_TANGENTS else 2 * itemsize
+    operands *= 1 + (direction == "hvp_kv")
     scratch = operands + max(4 * pairs.dropout, pairs.widest * (staged == 0))
     pair = nvidia * staged * pairs.loaded + scratch
     loop = rows + tiles.block_m * tiles.block_n * pair + SCRATCH
     return loop if nvidia else max(loop, owned * max(cols) * itemsize)
+
+
+def owns_keys(direction: str) -> bool:
+    return direction.endswith("_kv")
 
 
 def choose_paged_stages(stages: int) -> int:
@@ -455,12 +566,12 @@ def choose_paged_stages(stages: int) -> int:
 
 def shrink_tiles(direction: str, tiles: TileConfig) -> TileConfig | None:
     """The next tiles to try where these do not fit: fewer stages, then fewer visited rows, then fewer owned ones; None
-    after the smallest."""
+    after the smallest. Tangents of float32 at a head_dim of 256 need tiles that tensor cores do not have."""
     if tiles.stages > 1:
         return tiles._replace(stages=tiles.stages - 1)
-    sides = ("block_m", "block_n") if direction == "backward_kv" else ("block_n", "block_m")
-    for side in sides:
-        if getattr(tiles, side) > 16:
+    sides = ("block_m", "block_n") if owns_keys(direction) else ("block_n", "block_m")
+    for side, least in zip(sides, (16, 8 if direction in WITH_TANGENTS else 16), strict=True):
+        if getattr(tiles, side) > least:
             return tiles._replace(**{side: getattr(tiles, side) // 2})
     return None
 
@@ -470,7 +581,7 @@ def look_up_tiles(
 ) -> TileConfig:
     """The row for elements of `kind` bytes, or for float32 on tensor cores of "tf32", "tf32x3"."""
     while True:
-        smaller_rows = CHANGED_SCORES[direction].get(family, []) if changes_tiles else []
+        smaller_rows = CHANGED_SCORES.get(direction, {}).get(family, []) if changes_tiles else []
         for largest, size, tiles in smaller_rows + ATTENTION[direction].get(family, []):
             if head_dim <= largest and kind == size:
                 return tiles

@@ -31,6 +31,12 @@ def fold_tile(products, m_i, l_i, score, at, tile, PARTIAL: tl.constexpr):
     """(weights, alpha, m_i, l_i): a tile of q k^T folded into the softmax."""
     scores, dscore = apply_softcap(score, scale_products(score, products))
     scores, _ = apply_score_mods(score, at, scores, dscore, tile)
+    return fold_scores(scores, m_i, l_i, score, at, tile, PARTIAL)
+
+
+@triton.jit
+def fold_scores(scores, m_i, l_i, score, at, tile, PARTIAL: tl.constexpr):
+    """The same from the scores of a tile."""
     if PARTIAL:
         scores = tl.where(in_window_and_bounds(score, at.seq, tile), scores, float("-inf"))
     # A feature that gives -inf can leave a row without a key in any tile.
@@ -54,7 +60,7 @@ def finalize_softmax(m_i, l_i, score, head):
 
 @triton.jit
 def finalize_and_store_lse(lse, rest, m_i, l_i, score, at, queries):
-    """Store lse and, if asked for, its rest. Returns (l, alpha) of `finalize_softmax`."""
+    """Store lse and, if asked for, its rest. Returns (l, alpha, lse, rest) of `finalize_softmax`."""
     if score.q_lengths is not None:
         m_i = tl.where(queries < at.seq.query_end, m_i, float("-inf"))
         l_i = tl.where(queries < at.seq.query_end, l_i, 0.0)
@@ -63,7 +69,7 @@ def finalize_and_store_lse(lse, rest, m_i, l_i, score, at, queries):
     tl.store(lse + offset + queries, lse_row, mask=queries < at.seq.seq_q)
     if rest is not None:
         tl.store(rest + offset + queries, rest_row, mask=queries < at.seq.seq_q)
-    return l_i, alpha
+    return l_i, alpha, lse_row, rest_row
 
 
 @triton.jit
@@ -116,7 +122,7 @@ def attention_forward(
             state = attend_tile(state, q_tile, k, v, score, at, start_m, start_n, shape, True)
 
     queries = start_m + tl.arange(0, shape.BLOCK_M)
-    l_i, alpha = finalize_and_store_lse(lse, rest, state.m_i, state.l_i, score, at, queries)
+    l_i, alpha, _, _ = finalize_and_store_lse(lse, rest, state.m_i, state.l_i, score, at, queries)
     acc = state.acc
     if score.sinks is not None:
         acc *= alpha[:, None]

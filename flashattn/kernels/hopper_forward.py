@@ -245,7 +245,7 @@ def attend_queries(
     release(rings.v, number - 1)
 
     queries = start_m + gl.arange(0, 64, ROW)
-    l_i, alpha = finalize_and_store_lse(outputs.lse, outputs.rest, state.m_i, state.l_i, score, at, queries)
+    l_i, alpha, _, _ = finalize_and_store_lse(outputs.lse, outputs.rest, state.m_i, state.l_i, score, at, queries)
     if score.sinks is not None:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     total = gl.convert_layout(l_i, gl.SliceLayout(1, OUT))[:, None]

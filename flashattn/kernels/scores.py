@@ -5,7 +5,8 @@ compiled away. A new feature is one field here and one branch in the function th
 
 - `key_tiles` and `query_tiles` leave out tiles that it masks entirely;
 - `in_window_and_bounds` masks by position inside a tile;
-- `apply_softcap` and `apply_score_mods` change the scores themselves.
+- `apply_softcap` and `apply_score_mods` change the scores themselves, and the function beside each part of these that
+  says "tangent" differentiates it once more, for `jvp.py` and `hvp.py`.
 
 Tiles come in two kinds. In a *full* tile every score is kept, so the loop over full tiles compares and selects nothing.
 *Partial* tiles (at the diagonal, at the end of a sequence) are the others; one loop visits those on both sides.
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from .dropout import DropoutArgs
 from .softmax import LOG2E
-from .state import HeadInfo, SeqInfo
-from .tiles import rounded_product
+from .state import Dual, HeadInfo, SeqInfo
+from .tiles import Heads, rounded_product
 
 # Kernel arguments that Triton must not specialise on: it would compile a length of 1, or a multiple of 16, anew, and
 # with a constant 1 folded in, the assembler of CUDA 12.8 (in Triton 3.7.1) crashes on the backward. On numbers inside a
@@ -90,6 +91,23 @@ class ScoreArgs(NamedTuple):
     blocks: BlocksArgs | None = None
     raw: tl.constexpr = tl.constexpr(False)  # scores are q.k, unscaled: softmax folds the scale into its exponents
     precision: tl.constexpr = tl.constexpr("ieee")  # of float32 products (`precision.py`)
+
+
+class TangentArgs(NamedTuple):
+    """The tangents of a call's tensors. None is 0, and the code that would read it is compiled away. Constants come
+    last, as in ScoreArgs."""
+
+    q: Heads | None
+    k: Heads | None
+    v: Heads | None
+    bias: ScoreTensor | None
+    sinks: tl.tensor | None  # (heads,)
+    captured: tuple | None  # what a score_mod captured, and then the tangents that some of it have
+    # The tangents of the score_mod and, for `hvp.py`, of its derivative, generated from its graph: functions of (score,
+    # batch, head, query, key, tangent, captured).
+    mod_value: tl.constexpr
+    mod_dscore: tl.constexpr
+    of_scores: tl.constexpr  # whether the scores have one
 
 
 class TileRanges(NamedTuple):
@@ -276,6 +294,17 @@ def apply_softcap(score, scores):
 
 
 @triton.jit
+def softcap_tangents(score, scores, dscore, tangent):
+    """The tangents of `apply_softcap`'s results, (scores, dscore), from that of its argument."""
+    dscore_tangent = 0.0
+    if score.softcap is not None:
+        t = scores * score.inverse_softcap
+        dscore_tangent = (-2.0 * t * score.inverse_softcap) * (dscore * tangent)
+        tangent *= dscore
+    return tangent, dscore_tangent
+
+
+@triton.jit
 def score_tensor_pointers(x, batch, head, queries, keys):
     """Pointers to a mask or a bias at positions that broadcast. 64-bit: it may pass 2**31 elements."""
     base = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch + tl.cast(head, tl.int64) * x.stride_head
@@ -310,36 +339,121 @@ def signed_infinity(keep):
 
 
 @triton.jit
-def apply_score_mods(score, at, scores, dscore, tile):
-    """(scores, dscore): ALiBi, bias, score_mod and masks applied to capped scores, and the derivative of the result by
-    scale * q.k."""
+def pair_exists(seq, tile):
+    """Which pairs of a tile are inside of the sequence."""
+    return (tile.queries < seq.query_end) & (tile.keys < seq.key_end)
+
+
+@triton.jit
+def add_biases(score, at, scores, tile):
+    """Scores with ALiBi and bias."""
     batch, head, seq = at.batch, at.head, at.seq
     queries, keys = tile.queries, tile.keys
     if score.alibi_slopes is not None:
         alibi = tl.load(score.alibi_slopes + batch * score.alibi_stride + head)
         scores -= alibi * tl.abs(queries + seq.diagonal - keys).to(tl.float32)
-    exists = (queries < seq.query_end) & (keys < seq.key_end)
     if score.bias is not None:
+        exists = pair_exists(seq, tile)
         bias = tl.load(score_tensor_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
         scores += bias.to(tl.float32)
+    return scores
+
+
+@triton.jit
+def add_bias_tangents(tangents, at, tangent, tile):
+    """The tangent of `add_biases`'s result, from that of its argument."""
+    if tangents.bias is not None:
+        pointers = score_tensor_pointers(tangents.bias, at.batch, at.head, tile.queries, tile.keys)
+        tangent += tl.load(pointers, mask=pair_exists(at.seq, tile), other=0.0).to(tl.float32)
+    return tangent
+
+
+@triton.jit
+def mod_positions(seq, tile):
+    """The queries and keys of a tile for a callable. A tile may pass the end of the sequence: positions stop there, so
+    that reads of captured tensors stay inside."""
+    return tl.minimum(tile.queries, seq.query_end - 1), tl.minimum(tile.keys, seq.key_end - 1)
+
+
+@triton.jit
+def apply_score_mod(score, at, scores, dscore, tile):
+    """(scores, dscore) after the score_mod."""
     if score.score_mod is not None:
-        # A tile may pass the end of the sequence: positions stop there, so that reads of captured tensors stay inside.
-        i = tl.minimum(queries, seq.query_end - 1)
-        j = tl.minimum(keys, seq.key_end - 1)
+        i, j = mod_positions(at.seq, tile)
         # (A tuple that holds a function cannot be assigned to a variable.)
         captured = score.score_mod.captured
-        dscore, _ = tl.broadcast(dscore * score.score_mod.dscore(scores, batch, head, i, j, captured), scores)
-        value = score.score_mod.value(scores, batch, head, i, j, captured)
+        dscore, _ = tl.broadcast(dscore * score.score_mod.dscore(scores, at.batch, at.head, i, j, captured), scores)
+        value = score.score_mod.value(scores, at.batch, at.head, i, j, captured)
         scores, _ = tl.broadcast(rounded_product(value, 1.0), scores)  # rounded as in `scale_products`
+    return scores, dscore
+
+
+@triton.jit
+def score_mod_tangents(score, tangents, at, dual, tile):
+    """The tangents of `apply_score_mod`'s results, (scores, dscore), from the `Dual` of its arguments."""
+    tangent = dual.tangent
+    dscore_tangent = dual.dscore_tangent
+    if score.score_mod is not None:
+        i, j = mod_positions(at.seq, tile)
+        captured = tangents.captured
+        if tangents.mod_dscore is not None:
+            own = score.score_mod.dscore(dual.scores, at.batch, at.head, i, j, score.score_mod.captured)
+            own_tangent = tangents.mod_dscore(dual.scores, at.batch, at.head, i, j, tangent, captured)
+            dscore_tangent = dscore_tangent * own + dual.dscore * own_tangent
+        value = tangents.mod_value(dual.scores, at.batch, at.head, i, j, tangent, captured)
+        tangent, _ = tl.broadcast(rounded_product(value, 1.0), dual.scores)
+    return tangent, dscore_tangent
+
+
+@triton.jit
+def mask_scores(score, at, scores, tile):
+    """Scores with -inf where the mask or the block mask hides a pair."""
+    batch, head, seq = at.batch, at.head, at.seq
+    queries, keys = tile.queries, tile.keys
     if score.mask is not None:
+        exists = pair_exists(seq, tile)
         keep = tl.load(score_tensor_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.minimum(scores, signed_infinity(keep))
     if score.blocks is not None:
-        i = tl.minimum(queries, seq.query_end - 1)
-        j = tl.minimum(keys, seq.key_end - 1)
+        i, j = mod_positions(seq, tile)
         keep = score.blocks.mask_mod(batch, head, i, j, score.blocks.captured) | (tile.block_state == BLOCK_FULL)
         scores = tl.where(keep, scores, float("-inf"))
-    return scores, dscore
+    return scores
+
+
+@triton.jit
+def apply_score_mods(score, at, scores, dscore, tile):
+    """(scores, dscore): ALiBi, bias, score_mod and masks applied to capped scores, and the derivative of the result by
+    scale * q.k."""
+    scores = add_biases(score, at, scores, tile)
+    scores, dscore = apply_score_mod(score, at, scores, dscore, tile)
+    return mask_scores(score, at, scores, tile), dscore
+
+
+@triton.jit
+def linearize_scores(score, tangents, at, products, tangent_products, tile, OF_BIAS: tl.constexpr):
+    """The `Dual` of a tile's scores, from q.k and its tangent. OF_BIAS: with the derivative by the bias instead of that
+    by scale * q.k."""
+    scores, dscore = apply_softcap(score, scale_products(score, products))
+    tangent, dscore_tangent = softcap_tangents(score, scores, dscore, tangent_products * score.scale)
+    if OF_BIAS:
+        dscore = 1.0
+        dscore_tangent = 0.0
+    scores = add_biases(score, at, scores, tile)
+    tangent = add_bias_tangents(tangents, at, tangent, tile)
+    dual = Dual(scores, dscore, tangent, dscore_tangent)
+    tangent, dscore_tangent = score_mod_tangents(score, tangents, at, dual, tile)
+    scores, dscore = apply_score_mod(score, at, scores, dscore, tile)
+    return Dual(mask_scores(score, at, scores, tile), dscore, tangent, dscore_tangent)
+
+
+@triton.jit
+def hide_tangent(tangents, p, tangent):
+    """The tangent of scores whose weights are p. A weight of 0 has none, whatever a callable or a hidden bias makes of
+    it."""
+    if tangents.bias is not None or tangents.mod_value is not None:
+        tangent = tl.where(p == 0.0, 0.0, tangent)
+    return tangent
 
 
 @triton.jit
@@ -350,3 +464,12 @@ def scores_backward(score, ds, dscore):
     elif score.softcap is not None:
         ds *= dscore
     return ds
+
+
+@triton.jit
+def scores_backward_tangent(score, ds, ds_tangent, dual):
+    """The tangent of `scores_backward`'s result, from the gradient of the scores and its tangent."""
+    result = scores_backward(score, ds_tangent, dual.dscore)
+    if score.score_mod is not None or score.softcap is not None:
+        result += scores_backward(score, ds, dual.dscore_tangent)
+    return result

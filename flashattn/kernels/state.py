@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import triton.language as tl
 
+from .tiles import Matrix
+
 
 class Shape(NamedTuple):
     """The sizes that a pass is compiled for: head dimensions, columns of a tile of q or k and of one of v, queries and
@@ -59,6 +61,15 @@ class TilePositions(NamedTuple):
     block_state: tl.tensor
 
 
+class Dual(NamedTuple):
+    """Scores, their derivative by scale * q.k, and the tangents of both; 0 at compile time where there is none."""
+
+    scores: tl.tensor
+    dscore: tl.tensor
+    tangent: tl.tensor
+    dscore_tangent: tl.tensor
+
+
 class Softmax(NamedTuple):
     """The online softmax of some rows: unnormalised output, running maximum and running sum."""
 
@@ -67,12 +78,45 @@ class Softmax(NamedTuple):
     l_i: tl.tensor
 
 
+class SoftmaxTangent(NamedTuple):
+    """The tangent of a `Softmax`: of the unnormalised output at constant weights' sum, and the sum of the weights times
+    the tangents of their scores."""
+
+    acc: tl.tensor
+    mu: tl.tensor
+
+
 class RowStats(NamedTuple):
     """lse and its rest, as `load_lse` returns them, and delta of some queries, in registers."""
 
     lse: tl.tensor
     delta: tl.tensor
     rest: tl.tensor
+
+
+class KeyViews(NamedTuple):
+    """k and v of a head in memory, and their tangents."""
+
+    k: Matrix
+    v: Matrix
+    tangent_k: Matrix | None
+    tangent_v: Matrix | None
+
+
+class QueryViews(NamedTuple):
+    """q and grad_out of a head in memory, and the tangent of q."""
+
+    q: Matrix
+    grad_out: Matrix
+    tangent_q: Matrix | None
+
+
+class DualStats(NamedTuple):
+    """The RowStats of some queries, and the tangents of lse and delta."""
+
+    rows: RowStats
+    tangent_lse: tl.tensor
+    tangent_delta: tl.tensor
 
 
 class QueryTile(NamedTuple):
@@ -90,6 +134,26 @@ class KeyTile(NamedTuple):
     start: tl.tensor
     k: tl.tensor
     v: tl.tensor
+
+
+class DualQueryTile(NamedTuple):
+    """A `QueryTile` with the tangents of its queries."""
+
+    start: tl.tensor
+    q: tl.tensor
+    tangent_q: tl.tensor | None
+    grad_out: tl.tensor
+    stats: DualStats
+
+
+class DualKeyTile(NamedTuple):
+    """A `KeyTile` with the tangents of its keys and values."""
+
+    start: tl.tensor
+    k: tl.tensor
+    tangent_k: tl.tensor | None
+    v: tl.tensor
+    tangent_v: tl.tensor | None
 
 
 class KeyGradients(NamedTuple):

@@ -16,7 +16,7 @@ import statistics
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 import triton
@@ -29,6 +29,9 @@ from ..score import Score
 from . import configs
 from .configs import Roles, TileConfig
 from .precision import choose_input_precision
+
+if TYPE_CHECKING:
+    from ..protocol import Tangents
 
 ENABLED = os.environ.get("FLASHATTN_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret
 SMALLEST, LARGEST = 16, 256  # of a side of a tile
@@ -232,10 +235,12 @@ _searching = threading.Lock()  # one search at a time: others would share the GP
 
 
 @overload
-def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: TileConfig) -> TileConfig: ...
+def choose_row(
+    direction: str, q: Tensor, v: Tensor, score: Score, row: TileConfig, tangents: Tangents | None = None
+) -> TileConfig: ...
 @overload
 def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: Roles) -> Row: ...
-def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> Row:
+def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: Row, tangents: Tangents | None = None) -> Row:
     """The row for a pass: forced by a search, or chosen by one, else that of the table. A forced TileConfig selects the
     plain kernel; where the plain kernel runs anyway, a forced row of HOPPER is ignored."""
     found = _forced.get().get(direction)
@@ -243,7 +248,7 @@ def choose_row(direction: str, q: Tensor, v: Tensor, score: Score, row: Row) -> 
         return row if isinstance(found, Roles) and isinstance(row, TileConfig) else found
     if not ENABLED:
         return row
-    kind, unknown = (*make_kind(direction, q, v, score), type(row)), _unknown.get()
+    kind, unknown = (*make_kind(direction, q, v, score, tangents), type(row)), _unknown.get()
     if unknown is not None and kind not in _chosen:
         unknown[kind] = Unknown(row, list_candidates(direction, max(q.shape[-1], v.shape[-1]), row))
     return _chosen.get(kind, row)
@@ -257,14 +262,17 @@ def list_candidates(direction: str, head_dim: int, row: Row) -> Sequence[Row]:
     return configs.list_hopper_candidates(direction, head_dim, has_changes)
 
 
-def make_kind(direction: str, q: Tensor, v: Tensor, score: Score) -> tuple:
+def make_kind(direction: str, q: Tensor, v: Tensor, score: Score, tangents: Tangents | None = None) -> tuple:
     """The key by which calls share tiles: everything that the kernel is compiled for, so that tiles that fit one call
     fit all."""
     *fields, score_mod, block_mask = score
     blocks = block_mask and (block_mask.mask.graph, block_mask.block_q, block_mask.block_k)
     features = tuple(describe_operand(x) for x in (*fields, *(score_mod.captured if score_mod else ())))
     mod = score_mod and score_mod.graph
-    dtype = q.dtype, choose_input_precision(q, v)
+    if tangents is not None:
+        *inputs, captured = tangents
+        features += tuple(describe_operand(x) for x in (*inputs, *captured))
+    dtype = q.dtype, choose_input_precision(q, v, tangents is not None)
     return direction, q.device, dtype, q.shape[-1], v.shape[-1], score.dropout_p > 0, features, mod, blocks
 
 

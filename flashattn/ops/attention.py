@@ -22,6 +22,7 @@ from ..protocol import Saved
 from ..score import SCORE_FIELDS, Score, write_operator_schema
 from ..score_mod import BlockMask, Traced
 from ..tensors import cast_like, find_accumulation_dtype, new_result, replace_none
+from . import folding
 from .register import implement_with_autograd
 
 # A Score as operators take it: its fields, the backend, the blocks of a block mask, and the callables.
@@ -101,6 +102,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tu
     inputs = (q, k, v, score.bias, score.sinks, *captured)
     must_dispatch, requires_grad = tracing.choose_path(*inputs)
     if must_dispatch:
+        if tracing.is_in_vmap():
+            mapped = folding.map_call(q, k, v, score, lambda q, k, v, score: attention(q, k, v, score, backend))
+            if mapped is not None:
+                return mapped
         tracing.refuse_onnx("attention_forward")
         out, lse, _ = dispatch("attention_forward", (q, k, v), score, backend)
         return out, lse

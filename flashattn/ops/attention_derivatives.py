@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..backends import BACKENDS
 from ..protocol import Saved, Tangents
@@ -51,9 +52,10 @@ ops = torch.ops.flashattn
 
 def read_tangents(flat: Sequence, score: Score) -> Tangents:
     """Those of an operator's arguments."""
-    *fields, moved = flat
+    q, k, v, bias, sinks, moved = flat
     captured = () if score.score_mod is None else score.score_mod.captured
-    return Tangents(*fields, tuple(t if t.shape == x.shape else None for t, x in zip(moved, captured, strict=True)))
+    of_captured = tuple(t if t.shape == x.shape else None for t, x in zip(moved, captured, strict=True))
+    return Tangents(q, k, v, bias, sinks, of_captured)
 
 
 # ------------------------------------------------------------------------------------------------ implementations
@@ -75,19 +77,19 @@ def _(q, k, v, *flat):
 
 @implement_with_autograd("attention_hvp")
 def _(grad_out, grad_lse, q, k, v, out, lse, rest, with_grad_bias, with_grad_captured, *flat):
-    *tangents, tangent_out, tangent_lse = flat[: ATTENTION_TANGENTS + 2]
+    *moved, tangent_out, tangent_lse = flat[: ATTENTION_TANGENTS + 2]
     score, backend = attention.unflatten(flat[ATTENTION_TANGENTS + 2 :])
-    tangents = read_tangents(tangents, score)
+    tangents = read_tangents(moved, score)
     saved, captured = attention.make_saved(q, k, v, out, lse, rest), () if score.score_mod is None else flat[CAPTURED]
     totals = attention.new_totals(captured, with_grad_captured, lse.dtype)
-    *gradients, grad_bias = BACKENDS[backend].hvp(
+    grad_q, grad_k, grad_v, grad_bias = BACKENDS[backend].hvp(
         grad_out, grad_lse, saved, score, tangents, tangent_out, tangent_lse, with_grad_bias, totals
     )
     grad_sinks = None
     if score.sinks is not None:
         grad_sinks = compute_sink_hvp(grad_out, grad_lse, saved, score.sinks, tangents.sinks, tangent_out, tangent_lse)
     grad_captured = attention.cast_totals(totals, captured)
-    return attention.fill_unneeded(*gradients, grad_bias, grad_sinks, grad_captured, like=lse)
+    return attention.fill_unneeded(grad_q, grad_k, grad_v, grad_bias, grad_sinks, grad_captured, like=lse)
 
 
 def compute_sink_hvp(
@@ -112,12 +114,12 @@ def _(*args):
 class Trained(NamedTuple):
     """What belongs to each input that has a derivative: its gradient, its tangent, or whether one is needed."""
 
-    q: Any
-    k: Any
-    v: Any
-    bias: Any
-    sinks: Any
-    captured: Any  # a list
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    bias: Any = None
+    sinks: Any = None
+    captured: Sequence = ()
 
     @property
     def is_empty(self) -> bool:
@@ -132,13 +134,13 @@ class Trained(NamedTuple):
         return *self[:3], *of_settings
 
 
+NOTHING = Trained()
+
+
 def select_trained(inputs: Sequence) -> Trained:
     """From what is in those places."""
     q, k, v, *settings = inputs
     return Trained(q, k, v, settings[BIAS], settings[SINKS], settings[CAPTURED])
-
-
-NOTHING = Trained(None, None, None, None, None, [])
 
 
 def add(a: Trained, b: Trained) -> Trained:
@@ -148,7 +150,25 @@ def add(a: Trained, b: Trained) -> Trained:
         return x if y is None else y if x is None else x + y
 
     captured = [plus(x, y) for x, y in itertools.zip_longest(a.captured, b.captured)]
-    return Trained(*map(plus, a[:5], b[:5]), captured)
+    return Trained._make((*map(plus, a[:5], b[:5]), captured))
+
+
+class OfResults(NamedTuple):
+    """The gradients, or the tangents, of out and lse."""
+
+    out: Tensor | None
+    lse: Tensor | None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.out is None and self.lse is None
+
+
+class Flags(NamedTuple):
+    """Which gradients are computed, of those that take a pass of their own."""
+
+    with_grad_bias: bool
+    with_grad_captured: list[bool]
 
 
 class Forward(NamedTuple):
@@ -161,39 +181,56 @@ class Forward(NamedTuple):
     def settings(self) -> tuple:
         return self.inputs[3:]
 
-    def list_flags(self, needed: Trained) -> tuple[bool, list[bool]]:
-        """with_grad_bias and with_grad_captured."""
-        return self.settings[BIAS] is not None and bool(needed.bias), [bool(x) for x in needed.captured]
+    def choose_flags(self, needed: Trained) -> Flags:
+        return Flags(self.settings[BIAS] is not None and bool(needed.bias), [bool(x) for x in needed.captured])
 
-    def vjp(self, grad_out: Tensor | None, grad_lse: Tensor | None, needed: Trained) -> Trained:
+    def vjp(self, gradients: OfResults, needed: Trained) -> Trained:
         """J^T g."""
-        flags = self.list_flags(needed)
-        given = *self.read_gradients(grad_out, grad_lse), *self.inputs[:3], *self.results
-        gradients = ops.attention_backward.default(*given, *flags, *self.settings)
-        return self.read(gradients, *flags)
+        flags = self.choose_flags(needed)
+        found = ops.attention_backward.default(*self.list_backward_inputs(gradients), *flags, *self.settings)
+        return self.read(found, flags)
 
-    def hvp(self, grad_out: Tensor | None, grad_lse: Tensor | None, tangents: Trained, moved: tuple, needed: Trained):
-        """H t. moved: the tangents of out and lse."""
-        flags = self.list_flags(needed)
-        given = *self.read_gradients(grad_out, grad_lse), *self.inputs[:3], *self.results
-        gradients = ops.attention_hvp.default(*given, *flags, *self.flatten(tangents), *moved, *self.settings)
-        return self.read(gradients, *flags)
+    def hvp(self, gradients: OfResults, tangents: Trained, moved: OfResults, needed: Trained) -> Trained:
+        """H t. moved: J t."""
+        flags = self.choose_flags(needed)
+        given = *self.list_backward_inputs(gradients), *flags, *self.flatten(tangents), *moved, *self.settings
+        if torch.is_grad_enabled():  # views are no leaves: `find_needed` tells which gradients are asked for
+            given = tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, given)
+        return self.read(ops.attention_hvp.default(*given), flags)
 
-    def jvp(self, tangents: Trained) -> tuple[Tensor, ...]:
-        """out, lse, rest and J t."""
-        return ops.attention_jvp.default(*self.inputs[:3], *self.flatten(tangents), *self.settings)
+    def jvp(self, tangents: Trained) -> tuple[tuple, OfResults]:
+        """(out, lse, rest), and J t."""
+        *results, out, lse = ops.attention_jvp.default(*self.inputs[:3], *self.flatten(tangents), *self.settings)
+        return tuple(results), OfResults(out, lse)
 
-    def read_gradients(self, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return torch.zeros_like(self.results[0]) if grad_out is None else grad_out, grad_lse
+    def list_backward_inputs(self, gradients: OfResults) -> tuple:
+        grad_out = torch.zeros_like(self.results[0]) if gradients.out is None else gradients.out
+        return grad_out, gradients.lse, *self.inputs[:3], *self.results
 
-    def read(self, gradients: tuple, with_grad_bias: bool, with_grad_captured: list[bool]) -> Trained:
+    def read(self, gradients: Sequence, flags: Flags) -> Trained:
+        """The gradients that there are, from the operators' results."""
         has_sinks = self.settings[SINKS] is not None
-        return Trained(*attention.drop_unneeded(gradients, with_grad_bias, has_sinks, with_grad_captured))
+        *fields, captured = attention.drop_unneeded(
+            tuple(gradients), flags.with_grad_bias, has_sinks, flags.with_grad_captured
+        )
+        return Trained._make((*fields, captured))
 
     def flatten(self, tangents: Trained) -> tuple:
         """Tangents as operators take them."""
         moved = itertools.zip_longest(tangents.captured, self.settings[CAPTURED])
         return *tangents[:5], [x.new_empty(0) if t is None else t for t, x in moved]
+
+
+def unflatten_tangents(flat: Sequence) -> Trained:
+    *fields, captured = flat
+    return Trained._make((*fields, [None if t.numel() == 0 else t for t in captured]))
+
+
+def place_tangents(gradients: Trained, tangents: Sequence) -> tuple:
+    """The gradients of the tangents that an operator got, in their places."""
+    *fields, captured = tangents
+    of_fields = (g if t is not None else None for g, t in zip(gradients[:5], fields, strict=True))
+    return *of_fields, list(gradients.captured) or [None] * len(captured)
 
 
 # attention_forward: (q, k, v, the score's arguments) to (out, lse, rest).
@@ -205,78 +242,79 @@ def forward_set_up(ctx, inputs, outputs) -> None:
 
 
 def forward_backward(ctx, grad_out, grad_lse, _):
-    call = Forward(*restore(ctx))
-    if grad_out is None and grad_lse is None:
-        return NOTHING.as_inputs(call.settings)
-    return call.vjp(grad_out, grad_lse, select_trained(ctx.needed)).as_inputs(call.settings)
+    call, gradients = Forward(*restore(ctx)), OfResults(grad_out, grad_lse)
+    found = NOTHING if gradients.is_empty else call.vjp(gradients, select_trained(ctx.needed))
+    return found.as_inputs(call.settings)
 
 
 def forward_jvp(inputs, tangents):
-    *results, tangent_out, tangent_lse = Forward(inputs, ()).jvp(select_trained(tangents))
-    return tuple(results), (tangent_out, tangent_lse, None)
+    results, moved = Forward(inputs, ()).jvp(select_trained(tangents))
+    return results, (*moved, None)
 
 
 # attention_backward: (grad_out, grad_lse, q, k, v, out, lse, rest, two flags, the score's arguments) to the gradients.
 # out, lse and rest are functions of the others, through which these are differentiated.
 
 
-def split_backward(inputs: Sequence) -> tuple[tuple, Sequence, Forward]:
-    """((grad_out, grad_lse), (with_grad_bias, with_grad_captured), the call) of its inputs."""
-    settings = inputs[BACKWARD_INPUTS:]
-    return tuple(inputs[:2]), inputs[8:BACKWARD_INPUTS], Forward((*inputs[2:5], *settings), tuple(inputs[5:8]))
+class Backward(NamedTuple):
+    """Its inputs, or what belongs to each of them."""
+
+    gradients: OfResults
+    call: Forward
+    flags: Flags
 
 
-def place_backward(gradients: Sequence, of_inputs: Trained, inputs: Sequence) -> tuple:
-    """Of grad_out, grad_lse and the call's inputs, in the places of attention_backward's inputs."""
-    of_qkv_and_score = of_inputs.as_inputs(inputs[BACKWARD_INPUTS:])
-    flags = None, [None] * len(inputs[BACKWARD_INPUTS - 1])
-    return *gradients, *of_qkv_and_score[:3], None, None, None, *flags, *of_qkv_and_score[3:]
+def split_backward(inputs: Sequence) -> Backward:
+    call = Forward((*inputs[2:5], *inputs[BACKWARD_INPUTS:]), tuple(inputs[5:8]))
+    return Backward(OfResults(*inputs[:2]), call, Flags(*inputs[8:BACKWARD_INPUTS]))
+
+
+def join_backward(gradients: OfResults, of_call: Trained, given: Backward) -> tuple:
+    """The gradients of its inputs."""
+    q, k, v, *of_settings = of_call.as_inputs(given.call.settings)
+    flags = None, [None] * len(given.flags.with_grad_captured)
+    return *gradients, q, k, v, None, None, None, *flags, *of_settings
+
+
+def select_backward(inputs: Sequence) -> Trained:
+    return select_trained((*inputs[2:5], *inputs[BACKWARD_INPUTS:]))
 
 
 def backward_set_up(ctx, inputs, outputs) -> None:
-    save(ctx, inputs, ())
+    save(ctx, inputs)
 
 
 def backward_backward(ctx, *gradients):
-    """Of S = sum(grad * gradients), the derivative of L along tangents t = grad: J t by grad_out and grad_lse, and H t
-    by the others."""
-    inputs, _ = restore(ctx)
-    given, (with_grad_bias, with_grad_captured), call = split_backward(inputs)
-    has_sinks = call.settings[SINKS] is not None
-    tangents = Trained(*attention.drop_unneeded(gradients, with_grad_bias, has_sinks, with_grad_captured))
+    """The derivative of L along tangents t, which are the gradients here: J t by grad_out and grad_lse, H t by the
+    others."""
+    (inputs,) = restore(ctx)
+    given = split_backward(inputs)
+    tangents = given.call.read(gradients, given.flags)
     if tangents.is_empty:
-        return place_backward((None, None), NOTHING, inputs)
-    moved = call.jvp(tangents)[3:]
-    needed = select_trained((*ctx.needed[2:5], *ctx.needed[BACKWARD_INPUTS:]))
-    of_inputs = NOTHING if needed.is_empty else call.hvp(*given, tangents, moved, needed)
-    return place_backward((moved[0], None if given[1] is None else moved[1]), of_inputs, inputs)
+        return join_backward(OfResults(None, None), NOTHING, given)
+    _, moved = given.call.jvp(tangents)
+    needed = select_backward(ctx.needed)
+    of_call = NOTHING if needed.is_empty else given.call.hvp(given.gradients, tangents, moved, needed)
+    return join_backward(moved if given.gradients.lse is not None else moved._replace(lse=None), of_call, given)
 
 
 def backward_jvp(inputs, tangents):
     """The tangents of J^T g: H t + J^T (tangent of g)."""
-    outputs = ops.attention_backward.default(*inputs)
-    given, (with_grad_bias, with_grad_captured), call = split_backward(inputs)
-    moved_given, _, moved = split_backward(tangents)
-    needed = Trained(True, True, True, with_grad_bias, True, with_grad_captured)
-    total, of_inputs = NOTHING, select_trained(moved.inputs)
-    if not of_inputs.is_empty:
-        of_results = moved.results[:2]
-        if any(x is None for x in of_results):
-            of_results = call.jvp(of_inputs)[3:]
-        total = call.hvp(*given, of_inputs, of_results, needed)
-    if any(x is not None for x in moved_given):
-        total = add(total, call.vjp(*moved_given, needed))
-    return outputs, (*total[:5], [*total.captured])
+    given, moved = split_backward(inputs), split_backward(tangents)
+    needed = Trained(bias=given.flags.with_grad_bias, captured=given.flags.with_grad_captured)
+    total, of_call = NOTHING, select_backward(tangents)
+    if not of_call.is_empty:
+        of_results = OfResults(*moved.call.results[:2])  # forward's, in the same direction
+        if of_results.out is None or of_results.lse is None:
+            _, of_results = given.call.jvp(of_call)
+        total = given.call.hvp(given.gradients, of_call, of_results, needed)
+    if not moved.gradients.is_empty:
+        total = add(total, given.call.vjp(moved.gradients, needed))
+    captured = list(total.captured) or [None] * len(given.flags.with_grad_captured)
+    return ops.attention_backward.default(*inputs), (*total[:5], captured)
 
 
 # attention_jvp: (q, k, v, their tangents, the score's arguments) to (out, lse, rest, tangent_out, tangent_lse).
-
-
-def split_jvp(inputs: Sequence) -> tuple[tuple, Trained]:
-    """(q, k, v and the score's arguments, tangents)."""
-    *fields, captured = inputs[3 : 3 + ATTENTION_TANGENTS]
-    moved = [None if t.numel() == 0 else t for t in captured]
-    return (*inputs[:3], *inputs[3 + ATTENTION_TANGENTS :]), Trained(*fields, moved)
 
 
 def jvp_set_up(ctx, inputs, outputs) -> None:
@@ -284,31 +322,51 @@ def jvp_set_up(ctx, inputs, outputs) -> None:
     ctx.mark_non_differentiable(outputs[2])
 
 
-def jvp_backward(ctx, grad_out, grad_lse, _, of_tangent_out, of_tangent_lse):
-    """J^T g by the tangents, where g are the gradients of the tangents of out and lse; by the inputs H t of these g,
-    and J^T of the gradients of out and lse."""
+def jvp_backward(ctx, grad_out, grad_lse, _, grad_tangent_out, grad_tangent_lse):
+    """With the gradients g of the tangents of out and lse: J^T g by the tangents of the inputs; by the inputs H t of
+    this g, and J^T of the gradients of out and lse."""
     inputs, (*results, tangent_out, tangent_lse) = restore(ctx)
-    primals, tangents = split_jvp(inputs)
-    call = Forward(primals, tuple(results))
-    needed = select_trained((*ctx.needed[:3], *ctx.needed[3 + ATTENTION_TANGENTS :]))
-    of_inputs, of_tangents = NOTHING, NOTHING
-    if grad_out is not None or grad_lse is not None:
-        of_inputs = call.vjp(grad_out, grad_lse, needed)
-    if of_tangent_out is not None or of_tangent_lse is not None:
-        g = of_tangent_out, of_tangent_lse
-        of_inputs = add(of_inputs, call.hvp(*g, tangents, (tangent_out, tangent_lse), needed))
-        of_tangents = call.vjp(*g, Trained(*ctx.needed[3 : 3 + ATTENTION_TANGENTS]))
-    given = [x if t is not None else None for x, t in zip(of_tangents[:5], tangents[:5], strict=True)]
-    captured = list(of_tangents.captured) or [None] * len(tangents.captured)
-    q, k, v, *of_settings = of_inputs.as_inputs(call.settings)
-    return q, k, v, *given, captured, *of_settings
+    tangents_at = slice(3, 3 + ATTENTION_TANGENTS)
+    call = Forward((*inputs[:3], *inputs[tangents_at.stop :]), tuple(results))
+    needed = select_trained((*ctx.needed[:3], *ctx.needed[tangents_at.stop :]))
+    gradients, g = OfResults(grad_out, grad_lse), OfResults(grad_tangent_out, grad_tangent_lse)
+    of_call = NOTHING if gradients.is_empty else call.vjp(gradients, needed)
+    of_tangents = NOTHING
+    if not g.is_empty:
+        moved = OfResults(tangent_out, tangent_lse)
+        of_call = add(of_call, call.hvp(g, unflatten_tangents(inputs[tangents_at]), moved, needed))
+        of_tangents = call.vjp(g, Trained(*ctx.needed[tangents_at]))
+    q, k, v, *of_settings = of_call.as_inputs(call.settings)
+    return q, k, v, *place_tangents(of_tangents, inputs[tangents_at]), *of_settings
 
 
-def unused_set_up(ctx, inputs, outputs) -> None:
-    pass
+# attention_hvp, of attention_backward's inputs with tangents and J t before the score's arguments, is linear in the
+# tangents.
+
+
+def hvp_set_up(ctx, inputs, outputs) -> None:
+    save(ctx, inputs)
+
+
+def hvp_backward(ctx, *gradients):
+    """H u by the tangents, where u are the gradients, since H is symmetric (`torch.autograd.functional.hvp` asks for
+    it). By the other inputs it is a third derivative."""
+    (inputs,) = restore(ctx)
+    tangents_at = slice(BACKWARD_INPUTS, BACKWARD_INPUTS + ATTENTION_TANGENTS)
+    settings_from = tangents_at.stop + len(OfResults._fields)
+    if any(tree_flatten((ctx.needed[:5], ctx.needed[settings_from:]))[0]):
+        refuse_third_derivative()
+    given = split_backward((*inputs[:BACKWARD_INPUTS], *inputs[settings_from:]))
+    u, of_tangents = given.call.read(gradients, given.flags), NOTHING
+    if not u.is_empty:
+        _, moved = given.call.jvp(u)
+        of_tangents = given.call.hvp(given.gradients, u, moved, Trained(*ctx.needed[tangents_at]))
+    own = join_backward(OfResults(None, None), NOTHING, given)
+    placed = place_tangents(of_tangents, inputs[tangents_at])
+    return *own[:BACKWARD_INPUTS], *placed, None, None, *own[BACKWARD_INPUTS:]
 
 
 register_derivatives("attention_forward", Rules(forward_set_up, forward_backward, forward_jvp))
 register_derivatives("attention_backward", Rules(backward_set_up, backward_backward, backward_jvp))
 register_derivatives("attention_jvp", Rules(jvp_set_up, jvp_backward, refuse_third_derivative))
-register_derivatives("attention_hvp", Rules(unused_set_up, refuse_third_derivative, refuse_third_derivative))
+register_derivatives("attention_hvp", Rules(hvp_set_up, hvp_backward, refuse_third_derivative))

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .. import autocast, reference, tracing
+from .. import tracing
 from ..backends import BACKENDS
 from ..protocol import SavedNorm
 from ..score import Norm, write_operator_schema
 from ..tensors import find_accumulation_dtype, replace_none
-from .register import Rules, implement, register_derivatives
+from .register import implement
 
 torch.library.define(
     "flashattn::norm_forward",
@@ -58,8 +58,12 @@ class FusedNorm(torch.autograd.Function):
 
 
 def run_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm, backend):
-    y, hidden, mean, rstd = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm)
-    hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
+    results = BACKENDS[backend].norm_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, norm)
+    return fill_forward(*results, hidden_dtype)
+
+
+def fill_forward(y, hidden, mean, rstd, hidden_dtype):
+    hidden = y.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
     return y, hidden, replace_none(mean, rstd), rstd
 
 
@@ -83,8 +87,7 @@ def differentiate(ctx, grad_y, grad_hidden, *_) -> tuple[Tensor | None, ...]:
         grad_hidden = None  # of an output that was returned empty
     if grad_y is None and grad_hidden is None:
         return (None,) * 4
-    if hidden.numel() == 0 and rstd.numel() != 0:
-        raise RuntimeError("flashattn::norm_forward was called without keep_hidden, so backward has no h to read")
+    check_hidden(hidden, rstd)
     if grad_y is None:
         grad_y = torch.zeros(hidden.shape, dtype=ctx.x_dtype, device=hidden.device)
     # Without dropout or a change of dtype the two gradients are one tensor.
@@ -101,6 +104,11 @@ def differentiate(ctx, grad_y, grad_hidden, *_) -> tuple[Tensor | None, ...]:
         None if weight is None else grad_weight,
         None if bias is None else grad_bias,
     )
+
+
+def check_hidden(hidden: Tensor, rstd: Tensor) -> None:
+    if hidden.numel() == 0 and rstd.numel() != 0:
+        raise RuntimeError("flashattn::norm_forward was called without keep_hidden, so backward has no h to read")
 
 
 def norm_backward(
@@ -130,15 +138,11 @@ def _(x, residual, weight, bias, hidden_dtype, keep_hidden, *flat):
 
 
 @torch.library.register_fake("flashattn::norm_forward")
-def _(x, residual, weight, bias, hidden_dtype, keep_hidden, center, *_):
+def fake_forward(x, residual, weight, bias, hidden_dtype, keep_hidden, center, *_):
     rows = math.prod(x.shape[:-1])  # Size.numel() would specialise a SymInt
     hidden = x.new_empty(x.shape if keep_hidden else 0, dtype=hidden_dtype)
     mean = x.new_empty(rows if center else 0, dtype=find_accumulation_dtype(x))
     return x.new_empty(x.shape), hidden, mean, x.new_empty(rows, dtype=find_accumulation_dtype(x))
-
-
-def _set_up_context(ctx, inputs, output):
-    set_up_context(ctx, (*inputs[:6], Norm(*inputs[6 : 6 + FIELDS]), inputs[6 + FIELDS]), output)
 
 
 @implement("norm_backward")
@@ -148,42 +152,9 @@ def _(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_d
 
 
 @torch.library.register_fake("flashattn::norm_backward")
-def _(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *_):
+def fake_backward(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *_):
     return (
         hidden.new_empty(hidden.shape, dtype=x_dtype),
         rstd.new_empty(0) if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype),
         *(rstd.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)),
     )
-
-
-# ------------------------------------------------------------------------------------------------ further derivatives
-
-# Forward mode and second derivatives are those of the reference's formulas, in PyTorch's operations: these save some
-# float32 tensors of x's size, and are differentiated any number of times.
-
-
-@autocast.disable
-def forward_in_operations(x, residual, weight, bias, hidden_dtype, keep_hidden, *flat):
-    y, hidden, mean, rstd = reference.norm_forward(
-        x, residual, weight, bias, hidden_dtype, keep_hidden, Norm(*flat[:FIELDS])
-    )
-    hidden = x.new_empty(0, dtype=hidden_dtype) if hidden is None else hidden
-    return y, hidden, replace_none(mean, rstd).detach(), rstd.detach()
-
-
-@autocast.disable
-def backward_in_operations(grad_y, grad_hidden, hidden, weight, bias, mean, rstd, x_dtype, residual_dtype, *flat):
-    """Of mean and rstd as the functions of h that they are."""
-    norm = Norm(*flat[:FIELDS])
-    mean, rstd = reference.compute_norm_stats(hidden.reshape(-1, hidden.shape[-1]).to(rstd.dtype), norm)
-    saved = SavedNorm(hidden, weight, bias, mean, rstd)
-    gradients = reference.norm_backward(grad_y, grad_hidden, saved, x_dtype, residual_dtype, norm)
-    return tuple(replace_none(gradient, rstd) for gradient in gradients)
-
-
-def _backward(ctx, *grads):
-    return *differentiate(ctx, *grads), None, None, *[None] * (FIELDS + 1)
-
-
-register_derivatives("norm_forward", Rules(_set_up_context, _backward, in_operations=forward_in_operations))
-register_derivatives("norm_backward", Rules(in_operations=backward_in_operations))

@@ -64,6 +64,7 @@ class Call(NamedTuple):
     rules: Rules
     below: torch._C.DispatchKeySet
     structure: TreeSpec
+    tensors: list[bool]  # which of the flat arguments are tensors
     moved: tuple[tuple, tuple] | None  # the inputs without tangents, and their tangents; None in reverse mode alone
     results: list  # gets the structure of the outputs
 
@@ -81,8 +82,10 @@ class Differentiated(_SingleLevelFunction):
             if call.moved is None:
                 outputs = call.operator.redispatch(call.below, *inputs)
             else:
+                assert call.rules.jvp is not None
                 outputs, ctx.tangents = call.rules.jvp(*call.moved)
         ctx.set_materialize_grads(False)
+        assert call.rules.set_up_context is not None
         call.rules.set_up_context(ctx, inputs, outputs)
         flat_outputs, structure = tree_flatten(outputs)
         call.results.append(structure)
@@ -104,9 +107,21 @@ class Differentiated(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx, *gradients):
-        ctx.needed = tree_unflatten(list(ctx.needs_input_grad[1:]), ctx.call.structure)
+        ctx.needed = tree_unflatten(find_needed(ctx), ctx.call.structure)
         gradients = tree_unflatten(list(gradients), ctx.call.results[0])
         return None, *tree_flatten(ctx.call.rules.backward(ctx, *gradients))[0]
+
+
+def find_needed(ctx) -> list[bool]:
+    """Which inputs this backward pass takes a gradient of: of those that require one, not all have to be among the
+    inputs that `torch.autograd.grad` was asked for. (PyTorch does not say it of leaves.)"""
+    edges = iter(ctx.next_functions)  # one for each tensor
+    needed = []
+    for is_tensor, requires_grad in zip(ctx.call.tensors, ctx.needs_input_grad[1:], strict=True):
+        node = next(edges)[0] if is_tensor else None
+        is_leaf = node is not None and not node.next_functions
+        needed.append(requires_grad and node is not None and (is_leaf or torch._C._will_engine_execute_node(node)))
+    return needed
 
 
 def register_derivatives(operator: str, rules: Rules) -> None:
@@ -121,12 +136,13 @@ def register_derivatives(operator: str, rules: Rules) -> None:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(below, *inputs)
         if rules.backward is None or (tangents is not None and rules.jvp is None):
+            assert rules.in_operations is not None
             return rules.in_operations(*inputs)
         flat, structure = tree_flatten(inputs)
         moved = None if tangents is None else (drop_tangents(inputs), tangents)
-        call = Call(overload, rules, below, structure, moved, [])
+        call = Call(overload, rules, below, structure, [isinstance(x, Tensor) for x in flat], moved, [])
         with enable_single_level_autograd_function():
-            outputs = Differentiated.apply(call, *flat)
+            outputs = Differentiated.apply(call, *flat)  # type: ignore[attr-defined]  # which C++ defines
         return tree_unflatten(list(outputs), call.results[0])
 
     library.impl(operator, differentiate, "Autograd", with_keyset=True)

@@ -15,7 +15,7 @@ from ..score import Score
 from .attention import backward, forward
 from .caches import append, decode, rotate, store
 from .derivatives import hvp, jvp
-from .norm import compute_norm_stats, norm_backward, norm_forward
+from .norm import compute_norm_stats, norm_backward, norm_forward, norm_hvp, norm_jvp
 from .stats import attention_stats
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "linear",
     "norm_backward",
     "norm_forward",
+    "norm_hvp",
+    "norm_jvp",
     "rotate",
     "store",
     "unavailable_reason",

@@ -47,21 +47,21 @@ def linearize_scores(x: Tensor, tangent_x: Tensor, score: Score, tangents: Tange
     mod = score.score_mod
     pairs = None if mod is None else attends.nonzero(as_tuple=True)
 
-    def gather(values: Tensor | None) -> Tensor | None:
-        if values is None or pairs is None:
-            return values if values is None else values.expand_as(x)
-        return values.expand_as(x)[pairs]
+    def gather(values: Tensor) -> Tensor:
+        return values.expand_as(x) if pairs is None else values.expand_as(x)[pairs]
+
+    def gather_if_given(values: Tensor | None) -> Tensor | None:
+        return None if values is None else gather(values)
 
     def scatter(values: Tensor) -> Tensor:
         values = values.detach()
         return torch.where(attends, values if pairs is None else torch.zeros_like(x).index_put(pairs, values), 0)
 
-    pieces = Pieces(*map(gather, select_pieces(score, block, x.dtype)))
+    pieces = Pieces(*map(gather_if_given, select_pieces(score, block, x.dtype)))
     captured = () if mod is None else mod.captured
     moving = [n for n, c in enumerate(captured) if c.is_floating_point()]
-    no_bias = pieces.bias is None
-    inputs = [gather(x), x.new_zeros(()) if no_bias else pieces.bias, *(captured[n] for n in moving)]
-    directions = [gather(tangent_x), None if no_bias else gather(select_bias(tangents.bias, block, x.dtype))]
+    inputs = [gather(x), x.new_zeros(()) if pieces.bias is None else pieces.bias, *(captured[n] for n in moving)]
+    directions = [gather(tangent_x), gather_if_given(select_bias(tangents.bias, block, x.dtype))]
     directions += [tangents.captured[n] for n in moving]
     with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in inputs]
@@ -73,13 +73,13 @@ def linearize_scores(x: Tensor, tangent_x: Tensor, score: Score, tangents: Tange
             scores = changed.to(x.dtype).broadcast_to(scores.shape) + 0 * scores  # it may be a constant
         # The vjp is linear in the gradient u that it takes; its derivative by u is the jvp.
         u = torch.zeros_like(scores, requires_grad=True)
-        moved = [n for n, direction in enumerate(directions) if direction is not None]
-        products = differentiate(scores, [leaves[n] for n in moved], u)
-        along = [directions[n].to(p.dtype) for n, p in zip(moved, products, strict=True)]
+        given = {n: direction for n, direction in enumerate(directions) if direction is not None}
+        products = differentiate(scores, [leaves[n] for n in given], u)
+        along = [direction.to(p.dtype) for direction, p in zip(given.values(), products, strict=True)]
         (tangent,) = differentiate(products, [u], along)
 
     def vjp(ds: Tensor, tangent_ds: Tensor, totals: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-        needed = [n for n, total in enumerate(totals) if total is not None]
+        needed = {n: total for n, total in enumerate(totals) if total is not None}
         of = [*leaves[:2], *(leaves[2 + moving.index(n)] for n in needed)]
         ds, tangent_ds = gather(ds), gather(tangent_ds)
         (dx,) = differentiate(scores, leaves[:1], ds)
@@ -87,8 +87,8 @@ def linearize_scores(x: Tensor, tangent_x: Tensor, score: Score, tangents: Tange
         # tangent of linear scores is a constant.
         of_tangent = ([tangent], [ds]) if tangent.requires_grad else ([], [])
         tangent_dx, of_bias, *of_captured = differentiate([*of_tangent[0], scores], of, [*of_tangent[1], tangent_ds])
-        for n, gradient in zip(needed, of_captured, strict=True):
-            totals[n].add_(gradient.detach())
+        for total, gradient in zip(needed.values(), of_captured, strict=True):
+            total.add_(gradient.detach())
         return scatter(dx), scatter(of_bias.expand_as(tangent_dx)), scatter(tangent_dx)
 
     return Linearized(scatter(scores).masked_fill(~attends, -math.inf), scatter(tangent), vjp)
@@ -223,16 +223,16 @@ def hvp(
     if score.cu_seqlens is None:
         gradients = hvp_dense(grad_out, grad_lse, q, k, v, score, tangents, grad_bias, grad_captured)
         return *gradients, cast_like(grad_bias, bias)
-    gradients = tuple(new_result(x, x.shape[-1], True) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], True) for x in (q, k, v))
     for one in unpack_sequences(score.cu_seqlens):
         i, j = one.queries, one.keys
         of_lse = None if grad_lse is None else grad_lse[:, :, i]
         own = grad_out[:, :, i], of_lse, q[:, :, i], k[:, :, j], v[:, :, j], one.own_score(score)
         totals = one.slice_scores(grad_bias), grad_captured
         results = hvp_dense(*own, slice_tangents(tangents, one), *totals, one.batch)
-        for total, part, result in zip(gradients, (i, j, j), results, strict=True):
+        for total, part, result in zip((grad_q, grad_k, grad_v), (i, j, j), results, strict=True):
             total[:, :, part] = result
-    return *gradients, cast_like(grad_bias, bias)
+    return grad_q, grad_k, grad_v, cast_like(grad_bias, bias)
 
 
 @torch.no_grad()

@@ -1,17 +1,28 @@
 """Forward mode and second derivatives of attention on every backend, against PyTorch's of the same mathematics."""
 
 import pytest
+import torch
 
 from tests.attention.cases import CASES, pairwise
-from tests.common import BACKENDS, DTYPES, skip_if_wrong_there
+from tests.common import DTYPES
 from tests.derivatives.cases import check
 
-ALL = [*CASES, *pairwise()]
+
+def named(cases):
+    return [pytest.param(case, id=case.name) for case in cases]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", named([*CASES, *pairwise()]))
 def test_against_float64(case, dtype, backend):
-    skip_if_wrong_there(backend, dtype)
     check(case, dtype, backend)
+
+
+# Triton's interpreter takes seconds for each; `tests/kernels/test_derivatives.py` has the compiled kernels.
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "case", named([*pairwise(), *(c for c in CASES if c.name in ("grouped", "decode", "dropout"))])
+)
+def test_triton(case):
+    check(case, torch.float16 if case.name == "grouped" else torch.float32, "triton")

@@ -13,7 +13,7 @@ from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView, Rotary
 from flashattn.kernels import compiler, configs
 from flashattn.kernels.precision import choose_input_precision
-from flashattn.protocol import Saved, SavedNorm
+from flashattn.protocol import Saved, SavedNorm, Tangents
 from flashattn.score import Norm, Score
 from flashattn.score_mod import read_block_mask, trace
 
@@ -44,13 +44,46 @@ def compile_attention(
     return kernels
 
 
-def check_shared_bytes(kernels, q, k, v, score):
+def compile_derivatives(
+    architecture, head_dim, dtype=torch.bfloat16, causal=True, head_dim_v=None, given="qkv", **features
+):
+    """`attention_jvp`, `attention_hvp_q`, `_kv` and, with a bias, `_bias`. given: what has a tangent, of q, k, v, bias,
+    sinks and captured tensors, by first letters."""
+    torch.use_deterministic_algorithms(False)
+    q = torch.empty(2, 4, 512, head_dim, dtype=dtype)
+    k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
+    v = torch.empty(2, 2, 512, head_dim_v or head_dim, dtype=dtype)
+    score = Score(0.125, None, 0 if causal else None, **features)
+    captured = () if score.score_mod is None else score.score_mod.captured
+    of = zip("qkvbs", (q, k, v, score.bias, score.sinks), strict=True)
+    tangents = Tangents(
+        *(x if name in given else None for name, x in of), tuple(x if "c" in given else None for x in captured)
+    )
+    with compiled.compile_for(architecture) as kernels:
+        out, lse, rest, *moved = backend.jvp(q, k, v, score, tangents)
+        backend.hvp(out, None, Saved(q, k, v, out, lse, rest), score, tangents, *moved, "bias" in features, [])
+    bias = ["attention_hvp_bias"] * ("bias" in features)
+    assert [kernel.name for kernel in kernels] == ["attention_jvp", "attention_hvp_q", "attention_hvp_kv", *bias]
+    check_shared_bytes(kernels, q, k, v, score, tangents)
+    return kernels
+
+
+# The pass whose tiles a kernel has.
+DIRECTIONS = {direction: direction for direction in configs.ATTENTION}
+DIRECTIONS |= dict(backward_bias="backward_q", hvp_bias="hvp_q")
+
+
+def check_shared_bytes(kernels, q, k, v, score, tangents=None):
     """Each kernel was compiled to use at most as much as the arithmetic allows, by which tiles are chosen."""
     architecture, has_score_mod = kernels[0].architecture, score.score_mod is not None
-    pairs, itemsize = backend.count_pair_costs(score), q.element_size()
+    pairs, itemsize = backend.count_pair_costs(score, tangents), q.element_size()
     with compiled.compile_only(architecture):
-        precision, cols = choose_input_precision(q, v), configs.choose_cols(q.shape[-1], v.shape[-1])
-    for kernel, direction in zip(kernels, [*configs.ATTENTION, "backward_q"], strict=False):  # the last: of a bias
+        precision, cols = (
+            choose_input_precision(q, v, tangents is not None),
+            configs.choose_cols(q.shape[-1], v.shape[-1]),
+        )
+    for kernel in kernels:
+        direction = DIRECTIONS[kernel.name.removeprefix("attention_")]
         tiles = configs.fit_tiles(architecture, direction, cols, itemsize, pairs, has_score_mod, precision)
         allowed = configs.count_shared_bytes(architecture, direction, tiles, cols, itemsize, pairs, precision)
         assert kernel.shared_bytes <= allowed, kernel

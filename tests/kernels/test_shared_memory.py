@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from flashattn.kernels import codegen, configs
 from flashattn.kernels.configs import PairCosts
-from flashattn.kernels.precision import WIDEST_SPLIT
+from flashattn.kernels.precision import find_widest
 from flashattn.score_mod import trace
 
 COLS = [16, 32, 64, 128, 256]
@@ -22,9 +22,10 @@ LOADS = [sum(chosen) for n in range(6) for chosen in itertools.combinations((8, 
 LOADS += [sum(chosen) for n in range(3) for chosen in itertools.combinations((4, 1, 2), n)]
 
 
-def can_be(arch: str, precision: str, head_dim: int) -> bool:
+def can_be(arch: str, direction: str, precision: str, head_dim: int) -> bool:
     """What `choose_input_precision` gives."""
-    return precision == "ieee" or (arch.startswith("sm_") and (precision == "tf32" or head_dim <= WIDEST_SPLIT))
+    widest = find_widest(precision, arch, direction in configs.WITH_TANGENTS)
+    return precision == "ieee" or (arch.startswith("sm_") and head_dim <= widest)
 
 
 @pytest.mark.parametrize("arch", [*configs.SHARED_MEMORY, "sm_999", "gfx1"])
@@ -33,7 +34,7 @@ def test_every_call_fits(arch):
     for direction, d, dv, (itemsize, precision), loaded, dropout, has_score_mod in itertools.product(
         PASSES, COLS, COLS, KINDS, sorted(set(LOADS)), (False, True), (False, True)
     ):
-        if not can_be(arch, precision, max(d, dv)):
+        if not can_be(arch, direction, precision, max(d, dv)):
             continue
         pairs = PairCosts(loaded, min(loaded, 8), dropout)
         tiles = configs.fit_tiles(arch, direction, (d, dv), itemsize, pairs, has_score_mod, precision)
@@ -55,7 +56,7 @@ def test_what_is_loaded_makes_tiles_smaller_only_where_it_must():
 def test_plain_rows_are_taken_as_they_are():
     for arch, family in configs.FAMILY.items():
         for direction, cols, (itemsize, precision) in itertools.product(configs.ATTENTION, (64, 128, 256), KINDS):
-            if not can_be(arch, precision, cols):
+            if not can_be(arch, direction, precision, cols):
                 continue
             row = configs.look_up_tiles(direction, cols, itemsize if precision == "ieee" else precision, family)
             assert configs.fit_tiles(arch, direction, (cols, cols), itemsize, PairCosts(), False, precision) == row

@@ -1,0 +1,126 @@
+"""The derivatives of a score_mod, its captured tensor and a block mask, with each other feature, on every backend."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+import flashattn
+from flashattn.reference import naive
+from tests.attention.cases import FEATURES
+from tests.attention.truth import Case, dropout_multiplier, list_inputs, make_gradients, make_inputs, make_naive_options
+from tests.common import assert_as_exact_as_torch, find_device
+from tests.derivatives.cases import (
+    compute,
+    list_results,
+    make_directions,
+    second_derivatives,
+    sum_sink_magnitudes,
+)
+
+BASE = Case("", batch=3, heads=4, kv_heads=2, seq_q=70, seq_k=90, head_dim=24, head_dim_v=40)
+WITH = {"nothing": {}} | {name: {name: value} for name, value in FEATURES.items() if name != "kv_heads"}
+NAMES = {"slopes": "alibi_slopes"}
+
+
+def change(score, factor, i, j):
+    return torch.sin(score) * factor + factor * factor * 0.01 * (i - j)
+
+
+def attends_to_blocks(b, h, i, j):
+    return (i // 16 + j // 16 + h) % 3 != 0
+
+
+def attend(case: Case, options: dict, has_blocks: bool, *inputs):
+    """PyTorch's own operations: `naive.attention` with the score_mod before the masks."""
+    *inputs, table = inputs
+    named = dict(zip(list_inputs(case), inputs, strict=True))
+    q, k, v = (named[name] for name in "qkv")
+    own = make_naive_options(case, options, q.device)
+    group = case.heads // case.kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    distance = naive.diagonal_distance(case.seq_q, case.seq_k, q.device)
+    s = q @ k.mT * (case.head_dim**-0.5 if case.scale is None else case.scale)
+    if case.softcap is not None:
+        s = case.softcap * torch.tanh(s / case.softcap)
+    if case.slopes is not None:
+        s = s - (own["alibi_slopes"][..., None, None] * distance.abs()).to(s.dtype)
+    s = s + named["bias"] if case.bias is not None else s
+    i, j = torch.arange(case.seq_q, device=q.device)[:, None], torch.arange(case.seq_k, device=q.device)
+    s = change(s, table if table.dim() == 4 else table.view(-1, 1, 1), i, j)
+    mask = own.get("mask")
+    if has_blocks:
+        heads = torch.arange(case.heads, device=q.device).view(1, -1, 1, 1)
+        blocks = attends_to_blocks(0, heads, i, j)
+        mask = blocks if mask is None else mask & blocks
+    # The scores take the place of the products, of keys that are a matrix of ones and zeros.
+    eye = torch.eye(case.seq_k, dtype=s.dtype, device=s.device).expand(case.batch, case.heads, -1, -1)
+    masks = {name: own[name] for name in ("causal", "window", "q_lengths", "kv_lengths")}
+    dropout = dropout_multiplier(case, q.device)
+    return naive.attention(s, eye, v, scale=1.0, mask=mask, sinks=named.get("sinks"), dropout=dropout, **masks)
+
+
+def ours(case: Case, options: dict, blocks, *inputs):
+    *inputs, table = inputs
+    named = dict(zip(list_inputs(case), inputs, strict=True))
+    return flashattn.attention(
+        **named,
+        score_mod=lambda score, b, h, i, j: change(score, table[h], i, j),
+        block_mask=blocks,
+        return_lse=True,
+        **options,
+    )
+
+
+BLOCKS = pytest.mark.parametrize("has_blocks", [False, True], ids=["score_mod", "block_mask"])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@BLOCKS
+@pytest.mark.parametrize("name", WITH)
+def test_against_float64(name, has_blocks, backend):
+    check(name, has_blocks, backend)
+
+
+@pytest.mark.interpreter
+@BLOCKS
+@pytest.mark.parametrize("name", ["bias", "softcap"])
+def test_triton(name, has_blocks):
+    check(name, has_blocks, "triton")
+
+
+def check(name: str, has_blocks: bool, backend: str) -> None:
+    torch.manual_seed(0)
+    case, device = BASE._replace(**WITH[name]), find_device(backend)
+    inputs, options = make_inputs(case, torch.float32, device)
+    inputs.append(torch.rand(case.heads, device=device) + 0.5)
+    gradients, directions = make_gradients(case, options, torch.float32, device), make_directions(inputs)
+    blocks = None
+    if has_blocks:
+        blocks = create_block_mask(attends_to_blocks, None, case.heads, case.seq_q, case.seq_k, device, BLOCK_SIZE=16)
+        masked = attend(case, options, True, *inputs)[1] == -torch.inf
+        gradients = gradients[0], torch.where(masked, 0, gradients[1])
+
+    def theirs(*x):
+        return attend(case, options, has_blocks, *x)
+
+    wide = [[x.double() for x in xs] for xs in (inputs, gradients, directions)]
+    exact, by_torch = compute(theirs, *wide), compute(theirs, inputs, gradients, directions)
+    terms = {"second_table": sum_table_magnitudes(theirs, *wide)}
+    if case.sinks:
+        moved = [inputs[-2]], exact["forward"], gradients, [directions[-2]]
+        terms["second_sinks"] = sum_sink_magnitudes(*moved)
+    with flashattn.use_backend(backend):
+        found = compute(lambda *x: ours(case, options, blocks, *x), inputs, gradients, directions)
+    for kind, results in list_results(case).items():
+        names = results if kind == "forward" else [*results[:-2], "second_table", *results[-2:]]
+        for result, x, y, t in zip(names, found[kind], by_torch[kind], exact[kind], strict=True):
+            assert_as_exact_as_torch(x, y, t, result, terms.get(result, 0.0))
+
+
+def sum_table_magnitudes(theirs, inputs, gradients, directions) -> torch.Tensor:
+    """How large the terms are that the second derivative by the table sums: those of a number for each score."""
+    (q, k), table = inputs[:2], inputs[-1]
+    shape = (*q.shape[:3], k.shape[2])
+    own = [[*xs[:-1], xs[-1].view(-1, 1, 1).expand(shape)] for xs in (inputs, directions)]
+    of_scores = second_derivatives(theirs, own[0], gradients, own[1])[len(inputs) - 1]
+    return of_scores.abs().sum((0, 2, 3)).view(table.shape)
