@@ -134,6 +134,17 @@ def test_every_way_to_a_tangent(name, mode):
 
 
 @pytest.mark.parametrize("name", ["q", "layer_norm"])
+def test_a_tangent_can_be_differentiated(name):
+    """Of dual numbers, where tangents and gradients are at one level."""
+
+    def change(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(CALLS[name](forward_ad.make_dual(x, torch.cos(X)))).tangent
+
+    assert gradcheck(change, X.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["q", "layer_norm"])
 def test_a_third_derivative(name):
     """Norms have all; attention has two, and refuses the third."""
     x = X.clone().requires_grad_()

@@ -12,8 +12,8 @@ MUTANTS = [
     ),
     Mutant(
         "queries past a length attend",
-        "csrc/forward.cpp",
-        "float l = tile.rows.begin + i < valid.end ? softmax.l[i] : 0;",
+        "csrc/forward_tile.h",
+        "float l = t.tile.rows.begin + i < t.valid.end ? softmax.l[i] : 0;",
         "float l = softmax.l[i];",
         ("tests/attention/test_attention.py::test_against_float64[q_lengths-torch.float32-cpu]",),
     ),

@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "a bias shared by batch rows sums the first alone",
         "flashattn/kernels/backward.py",
-        "first_batch, last_batch = reduction_range(size_batch, bias_batch, sizes.batches, 1)",
-        "first_batch, last_batch = reduction_range(1 + size_batch, bias_batch, sizes.batches, 1)",
+        "first_batch, last_batch = reduction_range(bias.size_batch, batch, sizes.batches, 1)",
+        "first_batch, last_batch = reduction_range(1 + bias.size_batch, batch, sizes.batches, 1)",
         ("tests/attention/test_attention.py::test_against_float64[bias_of_heads-torch.float32-triton]",),
         interpreted=True,
     ),

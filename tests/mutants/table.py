@@ -3,7 +3,7 @@ and the tests of which at least one has to fail. Add the fault here when a bug i
 
 from __future__ import annotations
 
-from . import engine, kernels, models, operators, ptx
+from . import derivatives, engine, kernels, models, operators, ptx
 from .mutant import Mutant
 
 DECODE = "tests/attention/test_decode.py::"
@@ -105,4 +105,4 @@ MUTANTS = [
         (NORM + "test_against_float64",),
     ),
 ]
-MUTANTS += [*kernels.MUTANTS, *engine.MUTANTS, *operators.MUTANTS, *ptx.MUTANTS, *models.MUTANTS]
+MUTANTS += [*kernels.MUTANTS, *engine.MUTANTS, *operators.MUTANTS, *derivatives.MUTANTS, *ptx.MUTANTS, *models.MUTANTS]
