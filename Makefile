@@ -116,9 +116,10 @@ torch-versions: $(READY)
 		echo "built with $$built, run with $$torch" && python=build/torch/$$torch/bin/python && \
 		$$python -m pip install --quiet --no-deps --force-reinstall build/torch/of-$$built/*.whl && \
 		PYTHONSAFEPATH=1 $$python -m pytest -p no:cacheprovider \
-		-k "(cpu and causal) or modules or multihead or compat or fullgraph or forward_mode" \
+		-k "(cpu and causal) or modules or multihead or compat or fullgraph or derivatives" \
 		tests/attention/test_attention.py tests/norm/test_modules.py tests/attention/test_multihead.py tests/compat/test_sdpa.py \
-		tests/operators/test_fullgraph.py tests/operators/test_fullgraph_decode.py tests/operators/test_forward_mode.py || exit 1; done; done
+		tests/operators/test_fullgraph.py tests/operators/test_fullgraph_decode.py tests/derivatives/test_calls.py \
+		tests/derivatives/test_transforms.py || exit 1; done; done
 	rm -rf build/torch
 
 clean:
