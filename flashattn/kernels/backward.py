@@ -71,13 +71,13 @@ class BiasSizes(NamedTuple):
 
 
 class BiasTile(NamedTuple):
-    """The elements of the bias that a program owns: its batch row and head, the first query and key; and the batch
-    rows, heads, queries and keys to sum over."""
+    """The elements of the bias that a program owns: its batch row and head, which tile of queries and of keys; and the
+    batch rows, heads, queries and keys to sum over."""
 
     batch: tl.tensor
     head: tl.tensor
-    start_m: tl.tensor
-    start_n: tl.tensor
+    tile_m: tl.tensor
+    tile_n: tl.tensor
     first_batch: tl.tensor
     last_batch: tl.tensor
     first_head: tl.tensor
@@ -359,7 +359,7 @@ def bias_tile_of_program(bias, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     first_m, last_m = reduction_range(bias.size_q, tile_m, sizes.seq_q, BLOCK_M)
     first_n, last_n = reduction_range(bias.size_k, tile_n, sizes.seq_k, BLOCK_N)
     return BiasTile(
-        batch, head, tile_m * BLOCK_M, tile_n * BLOCK_N,
+        batch, head, tile_m, tile_n,
         first_batch, last_batch, first_head, last_head, first_m, last_m, first_n, last_n,
     )  # fmt: skip
 
@@ -374,8 +374,8 @@ def store_bias_tile(grad_bias, acc, bias, own, BLOCK_M: tl.constexpr, BLOCK_N: t
         acc = tl.where(i[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
     if bias.size_k == 1:
         acc = tl.where(j[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
-    i += own.start_m
-    j += own.start_n
+    i += own.tile_m * BLOCK_M
+    j += own.tile_n * BLOCK_N
     rows = tl.cast(own.batch * bias.size_head + own.head, tl.int64) * bias.size_q
     pointers = grad_bias + (rows + i[:, None]) * bias.size_k + j[None, :]
     tl.store(pointers, acc, mask=(i[:, None] < bias.size_q) & (j[None, :] < bias.size_k))

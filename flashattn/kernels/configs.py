@@ -180,11 +180,15 @@ ATTENTION: dict[str, dict[str, list[TileRow]]] = {
             (64, "tf32x3", TileConfig(64, 32, 8, 2)),
         ],
         "small": [
+            (64, 2, TileConfig(64, 64, 8, 2)),
+            (128, 2, TileConfig(128, 16, 8, 2)),
             (256, 2, TileConfig(32, 16, 8, 2)),
+            (64, "tf32", TileConfig(64, 32, 8, 2)),
             (128, "tf32", TileConfig(32, 16, 8, 2)),
         ],
         "amd": [
             (64, 2, TileConfig(64, 32, 4, 2)),
+            (128, 2, TileConfig(64, 32, 8, 2)),
             (256, 2, TileConfig(32, 16, 8, 1)),
             (128, 4, TileConfig(16, 16, 4, 1)),
         ],
@@ -213,6 +217,7 @@ ATTENTION: dict[str, dict[str, list[TileRow]]] = {
             (64, 2, TileConfig(128, 32, 8, 2)),
             (128, 2, TileConfig(32, 32, 8, 2)),
             (256, 2, TileConfig(32, 16, 8, 1)),
+            (64, "tf32", TileConfig(32, 32, 8, 2)),
             (128, "tf32", TileConfig(16, 16, 8, 2)),
         ],
         "amd": [
@@ -240,8 +245,10 @@ ATTENTION: dict[str, dict[str, list[TileRow]]] = {
             (64, "tf32", TileConfig(16, 32, 8, 1)),
         ],
         "small": [
+            (64, 2, TileConfig(32, 64, 8, 2)),
             (128, 2, TileConfig(16, 64, 8, 2)),
             (256, 2, TileConfig(16, 16, 8, 1)),
+            (64, "tf32", TileConfig(32, 32, 8, 2)),
             (128, "tf32", TileConfig(16, 16, 8, 1)),
         ],
         "amd": [
@@ -348,10 +355,10 @@ FALLBACK = {"sm_100": "sm_90", "sm_90": "sm_80", "small": "sm_80", "amd": "small
 INTERPRETED = TileConfig(64, 32, 4, 1)  # small, so that short sequences cross tile boundaries too
 
 # Norms, by pass: the widest row that is kept in registers, and the elements in a tile of narrower rows. The backward
-# pass takes wider rows by chunks of NORM_CHUNK columns: the fewer columns a program has, the fewer its partial sums.
+# pass takes wider rows by chunks of NORM_CHUNKS: the fewer columns a program has, the fewer its partial sums.
 NORM_COLS = {"forward": 32768, "backward": 8192, "jvp": 8192, "hvp": 4096}
 NORM_ELEMENTS = {"forward": 2048, "backward": 4096, "jvp": 2048, "hvp": 2048}
-NORM_CHUNK = 1024
+NORM_CHUNKS = {"forward": 32768, "backward": 1024, "jvp": 2048, "hvp": 1024}
 NORM_RESIDENT = 8192  # elements of backward tiles whose registers a multiprocessor has: at most 128 for 16 elements
 NORM_STAGES = 2  # of the backward pass: while it works on a tile, it copies the next one to shared memory
 
@@ -403,13 +410,17 @@ def choose_norm_tile(direction: str, width: int, mixed: bool = False, dropout: b
     if direction == "forward":
         limit //= 4 if dropout else 2 if mixed else 1
     single = width <= limit
-    if not single and direction in ("backward", "hvp"):
-        limit = NORM_CHUNK
+    if not single:
+        limit = min(limit, NORM_CHUNKS[direction])
     cols = min(next_power_of_2(width), limit)
     rows = max(1, NORM_ELEMENTS[direction] // cols)
     elements = rows * cols
     if elements <= 8192:
-        return NormTile(rows, cols, max(1, elements // 512), single)
+        # With tangents 16 of a thread can take more registers than it has; more than 16 warps have fewer.
+        of_warp = 256 if direction in ("jvp", "hvp") else 512
+        # Left alone, the assembler spills some of these registers for the sake of more warps at a time.
+        registers = 128 if direction == "jvp" and not single and find_architecture().startswith("sm_") else None
+        return NormTile(rows, cols, max(1, min(16, elements // of_warp)), single, registers)
     # Two programs at a time, of which one reads while the other computes, where that costs few spills: 2 to 15
     # instructions in LayerNorm. One at a time, LayerNorm of 16,384 columns read an H200's memory at half its speed.
     pair = direction == "forward" and elements == 16384 and not (mixed or dropout)

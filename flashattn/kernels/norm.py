@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, forward and backward and the tangents of both, with dropout and the residual addition fused in.
+"""LayerNorm and RMSNorm, forward, backward and the tangents of both, with dropout and the residual addition fused in.
 
     h    = residual + dropout(x), rounded to the dtype of hidden, and normalised as rounded
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps)       (RMSNorm: mean = 0)
@@ -25,8 +25,9 @@ Memory traffic (`bench/ptx/norm_bytes.py` counts it): a row of at most configs.N
 in registers. They set the limit: a thread of 32 warps has 64, of which 32,768 columns take 32 forward. Backward a
 column takes four or five, for two sums over rows, xhat, g and the weight, and 8,192 columns fill the 128 of 16 warps. A
 wider row is read in chunks: forward all but the last one twice; backward grad_y and hidden twice, once for their means
-and once for the gradients. With tangents a column takes twice as many registers, and there are as many means again,
-some of them of what others make: a wider row is read three times. A cluster of programs could hold such a row, but Triton sums across one only from 3.8 on.
+and once for the gradients. With tangents a column takes twice as many registers, and some means are of what others
+make, so that a wider row is read three times. A cluster of programs could hold such a row, but Triton sums across one
+only from 3.8 on.
 
 Backward, as many programs as run at a time, by the multiprocessors of the card, share the rows, and each writes a row
 of partial sums of the parameters' gradients. They are added in a fixed order: the same bits every run, on a card with
@@ -550,9 +551,9 @@ def norm_hvp(
     CENTER: tl.constexpr, SINGLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The tangents of what `norm_backward` computes, of constant grad_y and grad_hidden, but for that of the bias, which
-    is 0: grad_h' as grad_x and grad_residual, and partial sums of the weight's, grad_y * xhat'. Grid: as there. means
-    comes from `norm_hvp_means`, for rows that are not SINGLE."""
+    """The tangents of what `norm_backward` computes, of constant grad_y and grad_hidden: grad_h' as grad_x and
+    grad_residual, and partial sums of the weight's, grad_y * xhat'; that of the bias is 0. Grid: as there. means comes
+    from `norm_hvp_means`, for rows that are not SINGLE."""
     head = tl.program_id(1)
     cols = tl.program_id(2) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     sum_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)

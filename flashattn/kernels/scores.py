@@ -339,32 +339,26 @@ def signed_infinity(keep):
 
 
 @triton.jit
-def pair_exists(seq, tile):
-    """Which pairs of a tile are inside of the sequence."""
-    return (tile.queries < seq.query_end) & (tile.keys < seq.key_end)
-
-
-@triton.jit
 def add_biases(score, at, scores, tile):
-    """Scores with ALiBi and bias."""
+    """(scores with ALiBi and bias, which pairs of the tile are inside of the sequence)."""
     batch, head, seq = at.batch, at.head, at.seq
     queries, keys = tile.queries, tile.keys
     if score.alibi_slopes is not None:
         alibi = tl.load(score.alibi_slopes + batch * score.alibi_stride + head)
         scores -= alibi * tl.abs(queries + seq.diagonal - keys).to(tl.float32)
+    exists = (queries < seq.query_end) & (keys < seq.key_end)
     if score.bias is not None:
-        exists = pair_exists(seq, tile)
         bias = tl.load(score_tensor_pointers(score.bias, batch, head, queries, keys), mask=exists, other=0.0)
         scores += bias.to(tl.float32)
-    return scores
+    return scores, exists
 
 
 @triton.jit
-def add_bias_tangents(tangents, at, tangent, tile):
-    """The tangent of `add_biases`'s result, from that of its argument."""
+def add_bias_tangent(tangents, at, tangent, tile, exists):
+    """The tangent of the scores that `add_biases` returns, from that of its argument."""
     if tangents.bias is not None:
         pointers = score_tensor_pointers(tangents.bias, at.batch, at.head, tile.queries, tile.keys)
-        tangent += tl.load(pointers, mask=pair_exists(at.seq, tile), other=0.0).to(tl.float32)
+        tangent += tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
     return tangent
 
 
@@ -406,12 +400,11 @@ def score_mod_tangents(score, tangents, at, dual, tile):
 
 
 @triton.jit
-def mask_scores(score, at, scores, tile):
+def mask_scores(score, at, scores, tile, exists):
     """Scores with -inf where the mask or the block mask hides a pair."""
     batch, head, seq = at.batch, at.head, at.seq
     queries, keys = tile.queries, tile.keys
     if score.mask is not None:
-        exists = pair_exists(seq, tile)
         keep = tl.load(score_tensor_pointers(score.mask, batch, head, queries, keys), mask=exists, other=0)
         scores = tl.minimum(scores, signed_infinity(keep))
     if score.blocks is not None:
@@ -425,9 +418,9 @@ def mask_scores(score, at, scores, tile):
 def apply_score_mods(score, at, scores, dscore, tile):
     """(scores, dscore): ALiBi, bias, score_mod and masks applied to capped scores, and the derivative of the result by
     scale * q.k."""
-    scores = add_biases(score, at, scores, tile)
+    scores, exists = add_biases(score, at, scores, tile)
     scores, dscore = apply_score_mod(score, at, scores, dscore, tile)
-    return mask_scores(score, at, scores, tile), dscore
+    return mask_scores(score, at, scores, tile, exists), dscore
 
 
 @triton.jit
@@ -439,12 +432,12 @@ def linearize_scores(score, tangents, at, products, tangent_products, tile, OF_B
     if OF_BIAS:
         dscore = 1.0
         dscore_tangent = 0.0
-    scores = add_biases(score, at, scores, tile)
-    tangent = add_bias_tangents(tangents, at, tangent, tile)
+    scores, exists = add_biases(score, at, scores, tile)
+    tangent = add_bias_tangent(tangents, at, tangent, tile, exists)
     dual = Dual(scores, dscore, tangent, dscore_tangent)
     tangent, dscore_tangent = score_mod_tangents(score, tangents, at, dual, tile)
     scores, dscore = apply_score_mod(score, at, scores, dscore, tile)
-    return Dual(mask_scores(score, at, scores, tile), dscore, tangent, dscore_tangent)
+    return Dual(mask_scores(score, at, scores, tile, exists), dscore, tangent, dscore_tangent)
 
 
 @triton.jit

@@ -68,6 +68,7 @@ class NormFold(NamedTuple):
     size: int
     shape: tuple[int, ...]  # (..., heads, width), or (..., width) and one head
     heads: int
+    per_head: bool  # whether parameters are (heads, width)
 
     def fold(self, name: str, x: Tensor, at: int | None) -> Tensor:
         x = x.expand(self.size, *x.shape) if at is None else x.movedim(at, 0)
@@ -83,7 +84,7 @@ class NormFold(NamedTuple):
     def unfold(self, name: str, x: Tensor) -> Tensor:
         kind = NORM_KINDS[name]
         if kind == "parameters":
-            return x.unflatten(0, (self.size, -1)).flatten(1, -2) if self.heads > 1 else x
+            return x.unflatten(0, (self.size, -1)) if self.per_head else x
         if kind == "stats":
             return x.reshape(-1, self.size, self.heads).movedim(1, 0).flatten(1)
         return x.unflatten(1, (self.size, self.heads)).movedim(1, 0).reshape(self.size, *self.shape)
@@ -99,8 +100,9 @@ def map_norm(operator, size: int, in_dims: tuple, args: tuple) -> tuple[tuple, t
         return share_results(returns, shared, *run_each(operator, size, in_dims, args))
     like = {name: options[name] if at is None else options[name].select(at, 0) for name, at in dims.items()}
     parameters = [p for name, p in like.items() if NORM_KINDS.get(name) == "parameters"]
-    heads = parameters[0].shape[0] if parameters and parameters[0].dim() == 2 else 1
-    fold = NormFold(size, tuple(like["x" if "x" in like else "hidden"].shape), heads)
+    per_head = bool(parameters) and parameters[0].dim() == 2
+    heads = parameters[0].shape[0] if per_head else 1
+    fold = NormFold(size, tuple(like["x" if "x" in like else "hidden"].shape), heads, per_head)
     folded = [
         fold.fold(name, x, dims[name]) if name in NORM_KINDS and name in dims else x for name, x in options.items()
     ]

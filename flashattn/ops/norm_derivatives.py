@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import autocast, reference
 from ..backends import BACKENDS
-from ..protocol import NormTangents, SavedNorm
+from ..protocol import Backend, NormTangents, SavedNorm
 from ..score import Norm, write_operator_schema
 from ..tensors import replace_none
 from . import norm
@@ -37,8 +37,8 @@ torch.library.define(
     "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight)",
 )
 INPUTS = len(NormTangents._fields)
-JVP_SETTINGS = 2 * INPUTS + 2  # where those begin among norm_jvp's inputs, after hidden_dtype and keep_hidden
-BACKWARD_SETTINGS = 9
+JVP_SETTINGS = INPUTS + 2  # where those begin in norm_jvp after the inputs: after their tangents and two flags
+REFERENCE = BACKENDS["reference"]
 ops = torch.ops.flashattn
 
 
@@ -47,17 +47,16 @@ ops = torch.ops.flashattn
 
 @implement("norm_jvp")
 def _(x, residual, weight, bias, *flat):
-    *tangents, hidden_dtype, keep_hidden = flat[: INPUTS + 2]
-    *settings, backend = flat[INPUTS + 2 :]
-    tangents = NormTangents(*tangents)
-    run = BACKENDS[backend].norm_jvp
-    return fill_jvp(run(x, residual, weight, bias, tangents, hidden_dtype, keep_hidden, Norm(*settings)), hidden_dtype)
+    return run_jvp(BACKENDS[flat[-1]], x, residual, weight, bias, *flat)
 
 
-def fill_jvp(results: Sequence, hidden_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    *forward, tangent_y, tangent_hidden = results
-    y, hidden, mean, rstd = norm.fill_forward(*forward, hidden_dtype)
-    return y, hidden, mean, rstd, tangent_y, replace_none(tangent_hidden, hidden)
+def run_jvp(backend: Backend, x, residual, weight, bias, *flat):
+    tangents, settings = NormTangents(*flat[:INPUTS]), Norm(*flat[JVP_SETTINGS:-1])
+    hidden_dtype, keep_hidden = flat[INPUTS:JVP_SETTINGS]
+    results = backend.norm_jvp(x, residual, weight, bias, tangents, hidden_dtype, keep_hidden, settings)
+    y, hidden, mean, rstd, tangent_y, tangent_hidden = results
+    forward = norm.fill_forward(y, hidden, mean, rstd, hidden_dtype)
+    return *forward, tangent_y, replace_none(tangent_hidden, forward[1])
 
 
 @torch.library.register_fake("flashattn::norm_jvp")
@@ -68,11 +67,13 @@ def _(x, residual, weight, bias, *flat):
 
 @implement("norm_hvp")
 def _(grad_y, hidden, weight, mean, rstd, *flat):
-    *given, x_dtype, residual_dtype = flat[:4]
-    *settings, backend = flat[4:]
-    saved = SavedNorm(hidden, weight, None, mean, rstd)
-    results = BACKENDS[backend].norm_hvp(grad_y, saved, *given, x_dtype, residual_dtype, Norm(*settings))
-    return tuple(replace_none(x, rstd) for x in results)
+    return run_hvp(BACKENDS[flat[-1]], grad_y, SavedNorm(hidden, weight, None, mean, rstd), *flat[:-1])
+
+
+def run_hvp(backend: Backend, grad_y, saved, tangent_hidden, tangent_weight, x_dtype, residual_dtype, *flat):
+    moved = tangent_hidden, tangent_weight
+    results = backend.norm_hvp(grad_y, saved, *moved, x_dtype, residual_dtype, Norm(*flat))
+    return tuple(replace_none(x, saved.rstd) for x in results)
 
 
 @torch.library.register_fake("flashattn::norm_hvp")
@@ -80,25 +81,22 @@ def _(grad_y, hidden, weight, mean, rstd, tangent_hidden, tangent_weight, *flat)
     return norm.fake_backward(grad_y, None, hidden, weight, None, mean, rstd, *flat)[:3]
 
 
-# ------------------------------------------------------------------------------------------------ in PyTorch's operations
+# ------------------------------------------------------------------------------------------------ in operations
 
 
 @autocast.disable
 def jvp_in_operations(x, residual, weight, bias, *flat):
-    *tangents, hidden_dtype, keep_hidden = flat[: INPUTS + 2]
-    settings, tangents = Norm(*flat[INPUTS + 2 :][:FIELDS]), NormTangents(*tangents)
-    results = reference.norm_jvp(x, residual, weight, bias, tangents, hidden_dtype, keep_hidden, settings)
-    y, hidden, mean, rstd, *moved = fill_jvp(results, hidden_dtype)
+    y, hidden, mean, rstd, *moved = run_jvp(REFERENCE, x, residual, weight, bias, *flat)
     return y, hidden, mean.detach(), rstd.detach(), *moved
 
 
 @autocast.disable
 def hvp_in_operations(grad_y, hidden, weight, mean, rstd, *flat):
     """Of mean and rstd as the functions of h that they are."""
-    settings = Norm(*flat[4:][:FIELDS])
-    stats = reference.compute_norm_stats(hidden.reshape(-1, hidden.shape[-1]).to(rstd.dtype), settings)
-    results = reference.norm_hvp(grad_y, SavedNorm(hidden, weight, None, *stats), *flat[:4], settings)
-    return tuple(replace_none(x, rstd) for x in results)
+    settings = Norm(*flat[4:-1])
+    mean, rstd = reference.compute_norm_stats(hidden.reshape(-1, hidden.shape[-1]).to(rstd.dtype), settings)
+    saved = SavedNorm(hidden, weight, None, replace_none(mean, rstd), rstd)
+    return run_hvp(REFERENCE, grad_y, saved, *flat[:-1])
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -141,9 +139,9 @@ class Forward(NamedTuple):
         hidden, weight, _, mean, rstd = self.saved
         t = torch.zeros_like(hidden) if t is None else t
         given = grad_y, hidden, weight, mean, rstd, t, tangent_weight, *self.gradient_dtypes
-        return self.read(*ops.norm_hvp.default(*given, *self.settings), None)
+        return self.read(*ops.norm_hvp.default(*given, *self.settings))
 
-    def read(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> NormTangents:
+    def read(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> NormTangents:
         """Gradients of the inputs that there are."""
         if self.residual_dtype is None or self.gradient_dtypes[1] is None:
             residual = x
@@ -193,14 +191,14 @@ def forward_jvp(inputs, tangents):
     return tuple(results), (tangent_y, tangent_hidden, None, None)
 
 
-# norm_backward: (grad_y, grad_hidden, hidden, weight, bias, mean, rstd, two dtypes, settings) to the gradients. mean and
-# rstd are functions of h, through which they are differentiated.
+# norm_backward: (grad_y, grad_hidden, hidden, weight, bias, mean, rstd, two dtypes, settings) to the gradients. mean
+# and rstd are functions of h, through which they are differentiated.
 
 
 def split_backward(inputs: Sequence) -> tuple[Tensor, Tensor | None, Forward]:
     """(grad_y, grad_hidden, the forward pass)."""
-    saved, dtypes = SavedNorm(*inputs[2:7]), inputs[7:BACKWARD_SETTINGS]
-    return *inputs[:2], Forward(saved, *dtypes, tuple(inputs[BACKWARD_SETTINGS:]))  # type: ignore[return-value]
+    x_dtype, residual_dtype, *settings = inputs[7:]
+    return inputs[0], inputs[1], Forward(SavedNorm(*inputs[2:7]), x_dtype, residual_dtype, tuple(settings))
 
 
 def backward_set_up(ctx, inputs, outputs) -> None:
@@ -234,7 +232,8 @@ def backward_jvp(inputs, tangents):
     total = NOTHING
     if t is not None or of_weight is not None:
         given = grad_y, hidden, weight, mean, rstd, torch.zeros_like(hidden) if t is None else t, of_weight
-        total = NormTangents(*ops.norm_hvp.default(*given, *inputs[7:]), None)
+        x, residual, weight = ops.norm_hvp.default(*given, *inputs[7:])
+        total = NormTangents(x, residual, weight, None)
     if of_grad_y is not None or of_grad_hidden is not None:
         of_grad_y = torch.zeros_like(grad_y) if of_grad_y is None else of_grad_y
         total = add(total, NormTangents(*ops.norm_backward.default(of_grad_y, of_grad_hidden, *inputs[2:])))
@@ -256,14 +255,15 @@ def jvp_backward(ctx, grad_y, grad_hidden, _mean, _rstd, of_tangent_y, of_tangen
     and J^T of the gradients of y and hidden."""
     inputs, (hidden, mean, rstd, t) = restore(ctx)
     x, residual, weight, bias, *tangents = inputs[: 2 * INPUTS]
-    tangents, kept, settings = NormTangents(*tangents), inputs[JVP_SETTINGS - 1], inputs[JVP_SETTINGS:]
+    kept, *settings = inputs[INPUTS + JVP_SETTINGS - 1 :]
+    tangents = NormTangents(*tangents)
     if not kept:
         grad_hidden, of_tangent_hidden = None, None  # of outputs that were returned empty
     if residual is None and Norm(*settings[:FIELDS]).dropout_p == 0:
         hidden, t = x, tangents.x
     norm.check_hidden(hidden, rstd)
     residual_dtype = None if residual is None else residual.dtype
-    call = Forward(SavedNorm(hidden, weight, bias, mean, rstd), x.dtype, residual_dtype, settings)
+    call = Forward(SavedNorm(hidden, weight, bias, mean, rstd), x.dtype, residual_dtype, tuple(settings))
     of_inputs, of_tangents = NOTHING, NOTHING
     if grad_y is not None or grad_hidden is not None:
         of_inputs = call.vjp(grad_y, grad_hidden)
@@ -271,8 +271,8 @@ def jvp_backward(ctx, grad_y, grad_hidden, _mean, _rstd, of_tangent_y, of_tangen
         of_inputs = add(of_inputs, call.hvp(of_tangent_y, t, tangents.weight))
     if of_tangent_y is not None or of_tangent_hidden is not None:
         of_tangents = call.vjp(of_tangent_y, of_tangent_hidden)
-    of_tangents = (g if t is not None else None for g, t in zip(of_tangents, tangents, strict=True))
-    return *of_inputs, *of_tangents, *[None] * (len(inputs) - 2 * INPUTS)
+    of_given = (g if t is not None else None for g, t in zip(of_tangents, tangents, strict=True))
+    return *of_inputs, *of_given, *[None] * (len(inputs) - 2 * INPUTS)
 
 
 register_derivatives("norm_forward", Rules(forward_set_up, forward_backward, forward_jvp))

@@ -126,7 +126,7 @@ def norm_jvp(
         moved = moved + xhat * broadcast_parameter(tangents.weight, rows).to(xhat.dtype)
     if tangents.bias is not None:
         moved = moved + broadcast_parameter(tangents.bias, rows).to(xhat.dtype)
-    kept_t = t.to(hidden_dtype).view(x.shape) if keep_hidden else None
+    kept_t = t.to(hidden_dtype, copy=True).view(x.shape) if keep_hidden else None
     return y, kept, mean, rstd, moved.to(x.dtype).view(x.shape), kept_t
 
 

@@ -267,11 +267,20 @@ def test_transforms(name):
     torch.testing.assert_close(TRANSFORMS[name](ours), TRANSFORMS[name](theirs))
 
 
+def run_in_a_graph(name, call):
+    torch._dynamo.reset()
+    return torch.compile(lambda: TRANSFORMS[name](call), fullgraph=True, backend="aot_eager")()
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_in_a_graph(name):
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda: TRANSFORMS[name](ours), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(), TRANSFORMS[name](theirs))
+    try:
+        found = run_in_a_graph(name, ours)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            run_in_a_graph(name, theirs)
+        pytest.skip(f"nor can PyTorch {torch.__version__}: {type(error).__name__}")
+    torch.testing.assert_close(found, TRANSFORMS[name](theirs))
 
 
 AUTOGRAD = {

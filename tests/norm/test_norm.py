@@ -26,6 +26,7 @@ from tests.norm.cases import (
     make_inputs,
     ours,
     run,
+    shrink_blocks,
 )
 
 
@@ -39,12 +40,7 @@ def test_against_float64(case, dtype, backend, small_blocks):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Triton's rows in several chunks, so that wide cases take the path of rows that do not fit."""
-    try:
-        from flashattn.kernels import configs
-    except ImportError:
-        return
-    monkeypatch.setattr(configs, "NORM_COLS", {"forward": 1024, "backward": 1024})
+    shrink_blocks(monkeypatch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
