@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -60,14 +61,14 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
     return Inputs(tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flashattn.attention(q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    return flashattn.attention(q, k, v, causal=causal)
 
 
-def attend_by_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_by_math(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """PyTorch's attention in its own operations, which alone has these derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
-        return scaled_dot_product_attention(q, k, v)
+        return scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 # ------------------------------------------------------------------------------------------------ calls
@@ -118,6 +119,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> Itera
     limit = 2.6 if dtype == torch.float32 else 2.8
     yield Cost("jvp / forward", name, compare(jvp, make_forward(attend, x)), "x", limit, 2.2, True, *errors)
     yield Cost("jvp of PyTorch's math / ours", name, compare(by_math, jvp), "x", 4, None, False)
+    ours, theirs = (make_jvp(functools.partial(f, causal=True), x) for f in (attend, attend_by_math))
+    yield Cost("the same, causal", name, compare(theirs, ours), "x", 4, None, False)
     first, second = make_backwards(attend, x)
     _, second_by_math = make_backwards(attend_by_math, x)
     _, second_exact = make_backwards(attend_by_math, exact)

@@ -1,5 +1,5 @@
 // The fields of `Norm` (flashattn/score.py), in the same order: X(C++ type, schema type, name). The bindings
-// generate NormArgs and the parameters and schemas of both norm operators from this list.
+// generate NormArgs and the parameters and schemas of the norm operators from this list.
 #pragma once
 
 #define FLASHATTN_NORM_FIELDS(X)    \

@@ -63,8 +63,9 @@ def is_legacy_batched(x) -> bool:
 def has_data(x: Tensor) -> bool:
     """Whether x's values can be read: not while a graph is compiled, nor of a meta or fake tensor, nor of one that a
     transform has wrapped."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return not (is_traced() or x.is_meta or wrapped or type(x).__name__ == "FakeTensor")
+    if is_traced() or x.is_meta or type(x).__name__ == "FakeTensor":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def keep_from_dynamo(function: Callable) -> Callable:

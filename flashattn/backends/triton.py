@@ -353,7 +353,7 @@ def launch_hvp(
     tangent_lse: Tensor, with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     q, k, v, grad_out, out, tangent_out = (make_readable(x) for x in (*saved[:3], grad_out, saved.out, tangent_out))
-    grad_lse, lse, tangent_lse = (make_contiguous(x) for x in (grad_lse, saved.lse, tangent_lse))
+    grad_lse, lse, tangent_lse = make_contiguous(grad_lse), saved.lse.contiguous(), tangent_lse.contiguous()
     batch, seq_q, seq_k = score.sizes(q, k)
     packed, heads = score.cu_seqlens is not None, q.shape[1]
     grad_q, grad_k, grad_v = (new_result(x, x.shape[-1], packed) for x in (q, k, v))

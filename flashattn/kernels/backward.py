@@ -151,14 +151,12 @@ def load_stats(rows, queries, query_end, RAW: tl.constexpr, CHECK_ROWS: tl.const
 
 
 @triton.jit
-def weigh_scores(scores, lse, rest, score, at, tile, PARTIAL: tl.constexpr):
+def weigh_scores(scores, lse, rest, score):
     """The weights of a tile of scores. `lse` and `rest` broadcast to its shape."""
     if score.raw:
         p = tl.exp2(scores * (score.scale * LOG2E) - lse)
     else:
         p = tl.exp2((scores - lse) * LOG2E - rest)
-    if PARTIAL:
-        p = tl.where(in_window_and_bounds(score, at.seq, tile), p, 0.0)
     return p
 
 
@@ -169,7 +167,10 @@ def recompute_weights(products, lse, rest, score, at, tile, PARTIAL: tl.constexp
     if OF_BIAS:
         dscore = 1.0
     scores, dscore = apply_score_mods(score, at, scores, dscore, tile)
-    return weigh_scores(scores, lse, rest, score, at, tile, PARTIAL), dscore
+    p = weigh_scores(scores, lse, rest, score)
+    if PARTIAL:
+        p = tl.where(in_window_and_bounds(score, at.seq, tile), p, 0.0)
+    return p, dscore
 
 
 @triton.jit

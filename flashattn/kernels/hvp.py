@@ -46,6 +46,7 @@ from .scores import (
     block_is_active,
     block_state,
     hide_tangent,
+    in_window_and_bounds,
     key_range,
     key_tile_of_program,
     key_tiles,
@@ -127,7 +128,9 @@ def compute_dual_gradients(
     tile = TilePositions(queries[:, None], cols, block_state(score, at, own.start, start_n))
     dual = linearize_tile(own.q, own.tangent_q, k_tile, tangent_k, score, tangents, at, tile, OF_BIAS)
     stats = expand_stats(own.stats, 1)
-    p = weigh_scores(dual.scores, stats.rows.lse, stats.rows.rest, score, at, tile, PARTIAL)
+    p = weigh_scores(dual.scores, stats.rows.lse, stats.rows.rest, score)
+    if PARTIAL:
+        p = tl.where(in_window_and_bounds(score, at.seq, tile), p, 0.0)
     end = at.seq.key_end
     v_tile = load_tile(keys.v, start_n, end, shape.HEAD_DIM_V, shape.BLOCK_N, shape.BLOCK_DV, PARTIAL)
     dp = tl.dot(own.grad_out, tl.trans(v_tile), input_precision=score.precision)
@@ -236,7 +239,9 @@ def accumulate_dual_dkv(
     tile = TilePositions(queries[None, :], rows_down, block_state(score, at, start_m, own.start))
     dual = linearize_tile(own.k, own.tangent_k, q_tile, tangent_q, score, tangents, at, tile)
     stats = expand_stats(load_dual_stats(rows, queries, end, score.raw, PARTIAL), 0)
-    p = weigh_scores(dual.scores, stats.rows.lse, stats.rows.rest, score, at, tile, PARTIAL)
+    p = weigh_scores(dual.scores, stats.rows.lse, stats.rows.rest, score)
+    if PARTIAL:
+        p = tl.where(in_window_and_bounds(score, at.seq, tile), p, 0.0)
     do_tile = load_tile(views.grad_out, start_m, end, shape.HEAD_DIM_V, shape.BLOCK_M, shape.BLOCK_DV, PARTIAL)
     dp = tl.dot(own.v, tl.trans(do_tile), input_precision=score.precision)
     tangent_dp = 0.0

@@ -81,7 +81,7 @@ def attend_tile(
     dual = linearize_tile(q, tangent_q, k_tile, tangent_k, score, tangents, at, tile)
     p, alpha, m_i, l_i = fold_scores(dual.scores, state.m_i, state.l_i, score, at, tile, PARTIAL)
     mu = tangent_state.mu * alpha
-    tangent_p = 0.0
+    tangent_p = p
     if tangents.of_scores:
         tangent_p = rounded_product(p, hide_tangent(tangents, p, dual.tangent))
         mu += tl.sum(tangent_p, 1)

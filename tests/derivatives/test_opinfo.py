@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tests.operators.test_opinfo import OURS, samples, theirs
+from tests.operators.opinfo_samples import OURS, samples, theirs
 
 
 def list_checked(name: str):
