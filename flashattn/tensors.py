@@ -57,6 +57,11 @@ def replace_none(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
+def plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """x + y; None is 0."""
+    return x if y is None else y if x is None else x + y
+
+
 def cast_like(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     """x in the dtype of `like`, a gradient in that of its tensor; None without either."""
     return None if x is None or like is None else x.to(like.dtype)

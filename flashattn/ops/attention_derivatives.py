@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..backends import BACKENDS
 from ..protocol import Saved, Tangents
 from ..score import Score
-from ..tensors import replace_none
+from ..tensors import plus, replace_none
 from . import attention
 from .attention import BIAS, CAPTURED, SCORE, SINKS
 from .register import (
@@ -28,6 +28,7 @@ from .register import (
     register_derivatives,
     restore,
     save,
+    save_inputs,
 )
 
 TANGENTS = (
@@ -145,10 +146,6 @@ def select_trained(inputs: Sequence) -> Trained:
 
 def add(a: Trained, b: Trained) -> Trained:
     """Two sums of gradients; None is 0."""
-
-    def plus(x, y):
-        return x if y is None else y if x is None else x + y
-
     captured = [plus(x, y) for x, y in itertools.zip_longest(a.captured, b.captured)]
     return Trained._make((*map(plus, a[:5], b[:5]), captured))
 
@@ -233,12 +230,13 @@ def place_tangents(gradients: Trained, tangents: Sequence) -> tuple:
     return *of_fields, list(gradients.captured) or [None] * len(captured)
 
 
-# attention_forward: (q, k, v, the score's arguments) to (out, lse, rest).
-
-
-def forward_set_up(ctx, inputs, outputs) -> None:
+def save_with_results(ctx, inputs, outputs) -> None:
+    """`set_up_context` of the operators whose results begin with out, lse and rest."""
     save(ctx, inputs, outputs)
     ctx.mark_non_differentiable(outputs[2])
+
+
+# attention_forward: (q, k, v, the score's arguments) to (out, lse, rest).
 
 
 def forward_backward(ctx, grad_out, grad_lse, _):
@@ -280,10 +278,6 @@ def select_backward(inputs: Sequence) -> Trained:
     return select_trained((*inputs[2:5], *inputs[BACKWARD_INPUTS:]))
 
 
-def backward_set_up(ctx, inputs, outputs) -> None:
-    save(ctx, inputs)
-
-
 def backward_backward(ctx, *gradients):
     """The derivative of L along tangents t, which are the gradients here: J t by grad_out and grad_lse, H t by the
     others."""
@@ -317,11 +311,6 @@ def backward_jvp(inputs, tangents):
 # attention_jvp: (q, k, v, their tangents, the score's arguments) to (out, lse, rest, tangent_out, tangent_lse).
 
 
-def jvp_set_up(ctx, inputs, outputs) -> None:
-    save(ctx, inputs, outputs)
-    ctx.mark_non_differentiable(outputs[2])
-
-
 def jvp_backward(ctx, grad_out, grad_lse, _, grad_tangent_out, grad_tangent_lse):
     """With the gradients g of the tangents of out and lse: J^T g by the tangents of the inputs; by the inputs H t of
     this g, and J^T of the gradients of out and lse."""
@@ -344,10 +333,6 @@ def jvp_backward(ctx, grad_out, grad_lse, _, grad_tangent_out, grad_tangent_lse)
 # tangents.
 
 
-def hvp_set_up(ctx, inputs, outputs) -> None:
-    save(ctx, inputs)
-
-
 def hvp_backward(ctx, *gradients):
     """H u by the tangents, where u are the gradients, since H is symmetric (`torch.autograd.functional.hvp` asks for
     it). By the other inputs it is a third derivative."""
@@ -366,7 +351,7 @@ def hvp_backward(ctx, *gradients):
     return *own[:BACKWARD_INPUTS], *placed, None, None, *own[BACKWARD_INPUTS:]
 
 
-register_derivatives("attention_forward", Rules(forward_set_up, forward_backward, forward_jvp))
-register_derivatives("attention_backward", Rules(backward_set_up, backward_backward, backward_jvp))
-register_derivatives("attention_jvp", Rules(jvp_set_up, jvp_backward, refuse_third_derivative))
-register_derivatives("attention_hvp", Rules(hvp_set_up, hvp_backward, refuse_third_derivative))
+register_derivatives("attention_forward", Rules(save_with_results, forward_backward, forward_jvp))
+register_derivatives("attention_backward", Rules(save_inputs, backward_backward, backward_jvp))
+register_derivatives("attention_jvp", Rules(save_with_results, jvp_backward, refuse_third_derivative))
+register_derivatives("attention_hvp", Rules(save_inputs, hvp_backward, refuse_third_derivative))

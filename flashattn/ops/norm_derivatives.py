@@ -18,10 +18,10 @@ from .. import autocast, reference
 from ..backends import BACKENDS
 from ..protocol import Backend, NormTangents, SavedNorm
 from ..score import Norm, write_operator_schema
-from ..tensors import replace_none
+from ..tensors import plus, replace_none
 from . import norm
 from .norm import FIELDS
-from .register import Rules, implement, register_derivatives, restore, save
+from .register import Rules, implement, register_derivatives, restore, save, save_inputs
 
 SETTINGS = f"{write_operator_schema(Norm)}, str backend"
 torch.library.define(
@@ -107,10 +107,6 @@ NOTHING = NormTangents(None, None, None, None)  # here also gradients of the inp
 def add(a: NormTangents, b: NormTangents) -> NormTangents:
     """Two sums; None is 0."""
     return NormTangents(*map(plus, a, b))
-
-
-def plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return x if y is None else y if x is None else x + y
 
 
 class Forward(NamedTuple):
@@ -201,10 +197,6 @@ def split_backward(inputs: Sequence) -> tuple[Tensor, Tensor | None, Forward]:
     return inputs[0], inputs[1], Forward(SavedNorm(*inputs[2:7]), x_dtype, residual_dtype, tuple(settings))
 
 
-def backward_set_up(ctx, inputs, outputs) -> None:
-    save(ctx, inputs)
-
-
 def backward_backward(ctx, *gradients):
     """Of S = sum(grad * gradients), the derivative of L along tangents t = grad: J t by grad_y, t by grad_hidden, and
     H t by the others."""
@@ -276,6 +268,6 @@ def jvp_backward(ctx, grad_y, grad_hidden, _mean, _rstd, of_tangent_y, of_tangen
 
 
 register_derivatives("norm_forward", Rules(forward_set_up, forward_backward, forward_jvp))
-register_derivatives("norm_backward", Rules(backward_set_up, backward_backward, backward_jvp))
+register_derivatives("norm_backward", Rules(save_inputs, backward_backward, backward_jvp))
 register_derivatives("norm_jvp", Rules(jvp_set_up, jvp_backward, in_operations=jvp_in_operations))
 register_derivatives("norm_hvp", Rules(in_operations=hvp_in_operations))

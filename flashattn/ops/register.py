@@ -152,7 +152,7 @@ def find_tangents(inputs: tuple) -> tuple | None:
     """The tangents of the inputs at this level of transforms, None for those without; None if there is none."""
     if not tracing.has_tangents_here():
         return None
-    tangents = tree_map(lambda x: tracing.get_tangent(x), inputs)
+    tangents = tree_map(tracing.get_tangent, inputs)
     return tangents if any(isinstance(x, Tensor) for x in tree_flatten(tangents)[0]) else None
 
 
@@ -169,6 +169,11 @@ def save(ctx, *values) -> None:
     ctx.save_for_backward(*(x if watched else None for x, watched in zip(flat, saved, strict=True)))
 
 
+def save_inputs(ctx, inputs: tuple, outputs: tuple) -> None:
+    """The `set_up_context` of an operator whose rules read its inputs alone."""
+    save(ctx, inputs)
+
+
 def restore(ctx) -> tuple:
     flat = [x if saved is None else saved for x, saved in zip(ctx.others, ctx.saved_tensors, strict=True)]
     return tree_unflatten(flat, ctx.structure)
@@ -176,6 +181,6 @@ def restore(ctx) -> tuple:
 
 def refuse_third_derivative(*_):
     raise NotImplementedError(
-        "flashattn differentiates attention and norms twice: a third derivative, or forward mode of forward mode "
+        "flashattn differentiates attention twice: a third derivative, or forward mode of forward mode "
         "(jacfwd of jacfwd; take jacfwd of jacrev), is not implemented"
     )

@@ -241,21 +241,17 @@ MOVED = [torch.cos(x) for x in INPUTS]
 EVERY = tuple(range(5))
 
 
-def cubes(call):
-    return sum_cubes(call)
-
-
 TRANSFORMS = {
-    "grad": lambda f: grad(cubes(f), EVERY)(*INPUTS),
+    "grad": lambda f: grad(sum_cubes(f), EVERY)(*INPUTS),
     "vjp": lambda f: vjp(f, *INPUTS)[1](tuple(x.sin() for x in theirs(*INPUTS))),
     "jvp": lambda f: jvp(f, tuple(INPUTS), tuple(MOVED)),
     "jacrev": lambda f: jacrev(lambda *x: f(*x)[0], EVERY)(*INPUTS),
     "jacfwd": lambda f: jacfwd(lambda *x: f(*x)[0], EVERY)(*INPUTS),
-    "hessian": lambda f: hessian(lambda b, s: cubes(f)(*INPUTS[:3], b, s), (0, 1))(*INPUTS[3:]),
-    "forward_over_reverse": lambda f: jvp(grad(cubes(f), EVERY), tuple(INPUTS), tuple(MOVED)),
-    "reverse_over_forward": lambda f: grad(cubes(lambda *x: jvp(f, x, tuple(MOVED))[1]), EVERY)(*INPUTS),
-    "reverse_over_reverse": lambda f: grad(cubes(grad(cubes(f), EVERY)), EVERY)(*INPUTS),
-    "gradient_by_tangents": lambda f: grad(cubes(lambda *t: jvp(f, tuple(INPUTS), t)[1]), EVERY)(*MOVED),
+    "hessian": lambda f: hessian(lambda b, s: sum_cubes(f)(*INPUTS[:3], b, s), (0, 1))(*INPUTS[3:]),
+    "forward_over_reverse": lambda f: jvp(grad(sum_cubes(f), EVERY), tuple(INPUTS), tuple(MOVED)),
+    "reverse_over_forward": lambda f: grad(sum_cubes(lambda *x: jvp(f, x, tuple(MOVED))[1]), EVERY)(*INPUTS),
+    "reverse_over_reverse": lambda f: grad(sum_cubes(grad(sum_cubes(f), EVERY)), EVERY)(*INPUTS),
+    "gradient_by_tangents": lambda f: grad(sum_cubes(lambda *t: jvp(f, tuple(INPUTS), t)[1]), EVERY)(*MOVED),
     "vmap_of_jvp": lambda f: vmap(lambda t: jvp(lambda q: f(q, *INPUTS[1:]), (INPUTS[0],), (t,))[1])(
         torch.stack([MOVED[0], INPUTS[0]])
     ),
@@ -284,14 +280,14 @@ def test_transforms_in_a_graph(name):
 
 
 AUTOGRAD = {
-    "hvp": lambda f: torch.autograd.functional.hvp(cubes(f), tuple(INPUTS), tuple(MOVED)),
-    "vhp": lambda f: torch.autograd.functional.vhp(cubes(f), tuple(INPUTS), tuple(MOVED)),
+    "hvp": lambda f: torch.autograd.functional.hvp(sum_cubes(f), tuple(INPUTS), tuple(MOVED)),
+    "vhp": lambda f: torch.autograd.functional.vhp(sum_cubes(f), tuple(INPUTS), tuple(MOVED)),
     "vectorized_jacobian": lambda f: torch.autograd.functional.jacobian(f, tuple(INPUTS), vectorize=True),
     "forward_jacobian": lambda f: torch.autograd.functional.jacobian(
         lambda *x: f(*x)[0], tuple(INPUTS), vectorize=True, strategy="forward-mode"
     ),
     "hessian": lambda f: torch.autograd.functional.hessian(
-        lambda s: cubes(f)(*INPUTS[:4], s), INPUTS[4], vectorize=True
+        lambda s: sum_cubes(f)(*INPUTS[:4], s), INPUTS[4], vectorize=True
     ),
 }
 
@@ -317,10 +313,6 @@ def test_per_sample_gradients_of_a_model():
     """By functional_call, as PyTorch's tutorial has it."""
     model = torch.nn.Sequential(flashattn.LayerNorm(16), torch.nn.Linear(16, 16), flashattn.RMSNorm(16))
     attention = flashattn.MultiheadAttention(16, 2)
-    parameters = {
-        **{f"0.{n}": p for n, p in model.named_parameters()},
-        **{f"1.{n}": p for n, p in attention.named_parameters()},
-    }
     both = torch.nn.ModuleList([model, attention])
     x = torch.randn(5, 7, 16)
 
