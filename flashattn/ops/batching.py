@@ -4,7 +4,7 @@ callable or by dropout, is run once for each."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +12,31 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .. import tracing
 from . import attention_derivatives, norm_derivatives  # noqa: F401  (which define the operators)
-from .folding import choose_fold, is_row_dependent
+from .folding import choose_fold, is_row_dependent, list_kinds
 from .register import library
+
+
+class Named(NamedTuple):
+    """A mapped call of an operator, by the names of its schema."""
+
+    options: dict[str, Any]  # its arguments
+    dims: dict[str, int | None]  # of those that are tensors: the dimension that is mapped
+    returns: list[str]
+    shared: bool  # whether tangents alone are mapped: the other results are those of every call
+
+
+def name_arguments(operator, in_dims: tuple, args: tuple) -> Named:
+    names = [argument.name for argument in operator._schema.arguments]
+    dims = {name: at for name, x, at in zip(names, args, in_dims, strict=True) if isinstance(x, Tensor)}
+    returns = [result.name for result in operator._schema.returns]
+    shared = all(at is None or name.startswith("tangent") for name, at in dims.items())
+    return Named(dict(zip(names, args, strict=True)), dims, returns, shared)
 
 
 def map_operator(operator, size: int, in_dims: tuple, args: tuple) -> tuple[tuple, tuple]:
     """(results, the dimension of each that is mapped): an operator of attention for each of `size` calls."""
-    names = [argument.name for argument in operator._schema.arguments]
-    options, returns = dict(zip(names, args, strict=True)), [result.name for result in operator._schema.returns]
-    dims = {name: at for name, x, at in zip(names, args, in_dims, strict=True) if isinstance(x, Tensor)}
+    options, dims, returns, shared = name_arguments(operator, in_dims, args)
     tensors = {name: options[name] for name in dims}
-    # Where tangents alone are mapped, the results are those of every call; forward mode asks for one of them then.
-    shared = all(at is None or name.startswith("tangent") for name, at in dims.items())
     alone = is_row_dependent(options["dropout_p"], options["score_mod"], options["mask_mod"])
     fold = None if alone else choose_fold(tensors, dims, size, returns)
     if fold is None:
@@ -42,7 +55,8 @@ def map_operator(operator, size: int, in_dims: tuple, args: tuple) -> tuple[tupl
 
 
 def share_results(returns: list[str], shared: bool, results: tuple, out_dims: tuple) -> tuple[tuple, tuple]:
-    """The first of the results that are not tangents, where they are `shared` by all calls."""
+    """The first of the results that are not tangents, where they are `shared` by all calls: forward mode asks for one
+    of them."""
     if not shared or not returns[-1].startswith("tangent"):
         return results, out_dims
     shares = [at == 0 and not name.startswith("tangent") for name, at in zip(returns, out_dims, strict=True)]
@@ -50,16 +64,12 @@ def share_results(returns: list[str], shared: bool, results: tuple, out_dims: tu
     return results, tuple(None if share else at for at, share in zip(out_dims, shares, strict=True))
 
 
-NORM_KINDS = {
-    name: kind
-    for kind, names in dict(
-        rows="x residual hidden grad_y grad_hidden y grad_x grad_residual "
-        "tangent_x tangent_residual tangent_hidden tangent_y",  # (..., width)
-        stats="mean rstd",  # (rows,)
-        parameters="weight bias grad_weight grad_bias tangent_weight tangent_bias",  # (width,) or (heads, width)
-    ).items()
-    for name in names.split()
-}
+NORM_KINDS = list_kinds(
+    rows="x residual hidden grad_y grad_hidden y grad_x grad_residual "
+    "tangent_x tangent_residual tangent_hidden tangent_y",  # (..., width)
+    stats="mean rstd",  # (rows,)
+    parameters="weight bias grad_weight grad_bias tangent_weight tangent_bias",  # (width,) or (heads, width)
+)
 
 
 class NormFold(NamedTuple):
@@ -92,10 +102,7 @@ class NormFold(NamedTuple):
 
 def map_norm(operator, size: int, in_dims: tuple, args: tuple) -> tuple[tuple, tuple]:
     """`map_operator` of a norm."""
-    names = [argument.name for argument in operator._schema.arguments]
-    options, returns = dict(zip(names, args, strict=True)), [result.name for result in operator._schema.returns]
-    dims = {name: at for name, x, at in zip(names, args, in_dims, strict=True) if isinstance(x, Tensor)}
-    shared = all(at is None or name.startswith("tangent") for name, at in dims.items())
+    options, dims, returns, shared = name_arguments(operator, in_dims, args)
     if options["dropout_p"] > 0:
         return share_results(returns, shared, *run_each(operator, size, in_dims, args))
     like = {name: options[name] if at is None else options[name].select(at, 0) for name, at in dims.items()}

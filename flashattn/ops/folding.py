@@ -12,20 +12,21 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 
 from ..score import Score
 
+
+def list_kinds(**names: str) -> dict[str, str]:
+    """{name: kind} of the names of each kind."""
+    return {name: kind for kind, all_names in names.items() for name in all_names.split()}
+
+
 # The dimensions of tensors in the operators' schemas, by name.
-HEADS = "q k v out grad_out tangent_q tangent_k tangent_v tangent_out grad_q grad_k grad_v"  # (batch, heads, ...)
-ROWS = "lse rest grad_lse tangent_lse max_scores entropy column_sums"  # (batch, heads, ...), or empty
-PAIRS = "mask bias tangent_bias grad_bias"  # (batch, heads, ...), each of them possibly 1
-SLOPES = "alibi_slopes"  # (batch or 1, heads)
-LENGTHS = "q_lengths kv_lengths"  # (batch,)
-OF_HEADS = "sinks tangent_sinks grad_sinks max_logit"  # (heads,)
-KINDS = {
-    name: kind
-    for kind, names in dict(
-        heads=HEADS, rows=ROWS, pairs=PAIRS, slopes=SLOPES, lengths=LENGTHS, of_heads=OF_HEADS
-    ).items()
-    for name in names.split()
-}
+KINDS = list_kinds(
+    heads="q k v out grad_out tangent_q tangent_k tangent_v tangent_out grad_q grad_k grad_v",  # (batch, heads, ...)
+    rows="lse rest grad_lse tangent_lse max_scores entropy column_sums",  # (batch, heads, ...), or empty
+    pairs="mask bias tangent_bias grad_bias",  # (batch, heads, ...), each of them possibly 1
+    slopes="alibi_slopes",  # (batch or 1, heads)
+    lengths="q_lengths kv_lengths",  # (batch,)
+    of_heads="sinks tangent_sinks grad_sinks max_logit",  # (heads,)
+)
 BATCH_DIM, HEADS_DIM = 0, 1
 
 
