@@ -7,7 +7,15 @@ from torch.nn.attention.flex_attention import create_block_mask
 import flashattn
 from flashattn.reference import naive
 from tests.attention.cases import FEATURES
-from tests.attention.truth import Case, dropout_multiplier, list_inputs, make_gradients, make_inputs, make_naive_options
+from tests.attention.truth import (
+    Case,
+    dropout_multiplier,
+    list_inputs,
+    make_gradients,
+    make_inputs,
+    make_naive_options,
+    run,
+)
 from tests.common import assert_as_exact_as_torch, find_device
 from tests.derivatives.cases import (
     compute,
@@ -111,6 +119,11 @@ def check(name: str, has_blocks: bool, backend: str) -> None:
         terms["second_sinks"] = sum_sink_magnitudes(*moved)
     with flashattn.use_backend(backend):
         found = compute(lambda *x: ours(case, options, blocks, *x), inputs, gradients, directions)
+        first = run(lambda *x: ours(case, options, blocks, *x), inputs, *gradients)
+    first_exact, first_by_torch = run(theirs, wide[0], *wide[1]), run(theirs, inputs, *gradients)
+    for result, x, y, t in zip(list_inputs(case), first[2:], first_by_torch[2:], first_exact[2:], strict=False):
+        if result != "sinks":  # a sum over all queries, which no score_mod changes
+            assert_as_exact_as_torch(x, y, t, f"grad_{result}")
     for kind, results in list_results(case).items():
         names = results if kind == "forward" else [*results[:-2], "second_table", *results[-2:]]
         for result, x, y, t in zip(names, found[kind], by_torch[kind], exact[kind], strict=True):
