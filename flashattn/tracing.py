@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._functorch.pyfunctorch import VmapInterpreter
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable)
@@ -108,12 +109,14 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or is_forward_mode()
 
 
-def is_in_vmap() -> bool:
-    """Whether functorch's vmap is the innermost transform, and nothing else needs the dispatcher before it."""
+def find_vmap() -> VmapInterpreter | None:
+    """functorch's vmap, where it is the innermost transform and nothing else needs the dispatcher before it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
+        return None
     innermost = torch._C._functorch.peek_interpreter_stack()
-    return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Vmap
+    if innermost is None or innermost.key() != torch._C._functorch.TransformType.Vmap:
+        return None
+    return VmapInterpreter(innermost)
 
 
 def is_wrapped(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ runs the implementation itself, under an autograd function of the same formulas 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -102,8 +103,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, score: Score, backend: str) -> tu
     inputs = (q, k, v, score.bias, score.sinks, *captured)
     must_dispatch, requires_grad = tracing.choose_path(*inputs)
     if must_dispatch:
-        if tracing.is_in_vmap():
-            mapped = folding.map_call(q, k, v, score, lambda q, k, v, score: attention(q, k, v, score, backend))
+        if (vmap := tracing.find_vmap()) is not None:
+            run = functools.partial(attention, backend=backend)
+            mapped = folding.map_call(vmap, q, k, v, score, run)
             if mapped is not None:
                 return mapped
         tracing.refuse_onnx("attention_forward")
