@@ -16,7 +16,7 @@ from tests.attention.truth import (
     make_naive_options,
     run,
 )
-from tests.common import assert_as_exact_as_torch, find_device
+from tests.common import INTERPRETED, assert_as_exact_as_torch, find_device
 from tests.derivatives.cases import (
     compute,
     list_results,
@@ -27,7 +27,7 @@ from tests.derivatives.cases import (
 
 BASE = Case("", batch=3, heads=4, kv_heads=2, seq_q=70, seq_k=90, head_dim=24, head_dim_v=40)
 WITH = {"nothing": {}} | {name: {name: value} for name, value in FEATURES.items() if name != "kv_heads"}
-NAMES = {"slopes": "alibi_slopes"}
+WITH["everything"] = FEATURES
 
 
 def change(score, factor, i, j):
@@ -94,6 +94,17 @@ def test_against_float64(name, has_blocks, backend):
 @pytest.mark.parametrize("name", ["bias", "softcap"])
 def test_triton(name, has_blocks):
     check(name, has_blocks, "triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_triton_as_compiled():
+    """Both callables beside every other field: so each pair of fields meets on the PTX machine."""
+    pytest.importorskip("triton")
+    from bench import ptx
+    from tests.ptx.run_text import STRICT
+
+    with ptx.device("sm_80", on_fault=STRICT):
+        check("everything", True, "triton")
 
 
 def check(name: str, has_blocks: bool, backend: str) -> None:
