@@ -15,7 +15,7 @@ SLOW = {
     "compat/test_flex.py": ("test_memory_is_linear",),
     "compat/test_sdpa.py": ("test_provider_is_activated_only_when_asked",),
     "derivatives/test_examples.py": (),
-    "derivatives/test_mods.py": ("test_triton_as_compiled",),
+    "derivatives/test_mods.py": ("test_triton",),
     "derivatives/test_opinfo.py": (),
     "derivatives/test_transforms.py": ("test_transforms_in_a_graph",),
     "kernels/test_compiled.py": (),

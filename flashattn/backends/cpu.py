@@ -113,6 +113,8 @@ def jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if score.score_mod is None and score.block_mask is None:
         return engine_jvp(q, k, v, score, tangents)
+    if cpu_block_mask.supports(score):
+        return cpu_block_mask.jvp(engine_jvp, q, k, v, score, tangents)
     return reference.jvp(q, k, v, score, tangents)
 
 
@@ -129,6 +131,8 @@ def hvp(
     arguments = grad_out, grad_lse, saved, score, tangents, tangent_out, tangent_lse, with_grad_bias
     if score.score_mod is None and score.block_mask is None:
         return engine_hvp(*arguments)
+    if cpu_block_mask.supports(score):
+        return cpu_block_mask.hvp(engine_hvp, *arguments)
     return reference.hvp(*arguments, grad_captured)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..protocol import Saved
+from ..protocol import Saved, Tangents
 from ..reference.scores import Keys, QueryBlock, is_set, slice_queries
 from ..score import Score
 from ..score_mod import BlockMask
@@ -71,29 +71,102 @@ def slice_keys(x: Tensor, keys: slice) -> Tensor:
     return x if x.shape[3] == 1 else x[..., keys]
 
 
+def slice_tangents(tangents: Tangents, queries: slice, keys: slice) -> Tangents:
+    q, k, v, bias, sinks, _ = tangents
+    return Tangents(
+        None if q is None else q[:, :, queries],
+        None if k is None else k[:, :, keys],
+        None if v is None else v[:, :, keys],
+        None if bias is None else slice_keys(slice_queries(bias, queries), keys),
+        sinks,
+    )
+
+
 def shift_lengths(lengths: Tensor | None, part: slice) -> Tensor | None:
     return None if lengths is None else (lengths - part.start).clamp(0, part.stop - part.start).int()
 
 
+# ------------------------------------------------------------------------------------------------ rows of queries
+
+
 def forward(run: Callable, q: Tensor, k: Tensor, v: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
     """`run`: the engine's forward, of a Score without callables."""
-    batch, heads, seq_q, _ = q.shape
-    out = q.new_empty(batch, heads, seq_q, v.shape[3])
-    lse, rest = (q.new_zeros(batch, heads, seq_q, dtype=torch.float32) for _ in range(2))
-    for i, j, part in split_queries(score, (batch, heads, seq_q, k.shape[2])):
-        if j.start == j.stop:
-            out[:, :, i], lse[:, :, i] = 0, -math.inf
-        else:
-            out[:, :, i], lse[:, :, i], rest[:, :, i] = run(q[:, :, i], k[:, :, j], v[:, :, j], part)
-    return out, lse, rest
+
+    def call(i: slice, j: slice, part: Score) -> tuple:
+        return run(q[:, :, i], k[:, :, j], v[:, :, j], part)
+
+    rows = new_rows(q, v)
+    fill_rows(rows, call, score, (*q.shape[:3], k.shape[2]))
+    return rows
+
+
+def jvp(
+    run: Callable, q: Tensor, k: Tensor, v: Tensor, score: Score, tangents: Tangents
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`run`: the engine's jvp."""
+
+    def call(i: slice, j: slice, part: Score) -> tuple:
+        return run(q[:, :, i], k[:, :, j], v[:, :, j], part, slice_tangents(tangents, i, j))
+
+    out, lse, rest = new_rows(q, v)
+    rows = out, lse, rest, torch.zeros_like(out), torch.zeros_like(lse)
+    fill_rows(rows, call, score, (*q.shape[:3], k.shape[2]))
+    return rows
+
+
+def new_rows(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, rest) of queries that attend to nothing."""
+    rest = q.new_zeros(q.shape[:3], dtype=torch.float32)
+    return q.new_zeros(*q.shape[:3], v.shape[3]), torch.full_like(rest, -math.inf), rest
+
+
+def fill_rows(rows: tuple[Tensor, ...], call: Callable, score: Score, shape: tuple[int, int, int, int]) -> None:
+    """Write the results of `call` for each part that has keys."""
+    for i, j, part in split_queries(score, shape):
+        if j.start < j.stop:
+            for total, x in zip(rows, call(i, j, part), strict=True):
+                total[:, :, i] = x
+
+
+# ------------------------------------------------------------------------------------------------ sums over queries
 
 
 def backward(
     run: Callable, grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, with_grad_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`run`: the engine's backward. In float32, since the gradients of the parts are summed."""
-    dtypes = [x.dtype for x in saved[:3]]
-    q, k, v, out, grad_out = (x.float() for x in (*saved[:4], grad_out))
+    """`run`: the engine's backward."""
+    grad_out = grad_out.float()
+
+    def call(i: slice, _: slice, part: Score, own: Saved) -> tuple:
+        return run(grad_out[:, :, i], slice_rows(grad_lse, i), own, part, with_grad_bias)
+
+    return sum_parts(call, saved, score, with_grad_bias)
+
+
+def hvp(
+    run: Callable, grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, score: Score, tangents: Tangents,
+    tangent_out: Tensor, tangent_lse: Tensor, with_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`run`: the engine's hvp."""
+    grad_out, tangent_out = grad_out.float(), tangent_out.float()
+    tangents = Tangents._make((*(None if x is None else x.float() for x in tangents[:5]), ()))
+
+    def call(i: slice, j: slice, part: Score, own: Saved) -> tuple:
+        moved = slice_tangents(tangents, i, j), tangent_out[:, :, i], tangent_lse[:, :, i]
+        return run(grad_out[:, :, i], slice_rows(grad_lse, i), own, part, *moved, with_grad_bias)
+
+    return sum_parts(call, saved, score, with_grad_bias)
+
+
+def slice_rows(x: Tensor | None, queries: slice) -> Tensor | None:
+    return None if x is None else x[:, :, queries].contiguous()
+
+
+def sum_parts(
+    call: Callable, saved: Saved, score: Score, with_grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and the bias that `call` computes for each part. In float32, since they are summed."""
+    q, k, v, out = (x.float() for x in saved[:4])
     bias, grad_bias = score.bias, None
     if bias is not None:
         score = score._replace(bias=bias.float())
@@ -102,13 +175,12 @@ def backward(
     for i, j, part in split_queries(score, (*q.shape[:3], k.shape[2])):
         if j.start == j.stop:
             continue
-        lse, rest = saved.lse[:, :, i].contiguous(), None if saved.rest is None else saved.rest[:, :, i].contiguous()
+        lse, rest = saved.lse[:, :, i].contiguous(), slice_rows(saved.rest, i)
         own = Saved(q[:, :, i], k[:, :, j], v[:, :, j], out[:, :, i], lse, rest)
-        of_lse = None if grad_lse is None else grad_lse[:, :, i]
-        grad_q[:, :, i], part_k, part_v, part_bias = run(grad_out[:, :, i], of_lse, own, part, with_grad_bias)
+        grad_q[:, :, i], part_k, part_v, part_bias = call(i, j, part, own)
         grad_k[:, :, j] += part_k
         grad_v[:, :, j] += part_v
         if grad_bias is not None:
             slice_keys(slice_queries(grad_bias, i), j).add_(part_bias)
-    grad_q, grad_k, grad_v = (x.to(dtype) for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
-    return grad_q, grad_k, grad_v, cast_like(grad_bias, bias)
+    dtype = saved.q.dtype
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), cast_like(grad_bias, bias)

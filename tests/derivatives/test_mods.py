@@ -1,5 +1,7 @@
 """The derivatives of a score_mod, its captured tensor and a block mask, with each other feature, on every backend."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -38,10 +40,14 @@ def attends_to_blocks(b, h, i, j):
     return (i // 16 + j // 16 + h) % 3 != 0
 
 
+def name_inputs(case: Case, inputs) -> dict[str, torch.Tensor]:
+    """With what the score_mod captures, if there is one."""
+    return dict(zip([*list_inputs(case), "table"], inputs, strict=False))
+
+
 def attend(case: Case, options: dict, has_blocks: bool, *inputs):
     """PyTorch's own operations: `naive.attention` with the score_mod before the masks."""
-    *inputs, table = inputs
-    named = dict(zip(list_inputs(case), inputs, strict=True))
+    named = name_inputs(case, inputs)
     q, k, v = (named[name] for name in "qkv")
     own = make_naive_options(case, options, q.device)
     group = case.heads // case.kv_heads
@@ -54,7 +60,9 @@ def attend(case: Case, options: dict, has_blocks: bool, *inputs):
         s = s - (own["alibi_slopes"][..., None, None] * distance.abs()).to(s.dtype)
     s = s + named["bias"] if case.bias is not None else s
     i, j = torch.arange(case.seq_q, device=q.device)[:, None], torch.arange(case.seq_k, device=q.device)
-    s = change(s, table if table.dim() == 4 else table.view(-1, 1, 1), i, j)
+    if "table" in named:
+        table = named["table"]
+        s = change(s, table if table.dim() == 4 else table.view(-1, 1, 1), i, j)
     mask = own.get("mask")
     if has_blocks:
         heads = torch.arange(case.heads, device=q.device).view(1, -1, 1, 1)
@@ -68,50 +76,67 @@ def attend(case: Case, options: dict, has_blocks: bool, *inputs):
 
 
 def ours(case: Case, options: dict, blocks, *inputs):
-    *inputs, table = inputs
-    named = dict(zip(list_inputs(case), inputs, strict=True))
-    return flashattn.attention(
-        **named,
-        score_mod=lambda score, b, h, i, j: change(score, table[h], i, j),
-        block_mask=blocks,
-        return_lse=True,
-        **options,
-    )
+    named = name_inputs(case, inputs)
+    table = named.pop("table", None)
+    mod = None if table is None else lambda score, b, h, i, j: change(score, table[h], i, j)
+    return flashattn.attention(**named, score_mod=mod, block_mask=blocks, **options, return_lse=True)
 
 
-BLOCKS = pytest.mark.parametrize("has_blocks", [False, True], ids=["score_mod", "block_mask"])
+GIVEN = pytest.mark.parametrize("given", ["score_mod", "block_mask", "both"])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@BLOCKS
+@GIVEN
 @pytest.mark.parametrize("name", WITH)
-def test_against_float64(name, has_blocks, backend):
-    check(name, has_blocks, backend)
+def test_against_float64(name, given, backend):
+    check(name, given, backend)
 
 
-@pytest.mark.interpreter
-@BLOCKS
-@pytest.mark.parametrize("name", ["bias", "softcap"])
-def test_triton(name, has_blocks):
-    check(name, has_blocks, "triton")
+def attends_in_parts(b, h, i, j):
+    """Queries 256 to 511, a part of their own on the CPU, attend to nothing, the others to some keys around theirs."""
+    return ((i < 256) | (i >= 512)) & (i - j < 90) & (j - i < 200)
+
+
+def test_parts_of_a_block_mask():
+    """As with the mask written out."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 600, 16) for heads in (4, 2, 2)] + [torch.randn(1, 4, 600, 600), torch.randn(4)]
+    gradients = torch.randn_like(inputs[0]), torch.randn(2, 4, 600).index_fill(2, torch.arange(256, 512), 0)
+    directions = make_directions(inputs)
+    blocks = create_block_mask(attends_in_parts, None, None, 600, 600, "cpu", BLOCK_SIZE=32)
+    i, j = torch.arange(600).view(-1, 1), torch.arange(600)
+    lengths = dict(q_lengths=torch.tensor([600, 530]), kv_lengths=torch.tensor([400, 600]))
+
+    def attend(*x, **masks):
+        q, k, v, bias, sinks = x
+        return flashattn.attention(q, k, v, bias=bias, sinks=sinks, **masks, **lengths, return_lse=True)
+
+    with flashattn.use_backend("cpu"):
+        masks = dict(block_mask=blocks), dict(mask=attends_in_parts(0, 0, i, j))
+        found, expected = (compute(functools.partial(attend, **m), inputs, gradients, directions) for m in masks)
+    for kind, results in found.items():
+        for x, y in zip(results, expected[kind], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-def test_triton_as_compiled():
+def test_triton():
     """Both callables beside every other field: so each pair of fields meets on the PTX machine."""
     pytest.importorskip("triton")
     from bench import ptx
     from tests.ptx.run_text import STRICT
 
     with ptx.device("sm_80", on_fault=STRICT):
-        check("everything", True, "triton")
+        check("everything", "both", "triton")
 
 
-def check(name: str, has_blocks: bool, backend: str) -> None:
+def check(name: str, given: str, backend: str) -> None:
     torch.manual_seed(0)
     case, device = BASE._replace(**WITH[name]), find_device(backend)
     inputs, options = make_inputs(case, torch.float32, device)
-    inputs.append(torch.rand(case.heads, device=device) + 0.5)
+    has_mod, has_blocks = given != "block_mask", given != "score_mod"
+    if has_mod:
+        inputs.append(torch.rand(case.heads, device=device) + 0.5)
     gradients, directions = make_gradients(case, options, torch.float32, device), make_directions(inputs)
     blocks = None
     if has_blocks:
@@ -124,9 +149,10 @@ def check(name: str, has_blocks: bool, backend: str) -> None:
 
     wide = [[x.double() for x in xs] for xs in (inputs, gradients, directions)]
     exact, by_torch = compute(theirs, *wide), compute(theirs, inputs, gradients, directions)
-    terms = {"second_table": sum_table_magnitudes(theirs, *wide)}
+    terms = {"second_table": sum_table_magnitudes(theirs, *wide)} if has_mod else {}
     if case.sinks:
-        moved = [inputs[-2]], exact["forward"], gradients, [directions[-2]]
+        at = len(list_inputs(case)) - 1
+        moved = [inputs[at]], exact["forward"], gradients, [directions[at]]
         terms["second_sinks"] = sum_sink_magnitudes(*moved)
     with flashattn.use_backend(backend):
         found = compute(lambda *x: ours(case, options, blocks, *x), inputs, gradients, directions)
@@ -136,7 +162,7 @@ def check(name: str, has_blocks: bool, backend: str) -> None:
         if result != "sinks":  # a sum over all queries, which no score_mod changes
             assert_as_exact_as_torch(x, y, t, f"grad_{result}")
     for kind, results in list_results(case).items():
-        names = results if kind == "forward" else [*results[:-2], "second_table", *results[-2:]]
+        names = results if kind == "forward" else [*results[:-2], *["second_table"] * has_mod, *results[-2:]]
         for result, x, y, t in zip(names, found[kind], by_torch[kind], exact[kind], strict=True):
             assert_as_exact_as_torch(x, y, t, result, terms.get(result, 0.0))
 
