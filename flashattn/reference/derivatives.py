@@ -27,7 +27,7 @@ from .scores import (
     zero_past_length,
 )
 
-BLOCK_SCORES = MAX_SCORES // 64  # at a time: a derivative keeps dozens of matrices of them
+BLOCK_SCORES = MAX_SCORES // 4  # at a time: a derivative keeps dozens of matrices of them
 
 
 class Linearized(NamedTuple):

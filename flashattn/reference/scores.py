@@ -13,7 +13,7 @@ from ..score import Score
 from ..score_mod import Traced
 from ..tensors import find_accumulation_dtype
 
-MAX_SCORES = 1 << 24  # at a time
+MAX_SCORES = 1 << 20  # at a time: some 100 MiB in a backward pass, as fast on a CPU as more
 Vjp = Callable[[Tensor, list], Tensor]
 ScoreGradients = Callable[[Tensor, list], tuple[Tensor, Tensor]]
 
