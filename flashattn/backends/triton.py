@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..protocol import Capabilities, Saved, SavedNorm
-from ..score import Norm, Score
+from ..protocol import Capabilities, Saved
+from ..score import Score
 from ..tensors import (
-    as_rows,
-    count_norm_heads,
-    dropout_threshold,
     make_contiguous,
     make_last_dim_contiguous,
     new_lse,
@@ -27,7 +24,7 @@ from .setting import Setting
 
 if TYPE_CHECKING:
     from ..cache import CacheView, Rotary
-    from ..protocol import NormTangents, Tangents
+    from ..protocol import Tangents
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -39,18 +36,16 @@ if importlib.util.find_spec("triton") is not None:
     from ..kernels import forward as forward_kernels
     from ..kernels import hvp as hvp_kernels
     from ..kernels import jvp as jvp_kernels
-    from ..kernels import norm as norm_kernels
     from ..kernels import rotary as rotary_kernels
     from ..kernels.backward import StatsPointers
-    from ..kernels.dropout import DropoutArgs
+    from ..kernels.dropout import dropout_arg
     from ..kernels.hvp import DualPointers
-    from ..kernels.norm import Direction, RowView
     from ..kernels.pages import PageTable, page_table_arg
     from ..kernels.precision import choose_input_precision
     from ..kernels.rotary import RotaryArgs
     from ..kernels.scores import ScoreArgs, TangentArgs, score_tensor_arg
     from ..kernels.tiles import Heads
-    from . import triton_hopper
+    from . import triton_hopper, triton_norm
 else:
     triton = None
 
@@ -120,12 +115,6 @@ def make_readable(x: Tensor) -> Tensor:
 def heads_arg(x: Tensor) -> Heads:
     """A tensor as an argument of a kernel. The stride of a batch of one, as packed sequences have, is 0."""
     return Heads(x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
-
-
-def dropout_arg(dropout_p: float, seed: Tensor | None) -> DropoutArgs | None:
-    if dropout_p == 0:
-        return None
-    return DropoutArgs(seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
 
 
 def attention_args(q: Tensor, k: Tensor, v: Tensor, score: Score, with_tangents: bool = False) -> tuple:
@@ -480,164 +469,9 @@ def decode(q: Tensor, cached: CacheView, score: Score) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ norms
 
 
-def row_arg(x: Tensor | None) -> RowView | None:
-    if x is None:
-        return None
-    x = as_rows(x)
-    return RowView(x, x.shape[1], x.shape[2], *x.stride()[:3])
-
-
-def check_norm_heads(*parameters: Tensor | None) -> int:
-    """The heads with parameters of their own: a dimension of the grid, which ends at 65,535."""
-    heads = count_norm_heads(*parameters)
-    if heads > 65535:
-        raise ValueError(f"weight and bias must be of at most 65,535 heads on the triton backend, got {heads}")
-    return heads
-
-
-def choose_norm_meta(tile: configs.NormTile, norm: Norm) -> dict:
-    registers = {} if tile.registers is None else {"maxnreg": tile.registers}
-    return dict(CENTER=norm.center, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps, **registers)
-
-
-@launch_on_tensor_device
-def norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden_dtype: torch.dtype,
-    keep_hidden: bool, norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    width, row_count, device = x.shape[-1], x.shape[:-1].numel(), x.device
-    y = torch.empty(x.shape, dtype=x.dtype, device=device)
-    hidden = torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None
-    mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
-    rstd = torch.empty(row_count, dtype=torch.float32, device=device)
-    heads = check_norm_heads(weight, bias)
-    tile = configs.choose_norm_tile("forward", width, hidden_dtype != x.dtype, norm.dropout_p > 0)
-    if row_count:
-        norm_kernels.norm_forward[(configs.cdiv(row_count // heads, tile.rows), heads)](
-            row_arg(x), row_arg(residual), make_contiguous(weight), make_contiguous(bias), row_arg(y), row_arg(hidden),
-            mean, rstd, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
-            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single,
-            **choose_norm_meta(tile, norm),
-        )  # fmt: skip
-    return y, hidden, mean, rstd
-
-
-@launch_on_tensor_device
-def norm_backward(
-    grad_y: Tensor, grad_hidden: Tensor | None, saved: SavedNorm, x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None, norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    hidden, weight, bias, _, rstd = saved
-    width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
-    grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
-    grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
-    heads = check_norm_heads(weight, bias)
-    hidden_arg, grad_arg, weight_arg = row_arg(hidden), row_arg(grad_y), make_contiguous(weight)
-    mean, tile = saved.mean if norm.center else None, configs.choose_norm_tile("backward", width)
-    means: tuple[Tensor | None, Tensor | None] = None, None
-    if row_count and not tile.single:
-        means = None if mean is None else torch.empty_like(mean), torch.empty_like(rstd)
-        one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
-        norm_kernels.norm_backward_means[(row_count // heads, heads)](
-            grad_arg, hidden_arg, weight_arg, mean, rstd, *means, row_count, width, heads, norm.weight_offset,
-            **choose_norm_meta(one_row, norm),
-        )  # fmt: skip
-    grid = choose_norm_grid(tile, row_count, heads, width, device)
-    parts = new_parts(grid[0], weight, bias)
-    if row_count:
-        norm_kernels.norm_backward[grid](
-            grad_arg, row_arg(grad_hidden), hidden_arg, weight_arg, mean, rstd, *means, row_arg(grad_x),
-            row_arg(grad_residual), *parts, dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads,
-            norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES, **choose_norm_meta(tile, norm),
-        )  # fmt: skip
-    grad_weight, grad_bias = sum_parts(parts, (weight, bias))
-    return grad_x, grad_residual, grad_weight, grad_bias
-
-
-def choose_norm_grid(
-    tile: configs.NormTile, row_count: int, heads: int, width: int, device: torch.device
-) -> tuple[int, int, int]:
-    """Of a pass backward: (programs that share the rows of a head, heads, chunks of columns)."""
-    chunks = configs.cdiv(width, tile.cols)
-    programs = configs.count_norm_programs(configs.count_multiprocessors(device), tile, heads * chunks)
-    return min(programs, configs.cdiv(row_count // heads, tile.rows)), heads, chunks
-
-
-def new_parts(programs: int, *parameters: Tensor | None) -> list[Tensor | None]:
-    """Memory for the partial sums of the programs, (programs, heads, width)."""
-    return [
-        None
-        if p is None
-        else torch.empty(programs, count_norm_heads(p), p.shape[-1], dtype=torch.float32, device=p.device)
-        for p in parameters
-    ]
-
-
-def sum_parts(parts: list[Tensor | None], parameters: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
-    """The gradients of weight and bias from their (programs, heads, width) partial sums, added in a fixed order."""
-    gradients = [None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
-    present = next((part for part in parts if part is not None), None)
-    if present is not None:
-        programs, heads, width = present.shape
-        norm_kernels.norm_backward_parameters[(configs.cdiv(heads * width, 32),)](
-            *parts, *gradients, programs, heads * width, BLOCK_PARTS=64, BLOCK_COLS=32, num_warps=4
-        )
-    return gradients
-
-
-@launch_on_tensor_device
-def norm_jvp(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, tangents: NormTangents,
-    hidden_dtype: torch.dtype, keep_hidden: bool, norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    width, row_count, device = x.shape[-1], x.shape[:-1].numel(), x.device
-    y, tangent_y = (torch.empty(x.shape, dtype=x.dtype, device=device) for _ in range(2))
-    hidden, tangent_hidden = (
-        torch.empty(x.shape, dtype=hidden_dtype, device=device) if keep_hidden else None for _ in range(2)
-    )
-    mean = torch.empty(row_count, dtype=torch.float32, device=device) if norm.center else None
-    rstd = torch.empty(row_count, dtype=torch.float32, device=device)
-    heads, tile = check_norm_heads(weight, bias), configs.choose_norm_tile("jvp", width)
-    direction = Direction(*map(row_arg, tangents[:2]), *map(make_contiguous, tangents[2:]))
-    if row_count:
-        norm_kernels.norm_jvp[(configs.cdiv(row_count // heads, tile.rows), heads)](
-            row_arg(x), row_arg(residual), make_contiguous(weight), make_contiguous(bias), direction, row_arg(y),
-            row_arg(hidden), mean, rstd, row_arg(tangent_y), row_arg(tangent_hidden),
-            dropout_arg(norm.dropout_p, norm.seed), row_count, width, heads, norm.eps, norm.weight_offset,
-            HIDDEN=getattr(tl, str(hidden_dtype).removeprefix("torch.")), SINGLE=tile.single,
-            **choose_norm_meta(tile, norm),
-        )  # fmt: skip
-    return y, hidden, mean, rstd, tangent_y, tangent_hidden
-
-
-@launch_on_tensor_device
-def norm_hvp(
-    grad_y: Tensor, saved: SavedNorm, tangent_hidden: Tensor, tangent_weight: Tensor | None, x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None, norm: Norm,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    hidden, weight, _, _, rstd = saved
-    width, row_count, device = hidden.shape[-1], hidden.shape[:-1].numel(), hidden.device
-    grad_x = torch.empty(hidden.shape, dtype=x_dtype, device=device)
-    grad_residual = None if residual_dtype is None else torch.empty(hidden.shape, dtype=residual_dtype, device=device)
-    heads, tile = check_norm_heads(weight), configs.choose_norm_tile("hvp", width)
-    rows = row_arg(grad_y), row_arg(hidden), row_arg(tangent_hidden)
-    given = *rows, *map(make_contiguous, (weight, tangent_weight)), saved.mean if norm.center else None, rstd
-    means = None
-    if row_count and not tile.single:
-        means = torch.empty(row_count, norm_kernels.MEANS.value, dtype=torch.float32, device=device)
-        one_row = tile._replace(rows=1, cols=tile.rows * tile.cols)
-        norm_kernels.norm_hvp_means[(row_count // heads, heads)](
-            *given, means, row_count, width, heads, norm.weight_offset, **choose_norm_meta(one_row, norm)
-        )
-    grid = choose_norm_grid(tile, row_count, heads, width, device)
-    parts = new_parts(grid[0], weight, None)
-    if row_count:
-        norm_kernels.norm_hvp[grid](
-            *given, means, row_arg(grad_x), row_arg(grad_residual), parts[0], dropout_arg(norm.dropout_p, norm.seed),
-            row_count, width, heads, norm.weight_offset, SINGLE=tile.single, STAGES=configs.NORM_STAGES,
-            **choose_norm_meta(tile, norm),
-        )  # fmt: skip
-    return grad_x, grad_residual, sum_parts(parts, (weight, None))[0]
-
-
+if triton is not None:
+    norm_forward = launch_on_tensor_device(triton_norm.norm_forward)
+    norm_backward = launch_on_tensor_device(triton_norm.norm_backward)
+    norm_jvp = launch_on_tensor_device(triton_norm.norm_jvp)
+    norm_hvp = launch_on_tensor_device(triton_norm.norm_hvp)
 linear = reference.linear

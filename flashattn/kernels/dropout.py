@@ -7,10 +7,12 @@ rounds; attention uses the four words of 7 rounds for four keys.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
+from ..tensors import dropout_threshold
 from . import compiler
 
 WIDENS_JOINS = tl.constexpr(compiler.WIDENS_JOINS)
@@ -20,6 +22,12 @@ class DropoutArgs(NamedTuple):
     seed: tl.tensor  # pointer to one int64
     threshold: tl.tensor  # int: dropped where 31 random bits are below it, p * 2**31
     scale: tl.tensor  # float: 1 / (1 - p), the factor of elements that are kept
+
+
+def dropout_arg(dropout_p: float, seed: torch.Tensor | None) -> DropoutArgs | None:
+    if dropout_p == 0:
+        return None
+    return DropoutArgs(seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
 
 
 @triton.jit

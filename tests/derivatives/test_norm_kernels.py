@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from bench import compiled, ptx
 from flashattn.backends import triton as backend
-from flashattn.kernels import configs
+from flashattn.kernels import configs, norm_configs
 from flashattn.protocol import NormTangents, SavedNorm
 from flashattn.score import Norm
 from tests.derivatives.norm_cases import check
@@ -52,7 +52,7 @@ def check_compiled(architecture: str, width: int) -> None:
     with compiled.compile_for(architecture) as kernels:
         compile_tangents(width, torch.bfloat16, layer, True)
         compile_tangents(width, torch.float32, rms, False)
-    means = ["norm_hvp_means"] * (width > configs.NORM_COLS["hvp"])
+    means = ["norm_hvp_means"] * (width > norm_configs.NORM_COLS["hvp"])
     assert [kernel.name for kernel in kernels] == ["norm_jvp", *means, "norm_hvp", "norm_backward_parameters"] * 2
     for kernel in kernels:
         assert kernel.shared_bytes <= configs.SHARED_MEMORY[architecture]
@@ -70,4 +70,4 @@ def test_kernels_compile(architecture, width):
 
 @pytest.mark.parametrize("direction", ["jvp", "hvp"])
 def test_the_widest_rows_stay_in_registers(direction):
-    check_compiled("sm_90", configs.NORM_COLS[direction])
+    check_compiled("sm_90", norm_configs.NORM_COLS[direction])

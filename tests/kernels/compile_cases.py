@@ -11,7 +11,7 @@ from bench.sass import find_full_tile_loops
 from flashattn.backends import triton as backend
 from flashattn.backends.triton_hopper import use_plain_kernels
 from flashattn.cache import CacheView, Rotary
-from flashattn.kernels import compiler, configs
+from flashattn.kernels import compiler, configs, norm_configs
 from flashattn.kernels.precision import choose_input_precision
 from flashattn.protocol import Saved, SavedNorm, Tangents
 from flashattn.score import Norm, Score
@@ -208,7 +208,7 @@ def check_norms(architecture, width):
         weight = torch.empty(4, width, dtype=torch.bfloat16)
         y, _, mean, rstd = backend.norm_forward(x, None, weight, None, x.dtype, False, rms)
         backend.norm_backward(y, None, SavedNorm(x, weight, None, rstd, rstd), x.dtype, None, rms)
-    means = ["norm_backward_means"] * (width > configs.NORM_COLS["backward"])
+    means = ["norm_backward_means"] * (width > norm_configs.NORM_COLS["backward"])
     expected = ["norm_forward", *means, "norm_backward", "norm_backward_parameters"]
     assert [kernel.name for kernel in kernels] == expected * 2
     for kernel in kernels:

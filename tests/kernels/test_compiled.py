@@ -13,7 +13,7 @@ compiled = pytest.importorskip("bench.compiled")
 from bench.descriptors import find_lost_descriptors  # noqa: E402
 from flashattn.backends import triton as backend  # noqa: E402
 from flashattn.backends.triton_hopper import choose_roles, use_plain_kernels  # noqa: E402
-from flashattn.kernels import compiler, configs  # noqa: E402
+from flashattn.kernels import compiler, configs, norm_configs  # noqa: E402
 from flashattn.protocol import Saved, SavedNorm  # noqa: E402
 from flashattn.score import Norm, Score  # noqa: E402
 from tests.kernels.compile_cases import (  # noqa: E402
@@ -243,9 +243,9 @@ def test_the_widest_rows_stay_in_registers(architecture, center, dtype):
     torch.use_deterministic_algorithms(False)
     norm = Norm(center, 1e-5)
     with compiled.compile_for(architecture) as kernels:
-        x, weight = (torch.empty(*shape, configs.NORM_COLS["forward"], dtype=dtype) for shape in ((2,), ()))
+        x, weight = (torch.empty(*shape, norm_configs.NORM_COLS["forward"], dtype=dtype) for shape in ((2,), ()))
         backend.norm_forward(x, x, weight, weight if center else None, dtype, True, norm)
-        x, weight = (torch.empty(*shape, configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
+        x, weight = (torch.empty(*shape, norm_configs.NORM_COLS["backward"], dtype=dtype) for shape in ((2,), ()))
         mean = rstd = torch.empty(2)
         saved = SavedNorm(x, weight, weight if center else None, mean, rstd)
         backend.norm_backward(x, None, saved, dtype, None, norm)
@@ -271,7 +271,7 @@ def test_two_programs_with_a_row_of_16384_run_at_a_time(architecture, center, dt
 def test_the_widest_copies_of_rows_fit(architecture):
     """Backward, three tensors of float32 are copied while others are worked on."""
     torch.use_deterministic_algorithms(False)
-    x, weight = torch.empty(2, configs.NORM_COLS["backward"]), torch.empty(configs.NORM_COLS["backward"])
+    x, weight = torch.empty(2, norm_configs.NORM_COLS["backward"]), torch.empty(norm_configs.NORM_COLS["backward"])
     mean = rstd = torch.empty(2)
     with compiled.compile_for(architecture) as kernels:
         backend.norm_backward(x, x, SavedNorm(x, weight, weight, mean, rstd), x.dtype, x.dtype, Norm(True, 1e-5))

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from bench import launches, ptx
 from bench.ptx.norm_bytes import count_norm_bytes
-from flashattn.kernels import configs
+from flashattn.kernels import norm_configs
 
 ALLOWED = 1.02
 ELEMENTS = 2**16
@@ -49,8 +49,8 @@ def test_the_last_chunk_is_not_read_again():
     [(1024, 2 * 132), (4096, 2 * 132), (8192, 132), (65536, 2 * 132 // 64)],
 )
 def test_programs_fill_the_multiprocessors(width, programs, monkeypatch):
-    tile = configs.choose_norm_tile("backward", width)
-    assert configs.count_norm_programs(132, tile, -(-width // tile.cols)) == programs
+    tile = norm_configs.choose_norm_tile("backward", width)
+    assert norm_configs.count_norm_programs(132, tile, -(-width // tile.cols)) == programs
 
 
 def test_partial_sums():

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import flashattn
 from bench import ptx
-from flashattn.kernels import configs
+from flashattn.kernels import norm_configs
 from tests.attention import cases, decode_cases, extreme_cases, packed_cases
 from tests.compat import flex_cases
 from tests.norm import cases as norm_cases
@@ -174,7 +174,7 @@ def test_norm_of_width_1(gpu):
 
 @pytest.mark.parametrize("center", [True, False])
 def test_norm_of_very_wide_rows(gpu, center, monkeypatch):
-    monkeypatch.setattr(configs, "NORM_COLS", {"forward": 4096, "backward": 4096})
+    monkeypatch.setattr(norm_configs, "NORM_COLS", {"forward": 4096, "backward": 4096})
     norm_cases.check(norm_cases.Case("", (2, 9000), center, bias=center), torch.bfloat16, "triton")
     kernels = {"norm_forward", "norm_backward_means", "norm_backward", "norm_backward_parameters"}
     assert ran(gpu) == kernels

@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant(
         "a mapped call shares the gradient of its bias",
         "flashattn/ops/folding.py",
-        "own_bias and name in together)",
+        "name in whole)",
         "False)",
         (TRANSFORMS + "test_vmap_is_a_loop[shared_bias-gradients-reference]",),
     ),

@@ -160,10 +160,10 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
 def shrink_blocks(monkeypatch) -> None:
     """Triton's rows in several chunks, so that wide cases take the path of rows that do not fit."""
     try:
-        from flashattn.kernels import configs
+        from flashattn.kernels import norm_configs
     except ImportError:
         return
-    monkeypatch.setattr(configs, "NORM_COLS", dict.fromkeys(configs.NORM_COLS, 1024))
+    monkeypatch.setattr(norm_configs, "NORM_COLS", dict.fromkeys(norm_configs.NORM_COLS, 1024))
 
 
 VIEWS = {
