@@ -16,7 +16,8 @@ from flashattn.score_mod import read_block_mask, trace
 from tests.attention import cases, decode_cases, packed_cases
 from tests.attention.truth import Case
 from tests.compat import flex_cases
-from tests.kernels import compile_cases
+from tests.derivatives import norm_cases as norm_derivative_cases
+from tests.kernels import compile_cases, derivative_cases
 from tests.norm import cases as norm_cases
 from tests.planting import plant
 from tests.ptx import rings as ptx_rings
@@ -70,6 +71,11 @@ def test_score_mod_and_block_mask(gpu):
 @pytest.mark.parametrize("gpu", ["sm_89"], indirect=True)
 def test_dropout_and_masks_on_small_tiles(gpu):
     cases.check(BYTES_AND_JOINS, BF16, "triton")
+    derivative_cases.check_hvp(BYTES_AND_JOINS, BF16)
+
+
+def test_second_derivatives(gpu):
+    derivative_cases.check_hvp(LENGTHS if gpu.architecture == "sm_90" else PLAIN._replace(seq_k=90), BF16)
 
 
 def test_compile_callables_that_capture_nothing_for_sm_90():
@@ -106,11 +112,17 @@ def test_norms(gpu):
     norm_cases.check(norm_cases.Case("", (5, 3, 40), False, bias=False, per_head=True), BF16, "triton")
 
 
+@ON_SM_90
+def test_norms_second_derivatives(gpu):
+    norm_derivative_cases.check(norm_cases.Case("", (2, 9000), residual="same", prenorm=True), BF16, "triton")
+
+
 @ONLY_COMPILED
 def test_compile_attention(architecture):
     every = {name: value for options in compile_cases.FEATURES.values() for name, value in options.items()}
     kernels = compile_cases.compile_attention(architecture, 32, lengths=True, window=100, **every)
     compile_cases.check(kernels)
+    compile_cases.check(compile_cases.compile_derivatives(architecture, 32, given="qkvbs", **every))
 
 
 @ONLY_COMPILED

@@ -103,6 +103,19 @@ def attention(head_dim=64, dtype=BF16, head_dim_v=None, seq=512, gradients=(), *
     torch.autograd.grad(outs, inputs, [torch.empty_like(x) for x in outs])
 
 
+def attention_twice(head_dim=64, dtype=BF16, gradients=(), **options) -> None:
+    """`attention` of 4 heads, and the derivative of its gradients."""
+    inputs = [torch.empty(2, 4, 512, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+    inputs += [options[name].requires_grad_() for name in gradients]
+    differentiate_twice(flashattn.attention(*inputs[:3], **options), inputs)
+
+
+def differentiate_twice(outs: torch.Tensor | tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> None:
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    first = torch.autograd.grad(outs, inputs, [torch.empty_like(x) for x in outs], create_graph=True)
+    torch.autograd.grad(first, inputs, [torch.empty_like(x) for x in first], materialize_grads=True)
+
+
 def packed(head_dim=64, dtype=BF16, **options) -> None:
     q, k, v = (torch.empty(600, heads, head_dim, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
     starts = torch.tensor([0, 250, 600], dtype=torch.int32)
@@ -150,7 +163,7 @@ def step(cache, dtype, seq_q, interleaved, n, **options) -> None:
     flashattn.decode(q, cache, new, new, rotary, **options)
 
 
-def norm(width: int, rms=False, heads=1, with_residual=False, dtype=BF16, **options) -> None:
+def norm(width: int, rms=False, heads=1, with_residual=False, dtype=BF16, twice=False, **options) -> None:
     x = torch.empty(8, heads, width, dtype=dtype, requires_grad=True)
     shape = (width,) if heads == 1 else (heads, width)
     parameters = [torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(1 if rms else 2)]
@@ -159,8 +172,15 @@ def norm(width: int, rms=False, heads=1, with_residual=False, dtype=BF16, **opti
         options["residual"] = torch.empty_like(x).requires_grad_()
         inputs.append(options["residual"])
     y = (flashattn.rms_norm if rms else flashattn.layer_norm)(x, *parameters, **options)
+    if twice:
+        return differentiate_twice(y, inputs)
     outs = y if isinstance(y, tuple) else (y,)
     torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
+
+
+def norm_jvp(width: int) -> None:
+    inputs = tuple(torch.empty(*shape, width, dtype=BF16) for shape in ((8,), (), ()))
+    torch.func.jvp(flashattn.layer_norm, inputs, inputs)
 
 
 def lengths() -> torch.Tensor:
@@ -206,6 +226,9 @@ CASES: dict[str, Case] = {
         ("forward", Roles(3, 64, 3, 160, True, False)), ("backward_q", Roles(3, 64, 3, 160, False, False)),
         ("backward_kv", Roles(2, 32, 3, 240, False, False, shared=True)), causal=True,
     ), SM_90),
+    "causal, twice": Case(lambda: attention_twice(causal=True)),
+    "everything, twice": Case(lambda: attention_twice(**everything()), SM_80),
+    "float32, twice": Case(lambda: attention_twice(128, torch.float32), SM_80),
     "decode": Case(lambda: decode()),
     "decode window, sinks": Case(lambda: decode(window=(100, 0), sinks=torch.ones(4))),
     "decode several": Case(lambda: decode(seq_q=5, n=0, q_lengths=torch.tensor([3, 5]))),
@@ -222,6 +245,10 @@ CASES: dict[str, Case] = {
     "layer_norm wide": Case(lambda: norm(40000, with_residual=True, prenorm=True)),
     "rms_norm of heads": Case(lambda: norm(128, rms=True, heads=4, dtype=torch.float32)),
     "rms_norm wide": Case(lambda: norm(40000, rms=True)),
+    "layer_norm, jvp": Case(lambda: norm_jvp(4096)),
+    "layer_norm wide, jvp": Case(lambda: norm_jvp(40000)),
+    "layer_norm, twice": Case(lambda: norm(4096, twice=True)),
+    "layer_norm wide, twice": Case(lambda: norm(40000, with_residual=True, prenorm=True, twice=True)),
 }  # fmt: skip
 
 

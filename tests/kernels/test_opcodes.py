@@ -21,7 +21,8 @@ from tests.kernels.record_opcodes import differences
 SAMPLE = [
     ("causal", "sm_90"), ("everything", "sm_80"), ("packed", "gfx942"), ("window", "sm_80"), ("block_mask", "gfx942"),
     ("paged, modified", "sm_80"), ("decode several", "gfx942"), ("layer_norm everything", "sm_80"),
-    ("layer_norm wide", "gfx942"),
+    ("layer_norm wide", "gfx942"), ("everything, twice", "sm_80"), ("layer_norm wide, twice", "gfx942"),
+    ("layer_norm, jvp", "sm_90"),
 ]  # fmt: skip
 
 
