@@ -158,16 +158,25 @@ FLASHATTN_INLINE Dual load_xhat(const DualRow& row, int64_t c) {
   return {xhat, (t - row.mean_t - xhat * row.mean_tx) * row.stats.rstd};
 }
 
+// x in the columns from c on that a row has; 0 past its end.
+FLASHATTN_INLINE vf zero_past_end(vf x, int64_t c, int64_t width) {
+  return (vi)iota() < (int32_t)(width - c) ? x : vf{};
+}
+
+// Of LayerNorm, products with xhat are of x - mean(x): xhat has a mean of 0 but for rounding, which a large mean of x
+// would multiply.
 template <Dtype DTYPE>
 static DualRow make_dual_row(const Norm& n, const char* h, const char* t, NormStats stats) {
   DualRow row = {h, t, stats};
   if (!t) return row;
-  auto total = sum_over<2>(round_up(n.width, W), [=](int64_t c, vf* total) {
-    vf moved = load_as_f32<DTYPE>(t, c);
-    total[0] += moved;
-    total[1] += moved * (load_as_f32<DTYPE>(h, c) - stats.mean);
+  const int64_t width = n.width, padded = round_up(width, W);
+  if (n.center)
+    row.mean_t = sum_over<1>(padded, [=](int64_t c, vf* total) { total[0] += load_as_f32<DTYPE>(t, c); }).of(0) / width;
+  auto total = sum_over<1>(padded, [=](int64_t c, vf* total) {
+    vf x = zero_past_end(load_as_f32<DTYPE>(t, c) - row.mean_t, c, width);
+    total[0] += x * (load_as_f32<DTYPE>(h, c) - stats.mean);
   });
-  row.mean_t = n.center ? total.of(0) / n.width : 0, row.mean_tx = total.of(1) * stats.rstd / n.width;
+  row.mean_tx = total.of(0) * stats.rstd / width;
   return row;
 }
 
@@ -351,16 +360,23 @@ FLASHATTN_INLINE Dual load_g(const Norm& n, const DualGradient& d, int64_t c) {
 template <Dtype DTYPE>
 static DualGradient make_dual_gradient(const Norm& n, int64_t r, const char* grad_y, const DualRow& row) {
   DualGradient gradient = {grad_y, head_parameters(n, n.weight, r), head_parameters(n, n.tangent.weight, r)};
-  auto total = sum_over<4>(round_up(n.width, W), [&](int64_t c, vf* total) {
+  const int64_t width = n.width, padded = round_up(width, W);
+  if (n.center) {
+    auto total = sum_over<2>(padded, [&](int64_t c, vf* total) {
+      auto [g, u] = load_g<DTYPE>(n, gradient, c);
+      total[0] += g;
+      total[1] += u;
+    });
+    gradient.mean_g = total.of(0) / width, gradient.mean_u = total.of(1) / width;
+  }
+  auto total = sum_over<2>(padded, [&](int64_t c, vf* total) {
     auto [g, u] = load_g<DTYPE>(n, gradient, c);
     auto [xhat, moved] = load_xhat<DTYPE>(row, c);
-    total[0] += g;
-    total[1] += u;
-    total[2] += g * xhat;
-    total[3] += u * xhat + g * moved;
+    g = zero_past_end(g - gradient.mean_g, c, width), u = zero_past_end(u - gradient.mean_u, c, width);
+    total[0] += g * xhat;
+    total[1] += u * xhat + g * moved;
   });
-  if (n.center) gradient.mean_g = total.of(0) / n.width, gradient.mean_u = total.of(1) / n.width;
-  gradient.mean_gx = total.of(2) / n.width, gradient.tangent_mean_gx = total.of(3) / n.width;
+  gradient.mean_gx = total.of(0) / width, gradient.tangent_mean_gx = total.of(1) / width;
   return gradient;
 }
 

@@ -57,15 +57,25 @@ class RowMeans(NamedTuple):
 
 
 @triton.jit
-def find_means(x, xhat, width):
-    """The RowMeans of what these columns add to them."""
-    return RowMeans(tl.sum(x, 1) / width, tl.sum(rounded_product(x, xhat), 1) / width)
+def mean_product(x, xhat, pilot, chunk, width, CENTER: tl.constexpr):
+    """What these columns add to mean(x * xhat), of LayerNorm from x - pilot, a number near mean(x): xhat, or its
+    tangent, has a mean of 0 but for rounding, which a large mean of x would multiply."""
+    if CENTER:
+        x = tl.where(chunk.mask, x - pilot[:, None], 0.0)
+    return tl.sum(rounded_product(x, xhat), 1) / width
 
 
 @triton.jit
-def add_means(means, x, xhat, width):
-    added = find_means(x, xhat, width)
-    return RowMeans(means.x + added.x, means.product + added.product)
+def add_means(means, x, xhat, pilot, chunk, width, CENTER: tl.constexpr):
+    product = means.product + mean_product(x, xhat, pilot, chunk, width, CENTER)
+    return RowMeans(means.x + tl.sum(x, 1) / width, product)
+
+
+@triton.jit
+def find_means(x, xhat, chunk, width, CENTER: tl.constexpr):
+    """The RowMeans of whole rows."""
+    mean = tl.sum(x, 1) / width
+    return RowMeans(mean, mean_product(x, xhat, mean, chunk, width, CENTER))
 
 
 @triton.jit
@@ -78,14 +88,12 @@ def project(x, xhat, means, CENTER: tl.constexpr):
 
 
 @triton.jit
-def read_tangent(means, xhat, moving, tangent_hidden, rows, start, norm: tl.constexpr):
-    """(t, means): one chunk of the tangent of h, stored to `tangent_hidden` unless that is None, and its means added to
-    those of the columns before."""
-    chunk = select_chunk(rows, start + tl.arange(0, norm.BLOCK_COLS))
-    t = load_hidden(moving, chunk, norm.HIDDEN)
+def read_tangent(moving, tangent_hidden, chunk, HIDDEN: tl.constexpr):
+    """A chunk of the tangent of h, stored to `tangent_hidden` unless that is None."""
+    t = load_hidden(moving, chunk, HIDDEN)
     if tangent_hidden is not None:
         store_chunk(tangent_hidden, t, chunk)
-    return t, add_means(means, t, xhat, rows.width)
+    return t
 
 
 @triton.jit
@@ -124,13 +132,20 @@ def norm_jvp(
     if not SINGLE:
         last = (width - 1) // BLOCK_COLS * BLOCK_COLS
     h, stats = read_rows(source, hidden, rows, last, eps, SINGLE, norm)
-    means = RowMeans(tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32))
-    if not SINGLE:
-        for start in range(0, last, BLOCK_COLS):
-            xhat = load_xhat(source, stats, rows, start, norm)
-            _, means = read_tangent(means, xhat, moving, tangent_hidden, rows, start, norm)
     xhat = normalize(h, stats, CENTER)
-    t, means = read_tangent(means, xhat, moving, tangent_hidden, rows, last, norm)
+    chunk = select_chunk(rows, last + tl.arange(0, BLOCK_COLS))
+    t = read_tangent(moving, tangent_hidden, chunk, HIDDEN)
+    if SINGLE:
+        means = find_means(t, xhat, chunk, width, CENTER)
+    else:
+        pilot = tl.sum(load_hidden(moving, select_chunk(rows, tl.arange(0, BLOCK_COLS)), HIDDEN), 1) / BLOCK_COLS
+        zeros = tl.zeros((BLOCK_ROWS,), tl.float32)
+        means = add_means(RowMeans(zeros, zeros), t, xhat, pilot, chunk, width, CENTER)
+        for start in range(0, last, BLOCK_COLS):
+            chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
+            others = load_xhat(source, stats, rows, start, norm)
+            part = read_tangent(moving, tangent_hidden, chunk, HIDDEN)
+            means = add_means(means, part, others, pilot, chunk, width, CENTER)
     write_chunk(y, h, stats, affine, rows, last, norm)
     moved = project(t, xhat, means, CENTER) * stats.rstd[:, None]
     write_tangent(tangent_y, xhat, moved, affine, direction, rows, last, norm)
@@ -170,20 +185,28 @@ def norm_hvp_means(
     stats = load_norm_stats(mean, rstd, rows, CENTER)
     zeros = tl.zeros((BLOCK_ROWS,), tl.float32)
     of_t, of_g, of_u, mean_g_moved = RowMeans(zeros, zeros), RowMeans(zeros, zeros), RowMeans(zeros, zeros), zeros
+    first = select_chunk(rows, tl.arange(0, BLOCK_COLS))
+    y = load_chunk(grad_y, first)
+    pilot_t = tl.sum(load_chunk(tangent_hidden, first), 1) / BLOCK_COLS
+    pilot_g = tl.sum(apply_weight(y, weight, weight_offset, rows, first), 1) / BLOCK_COLS
+    if tangent_weight is not None:
+        pilot_u = tl.sum(apply_weight(y, tangent_weight, 0.0, rows, first), 1) / BLOCK_COLS
     for start in range(0, width, BLOCK_COLS):
         chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
-        of_t = add_means(of_t, load_chunk(tangent_hidden, chunk), xhat, width)
+        of_t = add_means(of_t, load_chunk(tangent_hidden, chunk), xhat, pilot_t, chunk, width, CENTER)
         y = load_chunk(grad_y, chunk)
-        of_g = add_means(of_g, apply_weight(y, weight, weight_offset, rows, chunk), xhat, width)
+        g = apply_weight(y, weight, weight_offset, rows, chunk)
+        of_g = add_means(of_g, g, xhat, pilot_g, chunk, width, CENTER)
         if tangent_weight is not None:
-            of_u = add_means(of_u, apply_weight(y, tangent_weight, 0.0, rows, chunk), xhat, width)
+            u = apply_weight(y, tangent_weight, 0.0, rows, chunk)
+            of_u = add_means(of_u, u, xhat, pilot_u, chunk, width, CENTER)
     for start in range(0, width, BLOCK_COLS):
         chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
         moved = project(load_chunk(tangent_hidden, chunk), xhat, of_t, CENTER) * stats.rstd[:, None]
         g = apply_weight(load_chunk(grad_y, chunk), weight, weight_offset, rows, chunk)
-        mean_g_moved += tl.sum(rounded_product(g, moved), 1) / width
+        mean_g_moved += mean_product(g, moved, of_g.x, chunk, width, CENTER)
     pointers = means + rows.index * MEANS
     store_means(pointers, of_t, rows)
     store_means(pointers + 2, of_g, rows)
@@ -221,7 +244,7 @@ def norm_hvp(
         t, y = load_chunk(tangent_hidden, chunk), load_chunk(grad_y, chunk)
         g = apply_weight(y, weight, weight_offset, rows, chunk)
         if SINGLE:
-            of_t, of_g = find_means(t, xhat, width), find_means(g, xhat, width)
+            of_t, of_g = find_means(t, xhat, chunk, width, CENTER), find_means(g, xhat, chunk, width, CENTER)
         else:
             pointers = means + rows.index * MEANS
             of_t, of_g = load_means(pointers, rows), load_means(pointers + 2, rows)
@@ -229,7 +252,7 @@ def norm_hvp(
         if weight_parts is not None:
             sum_weight += rounded_product(y, moved)
         if SINGLE:
-            mean_g_moved = tl.sum(rounded_product(g, moved), 1) / width
+            mean_g_moved = mean_product(g, moved, of_g.x, chunk, width, CENTER)
         else:
             mean_g_moved = tl.load(pointers + 6, mask=rows.exist, other=0.0)
         grad = -moved * of_g.product[:, None] - xhat * mean_g_moved[:, None]
@@ -237,7 +260,7 @@ def norm_hvp(
         if tangent_weight is not None:
             u = apply_weight(y, tangent_weight, 0.0, rows, chunk)
             if SINGLE:
-                of_u = find_means(u, xhat, width)
+                of_u = find_means(u, xhat, chunk, width, CENTER)
             else:
                 of_u = load_means(pointers + 4, rows)
             grad += project(u, xhat, of_u, CENTER)

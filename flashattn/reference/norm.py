@@ -64,10 +64,19 @@ def apply_weight(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     return x * (broadcast_parameter(weight, x.shape[0]).to(x.dtype) + norm.weight_offset)
 
 
+def center(x: Tensor, norm: Norm) -> Tensor:
+    return x - x.mean(-1, keepdim=True) if norm.center else x
+
+
+def mean_product(x: Tensor, xhat: Tensor, norm: Norm) -> Tensor:
+    """mean(x * xhat) as (rows, 1). LayerNorm's xhat, or its tangent, has a mean of 0 but for rounding, which a large
+    mean of x would multiply."""
+    return (center(x, norm) * xhat).mean(-1, keepdim=True)
+
+
 def project(x: Tensor, xhat: Tensor, norm: Norm) -> Tensor:
     """x - mean(x) - xhat mean(x xhat): the derivative of xhat, which is symmetric, times x / rstd."""
-    projected = x - xhat * (x * xhat).mean(-1, keepdim=True)
-    return projected - x.mean(-1, keepdim=True) if norm.center else projected
+    return center(x, norm) - xhat * mean_product(x, xhat, norm)
 
 
 def sum_rows(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
@@ -142,8 +151,8 @@ def norm_hvp(
     grad, t = (x.reshape(-1, width).to(dtype) for x in (grad_y, tangent_hidden))
     xhat, scale = normalize(hidden.reshape(-1, width).to(dtype), mean, rstd, norm), rstd[:, None]
     moved, g = project(t, xhat, norm) * scale, apply_weight(grad, weight, norm)
-    total = -moved * (g * xhat).mean(-1, keepdim=True) - xhat * (g * moved).mean(-1, keepdim=True)
-    total = total - project(g, xhat, norm) * scale * (t * xhat).mean(-1, keepdim=True)
+    total = -moved * mean_product(g, xhat, norm) - xhat * mean_product(g, moved, norm)
+    total = total - project(g, xhat, norm) * scale * mean_product(t, xhat, norm)
     if tangent_weight is not None:
         total = total + project(grad * broadcast_parameter(tangent_weight, grad.shape[0]).to(dtype), xhat, norm)
     total = total * scale

@@ -73,21 +73,25 @@ def test_threads_and_runs_change_no_bit(threads):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the engine")
-@pytest.mark.parametrize("width", [64, 4096])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [60, 4096])
 @pytest.mark.parametrize("center", [True, False])
-def test_numbers_far_from_zero(center, width):
-    """The mean of h is many times its deviation."""
-    x, t, g = (100 * (n == 0) + torch.randn(20, width) for n in range(3))
-    case = Case("", (20, width), center=center, weight=False, bias=False)
+@pytest.mark.parametrize("far", ["x", "xt", "xg", "xtg"])
+def test_numbers_far_from_zero(far, center, width, backend, monkeypatch):
+    """The mean of h, of its tangent and of the gradient is many times their deviation."""
+    shrink_blocks(monkeypatch)
+    rows, device = 2 if INTERPRETED else 20, find_device(backend)
+    x, t, g = (100 * (name in far) + torch.randn(rows, width, device=device) for name in "xtg")
+    case = Case("", (rows, width), center=center, weight=False, bias=False)
 
     def run(call, change):
         own = [change(x)]
         return compute(bind(call, case, Inputs(*own, None, None, None), ("x",)), own, [change(g)], [change(t)])
 
     by_torch, exact = run(plainly, lambda x: x), run(plainly, torch.Tensor.double)
-    names = list_results(case, ("x",))
-    for name, a, b, c in zip(names, run(ours, lambda x: x), by_torch, exact, strict=True):
+    with flashattn.use_backend(backend):
+        found = run(ours, lambda x: x)
+    for name, a, b, c in zip(list_results(case, ("x",)), found, by_torch, exact, strict=True):
         assert_as_exact_as_torch(a, b, c, name)
 
 
