@@ -128,6 +128,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> Itera
     errors = measure_errors(second(), second_by_math(), second_exact())
     yield Cost("second derivative / first backward", name, compare(second, first), "x", 4, 3, True, *errors)
     yield Cost("that of PyTorch's math / ours", name, compare(second_by_math, second), "x", None, None, False)
+    yield from measure_score_mod(shape, dtype, compare)
     yield from measure_norms(shape, dtype, compare)
 
 
@@ -140,6 +141,20 @@ def measure_errors(ours, by_math, exact) -> tuple[float, float]:
         allowed = 2 * compute_max_error(y, t) + torch.finfo(x.dtype).eps * size
         pairs.append((compute_max_error(x, t) / size, allowed / size))
     return max(pairs, key=lambda pair: pair[0] / pair[1])
+
+
+def measure_score_mod(shape: tuple[int, ...], dtype: torch.dtype, compare: Callable) -> Iterator[Cost]:
+    """On the CPU the reference, in PyTorch's operations, serves callables, here of a quarter of the tokens."""
+    x = make_inputs((*shape[:2], shape[2] // 4, shape[3]), dtype)
+
+    def attend_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flashattn.attention(q, k, v, score_mod=lambda score, b, h, i, j: 20 * torch.tanh(score / 20))
+
+    name = str(dtype).removeprefix("torch.")
+    jvp = compare(make_jvp(attend_capped, x), make_forward(attend_capped, x))
+    yield Cost("score_mod, jvp / forward", name, jvp, "x", None, None, True)
+    first, second = make_backwards(attend_capped, x)
+    yield Cost("score_mod, second / first backward", name, compare(second, first), "x", None, None, True)
 
 
 def measure_norms(shape: tuple[int, ...], dtype: torch.dtype, compare: Callable) -> Iterator[Cost]:
