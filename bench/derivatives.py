@@ -144,11 +144,11 @@ def measure_errors(ours, by_math, exact) -> tuple[float, float]:
 
 
 def measure_score_mod(shape: tuple[int, ...], dtype: torch.dtype, compare: Callable) -> Iterator[Cost]:
-    """On the CPU the reference, in PyTorch's operations, serves callables, here of a quarter of the tokens."""
+    """On the CPU the reference, in PyTorch's operations, serves callables; here of a quarter of the tokens."""
     x = make_inputs((*shape[:2], shape[2] // 4, shape[3]), dtype)
 
     def attend_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flashattn.attention(q, k, v, score_mod=lambda score, b, h, i, j: 20 * torch.tanh(score / 20))
+        return flashattn.attention(q, k, v, causal=True, score_mod=lambda s, b, h, i, j: 20 * torch.tanh(s / 20))
 
     name = str(dtype).removeprefix("torch.")
     jvp = compare(make_jvp(attend_capped, x), make_forward(attend_capped, x))

@@ -42,10 +42,12 @@ class Linearized(NamedTuple):
 
 
 def linearize_scores(x: Tensor, tangent_x: Tensor, score: Score, tangents: Tangents, block: QueryBlock) -> Linearized:
-    """The scores made of x = scale * q.k. Of a score_mod only the pairs that attend, as in `apply_where`."""
+    """The scores made of x = scale * q.k. Of a score_mod that captured tensors only the pairs that attend, as in
+    `apply_where`."""
     attends = attend_mask(score, block).expand_as(x)
     mod = score.score_mod
-    pairs = None if mod is None else attends.nonzero(as_tuple=True)
+    everywhere = mod is None or not mod.captured or attends.all()
+    pairs = None if everywhere else attends.nonzero(as_tuple=True)
 
     def gather(values: Tensor) -> Tensor:
         return values.expand_as(x) if pairs is None else values.expand_as(x)[pairs]

@@ -92,6 +92,28 @@ def test_against_float64(name, given, backend):
     check(name, given, backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pairs_that_are_hidden_need_no_derivative(backend):
+    """It may be NaN or infinite there."""
+    inputs, gradients = [torch.randn(1, 2, 40, 8) for _ in range(3)], [torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40)]
+    directions = make_directions(inputs)
+
+    def attend(past, *x):
+        def change(score, b, h, i, j):
+            return score * torch.sqrt(past(i - j) + 0.0) + torch.log(past(i - j) + 1.0)
+
+        return flashattn.attention(*x, causal=True, score_mod=change, return_lse=True)
+
+    with flashattn.use_backend(backend):
+        found, expected = (
+            compute(functools.partial(attend, past), inputs, gradients, directions)
+            for past in (lambda d: d, lambda d: torch.clamp(d, min=0))
+        )
+    for kind, results in found.items():
+        for x, y in zip(results, expected[kind], strict=True):
+            torch.testing.assert_close(x, y)
+
+
 def attends_in_parts(b, h, i, j):
     """Queries 256 to 511, a part of their own on the CPU, attend to nothing, the others to some keys around theirs."""
     return ((i < 256) | (i >= 512)) & (i - j < 90) & (j - i < 200)
