@@ -1,5 +1,6 @@
 """PyTorch's own samples of SDPA, layer_norm and rms_norm through the drop-ins: its checks of every derivative, in
-float64. Of SDPA along random directions, as its test suite runs them: each entry of the Jacobians takes half an hour."""
+float64. Of SDPA along random directions, as its test suite runs them: every entry of its Jacobians takes half an
+hour."""
 
 import pytest
 import torch
