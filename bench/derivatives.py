@@ -24,7 +24,7 @@ from .table import collect, make_console, make_table
 CPU = torch.device("cpu")
 SMALL = (1, 1, 16, 16)  # of each call under vmap: little work beside what a call costs
 CALLS = 64
-REPEATS = 8  # of a mapped call in a row: as long as the loop, of which all calls but the first find a warm cache
+REPEATS = 8  # mapped calls in a row: they take as long as the loop, in which all calls but the first find a warm cache
 LONG = 32_768
 
 

@@ -1,6 +1,6 @@
-// LayerNorm and RMSNorm, forward and backward, and the tangents of both. See kernels/norm.py for the math. The fast
-// path reads and writes in place rows of one dtype and whole vectors; the generic path converts rows to float32 in
-// scratch memory, padded with zeros, so that the loops have no tails.
+// LayerNorm and RMSNorm, forward and backward, and the tangents of both. See kernels/norm.py and norm_derivatives.py
+// for the math. The fast path reads and writes in place rows of one dtype and whole vectors; the generic path converts
+// rows to float32 in scratch memory, padded with zeros, so that the loops have no tails.
 #include "kernels.h"
 #include "philox.h"
 

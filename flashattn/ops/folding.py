@@ -111,6 +111,7 @@ def is_row_dependent(dropout_p: float, *mods: object) -> bool:
     return dropout_p > 0 or any(mod is not None for mod in mods)
 
 
+# (position, name) of a Score's tensors, fewer to visit than all of its fields.
 TENSORS = tuple((n, name) for n, (name, kind) in enumerate(list_operator_fields(Score).items()) if kind == "Tensor?")
 
 

@@ -42,8 +42,8 @@ class Linearized(NamedTuple):
 
 
 def linearize_scores(x: Tensor, tangent_x: Tensor, score: Score, tangents: Tangents, block: QueryBlock) -> Linearized:
-    """The scores made of x = scale * q.k. Of a score_mod that captured tensors only the pairs that attend, as in
-    `apply_where`."""
+    """The scores made of x = scale * q.k. A score_mod that captured tensors gets the pairs that attend alone: the
+    indices of others may be outside of these, and a NaN there would be in the sums that are their gradients."""
     attends = attend_mask(score, block).expand_as(x)
     mod = score.score_mod
     everywhere = mod is None or not mod.captured or attends.all()
@@ -72,7 +72,8 @@ def linearize_scores(x: Tensor, tangent_x: Tensor, score: Score, tangents: Tange
             own = dict(zip(moving, leaves[2:], strict=True))
             graph_inputs = (own.get(n, c) for n, c in enumerate(captured))
             changed = mod.graph.forward(scores, *map(gather, block.indices), *graph_inputs)
-            scores = changed.to(x.dtype).broadcast_to(scores.shape) + 0 * scores  # it may be a constant
+            changed = changed.to(x.dtype).broadcast_to(scores.shape)
+            scores = torch.where(scores.isnan(), scores, changed)  # which depend on scores even where it is a constant
         # The vjp is linear in the gradient u that it takes; its derivative by u is the jvp.
         u = torch.zeros_like(scores, requires_grad=True)
         given = {n: direction for n, direction in enumerate(directions) if direction is not None}

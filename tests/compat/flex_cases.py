@@ -1,5 +1,6 @@
 """Callables and block masks, and what checks them against FlexAttention and float64, gradients included."""
 
+import functools
 import math
 
 import torch
@@ -238,25 +239,48 @@ def logarithms():
 
 def check_hidden_pairs(make, backend):
     """Nothing is read outside of what is captured, and no gradient is NaN, where only hidden pairs would do either."""
-    torch.manual_seed(1)
-    mod, others = make()
-    seq, x = 40, [torch.randn(1, 2, 40, DIM, requires_grad=True) for _ in range(3)]
-    inputs_and_captured = [*x, *others]
+    mod, others, x = make_hidden_pairs(make)
+    exact = [t.detach().double().requires_grad_() for t in x]
     with flashattn.use_backend(backend):
         ours = flashattn.attention(*x, score_mod=mod, window=(8, 0))
-        gradients = torch.autograd.grad(ours.square().sum(), inputs_and_captured)
+        gradients = torch.autograd.grad(ours.square().sum(), [*x, *others])
+    truth = attend_in_window(mod, *exact)
+    expected = torch.autograd.grad(truth.square().sum(), [*exact, *others])
+    for found, right in zip([ours, *gradients], [truth, *expected], strict=True):
+        torch.testing.assert_close(found.double(), right.double(), rtol=3e-5, atol=3e-5)
+
+
+def check_second_derivatives_of_hidden_pairs(make, backend):
+    mod, others, x = make_hidden_pairs(make)
     exact = [t.detach().double().requires_grad_() for t in x]
-    scores = exact[0] @ exact[1].mT * DIM**-0.5
-    i, j = torch.arange(seq)[:, None], torch.arange(seq)
+
+    def differentiate(attend, inputs):
+        first = torch.autograd.grad(attend(*inputs[:3]).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    with flashattn.use_backend(backend):
+        found = differentiate(functools.partial(flashattn.attention, score_mod=mod, window=(8, 0)), [*x, *others])
+    expected = differentiate(functools.partial(attend_in_window, mod), [*exact, *others])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def make_hidden_pairs(make):
+    """(score_mod, what it captured, [q, k, v])"""
+    torch.manual_seed(1)
+    return *make(), [torch.randn(1, 2, 40, DIM, requires_grad=True) for _ in range(3)]
+
+
+def attend_in_window(mod, q, k, v):
+    """By PyTorch's operations, with a score_mod of the pairs that attend alone."""
+    scores = q @ k.mT * DIM**-0.5
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
     pairs = torch.where((j <= i) & (j >= i - 8))  # of every head
     heads = []
     for h in range(2):
         seen = mod(scores[0, h][pairs], 0, torch.tensor(h), *pairs)
         heads.append(torch.full_like(scores[0, h], -math.inf).index_put(pairs, seen))
-    truth = torch.stack(heads)[None].softmax(-1) @ exact[2]
-    expected = torch.autograd.grad(truth.square().sum(), [*exact, *others])
-    for found, right in zip([ours, *gradients], [truth, *expected], strict=True):
-        torch.testing.assert_close(found.double(), right.double(), rtol=3e-5, atol=3e-5)
+    return torch.stack(heads)[None].softmax(-1) @ v
 
 
 def every_operation(score, b, h, i, j):

@@ -22,7 +22,7 @@ def test_against_float64(case, dtype, backend):
 # Triton's interpreter takes some ten seconds for each; `tests/kernels/test_derivatives.py` has every pair as compiled.
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "case", named([pairwise()[4], *(c for c in CASES if c.name in ("grouped", "decode", "dropout"))])
+    "case", named([c for c in (*pairwise(), *CASES) if c.name in ("pairs_4", "grouped", "decode", "dropout")])
 )
 def test_triton(case):
     check(case, torch.float16 if case.name == "grouped" else torch.float32, "triton")

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashattn
+from flashattn import reference
 from flashattn.reference import naive
 from tests.attention.cases import FEATURES
 from tests.attention.truth import (
@@ -19,6 +20,13 @@ from tests.attention.truth import (
     run,
 )
 from tests.common import INTERPRETED, assert_as_exact_as_torch, find_device
+from tests.compat.flex_cases import (
+    check_second_derivatives_of_hidden_pairs,
+    logarithms,
+    long_rows,
+    roots,
+    short_table,
+)
 from tests.derivatives.cases import (
     compute,
     list_results,
@@ -30,6 +38,7 @@ from tests.derivatives.cases import (
 BASE = Case("", batch=3, heads=4, kv_heads=2, seq_q=70, seq_k=90, head_dim=24, head_dim_v=40)
 WITH = {"nothing": {}} | {name: {name: value} for name, value in FEATURES.items() if name != "kv_heads"}
 WITH["everything"] = FEATURES
+FACTORS = torch.tensor([0.5, 2.0])
 
 
 def change(score, factor, i, j):
@@ -114,16 +123,44 @@ def test_pairs_that_are_hidden_need_no_derivative(backend):
             torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("make", [short_table, long_rows, roots, logarithms], ids=lambda make: make.__name__)
+def test_pairs_that_are_hidden_are_not_asked(make, backend):
+    check_second_derivatives_of_hidden_pairs(make, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mod", [None, lambda s, b, h, i, j: s * 1.5, lambda s, b, h, i, j: s * FACTORS[h]])
+def test_a_bias_of_minus_infinity(mod, backend):
+    """Is a mask, with a score_mod that keeps it so."""
+    inputs, gradients = [torch.randn(1, 2, 20, 8) for _ in range(3)], [torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20)]
+    keep = torch.rand(1, 2, 20, 20) < 0.5
+    keep[..., 0] = True
+    masks = dict(bias=torch.where(keep, 0.0, -torch.inf)), dict(mask=keep)
+    directions = make_directions(inputs)
+
+    def attend(*x, **masks):
+        return flashattn.attention(*x, score_mod=mod, return_lse=True, **masks)
+
+    with flashattn.use_backend(backend):
+        found, expected = (compute(functools.partial(attend, **m), inputs, gradients, directions) for m in masks)
+    for kind, results in found.items():
+        for x, y in zip(results, expected[kind], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
 def attends_in_parts(b, h, i, j):
     """Queries 256 to 511, a part of their own on the CPU, attend to nothing, the others to some keys around theirs."""
     return ((i < 256) | (i >= 512)) & (i - j < 90) & (j - i < 200)
 
 
-def test_parts_of_a_block_mask():
-    """As with the mask written out."""
+def test_parts_of_a_block_mask(monkeypatch):
+    """On the engine, as with the mask written out."""
+    monkeypatch.delattr(reference, "jvp")
+    monkeypatch.delattr(reference, "hvp")
     torch.manual_seed(0)
     inputs = [torch.randn(2, heads, 600, 16) for heads in (4, 2, 2)] + [torch.randn(1, 4, 600, 600), torch.randn(4)]
-    gradients = torch.randn_like(inputs[0]), torch.randn(2, 4, 600).index_fill(2, torch.arange(256, 512), 0)
+    gradients = torch.randn_like(inputs[0]), torch.randn(2, 4, 600)
     directions = make_directions(inputs)
     blocks = create_block_mask(attends_in_parts, None, None, 600, 600, "cpu", BLOCK_SIZE=32)
     i, j = torch.arange(600).view(-1, 1), torch.arange(600)

@@ -29,6 +29,13 @@ MUTANTS = [
         ("tests/derivatives/test_mods.py::test_against_float64[bias-score_mod-reference]",),
     ),
     Mutant(
+        "pairs that are hidden are asked for their derivatives",
+        "flashattn/reference/derivatives.py",
+        "everywhere = mod is None or not mod.captured or attends.all()",
+        "everywhere = True",
+        ("tests/derivatives/test_mods.py::test_pairs_that_are_hidden_are_not_asked",),
+    ),
+    Mutant(
         "the engine's softcap has no second derivative",
         "csrc/score_mods.h",
         "store(softcap.second + row * stride + i, t * (1 - t * t) * (-2 * inverse));",
