@@ -172,11 +172,13 @@ static DualRow make_dual_row(const Norm& n, const char* h, const char* t, NormSt
   const int64_t width = n.width, padded = round_up(width, W);
   if (n.center)
     row.mean_t = sum_over<1>(padded, [=](int64_t c, vf* total) { total[0] += load_as_f32<DTYPE>(t, c); }).of(0) / width;
-  auto total = sum_over<1>(padded, [=](int64_t c, vf* total) {
+  auto total = sum_over<2>(padded, [=](int64_t c, vf* total) {
     vf x = zero_past_end(load_as_f32<DTYPE>(t, c) - row.mean_t, c, width);
-    total[0] += x * (load_as_f32<DTYPE>(h, c) - stats.mean);
+    total[0] += x;
+    total[1] += x * (load_as_f32<DTYPE>(h, c) - stats.mean);
   });
-  row.mean_tx = total.of(0) * stats.rstd / width;
+  if (n.center) row.mean_t += total.of(0) / width;  // corrects the rounding of the mean
+  row.mean_tx = total.of(1) * stats.rstd / width;
   return row;
 }
 
@@ -369,14 +371,17 @@ static DualGradient make_dual_gradient(const Norm& n, int64_t r, const char* gra
     });
     gradient.mean_g = total.of(0) / width, gradient.mean_u = total.of(1) / width;
   }
-  auto total = sum_over<2>(padded, [&](int64_t c, vf* total) {
+  auto total = sum_over<4>(padded, [&](int64_t c, vf* total) {
     auto [g, u] = load_g<DTYPE>(n, gradient, c);
     auto [xhat, moved] = load_xhat<DTYPE>(row, c);
     g = zero_past_end(g - gradient.mean_g, c, width), u = zero_past_end(u - gradient.mean_u, c, width);
-    total[0] += g * xhat;
-    total[1] += u * xhat + g * moved;
+    total[0] += g;
+    total[1] += u;
+    total[2] += g * xhat;
+    total[3] += u * xhat + g * moved;
   });
-  gradient.mean_gx = total.of(0) / width, gradient.tangent_mean_gx = total.of(1) / width;
+  if (n.center) gradient.mean_g += total.of(0) / width, gradient.mean_u += total.of(1) / width;
+  gradient.mean_gx = total.of(2) / width, gradient.tangent_mean_gx = total.of(3) / width;
   return gradient;
 }
 

@@ -57,25 +57,32 @@ class RowMeans(NamedTuple):
 
 
 @triton.jit
-def mean_product(x, xhat, pilot, chunk, width, CENTER: tl.constexpr):
-    """What these columns add to mean(x * xhat), of LayerNorm from x - pilot, a number near mean(x): xhat, or its
-    tangent, has a mean of 0 but for rounding, which a large mean of x would multiply."""
+def subtract(x, mean, chunk, CENTER: tl.constexpr):
+    """x - mean, of LayerNorm: its xhat has a mean of 0 but for rounding, which a large mean of x would multiply in
+    mean(x * xhat)."""
     if CENTER:
-        x = tl.where(chunk.mask, x - pilot[:, None], 0.0)
-    return tl.sum(rounded_product(x, xhat), 1) / width
+        x = tl.where(chunk.mask, x - mean[:, None], 0.0)
+    return x
 
 
 @triton.jit
-def add_means(means, x, xhat, pilot, chunk, width, CENTER: tl.constexpr):
-    product = means.product + mean_product(x, xhat, pilot, chunk, width, CENTER)
-    return RowMeans(means.x + tl.sum(x, 1) / width, product)
+def add_means(means, x, xhat, width):
+    """The RowMeans with these columns, of x less a number that `means.x` began with."""
+    product = tl.sum(rounded_product(x, xhat), 1) / width
+    return RowMeans(means.x + tl.sum(x, 1) / width, means.product + product)
+
+
+@triton.jit
+def find_pilot(first, width):
+    """A number near the mean of a row whose first columns these are: their own."""
+    return tl.sum(first, 1) / tl.minimum(width, first.shape[1])
 
 
 @triton.jit
 def find_means(x, xhat, chunk, width, CENTER: tl.constexpr):
-    """The RowMeans of whole rows."""
+    """The RowMeans of whole rows. The mean of x - mean(x) corrects the rounding of mean(x)."""
     mean = tl.sum(x, 1) / width
-    return RowMeans(mean, mean_product(x, xhat, mean, chunk, width, CENTER))
+    return add_means(RowMeans(mean, tl.zeros_like(mean)), subtract(x, mean, chunk, CENTER), xhat, width)
 
 
 @triton.jit
@@ -138,14 +145,14 @@ def norm_jvp(
     if SINGLE:
         means = find_means(t, xhat, chunk, width, CENTER)
     else:
-        pilot = tl.sum(load_hidden(moving, select_chunk(rows, tl.arange(0, BLOCK_COLS)), HIDDEN), 1) / BLOCK_COLS
-        zeros = tl.zeros((BLOCK_ROWS,), tl.float32)
-        means = add_means(RowMeans(zeros, zeros), t, xhat, pilot, chunk, width, CENTER)
+        pilot = find_pilot(load_hidden(moving, select_chunk(rows, tl.arange(0, BLOCK_COLS)), HIDDEN), width)
+        means = RowMeans(pilot, tl.zeros_like(pilot))
+        means = add_means(means, subtract(t, pilot, chunk, CENTER), xhat, width)
         for start in range(0, last, BLOCK_COLS):
             chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
             others = load_xhat(source, stats, rows, start, norm)
             part = read_tangent(moving, tangent_hidden, chunk, HIDDEN)
-            means = add_means(means, part, others, pilot, chunk, width, CENTER)
+            means = add_means(means, subtract(part, pilot, chunk, CENTER), others, width)
     write_chunk(y, h, stats, affine, rows, last, norm)
     moved = project(t, xhat, means, CENTER) * stats.rstd[:, None]
     write_tangent(tangent_y, xhat, moved, affine, direction, rows, last, norm)
@@ -183,30 +190,33 @@ def norm_hvp_means(
     """The means (rows, MEANS) of rows that are not SINGLE. Grid: as `norm_forward`."""
     rows = select_rows(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
     stats = load_norm_stats(mean, rstd, rows, CENTER)
-    zeros = tl.zeros((BLOCK_ROWS,), tl.float32)
-    of_t, of_g, of_u, mean_g_moved = RowMeans(zeros, zeros), RowMeans(zeros, zeros), RowMeans(zeros, zeros), zeros
+    mean_g_moved = tl.zeros((BLOCK_ROWS,), tl.float32)
     first = select_chunk(rows, tl.arange(0, BLOCK_COLS))
     y = load_chunk(grad_y, first)
-    pilot_t = tl.sum(load_chunk(tangent_hidden, first), 1) / BLOCK_COLS
-    pilot_g = tl.sum(apply_weight(y, weight, weight_offset, rows, first), 1) / BLOCK_COLS
+    pilot_t = find_pilot(load_chunk(tangent_hidden, first), width)
+    pilot_g = find_pilot(apply_weight(y, weight, weight_offset, rows, first), width)
+    of_t, of_g = RowMeans(pilot_t, tl.zeros_like(pilot_t)), RowMeans(pilot_g, tl.zeros_like(pilot_g))
+    of_u = RowMeans(tl.zeros_like(pilot_t), tl.zeros_like(pilot_t))
     if tangent_weight is not None:
-        pilot_u = tl.sum(apply_weight(y, tangent_weight, 0.0, rows, first), 1) / BLOCK_COLS
+        pilot_u = find_pilot(apply_weight(y, tangent_weight, 0.0, rows, first), width)
+        of_u = RowMeans(pilot_u, tl.zeros_like(pilot_u))
     for start in range(0, width, BLOCK_COLS):
         chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
-        of_t = add_means(of_t, load_chunk(tangent_hidden, chunk), xhat, pilot_t, chunk, width, CENTER)
+        of_t = add_means(of_t, subtract(load_chunk(tangent_hidden, chunk), pilot_t, chunk, CENTER), xhat, width)
         y = load_chunk(grad_y, chunk)
         g = apply_weight(y, weight, weight_offset, rows, chunk)
-        of_g = add_means(of_g, g, xhat, pilot_g, chunk, width, CENTER)
+        of_g = add_means(of_g, subtract(g, pilot_g, chunk, CENTER), xhat, width)
         if tangent_weight is not None:
             u = apply_weight(y, tangent_weight, 0.0, rows, chunk)
-            of_u = add_means(of_u, u, xhat, pilot_u, chunk, width, CENTER)
+            of_u = add_means(of_u, subtract(u, pilot_u, chunk, CENTER), xhat, width)
     for start in range(0, width, BLOCK_COLS):
         chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)
         moved = project(load_chunk(tangent_hidden, chunk), xhat, of_t, CENTER) * stats.rstd[:, None]
         g = apply_weight(load_chunk(grad_y, chunk), weight, weight_offset, rows, chunk)
-        mean_g_moved += mean_product(g, moved, of_g.x, chunk, width, CENTER)
+        g = subtract(g, of_g.x, chunk, CENTER)
+        mean_g_moved += tl.sum(rounded_product(g, moved), 1) / width
     pointers = means + rows.index * MEANS
     store_means(pointers, of_t, rows)
     store_means(pointers + 2, of_g, rows)
@@ -252,7 +262,8 @@ def norm_hvp(
         if weight_parts is not None:
             sum_weight += rounded_product(y, moved)
         if SINGLE:
-            mean_g_moved = mean_product(g, moved, of_g.x, chunk, width, CENTER)
+            from_mean = subtract(g, of_g.x, chunk, CENTER)
+            mean_g_moved = tl.sum(rounded_product(from_mean, moved), 1) / width
         else:
             mean_g_moved = tl.load(pointers + 6, mask=rows.exist, other=0.0)
         grad = -moved * of_g.product[:, None] - xhat * mean_g_moved[:, None]

@@ -65,7 +65,10 @@ def apply_weight(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
 
 
 def center(x: Tensor, norm: Norm) -> Tensor:
-    return x - x.mean(-1, keepdim=True) if norm.center else x
+    """x less its mean; twice, since a mean far from 0 is rounded."""
+    for _ in range(2 * norm.center):
+        x = x - x.mean(-1, keepdim=True)
+    return x
 
 
 def mean_product(x: Tensor, xhat: Tensor, norm: Norm) -> Tensor:

@@ -74,25 +74,31 @@ def test_threads_and_runs_change_no_bit(threads):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("width", [60, 4096])
+@pytest.mark.parametrize("width", [60, 1504])
 @pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("far", ["x", "xt", "xg", "xtg"])
+@pytest.mark.parametrize("far", ["x", "t", "g", "xt", "xg", "tg", "xtg"])
 def test_numbers_far_from_zero(far, center, width, backend, monkeypatch):
     """The mean of h, of its tangent and of the gradient is many times their deviation."""
+    if INTERPRETED and width > 60 and far != "xtg":
+        pytest.skip("takes ten seconds")
     shrink_blocks(monkeypatch)
-    rows, device = 2 if INTERPRETED else 20, find_device(backend)
+    rows, device = 20, find_device(backend)
     x, t, g = (100 * (name in far) + torch.randn(rows, width, device=device) for name in "xtg")
-    case = Case("", (rows, width), center=center, weight=False, bias=False)
+    case = Case("", (rows, width), center=center, bias=False)
+    weight, tangent_weight = (1 + torch.rand(width, device=device) for _ in range(2))
 
     def run(call, change):
-        own = [change(x)]
-        return compute(bind(call, case, Inputs(*own, None, None, None), ("x",)), own, [change(g)], [change(t)])
+        own, moved = [change(x), change(weight)], [change(t), change(tangent_weight)]
+        function = bind(call, case, Inputs(own[0], None, own[1], None), ("x", "weight"))
+        return compute(function, own, [change(g)], moved)
 
     by_torch, exact = run(plainly, lambda x: x), run(plainly, torch.Tensor.double)
     with flashattn.use_backend(backend):
         found = run(ours, lambda x: x)
-    for name, a, b, c in zip(list_results(case, ("x",)), found, by_torch, exact, strict=True):
-        assert_as_exact_as_torch(a, b, c, name)
+    for name, a, b, c in zip(list_results(case, ("x", "weight")), found, by_torch, exact, strict=True):
+        # By the weight they sum a rounded mean of each row, the same in all columns: chance, and no number to compare.
+        if not name.endswith("weight"):
+            assert_as_exact_as_torch(a, b, c, name)
 
 
 # ------------------------------------------------------------------------------------------------ transforms
