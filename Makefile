@@ -100,7 +100,7 @@ sanitize: $(READY)
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(RUN) -m pytest -p no:cacheprovider -k "(cpu or engine or random) and not memory and not compilers" \
 		tests/attention/test_attention.py tests/attention/test_extreme_scores.py tests/attention/test_varlen.py tests/attention/test_decode.py tests/norm/test_norm.py tests/backends/test_linear.py \
-		tests/backends/test_engine.py || exit 1; done
+		tests/backends/test_engine.py tests/derivatives/test_attention.py tests/derivatives/test_mods.py tests/derivatives/test_norm.py || exit 1; done
 
 # From a source distribution: in build/ the engine of one PyTorch would count as built for the other.
 OLDEST_TORCH := 2.10.0

@@ -70,6 +70,8 @@ def make_truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
     terms = sum_forward_magnitudes(case, options, *map(wide, (inputs, directions)), exact["forward"])
     if case.sinks:
         terms["second_sinks"] = sum_sink_magnitudes(inputs, exact["forward"], gradients, directions)
+    if case.bias is not None:
+        terms["second_bias"] = sum_bias_magnitudes(case, options, *map(wide, (inputs, gradients, directions)))
     return Truth(inputs, options, (*gradients, *directions), exact, by_torch, terms)
 
 
@@ -97,6 +99,14 @@ def sum_forward_magnitudes(case: Case, options: dict, inputs, directions, forwar
     of_lse = p_tangent.sum(-1)
     # The gradients by grad_out and grad_lse are the tangents of out and lse.
     return {"tangent_out": of_out, "tangent_lse": of_lse, "second_grad_out": of_out, "second_grad_lse": of_lse}
+
+
+def sum_bias_magnitudes(case: Case, options: dict, inputs, gradients, directions) -> Tensor:
+    """How large the terms are that the second derivative by a bias sums: those of a bias for each score."""
+    own = [[*xs[:3], xs[3].expand(*case.rows, case.seq_k), *xs[4:]] for xs in (inputs, directions)]
+    every = case._replace(bias="bhqk")
+    of_scores = second_derivatives(lambda *x: torch_attention(every, options, *x), own[0], gradients, own[1])[3]
+    return of_scores.abs().sum_to_size(inputs[3].shape)
 
 
 def sum_sink_magnitudes(inputs, forward, gradients, directions) -> Tensor:
