@@ -150,11 +150,7 @@ def measure_score_mod(shape: tuple[int, ...], dtype: torch.dtype, compare: Calla
     def attend_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flashattn.attention(q, k, v, causal=True, score_mod=lambda s, b, h, i, j: 20 * torch.tanh(s / 20))
 
-    name = str(dtype).removeprefix("torch.")
-    jvp = compare(make_jvp(attend_capped, x), make_forward(attend_capped, x))
-    yield Cost("score_mod, jvp / forward", name, jvp, "x", None, None, True)
-    first, second = make_backwards(attend_capped, x)
-    yield Cost("score_mod, second / first backward", name, compare(second, first), "x", None, None, True)
+    yield from measure_passes("score_mod", attend_capped, x, compare)
 
 
 def measure_norms(shape: tuple[int, ...], dtype: torch.dtype, compare: Callable) -> Iterator[Cost]:
@@ -164,12 +160,17 @@ def measure_norms(shape: tuple[int, ...], dtype: torch.dtype, compare: Callable)
     row, tangent, grad_y = (torch.randn(batch * seq, heads * head_dim).to(dtype) for _ in range(3))
     weight = torch.ones(heads * head_dim).to(dtype)
     x = Inputs((row, weight), (tangent, weight), grad_y)
-    name = str(dtype).removeprefix("torch.")
     for norm in (flashattn.layer_norm, flashattn.rms_norm):
-        jvp = compare(make_jvp(norm, x), make_forward(norm, x))
-        yield Cost(f"{norm.__name__}, jvp / forward", name, jvp, "x", None, None, True)
-        first, second = make_backwards(norm, x)
-        yield Cost(f"{norm.__name__}, second / first backward", name, compare(second, first), "x", None, None, True)
+        yield from measure_passes(norm.__name__, norm, x, compare)
+
+
+def measure_passes(what: str, function: Callable, x: Inputs, compare: Callable) -> Iterator[Cost]:
+    """Its jvp and its second derivative, over the passes that they follow."""
+    dtype = str(x.grad_out.dtype).removeprefix("torch.")
+    jvp = compare(make_jvp(function, x), make_forward(function, x))
+    yield Cost(f"{what}, jvp / forward", dtype, jvp, "x", None, None, True)
+    first, second = make_backwards(function, x)
+    yield Cost(f"{what}, second / first backward", dtype, compare(second, first), "x", None, None, True)
 
 
 def repeat(call: Callable[[], object]) -> Callable[[], None]:

@@ -40,6 +40,12 @@ class Tangents(NamedTuple):
     sinks: Tensor | None
     captured: tuple[Tensor | None, ...] = ()  # of the tensors that a score_mod captured, in their order
 
+    def select(self, queries: slice, keys: slice, bias: Tensor | None) -> Tangents:
+        """Those of some queries and keys; bias: their part of its tangent."""
+        q = None if self.q is None else self.q[:, :, queries]
+        k, v = (None if x is None else x[:, :, keys] for x in (self.k, self.v))
+        return self._replace(q=q, k=k, v=v, bias=bias)
+
 
 class SavedNorm(NamedTuple):
     """The tensors that a norm's forward saves for its backward."""

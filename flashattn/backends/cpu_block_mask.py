@@ -72,14 +72,8 @@ def slice_keys(x: Tensor, keys: slice) -> Tensor:
 
 
 def slice_tangents(tangents: Tangents, queries: slice, keys: slice) -> Tangents:
-    q, k, v, bias, sinks, _ = tangents
-    return Tangents(
-        None if q is None else q[:, :, queries],
-        None if k is None else k[:, :, keys],
-        None if v is None else v[:, :, keys],
-        None if bias is None else slice_keys(slice_queries(bias, queries), keys),
-        sinks,
-    )
+    bias = None if tangents.bias is None else slice_keys(slice_queries(tangents.bias, queries), keys)
+    return tangents.select(queries, keys, bias)
 
 
 def shift_lengths(lengths: Tensor | None, part: slice) -> Tensor | None:

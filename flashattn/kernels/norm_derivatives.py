@@ -67,15 +67,17 @@ def subtract(x, mean, chunk, CENTER: tl.constexpr):
 
 @triton.jit
 def add_means(means, x, xhat, width):
-    """The RowMeans with these columns, of x less a number that `means.x` began with."""
+    """The RowMeans with these columns, of x less what `means.x` began with."""
     product = tl.sum(rounded_product(x, xhat), 1) / width
     return RowMeans(means.x + tl.sum(x, 1) / width, means.product + product)
 
 
 @triton.jit
-def find_pilot(first, width):
-    """A number near the mean of a row whose first columns these are: their own."""
-    return tl.sum(first, 1) / tl.minimum(width, first.shape[1])
+def start_means(first, width):
+    """The RowMeans of no columns yet, which begin with a pilot, a number near the mean of each row: that of its first
+    columns."""
+    pilot = tl.sum(first, 1) / tl.minimum(width, first.shape[1])
+    return RowMeans(pilot, tl.zeros_like(pilot))
 
 
 @triton.jit
@@ -145,8 +147,8 @@ def norm_jvp(
     if SINGLE:
         means = find_means(t, xhat, chunk, width, CENTER)
     else:
-        pilot = find_pilot(load_hidden(moving, select_chunk(rows, tl.arange(0, BLOCK_COLS)), HIDDEN), width)
-        means = RowMeans(pilot, tl.zeros_like(pilot))
+        means = start_means(load_hidden(moving, select_chunk(rows, tl.arange(0, BLOCK_COLS)), HIDDEN), width)
+        pilot = means.x
         means = add_means(means, subtract(t, pilot, chunk, CENTER), xhat, width)
         for start in range(0, last, BLOCK_COLS):
             chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
@@ -193,13 +195,12 @@ def norm_hvp_means(
     mean_g_moved = tl.zeros((BLOCK_ROWS,), tl.float32)
     first = select_chunk(rows, tl.arange(0, BLOCK_COLS))
     y = load_chunk(grad_y, first)
-    pilot_t = find_pilot(load_chunk(tangent_hidden, first), width)
-    pilot_g = find_pilot(apply_weight(y, weight, weight_offset, rows, first), width)
-    of_t, of_g = RowMeans(pilot_t, tl.zeros_like(pilot_t)), RowMeans(pilot_g, tl.zeros_like(pilot_g))
-    of_u = RowMeans(tl.zeros_like(pilot_t), tl.zeros_like(pilot_t))
+    of_t = start_means(load_chunk(tangent_hidden, first), width)
+    of_g = start_means(apply_weight(y, weight, weight_offset, rows, first), width)
+    of_u = RowMeans(mean_g_moved, mean_g_moved)
     if tangent_weight is not None:
-        pilot_u = find_pilot(apply_weight(y, tangent_weight, 0.0, rows, first), width)
-        of_u = RowMeans(pilot_u, tl.zeros_like(pilot_u))
+        of_u = start_means(apply_weight(y, tangent_weight, 0.0, rows, first), width)
+    pilot_t, pilot_g, pilot_u = of_t.x, of_g.x, of_u.x
     for start in range(0, width, BLOCK_COLS):
         chunk = select_chunk(rows, start + tl.arange(0, BLOCK_COLS))
         xhat = normalize(load_chunk(hidden, chunk), stats, CENTER)

@@ -169,9 +169,7 @@ def compute_block(
 
 def slice_tangents(tangents: Tangents, one: PackedSequence) -> Tangents:
     """Those of one packed sequence."""
-    q = None if tangents.q is None else tangents.q[:, :, one.queries]
-    k, v = (None if t is None else t[:, :, one.keys] for t in (tangents.k, tangents.v))
-    return tangents._replace(q=q, k=k, v=v, bias=one.slice_scores(tangents.bias))
+    return tangents.select(one.queries, one.keys, one.slice_scores(tangents.bias))
 
 
 # ------------------------------------------------------------------------------------------------ forward mode

@@ -101,6 +101,13 @@ def test_against_float64(name, given, backend):
     check(name, given, backend)
 
 
+def assert_same(found: dict, expected: dict, **tolerances) -> None:
+    """What `compute` returns."""
+    for kind, results in found.items():
+        for x, y in zip(results, expected[kind], strict=True):
+            torch.testing.assert_close(x, y, **tolerances)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_pairs_that_are_hidden_need_no_derivative(backend):
     """It may be NaN or infinite there."""
@@ -118,9 +125,7 @@ def test_pairs_that_are_hidden_need_no_derivative(backend):
             compute(functools.partial(attend, past), inputs, gradients, directions)
             for past in (lambda d: d, lambda d: torch.clamp(d, min=0))
         )
-    for kind, results in found.items():
-        for x, y in zip(results, expected[kind], strict=True):
-            torch.testing.assert_close(x, y)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -144,9 +149,7 @@ def test_a_bias_of_minus_infinity(mod, backend):
 
     with flashattn.use_backend(backend):
         found, expected = (compute(functools.partial(attend, **m), inputs, gradients, directions) for m in masks)
-    for kind, results in found.items():
-        for x, y in zip(results, expected[kind], strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert_same(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def attends_in_parts(b, h, i, j):
@@ -173,9 +176,7 @@ def test_parts_of_a_block_mask(monkeypatch):
     with flashattn.use_backend("cpu"):
         masks = dict(block_mask=blocks), dict(mask=attends_in_parts(0, 0, i, j))
         found, expected = (compute(functools.partial(attend, **m), inputs, gradients, directions) for m in masks)
-    for kind, results in found.items():
-        for x, y in zip(results, expected[kind], strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert_same(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
