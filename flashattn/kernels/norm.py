@@ -111,6 +111,15 @@ def select_chunk(rows, cols):
 
 
 @triton.jit
+def find_last_chunk(width, SINGLE: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The first column of the chunk that stays in registers."""
+    if SINGLE:
+        return 0
+    else:
+        return (width - 1) // BLOCK_COLS * BLOCK_COLS
+
+
+@triton.jit
 def row_pointers(x, chunk):
     """Pointers to a chunk: row r of the flattened view is [r // (n1 n2), r // n2 % n1, r % n2]."""
     inner = chunk.rows % x.size_2
@@ -231,9 +240,7 @@ def norm_forward(
     rows = select_rows(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
     source = Source(x, residual, drop)
     affine = Affine(weight, bias, weight_offset)
-    last = 0
-    if not SINGLE:
-        last = (width - 1) // BLOCK_COLS * BLOCK_COLS
+    last = find_last_chunk(width, SINGLE, BLOCK_COLS)
     h, stats = read_rows(source, hidden, rows, last, eps, SINGLE, norm)
     write_chunk(y, h, stats, affine, rows, last, norm)
     if not SINGLE:

@@ -24,6 +24,7 @@ from .norm import (
     NormShape,
     RowView,
     Source,
+    find_last_chunk,
     load_chunk,
     load_hidden,
     load_norm_stats,
@@ -137,9 +138,7 @@ def norm_jvp(
     rows = select_rows(tl.program_id(0), row_count, tl.program_id(1), heads, width, BLOCK_ROWS)
     source, moving = Source(x, residual, drop), Source(direction.x, direction.residual, drop)
     affine = Affine(weight, bias, weight_offset)
-    last = 0
-    if not SINGLE:
-        last = (width - 1) // BLOCK_COLS * BLOCK_COLS
+    last = find_last_chunk(width, SINGLE, BLOCK_COLS)
     h, stats = read_rows(source, hidden, rows, last, eps, SINGLE, norm)
     xhat = normalize(h, stats, CENTER)
     chunk = select_chunk(rows, last + tl.arange(0, BLOCK_COLS))
